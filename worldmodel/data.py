@@ -1,0 +1,192 @@
+"""The nouns of data: what a batch, a state, a dream and a loss are, with their shapes.
+
+B batch, T time, H imagined steps, K samples, A action, E embedding, F feature, Z latent, C context,
+N any flattened batch, D event size. The order is always [B, T, ...].
+
+Alignment: row t holds what was known on ARRIVAL at obs[t], then the action taken THERE. Action t moves
+state t to state t+1; reward and continue belong to t+1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+Obs = dict[str, Tensor]
+"""Canonical observation: key -> float tensor; images CHW in [0, 1], vectors flat, categories one-hot."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows of replayed experience.
+
+    obs          {key: [B T ...]}  raw dtype of the store (uint8 stays uint8); the learner makes it canonical
+    action       [B T A]  taken at t; 0 where is_last, and on the newest row of the store (it is not known yet)
+    prev_action  [B T A]  taken at t-1; 0 where is_first
+    reward       [B T]    received on arriving at t; padding where is_first
+    is_first     [B T]    the row opens an episode: nothing before it counts
+    is_last      [B T]    the row closes an episode, by termination or by truncation
+    is_terminal  [B T]    the world ended here; never set by truncation
+    """
+
+    obs: dict[str, Tensor]
+    action: Float[Tensor, "B T A"]
+    prev_action: Float[Tensor, "B T A"]
+    reward: Float[Tensor, "B T"]
+    is_first: Bool[Tensor, "B T"]
+    is_last: Bool[Tensor, "B T"]
+    is_terminal: Bool[Tensor, "B T"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, T)."""
+        return self.reward.shape[0], self.reward.shape[1]
+
+    def map(self, fn) -> Batch:
+        """The batch with `fn` applied to every tensor."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        obs = {k: fn(v) for k, v in values.pop("obs").items()}
+        return Batch(obs=obs, **{k: fn(v) for k, v in values.items()})
+
+    def to(self, device: torch.device | str) -> Batch:
+        return self.map(lambda x: x.to(device, non_blocking=True))
+
+    def window(self, start: int, stop: int | None = None) -> Batch:
+        """Rows start..stop of every sequence."""
+        return self.map(lambda x: x[:, start:stop])
+
+    def with_obs(self, obs: Obs) -> Batch:
+        return replace(self, obs=obs)
+
+
+@dataclass(frozen=True)
+class State(Mapping[str, Tensor]):
+    """What a dynamics model carries from step to step: named tensors, batch first, never changed in place."""
+
+    values_: dict[str, Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.values_[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values_)
+
+    def __len__(self) -> int:
+        return len(self.values_)
+
+    @property
+    def batch_size(self) -> int:
+        return next(iter(self.values_.values())).shape[0]
+
+    def map(self, fn) -> State:
+        return State({k: fn(v) for k, v in self.values_.items()})
+
+    def index(self, rows) -> State:
+        """The states of some rows of the batch (slice, integer or boolean index)."""
+        return self.map(lambda x: x[rows])
+
+    def reset(self, mask: Bool[Tensor, " B"]) -> State:
+        """Zeros where `mask` is true: the past is forgotten."""
+        return self.map(lambda x: torch.where(mask.view(-1, *[1] * (x.ndim - 1)), torch.zeros_like(x), x))
+
+    def detach(self) -> State:
+        return self.map(torch.Tensor.detach)
+
+    def to(self, device: torch.device | str) -> State:
+        return self.map(lambda x: x.to(device))
+
+    def numpy(self) -> tuple[np.ndarray, ...]:
+        """SB3's `state`: a tuple of arrays in the order of the names."""
+        return tuple(v.detach().cpu().numpy() for v in self.values_.values())
+
+    def like(self, arrays: tuple[np.ndarray, ...]) -> State:
+        """The state that `numpy()` gave, with this state's names and device."""
+        return State({k: torch.as_tensor(a.copy(), device=v.device) for (k, v), a in zip(self.values_.items(), arrays, strict=True)})
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Options of every draw.
+
+    generator    the only source of randomness; None: torch's default one
+    mode         no noise: the mean or mode
+    temperature  scales the spread of what is drawn (1: as learned)
+    steps        refinement steps of iterative samplers
+    guidance     strength of conditional guidance
+    noise        draws supplied by the caller instead of the generator, shaped as the law asks for
+    """
+
+    generator: torch.Generator | None = None
+    mode: bool = False
+    temperature: float = 1.0
+    steps: int | None = None
+    guidance: float = 0.0
+    noise: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One term: value [B, T] or a scalar (batch statistics), in "nats" or as a "score"; mask [B, T] of the rows that count.
+
+    Only nats add up to the ELBO. `mean` divides by all rows, masked ones included, so that terms
+    measured on different rows stay comparable per step of experience.
+    """
+
+    value: Tensor
+    unit: Literal["nats", "score"] = "nats"
+    mask: Tensor | None = None
+
+    def mean(self) -> Tensor:
+        if self.mask is None:
+            return self.value.mean()
+        return (self.value * self.mask).mean()
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One pass of the world model over a batch; every tensor [B, T, ...].
+
+    embed      encoder output
+    posterior  belief about z after seeing obs[t]
+    z          its draw
+    h          the deterministic carry, before obs[t] is seen
+    feature    what heads, decoders and agents read
+    rates      "rate", "dyn", "rep": KL(posterior || transition or initial) in nats, and the two one-sided losses
+    last       State after the last row
+    """
+
+    embed: Tensor
+    posterior: object
+    z: Tensor
+    h: Tensor
+    feature: Tensor
+    rates: dict[str, Tensor]
+    losses: dict[str, Loss]
+    last: State
+    states: State
+
+
+@dataclass(frozen=True)
+class Dream:
+    """What `WorldModel.imagine` returns.
+
+    feature      [B H+1 F]  feature[:, 0] is the start
+    action       [B H A]    action[:, h] was taken at feature[:, h]
+    reward       [B H]      on arriving at step h+1
+    cont         [B H]      P(the world goes on) on arriving at step h+1
+    uncertainty  [B H]      on arriving at step h+1, zeros where the model has no ensemble
+    last         State after the last step
+    """
+
+    feature: Float[Tensor, "B H1 F"]
+    action: Float[Tensor, "B H A"]
+    reward: Float[Tensor, "B H"]
+    cont: Float[Tensor, "B H"]
+    uncertainty: Float[Tensor, "B H"]
+    last: State

@@ -1,0 +1,61 @@
+"""The named errors. Each message says what is wrong, what was expected and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """A recipe, an override or an argument does not fit."""
+
+    exit_code = 2
+
+
+class UnsupportedSpaceError(ValueError):
+    """A Gymnasium space that has no canonical tensor form here."""
+
+    exit_code = 2
+
+
+class MissingExtraError(ImportError):
+    """An optional dependency is absent; the message names the extra that brings it."""
+
+    exit_code = 2
+
+
+class TrustError(PermissionError):
+    """Opening this file would run code from it."""
+
+    exit_code = 2
+
+
+class EnvError(RuntimeError):
+    """The environment raised, hung or returned what its spaces do not allow."""
+
+    exit_code = 3
+
+
+class StorageError(OSError):
+    """A file could not be written or read: damaged, full, read-only or taken by another writer."""
+
+    exit_code = 4
+
+
+class CorruptError(StorageError):
+    """A file is not what its checksum says it was."""
+
+
+class NumericsError(ArithmeticError):
+    """A loss, gradient or parameter is not finite."""
+
+    exit_code = 5
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`" Did you mean 'deter'?"`, or the choices where nothing is near. Starts with a space."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.55)
+    if near:
+        return " Did you mean " + " or ".join(f"'{n}'" for n in near) + "?"
+    return f" Known: {', '.join(known)}." if known else ""

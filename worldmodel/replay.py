@@ -1,0 +1,283 @@
+"""Sequence store: rows of experience in one ring per stream, drawn as windows of consecutive rows.
+
+A stream is one environment's unbroken sequence of rows. A row is complete on arrival: the observation, the action
+that led to it, the reward received on arriving, and the three flags. The action taken AT a row is the next row's
+`prev_action`, so a batch reads one row further than its window.
+
+Rows have a sequence number within their stream that never changes; row q lies at q modulo the ring's size. The
+write head is therefore no special case: a window is a range of sequence numbers that are all still held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from worldmodel.data import Batch
+
+FIRST, LAST, TERMINAL = 1, 2, 4
+"""Bits of a row's flags."""
+
+SLICE_BYTES = 1024
+"""Rows of at least this size are copied as one slice per window: there, memcpy beats gathering row by row."""
+
+
+class Ends:
+    """Sorted sequence numbers of one stream's is_last rows, dropped from the front as they are evicted."""
+
+    def __init__(self) -> None:
+        self._at: list[int] = []
+        self._from = 0
+
+    def __len__(self) -> int:
+        return len(self._at) - self._from
+
+    def __getitem__(self, i: int) -> int:
+        return self._at[self._from + i]
+
+    def append(self, sequence: int) -> None:
+        self._at.append(sequence)
+
+    def drop_before(self, sequence: int) -> None:
+        while self._from < len(self._at) and self._at[self._from] < sequence:
+            self._from += 1
+        if self._from > 256 and 2 * self._from > len(self._at):  # so that dropping costs O(1) per row on average
+            del self._at[: self._from]
+            self._from = 0
+
+
+class Replay:
+    """Holds the newest `capacity // num_envs` rows of every stream.
+
+    capacity    rows over all streams
+    obs         {key: (shape of one row, dtype)}, the raw dtype of the environment
+    action_dim  A, the canonical action's size
+    num_envs    number of streams
+
+    Memory is reserved at once but touched only as rows arrive; `nbytes` is what a full store takes.
+    """
+
+    def __init__(self, capacity: int, obs: Mapping[str, tuple[Sequence[int], object]], action_dim: int, num_envs: int) -> None:
+        if num_envs < 1 or capacity < num_envs:
+            raise ValueError(f"Replay needs room for one step of each of {num_envs} environments, but its capacity is {capacity}.")
+        if not obs:
+            raise ValueError("Replay needs at least one observation key.")
+        self.num_envs, self.action_dim = int(num_envs), int(action_dim)
+        self.size = int(capacity) // self.num_envs
+        self.capacity = int(capacity)
+        self.obs_spec = {k: (tuple(int(n) for n in shape), np.dtype(dtype)) for k, (shape, dtype) in obs.items()}
+        for key, (_, dtype) in self.obs_spec.items():
+            if dtype.kind not in "biuf":
+                raise ValueError(f"Replay cannot store observation '{key}' of dtype {dtype}: only numbers and booleans.")
+        rows = self.size * self.num_envs
+        self._obs = {k: np.empty((rows, *shape), dtype) for k, (shape, dtype) in self.obs_spec.items()}
+        self._prev_action = np.empty((rows, self.action_dim), np.float32)
+        self._reward = np.empty(rows, np.float32)
+        self._flags = np.empty(rows, np.uint8)
+        self._next = np.zeros(self.num_envs, np.int64)  # sequence number of the row that each stream gets next
+        self._ends = [Ends() for _ in range(self.num_envs)]
+
+    # What is held ---------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """Rows held, over all streams."""
+        return int(self._held.sum())
+
+    @property
+    def added(self) -> int:
+        """Rows ever added, over all streams."""
+        return int(self._next.sum())
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Rows held by each stream."""
+        return tuple(self._held.tolist())
+
+    @property
+    def ends(self) -> int:
+        """is_last rows held, over all streams."""
+        return sum(map(len, self._ends))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory of the full store."""
+        return sum(column.nbytes for column in self._columns.values())
+
+    @property
+    def _held(self) -> np.ndarray:
+        return np.minimum(self._next, self.size)
+
+    @property
+    def _columns(self) -> dict[str, np.ndarray]:
+        obs = {f"obs/{k}": v for k, v in self._obs.items()}
+        return {**obs, "prev_action": self._prev_action, "reward": self._reward, "flags": self._flags}
+
+    # In -------------------------------------------------------------------------------------------------------------
+
+    def add(
+        self,
+        obs: Mapping[str, np.ndarray],
+        prev_action: np.ndarray,
+        reward: np.ndarray,
+        is_first: np.ndarray,
+        is_last: np.ndarray,
+        is_terminal: np.ndarray,
+        streams: Sequence[int] | None = None,
+    ) -> None:
+        """Appends one row to each of n streams (`streams` names them; None: all, in order).
+
+        obs {key: [n, *shape]}, prev_action [n, A], reward [n], flags [n]. prev_action and reward are stored as 0
+        where is_first: nothing led there. Raises ValueError, with nothing stored, on what does not fit.
+        """
+        where = np.arange(self.num_envs) if streams is None else np.asarray(streams, np.int64)
+        if streams is not None:
+            self._check_streams(where)
+        n = len(where)
+        if n == 0:
+            return
+        first, last, terminal = (np.asarray(f, bool) for f in (is_first, is_last, is_terminal))
+        prev_action, reward = np.asarray(prev_action, np.float32), np.asarray(reward, np.float32)
+        rows = {k: np.asarray(obs[k]) for k in self.obs_spec if k in obs}
+        self._check_obs(rows, obs, n)
+        named = {"reward": reward, "is_first": first, "is_last": last, "is_terminal": terminal}
+        for name, value, shape in [(k, v, (n,)) for k, v in named.items()] + [("prev_action", prev_action, (n, self.action_dim))]:
+            if value.shape != shape:
+                raise ValueError(f"Replay got {name} of shape {list(value.shape)}, expected {list(shape)}.")
+        if not (np.isfinite(reward).all() and np.isfinite(prev_action).all()):
+            raise ValueError("Replay got a reward or an action that is not finite. Check the environment's step().")
+        if (terminal & ~last).any():
+            raise ValueError("Replay got a row that is_terminal but not is_last: a world that ends closes its episode.")
+
+        at = where * self.size + self._next[where] % self.size
+        for k, column in self._obs.items():
+            column[at] = rows[k]
+        self._prev_action[at] = np.where(first[:, None], np.float32(0), prev_action)
+        self._reward[at] = np.where(first, np.float32(0), reward)
+        self._flags[at] = FIRST * first + LAST * last + TERMINAL * terminal
+        for stream in where[last].tolist():
+            self._ends[stream].append(int(self._next[stream]))
+        self._next[where] += 1
+        for stream in where.tolist():
+            self._ends[stream].drop_before(int(self._next[stream]) - self.size)
+
+    def _check_streams(self, where: np.ndarray) -> None:
+        if where.ndim != 1 or len(set(where.tolist())) != len(where):
+            raise ValueError(f"Replay takes one row per stream and call, but the streams were {where.tolist()}.")
+        if len(where) and (where.min() < 0 or where.max() >= self.num_envs):
+            raise ValueError(f"Replay has streams 0..{self.num_envs - 1}, but the streams were {where.tolist()}.")
+
+    def _check_obs(self, rows: dict[str, np.ndarray], obs: Mapping[str, np.ndarray], n: int) -> None:
+        if rows.keys() != obs.keys() or len(rows) != len(self.obs_spec):
+            raise ValueError(f"Replay got observation keys {sorted(obs)}, expected {sorted(self.obs_spec)}.")
+        for key, (shape, dtype) in self.obs_spec.items():
+            if rows[key].shape != (n, *shape):
+                raise ValueError(f"Replay got observation '{key}' of shape {list(rows[key].shape)}, expected {[n, *shape]}.")
+            if rows[key].dtype != dtype and not np.can_cast(rows[key].dtype, dtype, "same_kind"):
+                raise ValueError(f"Replay got observation '{key}' of dtype {rows[key].dtype}, expected {dtype}.")
+
+    # Out ------------------------------------------------------------------------------------------------------------
+
+    def sample(self, batch: int, length: int, rng: np.random.Generator, *, newest: float = 0.0, ends: float = 0.0) -> Batch:
+        """`batch` windows of `length` consecutive rows, as tensors that share no memory with the store.
+
+        newest  share of the windows that end at the newest row of a stream, streams in turn
+        ends    share of the windows drawn so that an is_last row (each alike) lies inside, where there is any
+        The rest is uniform over all windows of all streams. A share that is no whole number of windows is
+        rounded up or down at random, so that it holds on average. The same rng state gives the same batch.
+        Raises ValueError where no stream holds `length` rows.
+        """
+        if batch < 1 or length < 1:
+            raise ValueError(f"A batch needs at least one window of one step, not {batch} x {length}.")
+        if not (newest >= 0 and ends >= 0 and newest + ends <= 1):
+            raise ValueError(f"Shares newest={newest} and ends={ends} must be at least 0 and add up to at most 1.")
+        windows = np.maximum(self._held - length + 1, 0)
+        if not windows.any():
+            raise ValueError(self._too_short(length))
+        n_newest = _rounded(newest * batch, rng)
+        n_ends = min(_rounded(ends * batch, rng), batch - n_newest)
+        parts = [
+            self._draw_newest(n_newest, length, windows, rng),
+            drawn := self._draw_ends(n_ends, length, windows, rng),
+            self._draw_uniform(batch - n_newest - len(drawn[0]), windows, rng),
+        ]
+        streams, starts = (np.concatenate(side) for side in zip(*parts))
+        return self._gather(streams, starts, length)
+
+    def _too_short(self, length: int) -> str:
+        if length > self.size:
+            return (
+                f"Replay keeps {self.size} steps of each of {self.num_envs} streams but a window needs {length}. "
+                f"Raise the replay's capacity (now {self.capacity}), or lower train.batch_length (now {length})."
+            )
+        return (
+            f"Replay holds {len(self)} steps, {max(self.lengths)} in its longest stream, but a window needs {length} steps "
+            f"of one stream. Collect more first, or lower train.batch_length (now {length})."
+        )
+
+    def _draw_uniform(self, n: int, windows: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """(streams [n], starts [n]), every window of every stream alike; starts are sequence numbers."""
+        upto = np.cumsum(windows)
+        pick = rng.integers(upto[-1], size=n)
+        streams = np.searchsorted(upto, pick, side="right")
+        oldest = self._next - self._held
+        return streams, oldest[streams] + pick - (upto - windows)[streams]
+
+    def _draw_newest(self, n: int, length: int, windows: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """The last window of each stream in turn, from a random stream on."""
+        able = np.flatnonzero(windows)
+        first = rng.integers(len(able)) if n else 0
+        streams = able[(first + np.arange(n)) % len(able)]
+        return streams, self._next[streams] - length
+
+    def _draw_ends(self, n: int, length: int, windows: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """An is_last row, each alike, then a window around it, each alike; nothing where no row is_last."""
+        count = np.array([len(e) if w else 0 for e, w in zip(self._ends, windows.tolist())])
+        upto = np.cumsum(count)
+        if n == 0 or upto[-1] == 0:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        pick = rng.integers(upto[-1], size=n)
+        streams = np.searchsorted(upto, pick, side="right")
+        within = pick - (upto - count)[streams]
+        end = np.array([self._ends[s][i] for s, i in zip(streams.tolist(), within.tolist())])
+        newest = self._next[streams] - length
+        low = np.maximum(end - length + 1, newest - windows[streams] + 1)
+        high = np.minimum(end, newest)
+        return streams, rng.integers(low, high + 1)
+
+    def _gather(self, streams: np.ndarray, starts: np.ndarray, length: int) -> Batch:
+        sequence = starts[:, None] + np.arange(length + 1)  # one more: its prev_action is the window's last action
+        at = streams[:, None] * self.size + sequence % self.size
+        flags = self._flags[at[:, :-1]]
+        is_last = (flags & LAST) != 0
+        taken = self._prev_action[at]
+        action = taken[:, 1:].copy()
+        action[is_last | (sequence[:, 1:] == self._next[streams][:, None])] = 0
+        return Batch(
+            obs={k: torch.from_numpy(self._windows(v, streams, starts, at, length)) for k, v in self._obs.items()},
+            action=torch.from_numpy(action),
+            prev_action=torch.from_numpy(taken[:, :-1].copy()),
+            reward=torch.from_numpy(self._reward[at[:, :-1]]),
+            is_first=torch.from_numpy((flags & FIRST) != 0),
+            is_last=torch.from_numpy(is_last),
+            is_terminal=torch.from_numpy((flags & TERMINAL) != 0),
+        )
+
+    def _windows(self, column: np.ndarray, streams: np.ndarray, starts: np.ndarray, at: np.ndarray, length: int) -> np.ndarray:
+        """[B, length, ...] of one column; `at` [B, length + 1] are the rows' places."""
+        if column.dtype.itemsize * int(np.prod(column.shape[1:])) < SLICE_BYTES:
+            return column[at[:, :-1]]
+        out = np.empty((len(streams), length, *column.shape[1:]), column.dtype)
+        for b, (stream, offset) in enumerate(zip(streams.tolist(), (starts % self.size).tolist())):
+            ring = column[stream * self.size : (stream + 1) * self.size]
+            before = min(length, self.size - offset)  # rows up to the ring's physical end
+            out[b, :before] = ring[offset : offset + before]
+            out[b, before:] = ring[: length - before]
+        return out
+
+
+def _rounded(x: float, rng: np.random.Generator) -> int:
+    """x rounded to a neighbouring integer so that its mean is x; draws only where x is no integer."""
+    whole = int(x)
+    return whole + int(x > whole and rng.random() < x - whole)

@@ -1,0 +1,146 @@
+"""Names for parts: (role, kind) -> (config class, class).
+
+Each room registers its own parts; a file can only name what is registered, never an import path, so reading a
+config runs no code. A name that is not there yet is looked for in the built-in rooms and in the installed entry
+points of group `worldmodel.parts` (modules that register parts when they are imported).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar, get_args
+
+from worldmodel.errors import ConfigError, did_you_mean
+
+# From the lower floors to the upper ones: a search stops at the first room that has the name.
+ROOMS: tuple[str, ...] = (
+    "worldmodel.encoders",
+    "worldmodel.decoders",
+    "worldmodel.heads",
+    "worldmodel.distributions",
+    "worldmodel.dynamics",
+    "worldmodel.objectives",
+    "worldmodel.model",
+    "worldmodel.learner",
+    "worldmodel.run",
+    "worldmodel.envs.make",
+    "worldmodel.agents.loop",
+    "worldmodel.agents.dreamer",
+    "worldmodel.agents.random",
+)
+ENTRY_POINTS = "worldmodel.parts"
+
+Class = TypeVar("Class", bound=type)
+
+
+@dataclass(frozen=True)
+class Entry:
+    config: type
+    part: type
+
+
+_entries: dict[tuple[str, str], Entry] = {}
+_loaded_entry_points = False
+
+
+def register(role: str, kind: str, config: type | None = None) -> Callable[[Class], Class]:
+    """Decorator: the class below is the `kind` of `role`, configured by `config`.
+
+    Without `config` the class is its own config: `@register("group", "train")` on `class TrainConfig(Frozen)`.
+    Where `config` has a field `kind`, it must be a Literal that holds this kind. TypeError otherwise;
+    ConfigError where another class already has the name.
+    """
+
+    def add(part: Class) -> Class:
+        entry = Entry(config or part, part)
+        field = getattr(entry.config, "model_fields", {}).get("kind")
+        if role != "group" and (field is None or kind not in get_args(field.annotation)):
+            name = entry.config.__name__
+            raise TypeError(f"{name} configures {role} '{kind}': give it a field `kind: Literal[{kind!r}] = {kind!r}`.")
+        known = _entries.get((role, kind))
+        if known is not None and _origin(known.part) != _origin(part):
+            raise ConfigError(f"{role} '{kind}' is already {_origin(known.part)}. Choose another name for {_origin(part)}.")
+        _entries[role, kind] = entry
+        return part
+
+    return add
+
+
+def _origin(part: type) -> str:
+    return f"{part.__module__}.{part.__qualname__}"
+
+
+def config_class(role: str, kind: str) -> type:
+    """The config class of a part. ConfigError with the nearest name where there is none."""
+    return _find(role, kind).config
+
+
+def part(role: str, kind: str) -> type:
+    """The class of a part. ConfigError with the nearest name where there is none."""
+    return _find(role, kind).part
+
+
+def build(role: str, config: Any, *args: Any, **kwargs: Any) -> Any:
+    """The part that `config.kind` names, made with the config and the other arguments."""
+    return part(role, config.kind)(config, *args, **kwargs)
+
+
+def kinds(role: str) -> list[str]:
+    """Every kind of a role, sorted; imports all rooms."""
+    load()
+    return sorted(k for r, k in _entries if r == role)
+
+
+def roles() -> list[str]:
+    """Every role, sorted; imports all rooms."""
+    load()
+    return sorted({r for r, _ in _entries})
+
+
+def has(role: str, kind: str) -> bool:
+    """Whether the part exists; imports rooms until it is found."""
+    load(until=(role, kind))
+    return (role, kind) in _entries
+
+
+def load(until: tuple[str, str] | None = None) -> None:
+    """Import the rooms, then the entry points, stopping as soon as `until` is registered."""
+    for room in ROOMS:
+        if until in _entries:
+            return
+        if room not in sys.modules:
+            _import_room(room)
+    if until not in _entries:
+        _load_entry_points()
+
+
+def _import_room(room: str) -> None:
+    try:
+        importlib.import_module(room)
+    except ModuleNotFoundError as error:
+        if error.name != room:  # the room is there, but something that it needs is not
+            raise
+
+
+def _load_entry_points() -> None:
+    global _loaded_entry_points
+    if _loaded_entry_points:
+        return
+    _loaded_entry_points = True
+    for point in sorted(importlib.metadata.entry_points(group=ENTRY_POINTS), key=lambda p: (p.name, p.value)):
+        try:
+            point.load()
+        except Exception as error:
+            raise ConfigError(
+                f"The installed plug-in '{point.name}' ({point.value}) failed on import: {error!r}. Repair or uninstall it."
+            ) from error
+
+
+def _find(role: str, kind: str) -> Entry:
+    if has(role, kind):
+        return _entries[role, kind]
+    raise ConfigError(f"no {role} is called '{kind}'.{did_you_mean(kind, kinds(role))}")

@@ -1,0 +1,463 @@
+"""Atomic checkpoints: safetensors for arrays, JSON for the rest, a manifest of sizes and SHA-256 over both; no pickle.
+
+    parent/step-000000001500/{world,agent,optim}.safetensors  state.json  manifest.json
+
+A checkpoint is whole or absent. It is written under a temporary name, every file is forced to the disk, the manifest
+comes last, and one rename publishes it. No file points at the latest one: it is the highest step that verifies.
+safetensors does not notice flipped bits, so nothing is parsed before its size and hash agree with the manifest.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import stat
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from secrets import token_hex
+from typing import Any, BinaryIO
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from worldmodel.errors import CorruptError, NumericsError, StorageError
+
+Arrays = dict[str, np.ndarray]
+Content = tuple[dict[str, Arrays], dict, dict]
+
+SCHEMA = 1
+MANIFEST, STATE = "manifest.json", "state.json"
+MAX_JSON_BYTES, MAX_JSON_DEPTH, MAX_FILES = 64 << 20, 64, 64
+_STEP = re.compile(r"step-(\d{12})")
+_STEM = re.compile(r"[a-z][a-z0-9_-]{0,63}")
+_FILE = re.compile(r"state\.json|[a-z][a-z0-9_-]{0,63}\.safetensors")
+_OWN_ENTRIES = ("schema", "step", "files", "hash")
+_log = logging.getLogger(__name__)
+
+# Files that survive a power cut ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def storage(doing: str, path: Path) -> Iterator[None]:
+    """Turns the operating system's errors into a StorageError that names the path; a read error is damage."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        if error.errno == errno.EIO and doing == "read":
+            raise CorruptError(f"{path} cannot be read: {error.strerror}. Restore it from a copy, or delete it.") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "Free some disk space and try again" if full else "Check the path and what you may do there"
+        raise StorageError(f"Could not {doing} {path}: {error.strerror or error}. {advice}.") from error
+
+
+@contextmanager
+def durable(path: Path) -> Iterator[BinaryIO]:
+    """A new file, open for writing, that is on the disk when the block ends, or gone where anything failed.
+
+    After a failed fsync the pages may count as clean without being on the disk, so a retry must write anew.
+    """
+    with storage("write", path):
+        try:
+            with open(path, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+        except FileExistsError:
+            raise  # somebody else's file stays
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
+
+def sync_folder(path: Path) -> None:
+    """Forces the folder's names to the disk: a rename is safe against a power cut only after this."""
+    if os.name == "nt":  # Windows cannot open folders
+        return
+    with storage("write", path):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def make_folder(path: Path) -> None:
+    """Creates the folder and its parents, each forced to the disk."""
+    with storage("create", path):
+        if path.is_dir():
+            return
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
+
+
+# JSON -----------------------------------------------------------------------------------------------------------------
+
+
+def _plain(value: Any, where: str, depth: int = 0) -> Any:
+    """`value` as what JSON gives back (tuples become lists, numpy scalars Python's); ValueError naming what does not fit."""
+    if depth > MAX_JSON_DEPTH:
+        raise ValueError(f"{where} is nested deeper than {MAX_JSON_DEPTH} levels.")
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{where} is {value}, but a checkpoint holds finite numbers only. Store it as a string or as null.")
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(v, f"{where}[{i}]", depth + 1) for i, v in enumerate(value)]
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise ValueError(f"{where} has the key {key!r}, but JSON keys are strings.")
+        return {k: _plain(v, f"{where}.{k}", depth + 1) for k, v in value.items()}
+    raise ValueError(f"{where} is a {type(value).__name__}, which JSON cannot hold. Arrays belong into `tensors`.")
+
+
+def _dump(value: Any) -> bytes:
+    return (json.dumps(value, allow_nan=False, indent=1) + "\n").encode()
+
+
+def _parse(data: bytes, where: Path | str) -> dict:
+    """One JSON object; CorruptError on what `_dump` would never have written."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict:
+        if len({k for k, _ in pairs}) != len(pairs):
+            raise ValueError("a key occurs twice")
+        return dict(pairs)
+
+    def finite(text: str) -> float:
+        if not math.isfinite(number := float(text)):
+            raise ValueError(f"{text} is not a finite number")
+        return number
+
+    try:
+        value = json.loads(data.decode(), object_pairs_hook=once, parse_constant=finite, parse_float=finite)
+        if not isinstance(value, dict):
+            raise ValueError("it is no object")
+        return _plain(value, "it")
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"{where} is damaged: {error}. Use an older checkpoint, or restore the file from a copy.") from error
+
+
+def _hash(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of the manifest without its own hash, in one canonical spelling."""
+    body = {k: v for k, v in manifest.items() if k != "hash"}
+    return hashlib.sha256(json.dumps(body, allow_nan=False, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+# Content <-> bytes ----------------------------------------------------------------------------------------------------
+
+
+def _array(value: np.ndarray, where: str) -> np.ndarray:
+    """The array as safetensors can take it: it writes the memory as it lies, so that must be C order and native."""
+    numeric = isinstance(value, np.ndarray | np.generic)
+    if not numeric or value.dtype.kind not in "biuf" or value.dtype.itemsize > 8:
+        kind = value.dtype if numeric else type(value).__name__
+        raise ValueError(f"{where} is a {kind}; a checkpoint holds numpy arrays of booleans, integers and floats.")
+    if value.dtype.kind == "f" and not np.isfinite(value).all():
+        raise NumericsError(f"{where} holds a value that is not finite. The checkpoint is not written; the last one stays.")
+    return np.asarray(value, dtype=value.dtype.newbyteorder("="), order="C")
+
+
+def _encode(
+    step: int, tensors: Mapping[str, Mapping[str, np.ndarray]], state: Mapping, manifest: Mapping
+) -> Iterator[tuple[str, bytes]]:
+    """(file name, bytes) of every file, the manifest last; only one file's bytes live at a time."""
+    if not 0 <= step < 10**12:
+        raise ValueError(f"A checkpoint's step lies in 0..10^12 - 1, not {step}.")
+    for stem in tensors:
+        if not _STEM.fullmatch(stem):
+            raise ValueError(f"'{stem}' cannot name a checkpoint's file: use small letters, digits, '_' and '-'.")
+    for name in _OWN_ENTRIES:
+        if name in manifest:
+            raise ValueError(f"The manifest's entry '{name}' is written by the checkpoint itself. Choose another name.")
+    plain = _plain(state, "state"), _plain(manifest, "manifest")  # both before the first byte is written
+    files = {}
+    for stem, arrays in tensors.items():
+        data = safetensors.numpy.save({k: _array(v, f"{stem}.{k}") for k, v in arrays.items()})
+        files[f"{stem}.safetensors"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        yield f"{stem}.safetensors", data
+    data = _dump(plain[0])
+    files[STATE] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    yield STATE, data
+    whole = {"schema": SCHEMA, "step": int(step), "files": files, **plain[1]}
+    yield MANIFEST, _dump({**whole, "hash": _hash(whole)})
+
+
+def _check_manifest(data: bytes, where: Path | str) -> dict:
+    """The manifest that hashes to what it says, with well-formed entries of its own."""
+    manifest = _parse(data, where)
+    if manifest.get("hash") != _hash(manifest):
+        raise CorruptError(f"{where} is damaged: its own SHA-256 differs. Use an older checkpoint.")
+    schema, step, files = (manifest.get(k) for k in ("schema", "step", "files"))
+    if type(schema) is not int or schema < 1 or type(step) is not int or not isinstance(files, dict) or STATE not in files:
+        raise CorruptError(f"{where} is no checkpoint's manifest: 'schema', 'step' or 'files' is missing or odd.")
+    if schema > SCHEMA:
+        raise StorageError(f"{where} has schema {schema}, but this version reads up to {SCHEMA}. Install a newer worldmodel.")
+    if len(files) > MAX_FILES:
+        raise CorruptError(f"{where} names {len(files)} files; at most {MAX_FILES} belong to a checkpoint.")
+    for name, entry in files.items():
+        if not _FILE.fullmatch(name) or not isinstance(entry, dict) or type(entry.get("size")) is not int:
+            raise CorruptError(f"{where} names a file that cannot belong to a checkpoint: {name!r}.")
+    return manifest
+
+
+def _decode(manifest: dict, get: Callable[[str], bytes]) -> Content:
+    """(tensors, state, manifest) from bytes that the manifest vouches for."""
+    tensors = {}
+    for name in manifest["files"]:
+        if name == STATE:
+            continue
+        try:
+            tensors[name.removesuffix(".safetensors")] = _load_arrays(get(name))
+        except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise CorruptError(f"{name} is no safetensors file of numbers: {error}.") from error
+    return tensors, _parse(get(STATE), STATE), manifest
+
+
+def _load_arrays(data: bytes) -> Arrays:
+    return {k: v if v.flags.writeable else v.copy() for k, v in safetensors.numpy.load(data).items()}
+
+
+# Folders --------------------------------------------------------------------------------------------------------------
+
+
+def write(
+    parent: Path, step: int, tensors: Mapping[str, Mapping[str, np.ndarray]], state: Mapping, manifest: Mapping | None = None
+) -> Path:
+    """Commits `parent/step-<12 digits>` and returns it. When this returns, the checkpoint survives a power cut.
+
+    tensors   {file stem: {name: array}}, numbers and booleans, finite
+    state     JSON with finite numbers (tuples come back as lists)
+    manifest  further JSON entries of the manifest; `schema`, `step`, `files` and `hash` are its own
+
+    ValueError or NumericsError on content that does not fit, StorageError where the disk is full, not writable or the
+    step is committed already; a damaged checkpoint of that step is replaced. Whatever fails, earlier ones stay as they were.
+    """
+    parent = Path(parent)
+    final = parent / f"step-{step:012d}"
+    aside = parent / f".tmp-{token_hex(8)}"
+    make_folder(parent)
+    damaged = final.exists() and _damage(final) is not None
+    if final.exists() and not damaged:
+        raise StorageError(f"{final} is there already and intact. A checkpoint is never overwritten: save at a later step.")
+    try:
+        with storage("create", aside):
+            aside.mkdir()
+        for name, data in _encode(step, tensors, state, manifest or {}):
+            with durable(aside / name) as file:
+                file.write(data)
+        sync_folder(aside)
+        if damaged:
+            _discard(final)
+        with storage("write", final):
+            os.rename(aside, final)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    sync_folder(parent)
+    return final
+
+
+def steps(parent: Path) -> list[int]:
+    """Steps that have a folder, damaged ones included, ascending; empty where the parent does not exist."""
+    with storage("read", Path(parent)):
+        try:
+            entries = list(os.scandir(parent))
+        except FileNotFoundError:
+            return []
+        return sorted(int(m[1]) for e in entries if (m := _STEP.fullmatch(e.name)) and e.is_dir())
+
+
+def newest(parent: Path, log: Callable[[str], object] = _log.warning) -> tuple[int, Path] | None:
+    """(step, path) of the highest step that verifies; every damaged one that is passed over is told to `log`."""
+    for step in reversed(steps(parent)):
+        path = Path(parent) / f"step-{step:012d}"
+        damage = _damage(path)
+        if damage is None:
+            return step, path
+        log(f"Checkpoint of step {step} is skipped: {damage}")
+    return None
+
+
+def verify(path: Path) -> dict:
+    """The manifest, after every file's size and SHA-256 were compared with it; CorruptError names file and check."""
+    path = Path(path)
+    manifest = _manifest(path)
+    for name in manifest["files"]:
+        _check(path / name, manifest["files"][name])
+    return manifest
+
+
+def read(path: Path) -> Content:
+    """(tensors, state, manifest) of a checkpoint; the bytes that are parsed are those that were verified."""
+    path = Path(path)
+    manifest = _manifest(path)
+    return _decode(manifest, lambda name: _check(path / name, manifest["files"][name], keep=True))
+
+
+def _manifest(path: Path) -> dict:
+    where = path / MANIFEST
+    manifest = _check_manifest(_check(where, None, keep=True), where)
+    named = _STEP.fullmatch(path.name)
+    if named and int(named[1]) != manifest["step"]:
+        raise CorruptError(f"{where} is of step {manifest['step']}, but its folder is {path.name}: files were mixed up.")
+    return manifest
+
+
+def _check(path: Path, entry: Mapping | None, keep: bool = False) -> bytes:
+    """Compares a file with its manifest entry (None: only a size limit); its bytes if `keep`, else none."""
+    digest, parts = hashlib.sha256(), []
+    with storage("read", path):
+        try:
+            found = path.stat()
+        except FileNotFoundError:
+            raise CorruptError(f"{path} is missing. Use an older checkpoint, or restore the file from a copy.") from None
+        size = found.st_size if entry is None else entry["size"]
+        if not stat.S_ISREG(found.st_mode):  # opening a FIFO would wait for ever
+            raise CorruptError(f"{path} is no regular file.")
+        if found.st_size != size:
+            raise CorruptError(f"{path} has {found.st_size} bytes, but its manifest says {size}: it was cut or changed.")
+        if size > MAX_JSON_BYTES and path.suffix == ".json":
+            raise CorruptError(f"{path} has {size} bytes; at most {MAX_JSON_BYTES} are read.")
+        with open(path, "rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
+                if keep:
+                    parts.append(part)
+    if entry is not None and digest.hexdigest() != entry.get("sha256"):
+        raise CorruptError(f"{path} is damaged: its SHA-256 is not the manifest's. Use an older checkpoint.")
+    return b"".join(parts)
+
+
+def _damage(path: Path) -> CorruptError | None:
+    try:
+        verify(path)
+    except CorruptError as error:
+        return error
+    return None
+
+
+def prune(parent: Path, keep: int = 2) -> list[int]:
+    """Deletes what is older than the `keep` newest checkpoints that verify; returns the steps deleted.
+
+    Damaged ones do not count as kept, so the last valid ones always stay.
+    """
+    if keep < 1:
+        raise ValueError(f"prune keeps at least one checkpoint, not {keep}.")
+    held = list(reversed(steps(parent)))
+    valid = 0
+    for i, step in enumerate(held):
+        valid += _damage(Path(parent) / f"step-{step:012d}") is None
+        if valid == keep:
+            for old in held[i + 1 :]:
+                _discard(Path(parent) / f"step-{old:012d}")
+            return held[i + 1 :]
+    return []
+
+
+def _discard(path: Path) -> None:
+    """Deletes a folder; a kill on the way leaves it whole under its name or under a name that nobody reads."""
+    trash = path.parent / f".trash-{token_hex(8)}"
+    with storage("delete", path):
+        os.rename(path, trash)
+        sync_folder(path.parent)
+        shutil.rmtree(trash)
+
+
+def sweep(parent: Path) -> None:
+    """Removes what interrupted writes and deletions left behind. Only the run's one writer may call it."""
+    parent = Path(parent)
+    with storage("delete", parent):
+        leftovers = [p for pattern in (".tmp-*", ".trash-*") for p in parent.glob(pattern)]
+        for path in leftovers:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+# One zip --------------------------------------------------------------------------------------------------------------
+
+
+def pack(
+    path: Path, step: int, tensors: Mapping[str, Mapping[str, np.ndarray]], state: Mapping, manifest: Mapping | None = None
+) -> Path:
+    """The same content as one zip of stored members; a file of that name is replaced at once or not at all."""
+    path = Path(path)
+    make_folder(path.parent)
+    aside = path.parent / f".tmp-{token_hex(8)}"
+    with durable(aside) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in _encode(step, tensors, state, manifest or {}):
+            archive.writestr(zipfile.ZipInfo(name), data)  # ZipInfo's fixed date: equal content, equal bytes
+    try:
+        with storage("write", path):
+            os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+    return path
+
+
+def unpack(path: Path) -> Content:
+    """(tensors, state, manifest) of a zip that `pack` wrote. Nothing is extracted to the disk.
+
+    CorruptError where a member is compressed, encrypted, extra, missing, named twice or oddly, or larger than the file.
+    """
+    path = Path(path)
+    with storage("read", path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                members = _members(archive, path)
+                manifest = _check_manifest(archive.read(members[MANIFEST]), f"{path}:{MANIFEST}")
+                odd = members.keys() ^ {MANIFEST, *manifest["files"]}
+                if odd:
+                    raise CorruptError(f"{path} and its manifest differ on the members {sorted(odd)}.")
+                return _decode(manifest, lambda name: _member(archive, members[name], manifest["files"][name], path))
+        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, UnicodeDecodeError) as error:
+            raise CorruptError(f"{path} is no intact zip: {error}. Restore it from a copy.") from error
+
+
+def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
+    """{name: member}, after the refusals that need no reading. Sizes are limited by the file's, so nothing can blow up."""
+    infos = archive.infolist()
+    names = [i.filename for i in infos]
+    for info in infos:
+        if info.filename != MANIFEST and not _FILE.fullmatch(info.filename):
+            raise CorruptError(
+                f"{path} has a member {info.filename!r}, which no archive of this library has. "
+                "A zip that another library saved needs that library."
+            )
+        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 0x1:
+            raise CorruptError(f"{path}: the member {info.filename!r} is compressed or encrypted; this library stores plainly.")
+    if len(set(names)) != len(names):
+        raise CorruptError(f"{path} has two members of one name.")
+    if MANIFEST not in names:
+        raise CorruptError(f"{path} has no {MANIFEST}: it was not saved by this library, or not to its end.")
+    if len(names) > MAX_FILES + 1 or sum(i.file_size for i in infos) > path.stat().st_size:
+        raise CorruptError(f"{path} claims more members or bytes than it can hold.")
+    if archive.comment or min(i.header_offset for i in infos) != 0:
+        raise CorruptError(f"{path} holds more than its members: something was put before them or into the comment.")
+    return {i.filename: i for i in infos}
+
+
+def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, entry: Mapping, path: Path) -> bytes:
+    data = archive.read(info)
+    if len(data) != entry["size"] or hashlib.sha256(data).hexdigest() != entry.get("sha256"):
+        raise CorruptError(f"{path}: the member {info.filename!r} is damaged: size or SHA-256 differ from the manifest's.")
+    return data

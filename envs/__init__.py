@@ -1,1 +1,40 @@
+"""Where agents act: real environments, small worlds with known answers, and the learned world as an environment.
 
+Importing this registers `Catch-v0` and `Chain-v0` with Gymnasium (use them as `worldmodel.envs:Catch-v0`) and loads
+nothing else: the names below are resolved when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import gymnasium
+
+_HOMES = {
+    "ActionRepeat": "wrappers",
+    "Catch": "tiny",
+    "Chain": "tiny",
+    "CheckedEnv": "wrappers",
+    "EnvConfig": "make",
+    "FlattenSpaces": "wrappers",
+    "RenderObservation": "wrappers",
+    "as_vec_env": "make",
+    "make_env": "make",
+    "make_vec": "make",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'worldmodel.envs' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"worldmodel.envs.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
+gymnasium.register("Catch-v0", entry_point="worldmodel.envs.tiny:Catch", reward_threshold=0.9)
+gymnasium.register("Chain-v0", entry_point="worldmodel.envs.tiny:Chain", reward_threshold=0.39)

@@ -1,0 +1,169 @@
+"""Real environments: an id and its options -> wrappers -> VecEnv."""
+
+from __future__ import annotations
+
+import importlib
+from functools import partial
+from typing import Any, Literal
+
+import gymnasium as gym
+from gymnasium.wrappers import TimeLimit
+from pydantic import Field
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from worldmodel.envs.extras import missing_extra, register_for
+from worldmodel.envs.workers import ReportFaults, WorkerVecEnv
+from worldmodel.envs.wrappers import ActionRepeat, CheckedEnv, FlattenSpaces, RenderObservation
+
+from worldmodel.config import Frozen
+from worldmodel.errors import ConfigError, EnvError, did_you_mean
+from worldmodel.spaces import Layout
+
+
+class EnvConfig(Frozen):
+    """Which environment, and how it is seen.
+
+    id                 Gymnasium id, "module:Name-v0" imports the module first
+    kwargs             for the environment's constructor
+    num_envs           copies that step together
+    layout             of image-shaped observations where the shape leaves it open; by key for Dict spaces
+    pixels             observe the rendered picture, this many pixels a side, instead of the observation
+    max_episode_steps  truncates there; None: the limit that the environment is registered with
+    action_repeat      environment steps per action; the step limit counts environment steps
+    vectorize          all copies in this process, or one process each
+    """
+
+    id: str
+    kwargs: dict[str, Any] = {}
+    num_envs: int = Field(1, ge=1)
+    layout: Layout | dict[str, Layout] | None = None
+    pixels: int | None = Field(None, ge=8)
+    max_episode_steps: int | None = Field(None, ge=1)
+    action_repeat: int = Field(1, ge=1)
+    vectorize: Literal["dummy", "subproc"] = "dummy"
+
+
+def make_env(config: EnvConfig | str, index: int = 0, seed: int | None = None) -> gym.Env:
+    """One environment: checked, limited, repeated, rendered, flat and monitored (in this order, outwards).
+
+    Its first reset and its action space are seeded with seed + index.
+    Raises ConfigError (unknown id, wrong kwargs), MissingExtraError, EnvError (its constructor raised).
+    """
+    config = EnvConfig(id=config) if isinstance(config, str) else config
+    spec = find_spec(config.id)
+    kwargs = dict(config.kwargs)
+    if config.pixels is not None:
+        kwargs.setdefault("render_mode", "rgb_array")
+    try:
+        # The time limit goes around the checks: its unpacking of a malformed step would hide what was wrong.
+        env = gym.make(spec, max_episode_steps=-1, disable_env_checker=True, **kwargs)
+    except Exception as error:
+        _explain(error, config, index)
+    limit = spec.max_episode_steps if config.max_episode_steps is None else config.max_episode_steps
+    return _prepare(env, index, seed, limit=limit, repeat=config.action_repeat, pixels=config.pixels)
+
+
+def make_vec(config: EnvConfig | str, num_envs: int | None = None, seed: int | None = None) -> VecEnv:
+    """SB3 VecEnv of num_envs (default: the config's) such environments; number i is seeded with seed + i."""
+    config = EnvConfig(id=config) if isinstance(config, str) else config
+    count = config.num_envs if num_envs is None else num_envs
+    if count < 1:
+        raise ConfigError(f"env.num_envs is {count}; expected at least 1.")
+    if config.vectorize == "subproc":
+        # A worker cannot say why its environment could not be made: find out here.
+        make_env(config).close()
+        venv: VecEnv = WorkerVecEnv([partial(_make_worker, config, index, seed) for index in range(count)])
+    else:
+        venv = DummyVecEnv([partial(make_env, config, index, seed) for index in range(count)])
+    if seed is not None:
+        venv.seed(seed)
+    return venv
+
+
+def as_vec_env(env: str | EnvConfig | gym.Env | VecEnv, num_envs: int | None = None, seed: int | None = None) -> VecEnv:
+    """A VecEnv of whatever users hold: an id, a config, one Gymnasium environment, or a VecEnv, which is passed back."""
+    if isinstance(env, VecEnv):
+        if num_envs not in (None, env.num_envs):
+            raise ConfigError(f"The VecEnv has {env.num_envs} environments, but {num_envs} were asked for. Leave num_envs out.")
+        if seed is not None:
+            env.seed(seed)
+        return env
+    if isinstance(env, (str, EnvConfig)):
+        return make_vec(env, num_envs, seed)
+    if isinstance(env, gym.vector.VectorEnv):
+        raise ConfigError("A Gymnasium VectorEnv is no Stable-Baselines3 VecEnv. Pass the environment's id and num_envs instead.")
+    if not isinstance(env, gym.Env):
+        raise ConfigError(f"Expected a Gymnasium id, a gymnasium.Env or an SB3 VecEnv; got {type(env).__name__}.")
+    if num_envs not in (None, 1):
+        raise ConfigError(f"One environment cannot be {num_envs}. Pass its id, or a VecEnv.")
+    venv = DummyVecEnv([partial(_prepare, env, 0, seed)])
+    if seed is not None:
+        venv.seed(seed)
+    return venv
+
+
+def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
+    """The registered spec of an id, importing what registers it. Raises ConfigError with the nearest registered ids."""
+    module, _, name = env_id.rpartition(":")
+    if module:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            absent = missing_extra(error)
+            if absent is not None:
+                raise absent from error
+            raise ConfigError(
+                f"env.id '{env_id}': the module '{module}' could not be imported ({error}). Expected an installed module that "
+                "registers the environment."
+            ) from error
+    if name not in gym.registry:
+        register_for(name)
+    if name in gym.registry:
+        return gym.registry[name]
+    newest = (
+        gym.envs.registration.find_highest_version(*gym.envs.registration.parse_env_id(name)[:2]) if _well_formed(name) else None
+    )
+    known = [spec for spec in gym.registry if newest is not None and spec.startswith(f"{name.rsplit('-v', 1)[0]}-v")] or list(
+        gym.registry
+    )
+    hint = did_you_mean(name, known)
+    # The whole registry is no help, and long.
+    hint = hint if hint.startswith(" Did") else " Import the package that registers it by writing 'module:Name-v0'."
+    raise ConfigError(f"env.id '{env_id}' is not registered with Gymnasium.{hint}")
+
+
+def _well_formed(name: str) -> bool:
+    return gym.envs.registration.ENV_ID_RE.fullmatch(name) is not None
+
+
+def _make_worker(config: EnvConfig, index: int, seed: int | None) -> gym.Env:
+    return ReportFaults(make_env(config, index, seed))
+
+
+def _prepare(
+    env: gym.Env, index: int, seed: int | None, *, limit: int | None = None, repeat: int = 1, pixels: int | None = None
+) -> gym.Env:
+    seed = None if seed is None else seed + index
+    env = CheckedEnv(env, index, seed)
+    if limit is not None:
+        env = TimeLimit(env, limit)
+    if repeat > 1:
+        env = ActionRepeat(env, repeat)
+    if pixels is not None:
+        env = RenderObservation(env, pixels)
+    env = Monitor(FlattenSpaces.wrap(env))
+    env.action_space.seed(seed)
+    return env
+
+
+def _explain(error: Exception, config: EnvConfig, index: int) -> None:
+    """Raise what the failure of an environment's constructor means to the user."""
+    absent = missing_extra(error)
+    if absent is not None:
+        raise absent from error
+    if isinstance(error, TypeError) and "argument" in str(error):
+        raise ConfigError(f"env.kwargs {config.kwargs} do not fit '{config.id}': {error}. Correct env.kwargs.") from error
+    raise EnvError(
+        f"environment {index}: '{config.id}' could not be made: it raised {type(error).__name__}: {error}. "
+        "Correct the environment or env.kwargs."
+    ) from error

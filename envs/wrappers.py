@@ -1,0 +1,322 @@
+"""Wrappers that make any Gymnasium environment safe to learn from: checked, flat, repeated, seen in pixels."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from PIL import Image
+from worldmodel.envs.extras import missing_extra
+
+from worldmodel.errors import ConfigError, EnvError, UnsupportedSpaceError
+from worldmodel.spaces import FLOAT32_MAX
+
+
+class CheckedEnv(gym.Wrapper):
+    """Passes on only what the spaces allow, in copies; anything else is an EnvError that says where it happened.
+
+    index  the number of the environment among its siblings, used in messages
+    seed   for the first reset, if that is not given one
+
+    Observations are compared with the space that the environment had when it was wrapped: keys, shape, dtype, finite
+    numbers, categories. Rewards are finite numbers, flags are booleans, `info` is a dict. What the environment raises,
+    `SystemExit` included, becomes an EnvError; only KeyboardInterrupt and a missing optional package pass.
+    """
+
+    def __init__(self, env: gym.Env, index: int = 0, seed: int | None = None):
+        super().__init__(env)
+        self.index, self.episode, self.steps = index, 0, 0
+        self._seed = seed
+        self._space = env.observation_space
+
+    def place(self) -> str:
+        """`environment 3, episode 12, step 40`: episodes count from 1, step 0 is the reset."""
+        return f"environment {self.index}, episode {self.episode}, step {self.steps}"
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        self.episode, self.steps = self.episode + 1, 0
+        seed, self._seed = (self._seed if seed is None else seed), None
+        result = self._call("reset", lambda: self.env.reset(seed=seed, options=options))
+        if not isinstance(result, tuple) or len(result) != 2:
+            self._fail(f"reset returned {_form(result)}", "(observation, info)", "Return both, as Gymnasium does since 0.26")
+        obs, info = result
+        return self._observation(obs), self._info(info)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.steps += 1
+        result = self._call("step", lambda: self.env.step(action))
+        if not isinstance(result, tuple) or len(result) != 5:
+            self._fail(
+                f"step returned {_form(result)}",
+                "(observation, reward, terminated, truncated, info)",
+                "Split `done` into terminated and truncated, as Gymnasium does since 0.26",
+            )
+        obs, reward, terminated, truncated, info = result
+        for name, flag in (("terminated", terminated), ("truncated", truncated)):
+            if not isinstance(flag, (bool, np.bool_)):
+                self._fail(f"'{name}' is {_form(flag)}", "a bool", f"Return bool({name})")
+        return self._observation(obs), self._reward(reward), bool(terminated), bool(truncated), self._info(info)
+
+    def render(self) -> Any:
+        return self._call("render", self.env.render)
+
+    def _call(self, name: str, function: Any) -> Any:
+        try:
+            return function()
+        except EnvError:
+            raise
+        except (Exception, SystemExit) as error:
+            absent = missing_extra(error)
+            if absent is not None:
+                raise absent from error
+            said = (
+                f"called sys.exit({error.code!r})" if isinstance(error, SystemExit) else f"raised {type(error).__name__}: {error}"
+            )
+            raise EnvError(
+                f"{self.place()}: {name} {said}. Expected it to return. Correct the environment or its kwargs."
+            ) from error
+
+    def _observation(self, value: Any) -> Any:
+        return _checked(self._space, value, "", self)
+
+    def _reward(self, reward: Any) -> float:
+        number = isinstance(reward, (int, float, np.integer, np.floating)) and not isinstance(reward, bool)
+        if not number and not (isinstance(reward, np.ndarray) and reward.shape == () and reward.dtype.kind in "iuf"):
+            self._fail(f"the reward is {_form(reward)}", "one number", "Return float(reward)")
+        if not abs(float(reward)) <= FLOAT32_MAX:
+            self._fail(
+                f"the reward is {float(reward)}", "a finite 32-bit float", "Find where the environment computes it, or clip it"
+            )
+        return float(reward)
+
+    def _info(self, info: Any) -> dict[str, Any]:
+        if not isinstance(info, dict):
+            self._fail(f"info is {_form(info)}", "a dict", "Return {} where there is nothing to say")
+        return dict(info)
+
+    def _fail(self, found: str, expected: str, remedy: str) -> NoReturn:
+        raise EnvError(f"{self.place()}: {found}; expected {expected}. {remedy}.")
+
+
+def _checked(space: spaces.Space, value: Any, path: str, env: CheckedEnv) -> Any:
+    """A copy of `value`, an element of `space`; EnvError with its key path otherwise."""
+    name = f"observation '{path or 'obs'}'"
+    if isinstance(space, spaces.Dict):
+        if not isinstance(value, Mapping):
+            env._fail(f"{name} is {_form(value)}", f"a dict with the keys {list(space.spaces)}", "Return one value a key")
+        if value.keys() != space.spaces.keys():
+            missing, extra = [k for k in space.spaces if k not in value], [k for k in value if k not in space.spaces]
+            env._fail(
+                f"{name} has missing keys {missing} and extra keys {extra}", f"{list(space.spaces)}", "Return what the space says"
+            )
+        return {key: _checked(sub, value[key], _join(path, key), env) for key, sub in space.spaces.items()}
+    if isinstance(space, spaces.Tuple):
+        if not isinstance(value, tuple) or len(value) != len(space.spaces):
+            env._fail(f"{name} is {_form(value)}", f"a tuple of {len(space.spaces)}", "Return one value an item")
+        return tuple(_checked(sub, item, _join(path, i), env) for i, (sub, item) in enumerate(zip(space.spaces, value)))
+    if isinstance(space, spaces.Discrete):
+        return _checked_category(space, value, name, env)
+    if isinstance(space, (spaces.Box, spaces.MultiDiscrete, spaces.MultiBinary)):
+        return _checked_array(space, value, name, env)
+    if not space.contains(value):
+        env._fail(f"{name} is {_form(value)}", f"an element of {space}", "Return what the space says")
+    return copy.deepcopy(value)
+
+
+def _checked_category(space: spaces.Discrete, value: Any, name: str, env: CheckedEnv) -> np.integer:
+    array = np.asarray(value) if isinstance(value, (int, np.integer, np.ndarray)) else None
+    if array is None or array.shape != () or array.dtype.kind not in "iu":
+        env._fail(f"{name} is {_form(value)}", f"one integer of {space}", "Return int(observation)")
+    if not space.start <= array < space.start + space.n:
+        env._fail(f"{name} is {int(array)}", f"a category of {space}", "Correct the environment or its observation_space")
+    return np.dtype(space.dtype).type(array)
+
+
+def _checked_array(space: spaces.Space, value: Any, name: str, env: CheckedEnv) -> np.ndarray:
+    dtype, shape = np.dtype(space.dtype), tuple(space.shape)
+    if not isinstance(value, (np.ndarray, np.generic)) or value.shape != shape:
+        env._fail(f"{name} is {_form(value)}", f"an array of shape {shape}", "Correct the environment or its observation_space")
+    if isinstance(space, spaces.Box):
+        if value.dtype != dtype:
+            remedy = f"Return it as {dtype}, or declare what comes with gymnasium.wrappers.DtypeObservation"
+            env._fail(f"{name} has dtype {value.dtype}", f"{dtype}", remedy)
+        if dtype.kind == "f" and not np.isfinite(value).all():
+            env._fail(f"{name} holds NaN or infinity", "finite numbers", "Find where the environment computes it")
+        if dtype.kind == "f" and dtype.itemsize > 4 and (np.abs(value) > FLOAT32_MAX).any():
+            env._fail(f"{name} holds {np.abs(value).max()}", "numbers that fit a 32-bit float", "Rescale the observation")
+        return np.array(value)
+    if value.dtype.kind not in "iub":
+        env._fail(f"{name} has dtype {value.dtype}", "integers", "Return it as integers")
+    low = np.asarray(getattr(space, "start", 0))
+    high = low + (space.nvec if isinstance(space, spaces.MultiDiscrete) else 2)
+    if ((value < low) | (value >= high)).any():
+        env._fail(
+            f"{name} is {np.asarray(value).tolist()}", f"an element of {space}", "Correct the environment or its observation_space"
+        )
+    return np.array(value, dtype)
+
+
+def _form(value: Any) -> str:
+    """What a value is, in a few words."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return f"an array of shape {value.shape}, dtype {value.dtype}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"{value!r}" if value is None or isinstance(value, (bool, int, float, str)) else f"of type {type(value).__name__}"
+
+
+def _join(path: str, key: Any) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """One array of a nested space: the way to it, its flat name, its space there and here, and its shift."""
+
+    path: tuple[Any, ...]
+    name: str
+    outer: spaces.Space
+    start: np.ndarray | int = 0
+    flatten: bool = False
+
+    @classmethod
+    def of(cls, path: tuple[Any, ...], space: spaces.Space, *, flat_bits: bool = False) -> _Leaf:
+        name = ".".join(str(step) for step in path)
+        if isinstance(space, spaces.Discrete) and space.start != 0:
+            return cls(path, name, spaces.Discrete(int(space.n)), int(space.start))
+        if isinstance(space, spaces.MultiDiscrete):
+            start = np.broadcast_to(getattr(space, "start", 0), space.nvec.shape)
+            if start.any() or start.ndim > 1:
+                return cls(path, name, spaces.MultiDiscrete(space.nvec.reshape(-1), dtype=space.dtype), start, True)
+        if isinstance(space, spaces.MultiBinary) and flat_bits and len(space.shape) > 1:
+            return cls(path, name, spaces.MultiBinary(int(np.prod(space.shape))), 0, True)
+        return cls(path, name, space)
+
+    def outward(self, value: Any) -> Any:
+        for step in self.path:
+            value = value[step]
+        if not self.changes:
+            return value
+        value = np.asarray(value - self.start, self.outer.dtype)
+        return value.reshape(-1) if self.flatten else value[()]
+
+    def inward(self, value: Any, space: spaces.Space) -> Any:
+        if not self.changes:
+            return value
+        value = np.asarray(value)
+        value = np.asarray((value.reshape(space.shape) if self.flatten else value) + self.start, space.dtype)
+        return value if self.flatten else value[()]
+
+    @property
+    def changes(self) -> bool:
+        return self.flatten or (isinstance(self.start, int) and self.start != 0)
+
+
+def _leaves(space: spaces.Space, path: tuple[Any, ...] = ()) -> Iterator[_Leaf]:
+    if isinstance(space, (spaces.Dict, spaces.Tuple)):
+        items = space.spaces.items() if isinstance(space, spaces.Dict) else enumerate(space.spaces)
+        for key, sub in items:
+            yield from _leaves(sub, (*path, key))
+    else:
+        yield _Leaf.of(path, space)
+
+
+class FlattenSpaces(gym.Wrapper):
+    """Spaces as SB3 wants them: one flat Dict, categories from 0, category and bit arrays in one dimension.
+
+    Nested Dict and Tuple observations become a flat Dict whose keys are joined with "." (items of a Tuple are "0", "1", ...).
+    Discrete and MultiDiscrete are shifted to start at 0, as observation and as action. Everything else is passed on.
+    """
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        space = env.observation_space
+        self._leaves = list(_leaves(space))
+        names = [leaf.name for leaf in self._leaves]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice or not names:
+            what = f"its flat keys {twice} would be made twice" if twice else "it holds no array"
+            raise UnsupportedSpaceError(
+                f"The observation space {space} cannot be flattened: {what}. Rename or add keys in the environment."
+            )
+        self._single = not isinstance(space, (spaces.Dict, spaces.Tuple))
+        outer = {leaf.name: leaf.outer for leaf in self._leaves}
+        self.observation_space = self._leaves[0].outer if self._single else spaces.Dict(outer)
+        self._action = _Leaf.of((), env.action_space, flat_bits=True)
+        self.action_space = self._action.outer
+
+    @classmethod
+    def wrap(cls, env: gym.Env) -> gym.Env:
+        """The environment in this wrapper, or itself where nothing would change."""
+        wrapped = cls(env)
+        same = wrapped.observation_space == env.observation_space and wrapped.action_space == env.action_space
+        return env if same else wrapped
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        obs, info = self.env.reset(seed=seed, options=options)
+        return self._flat(obs), info
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        obs, reward, terminated, truncated, info = self.env.step(self._action.inward(action, self.env.action_space))
+        return self._flat(obs), reward, terminated, truncated, info
+
+    def _flat(self, obs: Any) -> Any:
+        return self._leaves[0].outward(obs) if self._single else {leaf.name: leaf.outward(obs) for leaf in self._leaves}
+
+
+class RenderObservation(gym.Wrapper):
+    """The picture instead of the observation: `render()` resized to uint8 [size, size, 3]. The old observation is in no info.
+
+    Raises ConfigError where the render mode is not rgb_array, EnvError where `render` gives no picture.
+    """
+
+    def __init__(self, env: gym.Env, size: int = 64):
+        if env.render_mode != "rgb_array":
+            raise ConfigError(
+                f"Observing pixels needs render_mode 'rgb_array'; {env} has {env.render_mode!r}. Pass render_mode='rgb_array' when "
+                "the environment is made."
+            )
+        super().__init__(env)
+        self.size = size
+        self.observation_space = spaces.Box(0, 255, (size, size, 3), np.uint8)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        _, info = self.env.reset(seed=seed, options=options)
+        return self._picture(), info
+
+    def step(self, action: Any) -> tuple[np.ndarray, Any, bool, bool, dict[str, Any]]:
+        _, reward, terminated, truncated, info = self.env.step(action)
+        return self._picture(), reward, terminated, truncated, info
+
+    def _picture(self) -> np.ndarray:
+        frame = self.env.render()
+        if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+            place = self.get_wrapper_attr("place")() if self.has_wrapper_attr("place") else "the environment"
+            raise EnvError(f"{place}: render gave {_form(frame)}; expected uint8 [height, width, 3]. Correct its render method.")
+        if frame.shape[:2] == (self.size, self.size):
+            return frame.copy()
+        return np.array(Image.fromarray(frame).resize((self.size, self.size), Image.Resampling.BOX))
+
+
+class ActionRepeat(gym.Wrapper):
+    """Each action is taken `times` times, or until the episode ends; the rewards add up, the last observation counts."""
+
+    def __init__(self, env: gym.Env, times: int):
+        if times < 1:
+            raise ConfigError(f"env.action_repeat is {times}; expected at least 1.")
+        super().__init__(env)
+        self.times = times
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        total = 0.0
+        for _ in range(self.times):
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            total += float(reward)
+            if terminated or truncated:
+                break
+        return obs, total, terminated, truncated, info

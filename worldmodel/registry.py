@@ -101,6 +101,12 @@ def roles() -> list[str]:
     return sorted({r for r, _ in _entries})
 
 
+def entries() -> list[tuple[str, str, type]]:
+    """(role, kind, config class) of everything registered, sorted; imports all rooms."""
+    load()
+    return [(role, kind, _entries[role, kind].config) for role, kind in sorted(_entries)]
+
+
 def has(role: str, kind: str) -> bool:
     """Whether the part exists; imports rooms until it is found."""
     load(until=(role, kind))
@@ -135,6 +141,7 @@ def _load_entry_points() -> None:
         try:
             point.load()
         except Exception as error:
+            _loaded_entry_points = False
             raise ConfigError(
                 f"The installed plug-in '{point.name}' ({point.value}) failed on import: {error!r}. Repair or uninstall it."
             ) from error

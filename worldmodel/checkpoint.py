@@ -127,12 +127,12 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
     raise ValueError(f"{where} is a {type(value).__name__}, which JSON cannot hold. Arrays belong into `tensors`.")
 
 
-def _dump(value: Any) -> bytes:
+def dump_json(value: Any) -> bytes:
     return (json.dumps(value, allow_nan=False, indent=1) + "\n").encode()
 
 
-def _parse(data: bytes, where: Path | str) -> dict:
-    """One JSON object; CorruptError on what `_dump` would never have written."""
+def parse_json(data: bytes, where: Path | str) -> dict:
+    """One JSON object; CorruptError on what `dump_json` would never have written."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict:
         if len({k for k, _ in pairs}) != len(pairs):
@@ -191,16 +191,16 @@ def _encode(
         data = safetensors.numpy.save({k: _array(v, f"{stem}.{k}") for k, v in arrays.items()})
         files[f"{stem}.safetensors"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         yield f"{stem}.safetensors", data
-    data = _dump(plain[0])
+    data = dump_json(plain[0])
     files[STATE] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     yield STATE, data
     whole = {"schema": SCHEMA, "step": int(step), "files": files, **plain[1]}
-    yield MANIFEST, _dump({**whole, "hash": _hash(whole)})
+    yield MANIFEST, dump_json({**whole, "hash": _hash(whole)})
 
 
 def _check_manifest(data: bytes, where: Path | str) -> dict:
     """The manifest that hashes to what it says, with well-formed entries of its own."""
-    manifest = _parse(data, where)
+    manifest = parse_json(data, where)
     if manifest.get("hash") != _hash(manifest):
         raise CorruptError(f"{where} is damaged: its own SHA-256 differs. Use an older checkpoint.")
     schema, step, files = (manifest.get(k) for k in ("schema", "step", "files"))
@@ -226,7 +226,7 @@ def _decode(manifest: dict, get: Callable[[str], bytes]) -> Content:
             tensors[name.removesuffix(".safetensors")] = _load_arrays(get(name))
         except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
             raise CorruptError(f"{name} is no safetensors file of numbers: {error}.") from error
-    return tensors, _parse(get(STATE), STATE), manifest
+    return tensors, parse_json(get(STATE), STATE), manifest
 
 
 def _load_arrays(data: bytes) -> Arrays:

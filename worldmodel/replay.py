@@ -10,12 +10,19 @@ write head is therefore no special case: a window is a range of sequence numbers
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from worldmodel import checkpoint, segments
 from worldmodel.data import Batch
+from worldmodel.errors import CorruptError, StorageError
+
+_log = logging.getLogger(__name__)
 
 FIRST, LAST, TERMINAL = 1, 2, 4
 """Bits of a row's flags."""
@@ -35,6 +42,7 @@ class Ends:
         return len(self._at) - self._from
 
     def __getitem__(self, i: int) -> int:
+        """The i-th oldest, i >= 0."""
         return self._at[self._from + i]
 
     def append(self, sequence: int) -> None:
@@ -99,6 +107,11 @@ class Replay:
     def ends(self) -> int:
         """is_last rows held, over all streams."""
         return sum(map(len, self._ends))
+
+    @property
+    def added_by_stream(self) -> tuple[int, ...]:
+        """Rows ever added to each stream: the sequence number of its next row."""
+        return tuple(self._next.tolist())
 
     @property
     def nbytes(self) -> int:
@@ -275,6 +288,163 @@ class Replay:
             out[b, :before] = ring[offset : offset + before]
             out[b, before:] = ring[: length - before]
         return out
+
+
+    # On disk --------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path, since: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Writes the rows that `since` does not cover as new segments and returns the marks: JSON that `load` takes.
+
+        since  marks of an earlier save of this replay into this folder, or None: everything held is written.
+        Marks name the segments that hold what the replay holds now; a checkpoint keeps them, and so commits the rows.
+        Nothing is deleted here (see `sweep`), so that a kill or a full disk leaves earlier marks loadable.
+        Raises StorageError where the disk is full or not writable.
+        """
+        folder = Path(folder)
+        checkpoint.make_folder(folder)
+        taken = segments.numbers(folder)
+        named = self._named_by(since) if since is not None else []
+        if since is None or not {number for number, _ in named} <= set(taken):  # the folder was emptied meanwhile
+            since, named = {"rows": [0] * self.num_envs}, []
+        named = self._without_evicted(folder, named)
+
+        low = np.maximum(np.array(since["rows"], np.int64), self._next - self._held)
+        columns, missing = self._column_spec, self._next - low
+        each = max(1, segments.MAX_BYTES // max(1, segments.row_bytes(columns) * self.num_envs))
+        number = max([*taken, *(n for n, _ in named)], default=0)
+        for done in range(0, int(missing.max()), each):
+            number += 1
+            starts, stops = (low + np.minimum(missing, upto) for upto in (done, done + each))
+            header = segments.Header(number, tuple(starts.tolist()), tuple(stops.tolist()))
+            named.append([number, segments.write(folder, header, columns, self._rows)])
+        if missing.any():
+            checkpoint.sync_folder(folder)
+        return {"rows": self._next.tolist(), "segments": named, **self._identity()}
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        marks: Mapping[str, Any],
+        *,
+        keep_newer: bool = False,
+        log: Callable[[str], object] = _log.warning,
+    ) -> Replay:
+        """The replay as it was when `marks` were made.
+
+        Rows saved later belong to a future that the checkpoint does not know: they are dropped, or kept with
+        `keep_newer`, as far as they are intact; both is told to `log`. CorruptError names the file and the offset
+        of damage to any row that the marks name.
+        """
+        folder = Path(folder)
+        replay = cls._from_identity(marks)
+        try:
+            rows, named = np.array(marks["rows"], np.int64), [(int(n), int(seal)) for n, seal in marks["segments"]]
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise CorruptError(f"The replay's marks are damaged: {error!r}.") from error
+        low = np.zeros(replay.num_envs, np.int64)  # from here on, each stream's rows are without a hole
+        for number, seal in named:
+            header, streams = segments.read(folder, number, replay._column_spec, replay.num_envs, seal)
+            low = np.where(np.array(header.starts) == replay._next, low, header.starts)
+            replay._append(header, streams)
+        if rows.shape != low.shape or (replay._next != rows).any() or (low > rows - replay._held).any():
+            raise CorruptError(f"{folder} does not hold the rows that the checkpoint names: segments are missing from its marks.")
+        replay._load_newer(folder, max((n for n, _ in named), default=0), keep_newer, log)
+        return replay
+
+    @staticmethod
+    def sweep(folder: Path, keep: Iterable[Mapping[str, Any]]) -> None:
+        """Deletes the segments that none of the marks in `keep` names, and leftovers of interrupted writes.
+
+        Call it with the marks of every checkpoint that is still there, after old ones were pruned.
+        """
+        checkpoint.sweep(folder)
+        named = {int(number) for marks in keep for number, _ in marks["segments"]}
+        segments.delete(folder, [n for n in segments.numbers(folder) if n not in named])
+
+    @property
+    def _column_spec(self) -> segments.Columns:
+        return {name: (column.shape[1:], column.dtype) for name, column in self._columns.items()}
+
+    def _identity(self) -> dict[str, Any]:
+        """What marks say about the replay that they are of."""
+        obs = segments.columns_to_json(self.obs_spec)
+        return {"capacity": self.capacity, "num_envs": self.num_envs, "action_dim": self.action_dim, "obs": obs}
+
+    @classmethod
+    def _from_identity(cls, marks: Mapping[str, Any]) -> Replay:
+        try:
+            obs = {k: (shape, np.dtype(dtype).newbyteorder("=")) for k, (shape, dtype) in marks["obs"].items()}
+            return cls(marks["capacity"], obs, marks["action_dim"], marks["num_envs"])
+        except MemoryError as error:
+            raise StorageError(f"The replay's {marks['capacity']} steps do not fit into memory: {error}.") from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CorruptError(f"The replay's marks are damaged: {error!r}.") from error
+
+    def _named_by(self, since: Mapping[str, Any]) -> list[list[int]]:
+        mine = self._identity()
+        rows = np.array(since["rows"])
+        if any(since.get(k) != v for k, v in mine.items()) or rows.shape != self._next.shape or (rows > self._next).any():
+            raise ValueError("The marks given as `since` are of another replay. Pass what its last save returned, or None.")
+        return [list(entry) for entry in since["segments"]]
+
+    def _without_evicted(self, folder: Path, named: list[list[int]]) -> list[list[int]]:
+        """The segments that still hold a row that the ring holds: eviction goes from the oldest on."""
+        oldest = self._next - self._held
+        while named:
+            try:
+                header = segments.read_header(folder, named[0][0], self._column_spec, self.num_envs)
+            except CorruptError:  # not this save's business: whoever loads the marks learns of it
+                break
+            if (np.array(header.stops) > oldest).any():
+                break
+            named = named[1:]
+        return named
+
+    def _rows(self, name: str, stream: int, start: int, stop: int) -> np.ndarray:
+        return self._columns[name][stream * self.size + np.arange(start, stop) % self.size]
+
+    def _append(self, header: segments.Header, streams: list[dict[str, np.ndarray]]) -> None:
+        """Puts a segment's rows at their sequence numbers; a stream that starts anew forgets what it held."""
+        for stream, (start, stop) in enumerate(zip(header.starts, header.stops)):
+            if start != self._next[stream]:
+                self._ends[stream] = Ends()
+            kept = max(start, stop - self.size)
+            at = stream * self.size + np.arange(kept, stop) % self.size
+            for name, column in self._columns.items():
+                column[at] = streams[stream][name][kept - start :]
+            for i in np.flatnonzero(streams[stream]["flags"] & LAST).tolist():
+                self._ends[stream].append(start + i)
+            self._next[stream] = stop
+            self._ends[stream].drop_before(stop - self.size)
+
+    def _load_newer(self, folder: Path, after: int, keep: bool, log: Callable[[str], object]) -> None:
+        """Looks at the segments behind the marks: tells of what is dropped, or appends the newest unbroken timeline."""
+        chain: list[segments.Header] = []
+        for number in segments.numbers(folder):
+            if number <= after:
+                continue
+            try:
+                header = segments.read_header(folder, number, self._column_spec, self.num_envs)
+            except CorruptError as error:
+                log(f"A newer replay segment is ignored: {error}")
+                continue
+            reached = [self.added_by_stream, *(h.stops for h in chain)]
+            if header.starts in reached:  # a later file that starts further back is a retry: it replaces what it repeats
+                chain = [*chain[: reached.index(header.starts)], header]
+        count = sum(h.rows for h in chain)
+        if not keep:
+            if count:
+                log(f"Replay: {count} steps newer than the checkpoint are dropped.")
+            return
+        for i, header in enumerate(chain):
+            try:
+                self._append(*segments.read(folder, header.number, self._column_spec, self.num_envs))
+            except CorruptError as error:
+                count = sum(h.rows for h in chain[:i])
+                log(f"A newer replay segment and all behind it are ignored: {error}")
+                break
+        log(f"Replay: {count} steps newer than the checkpoint are kept.")
 
 
 def _rounded(x: float, rng: np.random.Generator) -> int:

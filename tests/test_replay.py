@@ -1,0 +1,460 @@
+"""The sequence store: alignment, sampling, eviction, and what comes back from the disk."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from worldmodel import segments
+from worldmodel.data import Batch
+from worldmodel.errors import CorruptError, StorageError
+from worldmodel.replay import Replay
+
+EPISODE = 5
+
+
+def store(capacity: int = 60, num_envs: int = 1, image: bool = False, action_dim: int = 2) -> Replay:
+    obs = {"at": ((2,), np.float32)}
+    if image:
+        obs["picture"] = ((32, 32, 1), np.uint8)
+    return Replay(capacity, obs, action_dim, num_envs)
+
+
+def fill(replay: Replay, rows: int, streams: list[int] | None = None) -> Replay:
+    """Rows that know themselves: stream s, sequence q; episodes of 5 rows, ending by turns truly and by truncation."""
+    for _ in range(rows):
+        where = list(range(replay.num_envs)) if streams is None else streams
+        q = np.array([replay.added_by_stream[s] for s in where])
+        obs = {"at": np.stack([np.array(where, np.float32), q.astype(np.float32)], 1)}
+        if "picture" in replay.obs_spec:
+            obs["picture"] = np.broadcast_to((q % 251).astype(np.uint8)[:, None, None, None], (len(where), 32, 32, 1))
+        first, last = q % EPISODE == 0, q % EPISODE == EPISODE - 1
+        action = np.repeat((1 + q + 1000 * np.array(where))[:, None], replay.action_dim, 1)
+        replay.add(obs, action, 10.0 + q, first, last, last & (q // EPISODE % 2 == 0), None if streams is None else where)
+    return replay
+
+
+def sequences(batch: Batch) -> np.ndarray:
+    return batch.obs["at"][..., 1].numpy().astype(int)
+
+
+def check_rows(replay: Replay, batch: Batch) -> None:
+    """Every entry of the batch is what the row's stream and sequence number say."""
+    stream, q = (batch.obs["at"][..., i].numpy().astype(int) for i in (0, 1))
+    assert (stream == stream[:, :1]).all()
+    assert (np.diff(q, axis=1) == 1).all()
+    first, last = q % EPISODE == 0, q % EPISODE == EPISODE - 1
+    np.testing.assert_array_equal(batch.is_first, first)
+    np.testing.assert_array_equal(batch.is_last, last)
+    np.testing.assert_array_equal(batch.is_terminal, last & (q // EPISODE % 2 == 0))
+    np.testing.assert_array_equal(batch.reward, np.where(first, 0, 10 + q))
+    np.testing.assert_array_equal(batch.prev_action[..., -1], np.where(first, 0, 1 + q + 1000 * stream))
+    known = ~last & (q + 1 < np.array(replay.added_by_stream)[stream])
+    np.testing.assert_array_equal(batch.action[..., 0], np.where(known, 2 + q + 1000 * stream, 0))
+    if "picture" in batch.obs:
+        assert batch.obs["picture"].shape == (*q.shape, 32, 32, 1)
+        assert (batch.obs["picture"].numpy() == (q % 251)[..., None, None, None]).all()
+
+
+def assert_same(a: Replay, b: Replay) -> None:
+    assert (a.added_by_stream, a.lengths, a.ends, a.obs_spec) == (b.added_by_stream, b.lengths, b.ends, b.obs_spec)
+    for length in (1, 3, min(a.lengths)):
+        for seed in range(3):
+            x, y = (r.sample(16, length, np.random.default_rng(seed), newest=0.2, ends=0.3) for r in (a, b))
+            for key in x.obs:
+                assert torch.equal(x.obs[key], y.obs[key])
+            for field in fields(Batch)[1:]:
+                assert torch.equal(getattr(x, field.name), getattr(y, field.name))
+
+
+# Rows and windows -----------------------------------------------------------------------------------------------------
+
+
+def test_two_short_episodes_come_back_as_they_were_lived():
+    replay = Replay(10, {"x": ((), np.int64)}, 1, 1)
+    #        x  prev  rew    first  last   terminal
+    rows = [
+        (0, 0.0, 0.0, True, False, False),
+        (1, 0.1, 1.0, False, False, False),
+        (2, 0.2, 2.0, False, True, True),  # the world ended on arriving at 2
+        (5, 9.0, 9.0, True, False, False),  # what a careless caller passes at a reset is not stored
+        (6, 0.3, 3.0, False, True, False),  # cut by a time limit
+        (7, 0.0, 0.0, True, False, False),
+        (8, 0.4, 4.0, False, False, False),
+    ]
+    for x, prev, reward, first, last, terminal in rows:
+        replay.add({"x": np.array([x])}, [[prev]], [reward], [first], [last], [terminal])
+    batch = replay.sample(1, 7, np.random.default_rng(0))
+    assert batch.obs["x"].tolist() == [[0, 1, 2, 5, 6, 7, 8]]
+    assert batch.obs["x"].dtype == torch.int64
+    np.testing.assert_allclose(batch.prev_action[0, :, 0], [0, 0.1, 0.2, 0, 0.3, 0, 0.4], rtol=1e-6)
+    np.testing.assert_allclose(batch.action[0, :, 0], [0.1, 0.2, 0, 0.3, 0, 0.4, 0], rtol=1e-6)
+    assert batch.reward.tolist() == [[0, 1, 2, 0, 3, 0, 4]]
+    assert batch.is_first.tolist() == [[True, False, False, True, False, True, False]]
+    assert batch.is_last.tolist() == [[False, False, True, False, True, False, False]]
+    assert batch.is_terminal.tolist() == [[False, False, True, False, False, False, False]]
+
+
+def test_the_action_of_a_windows_last_row_is_the_one_taken_there():
+    replay = fill(store(), 9)
+    rng = np.random.default_rng(0)
+    batch = next(b for b in (replay.sample(1, 2, rng) for _ in range(99)) if sequences(b).tolist() == [[6, 7]])
+    assert batch.action[0, :, 0].tolist() == [8, 9]
+
+
+@pytest.mark.parametrize("image", [False, True])
+@pytest.mark.parametrize("rows", [7, 20, 21, 33, 64])
+def test_every_window_of_a_turning_ring_holds_consecutive_rows(rows, image):
+    replay = fill(store(capacity=60, num_envs=3, image=image), rows)
+    rng = np.random.default_rng(0)
+    for length in (1, 2, 7):
+        check_rows(replay, replay.sample(64, length, rng, newest=0.1, ends=0.2))
+
+
+def test_eviction_leaves_exactly_the_newest_rows_in_reach():
+    replay = fill(store(capacity=20), 33)
+    assert (len(replay), replay.added, replay.lengths) == (20, 33, (20,))
+    starts = {int(q) for q in sequences(replay.sample(2000, 6, np.random.default_rng(0)))[:, 0]}
+    assert starts == set(range(13, 28))  # rows 13..32 are held, and the last window starts at 27
+
+
+def test_ends_are_forgotten_with_their_rows():
+    replay = fill(store(capacity=12), 3000)
+    assert replay.ends == 3  # 2989, 2994 and 2999 of 2988..2999
+    fill(replay, 3)
+    assert replay.ends == 2
+    for _ in range(20):
+        check_rows(replay, replay.sample(8, 3, np.random.default_rng(1), ends=1.0))
+
+
+@pytest.mark.parametrize("length", [1, 3, 12, 20])
+def test_windows_drawn_for_ends_hold_an_end(length):
+    replay = fill(store(capacity=40, num_envs=2), 33)
+    batch = replay.sample(500, length, np.random.default_rng(0), ends=1.0)
+    assert batch.is_last.any(1).all()
+    if length == 3:  # the end takes every place in the window
+        assert {tuple(r) for r in batch.is_last.tolist()} == {(True, False, False), (False, True, False), (False, False, True)}
+        assert len({tuple(q) for q in batch.obs["at"][batch.is_last].tolist()}) == replay.ends
+
+
+def test_without_any_end_the_share_falls_back_to_all_windows():
+    replay = fill(store(), 4)
+    assert len(set(sequences(replay.sample(100, 2, np.random.default_rng(0), ends=1.0))[:, 0])) == 3
+
+
+def test_newest_windows_end_at_each_streams_newest_row_in_turn():
+    replay = fill(fill(store(capacity=40, num_envs=4), 8), 5, [1, 3])
+    batch = replay.sample(8, 6, np.random.default_rng(0), newest=1.0)
+    assert sequences(batch)[:, -1].tolist() in ([7, 12] * 4, [12, 7] * 4)
+    assert sorted(batch.obs["at"][:, 0, 0].tolist()) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert (batch.action[:, -1] == 0).all()
+
+
+def test_shares_hold_on_average_and_leave_room_for_the_rest():
+    replay = fill(store(capacity=400), 400)
+    rng = np.random.default_rng(0)
+    newest = np.mean([(sequences(replay.sample(4, 3, rng, newest=0.1))[:, -1] == 399).mean() for _ in range(2000)])
+    assert newest == pytest.approx(0.1 + 0.9 / 398, abs=0.015)
+    assert len(set(sequences(replay.sample(16, 3, rng, newest=0.25, ends=0.25))[:, 0])) > 8
+
+
+def test_windows_are_drawn_uniformly_over_all_streams():
+    replay = fill(fill(store(capacity=60, num_envs=3), 8), 22, [0, 2])  # 20, 8 and 20 rows held
+    batch = replay.sample(39_000, 6, np.random.default_rng(0))
+    stream, start = batch.obs["at"][:, 0].numpy().astype(int).T
+    counts = np.unique(stream * 100 + start, return_counts=True)[1]
+    assert len(counts) == 15 + 3 + 15
+    expected = 39_000 / 33
+    assert ((counts - expected) ** 2 / expected).sum() < 62.5  # chi-square, 32 degrees of freedom, p = 0.001
+
+
+def test_the_same_generator_gives_the_same_batch_and_another_one_another():
+    replay = fill(store(capacity=200, num_envs=2), 100)
+    a, b, c = (replay.sample(8, 4, np.random.default_rng(s), newest=0.1, ends=0.3) for s in (1, 1, 2))
+    assert torch.equal(a.obs["at"], b.obs["at"])
+    assert torch.equal(a.action, b.action)
+    assert not torch.equal(a.obs["at"], c.obs["at"])
+
+
+def test_a_batch_shares_no_memory_with_the_store():
+    replay = fill(store(capacity=20, image=True), 20)
+    batch = replay.sample(1, 20, np.random.default_rng(0))
+    before = batch.map(torch.clone)
+    batch.map(lambda x: x.zero_())
+    again = replay.sample(1, 20, np.random.default_rng(0))
+    check_rows(replay, again)
+    assert torch.equal(again.action, before.action)
+    again.prev_action.zero_()
+    assert torch.equal(again.action, before.action)
+
+
+def test_streams_may_grow_unevenly():
+    replay = fill(store(capacity=90, num_envs=3), 4)
+    fill(replay, 9, [2, 0])
+    assert replay.lengths == (13, 4, 13)
+    batch = replay.sample(200, 10, np.random.default_rng(0))
+    check_rows(replay, batch)
+    assert set(batch.obs["at"][:, 0, 0].tolist()) == {0.0, 2.0}
+
+
+def test_a_batch_needs_one_window_and_says_what_is_missing():
+    replay = fill(store(capacity=60, num_envs=2), 6)
+    assert replay.sample(50, 6, np.random.default_rng(0)).shape == (50, 6)
+    with pytest.raises(ValueError, match=r"holds 12 steps, 6 in its longest stream.*needs 7.*train\.batch_length \(now 7\)"):
+        replay.sample(1, 7, np.random.default_rng(0))
+    with pytest.raises(ValueError, match=r"keeps 30 steps.*Raise the replay's capacity \(now 60\)"):
+        replay.sample(1, 31, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="holds 0 steps"):
+        store().sample(1, 1, np.random.default_rng(0))
+
+
+GOOD = dict(obs={"at": np.zeros((1, 2), np.float32)}, prev_action=[[0, 0]], reward=[0], is_first=[1], is_last=[0], is_terminal=[0])
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"obs": {"at": np.zeros((1, 3), np.float32)}}, r"'at' of shape \[1, 3\], expected \[1, 2\]"),
+        ({"obs": {"at": np.zeros((1, 2), complex)}}, "dtype complex128, expected float32"),
+        ({"obs": {"to": np.zeros((1, 2), np.float32)}}, r"keys \['to'\], expected \['at'\]"),
+        ({"obs": {"at": np.zeros((1, 2), np.float32), "to": np.zeros(1)}}, r"keys \['at', 'to'\]"),
+        ({"prev_action": [[0]]}, r"prev_action of shape \[1, 1\], expected \[1, 2\]"),
+        ({"reward": [np.nan]}, "not finite"),
+        ({"prev_action": [[0, np.inf]]}, "not finite"),
+        ({"reward": 0.0}, r"reward of shape \[\]"),
+        ({"is_terminal": [1]}, "is_terminal but not is_last"),
+        ({"streams": [1]}, r"streams 0\.\.0"),
+        ({"streams": [0, 0]}, "one row per stream"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_refused_whole(bad, message):
+    replay = store()
+    with pytest.raises(ValueError, match=message):
+        replay.add(**{**GOOD, **bad})
+    assert (replay.added, replay.ends) == (0, 0)
+    replay.add(**GOOD)
+
+
+def test_a_replay_that_could_hold_nothing_is_refused():
+    with pytest.raises(ValueError, match="each of 4 environments"):
+        Replay(3, {"x": ((), np.float32)}, 1, 4)
+    with pytest.raises(ValueError, match="'x' of dtype object"):
+        Replay(3, {"x": ((), object)}, 1, 1)
+
+
+# On disk --------------------------------------------------------------------------------------------------------------
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+@pytest.mark.parametrize("rows", [0, 3, 20, 47])
+def test_what_was_saved_is_loaded(tmp_path, rows):
+    replay = fill(store(capacity=40, num_envs=2, image=True), rows)
+    fill(replay, 3, [1])
+    loaded = Replay.load(tmp_path, replay.save(tmp_path))
+    if rows:
+        assert_same(loaded, replay)
+        assert_same(fill(loaded, 9), fill(replay, 9))
+    assert loaded.lengths == replay.lengths
+    assert loaded.capacity == 40
+
+
+def test_saves_are_incremental_and_old_marks_stay_loadable_until_swept(tmp_path):
+    replay, marks, copies = store(capacity=40, num_envs=2), [None], []
+    for rows in (3, 11, 0, 9, 30, 1, 1):
+        fill(replay, rows)
+        marks.append(replay.save(tmp_path, marks[-1]))
+        copies.append(Replay.load(tmp_path, marks[-1]))
+        assert_same(copies[-1], replay)
+    assert files(tmp_path) == [f"segment-{i:09d}.bin" for i in range(1, 7)]  # nothing new, no file
+    for copy, mark in zip(copies, marks[1:]):
+        assert_same(Replay.load(tmp_path, mark), copy)
+    assert [n for n, _ in marks[-1]["segments"]] == [4, 5, 6]  # 1 to 3 hold evicted rows only
+    sizes = [segments.path_of(tmp_path, n).stat().st_size for n in (4, 6)]
+    assert sizes[1] < sizes[0]
+
+    (tmp_path / ".tmp-123").write_text("left behind")
+    Replay.sweep(tmp_path, marks[-2:])
+    assert files(tmp_path) == [f"segment-{i:09d}.bin" for i in (4, 5, 6)]
+    assert_same(Replay.load(tmp_path, marks[-1]), replay)
+
+
+def test_marks_survive_json(tmp_path):
+    import json
+
+    replay = fill(store(), 9)
+    assert_same(Replay.load(tmp_path, json.loads(json.dumps(replay.save(tmp_path)))), replay)
+
+
+def test_a_big_save_is_split_so_that_eviction_frees_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(segments, "MAX_BYTES", 1000)
+    replay = fill(fill(store(capacity=200, num_envs=2), 60), 31, [1])
+    marks = replay.save(tmp_path)
+    assert len(files(tmp_path)) == 4
+    assert max(p.stat().st_size for p in tmp_path.iterdir()) < 2000
+    assert_same(Replay.load(tmp_path, marks), replay)
+
+
+def test_a_future_that_the_checkpoint_does_not_know_is_dropped_aloud_or_kept_aloud(tmp_path):
+    replay = fill(store(capacity=40), 12)
+    marks = replay.save(tmp_path)
+    fill(replay, 5)
+    later = replay.save(tmp_path, marks)
+    fill(replay, 4)
+    replay.save(tmp_path, later)
+    said: list[str] = []
+    dropped = Replay.load(tmp_path, marks, log=said.append)
+    assert dropped.added == 12
+    assert said == ["Replay: 9 steps newer than the checkpoint are dropped."]
+    check_rows(dropped, dropped.sample(50, 4, np.random.default_rng(0), newest=0.2))
+    kept = Replay.load(tmp_path, marks, keep_newer=True, log=said.append)
+    assert_same(kept, replay)
+    assert said[1] == "Replay: 9 steps newer than the checkpoint are kept."
+    fill(kept, 2)
+    assert_same(Replay.load(tmp_path, kept.save(tmp_path, marks)), kept)
+
+
+def test_a_retold_future_replaces_the_one_that_was_dropped(tmp_path):
+    replay = fill(store(capacity=40), 12)
+    marks = replay.save(tmp_path)
+    fill(replay, 7).save(tmp_path, marks)
+    other = fill(Replay.load(tmp_path, marks), 3)
+    told = other.save(tmp_path, marks)
+    assert_same(Replay.load(tmp_path, marks, keep_newer=True), other)
+    assert_same(Replay.load(tmp_path, told), other)
+
+
+def test_damage_behind_the_marks_costs_only_what_is_behind_it(tmp_path):
+    replay = fill(store(capacity=40), 12)
+    marks = replay.save(tmp_path)
+    middle = fill(replay, 5).save(tmp_path, marks)
+    copy = Replay.load(tmp_path, middle)
+    fill(replay, 4).save(tmp_path, middle)
+    last = segments.path_of(tmp_path, 3)
+    whole = last.read_bytes()
+    for damaged in (whole[:-1], whole[:100], whole[:5], whole[:-9] + b"\xff" + whole[-8:]):
+        last.write_bytes(damaged)
+        said: list[str] = []
+        assert_same(Replay.load(tmp_path, marks, keep_newer=True, log=said.append), copy)
+        assert "segment-000000003.bin" in said[0]
+        assert said[-1] == "Replay: 5 steps newer than the checkpoint are kept."
+
+
+def test_every_flipped_byte_is_noticed(tmp_path):
+    replay = fill(store(capacity=8, num_envs=2, action_dim=1), 5)
+    marks = replay.save(tmp_path)
+    path = segments.path_of(tmp_path, 1)
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        for mask in (0x01, 0xFF):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ mask]) + whole[at + 1 :])
+            with pytest.raises(CorruptError, match=re.escape(path.name)):
+                Replay.load(tmp_path, marks)
+    path.write_bytes(whole)
+    assert_same(Replay.load(tmp_path, marks), replay)
+
+
+def test_a_cut_or_lengthened_file_is_noticed(tmp_path):
+    marks = fill(store(capacity=8), 5).save(tmp_path)
+    path = segments.path_of(tmp_path, 1)
+    whole = path.read_bytes()
+    for damaged in [*(whole[:n] for n in range(len(whole))), whole + b"\0", whole + whole, whole[:40] + b"\0" + whole[40:]]:
+        path.write_bytes(damaged)
+        with pytest.raises(CorruptError, match=r"segment-000000001\.bin"):
+            Replay.load(tmp_path, marks)
+
+
+def test_damage_names_the_offset_of_its_block(tmp_path):
+    marks = fill(store(capacity=8), 5).save(tmp_path)
+    path = segments.path_of(tmp_path, 1)
+    whole = bytearray(path.read_bytes())
+    whole[-30] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(CorruptError, match=r"segment-000000001\.bin is damaged at offset \d+: a block's CRC"):
+        Replay.load(tmp_path, marks)
+
+
+def test_a_missing_or_foreign_segment_is_noticed(tmp_path):
+    replay = fill(store(capacity=40), 4)
+    marks = replay.save(tmp_path)
+    marks = fill(replay, 4).save(tmp_path, marks)
+    one, two = (segments.path_of(tmp_path, n) for n in (1, 2))
+    held = one.read_bytes()
+    other = tmp_path / "other"
+    twin = store(capacity=40)
+    for _ in range(4):
+        twin.add(**GOOD)
+    twin.save(other)
+    for damage, message in [
+        (lambda: one.unlink(), "missing"),
+        (lambda: one.write_bytes(two.read_bytes()), "renamed"),
+        (lambda: one.write_bytes(segments.path_of(other, 1).read_bytes()), "not the file that the checkpoint names"),
+    ]:
+        damage()
+        with pytest.raises(CorruptError, match=message):
+            Replay.load(tmp_path, marks)
+        one.write_bytes(held)
+    with pytest.raises(CorruptError, match="segments are missing from its marks"):
+        Replay.load(tmp_path, {**marks, "segments": marks["segments"][1:]})
+    for key in ("rows", "segments", "obs", "capacity"):
+        with pytest.raises(CorruptError, match="marks"):
+            Replay.load(tmp_path, {k: v for k, v in marks.items() if k != key})
+
+
+def test_a_lying_header_allocates_nothing(tmp_path):
+    path = segments.path_of(tmp_path, 1)
+    replay = fill(store(capacity=40), 4)
+    marks = replay.save(tmp_path)
+    header = segments.Header(1, (0,), (10**15,))
+    columns = replay._column_spec
+    segments.write(tmp_path, header, columns, lambda name, *_: np.zeros((1, *columns[name][0])))
+    with pytest.raises(CorruptError, match=f"{path.name} has .* bytes, but its header implies"):
+        Replay.load(tmp_path, marks)
+
+
+def test_an_emptied_folder_is_written_anew(tmp_path):
+    replay = fill(store(capacity=40), 9)
+    marks = replay.save(tmp_path)
+    segments.path_of(tmp_path, 1).unlink()
+    fill(replay, 2)
+    assert_same(Replay.load(tmp_path, replay.save(tmp_path, marks)), replay)
+
+
+def test_marks_of_another_replay_are_refused(tmp_path):
+    marks = fill(store(capacity=40), 9).save(tmp_path)
+    with pytest.raises(ValueError, match="of another replay"):
+        store(capacity=40).save(tmp_path, marks)
+    with pytest.raises(ValueError, match="of another replay"):
+        fill(store(capacity=50), 9).save(tmp_path, marks)
+
+
+def test_a_full_disk_is_a_named_error_and_leaves_the_last_save_whole(tmp_path):
+    replay = fill(store(capacity=40, image=True), 9)
+    marks = replay.save(tmp_path)
+    before = files(tmp_path)
+    copy = Replay.load(tmp_path, marks)
+    fill(replay, 30)
+    pid = os.fork()
+    if pid == 0:  # the limit cannot be lifted again, so it lives and dies with a child
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        try:
+            replay.save(tmp_path, marks)
+            os._exit(1)
+        except StorageError as error:
+            os._exit(0 if "Free some disk space" in str(error) and str(tmp_path) in str(error) else 2)
+        finally:
+            os._exit(3)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert files(tmp_path) == before
+    assert_same(Replay.load(tmp_path, marks), copy)
+    assert_same(Replay.load(tmp_path, replay.save(tmp_path, marks)), replay)

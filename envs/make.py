@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from functools import partial
 from typing import Any, Literal
 
@@ -17,9 +18,11 @@ from worldmodel.envs.wrappers import ActionRepeat, CheckedEnv, FlattenSpaces, Re
 
 from worldmodel.config import Frozen
 from worldmodel.errors import ConfigError, EnvError, did_you_mean
+from worldmodel.registry import register
 from worldmodel.spaces import Layout
 
 
+@register("group", "env")
 class EnvConfig(Frozen):
     """Which environment, and how it is seen.
 
@@ -120,20 +123,12 @@ def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
         register_for(name)
     if name in gym.registry:
         return gym.registry[name]
-    newest = (
-        gym.envs.registration.find_highest_version(*gym.envs.registration.parse_env_id(name)[:2]) if _well_formed(name) else None
-    )
-    known = [spec for spec in gym.registry if newest is not None and spec.startswith(f"{name.rsplit('-v', 1)[0]}-v")] or list(
-        gym.registry
-    )
+    base = re.sub(r"-v\d+$", "", name)
+    known = [other for other in gym.registry if re.fullmatch(re.escape(base) + r"-v\d+", other)] or list(gym.registry)
     hint = did_you_mean(name, known)
     # The whole registry is no help, and long.
     hint = hint if hint.startswith(" Did") else " Import the package that registers it by writing 'module:Name-v0'."
     raise ConfigError(f"env.id '{env_id}' is not registered with Gymnasium.{hint}")
-
-
-def _well_formed(name: str) -> bool:
-    return gym.envs.registration.ENV_ID_RE.fullmatch(name) is not None
 
 
 def _make_worker(config: EnvConfig, index: int, seed: int | None) -> gym.Env:

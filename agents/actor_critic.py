@@ -1,0 +1,240 @@
+"""Actor and critic that learn from imagined rollouts alone."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from worldmodel.agents.returns import ReturnScale, lambda_return, weights
+from worldmodel.config import Frozen
+from worldmodel.data import Batch, Dream, Sampling, State, Trace
+from worldmodel.model import WorldModel
+from worldmodel.networks import MLP, TwoHot
+from worldmodel.spaces import ActionSpec
+
+
+class ActorCriticConfig(Frozen):
+    """Options of behaviour learning in imagination."""
+
+    units: int = Field(128, ge=1, description="width of actor and critic")
+    layers: int = Field(2, ge=1, description="layers of actor and critic")
+    horizon: int = Field(15, ge=1, description="imagined steps")
+    starts: int | None = Field(256, ge=1, description="replayed states that imagination starts from; none: all of the batch")
+    gamma: float = Field(0.99, ge=0, le=1, description="discount per step")
+    lam: float = Field(0.95, ge=0, le=1, description="lambda of the returns")
+    entropy: float = Field(3e-3, ge=0, description="weight of the policy's entropy, in units of the scaled return")
+    lr: float = Field(3e-4, gt=0, description="Adam's learning rate for actor and critic")
+    eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
+    clip: float = Field(100.0, gt=0, description="greatest norm of each gradient")
+    slow: float = Field(0.02, gt=0, le=1, description="rate at which the slow critic follows")
+    slow_weight: float = Field(1.0, ge=0, description="weight of the slow critic's prediction as a second target")
+    replay_value: float = Field(0.0, ge=0, description="weight of the critic's loss on replayed, real rewards")
+    bins: int = Field(255, ge=3, description="bins of the critic's distribution (odd)")
+    limit: float = Field(20.0, gt=0, description="greatest symlog value that the bins reach")
+    min_std: float = Field(0.1, gt=0, description="least deviation of a continuous policy, actions being in [-1, 1]")
+    max_std: float = Field(1.0, gt=0, description="greatest deviation of a continuous policy")
+    unimix: float = Field(0.01, ge=0, lt=1, description="share of the uniform distribution in a discrete policy")
+    gradient: Literal["reinforce", "dynamics"] = Field("reinforce", description="policy gradient; dynamics: through the model (continuous actions)")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A distribution over canonical actions [*N, A]: one-hot groups, independent bits, or numbers in [-1, 1].
+
+    Continuous actions are normal around tanh(mean); what leaves [-1, 1] is clamped by the codec, not here.
+    """
+
+    spec: ActionSpec
+    parameters: Tensor
+    config: ActorCriticConfig
+
+    @property
+    def _normal(self) -> tuple[Tensor, Tensor]:
+        mean, raw = self.parameters.chunk(2, -1)
+        low, high = self.config.min_std, self.config.max_std
+        return torch.tanh(mean), (high - low) * torch.sigmoid(raw + 2) + low
+
+    @property
+    def _groups(self) -> list[Tensor]:
+        """Probabilities of each categorical group."""
+        mix = self.config.unimix
+        return [(1 - mix) * part.softmax(-1) + mix / part.shape[-1] for part in self.parameters.split(self.spec.sizes, -1)]
+
+    @property
+    def _bits(self) -> Tensor:
+        return torch.sigmoid(self.parameters) * (1 - self.config.unimix) + 0.5 * self.config.unimix
+
+    def sample(self, generator: torch.Generator | None) -> Tensor:
+        kind, shape, device = self.spec.kind, self.parameters.shape[:-1], self.parameters.device
+        if kind == "continuous":
+            mean, std = self._normal
+            return mean + std * torch.randn(mean.shape, generator=generator, device=device)
+        if kind == "binary":
+            return (torch.rand(self.parameters.shape, generator=generator, device=device) < self._bits).float()
+        parts = []
+        for probs in self._groups:
+            draw = torch.rand(*shape, 1, generator=generator, device=device)
+            index = (probs.cumsum(-1)[..., :-1] <= draw).sum(-1)
+            parts.append(nn.functional.one_hot(index, probs.shape[-1]).float())
+        return torch.cat(parts, -1)
+
+    def mode(self) -> Tensor:
+        if self.spec.kind == "continuous":
+            return self._normal[0]
+        if self.spec.kind == "binary":
+            return (self.parameters > 0).float()
+        return torch.cat([nn.functional.one_hot(p.argmax(-1), p.shape[-1]).float() for p in self._groups], -1)
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """ln p(action) [*N]."""
+        if self.spec.kind == "continuous":
+            mean, std = self._normal
+            return -(0.5 * ((action - mean) / std).square() + std.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
+        if self.spec.kind == "binary":
+            return torch.where(action > 0.5, self._bits.log(), (1 - self._bits).log()).sum(-1)
+        return (action * torch.cat(self._groups, -1).log()).sum(-1)
+
+    def entropy(self) -> Tensor:
+        """In nats [*N], summed over the action's parts."""
+        if self.spec.kind == "continuous":
+            return (self._normal[1].log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+        if self.spec.kind == "binary":
+            p = self._bits
+            return -(p * p.log() + (1 - p) * (1 - p).log()).sum(-1)
+        p = torch.cat(self._groups, -1)
+        return -(p * p.log()).sum(-1)
+
+
+class ActorCritic(nn.Module):
+    """Networks of the behaviour; `ActorCriticLearner` trains them."""
+
+    def __init__(self, config: ActorCriticConfig, feature_dim: int, action: ActionSpec):
+        super().__init__()
+        self.config, self.action = config, action
+        outputs = action.dim * (2 if action.kind == "continuous" else 1)
+        self.actor = MLP(feature_dim, config.units, config.layers, outputs, scale=0.01)
+        self.critic = MLP(feature_dim, config.units, config.layers, config.bins, scale=0)
+        self.slow = copy.deepcopy(self.critic).requires_grad_(False)
+        self.two_hot = TwoHot(config.bins, config.limit)
+
+    def policy(self, feature: Float[Tensor, "*N F"]) -> Policy:
+        return Policy(self.action, self.actor(feature), self.config)
+
+    def value(self, feature: Float[Tensor, "*N F"]) -> Float[Tensor, "*N"]:
+        """Expected discounted return from a feature, in reward units."""
+        return self.two_hot.mean(self.critic(feature))
+
+
+class ActorCriticLearner:
+    """One improvement of actor and critic from the states of a world-model batch.
+
+    The actor follows REINFORCE on scaled lambda-returns minus the critic, the critic a two-hot regression on the same
+    returns. Source: Hafner et al. 2023 (DreamerV3), eqs. 7 to 12.
+    """
+
+    def __init__(self, world: WorldModel, behaviour: ActorCritic):
+        self.world, self.behaviour, self.config = world, behaviour, behaviour.config
+        self.actor_optimizer = torch.optim.Adam(behaviour.actor.parameters(), lr=self.config.lr, eps=self.config.eps)
+        self.critic_optimizer = torch.optim.Adam(behaviour.critic.parameters(), lr=self.config.lr, eps=self.config.eps)
+        self.scale = ReturnScale()
+
+    def update(self, trace: Trace, batch: Batch, generator: torch.Generator | None = None) -> dict[str, float]:
+        """Imagine from the batch's states, then one step of the actor and one of the critic; metrics."""
+        state, alive = self.starts(trace, batch, generator)
+        dream, returns, weight = self.imagine(state, alive, generator)
+        feature, weight = dream.feature.detach(), weight.detach()
+        metrics = self._improve_actor(dream, feature, returns, weight)
+        metrics |= self._improve_critic(feature, returns.detach(), weight, trace, batch)
+        metrics |= {"dream/return": float(returns.detach()[:, 0].mean()), "train/return_scale": self.scale.value}
+        return metrics
+
+    def starts(self, trace: Trace, batch: Batch, generator: torch.Generator | None) -> tuple[State, Tensor]:
+        """Some or all states of the batch, and 0 for those in which the world has ended."""
+        state = trace.states.detach().map(lambda x: x.flatten(0, 1))
+        alive = (~batch.is_terminal).float().flatten()
+        if self.config.starts is not None and self.config.starts < len(alive):
+            rows = torch.randperm(len(alive), generator=generator, device=alive.device)[: self.config.starts]
+            state, alive = state.index(rows), alive[rows]
+        return state, alive
+
+    def imagine(self, state: State, alive: Tensor, generator: torch.Generator | None) -> tuple[Dream, Tensor, Tensor]:
+        """(dream, lambda-returns [N, H], weights [N, H+1]); with a graph where the gradient goes through the model."""
+        through = self.config.gradient == "dynamics"
+        with torch.set_grad_enabled(through):
+            policy = self.behaviour.policy
+            dream = self.world.imagine(
+                state, lambda feature, step: policy(feature.detach()).sample(generator), self.config.horizon, Sampling(generator=generator)
+            )
+            discount = self.config.gamma * dream.cont
+            returns = lambda_return(dream.reward, discount, self.behaviour.value(dream.feature), self.config.lam)
+            return dream, returns, weights(alive, discount)
+
+    def _improve_actor(self, dream: Dream, feature: Tensor, returns: Tensor, weight: Tensor) -> dict[str, float]:
+        scale = self.scale.update(returns)
+        policy = self.behaviour.policy(feature[:, :-1])
+        entropy = policy.entropy()
+        if self.config.gradient == "dynamics":
+            gain = returns / scale
+        else:
+            with torch.no_grad():
+                advantage = (returns - self.behaviour.value(feature[:, :-1])) / scale
+            gain = policy.log_prob(dream.action) * advantage
+        loss = -(weight[:, :-1] * (gain + self.config.entropy * entropy)).mean()
+        norm = _descend(self.actor_optimizer, loss, self.config.clip)
+        return {"train/actor_loss": float(loss.detach()), "train/entropy": float(entropy.detach().mean()), "train/actor_gradient_norm": norm}
+
+    def _improve_critic(self, feature: Tensor, returns: Tensor, weight: Tensor, trace: Trace, batch: Batch) -> dict[str, float]:
+        behaviour = self.behaviour
+        loss = (weight[:, :-1] * self._value_loss(feature[:, :-1], returns)).mean()
+        if self.config.replay_value:
+            loss = loss + self.config.replay_value * self._replay_value_loss(trace, batch)
+        norm = _descend(self.critic_optimizer, loss, self.config.clip)
+        with torch.no_grad():
+            for slow, fast in zip(behaviour.slow.parameters(), behaviour.critic.parameters(), strict=True):
+                slow.lerp_(fast, self.config.slow)
+        return {"train/critic_loss": float(loss.detach()), "train/critic_gradient_norm": norm}
+
+    def _value_loss(self, feature: Tensor, target: Tensor) -> Tensor:
+        logits = self.behaviour.critic(feature)
+        two_hot = self.behaviour.two_hot
+        loss = two_hot.loss(logits, target)
+        if self.config.slow_weight:
+            with torch.no_grad():
+                slow = two_hot.mean(self.behaviour.slow(feature))
+            loss = loss + self.config.slow_weight * two_hot.loss(logits, slow)
+        return loss
+
+    def _replay_value_loss(self, trace: Trace, batch: Batch) -> Tensor:
+        """The critic on replayed features against lambda-returns of real rewards; nothing crosses an episode's end."""
+        feature = trace.feature.detach()
+        with torch.no_grad():
+            value = self.behaviour.value(feature)
+            ended = batch.is_terminal[:, 1:].float()
+            discount = self.config.gamma * (1 - ended)
+            # At a truncated end the return is the critic's own value there, so lambda is cut by replacing what follows.
+            reward, cut = batch.reward[:, 1:], batch.is_last[:, 1:].float()
+            returns, last = [], value[:, -1]
+            for t in reversed(range(reward.shape[1])):
+                blend = (1 - self.config.lam * (1 - cut[:, t])) * value[:, t + 1] + self.config.lam * (1 - cut[:, t]) * last
+                last = reward[:, t] + discount[:, t] * blend
+                returns.append(last)
+            target = torch.stack(returns[::-1], 1)
+        inside = (~batch.is_last[:, :-1]).float()
+        return (inside * self._value_loss(feature[:, :-1], target)).mean()
+
+
+def _descend(optimizer: torch.optim.Optimizer, loss: Tensor, clip: float) -> float:
+    """One clipped step; gives the gradient's norm. A non-finite gradient changes nothing."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+    if norm.isfinite():
+        optimizer.step()
+    return float(norm)

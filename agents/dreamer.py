@@ -1,0 +1,62 @@
+"""Dreamer: an actor and a critic that learn inside the world model alone, as an SB3 algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from worldmodel.agents.actor_critic import ActorCritic, ActorCriticConfig, ActorCriticLearner
+from worldmodel.agents.loop import Controller, WorldModelAlgorithm
+from worldmodel.data import Batch, State, Trace
+from worldmodel.model import WorldModel
+from worldmodel.registry import register
+
+
+class DreamerConfig(ActorCriticConfig):
+    """Actor-critic in imagination."""
+
+    kind: Literal["dreamer"] = "dreamer"
+
+
+class DreamerController(Controller, ActorCritic):
+    """Acts by the actor's draw, or by its mode."""
+
+    def act(self, world: WorldModel, state: State, deterministic: bool, generator: torch.Generator) -> Tensor:
+        policy = self.policy(world.dynamics.feature(state))
+        return policy.mode() if deterministic else policy.sample(generator)
+
+
+@register("agent", "dreamer", DreamerConfig)
+class Dreamer(WorldModelAlgorithm):
+    """Learns a world model from real steps, and a policy from imagined ones.
+
+        model = Dreamer("MlpPolicy", "CartPole-v1").learn(1500)
+        action, belief = model.predict(obs, belief, episode_start, deterministic=True)
+
+    Source: Hafner et al. 2023, 2025 (DreamerV3); what differs here is listed in docs/architecture.md.
+    """
+
+    kind: ClassVar[str] = "dreamer"
+
+    def _make_controller(self) -> DreamerController:
+        return DreamerController(self.config.agent, self.world.feature_dim, self.action_spec)
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self.behaviour = ActorCriticLearner(self.world, self.controller)
+
+    def _improve(self, trace: Trace, batch: Batch) -> dict[str, float]:
+        return self.behaviour.update(trace, batch, self.generator)
+
+    @property
+    def optimizers_by_name(self) -> dict[str, torch.optim.Optimizer]:
+        return {**super().optimizers_by_name, "actor": self.behaviour.actor_optimizer, "critic": self.behaviour.critic_optimizer}
+
+    def _behaviour_state(self) -> dict[str, Any]:
+        return {"return_low": self.behaviour.scale.low, "return_high": self.behaviour.scale.high}
+
+    def _restore_behaviour(self, state: Mapping[str, Any]) -> None:
+        self.behaviour.scale.low, self.behaviour.scale.high = state["return_low"], state["return_high"]

@@ -1,0 +1,500 @@
+"""Collect -> learn -> improve: the one loop that every agent with a world model shares, as an SB3 algorithm.
+
+An agent differs in two things only: its `controller`, which turns a belief into an action, and what it improves on a
+world-model batch. Evaluation, checkpoints and stopping are SB3 callbacks.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import MaybeCallback
+from stable_baselines3.common.utils import get_device, safe_mean
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_wrapper
+from torch import Tensor, nn
+
+from worldmodel import checkpoint
+from worldmodel.config import Config, load_yaml
+from worldmodel.data import Batch, Sampling, State, Trace
+from worldmodel.envs.make import as_vec_env
+from worldmodel.errors import ConfigError, EnvError
+from worldmodel.learner import Learner, optimizer_arrays, restore_optimizer
+from worldmodel.model import WorldModel, tensors
+from worldmodel.replay import Replay
+from worldmodel.spaces import ActionSpec, ObsSpec
+
+
+class Controller(nn.Module):
+    """What turns a belief into an action; the one thing in which agents differ while they act."""
+
+    def act(self, world: WorldModel, state: State, deterministic: bool, generator: torch.Generator) -> Tensor:
+        """Canonical actions [B, A] for the states [B]."""
+        raise NotImplementedError
+
+
+class BeliefPolicy(BasePolicy):
+    """An SB3 policy whose recurrent state is the world model's belief and the last action."""
+
+    def __init__(self, observation_space: gym.Space, action_space: gym.Space, world: WorldModel, controller: Controller, seed: int):
+        super().__init__(observation_space, action_space)
+        self.world, self.controller = world, controller
+        self.generator = torch.Generator(device=world.device).manual_seed(seed)
+
+    def begin(self, batch_size: int) -> State:
+        """The belief before anything was seen."""
+        return State({**self.world.initial(batch_size), "prev_action": torch.zeros(batch_size, self.world.action.dim, device=self.world.device)})
+
+    @torch.no_grad()
+    def follow(self, belief: State, rows: dict[str, np.ndarray], is_first: np.ndarray, deterministic: bool) -> tuple[np.ndarray, State]:
+        """(canonical actions [B, A], belief after them) from raw observation rows [B, ...]."""
+        self.world.eval()
+        first = torch.as_tensor(is_first, dtype=torch.bool, device=self.world.device)
+        sampling = Sampling(generator=self.generator, mode=deterministic)
+        state = self.world.observe(belief, tensors(rows, self.world.device), belief["prev_action"], first, sampling)
+        action = self.world.action.project(self.controller.act(self.world, state, deterministic, self.generator))
+        return action.cpu().numpy(), State({**state, "prev_action": action})
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """SB3's predict: `state` is the belief as a tuple of arrays; None, or `episode_start`, forgets the past.
+
+        deterministic: the belief's mode and the policy's mode. Without `state` every call is an episode's first.
+        """
+        observation, vectorized = self._batched(observation)
+        rows = self.world.obs.to_rows(observation)
+        size = len(next(iter(rows.values())))
+        belief = self.begin(size)
+        first = np.ones(size, bool)
+        if state is not None:
+            belief = belief.like(state)
+            first = np.zeros(size, bool) if episode_start is None else np.array(episode_start, bool).reshape(size)
+        action, belief = self.follow(belief, rows, first, deterministic)
+        env_action = self.world.action.decode(action)
+        return (env_action if vectorized else env_action[0]), belief.numpy()
+
+    def _batched(self, observation: Any) -> tuple[Any, bool]:
+        """The observation with a batch axis, and whether it had one."""
+        if isinstance(observation, Mapping):
+            name, key = next(iter(self.world.obs.keys.items()))
+            if np.ndim(observation[name]) > len(key.raw_shape):
+                return observation, True
+            return {k: np.asarray(v)[None] for k, v in observation.items()}, False
+        key = next(iter(self.world.obs.keys.values()))
+        observation = np.asarray(observation)
+        return (observation, True) if observation.ndim > len(key.raw_shape) else (observation[None], False)
+
+    def _predict(self, observation: Any, deterministic: bool = False) -> Tensor:
+        raise NotImplementedError("A belief is needed: call predict().")
+
+
+class WorldModelAlgorithm(BaseAlgorithm):
+    """Base of Dreamer and its like: a world model learned from the replay, and a controller that acts on its beliefs.
+
+    env     id string, gymnasium environment or VecEnv (VecNormalize is refused: observations are standardised inside)
+    recipe  name or path; without it, the recipe made for the environment's id, else defaults from its spaces
+    config  dotted overrides, e.g. {"train.ratio": 1.0} or ["model=vae"]
+    """
+
+    kind: ClassVar[str]
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": BeliefPolicy,
+        "CnnPolicy": BeliefPolicy,
+        "MultiInputPolicy": BeliefPolicy,
+    }
+
+    def __init__(
+        self,
+        policy: str,
+        env: str | gym.Env | VecEnv | None,
+        *,
+        recipe: str | pathlib.Path | None = None,
+        config: Config | Mapping | Sequence[str] | None = None,
+        tensorboard_log: str | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: torch.device | str = "auto",
+        _init_setup_model: bool = True,
+    ):
+        self.config = config if isinstance(config, Config) else self._resolve(recipe, config, env)
+        seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
+        if isinstance(env, str):
+            env = as_vec_env(self.config.env.model_copy(update={"id": env}), seed=seed)
+        elif env is not None:
+            env = as_vec_env(env, seed=seed)
+        train = self.config.train
+        super().__init__(
+            policy, env, learning_rate=train.lr, tensorboard_log=tensorboard_log, verbose=verbose, device=_device(device), support_multi_env=True, seed=seed
+        )
+        self.policy_name = policy
+        if env is not None and _init_setup_model:
+            self.obs_spec = ObsSpec.from_space(self.observation_space, self.config.env.layout)
+            self.action_spec = ActionSpec.from_space(self.action_space)
+            self._setup_model()
+
+    def _resolve(self, recipe: Any, overrides: Any, env: Any) -> Config:
+        env_id = env if isinstance(env, str) else getattr(getattr(env, "spec", None), "id", None)
+        overrides = overrides if overrides is not None else []
+        base = Config.from_recipe(recipe, overrides, env_id=env_id or "custom")
+        return base if base.agent.kind == self.kind else base.override({"agent.kind": self.kind})
+
+    @staticmethod
+    def _wrap_env(env: VecEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        """SB3's hook: no transposed images here, for spaces.py knows the layout; other libraries' scaling is refused."""
+        env = as_vec_env(env)
+        if unwrap_vec_wrapper(env, VecNormalize) is not None:
+            raise ConfigError(
+                "VecNormalize is around the environment: its statistics would change what the replay holds. Expected plain "
+                "observations; take it off: the world model standardises vectors itself (model.inputs=standardise) and scales returns."
+            )
+        return env
+
+    # Building -------------------------------------------------------------------------------------------------------
+
+    def _setup_model(self) -> None:
+        images = [key.kind == "image" for key in self.obs_spec.keys.values()]
+        if self.policy_name == "CnnPolicy" and not any(images):
+            raise ConfigError(f"CnnPolicy needs an image, but the observations are {self.observation_space}. Use MlpPolicy.")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            self.world = WorldModel(self.config.model, self.obs_spec, self.action_spec).to(self.device)
+            self.controller = self._make_controller().to(self.device)
+        self.learner = Learner(self.world, self.config.train)
+        self.policy = BeliefPolicy(self.observation_space, self.action_space, self.world, self.controller, self.seed)
+        self.generator = torch.Generator(device=self.device).manual_seed(self.seed + 1)
+        self.rng = np.random.default_rng(self.seed)
+        self.replay: Replay | None = None
+        self._credit = 0.0
+        self._belief: State | None = None
+        self._updates_due = 0
+
+    def _make_controller(self) -> Controller:
+        raise NotImplementedError
+
+    def _improve(self, trace: Trace, batch: Batch) -> dict[str, float]:
+        """One improvement of the controller on a world-model batch; metrics by TensorBoard tag."""
+        return {}
+
+    @property
+    def random_until(self) -> int:
+        """Rows of experience that are collected at random, before anything is learned."""
+        return self.config.train.prefill
+
+    # Learning -------------------------------------------------------------------------------------------------------
+
+    def learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int | None = 4,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> WorldModelAlgorithm:
+        """Collect `total_timesteps` real steps and learn from them; SB3's signature. `log_interval`: episodes between log lines."""
+        if self.env is None:
+            raise ConfigError(f"{type(self).__name__} has no environment to learn in. Call set_env(env) first.")
+        total_timesteps, callback = self._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name or type(self).__name__, progress_bar)
+        if self.replay is None or reset_num_timesteps or self._belief is None:
+            self._open_streams()
+        callback.on_training_start(locals(), globals())
+        goes_on = True
+        while goes_on and self.num_timesteps < total_timesteps:
+            goes_on = self._round(callback, log_interval)
+        callback.on_training_end()
+        return self
+
+    def _round(self, callback: Any, log_interval: int | None) -> bool:
+        """One step of every environment, the updates that it pays for, then the callbacks."""
+        callback.on_rollout_start()
+        new_obs, rewards, dones, infos = self._collect()
+        self._learn_from_replay()
+        self.num_timesteps += self.env.num_envs
+        self._update_info_buffer(infos, dones)
+        self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
+        callback.update_locals(locals())
+        if not callback.on_step():
+            return False
+        callback.on_rollout_end()
+        ended = int(dones.sum())
+        if ended and log_interval is not None and (self._episode_num + ended) // log_interval > self._episode_num // log_interval:
+            self.dump_logs()
+        self._episode_num += ended
+        return True
+
+    def _open_streams(self) -> None:
+        """Episodes begin: the first observation of each environment goes into the replay."""
+        if self.replay is None:
+            self.replay = Replay(self.config.train.capacity, self.obs_spec.store, self.action_spec.dim, self.env.num_envs)
+        elif self.replay.num_envs != self.env.num_envs:
+            raise ConfigError(
+                f"The replay was collected with {self.replay.num_envs} environments, the new VecEnv has {self.env.num_envs}. "
+                "Use as many, or a fresh agent."
+            )
+        rows = self._rows(self._last_obs)
+        self._store_first(rows, np.arange(self.env.num_envs))
+        self._belief = self.policy.begin(self.env.num_envs)
+        self._last_episode_starts = np.ones(self.env.num_envs, bool)
+
+    def _rows(self, obs: Any) -> dict[str, np.ndarray]:
+        rows = self.obs_spec.to_rows(obs, self._place)
+        self.obs_spec.check(rows, self._place)
+        return rows
+
+    def _place(self, env: int = 0) -> str:
+        return f"environment {env}, episode {self._episode_num}, real step {self.num_timesteps}"
+
+    def _store_first(self, rows: dict[str, np.ndarray], envs: np.ndarray) -> None:
+        n = len(envs)
+        no, yes = np.zeros(n, bool), np.ones(n, bool)
+        self._store(rows, np.zeros((n, self.action_spec.dim), np.float32), np.zeros(n, np.float32), yes, no, no, envs)
+
+    def _store(self, rows: dict[str, np.ndarray], action, reward, first, last, terminal, envs: np.ndarray | None = None) -> None:
+        self.replay.add(rows, action, reward, first, last, terminal, streams=None if envs is None else envs)
+        self.world.scaling.update(self.obs_spec.canonical(tensors(rows, self.device)))
+
+    def _collect(self) -> tuple[Any, np.ndarray, np.ndarray, list[dict]]:
+        """One step of every environment into the replay; nothing of it is stored if any observation or reward is ill."""
+        envs = self.env.num_envs
+        if self.learner.updates == 0 and self.replay.added < self.random_until:
+            action = self.action_spec.sample(envs, self.rng)
+            self._belief = State({**self._belief, "prev_action": torch.as_tensor(action, device=self.device)})
+        else:
+            action, self._belief = self.policy.follow(self._belief, self._rows(self._last_obs), self._last_episode_starts, deterministic=False)
+        env_action = self.action_spec.decode(action)
+        action = self.action_spec.encode(env_action)  # what the environment got, exactly
+        new_obs, rewards, dones, infos = self.env.step(env_action)
+        if not np.isfinite(rewards).all():
+            env = int(np.flatnonzero(~np.isfinite(rewards))[0])
+            raise EnvError(f"{self._place(env)}: the reward is {rewards[env]}. A finite number was expected; the step was not stored.")
+        following = self._rows(new_obs)
+        arrived = following
+        ended = np.flatnonzero(dones)
+        if len(ended):
+            last = self._rows(_stack([infos[i]["terminal_observation"] for i in ended]))
+            arrived = {name: x.copy() for name, x in following.items()}
+            for name, x in last.items():
+                arrived[name][ended] = x
+        truncated = np.array([bool(info.get("TimeLimit.truncated", False)) for info in infos])
+        self._store(arrived, action, rewards, np.zeros(envs, bool), dones, dones & ~truncated)
+        if len(ended):
+            self._store_first({name: x[ended] for name, x in following.items()}, ended)
+        self._last_obs, self._last_episode_starts = new_obs, dones.copy()
+        return new_obs, rewards, dones, infos
+
+    def _learn_from_replay(self) -> None:
+        """The updates that the step just taken pays for; the first ones once the prefill is there."""
+        train = self.config.train
+        rows = train.burn_in + train.batch_length
+        if self.replay.added < train.prefill or max(self.replay.lengths) < rows:
+            return
+        if self.learner.updates == 0:
+            for _ in range(train.pretrain):
+                self.update(improve=False)
+        self._credit += train.ratio * self.env.num_envs
+        while self._credit >= 1:
+            self._credit -= 1
+            self.update()
+
+    def update(self, improve: bool = True) -> dict[str, float]:
+        """One gradient step of the world model and, with `improve`, of the controller; the metrics are logged."""
+        train = self.config.train
+        batch = self.replay.sample(train.batch_size, train.burn_in + train.batch_length, self.rng, newest=train.newest, ends=train.ends)
+        metrics, trace, batch = self.learner.update(self.learner.prepare(batch), self.generator)
+        metrics = {f"world/{name}": value for name, value in metrics.items()}
+        if improve:
+            metrics |= self._improve(trace, batch)
+        self._n_updates += 1
+        if self._logger is not None:
+            for name, value in metrics.items():
+                self.logger.record_mean(name, value)
+        return metrics
+
+    def dump_logs(self) -> None:
+        """Write what was recorded under SB3's usual names."""
+        seconds = max((time.time_ns() - self.start_time) / 1e9, 1e-9)
+        if self.ep_info_buffer:
+            self.logger.record("rollout/ep_rew_mean", safe_mean([info["r"] for info in self.ep_info_buffer]))
+            self.logger.record("rollout/ep_len_mean", safe_mean([info["l"] for info in self.ep_info_buffer]))
+        self.logger.record("time/episodes", self._episode_num, exclude="tensorboard")
+        self.logger.record("time/fps", int((self.num_timesteps - self._num_timesteps_at_start) / seconds))
+        self.logger.record("time/time_elapsed", int(seconds), exclude="tensorboard")
+        self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.dump(step=self.num_timesteps)
+
+    # SB3's parameters -----------------------------------------------------------------------------------------------
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", *(f"optimizers.{name}" for name in self.optimizers_by_name)], []
+
+    @property
+    def optimizers_by_name(self) -> dict[str, torch.optim.Optimizer]:
+        return {"world": self.learner.optimizer}
+
+    @property
+    def optimizers(self) -> Any:
+        """The optimisers as attributes: what SB3's get_parameters and set_parameters look up."""
+        return _Attributes(self.optimizers_by_name)
+
+    def set_parameters(self, load_path_or_dict: Any, exact_match: bool = True, device: torch.device | str = "auto") -> None:
+        """Parameters from `get_parameters()`, or from a file that `save` wrote."""
+        if isinstance(load_path_or_dict, Mapping):
+            super().set_parameters(dict(load_path_or_dict), exact_match, device)
+        else:
+            arrays, state, _ = checkpoint.unpack(_zip_path(load_path_or_dict))
+            self.restore(arrays, state, counters=False)
+
+    # Saving ---------------------------------------------------------------------------------------------------------
+
+    def content(self) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]:
+        """All that the agent is, without its replay: ({file: {name: array}}, JSON state)."""
+        arrays = {
+            "world": _arrays(self.world),
+            "agent": _arrays(self.controller),
+            "optim": {
+                f"{name}/{key}": x for name, optimizer in self.optimizers_by_name.items() for key, x in optimizer_arrays(optimizer).items()
+            },
+        }
+        for name, generator in self._generators.items():
+            arrays["optim"][f"generator/{name}"] = generator.get_state().cpu().numpy()
+        state = {
+            "agent": self.kind,
+            "policy": self.policy_name,
+            "config": self.config.to_yaml(),
+            "observation": self.obs_spec.to_json(),
+            "action": self.action_spec.to_json(),
+            "seed": self.seed,
+            "num_envs": self.n_envs,
+            "counters": {
+                "num_timesteps": self.num_timesteps,
+                "episodes": self._episode_num,
+                "n_updates": self._n_updates,
+                "updates": self.learner.updates,
+                "skipped": self.learner.skipped,
+                "credit": self._credit,
+            },
+            "rng": self.rng.bit_generator.state,
+            "behaviour": self._behaviour_state(),
+        }
+        return arrays, state
+
+    @property
+    def _generators(self) -> dict[str, torch.Generator]:
+        return {"learn": self.generator, "act": self.policy.generator}
+
+    def _behaviour_state(self) -> dict[str, Any]:
+        """Numbers of the controller's learner that are no tensors."""
+        return {}
+
+    def _restore_behaviour(self, state: Mapping[str, Any]) -> None:
+        pass
+
+    def restore(self, arrays: Mapping[str, Mapping[str, np.ndarray]], state: Mapping[str, Any], *, counters: bool = True) -> None:
+        """Take over what `content` gave; with `counters`, also steps, random state and the ratio's remainder."""
+        _load(self.world, arrays["world"])
+        _load(self.controller, arrays["agent"])
+        for name, optimizer in self.optimizers_by_name.items():
+            prefix = f"{name}/"
+            restore_optimizer(optimizer, {k.removeprefix(prefix): x for k, x in arrays["optim"].items() if k.startswith(prefix)})
+        self._restore_behaviour(state["behaviour"])
+        if not counters:
+            return
+        for name, generator in self._generators.items():
+            generator.set_state(torch.from_numpy(arrays["optim"][f"generator/{name}"].copy()))
+        self.rng.bit_generator.state = copy.deepcopy(dict(state["rng"]))
+        count = state["counters"]
+        self.num_timesteps, self._episode_num, self._n_updates = count["num_timesteps"], count["episodes"], count["n_updates"]
+        self.learner.updates, self.learner.skipped, self._credit = count["updates"], count["skipped"], float(count["credit"])
+
+    def save(self, path: str | pathlib.Path | io.BufferedIOBase, exclude: Any = None, include: Any = None) -> None:
+        """One zip of stored safetensors, JSON and manifest, with nothing in it that could run code. The replay stays out."""
+        arrays, state = self.content()
+        checkpoint.pack(_zip_path(path), self.num_timesteps, arrays, state, {"agent": self.kind})
+
+    @classmethod
+    def load(
+        cls,
+        path: str | pathlib.Path,
+        env: str | gym.Env | VecEnv | None = None,
+        device: torch.device | str = "auto",
+        custom_objects: Any = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> WorldModelAlgorithm:
+        """The agent of a zip that `save` wrote, or of a run folder (its newest good checkpoint)."""
+        path = pathlib.Path(path)
+        if path.is_dir():
+            found = checkpoint.newest(path / "checkpoints")
+            if found is None:
+                raise ConfigError(f"'{path}' holds no checkpoint that verifies. Expected a run folder or a zip written by save().")
+            arrays, state, _ = checkpoint.read(found[1])
+        else:
+            arrays, state, _ = checkpoint.unpack(_zip_path(path))
+        return cls.from_content(arrays, state, env=env, device=device, **kwargs)
+
+    @classmethod
+    def from_content(cls, arrays, state: Mapping[str, Any], *, env=None, device="auto", **kwargs: Any) -> WorldModelAlgorithm:
+        """The agent that `content` described; `env` may be given later with set_env."""
+        if state["agent"] != cls.kind:
+            raise ConfigError(f"The file holds an agent of kind '{state['agent']}', not '{cls.kind}'. Load it with that class.")
+        config = Config.parse(load_yaml(state["config"]))
+        agent = cls(state["policy"], None, config=config, seed=state["seed"], device=device, **kwargs)
+        agent.obs_spec, agent.action_spec = ObsSpec.from_json(state["observation"]), ActionSpec.from_json(state["action"])
+        agent.observation_space, agent.action_space = agent.obs_spec.space, agent.action_spec.space
+        agent.n_envs = state["num_envs"]
+        agent._setup_model()
+        agent.restore(arrays, state)
+        if env is not None:
+            agent.set_env(as_vec_env(env, seed=state["seed"]))
+        return agent
+
+
+class _Attributes:
+    def __init__(self, values: Mapping[str, Any]):
+        self.__dict__.update(values)
+
+
+def _device(device: torch.device | str) -> torch.device:
+    if torch.device("cpu" if device == "auto" else device).type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda was asked for, but torch finds no CUDA device here. Use device=cpu, or install a CUDA build of torch.")
+    return get_device(device)
+
+
+def _zip_path(path: Any) -> pathlib.Path:
+    """SB3's rule: a name without suffix gets `.zip`."""
+    path = pathlib.Path(path)
+    return path if path.suffix else path.with_suffix(".zip")
+
+
+def _stack(observations: list[Any]) -> Any:
+    if isinstance(observations[0], Mapping):
+        return {name: np.stack([obs[name] for obs in observations]) for name in observations[0]}
+    return np.stack(observations)
+
+
+def _arrays(module: nn.Module) -> dict[str, np.ndarray]:
+    return {name: x.detach().cpu().numpy() for name, x in module.state_dict().items()}
+
+
+def _load(module: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
+    own = module.state_dict()
+    wrong = sorted(set(own) ^ set(arrays)) or [name for name, x in own.items() if tuple(x.shape) != arrays[name].shape]
+    if wrong:
+        raise ConfigError(f"The saved weights do not fit this config: {', '.join(wrong[:4])}. Use the config that was saved with them.")
+    module.load_state_dict({name: torch.from_numpy(np.array(x)) for name, x in arrays.items()})

@@ -1,0 +1,40 @@
+"""An agent that acts at random while its world model learns: the world model alone."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from worldmodel.agents.loop import Controller, WorldModelAlgorithm
+from worldmodel.config import Frozen
+from worldmodel.data import State
+from worldmodel.model import WorldModel
+from worldmodel.registry import register
+
+
+class RandomConfig(Frozen):
+    """Nothing to choose."""
+
+    kind: Literal["random"] = "random"
+
+
+class RandomController(Controller):
+    """Uniform over the action space; `deterministic` changes nothing."""
+
+    def act(self, world: WorldModel, state: State, deterministic: bool, generator: torch.Generator) -> Tensor:
+        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+        action = world.action.sample(state.batch_size, np.random.default_rng(seed))
+        return torch.as_tensor(action, device=world.device)
+
+
+@register("agent", "random", RandomConfig)
+class RandomAgent(WorldModelAlgorithm):
+    """Trains the world model on uniformly random experience."""
+
+    kind: ClassVar[str] = "random"
+
+    def _make_controller(self) -> RandomController:
+        return RandomController()

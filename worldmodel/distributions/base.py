@@ -1,0 +1,177 @@
+"""One role, many forms: what every conditional distribution promises, and the beliefs that posteriors give."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from worldmodel.data import Loss, Sampling
+
+
+class Posterior(ABC):
+    """A belief about z with any batch shape [*N]: what an encoder or a filter knows after seeing the observation."""
+
+    @property
+    @abstractmethod
+    def mean(self) -> Float[Tensor, "*N Z"]:
+        """The expected code, flat."""
+
+    @property
+    @abstractmethod
+    def mode(self) -> Float[Tensor, "*N Z"]:
+        """The most likely code: what deterministic prediction uses."""
+
+    @abstractmethod
+    def sample(self, noise: Tensor, temperature: float = 1.0) -> Float[Tensor, "*N Z"]:
+        """A draw made from `noise` (see `Latent.noise`), differentiable in the belief's parameters."""
+
+    @abstractmethod
+    def log_prob(self, z: Float[Tensor, "*N Z"]) -> Float[Tensor, "*N"]:
+        """ln of the normalised density or mass, in nats."""
+
+    @abstractmethod
+    def entropy(self) -> Float[Tensor, "*N"]:
+        """In nats, summed over the code's variables."""
+
+    @abstractmethod
+    def kl(self, other: Posterior) -> Float[Tensor, "*N"]:
+        """KL(self || other) in closed form, in nats; TypeError for another family."""
+
+    @abstractmethod
+    def map(self, fn) -> Posterior:
+        """The belief with `fn` applied to each parameter tensor."""
+
+    def detach(self) -> Posterior:
+        return self.map(torch.Tensor.detach)
+
+    def index(self, rows) -> Posterior:
+        return self.map(lambda x: x[rows])
+
+
+class Latent(ABC):
+    """A family of codes: how large they are, how noise becomes a draw, how a network's output becomes a belief."""
+
+    size: int
+    """Z: numbers in a flat code."""
+    parameters: int
+    """Numbers that a network must give for one belief."""
+
+    @abstractmethod
+    def noise(self, shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device | str) -> Tensor:
+        """Noise for one draw per element of `shape`."""
+
+    @abstractmethod
+    def belief(self, parameters: Float[Tensor, "*N P"]) -> Posterior:
+        """The belief that a network's output stands for."""
+
+    def draw(self, belief: Posterior, sampling: Sampling, shape: tuple[int, ...], device) -> Float[Tensor, "*N Z"]:
+        """The mode, or a draw from the caller's noise, or from the generator's."""
+        if sampling.mode:
+            return belief.mode
+        noise = sampling.noise if sampling.noise is not None else self.noise(shape, sampling.generator, device)
+        return belief.sample(noise, sampling.temperature)
+
+
+class ConditionalDistribution(nn.Module, ABC):
+    """p(x | context) over flat events of size D. `context_dim` 0: unconditional, and `context` is None.
+
+    Readers branch on `density`, never on the class:
+    exact: `log_prob` is normalised; bound: it says which side; unnormalised: up to log Z(context); none: no density.
+    """
+
+    density: ClassVar[Literal["exact", "bound", "unnormalised", "none"]]
+
+    def __init__(self, latent: Latent, context_dim: int):
+        super().__init__()
+        self.latent = latent
+        self.event_shape = (latent.size,)
+        self.context_dim = context_dim
+
+    @abstractmethod
+    def sample(self, context: Tensor | None, count: int = 1, sampling: Sampling | None = None) -> Float[Tensor, "K N D"]:
+        """`count` draws for each row of the context (one row where there is none)."""
+
+    @abstractmethod
+    def log_prob(self, x: Float[Tensor, "*N D"], context: Tensor | None) -> Float[Tensor, "*N"]:
+        """In nats; what it means is said by `density`."""
+
+    def rate(self, posterior: Posterior, z: Float[Tensor, "*N D"], context: Tensor | None, *, frozen: bool = False) -> Float[Tensor, "*N"]:
+        """KL(posterior || self) estimated at z ~ posterior, in nats. `frozen`: no gradient into own parameters or context."""
+        if frozen:
+            own = {k: v.detach() for k, v in self.named_parameters()}
+            context = None if context is None else context.detach()
+            prior = torch.func.functional_call(self, own, (z, context))
+        else:
+            prior = self.log_prob(z, context)
+        return posterior.log_prob(z) - prior
+
+    def rates(self, posterior: Posterior, z: Float[Tensor, "*N D"], context: Tensor | None) -> tuple[Float[Tensor, "*N"], Float[Tensor, "*N"]]:
+        """The two one-sided rates: (trains self and the context, trains the posterior). Their values are equal."""
+        return self.rate(posterior.detach(), z.detach(), context), self.rate(posterior, z, context, frozen=True)
+
+    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """`log_prob`: so that the module can be called with other parameters."""
+        return self.log_prob(x, context)
+
+    def loss(self, x: Float[Tensor, "*N D"], context: Tensor | None) -> dict[str, Loss]:
+        """What its own parameters minimise: for exact forms the negative log-likelihood."""
+        return {"nll": Loss(-self.log_prob(x, context))}
+
+    def fit(
+        self,
+        codes: Float[Tensor, "N D"],
+        context: Float[Tensor, "N C"] | None = None,
+        *,
+        steps: int = 1000,
+        batch: int = 256,
+        lr: float = 3e-3,
+        generator: torch.Generator | None = None,
+    ) -> float:
+        """Fit to frozen codes after the fact (two-stage); gives the last loss. Nothing upstream moves."""
+        codes = codes.detach()
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        if not trainable:
+            return float(sum(term.mean() for term in self.loss(codes, context).values()))
+        optimizer = torch.optim.Adam(trainable, lr=lr)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        value = torch.zeros(())
+        for _ in range(steps):
+            rows = torch.randint(len(codes), (min(batch, len(codes)),), generator=generator)
+            value = sum(term.mean() for term in self.loss(codes[rows], None if context is None else context[rows].detach()).values())
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            nn.utils.clip_grad_norm_(trainable, 10.0)
+            optimizer.step()
+            schedule.step()
+        return float(value.detach())
+
+
+class ClosedForm(ConditionalDistribution):
+    """Forms whose law given the context is itself a belief of the latent's family, so that rates have a closed form."""
+
+    density = "exact"
+
+    @abstractmethod
+    def given(self, context: Tensor | None) -> Posterior:
+        """The law for each row of the context; without context its batch shape is [1]."""
+
+    def sample(self, context: Tensor | None, count: int = 1, sampling: Sampling | None = None) -> Float[Tensor, "K N D"]:
+        belief = self.given(context)
+        mean = belief.mean
+        rows = belief.map(lambda x: x.expand(count, *x.shape))
+        return self.latent.draw(rows, sampling or Sampling(), (count, *mean.shape[:-1]), mean.device)
+
+    def log_prob(self, x: Float[Tensor, "*N D"], context: Tensor | None) -> Float[Tensor, "*N"]:
+        return self.given(context).log_prob(x)
+
+    def rate(self, posterior, z, context, *, frozen: bool = False):
+        prior = self.given(context)
+        return posterior.kl(prior.detach() if frozen else prior)
+
+    def rates(self, posterior, z, context):
+        prior = self.given(context)
+        return posterior.detach().kl(prior), posterior.kl(prior.detach())

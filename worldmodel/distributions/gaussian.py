@@ -1,0 +1,111 @@
+"""Gaussian codes with a diagonal covariance, and the Gaussian form of every slot."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from worldmodel.config import Frozen
+from worldmodel.distributions.base import ClosedForm, Latent, Posterior
+from worldmodel.networks import MLP
+from worldmodel.registry import register
+
+
+@dataclass(frozen=True)
+class GaussianPosterior(Posterior):
+    """N(mean, std^2), independent over the code's numbers."""
+
+    mean_: Float[Tensor, "*N Z"]
+    std: Float[Tensor, "*N Z"]
+
+    @property
+    def mean(self) -> Tensor:
+        return self.mean_
+
+    @property
+    def mode(self) -> Tensor:
+        return self.mean_
+
+    def sample(self, noise: Tensor, temperature: float = 1.0) -> Tensor:
+        return torch.addcmul(self.mean_, self.std * temperature, noise)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return -(0.5 * ((z - self.mean_) / self.std).square() + self.std.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def entropy(self) -> Tensor:
+        return (self.std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+
+    def kl_elements(self, other: GaussianPosterior) -> Float[Tensor, "*N Z"]:
+        """The rate of each number of the code: what shows which are used."""
+        ratio = (self.std / other.std).square()
+        return 0.5 * (ratio + ((self.mean_ - other.mean_) / other.std).square() - 1 - ratio.log())
+
+    def kl(self, other: Posterior) -> Tensor:
+        if not isinstance(other, GaussianPosterior):
+            raise TypeError(f"KL of a Gaussian against a {type(other).__name__} has no closed form.")
+        return self.kl_elements(other).sum(-1)
+
+    def map(self, fn) -> GaussianPosterior:
+        return GaussianPosterior(fn(self.mean_), fn(self.std))
+
+
+class GaussianLatentConfig(Frozen):
+    """Real-valued codes: the latents of a VAE."""
+
+    kind: Literal["gaussian"] = "gaussian"
+    size: int = Field(16, ge=1, description="numbers in a code")
+    min_std: float = Field(0.01, gt=0, description="least standard deviation of a belief")
+
+
+@register("latent", "gaussian", GaussianLatentConfig)
+class GaussianLatent(Latent):
+    """std = softplus(raw + ln(e - 1)) + min_std: an untrained network believes about N(0, 1)."""
+
+    def __init__(self, config: GaussianLatentConfig):
+        self.size, self.parameters, self.min_std = config.size, 2 * config.size, config.min_std
+
+    def noise(self, shape, generator, device) -> Tensor:
+        return torch.randn(*shape, self.size, generator=generator, device=device)
+
+    def belief(self, parameters: Tensor) -> GaussianPosterior:
+        mean, raw = parameters.chunk(2, -1)
+        return GaussianPosterior(mean, F.softplus(raw + math.log(math.e - 1)) + self.min_std)
+
+
+class GaussianConfig(Frozen):
+    """A Gaussian whose mean and deviation a network gives from the context."""
+
+    kind: Literal["gaussian"] = "gaussian"
+    units: int = Field(128, ge=1, description="width of the network from context to parameters")
+    layers: int = Field(1, ge=0, description="hidden layers of that network")
+    standard: bool = Field(False, description="N(0, I) with nothing to learn, whatever the context")
+
+
+@register("distribution", "gaussian", GaussianConfig)
+class Gaussian(ClosedForm):
+    """Slots: initial, transition, marginal, decoder."""
+
+    def __init__(self, config: GaussianConfig, latent: Latent, context_dim: int):
+        super().__init__(latent, context_dim)
+        if not isinstance(latent, GaussianLatent):
+            raise TypeError("A gaussian distribution needs gaussian latents: set model.dynamics.latent.kind=gaussian.")
+        self.standard = config.standard
+        if config.standard:
+            self.register_buffer("origin", torch.zeros(1, latent.size), persistent=False)
+        elif context_dim:
+            self.net = MLP(context_dim, config.units, config.layers, latent.parameters)
+        else:
+            self.free = nn.Parameter(torch.zeros(1, latent.parameters))
+
+    def given(self, context: Tensor | None) -> GaussianPosterior:
+        if self.standard:
+            mean = self.origin if context is None else self.origin.expand(*context.shape[:-1], -1)
+            return GaussianPosterior(mean, torch.ones_like(mean))
+        return self.latent.belief(self.net(context) if self.context_dim else self.free)

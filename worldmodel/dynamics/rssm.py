@@ -1,0 +1,166 @@
+"""The recurrent state-space model: a deterministic carry h and a stochastic code z.
+
+    h_t = GRU(h_{t-1}, z_{t-1}, a_{t-1})
+    posterior   q(z_t | h_t, x_t)  filtering,   or  q(z_t | x_t)  observation: a plain VAE encoder
+    transition  p(z_t | h_t),      or the initial distribution p(z_0) where an episode begins
+
+Source: Hafner et al. 2019 (PlaNet) for the model, 2021 (DreamerV2) for categorical codes and the balanced KL.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from worldmodel.config import Frozen, Part
+from worldmodel.data import Loss, Sampling, State, Trace
+from worldmodel.distributions import CategoricalLatentConfig, ConditionalDistribution, Posterior
+from worldmodel.networks import MLP, BlockGRU, linear
+from worldmodel.registry import build, register
+
+
+class RSSMConfig(Frozen):
+    """Sizes, the kind of code, and what the posterior may look at."""
+
+    kind: Literal["rssm"] = "rssm"
+    deter: int = Field(128, ge=1, description="size of the deterministic carry h")
+    units: int = Field(128, ge=1, description="width of the layers around it")
+    blocks: int = Field(1, ge=1, description="blocks of the recurrent weights; 1: dense")
+    latent: Part["latent"] = Field(CategoricalLatentConfig(), description="the kind of code z")
+    posterior: Literal["filtering", "observation"] = Field("filtering", description="q(z | h, x), or q(z | x) alone")
+    posterior_layers: int = Field(1, ge=1, description="hidden layers of an observation-only posterior")
+    free_nats: float = Field(0.1, ge=0, description="rate in nats per step below which the KL is not pushed further down")
+
+
+@register("dynamics", "rssm", RSSMConfig)
+class RSSM(nn.Module):
+    """Dynamics over [B, T]; owns its posterior, its transition and initial distributions, their rates and free nats."""
+
+    def __init__(
+        self, config: RSSMConfig, embed_dim: int, action_dim: int, transition: Frozen, initial: Frozen
+    ):
+        super().__init__()
+        self.config = config
+        self.latent = build("latent", config.latent)
+        units, deter, size = config.units, config.deter, self.latent.size
+        self.feature_dim = deter + size
+        self.action_in = linear(action_dim, units, bias=False)
+        self.code_in = linear(size, units, bias=False)
+        self.input_norm = nn.Sequential(nn.LayerNorm(units), nn.SiLU())
+        self.gru = BlockGRU(units, deter, config.blocks)
+        self.filtering = config.posterior == "filtering"
+        if self.filtering:
+            self.embed_in = linear(embed_dim, units, bias=False)
+            self.carry_in = linear(deter, units, bias=False)
+            self.posterior_out = nn.Sequential(nn.LayerNorm(units), nn.SiLU(), linear(units, self.latent.parameters))
+        else:
+            self.posterior_net = MLP(embed_dim, units, config.posterior_layers, self.latent.parameters)
+        self.transition: ConditionalDistribution = build("distribution", transition, self.latent, deter)
+        self.initial_law: ConditionalDistribution = build("distribution", initial, self.latent, 0)
+
+    def initial(self, batch_size: int) -> State:
+        """The state before the first observation: zeros."""
+        zeros = self.code_in.weight.new_zeros
+        return State({"h": zeros(batch_size, self.config.deter), "z": zeros(batch_size, self.latent.size)})
+
+    def feature(self, state: State) -> Float[Tensor, "*N F"]:
+        return torch.cat([state["h"], state["z"]], -1)
+
+    def begin(self, batch_size: int, sampling: Sampling) -> State:
+        """A state from nothing: an episode's first carry, and a code from the initial distribution."""
+        start = self.initial(batch_size)
+        h = self._carry(start["h"], start["z"], start["h"].new_zeros(batch_size, self.action_in.in_features))
+        return State({"h": h, "z": self.initial_law.sample(None, batch_size, sampling)[:, 0]})
+
+    def posterior(self, embed: Float[Tensor, "N E"], h: Float[Tensor, "N D"]) -> Posterior:
+        """The belief about z from an embedding; `h` is not looked at by an observation-only posterior."""
+        if not self.filtering:
+            return self.latent.belief(self.posterior_net(embed))
+        return self.latent.belief(self.posterior_out(self.embed_in(embed) + self.carry_in(h)))
+
+    def imagine(self, state: State, action: Float[Tensor, "N A"], sampling: Sampling) -> State:
+        """One step without looking."""
+        h = self._carry(state["h"], state["z"], action)
+        return State({"h": h, "z": self.transition.sample(h, 1, sampling)[0]})
+
+    def observe(
+        self,
+        state: State,
+        embed: Float[Tensor, "B T E"],
+        prev_action: Float[Tensor, "B T A"],
+        is_first: Bool[Tensor, "B T"],
+        sampling: Sampling,
+    ) -> tuple[State, Trace]:
+        """The belief after each observation; `is_first` forgets the state. The state returned is the last one."""
+        shape = is_first.shape
+        actions = self.action_in(prev_action)
+        noise = None
+        if not sampling.mode:
+            noise = sampling.noise if sampling.noise is not None else self.latent.noise(shape, sampling.generator, embed.device)
+        scan = self._filter if self.filtering else self._unroll
+        belief, h, z = scan(state, embed, actions, is_first, noise, sampling.temperature)
+        last = State({"h": h[:, -1], "z": z[:, -1]})
+        states = State({"h": h, "z": z})
+        rates, losses = self._rates(belief, z, h, is_first)
+        return last, Trace(embed, belief, z, h, self.feature(states), rates, losses, last, states)
+
+    def _carry(self, h: Tensor, z: Tensor, action: Tensor) -> Tensor:
+        return self.gru(self.gru.inputs(self.input_norm(self.code_in(z) + self.action_in(action))), h)
+
+    def _filter(self, state, embed, actions, is_first, noise, temperature) -> tuple[Posterior, Tensor, Tensor]:
+        """The posterior sees the carry, so that each step waits for the one before."""
+        embeds = self.embed_in(embed)
+        keep = (~is_first).to(embeds).unsqueeze(-1)
+        resets = is_first.any(0).tolist()
+        h, z = state["h"], state["z"]
+        hs, zs, parameters = [], [], []
+        for t in range(is_first.shape[1]):
+            if resets[t]:
+                h, z = h * keep[:, t], z * keep[:, t]
+            h = self.gru(self.gru.inputs(self.input_norm(self.code_in(z) + actions[:, t])), h)
+            raw = self.posterior_out(embeds[:, t] + self.carry_in(h))
+            belief = self.latent.belief(raw)
+            z = belief.mode if noise is None else belief.sample(noise[:, t], temperature)
+            hs.append(h)
+            zs.append(z)
+            parameters.append(raw)
+        return self.latent.belief(torch.stack(parameters, 1)), torch.stack(hs, 1), torch.stack(zs, 1)
+
+    def _unroll(self, state, embed, actions, is_first, noise, temperature) -> tuple[Posterior, Tensor, Tensor]:
+        """The posterior needs no carry, so that all codes are known at once and only the GRU's recurrence is sequential."""
+        belief = self.latent.belief(self.posterior_net(embed))
+        z = belief.mode if noise is None else belief.sample(noise, temperature)
+        keep = (~is_first).to(z).unsqueeze(-1)
+        resets = is_first.any(0).tolist()
+        previous = torch.cat([state["z"].unsqueeze(1), z[:, :-1]], 1) * keep
+        inputs = self.gru.inputs(self.input_norm(self.code_in(previous) + actions))
+        h, hs = state["h"], []
+        for t in range(is_first.shape[1]):
+            h = self.gru(inputs[:, t], h * keep[:, t] if resets[t] else h)
+            hs.append(h)
+        return belief, torch.stack(hs, 1), z
+
+    def _rates(self, belief: Posterior, z: Tensor, h: Tensor, is_first: Tensor) -> tuple[dict[str, Tensor], dict[str, Loss]]:
+        dyn, rep = self.transition.rates(belief, z, h)
+        losses = {}
+        if self.transition.density != "exact":
+            losses = {"transition": next(iter(self.transition.loss(z.detach(), h).values()))}
+        if is_first.any():
+            first = belief.index(is_first)
+            own, other = self.initial_law.rates(first, z[is_first], None)
+            dyn, rep = dyn.masked_scatter(is_first, own), rep.masked_scatter(is_first, other)
+        rates = {"rate": dyn.detach(), "dyn": self._free(dyn), "rep": self._free(rep)}
+        return rates, losses
+
+    def _free(self, rate: Tensor) -> Tensor:
+        """Free nats: closed forms per row; a sampled rate on the batch mean, for the mean of a maximum is biased."""
+        floor = self.config.free_nats
+        if not floor:
+            return rate
+        if self.transition.density == "exact" and hasattr(self.transition, "given"):
+            return rate.clamp_min(floor)
+        return rate + (rate.mean().clamp_min(floor) - rate.mean())

@@ -1,0 +1,103 @@
+"""From canonical observations to embeddings, and the scaling of vectors that encoder and decoder share."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from worldmodel.config import Frozen
+from worldmodel.data import Obs
+from worldmodel.networks import MLP, ConvEncoder, symexp, symlog
+from worldmodel.registry import register
+from worldmodel.spaces import ObsSpec
+
+
+class InputScaling(nn.Module):
+    """Vectors on a scale that a squared error can see; images and categories pass unchanged.
+
+    standardise: by running mean and deviation of all that was collected, kept with the model (CartPole's pole angle
+    lives within 0.2 rad: unscaled, an error in it is hardly seen). symlog: sign(x) ln(1 + |x|). raw: unchanged.
+    """
+
+    def __init__(self, kind: Literal["standardise", "symlog", "raw"], spec: ObsSpec):
+        super().__init__()
+        self.kind = kind
+        self.vectors = [name for name, key in spec.keys.items() if key.kind == "vector"]
+        if kind == "standardise":
+            self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+            for i, name in enumerate(self.vectors):
+                width = spec.keys[name].shape[0]
+                self.register_buffer(f"mean{i}", torch.zeros(width, dtype=torch.float64))
+                self.register_buffer(f"square{i}", torch.zeros(width, dtype=torch.float64))
+
+    @torch.no_grad()
+    def update(self, obs: Obs) -> None:
+        """Take new observations [N, D] into the running statistics. Source: Chan et al. 1979 (parallel variance)."""
+        if self.kind != "standardise" or not self.vectors:
+            return
+        added = next(iter(obs.values())).shape[0]
+        total = self.count + added
+        for i, name in enumerate(self.vectors):
+            mean, square = getattr(self, f"mean{i}"), getattr(self, f"square{i}")
+            x = obs[name].to(torch.float64)
+            delta = x.mean(0) - mean
+            square += (x - x.mean(0)).square().sum(0) + delta.square() * self.count * added / total
+            mean += delta * added / total
+        self.count.copy_(total)
+
+    def statistics(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean, deviation) of one vector; a constant number keeps deviation 1."""
+        std = (getattr(self, f"square{index}") / self.count.clamp_min(1)).sqrt()
+        std = torch.where(std > 1e-6, std, torch.ones_like(std))
+        return getattr(self, f"mean{index}").to(like), std.to(like)
+
+    def forward(self, obs: Obs) -> Obs:
+        """Canonical observations on the inner scale."""
+        return self._each(obs, symlog, lambda x, mean, std: ((x - mean) / std).clamp(-20, 20))
+
+    def inverse(self, obs: Obs) -> Obs:
+        """From the inner scale to canonical observations."""
+        return self._each(obs, symexp, lambda x, mean, std: x * std + mean)
+
+    def _each(self, obs: Obs, log, affine) -> Obs:
+        if self.kind == "raw":
+            return obs
+        out = dict(obs)
+        for i, name in enumerate(self.vectors):
+            out[name] = log(obs[name]) if self.kind == "symlog" else affine(obs[name], *self.statistics(i, obs[name]))
+        return out
+
+
+class EncoderConfig(Frozen):
+    """A convolution for each image, one perceptron for everything else, put side by side."""
+
+    kind: Literal["standard"] = "standard"
+    units: int = Field(128, ge=1, description="width of the perceptron")
+    layers: int = Field(2, ge=0, description="layers of the perceptron")
+    depth: int = Field(16, ge=1, description="channels of the first convolution; they double at each of the next three")
+
+
+@register("encoder", "standard", EncoderConfig)
+class Encoder(nn.Module):
+    """Scaled canonical observations [N, ...] -> embedding [N, E]."""
+
+    def __init__(self, config: EncoderConfig, spec: ObsSpec):
+        super().__init__()
+        self.images = [name for name, key in spec.keys.items() if key.kind == "image"]
+        self.vectors = [name for name, key in spec.keys.items() if key.kind != "image"]
+        self.convolutions = nn.ModuleList(ConvEncoder(spec.keys[name].shape, config.depth) for name in self.images)
+        self.out_features = sum(c.out_features for c in self.convolutions)
+        if self.vectors:
+            width = sum(spec.keys[name].shape[0] for name in self.vectors)
+            self.perceptron = MLP(width, config.units, config.layers)
+            self.out_features += self.perceptron.out_features
+
+    def forward(self, obs: Obs) -> Float[Tensor, "N E"]:
+        parts = [conv(obs[name]) for name, conv in zip(self.images, self.convolutions, strict=True)]
+        if self.vectors:
+            parts.append(self.perceptron(torch.cat([obs[name] for name in self.vectors], -1)))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)

@@ -1,0 +1,48 @@
+"""Reward and continue: what a feature says about the step that led to it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from worldmodel.config import Frozen
+from worldmodel.networks import MLP, TwoHot
+from worldmodel.registry import register
+
+
+class HeadsConfig(Frozen):
+    """Reward as a two-hot distribution in symlog space, continue as a Bernoulli."""
+
+    kind: Literal["standard"] = "standard"
+    units: int = Field(128, ge=1, description="width")
+    layers: int = Field(1, ge=0, description="hidden layers of each head")
+    bins: int = Field(255, ge=3, description="bins of the reward's distribution (odd)")
+    limit: float = Field(20.0, gt=0, description="greatest symlog reward that the bins reach")
+
+
+@register("heads", "standard", HeadsConfig)
+class Heads(nn.Module):
+    """feature [*N, F] -> expected reward [*N] and P(continue) [*N], both on arrival at that feature."""
+
+    def __init__(self, config: HeadsConfig, feature_dim: int):
+        super().__init__()
+        self.two_hot = TwoHot(config.bins, config.limit)
+        self.reward_net = MLP(feature_dim, config.units, config.layers, config.bins, scale=0)
+        self.cont_net = MLP(feature_dim, config.units, config.layers, 1)
+
+    def reward(self, feature: Float[Tensor, "*N F"]) -> Float[Tensor, "*N"]:
+        return self.two_hot.mean(self.reward_net(feature))
+
+    def cont(self, feature: Float[Tensor, "*N F"]) -> Float[Tensor, "*N"]:
+        return torch.sigmoid(self.cont_net(feature)).squeeze(-1)
+
+    def reward_loss(self, feature: Float[Tensor, "*N F"], target: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
+        return self.two_hot.loss(self.reward_net(feature), target)
+
+    def cont_loss(self, feature: Float[Tensor, "*N F"], target: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
+        return F.binary_cross_entropy_with_logits(self.cont_net(feature).squeeze(-1), target, reduction="none")

@@ -1,0 +1,145 @@
+"""One gradient step of the world model: scales, warm-up, precision, clipping, and the guard against non-finite numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from worldmodel.config import Frozen
+from worldmodel.data import Batch, Sampling, Trace
+from worldmodel.errors import NumericsError
+from worldmodel.model import WorldModel
+from worldmodel.registry import register
+
+
+class ScaleConfig(Frozen):
+    """Weight of each loss of the world model. Observation, dyn and rep are in nats per step; beta multiplies the rates' pull on codes."""
+
+    observation: float = Field(1.0, ge=0, description="reconstruction")
+    reward: float = Field(1.0, ge=0)
+    cont: float = Field(1.0, ge=0, description="the head that predicts whether the world goes on")
+    dyn: float = Field(1.0, ge=0, description="rate, training the transition and initial distributions")
+    rep: float = Field(0.1, ge=0, description="rate, training the posterior")
+    marginal: float = Field(1.0, ge=0, description="beta of a VAE: the rate against the marginal")
+    transition: float = Field(1.0, ge=0, description="own loss of a transition without an exact density")
+
+
+@register("group", "train")
+class TrainConfig(Frozen):
+    """How experience becomes gradient steps."""
+
+    steps: int = Field(10_000, ge=1, description="real environment steps of a whole run, random ones included")
+    prefill: int = Field(500, ge=0, description="random steps before the first update")
+    pretrain: int = Field(100, ge=0, description="updates of the world model right after them")
+    ratio: float = Field(0.5, ge=0, description="updates per real step")
+    batch_size: int = Field(16, ge=1, description="sequences in a batch")
+    batch_length: int = Field(32, ge=2, description="steps in a sequence")
+    burn_in: int = Field(0, ge=0, description="steps before each sequence that only warm up its state, without gradient")
+    capacity: int = Field(200_000, ge=1, description="steps that the replay holds")
+    newest: float = Field(0.0, ge=0, le=1, description="share of sequences that are the newest experience")
+    ends: float = Field(0.25, ge=0, le=1, description="share of sequences chosen so that an episode ends in them")
+    lr: float = Field(1e-3, gt=0, description="Adam's learning rate for the world model")
+    eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
+    clip: float = Field(100.0, gt=0, description="greatest norm of the gradient")
+    warmup: int = Field(0, ge=0, description="updates over which the weights of rep and marginal grow from 0")
+    scales: ScaleConfig = ScaleConfig()
+    threads: int = Field(1, ge=1, description="torch threads; part of the seed")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; slower than fp32 on CPUs without AMX")
+    compile: bool = Field(False, description="torch.compile the recurrent step; pays on long runs only")
+
+
+class Learner:
+    """Owns the optimiser of a world model; `update` is the one gradient step.
+
+    Three updates in a row with a non-finite loss or gradient raise NumericsError; single ones are skipped and counted.
+    """
+
+    PATIENCE = 3
+
+    def __init__(self, world: WorldModel, config: TrainConfig):
+        self.world, self.config = world, config
+        self.optimizer = torch.optim.Adam(world.parameters(), lr=config.lr, eps=config.eps)
+        self.updates = 0
+        self.skipped = 0
+        self._skipped_in_a_row = 0
+        if config.compile:
+            world.dynamics.gru.compile()
+
+    def prepare(self, batch: Batch) -> Batch:
+        """A sampled batch on the model's device, its observations canonical and on the inner scale."""
+        batch = batch.to(self.world.device)
+        return batch.with_obs(self.world.inputs(batch.obs))
+
+    def update(self, batch: Batch, generator: torch.Generator | None = None) -> tuple[dict[str, float], Trace, Batch]:
+        """One step on a prepared batch of burn_in + batch_length rows: (metrics, trace, the rows that it covers)."""
+        self.world.train()
+        sampling = Sampling(generator=generator)
+        state = None
+        if self.config.burn_in:
+            with torch.no_grad():
+                state = self.world.trace(batch.window(0, self.config.burn_in), None, sampling).last
+            batch = batch.window(self.config.burn_in)
+        with torch.autocast(batch.reward.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            trace = self.world.trace(batch, state, sampling)
+            losses = self.world.loss(trace, batch)
+            means = {name: term.mean() for name, term in losses.items()}
+            total = sum(self.weight(name) * mean for name, mean in means.items())
+        self.optimizer.zero_grad(set_to_none=True)
+        metrics = {f"loss/{name}": float(mean.detach()) for name, mean in means.items()}
+        bad = [name for name, value in metrics.items() if not torch.tensor(value).isfinite()]
+        if not bad:
+            total.backward()
+            norm = nn.utils.clip_grad_norm_(self.world.parameters(), self.config.clip)
+            metrics["gradient_norm"] = float(norm)
+            bad = [] if norm.isfinite() else self._bad_gradients()
+        self._step(bad)
+        metrics |= {"rate": float(trace.rates["rate"].mean()), "active_units": self.world.active_units(trace)}
+        return metrics, trace, batch
+
+    def weight(self, name: str) -> float:
+        """What a loss counts for at this update."""
+        scale = getattr(self.config.scales, "cont" if name == "continue" else name)
+        if name in ("rep", "marginal") and self.config.warmup:
+            scale *= min(1.0, self.updates / self.config.warmup)
+        return scale
+
+    def _step(self, bad: list[str]) -> None:
+        if not bad:
+            self.optimizer.step()
+            self.updates += 1
+            self._skipped_in_a_row = 0
+            return
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row >= self.PATIENCE:
+            raise NumericsError(
+                f"Update {self.updates + self.skipped}: not finite: {', '.join(bad[:5])}; {self.PATIENCE} updates in a row were skipped. "
+                "Finite numbers were expected. Look at the observations' and rewards' sizes, or lower train.lr; the last checkpoint is good."
+            )
+
+    def _bad_gradients(self) -> list[str]:
+        return [name for name, p in self.world.named_parameters() if p.grad is not None and not _finite(p.grad)]
+
+
+def optimizer_arrays(optimizer: torch.optim.Optimizer) -> dict[str, np.ndarray]:
+    """The optimiser's state, one array for each parameter and quantity."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}/{name}": x.detach().cpu().numpy() for i, slot in state.items() for name, x in slot.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, arrays: Mapping[str, np.ndarray]) -> None:
+    """Take over what `optimizer_arrays` gave."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, x in arrays.items():
+        index, name = key.split("/")
+        state.setdefault(int(index), {})[name] = torch.from_numpy(np.array(x))
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _finite(x: Tensor) -> bool:
+    return bool(torch.isfinite(x).all())

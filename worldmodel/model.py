@@ -1,0 +1,184 @@
+"""WorldModel: all that agents, environments and diagnostics ever call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from worldmodel.config import Frozen, Part
+from worldmodel.data import Batch, Dream, Loss, Obs, Sampling, State, Trace
+from worldmodel.decoders import DecoderConfig
+from worldmodel.distributions import CategoricalConfig, GaussianConfig, GaussianLatent, Posterior
+from worldmodel.dynamics import RSSMConfig
+from worldmodel.encoders import EncoderConfig, InputScaling
+from worldmodel.errors import ConfigError
+from worldmodel.heads import HeadsConfig
+from worldmodel.networks import flatten
+from worldmodel.objectives import ReconstructionConfig
+from worldmodel.registry import build, register
+from worldmodel.spaces import ActionSpec, ObsSpec
+
+CLOSED_FORMS = {"categorical": CategoricalConfig(), "gaussian": GaussianConfig()}
+
+
+class ModelConfig(Frozen):
+    """The parts of a world model; each has its own options."""
+
+    inputs: Literal["standardise", "symlog", "raw"] = Field("standardise", description="scale of vector observations")
+    encoder: Part["encoder"] = EncoderConfig()
+    decoder: Part["decoder"] = DecoderConfig()
+    dynamics: Part["dynamics"] = RSSMConfig()
+    transition: Part["distribution"] | None = Field(None, description="p(z_t | h_t); none: the latent's own family")
+    initial: Part["distribution"] | None = Field(None, description="p(z_0); none: the latent's own family")
+    marginal: Part["distribution"] | None = Field(None, description="one law for all codes, whose rate trains the encoder; none: without")
+    objective: Part["objective"] = ReconstructionConfig()
+    heads: Part["heads"] = HeadsConfig()
+
+    @model_validator(mode="after")
+    def _forms_fit_the_latent(self) -> ModelConfig:
+        latent = self.dynamics.latent.kind
+        for slot in ("transition", "initial", "marginal"):
+            part = getattr(self, slot)
+            if part is not None and part.kind in CLOSED_FORMS and part.kind != latent:
+                raise ValueError(f"model.{slot}.kind={part.kind} does not fit model.dynamics.latent.kind={latent}: make them equal.")
+        if self.marginal is not None and self.marginal.kind == "categorical":
+            raise ValueError("model.marginal: a categorical law fills the slots initial and transition only; use gaussian latents.")
+        return self
+
+
+register("group", "model", ModelConfig)(ModelConfig)
+
+
+class WorldModel(nn.Module):
+    """Encoder, dynamics, objective and heads behind five verbs: trace, loss, observe, imagine, encode/decode."""
+
+    def __init__(self, config: ModelConfig, obs: ObsSpec, action: ActionSpec):
+        super().__init__()
+        self.config, self.obs, self.action = config, obs, action
+        own = CLOSED_FORMS[config.dynamics.latent.kind]
+        self.scaling = InputScaling(config.inputs, obs)
+        self.encoder = build("encoder", config.encoder, obs)
+        self.dynamics = build(
+            "dynamics", config.dynamics, self.encoder.out_features, action.dim, config.transition or own, config.initial or own
+        )
+        self.feature_dim = self.dynamics.feature_dim
+        latent = self.dynamics.latent
+        self.marginal = build("distribution", config.marginal, latent, 0) if config.marginal else None
+        self.objective = build("objective", config.objective, build("decoder", config.decoder, obs, self.feature_dim, latent.size))
+        self.decoder = self.objective.decoder
+        self.heads = build("heads", config.heads, self.feature_dim)
+
+    @classmethod
+    def from_spaces(
+        cls,
+        observation_space: gym.Space,
+        action_space: gym.Space,
+        config: ModelConfig | dict | None = None,
+        seed: int = 0,
+        layout: str | None = None,
+    ) -> WorldModel:
+        """A new model for a pair of Gymnasium spaces. Raises UnsupportedSpaceError, ConfigError."""
+        if not isinstance(config, ModelConfig):
+            config = ModelConfig.parse(config or {}, at="model")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(config, ObsSpec.from_space(observation_space, layout), ActionSpec.from_space(action_space))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def initial(self, batch_size: int) -> State:
+        """The state before anything was seen."""
+        return self.dynamics.initial(batch_size)
+
+    def inputs(self, rows: dict[str, Tensor]) -> Obs:
+        """Raw rows [*N, ...] of the store -> scaled canonical observations."""
+        return self.scaling(self.obs.canonical(rows))
+
+    def trace(self, batch: Batch, state: State | None = None, sampling: Sampling | None = None) -> Trace:
+        """One pass over a batch whose `obs` is already on the inner scale (see `inputs`)."""
+        batch_size, length = batch.shape
+        embed = self.encoder({name: flatten(x) for name, x in batch.obs.items()}).view(batch_size, length, -1)
+        state = state if state is not None else self.initial(batch_size)
+        return self.dynamics.observe(state, embed, batch.prev_action, batch.is_first, sampling or Sampling())[1]
+
+    def loss(self, trace: Trace, batch: Batch) -> dict[str, Loss]:
+        """Every term by name, unscaled. "dyn" trains the prior side, "rep" the posterior; both carry free nats."""
+        arrived = ~batch.is_first
+        terms = {"dyn": Loss(trace.rates["dyn"]), "rep": Loss(trace.rates["rep"]), **trace.losses}
+        terms |= self.objective(trace, batch)
+        if self.marginal is not None:
+            terms["marginal"] = Loss(self.marginal.rate(trace.posterior, trace.z, None))
+        terms["reward"] = Loss(self.heads.reward_loss(trace.feature, batch.reward), mask=arrived)
+        terms["continue"] = Loss(self.heads.cont_loss(trace.feature, 1 - batch.is_terminal.to(trace.feature)), mask=arrived)
+        return terms
+
+    @torch.no_grad()
+    def observe(
+        self,
+        state: State,
+        obs: dict[str, Tensor],
+        prev_action: Float[Tensor, "B A"],
+        is_first: Bool[Tensor, " B"],
+        sampling: Sampling | None = None,
+    ) -> State:
+        """The state after one real step, from raw observation rows [B, ...]; no gradient."""
+        embed = self.encoder(self.inputs(obs)).unsqueeze(1)
+        prev_action = torch.where(is_first.unsqueeze(-1), torch.zeros_like(prev_action), prev_action)
+        sampling = sampling or Sampling()
+        return self.dynamics.observe(state, embed, prev_action.unsqueeze(1), is_first.unsqueeze(1), sampling)[0]
+
+    def imagine(
+        self, state: State, policy: Callable[[Tensor, int], Tensor], horizon: int, sampling: Sampling | None = None
+    ) -> Dream:
+        """Roll forward without looking; `policy(feature, step)` gives canonical actions [B, A], kept as given in the dream."""
+        sampling = sampling or Sampling()
+        features, actions = [self.dynamics.feature(state)], []
+        for step in range(horizon):
+            actions.append(policy(features[-1], step))
+            state = self.dynamics.imagine(state, self.action.project(actions[-1]), sampling)
+            features.append(self.dynamics.feature(state))
+        feature = torch.stack(features, 1)  # [B, H+1, F]
+        reward, cont = self.heads.reward(feature[:, 1:]), self.heads.cont(feature[:, 1:])
+        return Dream(feature, torch.stack(actions, 1), reward, cont, torch.zeros_like(reward), state)
+
+    @torch.no_grad()
+    def encode(self, obs) -> Posterior:
+        """The belief about z from single observations [N, ...] in the environment's own form, as at an episode's first step."""
+        rows = {name: torch.as_tensor(x, device=self.device) for name, x in self.obs.to_rows(obs).items()}
+        embed = self.encoder(self.inputs(rows))
+        start = self.initial(len(embed))
+        h = self.dynamics.imagine(start, embed.new_zeros(len(embed), self.action.dim), Sampling(mode=True))["h"]
+        return self.dynamics.posterior(embed, h)
+
+    @torch.no_grad()
+    def decode(self, feature: Float[Tensor, "N F"]) -> Obs:
+        """The expected observation in canonical form; a code alone is enough where the decoder reads the latent."""
+        if feature.shape[-1] not in (self.feature_dim, self.decoder.inputs):
+            raise ValueError(f"decode: a feature has {self.feature_dim} numbers, not {feature.shape[-1]}; take it from a trace, a dream or a state.")
+        return self.scaling.inverse(self.decoder.mean(feature))
+
+    def active_units(self, trace: Trace, threshold: float = 0.01) -> int:
+        """How many variables of the code carry more than `threshold` nats against their own average over the batch.
+
+        Source: Burda et al. 2016, section 5.2 (for Gaussians the variance of the posterior's mean).
+        """
+        if isinstance(self.dynamics.latent, GaussianLatent):
+            return int((trace.posterior.mean.detach().flatten(0, -2).var(0) > threshold).sum())
+        probs = trace.posterior.probs.detach().flatten(0, -3)
+        average = probs.mean(0, keepdim=True)
+        gain = (probs * (probs.clamp_min(1e-12).log() - average.clamp_min(1e-12).log())).sum(-1).mean(0)
+        return int((gain > threshold).sum())
+
+
+def tensors(rows: dict[str, np.ndarray], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Rows of numpy arrays as tensors on a device."""
+    return {name: torch.from_numpy(np.ascontiguousarray(x)).to(device) for name, x in rows.items()}

@@ -1,0 +1,234 @@
+"""Multi-layer perceptrons, convolutional stacks, the block GRU and the functions that they share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+def symlog(x: Tensor) -> Tensor:
+    """sign(x) ln(1 + |x|). Source: Hafner et al. 2023 (DreamerV3), eq. 9."""
+    return torch.sign(x) * torch.log1p(torch.abs(x))
+
+
+def symexp(x: Tensor) -> Tensor:
+    """Inverse of `symlog`."""
+    return torch.sign(x) * torch.expm1(torch.abs(x))
+
+
+def initialise(module: nn.Module, scale: float = 1.0) -> nn.Module:
+    """Truncated-normal fan-in weights (standard deviation scale / sqrt(fan in) after truncation), zero biases; in place."""
+    for m in module.modules():
+        if isinstance(m, nn.Linear | nn.Conv2d | nn.ConvTranspose2d | BlockLinear):
+            fan_in = m.in_features // m.blocks if isinstance(m, BlockLinear) else m.weight[0].numel()
+            if isinstance(m, nn.ConvTranspose2d):
+                fan_in = m.in_channels * math.prod(m.kernel_size) // math.prod(m.stride)
+            std = scale / math.sqrt(fan_in) / 0.8796  # what truncation at two standard deviations takes away
+            if scale == 0:
+                nn.init.zeros_(m.weight)
+            else:
+                nn.init.trunc_normal_(m.weight, std=std, a=-2 * std, b=2 * std)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+    return module
+
+
+def linear(inputs: int, outputs: int, *, bias: bool = True, scale: float = 1.0) -> nn.Linear:
+    """An initialised linear layer; `scale=0` gives zero weights, so that the first output is exactly 0."""
+    return initialise(nn.Linear(inputs, outputs, bias=bias), scale)
+
+
+class MLP(nn.Sequential):
+    """`layers` x [linear, layer norm, SiLU] of width `units`; with `outputs`, a linear layer behind them.
+
+    LayerNorm and not RMSNorm: on CPUs torch fuses the first and not the second, which makes it twice as fast.
+    """
+
+    def __init__(self, inputs: int, units: int, layers: int, outputs: int | None = None, *, scale: float = 1.0):
+        blocks: list[nn.Module] = []
+        width = inputs
+        for _ in range(layers):
+            blocks += [linear(width, units, bias=False), nn.LayerNorm(units), nn.SiLU()]
+            width = units
+        if outputs is not None:
+            blocks.append(linear(width, outputs, scale=scale))
+        super().__init__(*blocks)
+        self.out_features = width if outputs is None else outputs
+
+
+class BlockLinear(nn.Module):
+    """A linear layer whose weight matrix is block-diagonal: `blocks` groups of inputs, each feeding its own group of outputs.
+
+    Source: Hafner et al. 2025 (Nature version of DreamerV3), block-diagonal recurrent weights.
+    """
+
+    def __init__(self, inputs: int, outputs: int, blocks: int, *, bias: bool = True):
+        super().__init__()
+        if inputs % blocks or outputs % blocks:
+            raise ValueError(f"BlockLinear: {inputs} inputs and {outputs} outputs must both divide by {blocks} blocks.")
+        self.in_features, self.out_features, self.blocks = inputs, outputs, blocks
+        self.weight = nn.Parameter(torch.empty(blocks, inputs // blocks, outputs // blocks))
+        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
+        initialise(self)
+
+    def forward(self, x: Float[Tensor, "N I"]) -> Float[Tensor, "N O"]:
+        grouped = x.view(x.shape[0], self.blocks, -1).transpose(0, 1)  # [G, N, I/G]
+        y = torch.bmm(grouped, self.weight).transpose(0, 1).reshape(x.shape[0], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+
+class BlockGRU(nn.Module):
+    """A GRU cell with layer-normalised gates and block-diagonal recurrent weights.
+
+        r, c, u = LayerNorm(W x + U h),  U block-diagonal
+        h' = sigmoid(u - 1) * tanh(sigmoid(r) * c) + (1 - sigmoid(u - 1)) * h
+
+    The input's share W x carries no recurrence, so `inputs` computes it for all time steps at once where x is known
+    beforehand. Source: Hafner et al. 2020, 2025 (DreamerV2, DreamerV3).
+    """
+
+    def __init__(self, inputs: int, units: int, blocks: int = 1):
+        super().__init__()
+        self.units = units
+        self.inputs = linear(inputs, 3 * units, bias=False)
+        self.recurrent = linear(units, 3 * units, bias=False) if blocks == 1 else BlockLinear(units, 3 * units, blocks, bias=False)
+        self.norm = nn.LayerNorm(3 * units)
+        self.permute = blocks > 1
+        self.blocks = blocks
+
+    def forward(self, projected: Float[Tensor, "N G"], h: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+        """The next h from `self.inputs(x)` and the last h."""
+        recurrent = self.recurrent(h)
+        if self.blocks > 1:  # each block emits its own r, c, u: bring equal gates together
+            recurrent = recurrent.view(-1, self.blocks, 3, self.units // self.blocks).transpose(1, 2).reshape(-1, 3 * self.units)
+        reset, candidate, update = self.norm(projected + recurrent).chunk(3, -1)
+        candidate = torch.tanh(torch.sigmoid(reset) * candidate)
+        return torch.lerp(h, candidate, torch.sigmoid(update - 1))
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of an image, at each pixel; cheap where the memory format is channels_last."""
+
+    def forward(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N C H W"]:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def halvings(size: tuple[int, int], smallest: int = 4) -> list[tuple[int, int]]:
+    """Image sides after each 4x4 convolution of stride 2, the input's first, until the shorter side would fall below `smallest`."""
+    sizes = [size]
+    while min(sizes[-1]) // 2 >= smallest:
+        sizes.append((sizes[-1][0] // 2, sizes[-1][1] // 2))
+    if len(sizes) == 1:
+        raise ValueError(f"An image of {size[0]}x{size[1]} pixels is too small for a convolution: 8x8 is the least; declare layout=vector.")
+    return sizes
+
+
+class ConvEncoder(nn.Module):
+    """4x4 convolutions of stride 2, channels `depth` x 1, 2, 4, 8, ...; flattened."""
+
+    def __init__(self, shape: tuple[int, int, int], depth: int):
+        super().__init__()
+        channels, height, width = shape
+        self.sizes = halvings((height, width))
+        layers: list[nn.Module] = []
+        for stage in range(len(self.sizes) - 1):
+            out = depth * 2 ** min(stage, 3)
+            layers += [nn.Conv2d(channels, out, 4, 2, 1, bias=False), ChannelNorm(out), nn.SiLU()]
+            channels = out
+        self.layers = initialise(nn.Sequential(*layers)).to(memory_format=torch.channels_last)
+        self.out_features = channels * math.prod(self.sizes[-1])
+
+    def forward(self, image: Float[Tensor, "N C H W"]) -> Float[Tensor, "N E"]:
+        return self.layers((image - 0.5).contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1).flatten(1)
+
+
+class ConvDecoder(nn.Module):
+    """The mirror image of `ConvEncoder`: a linear layer, then 4x4 transposed convolutions of stride 2; output around 0.5."""
+
+    def __init__(self, features: int, shape: tuple[int, int, int], depth: int):
+        super().__init__()
+        channels, height, width = shape
+        self.sizes = halvings((height, width))[::-1]
+        stages = len(self.sizes) - 1
+        widths = [depth * 2 ** min(stage, 3) for stage in range(stages)][::-1]
+        self.top = (widths[0], *self.sizes[0])
+        self.project = linear(features, math.prod(self.top))
+        layers: list[nn.Module] = [ChannelNorm(widths[0]), nn.SiLU()]
+        for stage in range(stages):
+            pad = tuple(big - 2 * small for small, big in zip(self.sizes[stage], self.sizes[stage + 1], strict=True))
+            last = stage == stages - 1
+            out = channels if last else widths[stage + 1]
+            layers.append(nn.ConvTranspose2d(widths[stage], out, 4, 2, 1, output_padding=pad, bias=last))
+            if not last:
+                layers += [ChannelNorm(out), nn.SiLU()]
+        self.layers = initialise(nn.Sequential(*layers)).to(memory_format=torch.channels_last)
+
+    def forward(self, feature: Float[Tensor, "N F"]) -> Float[Tensor, "N C H W"]:
+        channels, height, width = self.top
+        top = self.project(feature).view(-1, height, width, channels).permute(0, 3, 1, 2)
+        return self.layers(top) + 0.5
+
+
+class TwoHot(nn.Module):
+    """A categorical over `bins` values spaced evenly in symlog space, standing for a real number.
+
+    `limit` is the greatest symlog value; targets beyond go to the end bin. The mean is summed in symmetric pairs, so
+    that zero logits give exactly 0. Source: Hafner et al. 2023 (DreamerV3), eq. 10, and its code for the pairs.
+    """
+
+    def __init__(self, bins: int = 255, limit: float = 20.0):
+        super().__init__()
+        if bins % 2 == 0 or bins < 3:
+            raise ValueError(f"TwoHot: bins must be odd and at least 3, not {bins}: the middle bin stands for 0.")
+        half = symexp(torch.linspace(-limit, 0, bins // 2 + 1))
+        self.register_buffer("values", torch.cat([half, -half[:-1].flip(0)]), persistent=False)
+        self.bins = bins
+
+    def mean(self, logits: Float[Tensor, "*N K"]) -> Float[Tensor, "*N"]:
+        p = torch.softmax(logits, -1)
+        half = self.bins // 2
+        return ((p[..., half + 1 :] - p[..., :half].flip(-1)) * self.values[half + 1 :]).sum(-1)
+
+    def loss(self, logits: Float[Tensor, "*N K"], target: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
+        """Cross-entropy with the target split between its two neighbouring bins, in nats."""
+        target = target.detach().clamp(self.values[0], self.values[-1])
+        above = torch.searchsorted(self.values, target.contiguous()).clamp(1, self.bins - 1)
+        low, high = self.values[above - 1], self.values[above]
+        weight = (target - low) / (high - low)
+        logp = torch.log_softmax(logits, -1)
+        lower = logp.gather(-1, (above - 1).unsqueeze(-1)).squeeze(-1)
+        upper = logp.gather(-1, above.unsqueeze(-1)).squeeze(-1)
+        return -(lower * (1 - weight) + upper * weight)
+
+
+def flatten(x: Tensor) -> Tensor:
+    """[B, T, ...] -> [B*T, ...]."""
+    return x.flatten(0, 1)
+
+
+def negative_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """-ln N(x; mean, exp(log_std)^2) of each element, fully normalised, in nats."""
+    return 0.5 * ((x - mean) * torch.exp(-log_std)).square() + log_std + 0.5 * math.log(2 * math.pi)
+
+
+__all__ = [
+    "MLP",
+    "BlockGRU",
+    "BlockLinear",
+    "ChannelNorm",
+    "ConvDecoder",
+    "ConvEncoder",
+    "F",
+    "TwoHot",
+    "flatten",
+    "halvings",
+    "initialise",
+    "linear",
+    "negative_log_likelihood",
+    "symexp",
+    "symlog",
+]

@@ -255,6 +255,12 @@ def files(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
+def put(file: Path, data: bytes) -> None:
+    """New content under an old name; cutting a file that was just written costs milliseconds on some file systems."""
+    file.unlink(missing_ok=True)
+    file.write_bytes(data)
+
+
 @pytest.mark.parametrize("rows", [0, 3, 20, 47])
 def test_what_was_saved_is_loaded(tmp_path, rows):
     replay = fill(store(capacity=40, num_envs=2, image=True), rows)
@@ -341,7 +347,7 @@ def test_damage_behind_the_marks_costs_only_what_is_behind_it(tmp_path):
     last = segments.path_of(tmp_path, 3)
     whole = last.read_bytes()
     for damaged in (whole[:-1], whole[:100], whole[:5], whole[:-9] + b"\xff" + whole[-8:]):
-        last.write_bytes(damaged)
+        put(last, damaged)
         said: list[str] = []
         assert_same(Replay.load(tmp_path, marks, keep_newer=True, log=said.append), copy)
         assert "segment-000000003.bin" in said[0]
@@ -355,10 +361,10 @@ def test_every_flipped_byte_is_noticed(tmp_path):
     whole = path.read_bytes()
     for at in range(len(whole)):
         for mask in (0x01, 0xFF):
-            path.write_bytes(whole[:at] + bytes([whole[at] ^ mask]) + whole[at + 1 :])
+            put(path, whole[:at] + bytes([whole[at] ^ mask]) + whole[at + 1 :])
             with pytest.raises(CorruptError, match=re.escape(path.name)):
                 Replay.load(tmp_path, marks)
-    path.write_bytes(whole)
+    put(path, whole)
     assert_same(Replay.load(tmp_path, marks), replay)
 
 
@@ -367,7 +373,7 @@ def test_a_cut_or_lengthened_file_is_noticed(tmp_path):
     path = segments.path_of(tmp_path, 1)
     whole = path.read_bytes()
     for damaged in [*(whole[:n] for n in range(len(whole))), whole + b"\0", whole + whole, whole[:40] + b"\0" + whole[40:]]:
-        path.write_bytes(damaged)
+        put(path, damaged)
         with pytest.raises(CorruptError, match=r"segment-000000001\.bin"):
             Replay.load(tmp_path, marks)
 
@@ -377,7 +383,7 @@ def test_damage_names_the_offset_of_its_block(tmp_path):
     path = segments.path_of(tmp_path, 1)
     whole = bytearray(path.read_bytes())
     whole[-30] ^= 1
-    path.write_bytes(whole)
+    put(path, whole)
     with pytest.raises(CorruptError, match=r"segment-000000001\.bin is damaged at offset \d+: a block's CRC"):
         Replay.load(tmp_path, marks)
 
@@ -395,13 +401,13 @@ def test_a_missing_or_foreign_segment_is_noticed(tmp_path):
     twin.save(other)
     for damage, message in [
         (lambda: one.unlink(), "missing"),
-        (lambda: one.write_bytes(two.read_bytes()), "renamed"),
-        (lambda: one.write_bytes(segments.path_of(other, 1).read_bytes()), "not the file that the checkpoint names"),
+        (lambda: put(one, two.read_bytes()), "renamed"),
+        (lambda: put(one, segments.path_of(other, 1).read_bytes()), "not the file that the checkpoint names"),
     ]:
         damage()
         with pytest.raises(CorruptError, match=message):
             Replay.load(tmp_path, marks)
-        one.write_bytes(held)
+        put(one, held)
     with pytest.raises(CorruptError, match="segments are missing from its marks"):
         Replay.load(tmp_path, {**marks, "segments": marks["segments"][1:]})
     for key in ("rows", "segments", "obs", "capacity"):

@@ -96,8 +96,8 @@ class WorkerVecEnv(SubprocVecEnv):
             process.join(timeout=0.2)
         dead = [f"environment {i} (exit code {p.exitcode})" for i, p in enumerate(self.processes) if not p.is_alive()]
         raise EnvError(
-            f"The process of {', '.join(dead) or 'an environment'} is gone; expected an answer from it. Run with env.vectorize=dummy "
-            "to see what it printed."
+            f"The process of {', '.join(dead) or 'an environment'} is gone; expected an answer from it. Run with "
+            "env.vectorize=dummy to see what it printed."
         ) from error
 
 

@@ -270,7 +270,7 @@ class FlattenSpaces(gym.Wrapper):
 
 
 class RenderObservation(gym.Wrapper):
-    """The picture instead of the observation: `render()` resized to uint8 [size, size, 3]. The old observation is in no info.
+    """The picture instead of the observation: `render()` resized to uint8 [size, size, 3]. The observation is dropped.
 
     Raises ConfigError where the render mode is not rgb_array, EnvError where `render` gives no picture.
     """

@@ -36,8 +36,8 @@ class ActorCriticConfig(Frozen):
     slow: float = Field(0.02, gt=0, le=1, description="rate at which the slow critic follows")
     slow_weight: float = Field(1.0, ge=0, description="weight of the slow critic's prediction as a second target")
     replay_value: float = Field(0.0, ge=0, description="weight of the critic's loss on replayed, real rewards")
-    bins: int = Field(255, ge=3, description="bins of the critic's distribution (odd)")
-    limit: float = Field(20.0, gt=0, description="greatest symlog value that the bins reach")
+    bins: int = Field(127, ge=3, description="bins of the critic's distribution (odd)")
+    limit: float = Field(10.0, gt=0, description="greatest symlog value that the bins reach")
     min_std: float = Field(0.1, gt=0, description="least deviation of a continuous policy, actions being in [-1, 1]")
     max_std: float = Field(1.0, gt=0, description="greatest deviation of a continuous policy")
     unimix: float = Field(0.01, ge=0, lt=1, description="share of the uniform distribution in a discrete policy")
@@ -148,10 +148,17 @@ class ActorCriticLearner:
     def update(self, trace: Trace, batch: Batch, generator: torch.Generator | None = None) -> dict[str, float]:
         """Imagine from the batch's states, then one step of the actor and one of the critic; metrics."""
         state, alive = self.starts(trace, batch, generator)
-        dream, returns, weight = self.imagine(state, alive, generator)
-        feature, weight = dream.feature.detach(), weight.detach()
-        metrics = self._improve_actor(dream, feature, returns, weight)
-        metrics |= self._improve_critic(feature, returns.detach(), weight, trace, batch)
+        through = self.config.gradient == "dynamics"
+        with torch.set_grad_enabled(through):
+            dream = self.imagine(state, generator)
+            discount = self.config.gamma * dream.cont
+            weight = weights(alive, discount.detach())
+        feature = dream.feature.detach()
+        logits = self.behaviour.critic(feature)  # read three times: for the returns, as the baseline, in the critic's loss
+        value = self.behaviour.two_hot.mean(logits.detach())
+        returns = lambda_return(dream.reward, discount, self.behaviour.value(dream.feature) if through else value, self.config.lam)
+        metrics = self._improve_actor(dream, feature, returns, value, weight)
+        metrics |= self._improve_critic(feature, logits, returns.detach(), weight, trace, batch)
         metrics |= {"dream/return": float(returns.detach()[:, 0].mean()), "train/return_scale": self.scale.value}
         return metrics
 
@@ -164,35 +171,32 @@ class ActorCriticLearner:
             state, alive = state.index(rows), alive[rows]
         return state, alive
 
-    def imagine(self, state: State, alive: Tensor, generator: torch.Generator | None) -> tuple[Dream, Tensor, Tensor]:
-        """(dream, lambda-returns [N, H], weights [N, H+1]); with a graph where the gradient goes through the model."""
-        through = self.config.gradient == "dynamics"
-        with torch.set_grad_enabled(through):
-            policy = self.behaviour.policy
-            dream = self.world.imagine(
-                state, lambda feature, step: policy(feature.detach()).sample(generator), self.config.horizon, Sampling(generator=generator)
-            )
-            discount = self.config.gamma * dream.cont
-            returns = lambda_return(dream.reward, discount, self.behaviour.value(dream.feature), self.config.lam)
-            return dream, returns, weights(alive, discount)
+    def imagine(self, state: State, generator: torch.Generator | None) -> Dream:
+        """Rollouts of the actor's draws; it sees features without their graph."""
+        return self.world.imagine(
+            state,
+            lambda feature, step: self.behaviour.policy(feature.detach()).sample(generator),
+            self.config.horizon,
+            Sampling(generator=generator),
+        )
 
-    def _improve_actor(self, dream: Dream, feature: Tensor, returns: Tensor, weight: Tensor) -> dict[str, float]:
+    def _improve_actor(self, dream: Dream, feature: Tensor, returns: Tensor, value: Tensor, weight: Tensor) -> dict[str, float]:
         scale = self.scale.update(returns)
         policy = self.behaviour.policy(feature[:, :-1])
         entropy = policy.entropy()
         if self.config.gradient == "dynamics":
             gain = returns / scale
         else:
-            with torch.no_grad():
-                advantage = (returns - self.behaviour.value(feature[:, :-1])) / scale
-            gain = policy.log_prob(dream.action) * advantage
+            gain = policy.log_prob(dream.action) * (returns - value[:, :-1]) / scale
         loss = -(weight[:, :-1] * (gain + self.config.entropy * entropy)).mean()
         norm = _descend(self.actor_optimizer, loss, self.config.clip)
         return {"train/actor_loss": float(loss.detach()), "train/entropy": float(entropy.detach().mean()), "train/actor_gradient_norm": norm}
 
-    def _improve_critic(self, feature: Tensor, returns: Tensor, weight: Tensor, trace: Trace, batch: Batch) -> dict[str, float]:
+    def _improve_critic(
+        self, feature: Tensor, logits: Tensor, returns: Tensor, weight: Tensor, trace: Trace, batch: Batch
+    ) -> dict[str, float]:
         behaviour = self.behaviour
-        loss = (weight[:, :-1] * self._value_loss(feature[:, :-1], returns)).mean()
+        loss = (weight[:, :-1] * self._value_loss(feature[:, :-1], logits[:, :-1], returns)).mean()
         if self.config.replay_value:
             loss = loss + self.config.replay_value * self._replay_value_loss(trace, batch)
         norm = _descend(self.critic_optimizer, loss, self.config.clip)
@@ -201,15 +205,14 @@ class ActorCriticLearner:
                 slow.lerp_(fast, self.config.slow)
         return {"train/critic_loss": float(loss.detach()), "train/critic_gradient_norm": norm}
 
-    def _value_loss(self, feature: Tensor, target: Tensor) -> Tensor:
-        logits = self.behaviour.critic(feature)
-        two_hot = self.behaviour.two_hot
-        loss = two_hot.loss(logits, target)
+    def _value_loss(self, feature: Tensor, logits: Tensor, target: Tensor) -> Tensor:
+        """Cross-entropy with the target, and with what the slow critic predicts."""
+        two_hot, targets = self.behaviour.two_hot, [target]
         if self.config.slow_weight:
             with torch.no_grad():
-                slow = two_hot.mean(self.behaviour.slow(feature))
-            loss = loss + self.config.slow_weight * two_hot.loss(logits, slow)
-        return loss
+                targets.append(two_hot.mean(self.behaviour.slow(feature)))
+        logp = torch.log_softmax(logits, -1)
+        return sum(w * two_hot.cross_entropy(logp, y) for w, y in zip((1.0, self.config.slow_weight), targets))
 
     def _replay_value_loss(self, trace: Trace, batch: Batch) -> Tensor:
         """The critic on replayed features against lambda-returns of real rewards; nothing crosses an episode's end."""
@@ -227,7 +230,7 @@ class ActorCriticLearner:
                 returns.append(last)
             target = torch.stack(returns[::-1], 1)
         inside = (~batch.is_last[:, :-1]).float()
-        return (inside * self._value_loss(feature[:, :-1], target)).mean()
+        return (inside * self._value_loss(feature[:, :-1], self.behaviour.critic(feature[:, :-1]), target)).mean()
 
 
 def _descend(optimizer: torch.optim.Optimizer, loss: Tensor, clip: float) -> float:

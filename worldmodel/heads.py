@@ -21,8 +21,8 @@ class HeadsConfig(Frozen):
     kind: Literal["standard"] = "standard"
     units: int = Field(128, ge=1, description="width")
     layers: int = Field(1, ge=0, description="hidden layers of each head")
-    bins: int = Field(255, ge=3, description="bins of the reward's distribution (odd)")
-    limit: float = Field(20.0, gt=0, description="greatest symlog reward that the bins reach")
+    bins: int = Field(127, ge=3, description="bins of the reward's distribution (odd)")
+    limit: float = Field(10.0, gt=0, description="greatest symlog reward that the bins reach")
 
 
 @register("heads", "standard", HeadsConfig)

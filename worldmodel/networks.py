@@ -180,7 +180,7 @@ class TwoHot(nn.Module):
     that zero logits give exactly 0. Source: Hafner et al. 2023 (DreamerV3), eq. 10, and its code for the pairs.
     """
 
-    def __init__(self, bins: int = 255, limit: float = 20.0):
+    def __init__(self, bins: int, limit: float):
         super().__init__()
         if bins % 2 == 0 or bins < 3:
             raise ValueError(f"TwoHot: bins must be odd and at least 3, not {bins}: the middle bin stands for 0.")
@@ -193,16 +193,18 @@ class TwoHot(nn.Module):
         half = self.bins // 2
         return ((p[..., half + 1 :] - p[..., :half].flip(-1)) * self.values[half + 1 :]).sum(-1)
 
-    def loss(self, logits: Float[Tensor, "*N K"], target: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
-        """Cross-entropy with the target split between its two neighbouring bins, in nats."""
-        target = target.detach().clamp(self.values[0], self.values[-1])
-        above = torch.searchsorted(self.values, target.contiguous()).clamp(1, self.bins - 1)
+    def cross_entropy(self, log_probs: Float[Tensor, "*N K"], target: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
+        """Against the target split between its two neighbouring bins, in nats."""
+        target = target.detach().clamp(self.values[0], self.values[-1]).contiguous()
+        above = torch.searchsorted(self.values, target).clamp(1, self.bins - 1)
         low, high = self.values[above - 1], self.values[above]
-        weight = (target - low) / (high - low)
-        logp = torch.log_softmax(logits, -1)
-        lower = logp.gather(-1, (above - 1).unsqueeze(-1)).squeeze(-1)
-        upper = logp.gather(-1, above.unsqueeze(-1)).squeeze(-1)
-        return -(lower * (1 - weight) + upper * weight)
+        share = (target - low) / (high - low)
+        near = log_probs.gather(-1, torch.stack([above - 1, above], -1))
+        return -torch.lerp(near[..., 0], near[..., 1], share)
+
+    def loss(self, logits: Float[Tensor, "*N K"], target: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
+        """`cross_entropy` from logits."""
+        return self.cross_entropy(torch.log_softmax(logits, -1), target)
 
 
 def flatten(x: Tensor) -> Tensor:

@@ -302,7 +302,10 @@ class Config(Frozen):
 
     def override(self, overrides: Mapping | Sequence[str] | None) -> Config:
         """A validated copy with dotted keys changed; a changed `kind` starts that part from its defaults."""
-        return type(self).parse(merge(self.model_dump(), combine(overrides)))
+        names, given = combine(overrides)
+        if names:
+            raise ConfigError(f"{names} names files, and only a recipe starts from files. Give single options here.")
+        return type(self).parse(merge(self.model_dump(), given))
 
     @property
     def recipe_name(self) -> str:

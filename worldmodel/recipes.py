@@ -10,6 +10,7 @@ A recipe file, configs/env/NAME.yaml, is the content of a config plus two keys o
     train: {ratio: 2.0}
 
 Files of configs/model and configs/size hold the same groups (`model: {dynamics: {kind: rssm, deter: 128}}`), no defaults.
+A recipe lies above them: what it says about parts holds whatever model is asked for, so it should say little.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from worldmodel.errors import ConfigError, did_you_mean
 
 MAX_ALIASES, MAX_DEPTH, MAX_NODES, MAX_CHARACTERS = 100, 50, 100_000, 1_000_000
 """Limits on one YAML file; nodes are counted with every alias written out."""
+
+FILES = ("size", "model")
+"""What a recipe takes from files of their own, lower layer first."""
 
 # ---- YAML ------------------------------------------------------------------------------------------------------------
 
@@ -70,6 +74,13 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_str(self, data: str) -> yaml.Node:
+        # PyYAML writes these line breaks bare, and would read them back as spaces.
+        style = '"' if re.search("[\x85\u2028\u2029]", data) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 for _tag, (_pattern, _first) in _SCALARS.items():
     for _class in (_Loader, _Dumper):
@@ -192,16 +203,21 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def combine(overrides: Mapping | Iterable[str] | None) -> dict[str, Any]:
-    """All overrides as one mapping, whatever their order; ConfigError where two set the same key."""
+def combine(overrides: Mapping | Iterable[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The files that overrides name (`model=NAME`, `size=NAME`), and all others as one mapping, whatever their order.
+
+    ConfigError where two set the same key.
+    """
     if isinstance(overrides, str):
         raise ConfigError(f"overrides must be a list of words or a mapping, not the one word '{overrides}'. Write ['{overrides}'].")
     given = overrides or {}
     trees = [_nested(k, v) for k, v in given.items()] if isinstance(given, Mapping) else [parse_override(text) for text in given]
+    names: dict[str, Any] = {}
     out: dict[str, Any] = {}
     for tree in trees:
-        _join(out, tree, "")
-    return out
+        ((key, value),) = tree.items()
+        _join(names if key in FILES and not isinstance(value, Mapping) else out, tree, "")
+    return names, out
 
 
 def _join(below: dict[str, Any], above: Mapping, prefix: str) -> None:
@@ -222,20 +238,48 @@ def layers(
     recipe: str | Path | Mapping | None, overrides: Mapping | Iterable[str] | None, *, env_id: str | None, folder: str | Path | None
 ) -> list[dict[str, Any]]:
     """What `config.resolve` lays over one another, lowest first: size, model, recipe, environment, overrides."""
-    given = combine(overrides)
+    chosen, given = combine(overrides)
     body = _find(recipe if recipe is not None else env_id, folder, known_env=recipe is None)
     names = body.pop("defaults", None) or {}
-    if not isinstance(names, Mapping) or set(names) - {"model", "size"}:
-        raise ConfigError(f"recipe: `defaults` must be a mapping of 'model' and 'size' to names, not {names!r}.")
-    names = dict(names)
-    for part in ("model", "size"):
-        if isinstance(given.get(part), str):
-            names[part] = given.pop(part)
-        if isinstance(body.get(part), str):
+    if not isinstance(names, Mapping) or set(names) - set(FILES):
+        raise ConfigError(f"recipe: `defaults` must be a mapping of {' and '.join(FILES)} to names, not {names!r}.")
+    for part in FILES:
+        if part in body and not isinstance(body[part], Mapping):
             raise ConfigError(f"recipe: name the {part} under `defaults: {{{part}: {body[part]}}}`.")
-    below = [_fragment(part, names[part], folder) for part in ("size", "model") if names.get(part) is not None]
+    names = {**names, **chosen}
+    below = {part: _fragment(part, names[part], folder) for part in FILES if names.get(part) is not None}
+    for part in chosen:
+        _refuse_to_undo(f"{part}={chosen[part]}", below.get(part, {}), body, given)
     environment = [] if env_id is None or _same_env(env_id, _env_id(body)) else [{"env": {"id": env_id}}]
-    return [*below, body, *environment, given]
+    return [*below.values(), body, *environment, given]
+
+
+def _refuse_to_undo(asked: str, fragment: Mapping, body: Mapping, given: Mapping) -> None:
+    """The recipe lies above a file asked for by name: refuse where it would silently put back another kind of part."""
+    wanted, fixed = _kinds(fragment), _kinds(body)
+    for key in sorted(wanted.keys() & fixed.keys()):
+        if wanted[key] != fixed[key] and not _sets(given, key):
+            said = f"{asked} means {key}={wanted[key]}, but the recipe sets {key}={fixed[key]}"
+            raise ConfigError(f"{said}. Choose one by giving {key} itself.")
+
+
+def _sets(tree: Any, key: str) -> bool:
+    """Whether a mapping says something about a dotted `kind`, be it by a word in its part's place."""
+    for step in key.split("."):
+        if isinstance(tree, str):
+            return True
+        if not isinstance(tree, Mapping) or step not in tree:
+            return False
+        tree = tree[step]
+    return True
+
+
+def _kinds(tree: Mapping, prefix: str = "") -> dict[str, str]:
+    """Dotted key -> word of every `kind` in a mapping."""
+    out = {prefix + "kind": tree["kind"]} if isinstance(tree.get("kind"), str) else {}
+    for name, value in tree.items():
+        out.update(_kinds(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {})
+    return out
 
 
 def _env_id(body: Mapping) -> str | None:

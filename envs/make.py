@@ -10,6 +10,7 @@ from typing import Any, Literal
 import gymnasium as gym
 from gymnasium.wrappers import TimeLimit
 from pydantic import Field
+from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from worldmodel.envs.extras import missing_extra, register_for
@@ -146,7 +147,9 @@ def _prepare(
         env = ActionRepeat(env, repeat)
     if pixels is not None:
         env = RenderObservation(env, pixels)
-    env = Monitor(FlattenSpaces.wrap(env))
+    monitored = is_wrapped(env, Monitor)
+    env = FlattenSpaces.wrap(env)
+    env = env if monitored else Monitor(env)
     env.action_space.seed(seed)
     return env
 

@@ -185,7 +185,7 @@ class _Leaf:
     flatten: bool = False
 
     @classmethod
-    def of(cls, path: tuple[Any, ...], space: spaces.Space, *, flat_bits: bool = False) -> _Leaf:
+    def of(cls, path: tuple[Any, ...], space: spaces.Space, *, action: bool = False) -> _Leaf:
         name = ".".join(str(step) for step in path)
         if isinstance(space, spaces.Discrete) and space.start != 0:
             return cls(path, name, spaces.Discrete(int(space.n)), int(space.start))
@@ -193,7 +193,9 @@ class _Leaf:
             start = np.broadcast_to(getattr(space, "start", 0), space.nvec.shape)
             if start.any() or start.ndim > 1:
                 return cls(path, name, spaces.MultiDiscrete(space.nvec.reshape(-1), dtype=space.dtype), start, True)
-        if isinstance(space, spaces.MultiBinary) and flat_bits and len(space.shape) > 1:
+        if isinstance(space, spaces.Box) and space.shape == ():
+            return cls(path, name, spaces.Box(space.low.reshape(1), space.high.reshape(1), dtype=space.dtype), 0, True)
+        if isinstance(space, spaces.MultiBinary) and action and len(space.shape) > 1:
             return cls(path, name, spaces.MultiBinary(int(np.prod(space.shape))), 0, True)
         return cls(path, name, space)
 
@@ -227,10 +229,11 @@ def _leaves(space: spaces.Space, path: tuple[Any, ...] = ()) -> Iterator[_Leaf]:
 
 
 class FlattenSpaces(gym.Wrapper):
-    """Spaces as SB3 wants them: one flat Dict, categories from 0, category and bit arrays in one dimension.
+    """Spaces as SB3 wants them: one flat Dict, categories from 0, arrays of categories in one dimension.
 
     Nested Dict and Tuple observations become a flat Dict whose keys are joined with "." (items of a Tuple are "0", "1", ...).
-    Discrete and MultiDiscrete are shifted to start at 0, as observation and as action. Everything else is passed on.
+    Discrete and MultiDiscrete are shifted to start at 0, as observation and as action; a Box without dimensions gets one.
+    Everything else is passed on.
     """
 
     def __init__(self, env: gym.Env):
@@ -247,7 +250,7 @@ class FlattenSpaces(gym.Wrapper):
         self._single = not isinstance(space, (spaces.Dict, spaces.Tuple))
         outer = {leaf.name: leaf.outer for leaf in self._leaves}
         self.observation_space = self._leaves[0].outer if self._single else spaces.Dict(outer)
-        self._action = _Leaf.of((), env.action_space, flat_bits=True)
+        self._action = _Leaf.of((), env.action_space, action=True)
         self.action_space = self._action.outer
 
     @classmethod

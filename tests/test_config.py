@@ -343,6 +343,7 @@ def test_a_model_or_size_named_on_the_command_line_replaces_the_recipes(folder):
     config = Config.from_recipe("toy", ["model=flying", "size=large"], folder=folder)
     assert config.model.engine == RotorConfig(blades=5)
     assert config.model.layers == (64,) and config.train.batch_size == 16
+    assert Config.from_recipe("catch", ["size=large"], folder=folder).description == ""
 
 
 def test_a_changed_kind_starts_afresh_even_where_the_layer_below_left_it_to_the_default(folder):

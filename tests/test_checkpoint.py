@@ -212,7 +212,8 @@ def test_cut_lengthened_and_missing_files_are_noticed(tmp_path):
         whole = file.read_bytes()
         for damaged in [*(whole[:n] for n in range(0, len(whole) - 1, 7)), whole + b"\0", whole[8:] + whole[:8]]:
             put(file, damaged)
-            assert file.name in outcome(path)
+            assert file.name in (said := outcome(path))
+            assert file.name == "manifest.json" or len(damaged) == len(whole) or "bytes, but its manifest says" in said
         file.unlink()
         assert f"{file.name} is missing" in outcome(path)
         file.mkdir()
@@ -306,6 +307,20 @@ def test_a_file_that_is_no_safetensors_is_refused(tmp_path, data):
     replace(path, "world.safetensors", data)
     with pytest.raises(CorruptError, match=r"world\.safetensors is no safetensors file"):
         checkpoint.read(path)
+
+
+def test_a_sector_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
+    old, new = (checkpoint.write(tmp_path, step, *content(step)) for step in (3, 4))
+
+    def bad_sector(path, *args, real=open):
+        if Path(path) == new / "world.safetensors":
+            raise OSError(5, "Input/output error")
+        return real(path, *args)
+
+    monkeypatch.setattr("builtins.open", bad_sector)
+    said: list[str] = []
+    assert checkpoint.newest(tmp_path, said.append) == (3, old)
+    assert "world.safetensors cannot be read: Input/output error" in said[0]
 
 
 def test_a_newer_schema_asks_for_a_newer_version_and_is_not_taken_for_damage(tmp_path):
@@ -408,6 +423,8 @@ def test_a_kill_at_any_step_of_a_commit_leaves_the_old_or_the_new_one(tmp_path):
         step, path = checkpoint.newest(parent, pytest.fail)
         assert_equal(checkpoint.read(path), content(step), step)
         assert set(names(parent)) <= {"step-000000000001", "step-000000000002"}
+        for left in parent.iterdir():
+            checkpoint.verify(left)
         seen.add(tuple(checkpoint.steps(parent)))
         if status == 0:
             break

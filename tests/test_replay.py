@@ -108,6 +108,13 @@ def test_the_action_of_a_windows_last_row_is_the_one_taken_there():
     assert batch.action[0, :, 0].tolist() == [8, 9]
 
 
+def test_an_action_on_a_last_row_never_happened_whatever_the_next_row_says():
+    replay = Replay(10, {"x": ((), np.float32)}, 1, 1)
+    for last in (False, True, False):
+        replay.add({"x": np.zeros(1, np.float32)}, [[7]], [0], [False], [last], [False])
+    assert replay.sample(1, 3, np.random.default_rng(0)).action[0, :, 0].tolist() == [7, 0, 0]
+
+
 @pytest.mark.parametrize("image", [False, True])
 @pytest.mark.parametrize("rows", [7, 20, 21, 33, 64])
 def test_every_window_of_a_turning_ring_holds_consecutive_rows(rows, image):
@@ -129,6 +136,8 @@ def test_ends_are_forgotten_with_their_rows():
     assert replay.ends == 3  # 2989, 2994 and 2999 of 2988..2999
     fill(replay, 3)
     assert replay.ends == 2
+    fill(replay, 3)
+    assert replay.ends == 3  # 2994 is the oldest row that is held
     for _ in range(20):
         check_rows(replay, replay.sample(8, 3, np.random.default_rng(1), ends=1.0))
 
@@ -192,13 +201,14 @@ def test_a_batch_shares_no_memory_with_the_store():
     assert torch.equal(again.action, before.action)
     again.prev_action.zero_()
     assert torch.equal(again.action, before.action)
+    assert replay.sample(2, 9, np.random.default_rng(0)).prev_action.is_contiguous()
 
 
 def test_streams_may_grow_unevenly():
-    replay = fill(store(capacity=90, num_envs=3), 4)
+    replay = fill(store(capacity=90, num_envs=3), 6)
     fill(replay, 9, [2, 0])
-    assert replay.lengths == (13, 4, 13)
-    batch = replay.sample(200, 10, np.random.default_rng(0))
+    assert replay.lengths == (15, 6, 15)
+    batch = replay.sample(200, 10, np.random.default_rng(0), newest=0.3, ends=0.3)
     check_rows(replay, batch)
     assert set(batch.obs["at"][:, 0, 0].tolist()) == {0.0, 2.0}
 
@@ -284,13 +294,22 @@ def test_saves_are_incremental_and_old_marks_stay_loadable_until_swept(tmp_path)
     for copy, mark in zip(copies, marks[1:]):
         assert_same(Replay.load(tmp_path, mark), copy)
     assert [n for n, _ in marks[-1]["segments"]] == [4, 5, 6]  # 1 to 3 hold evicted rows only
-    sizes = [segments.path_of(tmp_path, n).stat().st_size for n in (4, 6)]
-    assert sizes[1] < sizes[0]
+    rows = [segments.read_header(tmp_path, n, replay._column_spec, 2).rows for n in (1, 2, 3, 4, 5, 6)]
+    assert rows == [6, 22, 18, 40, 2, 2]  # of 60 new rows, 20 were evicted before they were saved
 
     (tmp_path / ".tmp-123").write_text("left behind")
     Replay.sweep(tmp_path, marks[-2:])
     assert files(tmp_path) == [f"segment-{i:09d}.bin" for i in (4, 5, 6)]
     assert_same(Replay.load(tmp_path, marks[-1]), replay)
+
+
+def test_a_segment_stays_while_any_stream_needs_it(tmp_path):
+    replay = fill(store(capacity=40, num_envs=2), 8)
+    marks = fill(replay, 30, [1]).save(tmp_path)
+    assert [n for n, _ in marks["segments"]] == [1]
+    marks = fill(replay, 30, [1]).save(tmp_path, marks)
+    assert [n for n, _ in marks["segments"]] == [1, 2]
+    assert_same(Replay.load(tmp_path, marks), replay)
 
 
 def test_marks_survive_json(tmp_path):
@@ -410,6 +429,11 @@ def test_a_missing_or_foreign_segment_is_noticed(tmp_path):
         put(one, held)
     with pytest.raises(CorruptError, match="segments are missing from its marks"):
         Replay.load(tmp_path, {**marks, "segments": marks["segments"][1:]})
+    with pytest.raises(CorruptError, match="other columns"):
+        Replay.load(tmp_path, {**marks, "obs": {"at": [[2], "<i4"]}})
+    for rows in ([7], [9], [8, 0], ["x"], None):
+        with pytest.raises(CorruptError, match="marks"):
+            Replay.load(tmp_path, {**marks, "rows": rows})
     for key in ("rows", "segments", "obs", "capacity"):
         with pytest.raises(CorruptError, match="marks"):
             Replay.load(tmp_path, {k: v for k, v in marks.items() if k != key})

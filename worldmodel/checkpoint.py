@@ -139,16 +139,11 @@ def parse_json(data: bytes, where: Path | str) -> dict:
             raise ValueError("a key occurs twice")
         return dict(pairs)
 
-    def finite(text: str) -> float:
-        if not math.isfinite(number := float(text)):
-            raise ValueError(f"{text} is not a finite number")
-        return number
-
     try:
-        value = json.loads(data.decode(), object_pairs_hook=once, parse_constant=finite, parse_float=finite)
+        value = json.loads(data.decode(), object_pairs_hook=once)
         if not isinstance(value, dict):
             raise ValueError("it is no object")
-        return _plain(value, "it")
+        return _plain(value, "it")  # NaN and infinity, which Python's parser lets through, and depth
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{where} is damaged: {error}. Use an older checkpoint, or restore the file from a copy.") from error
 
@@ -163,14 +158,14 @@ def _hash(manifest: Mapping[str, Any]) -> str:
 
 
 def _array(value: np.ndarray, where: str) -> np.ndarray:
-    """The array as safetensors can take it: it writes the memory as it lies, so that must be C order and native."""
+    """The array as safetensors can take it: it writes the memory as it lies, so that must be in C order."""
     numeric = isinstance(value, np.ndarray | np.generic)
     if not numeric or value.dtype.kind not in "biuf" or value.dtype.itemsize > 8:
         kind = value.dtype if numeric else type(value).__name__
         raise ValueError(f"{where} is a {kind}; a checkpoint holds numpy arrays of booleans, integers and floats.")
     if value.dtype.kind == "f" and not np.isfinite(value).all():
         raise NumericsError(f"{where} holds a value that is not finite. The checkpoint is not written; the last one stays.")
-    return np.asarray(value, dtype=value.dtype.newbyteorder("="), order="C")
+    return np.asarray(value, order="C")
 
 
 def _encode(
@@ -263,7 +258,7 @@ def write(
                 file.write(data)
         sync_folder(aside)
         if damaged:
-            _discard(final)
+            discard(final)
         with storage("write", final):
             os.rename(aside, final)
     except BaseException:
@@ -297,7 +292,7 @@ def newest(parent: Path, log: Callable[[str], object] = _log.warning) -> tuple[i
 def verify(path: Path) -> dict:
     """The manifest, after every file's size and SHA-256 were compared with it; CorruptError names file and check."""
     path = Path(path)
-    manifest = _manifest(path)
+    manifest = read_manifest(path)
     for name in manifest["files"]:
         _check(path / name, manifest["files"][name])
     return manifest
@@ -306,11 +301,12 @@ def verify(path: Path) -> dict:
 def read(path: Path) -> Content:
     """(tensors, state, manifest) of a checkpoint; the bytes that are parsed are those that were verified."""
     path = Path(path)
-    manifest = _manifest(path)
+    manifest = read_manifest(path)
     return _decode(manifest, lambda name: _check(path / name, manifest["files"][name], keep=True))
 
 
-def _manifest(path: Path) -> dict:
+def read_manifest(path: Path) -> dict:
+    """A checkpoint's manifest, which vouches for itself; the files that it names are not looked at (see `verify`)."""
     where = path / MANIFEST
     manifest = _check_manifest(_check(where, None, keep=True), where)
     named = _STEP.fullmatch(path.name)
@@ -365,12 +361,12 @@ def prune(parent: Path, keep: int = 2) -> list[int]:
         valid += _damage(Path(parent) / f"step-{step:012d}") is None
         if valid == keep:
             for old in held[i + 1 :]:
-                _discard(Path(parent) / f"step-{old:012d}")
+                discard(Path(parent) / f"step-{old:012d}")
             return held[i + 1 :]
     return []
 
 
-def _discard(path: Path) -> None:
+def discard(path: Path) -> None:
     """Deletes a folder; a kill on the way leaves it whole under its name or under a name that nobody reads."""
     trash = path.parent / f".trash-{token_hex(8)}"
     with storage("delete", path):

@@ -190,6 +190,20 @@ class Replay:
             if rows[key].dtype != dtype and not np.can_cast(rows[key].dtype, dtype, "same_kind"):
                 raise ValueError(f"Replay got observation '{key}' of dtype {rows[key].dtype}, expected {dtype}.")
 
+    def cut(self) -> None:
+        """Closes the open episode of every stream, as a truncation does: its newest row is_last, and not is_terminal.
+
+        For environments that cannot go on from where they were; the next row of each stream must open an episode.
+        """
+        for stream in np.flatnonzero(self._next).tolist():
+            self._close(stream, int(self._next[stream]) - 1)
+
+    def _close(self, stream: int, sequence: int) -> None:
+        at = stream * self.size + sequence % self.size
+        if not self._flags[at] & LAST:
+            self._flags[at] |= LAST
+            self._ends[stream].append(sequence)
+
     # Out ------------------------------------------------------------------------------------------------------------
 
     def sample(self, batch: int, length: int, rng: np.random.Generator, *, newest: float = 0.0, ends: float = 0.0) -> Batch:
@@ -350,6 +364,7 @@ class Replay:
         if rows.shape != low.shape or (replay._next != rows).any() or (low > rows - replay._held).any():
             raise CorruptError(f"{folder} does not hold the rows that the checkpoint names: segments are missing from its marks.")
         replay._load_newer(folder, max((n for n, _ in named), default=0), keep_newer, log)
+        replay._close_cut()
         return replay
 
     @staticmethod
@@ -405,10 +420,8 @@ class Replay:
         return self._columns[name][stream * self.size + np.arange(start, stop) % self.size]
 
     def _append(self, header: segments.Header, streams: list[dict[str, np.ndarray]]) -> None:
-        """Puts a segment's rows at their sequence numbers; a stream that starts anew forgets what it held."""
+        """Puts a segment's rows at their sequence numbers."""
         for stream, (start, stop) in enumerate(zip(header.starts, header.stops)):
-            if start != self._next[stream]:
-                self._ends[stream] = Ends()
             kept = max(start, stop - self.size)
             at = stream * self.size + np.arange(kept, stop) % self.size
             for name, column in self._columns.items():
@@ -417,6 +430,17 @@ class Replay:
                 self._ends[stream].append(start + i)
             self._next[stream] = stop
             self._ends[stream].drop_before(stop - self.size)
+
+    def _close_cut(self) -> None:
+        """Closes the episodes that `cut` had closed after their last row was on the disk: another one opens behind them."""
+        for stream, held in enumerate(self._held.tolist()):
+            kept = np.arange(self._next[stream] - held, self._next[stream])
+            flags = self._flags[stream * self.size + kept % self.size]
+            flags[:-1] |= np.where(flags[1:] & FIRST, LAST, 0).astype(np.uint8)
+            self._flags[stream * self.size + kept % self.size] = flags
+            self._ends[stream] = Ends()
+            for sequence in kept[(flags & LAST) != 0].tolist():
+                self._ends[stream].append(sequence)
 
     def _load_newer(self, folder: Path, after: int, keep: bool, log: Callable[[str], object]) -> None:
         """Looks at the segments behind the marks: tells of what is dropped, or appends the newest unbroken timeline."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from worldmodel.config import Frozen, Part
 from worldmodel.data import Loss, Sampling, State, Trace
 from worldmodel.distributions import CategoricalLatentConfig, ConditionalDistribution, Posterior
-from worldmodel.networks import MLP, BlockGRU, linear
+from worldmodel.networks import MLP, BlockGRU, linear, offset_linear
 from worldmodel.registry import build, register
 
 
@@ -49,13 +49,13 @@ class RSSM(nn.Module):
         units, deter, size = config.units, config.deter, self.latent.size
         self.feature_dim = deter + size
         self.action_in = linear(action_dim, units, bias=False)
-        self.code_in = linear(size, units, bias=False)
+        self.code_in = offset_linear(size, units)
         self.input_norm = nn.Sequential(nn.LayerNorm(units), nn.SiLU())
         self.gru = BlockGRU(units, deter, config.blocks)
         self.filtering = config.posterior == "filtering"
         if self.filtering:
             self.embed_in = linear(embed_dim, units, bias=False)
-            self.carry_in = linear(deter, units, bias=False)
+            self.carry_in = offset_linear(deter, units)
             self.posterior_out = nn.Sequential(nn.LayerNorm(units), nn.SiLU(), linear(units, self.latent.parameters))
         else:
             self.posterior_net = MLP(embed_dim, units, config.posterior_layers, self.latent.parameters)

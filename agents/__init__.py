@@ -1,1 +1,26 @@
+"""What acts. The names below are resolved when they are first used."""
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "Dreamer": "dreamer",
+    "Interrupted": "train",
+    "RandomAgent": "random",
+    "TrainResult": "train",
+    "WorldModelAlgorithm": "loop",
+    "evaluate": "evaluation",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'worldmodel.agents' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"worldmodel.agents.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

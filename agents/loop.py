@@ -224,16 +224,15 @@ class WorldModelAlgorithm(BaseAlgorithm):
         new_obs, rewards, dones, infos = self._collect()
         self._learn_from_replay()
         self.num_timesteps += self.env.num_envs
+        self._episode_num += (ended := int(dones.sum()))
         self._update_info_buffer(infos, dones)
         self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
         callback.update_locals(locals())
         if not callback.on_step():
             return False
         callback.on_rollout_end()
-        ended = int(dones.sum())
-        if ended and log_interval is not None and (self._episode_num + ended) // log_interval > self._episode_num // log_interval:
+        if ended and log_interval is not None and self._episode_num // log_interval > (self._episode_num - ended) // log_interval:
             self.dump_logs()
-        self._episode_num += ended
         return True
 
     def _open_streams(self) -> None:
@@ -249,6 +248,14 @@ class WorldModelAlgorithm(BaseAlgorithm):
         self._store_first(rows, np.arange(self.env.num_envs))
         self._belief = self.policy.begin(self.env.num_envs)
         self._last_episode_starts = np.ones(self.env.num_envs, bool)
+
+    def reopen(self, seed: int) -> None:
+        """Open episodes end as by truncation, and new ones begin in environments seeded with seed, seed + 1, ..."""
+        if self.replay is not None:
+            self.replay.cut()
+        self.env.seed(seed)
+        self._last_obs = self.env.reset()
+        self._open_streams()
 
     def _rows(self, obs: Any) -> dict[str, np.ndarray]:
         rows = self.obs_spec.to_rows(obs, self._place)

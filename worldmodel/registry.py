@@ -31,6 +31,7 @@ ROOMS: tuple[str, ...] = (
     "worldmodel.agents.loop",
     "worldmodel.agents.dreamer",
     "worldmodel.agents.random",
+    "worldmodel.agents.train",
 )
 ENTRY_POINTS = "worldmodel.parts"
 

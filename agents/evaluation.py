@@ -1,0 +1,121 @@
+"""How well an agent does: greedy episodes with fixed seeds, the same protocol for every algorithm."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from stable_baselines3.common.vec_env import VecEnv
+
+from worldmodel.config import Frozen
+from worldmodel.envs.make import EnvConfig, find_spec, make_vec
+from worldmodel.errors import ConfigError, EnvError
+from worldmodel.registry import register
+
+EVALUATION_SEED, CONFIRMATION_SEED, FINAL_SEED = 10_000, 20_000, 30_000
+"""Environment seeds of the first episode of an evaluation, of its confirmation, and of the final return."""
+LIMIT = 100_000
+"""Steps after which an episode counts as one that never ends."""
+
+
+@register("group", "eval")
+class EvalConfig(Frozen):
+    """Evaluation while training, in environments of its own."""
+
+    every: int = Field(250, ge=0, description="real steps between evaluations; 0: only at the end")
+    episodes: int = Field(20, ge=1, description="episodes of one evaluation")
+    threshold: float | None = Field(None, description="mean return that counts as solved; none: the environment's reward_threshold")
+    stop_when_solved: bool = Field(False, description="ends the run at the first confirmed evaluation that reaches the threshold")
+
+
+class Abandoned(Exception):
+    """An evaluation was given up because the process is asked to end."""
+
+
+def threshold(config: EvalConfig, env_id: str) -> float | None:
+    """The mean return that counts as solved, or None."""
+    return config.threshold if config.threshold is not None else find_spec(env_id).reward_threshold
+
+
+def evaluate(
+    model: Any,
+    env: EnvConfig | str,
+    episodes: int = 20,
+    seed: int = EVALUATION_SEED,
+    *,
+    give_up: Callable[[], bool] = lambda: False,
+    frames: list[np.ndarray] | None = None,
+) -> tuple[list[float], list[int]]:
+    """(returns, lengths) of greedy episodes, one for each environment seed from `seed` on.
+
+    model    anything with SB3's `predict(obs, state, episode_start, deterministic)`, SB3's own algorithms included
+    give_up  asked at every step; raises Abandoned as soon as it says yes
+    frames   receives the rendered pictures of the first episode, which needs an environment that renders
+
+    The episodes are stepped as one batch. No random state of the model or of the process is left changed, so training
+    goes on as if nothing had happened. Raises EnvError, MissingExtraError.
+    """
+    config = EnvConfig(id=env) if isinstance(env, str) else env
+    if episodes < 1 or seed < 0:
+        raise ConfigError(f"An evaluation needs at least 1 episode and a seed of at least 0, not {episodes} and {seed}.")
+    config = config.model_copy(update={"vectorize": "dummy"})  # processes would cost more than they save
+    if frames is not None:
+        config = config.model_copy(update={"kwargs": {**config.kwargs, "render_mode": "rgb_array"}})
+    with _own_randomness(model, seed):
+        venv = make_vec(config, episodes, seed)
+        try:
+            return _first_episodes(model, venv, give_up, frames)
+        finally:
+            venv.close()
+
+
+def _first_episodes(
+    model: Any, venv: VecEnv, give_up: Callable[[], bool], frames: list[np.ndarray] | None
+) -> tuple[list[float], list[int]]:
+    count = venv.num_envs
+    returns, lengths = [0.0] * count, [0] * count
+    obs, state, starts, running = venv.reset(), None, np.ones(count, bool), np.ones(count, bool)
+    for _ in range(LIMIT):
+        if give_up():
+            raise Abandoned
+        if frames is not None and running[0]:
+            frames.append(_picture(venv))
+        action, state = model.predict(obs, state=state, episode_start=starts, deterministic=True)
+        obs, _, starts, infos = venv.step(action)
+        for i in np.flatnonzero(starts & running):
+            returns[i], lengths[i] = float(infos[i]["episode"]["r"]), int(infos[i]["episode"]["l"])
+        running &= ~starts
+        if not running.any():
+            return returns, lengths
+    raise EnvError(f"An evaluation episode did not end within {LIMIT} steps. Set env.max_episode_steps.")
+
+
+def _picture(venv: VecEnv) -> np.ndarray:
+    frame = venv.env_method("render", indices=0)[0]
+    if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3:
+        raise EnvError("The environment's render() gave no picture; expected uint8 [height, width, 3] from render_mode rgb_array.")
+    return frame.copy()
+
+
+@contextmanager
+def _own_randomness(model: Any, seed: int) -> Iterator[None]:
+    """Draws in here follow from `seed`, and nothing outside notices them."""
+    generator = getattr(getattr(model, "policy", model), "generator", None)
+    own = generator if isinstance(generator, torch.Generator) else None
+    before = own.get_state() if own is not None else None
+    python, legacy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        if own is not None:
+            own.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)
+            if own is not None:
+                own.set_state(before)

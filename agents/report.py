@@ -1,0 +1,86 @@
+"""What a person sees while a run trains: a progress bar where there is a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+SHOWN = {"world/loss/observation": "obs", "world/loss/reward": "reward", "train/critic_loss": "critic"}
+"""Logged losses that the bar shows, under short names."""
+
+
+class Lines:
+    """One line for each evaluation, given to `log`."""
+
+    def __init__(self, log: Callable[[str], object], total: int):
+        self.say, self.total = log, total
+        self._since, self._from = time.perf_counter(), 0
+        self._rate = 0.0
+
+    def start(self, model: BaseAlgorithm) -> None:
+        self._since, self._from = time.perf_counter(), model.num_timesteps
+
+    def step(self, model: BaseAlgorithm) -> None:
+        """After every round of real steps."""
+
+    def evaluated(self, model: BaseAlgorithm, row: Mapping[str, Any], note: str = "") -> None:
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        rate = (model.num_timesteps - self._from) / seconds
+        self.say(
+            f"step {row['real_steps']}/{self.total}  return {row['mean_return']:.1f} +- {row['std_return']:.1f} "
+            f"({row['episodes']} episodes)  {rate:.0f} steps/s{note}"
+        )
+
+    def close(self) -> None:
+        """The run ends, in whatever way."""
+
+
+class Bar(Lines):
+    """A rich progress bar on stderr, with steps per second, the last return and losses; lines appear above it."""
+
+    def __init__(self, log: Callable[[str], object], total: int):
+        super().__init__(log, total)
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("[progress.description]{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]} steps/s"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[info]}"),
+            console=console,
+        )
+        self.say = lambda text: console.print(text, markup=False, highlight=False)
+        self._task = self._bar.add_task("train", total=total, rate="-", info="")
+        self._losses: dict[str, float] = {}
+        self._drawn = 0.0
+
+    def start(self, model: BaseAlgorithm) -> None:
+        super().start(model)
+        self._bar.start()
+        self._bar.update(self._task, completed=model.num_timesteps)
+
+    def step(self, model: BaseAlgorithm) -> None:
+        now = time.perf_counter()
+        if now - self._drawn < 0.2:  # drawing costs more than a small step
+            return
+        self._drawn = now
+        logged = model.logger.name_to_value
+        self._losses |= {short: float(logged[name]) for name, short in SHOWN.items() if name in logged}
+        recent = model.ep_info_buffer[-1]["r"] if model.ep_info_buffer else None
+        words = ([] if recent is None else [f"return {recent:.1f}"]) + [f"{k} {v:.3g}" for k, v in self._losses.items()]
+        rate = (model.num_timesteps - self._from) / max(now - self._since, 1e-9)
+        self._bar.update(self._task, completed=model.num_timesteps, rate=f"{rate:.0f}", info="  ".join(words))
+
+    def evaluated(self, model: BaseAlgorithm, row: Mapping[str, Any], note: str = "") -> None:
+        super().evaluated(model, row, note)
+        self._bar.update(self._task, completed=model.num_timesteps)
+
+    def close(self) -> None:
+        self._bar.stop()

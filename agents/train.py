@@ -1,0 +1,450 @@
+"""`train`: a recipe in, a run folder and a result out; stopped and resumed at any step."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger, SummaryWriter, TensorBoardOutputFormat
+from stable_baselines3.common.vec_env import VecEnv
+
+from worldmodel import config as configs
+from worldmodel import registry
+from worldmodel import run as runs
+from worldmodel.agents.evaluation import (
+    CONFIRMATION_SEED,
+    EVALUATION_SEED,
+    FINAL_SEED,
+    Abandoned,
+    EvalConfig,
+    evaluate,
+    threshold,
+)
+from worldmodel.agents.loop import WorldModelAlgorithm
+from worldmodel.agents.report import Bar, Lines
+from worldmodel.config import Config, Frozen
+from worldmodel.envs.make import as_vec_env
+from worldmodel.errors import ConfigError, EnvError
+from worldmodel.registry import register
+from worldmodel.run import Run
+from worldmodel.spaces import ObsSpec
+
+__all__ = ["EvalConfig", "Interrupted", "LogConfig", "TrainResult", "evaluate", "train"]
+_log = logging.getLogger(__name__)
+
+
+@register("group", "log")
+class LogConfig(Frozen):
+    """What is written while training."""
+
+    every: int = Field(4, ge=1, description="episodes between log entries")
+    tensorboard: bool = Field(True, description="event files in the run folder")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to; `real_steps` counts training steps over all environments, random ones included.
+
+    updates        gradient updates of the world model
+    wall_seconds   training alone, over all resumes; evaluation is in eval_seconds
+    parameters     numbers that gradients change, of world model and agent together
+    solved_at      real steps of the first evaluation that reached the threshold and was confirmed; else None
+    final_return   mean of the greedy episodes at the end
+    evaluations    [{real_steps, mean_return, std_return, episodes}]
+    run            the run folder
+    """
+
+    env_id: str
+    recipe: str | None
+    seed: int
+    threads: int
+    real_steps: int
+    updates: int
+    wall_seconds: float
+    eval_seconds: float
+    parameters: int
+    threshold: float | None
+    solved_at: int | None
+    final_return: float
+    evaluations: list[dict[str, Any]]
+    run: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the run; its state is saved."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+# Signals --------------------------------------------------------------------------------------------------------------
+
+
+class Signals:
+    """The first SIGINT, SIGTERM or SIGHUP is remembered, so that the step in progress can end; a second one aborts."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
+            names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+            self._before = {number: signal.signal(number, self._handle) for number in (getattr(signal, n) for n in names)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise Interrupted(number, "Aborted by a second signal; what was committed before it is there.")
+        self.received = number
+
+    def __bool__(self) -> bool:
+        return self.received is not None
+
+
+# One run --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Progress:
+    """What a run has done besides learning; part of every checkpoint."""
+
+    overrides: dict[str, Any] = field(default_factory=dict)
+    wall_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    evaluated: int = 0
+    solved_at: int | None = None
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Keeper(BaseCallback):
+    """Evaluates, confirms, checkpoints and stops; asked after every round of real steps."""
+
+    def __init__(self, run: Run, progress: Progress, signals: Signals, report: Lines, seed: int):
+        super().__init__()
+        self.run, self.config, self.seed = run, run.config, seed
+        self.progress, self.signals, self.report = progress, signals, report
+        self.goal = threshold(self.config.eval, self.config.env.id)
+        self._clock = time.perf_counter()
+        self._saved = -1
+
+    def _on_training_start(self) -> None:
+        self._clock = time.perf_counter()
+        self.report.start(self.model)
+
+    def _on_step(self) -> bool:
+        self.report.step(self.model)
+        step, every = self.model.num_timesteps, self.config.checkpoint.every
+        goes_on = self.evaluate_if_due() and not self.signals
+        if every and step // every > (step - self.model.n_envs) // every:
+            self.save(fence=self.config.checkpoint.fence)
+            if self.config.checkpoint.fence and goes_on and step < self.config.train.steps:
+                self.model.reopen(env_seed(self.seed, step))
+        return goes_on
+
+    def evaluate_if_due(self) -> bool:
+        """False where the run is solved and shall end."""
+        step, every = self.model.num_timesteps, self.config.eval.every
+        if every and step // every > self.progress.evaluated // every:
+            try:
+                self._evaluate(step)
+            except Abandoned:  # it is made up for on resume
+                return False
+        return not (self.config.eval.stop_when_solved and self.progress.solved_at is not None)
+
+    def _evaluate(self, step: int) -> None:
+        episodes = self.config.eval.episodes
+        returns = self.measure(episodes, EVALUATION_SEED)
+        mean = float(np.mean(returns))
+        note = ""
+        if self.goal is not None and mean >= self.goal and self.progress.solved_at is None:
+            confirmed = float(np.mean(self.measure(episodes, CONFIRMATION_SEED)))
+            note = f"  confirmed by {confirmed:.1f}: solved" if confirmed >= self.goal else f"  not confirmed ({confirmed:.1f})"
+            self.progress.solved_at = step if confirmed >= self.goal else None
+        row = {"real_steps": step, "mean_return": mean, "std_return": float(np.std(returns)), "episodes": episodes}
+        self.progress.evaluations.append(row)
+        self.progress.evaluated = step
+        self.model.logger.record("eval/mean_reward", mean)
+        self.model.logger.dump(step)
+        self.report.evaluated(self.model, row, note)
+
+    def measure(self, episodes: int, seed: int) -> list[float]:
+        """Returns of greedy episodes; their time counts as evaluation."""
+        self.tick()
+        try:
+            return evaluate(self.model, self.config.env, episodes, seed, give_up=lambda: bool(self.signals))[0]
+        finally:
+            now = time.perf_counter()
+            self.progress.eval_seconds += now - self._clock
+            self._clock = now
+
+    def tick(self) -> None:
+        """Training time goes on the account up to now."""
+        now = time.perf_counter()
+        self.progress.wall_seconds += now - self._clock
+        self._clock = now
+
+    def save(self, fence: bool = False) -> None:
+        """Commits this step, unless it is; with `fence` open episodes end here as by truncation."""
+        if self._saved == self.model.num_timesteps:
+            return
+        if fence and self.model.replay is not None:
+            self.model.replay.cut()
+        self.tick()
+        self.run.save(self.model, asdict(self.progress), fenced=fence)
+        self._saved = self.model.num_timesteps
+
+
+def env_seed(seed: int, step: int) -> int:
+    """Seed of the first environment from a checkpoint on; environment i gets this + i."""
+    return seed if step == 0 else int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+
+
+def train(
+    recipe: str | Path | Mapping | None,
+    steps: int | None = None,
+    seed: int | None = None,
+    run_dir: str | Path | None = None,
+    overrides: Mapping[str, Any] | Sequence[str] | None = None,
+    device: str = "auto",
+    resume: bool = False,
+    keep_newer: bool = False,
+    progress: bool = False,
+    log: Callable[[str], object] = _log.info,
+) -> TrainResult:
+    """Train what a recipe (name, path, gym id or content) describes; everything is kept in a run folder.
+
+    steps       real steps of the whole run (default: the recipe's train.steps); on resume it may grow
+    seed        of environments, weights and draws (default 0; on resume the run's own)
+    run_dir     default runs/<recipe>-s<seed>, with a number behind it if that exists
+    overrides   dotted keys: {"train.ratio": 2.0} or ["train.ratio=2"]; on resume those that are left out stay as they were
+    resume      goes on from the newest good checkpoint; the result of a finished run is given back
+    keep_newer  on resume, keeps replay rows that are newer than the checkpoint
+    progress    a progress bar on stderr, else lines for `log`
+
+    Exact on resume, on the same device and thread count: weights, optimisers, running statistics, replay (up to the
+    checkpoint), counters, the ratio's remainder and all random states. Not exact: the environments. They are reset with
+    seeds that follow from (seed, step), and the open episode of each is closed like a truncated one, so a resumed run is
+    another run of equal standing. With checkpoint.fence=true every checkpoint does the same to the unbroken run, and the
+    two are equal bit for bit, as far as the environment is determined by its reset seed.
+
+    SIGINT, SIGTERM and SIGHUP finish the step, save and raise Interrupted (a KeyboardInterrupt); a second one aborts.
+    Raises ConfigError, UnsupportedSpaceError, MissingExtraError, EnvError (the state is saved first), StorageError and
+    NumericsError (the last good checkpoint stays).
+    """
+    given = _as_mapping(overrides)
+    if steps is not None:
+        if given.get("train.steps", steps) != steps:
+            raise ConfigError(f"steps={steps} and train.steps={given['train.steps']} differ. Give one of them.")
+        given["train.steps"] = steps
+    if seed is not None and seed < 0:
+        raise ConfigError(f"seed is {seed}; expected at least 0.")
+    threads = torch.get_num_threads()
+    try:
+        with Signals() as signals:
+            session = _Session(signals, device, keep_newer, progress, log)
+            if resume:
+                return _resumed(session, recipe, run_dir, given, seed)
+            return _new(session, recipe, run_dir, given, seed or 0)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@dataclass
+class _Session:
+    """How this process trains, whatever the run."""
+
+    signals: Signals
+    device: str
+    keep_newer: bool
+    progress: bool
+    log: Callable[[str], object]
+
+
+def _new(session: _Session, recipe: Any, run_dir: str | Path | None, given: dict[str, Any], seed: int) -> TrainResult:
+    config = Config.from_recipe(recipe, given)
+    if run_dir is not None:
+        runs.refuse_existing(Path(run_dir))
+    agent = make_agent(config, seed, session.device)  # before the folder: what cannot start leaves nothing behind
+    try:
+        with Run.create(run_dir, config, seed) as run:
+            return _go_on(session, run, agent, Progress(overrides=given), seed)
+    finally:
+        agent.env.close()
+
+
+def _resumed(session: _Session, recipe: Any, run_dir: str | Path | None, given: dict[str, Any], seed: int | None) -> TrainResult:
+    path = Path(run_dir) if run_dir is not None else runs.latest_default(Config.from_recipe(recipe, given), seed or 0)
+    with Run.open(path, write=True) as run:
+        manifest = run.manifest() or {}
+        config = _agreed(run, manifest, recipe, given, seed)
+        seed = manifest.get("seed", seed or 0)
+        result = run.result
+        if result is not None and (result["real_steps"] >= config.train.steps or _ends_solved(config, result["solved_at"])):
+            session.log(f"{run.path} is finished; --steps may make it longer.")
+            return TrainResult(**result)
+        agent = make_agent(config, seed, session.device)
+        try:
+            state = run.resume(agent, keep_newer=session.keep_newer, log=session.log)
+            run.write_config(config)
+            run.write_result(None)
+            progress = Progress(**state) if state is not None else Progress(overrides=given)
+            session.log(f"{run.path} goes on at real step {agent.num_timesteps}.")
+            return _go_on(session, run, agent, progress, seed)
+        finally:
+            agent.env.close()
+
+
+def _ends_solved(config: Config, solved_at: int | None) -> bool:
+    return config.eval.stop_when_solved and solved_at is not None
+
+
+def _agreed(run: Run, manifest: Mapping[str, Any], recipe: Any, given: dict[str, Any], seed: int | None) -> Config:
+    """The run's config, perhaps with more steps. ConfigError that lists every other difference from what is asked for now."""
+    before = manifest.get("progress", {}).get("overrides", {})
+    asked = Config.from_recipe(recipe, {**before, **given}) if recipe is not None else run.config.override(given)
+    differs = [row for row in configs.differences(run.config, asked) if row[0] != "train.steps"]
+    if seed is not None and seed != manifest.get("seed", seed):
+        differs.append(("seed", manifest["seed"], seed))
+    steps = given.get("train.steps", run.config.train.steps)
+    if steps < run.config.train.steps:
+        differs.append(("train.steps", run.config.train.steps, steps))
+    if differs:
+        lines = "\n".join(f"  {key}: {old} -> {new}" for key, old, new in differs)
+        raise ConfigError(
+            f"{run.path} was made with other options, and on resume only --steps may change, and only grow:\n{lines}\n"
+            "Leave them out, or start a new run with another --run."
+        )
+    return run.config.override({"train.steps": steps})
+
+
+def _as_mapping(overrides: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Any]:
+    """Overrides as {dotted key: value}."""
+    if overrides is None or isinstance(overrides, Mapping):
+        return dict(overrides or {})
+    if isinstance(overrides, str):
+        raise ConfigError(f"overrides must be a list of words or a mapping, not the one word '{overrides}'. Write ['{overrides}'].")
+    out: dict[str, Any] = {}
+    for text in overrides:
+        key = text.partition("=")[0].strip()
+        value: Any = configs.parse_override(text)
+        for step in key.split("."):
+            value = value[step]
+        if key in out:
+            raise ConfigError(f"'{key}' is given twice, as {out[key]!r} and as {value!r}. Keep one.")
+        out[key] = value
+    return out
+
+
+def make_agent(config: Config, seed: int, device: str = "auto") -> WorldModelAlgorithm:
+    """A new agent of the config's kind with its training environments."""
+    train = config.train
+    torch.set_num_threads(train.threads)
+    kept, needed = train.capacity // config.env.num_envs, train.burn_in + train.batch_length
+    if kept < needed:
+        raise ConfigError(
+            f"The replay keeps {kept} steps of each of {config.env.num_envs} environments, but one sequence needs {needed}. "
+            f"Raise train.capacity (now {train.capacity}), or lower train.batch_length (now {train.batch_length})."
+        )
+    algorithm = registry.part("agent", config.agent.kind)
+    venv = as_vec_env(config.env, seed=seed)
+    try:
+        return algorithm(_policy_name(venv, config), venv, config=config, seed=seed, device=device)
+    except BaseException:
+        venv.close()
+        raise
+
+
+def _policy_name(venv: VecEnv, config: Config) -> str:
+    keys = ObsSpec.from_space(venv.observation_space, config.env.layout).keys
+    if set(keys) != {"obs"}:
+        return "MultiInputPolicy"
+    return "CnnPolicy" if keys["obs"].kind == "image" else "MlpPolicy"
+
+
+def _go_on(session: _Session, run: Run, agent: WorldModelAlgorithm, progress: Progress, seed: int) -> TrainResult:
+    """From where the agent is to the end of the run."""
+    config = run.config
+    report = (Bar if session.progress else Lines)(session.log, config.train.steps)
+    keeper = Keeper(run, progress, session.signals, report, seed)
+    agent.set_logger(_logger(run, agent.num_timesteps))
+    keeper.init_callback(agent)
+    try:
+        keeper.save(fence=config.checkpoint.fence and agent.num_timesteps == 0)
+        if keeper.evaluate_if_due() and agent.num_timesteps < config.train.steps and not session.signals:
+            agent.reopen(env_seed(seed, agent.num_timesteps))
+            agent.learn(config.train.steps - agent.num_timesteps, keeper, config.log.every, reset_num_timesteps=False)
+        keeper.save()
+        if session.signals:
+            raise _interrupted(session, run, agent)
+        return _finished(run, agent, keeper, seed)
+    except Abandoned:
+        raise _interrupted(session, run, agent) from None
+    except EnvError as error:
+        keeper.save()
+        if session.signals:  # a signal to the whole group also ends the environments' processes
+            raise _interrupted(session, run, agent) from error
+        raise
+    finally:
+        report.close()
+        agent.logger.close()
+
+
+def _interrupted(session: _Session, run: Run, agent: WorldModelAlgorithm) -> Interrupted:
+    name = signal.Signals(session.signals.received).name
+    text = f"{name}: stopped at real step {agent.num_timesteps}, saved in {run.path}. Go on with --resume."
+    return Interrupted(session.signals.received, text)
+
+
+def _finished(run: Run, agent: WorldModelAlgorithm, keeper: Keeper, seed: int) -> TrainResult:
+    final = float(np.mean(keeper.measure(run.config.eval.episodes, FINAL_SEED)))
+    progress = keeper.progress
+    result = TrainResult(
+        env_id=run.config.env.id,
+        recipe=run.config.recipe,
+        seed=seed,
+        threads=run.config.train.threads,
+        real_steps=agent.num_timesteps,
+        updates=agent.learner.updates,
+        wall_seconds=progress.wall_seconds,
+        eval_seconds=progress.eval_seconds,
+        parameters=sum(p.numel() for p in agent.policy.parameters() if p.requires_grad),
+        threshold=keeper.goal,
+        solved_at=progress.solved_at,
+        final_return=final,
+        evaluations=progress.evaluations,
+        run=str(run.path),
+    )
+    run.write_result(result.to_json())
+    return result
+
+
+class _Scalars(TensorBoardOutputFormat):
+    """SB3's TensorBoard format in a folder that may hold an earlier part of the run: points behind `step` are hidden."""
+
+    def __init__(self, folder: Path, step: int):
+        self.writer = SummaryWriter(log_dir=str(folder), purge_step=step + 1 if step else None)
+        self._is_closed = False
+
+
+def _logger(run: Run, step: int) -> Logger:
+    return Logger(str(run.path), [_Scalars(run.path, step)] if run.config.log.tensorboard else [])

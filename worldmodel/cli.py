@@ -1,0 +1,328 @@
+"""The command line. stdout carries the answer alone; progress, messages and whatever libraries print go to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from worldmodel.errors import (
+    ConfigError,
+    EnvError,
+    MissingExtraError,
+    NumericsError,
+    StorageError,
+    TrustError,
+    UnsupportedSpaceError,
+)
+
+if TYPE_CHECKING:  # torch takes a second to load, and --help needs none of it
+    import numpy as np
+
+    from worldmodel.config import Config
+
+ERRORS = (ConfigError, EnvError, MissingExtraError, NumericsError, StorageError, TrustError, UnsupportedSpaceError)
+
+app = typer.Typer(
+    name="worldmodel",
+    help="World models for Gymnasium and Stable-Baselines3.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Device(str, Enum):
+    """Where the networks live."""
+
+    auto, cpu, cuda = "auto", "cpu", "cuda"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)]
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE_OR_GYM_ID", help="A recipe's name, a YAML file or a Gymnasium id.", show_default=False)
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Options by dotted key, e.g. train.ratio=2.", show_default=False),
+    ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The run folder.", show_default="runs/<recipe>-s<seed>, or the next free number"),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of environments, weights and draws.", show_default="0; on resume the run's own")
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Real steps of the whole run; may grow on resume.", show_default="the recipe's train.steps"),
+    ] = None,
+    device: Annotated[Device, typer.Option(help="Where the networks live.")] = Device.auto,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest good checkpoint.")] = False,
+    keep_newer: Annotated[bool, typer.Option("--keep-newer", help="On resume, keep experience newer than the checkpoint.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train a world model and an agent in it; everything is kept in a run folder.
+
+    Ctrl-C, SIGTERM and SIGHUP save the state and end the run; --resume goes on from there.
+    """
+    with _reported(debug):
+        with _stdout_kept():
+            from worldmodel.agents.train import train as train_recipe
+
+            result = train_recipe(
+                recipe,
+                steps=steps,
+                seed=seed,
+                run_dir=run,
+                overrides=overrides or [],
+                device=device.value,
+                resume=resume,
+                keep_newer=keep_newer,
+                progress=sys.stderr.isatty(),
+                log=_say,
+            ).to_json()
+        _answer(result, as_json, _show_training)
+
+
+@app.command("eval")
+def evaluate(
+    run: RunFolder,
+    episodes: Annotated[int, typer.Option(min=1, help="Greedy episodes.")] = 20,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Environment seed of the first episode. The default repeats the training's final return.")
+    ] = 30_000,
+    step: Annotated[int | None, typer.Option(min=0, help="Which checkpoint.", show_default="the newest good one")] = None,
+    video: Annotated[Path | None, typer.Option(metavar="FILE.gif", help="An animation of the first episode.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Let a run's agent act greedily in fresh environments."""
+    with _reported(debug):
+        if video is not None and video.suffix.lower() != ".gif":
+            raise ConfigError(f"--video {video}: only animated GIFs are written. Give a name that ends in .gif.")
+        with _stdout_kept():
+            result = _evaluate(run, episodes, seed, step, video)
+        _answer(result, as_json, _show_evaluation)
+
+
+@app.command()
+def info(
+    run_or_recipe: Annotated[
+        str, typer.Argument(metavar="RUN_OR_RECIPE", help="A run folder, a recipe or a Gymnasium id.", show_default=False)
+    ],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show spaces, parts and size of a run or of a recipe."""
+    with _reported(debug):
+        with _stdout_kept():
+            result = _info(run_or_recipe)
+        _answer(result, as_json, _show_pairs)
+
+
+@app.command()
+def recipes(as_json: Json = False, debug: Debug = False) -> None:
+    """List the recipes."""
+    with _reported(debug):
+        from worldmodel.config import recipes as list_recipes
+
+        rows = [{"name": name, "env_id": env_id, "description": text} for name, env_id, text in list_recipes()]
+        _answer({"recipes": rows}, as_json, lambda result: _table(result["recipes"], ("name", "env_id", "description")))
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+# Work -----------------------------------------------------------------------------------------------------------------
+
+
+def _evaluate(path: Path, episodes: int, seed: int, step: int | None, video: Path | None) -> dict[str, Any]:
+    import numpy as np
+    import torch
+
+    from worldmodel.agents.evaluation import evaluate as evaluate_agent
+    from worldmodel.run import Run
+
+    run = Run.open(path)
+    torch.set_num_threads(run.config.train.threads)
+    agent = run.agent(step)
+    frames: list[np.ndarray] | None = [] if video is not None else None
+    returns, lengths = evaluate_agent(agent, run.config.env, episodes, seed, frames=frames)
+    if video is not None:
+        _write_gif(video, frames, _fps(run.config))
+    return {
+        "env_id": run.config.env.id,
+        "run": str(run.path),
+        "step": agent.num_timesteps,
+        "episodes": episodes,
+        "seed": seed,
+        "mean_return": float(np.mean(returns)),
+        "std_return": float(np.std(returns)),
+        "returns": returns,
+        "lengths": lengths,
+    }
+
+
+def _fps(config: Config) -> float:
+    import gymnasium
+
+    from worldmodel.envs.make import find_spec
+
+    entry = find_spec(config.env.id).entry_point
+    maker = gymnasium.envs.registration.load_env_creator(entry) if isinstance(entry, str) else entry
+    return float(getattr(maker, "metadata", {}).get("render_fps") or 30)
+
+
+def _write_gif(path: Path, frames: list[np.ndarray], fps: float, side: int = 320) -> None:
+    """Pictures [height, width, 3] as an animation that repeats, at most `side` pixels wide and high."""
+    from PIL import Image
+
+    from worldmodel.checkpoint import make_folder, storage
+
+    pictures = [Image.fromarray(frame) for frame in frames]
+    for picture in pictures:
+        picture.thumbnail((side, side))
+    make_folder(path.parent)
+    with storage("write", path):
+        # GIF counts in hundredths of a second, and viewers slow down what is shorter than two of them.
+        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=max(20, round(1000 / fps)), loop=0)
+
+
+def _info(name: str) -> dict[str, Any]:
+    from worldmodel.agents.train import make_agent
+    from worldmodel.config import Config
+    from worldmodel.run import Run
+
+    if Path(name).is_dir():
+        run = Run.open(name)
+        config, checkpoints, agent = run.config, run.checkpoints, run.agent()
+    else:
+        config, checkpoints = Config.from_recipe(name), []
+        agent = make_agent(config, 0, "cpu")
+        agent.env.close()
+    return {
+        "env_id": config.env.id,
+        "observation_space": str(agent.observation_space),
+        "action_space": str(agent.action_space),
+        "parts": _parts(config),
+        "parameters": sum(p.numel() for p in agent.policy.parameters() if p.requires_grad),
+        "checkpoints": checkpoints,
+    }
+
+
+def _parts(config: Config) -> dict[str, str | None]:
+    """{slot: kind} of everything that the registry chose; None where a slot is empty."""
+    own = getattr(getattr(config.model.dynamics, "latent", None), "kind", None)
+    parts = {}
+    for slot in type(config.model).model_fields:
+        value = getattr(config.model, slot)
+        if value is None and slot in ("transition", "initial"):  # then the latent's own family
+            parts[slot] = own
+        elif value is None or hasattr(value, "kind"):
+            parts[slot] = getattr(value, "kind", None)
+    return {**parts, "agent": config.agent.kind}
+
+
+# Answers --------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _reported(debug: bool) -> Iterator[None]:
+    """Our errors become one message on stderr and an exit code."""
+    try:
+        yield
+    except ERRORS as error:
+        if debug:
+            traceback.print_exc()
+        _say(f"error: {error}")
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt as stop:
+        _say(str(stop) or "Interrupted.")
+        raise typer.Exit(getattr(stop, "exit_code", 130)) from None
+
+
+@contextmanager
+def _stdout_kept() -> Iterator[None]:
+    """What environments and libraries print, in Python or below it, goes to stderr."""
+    sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+        os.dup2(2, 1)
+    except OSError:  # a closed stream
+        kept = None
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        if kept is not None:
+            os.dup2(kept, 1)
+            os.close(kept)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _answer(result: Mapping[str, Any], as_json: bool, show: Any) -> None:
+    if as_json:
+        print(json.dumps(result, allow_nan=False), flush=True)
+    else:
+        show(result)
+
+
+def _show_training(result: Mapping[str, Any]) -> None:
+    if result["evaluations"]:
+        _table(result["evaluations"], ("real_steps", "mean_return", "std_return", "episodes"))
+    _show_pairs({key: value for key, value in result.items() if key != "evaluations"})
+
+
+def _show_evaluation(result: Mapping[str, Any]) -> None:
+    _show_pairs({key: value for key, value in result.items() if key not in ("returns", "lengths")})
+
+
+def _show_pairs(result: Mapping[str, Any]) -> None:
+    rows = []
+    for key, value in result.items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{k}: {'-' if v is None else v}" for k, v in value.items())
+        rows.append({"": key, " ": value})
+    _table(rows, ("", " "))
+
+
+def _table(rows: list[Mapping[str, Any]], columns: tuple[str, ...]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*[column.replace("_", " ") for column in columns], show_header=any(c.strip() for c in columns))
+    for row in rows:
+        table.add_row(*[_cell(row[column]) for column in columns])
+    Console(markup=False, highlight=False).print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None or value == []:
+        return "-"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    main()

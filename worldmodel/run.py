@@ -1,0 +1,365 @@
+"""A run folder: config, checkpoints, replay and result of one training, readable while it is written.
+
+    RUN/config.yaml  result.json  replay/segment-*.bin  checkpoints/step-000000001500/...  events.out.tfevents.*
+
+One process writes (it holds a lock on RUN/.lock), any number may read. A checkpoint commits the replay's rows too: its
+manifest names them. No file points at the latest checkpoint: it is the newest one that verifies.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import socket
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from secrets import token_hex
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from worldmodel import checkpoint, registry
+from worldmodel.config import Config, Frozen
+from worldmodel.distributions import Posterior
+from worldmodel.errors import ConfigError, CorruptError, StorageError, did_you_mean
+from worldmodel.model import WorldModel
+from worldmodel.registry import register
+from worldmodel.replay import Replay
+from worldmodel.spaces import ActionSpec, ObsSpec
+
+try:
+    import fcntl
+except ImportError:  # Windows: two writers are not kept apart there
+    fcntl = None
+
+CONFIG, RESULT, LOCK = "config.yaml", "result.json", ".lock"
+DISTRIBUTIONS = ("worldmodel", "torch", "numpy", "gymnasium", "stable-baselines3", "safetensors")
+
+
+@register("group", "checkpoint")
+class CheckpointConfig(Frozen):
+    """When the state is saved. At the start and at the end it always is."""
+
+    every: int = Field(5000, ge=0, description="real steps between checkpoints; 0: only at the end")
+    keep: int = Field(2, ge=1, description="newest checkpoints that stay")
+    fence: bool = Field(
+        False, description="each checkpoint truncates open episodes and reseeds, so that a resumed run equals an unbroken one"
+    )
+
+
+class Algorithm(Protocol):
+    """What a run saves."""
+
+    replay: Replay | None
+    num_timesteps: int
+    n_envs: int
+    obs_spec: ObsSpec
+    action_spec: ActionSpec
+
+    def content(self) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]: ...
+    def restore(self, arrays: Mapping[str, Mapping[str, np.ndarray]], state: Mapping[str, Any]) -> None: ...
+
+
+class Run:
+    """A run folder. `create` and `open(path, write=True)` hold its lock until `close`; `open(path)` only reads.
+
+    path    the folder
+    config  the run's Config
+    """
+
+    def __init__(self, path: Path, config: Config):
+        self.path, self.config = path, config
+        self._lock: int | None = None
+        self._marks: dict[str, Any] | None = None
+
+    @classmethod
+    def create(cls, directory: str | Path | None, config: Config, seed: int) -> Run:
+        """A new run, locked for writing. Without `directory`: runs/<recipe>-s<seed>, with a number behind it if that exists.
+
+        ConfigError where the folder holds something already, StorageError where it cannot be written.
+        """
+        path = _free(Path("runs") / f"{config.recipe_name}-s{seed}") if directory is None else Path(directory)
+        refuse_existing(path)
+        checkpoint.make_folder(path)
+        run = cls(path, config)
+        run._take_lock()
+        run.write_config(config)
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path, *, write: bool = False) -> Run:
+        """The run in a folder. ConfigError where there is none; with `write`, StorageError where another process writes."""
+        path = Path(path)
+        file = path / CONFIG
+        if not file.is_file():
+            near = did_you_mean(path.name, _runs_in(path.parent)) if not path.exists() else ""
+            raise ConfigError(f"'{path}' is no run folder: it has no {CONFIG}.{near if near.startswith(' Did') else ''}")
+        with checkpoint.storage("read", file):
+            text = file.read_text(encoding="utf-8")
+        run = cls(path, Config.from_yaml(text, str(file)))
+        if write:
+            run._take_lock()
+            checkpoint.sweep(run.path)
+            if (run.path / "checkpoints").is_dir():
+                checkpoint.sweep(run.path / "checkpoints")
+        return run
+
+    # One writer -----------------------------------------------------------------------------------------------------
+
+    def _take_lock(self) -> None:
+        """Locks the folder for this process. The system frees the lock when the process ends, however it ends."""
+        file = self.path / LOCK
+        with checkpoint.storage("write", file):
+            handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if fcntl is not None:
+                with checkpoint.storage("lock", file):
+                    self._lock_or_refuse(handle, file)
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"pid {os.getpid()} on host {socket.gethostname()}\n".encode(), 0)
+        except BaseException:
+            os.close(handle)
+            raise
+        self._lock = handle
+
+    def _lock_or_refuse(self, handle: int, file: Path) -> None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            who = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
+            raise StorageError(f"{self.path} is being written by {who}. Wait for it, stop it, or choose another --run.") from None
+
+    def close(self) -> None:
+        """Frees the lock."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Writing --------------------------------------------------------------------------------------------------------
+
+    def write_config(self, config: Config) -> None:
+        """Replaces config.yaml at once or not at all."""
+        _replace(self.path / CONFIG, config.to_yaml().encode())
+        self.config = config
+
+    def save(self, algorithm: Algorithm, progress: Mapping[str, Any], *, fenced: bool = False) -> Path:
+        """Commits the algorithm, its replay and `progress` (JSON) as the checkpoint of its step; then deletes old ones.
+
+        fenced  nothing of an open episode is left in the algorithm: what follows depends on this checkpoint alone
+        A step that is committed already is left as it is. Raises StorageError, NumericsError; earlier checkpoints stay.
+        """
+        folder = self.path / "checkpoints"
+        path = folder / f"step-{algorithm.num_timesteps:012d}"
+        if algorithm.num_timesteps in checkpoint.steps(folder) and self._is_intact(path):
+            return path
+        tensors, state = algorithm.content()
+        marks = algorithm.replay.save(self.path / "replay", self._marks) if algorithm.replay is not None else None
+        manifest = {
+            "replay": marks,
+            "fenced": fenced,
+            "seed": state["seed"],
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+            "config": self.config.model_dump(mode="json"),
+            "progress": dict(progress),
+        }
+        path = checkpoint.write(folder, algorithm.num_timesteps, tensors, state, manifest)
+        self._marks = marks
+        if fenced or not self.config.checkpoint.fence:  # an unfenced one does not replace the fence that a resume starts from
+            checkpoint.prune(folder, self.config.checkpoint.keep)
+        if marks is not None:
+            Replay.sweep(self.path / "replay", [m for s in checkpoint.steps(folder) if (m := self._marks_of(s)) is not None])
+        return path
+
+    def resume(self, algorithm: Algorithm, *, keep_newer: bool, log: Callable[[str], object]) -> dict[str, Any] | None:
+        """Restores the newest good checkpoint, its replay and all counters; its `progress`, or None where there is none.
+
+        With checkpoint.fence it is the newest fenced one, and what was saved behind it is deleted: it will be made again.
+        """
+        folder = self.path / "checkpoints"
+        found = checkpoint.newest(folder, log)
+        if found is None:
+            return None
+        step, path = found
+        if self.config.checkpoint.fence:
+            step, path = self._newest_fence()
+        tensors, state, manifest = checkpoint.read(path)
+        self._same_spaces(algorithm, state)
+        algorithm.restore(tensors, state)
+        marks = manifest["replay"]
+        if marks is not None:
+            algorithm.replay = Replay.load(self.path / "replay", marks, keep_newer=keep_newer, log=log)
+            self._marks = marks
+        spent = checkpoint.read_manifest(found[1])["progress"]
+        if found[0] != step:
+            log(f"checkpoint.fence: back to real step {step}; the {found[0] - step} steps behind it are made again.")
+            for newer in [s for s in checkpoint.steps(folder) if s > step]:
+                checkpoint.discard(folder / f"step-{newer:012d}")
+        return {**manifest["progress"], **{k: spent[k] for k in ("wall_seconds", "eval_seconds")}}
+
+    def _same_spaces(self, algorithm: Algorithm, state: Mapping[str, Any]) -> None:
+        now = {"observation": algorithm.obs_spec.to_json(), "action": algorithm.action_spec.to_json(), "num_envs": algorithm.n_envs}
+        for name, value in now.items():
+            if checkpoint.dump_json({name: value}) != checkpoint.dump_json({name: state[name]}):
+                raise ConfigError(
+                    f"The environment's '{name}' is no longer the one that {self.path} was made with: {state[name]} -> {value}. "
+                    "Restore the environment, or start a new run."
+                )
+
+    def _newest_fence(self) -> tuple[int, Path]:
+        for step in reversed(checkpoint.steps(self.path / "checkpoints")):
+            path = self.path / "checkpoints" / f"step-{step:012d}"
+            if self._is_intact(path) and checkpoint.verify(path).get("fenced"):
+                return step, path
+        raise CorruptError(f"{self.path} has no intact fenced checkpoint left. Restore the folder from a copy, or start a new run.")
+
+    def _is_intact(self, path: Path) -> bool:
+        try:
+            checkpoint.verify(path)
+        except CorruptError:
+            return False
+        return True
+
+    def _marks_of(self, step: int) -> Mapping[str, Any] | None:
+        try:
+            return checkpoint.read_manifest(self.path / "checkpoints" / f"step-{step:012d}").get("replay")
+        except CorruptError:
+            return None
+
+    def write_result(self, result: Mapping[str, Any] | None) -> None:
+        """Replaces result.json at once or not at all; None deletes it: the run goes on."""
+        if result is None:
+            (self.path / RESULT).unlink(missing_ok=True)
+        else:
+            _replace(self.path / RESULT, checkpoint.dump_json(dict(result)))
+
+    # Reading --------------------------------------------------------------------------------------------------------
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What `worldmodel train --json` printed at the end; None while the run is not finished."""
+        file = self.path / RESULT
+        with checkpoint.storage("read", file):
+            return checkpoint.parse_json(file.read_bytes(), file) if file.is_file() else None
+
+    @property
+    def checkpoints(self) -> list[int]:
+        """Real steps at which a checkpoint is there, ascending."""
+        return checkpoint.steps(self.path / "checkpoints")
+
+    def manifest(self) -> dict[str, Any] | None:
+        """The manifest of the newest good checkpoint: its `progress`, `seed`, `versions`, ...; None where there is none."""
+        found = checkpoint.newest(self.path / "checkpoints")
+        return checkpoint.read_manifest(found[1]) if found else None
+
+    def read(self, step: int | None = None) -> checkpoint.Content:
+        """(tensors, state, manifest) of a checkpoint; without `step`, of the newest good one."""
+        folder = self.path / "checkpoints"
+        if step is None:
+            found = checkpoint.newest(folder)
+            if found is None:
+                raise ConfigError(f"'{self.path}' holds no checkpoint that verifies. Train it first, or resume it with --resume.")
+            return checkpoint.read(found[1])
+        if step not in self.checkpoints:
+            raise ConfigError(f"'{self.path}' has no checkpoint of step {step}, only of {self.checkpoints}. Choose one of them.")
+        return checkpoint.read(folder / f"step-{step:012d}")
+
+    def world_model(self, step: int | None = None, device: torch.device | str = "cpu") -> WorldModel:
+        """The world model of a checkpoint (default: the newest good one), in eval mode."""
+        tensors, state, _ = self.read(step)
+        world = WorldModel(self.config.model, ObsSpec.from_json(state["observation"]), ActionSpec.from_json(state["action"]))
+        world.load_state_dict({name: torch.from_numpy(x) for name, x in tensors["world"].items()})
+        return world.to(device).eval()
+
+    def agent(self, step: int | None = None, env: Any = None, device: torch.device | str = "cpu") -> Any:
+        """The agent of a checkpoint: an SB3 algorithm that predicts at once and learns on after `set_env` (or with `env`)."""
+        tensors, state, _ = self.read(step)
+        return registry.part("agent", state["agent"]).from_content(tensors, state, env=env, device=device)
+
+    def replay(self, step: int | None = None) -> Replay:
+        """The experience that a checkpoint names."""
+        marks = self.read(step)[2]["replay"]
+        if marks is None:
+            raise ConfigError(f"'{self.path}' holds no experience yet. Train it first, or resume it with --resume.")
+        return Replay.load(self.path / "replay", marks)
+
+    @cached_property
+    def _world(self) -> WorldModel:
+        return self.world_model()
+
+    def encode(self, obs: Any) -> Posterior:
+        """The belief about the code of observations [N, ...] in the environment's own form, as at an episode's start."""
+        return self._world.encode(obs)
+
+    def decode(self, feature: Tensor | np.ndarray) -> dict[str, np.ndarray]:
+        """The expected observations of features [N, F] (or codes) in the environment's own form: {key: [N, ...]}."""
+        feature = torch.as_tensor(feature, dtype=torch.float32, device=self._world.device)
+        return self._world.obs.raw(self._world.decode(feature))
+
+    def __repr__(self) -> str:
+        return f"Run('{self.path}')"
+
+
+def refuse_existing(path: Path) -> None:
+    """ConfigError where a new run may not begin: the folder is there and holds something."""
+    if (path / CONFIG).exists():
+        raise ConfigError(f"'{path}' holds a run already. Continue it with --resume (resume=True), or choose another --run.")
+    if path.is_dir() and any(name.name != LOCK for name in path.iterdir()):
+        raise ConfigError(f"'{path}' is there already and is no run folder. Choose another --run; nothing in it is overwritten.")
+
+
+def latest_default(config: Config, seed: int) -> Path:
+    """The default folder that `create` made last for this recipe and seed. ConfigError where there is none."""
+    base = Path("runs") / f"{config.recipe_name}-s{seed}"
+    numbered = [(1, base)] if (base / CONFIG).is_file() else []
+    for path in base.parent.glob(f"{base.name}-*"):
+        match = re.fullmatch(re.escape(base.name) + r"-(\d+)", path.name)
+        if match and (path / CONFIG).is_file():
+            numbered.append((int(match[1]), path))
+    if not numbered:
+        raise ConfigError(f"There is no run to resume at '{base}'. Name its folder with --run, or leave --resume out.")
+    return max(numbered)[1]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in DISTRIBUTIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _free(base: Path) -> Path:
+    number, path = 1, base
+    while path.exists():
+        number += 1
+        path = base.with_name(f"{base.name}-{number}")
+    return path
+
+
+def _runs_in(folder: Path) -> list[str]:
+    return sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}")) if folder.is_dir() else []
+
+
+def _replace(path: Path, data: bytes) -> None:
+    aside = path.parent / f".tmp-{token_hex(8)}"
+    with checkpoint.durable(aside) as file:
+        file.write(data)
+    with checkpoint.storage("write", path):
+        os.replace(aside, path)
+    checkpoint.sync_folder(path.parent)

@@ -86,7 +86,7 @@ class WorldModel(nn.Module):
     ) -> WorldModel:
         """A new model for a pair of Gymnasium spaces. Raises UnsupportedSpaceError, ConfigError."""
         if not isinstance(config, ModelConfig):
-            config = ModelConfig.parse(config or {}, at="model")
+            config = ModelConfig.parse(config or {})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return cls(config, ObsSpec.from_space(observation_space, layout), ActionSpec.from_space(action_space))

@@ -1,0 +1,123 @@
+"""What tests share: one thread, shape annotations that are executed, small worlds and a batch with known flags."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from jaxtyping import install_import_hook
+from torch import Tensor
+
+torch.set_num_threads(1)
+
+# The rooms whose annotations speak of shapes. The hook must stand before any of them is imported.
+TENSOR_ROOMS = "data networks distributions encoders decoders heads dynamics objectives model learner agents".split()
+install_import_hook(
+    [f"worldmodel.{room}" for room in TENSOR_ROOMS],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",  # an int is a float, as everywhere in Python
+)
+
+from worldmodel import registry  # noqa: E402
+from worldmodel.config import Frozen  # noqa: E402
+from worldmodel.data import Batch  # noqa: E402
+from worldmodel.distributions import Latent  # noqa: E402
+from worldmodel.model import WorldModel  # noqa: E402
+from worldmodel.spaces import ActionSpec, ObsSpec  # noqa: E402
+
+VECTOR = spaces.Box(-1, 1, (4,), np.float32)
+TWO_ACTIONS = spaces.Discrete(2)
+
+SIZES = {
+    "units": 16,
+    "layers": 1,
+    "depth": 2,
+    "deter": 12,
+    "bins": 21,
+    "limit": 3.0,
+    "size": 2,
+    "variables": 2,
+    "classes": 3,
+    "free_nats": 0.0,
+}
+"""Options by name: a part that has one gets this value, so that a new part is small without being known here."""
+
+
+def small(role: str, kind: str, **options) -> Frozen:
+    """The config of a registered part at a size for tests."""
+    config = registry.config_class(role, kind)
+    sizes = {name: value for name, value in SIZES.items() if name in config.model_fields}
+    return config(**{"kind": kind, **sizes, **options})
+
+
+def small_world(
+    observation: spaces.Space = VECTOR,
+    action: spaces.Space = TWO_ACTIONS,
+    *,
+    latent: str = "categorical",
+    dynamics: dict | None = None,
+    seed: int = 0,
+    **parts,
+) -> WorldModel:
+    """A world model of some thousand parameters; `dynamics` holds options of that part, `parts` whole configs."""
+    law = small("distribution", latent)
+    config = {
+        "encoder": small("encoder", "standard"),
+        "decoder": small("decoder", "standard"),
+        "heads": small("heads", "standard"),
+        "dynamics": small("dynamics", **{"kind": "rssm", "latent": small("latent", latent), **(dynamics or {})}),
+        "transition": law,
+        "initial": law,
+    }
+    return WorldModel.from_spaces(observation, action, {**config, **parts}, seed=seed)
+
+
+def known_batch(observation: spaces.Space = VECTOR, action: spaces.Space = TWO_ACTIONS, rows: int = 3, seed: int = 0) -> Batch:
+    """Six random raw steps a row with these flags (F first, T terminal end, L truncated end, . in between):
+
+        row 0   F . T F . .
+        row 1   . . . L F .
+        others  . . . . . .
+
+    The reward is 7 where it is padding; actions that never happened are 0.
+    """
+    length, spec, codec, rng = 6, ObsSpec.from_space(observation), ActionSpec.from_space(action), np.random.default_rng(seed)
+    obs = {}
+    for name, key in spec.keys.items():
+        space = key.space
+        space.seed(seed)
+        samples = np.stack([space.sample() for _ in range(rows * length)])
+        obs[name] = torch.from_numpy(samples.reshape(rows, length, *key.raw_shape).astype(key.raw_dtype))
+    first, last, terminal = (torch.zeros(rows, length, dtype=torch.bool) for _ in range(3))
+    first[0, [0, 3]] = last[0, 2] = terminal[0, 2] = True
+    if rows > 1:
+        first[1, 4] = last[1, 3] = True
+    actions = torch.from_numpy(codec.sample(rows * (length + 1), rng)).view(rows, length + 1, codec.dim)
+    taken, previous = actions[:, 1:].clone(), actions[:, :-1].clone()
+    taken[last], previous[first] = 0, 0
+    reward = torch.from_numpy(rng.normal(size=(rows, length)).astype(np.float32))
+    return Batch(obs, taken, previous, reward.masked_fill(first, 7.0), first, last, terminal)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    """A generator with a known seed."""
+    return torch.Generator().manual_seed(seed)
+
+
+def small_latent(kind: str, **options) -> Latent:
+    """A kind of code at a size for tests."""
+    return registry.build("latent", small("latent", kind, **options))
+
+
+def assert_near(estimate: Tensor, truth: Tensor, draws: int, spread: Tensor) -> None:
+    """Within five standard errors of a Monte Carlo mean."""
+    torch.testing.assert_close(estimate, truth, rtol=0, atol=float(5 * spread.detach().max() / math.sqrt(draws)) + 2e-3)
+
+
+def reached(outputs: Tensor, **inputs: Tensor) -> set[str]:
+    """The names of the inputs that the sum of `outputs` has a gradient for."""
+    if not outputs.requires_grad:
+        return set()
+    gradients = torch.autograd.grad(outputs.sum(), list(inputs.values()), allow_unused=True, retain_graph=True)
+    return {name for name, g in zip(inputs, gradients) if g is not None and g.abs().sum() > 0}

@@ -1,0 +1,70 @@
+"""Gaussian and categorical codes: what only they promise."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import generator, small, small_latent
+
+from worldmodel import registry
+from worldmodel.data import Sampling
+from worldmodel.distributions import CategoricalPosterior, GaussianPosterior
+
+
+def test_a_categorical_draw_inverts_the_cumulative_distribution():
+    belief = CategoricalPosterior(torch.tensor([[0.25, 0.5, 0.25]]).expand(7, 1, 3))
+    noise = torch.tensor([0.0, 0.249, 0.25, 0.5, 0.749, 0.75, 1 - 2**-24]).view(7, 1)
+    assert belief.sample(noise).argmax(-1).tolist() == [0, 0, 1, 1, 1, 2, 2]
+
+
+def test_a_gaussian_draw_inverts_the_cumulative_distribution():
+    latent = small_latent("gaussian", size=1)
+    belief = latent.belief(torch.tensor([[0.3, -0.7]]).expand(9, 2))
+    u = torch.linspace(0.1, 0.9, 9).view(9, 1)
+    noise = torch.distributions.Normal(0.0, 1.0).icdf(u)
+    torch.testing.assert_close(belief.sample(noise), torch.distributions.Normal(belief.mean, belief.std).icdf(u))
+
+
+def test_a_categorical_draw_is_one_hot_with_the_gradient_of_its_probabilities():
+    latent = small_latent("categorical")
+    raw = torch.randn(8, latent.parameters, generator=generator()).requires_grad_()
+    pull = torch.randn(8, latent.size, generator=generator(1))
+    z = latent.belief(raw).sample(latent.noise((8,), generator(2), "cpu"))
+    assert set(z.unique().tolist()) == {0.0, 1.0} and (z.unflatten(-1, (2, 3)).sum(-1) == 1).all()
+    (through,) = torch.autograd.grad((z * pull).sum(), raw)
+    (straight,) = torch.autograd.grad((latent.belief(raw).mean * pull).sum(), raw)
+    torch.testing.assert_close(through, straight)
+    assert through.abs().sum() > 0
+
+
+def test_a_gaussian_draw_has_the_gradient_of_its_mean_and_deviation():
+    mean, std = torch.zeros(4, 2, requires_grad=True), torch.full((4, 2), 1.5, requires_grad=True)
+    noise = torch.randn(4, 2, generator=generator())
+    by_mean, by_std = torch.autograd.grad(GaussianPosterior(mean, std).sample(noise).sum(), (mean, std))
+    torch.testing.assert_close(by_mean, torch.ones(4, 2))
+    torch.testing.assert_close(by_std, noise)
+
+
+def test_no_class_is_ever_impossible_so_rates_are_bounded():
+    latent = small_latent("categorical", unimix=0.03)
+    sure, opposite = (latent.belief(sign * torch.tensor([[500.0, -500.0, 0.0] * 2])) for sign in (1, -1))
+    assert float(sure.probs.min()) == pytest.approx(0.03 / 3)
+    torch.testing.assert_close(sure.probs.sum(-1), torch.ones(1, 2))
+    assert float(sure.kl(opposite)) <= 2 * math.log(3 / 0.03)
+
+
+def test_no_gaussian_belief_is_narrower_than_its_floor_and_an_untrained_one_is_standard():
+    latent = small_latent("gaussian", min_std=0.2)
+    assert float(latent.belief(torch.full((1, 4), -100.0)).std.min()) == pytest.approx(0.2)
+    assert float(latent.belief(torch.zeros(1, 4)).std.max()) == pytest.approx(1.2)
+
+
+@pytest.mark.parametrize("context", [None, torch.ones(5, 3)], ids=["alone", "given h"])
+def test_a_standard_gaussian_has_nothing_to_learn_whatever_the_context(context):
+    rows, width = (1, 0) if context is None else context.shape
+    law = registry.build("distribution", small("distribution", "gaussian", standard=True), small_latent("gaussian"), width)
+    assert not list(law.parameters()) and not law.state_dict()
+    torch.testing.assert_close(law.log_prob(torch.zeros(rows, 2), context), torch.full((rows,), -math.log(2 * math.pi)))
+    assert law.sample(context, 4, Sampling(generator=generator())).shape == (4, rows, 2)

@@ -278,7 +278,7 @@ class WorldModelAlgorithm(BaseAlgorithm):
         """One step of every environment into the replay; nothing of it is stored if any observation or reward is ill."""
         envs = self.env.num_envs
         if self.learner.updates == 0 and self.replay.added < self.random_until:
-            action = self.action_spec.sample(envs, self.rng)
+            action = self._random_action()
             self._belief = State({**self._belief, "prev_action": torch.as_tensor(action, device=self.device)})
         else:
             action, self._belief = self.policy.follow(self._belief, self._rows(self._last_obs), self._last_episode_starts, deterministic=False)
@@ -302,6 +302,17 @@ class WorldModelAlgorithm(BaseAlgorithm):
             self._store_first({name: x[ended] for name, x in following.items()}, ended)
         self._last_obs, self._last_episode_starts = new_obs, dones.copy()
         return new_obs, rewards, dones, infos
+
+    def _random_action(self) -> np.ndarray:
+        """Uniform actions [N, A]; each is kept for `train.prefill_hold` steps on average, at most until its episode ends.
+
+        White noise averages out: an Acrobot that is pushed at random at every step never swings up in 500 steps,
+        one whose pushes last five steps does so in every second episode. Source: Dabney et al. 2021 (temporally
+        extended exploration), with a geometric duration.
+        """
+        fresh = self.action_spec.sample(self.env.num_envs, self.rng)
+        redraw = self._last_episode_starts | (self.rng.random(self.env.num_envs) * self.config.train.prefill_hold < 1)
+        return np.where(redraw[:, None], fresh, self._belief["prev_action"].cpu().numpy())
 
     def _learn_from_replay(self) -> None:
         """The updates that the step just taken pays for; the first ones once the prefill is there."""
@@ -422,7 +433,11 @@ class WorldModelAlgorithm(BaseAlgorithm):
         if not counters:
             return
         for name, generator in self._generators.items():
-            generator.set_state(torch.from_numpy(arrays["optim"][f"generator/{name}"].copy()))
+            saved = torch.from_numpy(arrays["optim"][f"generator/{name}"].copy())
+            if saved.shape == generator.get_state().shape:
+                generator.set_state(saved)
+            else:  # it was saved on another kind of device, whose draws cannot go on here
+                generator.manual_seed(self.seed + state["counters"]["num_timesteps"])
         self.rng.bit_generator.state = copy.deepcopy(dict(state["rng"]))
         count = state["counters"]
         self.num_timesteps, self._episode_num, self._n_updates = count["num_timesteps"], count["episodes"], count["n_updates"]

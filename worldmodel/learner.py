@@ -35,6 +35,7 @@ class TrainConfig(Frozen):
 
     steps: int = Field(10_000, ge=1, description="real environment steps of a whole run, random ones included")
     prefill: int = Field(500, ge=0, description="random steps before the first update")
+    prefill_hold: float = Field(1.0, ge=1, description="steps for which each of those random actions is kept, on average")
     pretrain: int = Field(100, ge=0, description="updates of the world model right after them")
     ratio: float = Field(0.5, ge=0, description="updates per real step")
     batch_size: int = Field(16, ge=1, description="sequences in a batch")

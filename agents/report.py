@@ -8,7 +8,7 @@ from typing import Any
 
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-SHOWN = {"world/loss/observation": "obs", "world/loss/reward": "reward", "train/critic_loss": "critic"}
+SHOWN = {"world/loss/observation": "obs", "world/loss/reward": "reward"}
 """Logged losses that the bar shows, under short names."""
 
 
@@ -48,7 +48,6 @@ class Bar(Lines):
 
         console = Console(stderr=True)
         self._bar = Progress(
-            TextColumn("[progress.description]{task.description}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]} steps/s"),
@@ -68,7 +67,7 @@ class Bar(Lines):
 
     def step(self, model: BaseAlgorithm) -> None:
         now = time.perf_counter()
-        if now - self._drawn < 0.2:  # drawing costs more than a small step
+        if now - self._drawn < 0.2 and model.num_timesteps < self.total:  # drawing costs more than a small step
             return
         self._drawn = now
         logged = model.logger.name_to_value

@@ -104,8 +104,11 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():  # only there may handlers be set
-            names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-            self._before = {number: signal.signal(number, self._handle) for number in (getattr(signal, n) for n in names)}
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)
+                if number is None or (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):  # nohup
+                    continue
+                self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -144,7 +147,7 @@ class Keeper(BaseCallback):
         self.run, self.config, self.seed = run, run.config, seed
         self.progress, self.signals, self.report = progress, signals, report
         self.goal = threshold(self.config.eval, self.config.env.id)
-        self._clock = time.perf_counter()
+        self._clock: float | None = None
         self._saved = -1
 
     def _on_training_start(self) -> None:
@@ -190,18 +193,20 @@ class Keeper(BaseCallback):
     def measure(self, episodes: int, seed: int) -> list[float]:
         """Returns of greedy episodes; their time counts as evaluation."""
         self.tick()
+        started = time.perf_counter()
         try:
             return evaluate(self.model, self.config.env, episodes, seed, give_up=lambda: bool(self.signals))[0]
         finally:
-            now = time.perf_counter()
-            self.progress.eval_seconds += now - self._clock
-            self._clock = now
+            self.progress.eval_seconds += time.perf_counter() - started
+            if self._clock is not None:
+                self._clock = time.perf_counter()
 
     def tick(self) -> None:
-        """Training time goes on the account up to now."""
-        now = time.perf_counter()
-        self.progress.wall_seconds += now - self._clock
-        self._clock = now
+        """Training time goes on the account up to now; what comes before the first step is no training."""
+        if self._clock is not None:
+            now = time.perf_counter()
+            self.progress.wall_seconds += now - self._clock
+            self._clock = now
 
     def save(self, fence: bool = False) -> None:
         """Commits this step, unless it is; with `fence` open episodes end here as by truncation."""
@@ -287,7 +292,7 @@ def _new(session: _Session, recipe: Any, run_dir: str | Path | None, given: dict
     agent = make_agent(config, seed, session.device)  # before the folder: what cannot start leaves nothing behind
     try:
         with Run.create(run_dir, config, seed) as run:
-            return _go_on(session, run, agent, Progress(overrides=given), seed)
+            return _go_on(session, run, agent, Progress(overrides=_lasting(given)), seed)
     finally:
         agent.env.close()
 
@@ -299,7 +304,7 @@ def _resumed(session: _Session, recipe: Any, run_dir: str | Path | None, given: 
         config = _agreed(run, manifest, recipe, given, seed)
         seed = manifest.get("seed", seed or 0)
         result = run.result
-        if result is not None and (result["real_steps"] >= config.train.steps or _ends_solved(config, result["solved_at"])):
+        if result is not None and _is_finished(config, result, manifest):
             session.log(f"{run.path} is finished; --steps may make it longer.")
             return TrainResult(**result)
         agent = make_agent(config, seed, session.device)
@@ -307,15 +312,24 @@ def _resumed(session: _Session, recipe: Any, run_dir: str | Path | None, given: 
             state = run.resume(agent, keep_newer=session.keep_newer, log=session.log)
             run.write_config(config)
             run.write_result(None)
-            progress = Progress(**state) if state is not None else Progress(overrides=given)
+            progress = Progress(**state) if state is not None else Progress(overrides=_lasting(given))
+            if result is not None:  # the evaluation at the end came after the last checkpoint
+                progress.wall_seconds, progress.eval_seconds = result["wall_seconds"], result["eval_seconds"]
             session.log(f"{run.path} goes on at real step {agent.num_timesteps}.")
             return _go_on(session, run, agent, progress, seed)
         finally:
             agent.env.close()
 
 
-def _ends_solved(config: Config, solved_at: int | None) -> bool:
-    return config.eval.stop_when_solved and solved_at is not None
+def _lasting(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The overrides that a resume need not repeat."""
+    return {key: value for key, value in given.items() if key != "train.steps"}
+
+
+def _is_finished(config: Config, result: Mapping[str, Any], manifest: Mapping[str, Any]) -> bool:
+    """Whether nothing is left to do, and what was reached is still there."""
+    solved = config.eval.stop_when_solved and result["solved_at"] is not None
+    return (solved or result["real_steps"] >= config.train.steps) and manifest.get("step", -1) >= result["real_steps"]
 
 
 def _agreed(run: Run, manifest: Mapping[str, Any], recipe: Any, given: dict[str, Any], seed: int | None) -> Config:

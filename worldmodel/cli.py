@@ -212,7 +212,7 @@ def _info(name: str) -> dict[str, Any]:
     from worldmodel.config import Config
     from worldmodel.run import Run
 
-    if Path(name).is_dir():
+    if (Path(name) / "config.yaml").is_file() or (os.sep in name and Path(name).is_dir()):
         run = Run.open(name)
         config, checkpoints, agent = run.config, run.checkpoints, run.agent()
     else:
@@ -255,6 +255,13 @@ def _reported(debug: bool) -> Iterator[None]:
             traceback.print_exc()
         _say(f"error: {error}")
         raise typer.Exit(error.exit_code) from None
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a disk or a stream that a library writes to
+        if debug:
+            traceback.print_exc()
+        _say(f"error: {error}")
+        raise typer.Exit(StorageError.exit_code) from None
     except KeyboardInterrupt as stop:
         _say(str(stop) or "Interrupted.")
         raise typer.Exit(getattr(stop, "exit_code", 130)) from None

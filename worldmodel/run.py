@@ -9,6 +9,7 @@ manifest names them. No file points at the latest checkpoint: it is the newest o
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 import re
@@ -27,7 +28,7 @@ from torch import Tensor
 from worldmodel import checkpoint, registry
 from worldmodel.config import Config, Frozen
 from worldmodel.distributions import Posterior
-from worldmodel.errors import ConfigError, CorruptError, StorageError, did_you_mean
+from worldmodel.errors import ConfigError, CorruptError, NumericsError, StorageError, did_you_mean
 from worldmodel.model import WorldModel
 from worldmodel.registry import register
 from worldmodel.replay import Replay
@@ -84,9 +85,12 @@ class Run:
 
         ConfigError where the folder holds something already, StorageError where it cannot be written.
         """
-        path = _free(Path("runs") / f"{config.recipe_name}-s{seed}") if directory is None else Path(directory)
-        refuse_existing(path)
-        checkpoint.make_folder(path)
+        if directory is None:
+            path = _claim(Path("runs") / f"{config.recipe_name}-s{seed}")
+        else:
+            path = Path(directory)
+            refuse_existing(path)
+            checkpoint.make_folder(path)
         run = cls(path, config)
         run._take_lock()
         run.write_config(config)
@@ -165,6 +169,7 @@ class Run:
         if algorithm.num_timesteps in checkpoint.steps(folder) and self._is_intact(path):
             return path
         tensors, state = algorithm.content()
+        _check_finite(state, "state")
         marks = algorithm.replay.save(self.path / "replay", self._marks) if algorithm.replay is not None else None
         manifest = {
             "replay": marks,
@@ -190,6 +195,8 @@ class Run:
         """
         folder = self.path / "checkpoints"
         found = checkpoint.newest(folder, log)
+        if found is None and self.checkpoints:
+            raise self._all_damaged()
         if found is None:
             return None
         step, path = found
@@ -224,6 +231,11 @@ class Run:
             if self._is_intact(path) and checkpoint.verify(path).get("fenced"):
                 return step, path
         raise CorruptError(f"{self.path} has no intact fenced checkpoint left. Restore the folder from a copy, or start a new run.")
+
+    def _all_damaged(self) -> CorruptError:
+        return CorruptError(
+            f"No checkpoint of {self.path} verifies, of steps {self.checkpoints}. Restore one from a copy, or start anew."
+        )
 
     def _is_intact(self, path: Path) -> bool:
         try:
@@ -261,7 +273,9 @@ class Run:
 
     def manifest(self) -> dict[str, Any] | None:
         """The manifest of the newest good checkpoint: its `progress`, `seed`, `versions`, ...; None where there is none."""
-        found = checkpoint.newest(self.path / "checkpoints")
+        found = checkpoint.newest(self.path / "checkpoints", log=lambda text: None)
+        if found is None and self.checkpoints:
+            raise self._all_damaged()
         return checkpoint.read_manifest(found[1]) if found else None
 
     def read(self, step: int | None = None) -> checkpoint.Content:
@@ -269,8 +283,10 @@ class Run:
         folder = self.path / "checkpoints"
         if step is None:
             found = checkpoint.newest(folder)
+            if found is None and self.checkpoints:
+                raise self._all_damaged()
             if found is None:
-                raise ConfigError(f"'{self.path}' holds no checkpoint that verifies. Train it first, or resume it with --resume.")
+                raise ConfigError(f"'{self.path}' holds no checkpoint yet. Train it first, or go on with --resume.")
             return checkpoint.read(found[1])
         if step not in self.checkpoints:
             raise ConfigError(f"'{self.path}' has no checkpoint of step {step}, only of {self.checkpoints}. Choose one of them.")
@@ -344,16 +360,31 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _free(base: Path) -> Path:
+def _claim(base: Path) -> Path:
+    """Makes the folder, or the first numbered one that nobody has made before."""
+    checkpoint.make_folder(base.parent)
     number, path = 1, base
-    while path.exists():
-        number += 1
-        path = base.with_name(f"{base.name}-{number}")
-    return path
+    with checkpoint.storage("create", path):
+        while True:
+            try:
+                path.mkdir()
+                return path
+            except FileExistsError:
+                number += 1
+                path = base.with_name(f"{base.name}-{number}")
 
 
 def _runs_in(folder: Path) -> list[str]:
     return sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}")) if folder.is_dir() else []
+
+
+def _check_finite(value: Any, where: str) -> None:
+    """NumericsError that names a number in nested plain data that is not finite: such a state is not worth keeping."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_finite(item, f"{where}.{key}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise NumericsError(f"{where} is {value}. A finite number was expected; nothing is saved, and the last checkpoint stays.")
 
 
 def _replace(path: Path, data: bytes) -> None:

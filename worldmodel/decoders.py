@@ -91,7 +91,9 @@ class Decoder(nn.Module):
     def _fit(self, name: str, x: Tensor, mean: Tensor) -> None:
         error = (x - mean).square()
         error = error.mean().view(1) if name in self.images else error.mean(0)
-        getattr(self, f"log_std{self.gaussian.index(name)}").lerp_(0.5 * error.clamp_min(1e-12).log(), 0.05)
+        log_std = getattr(self, f"log_std{self.gaussian.index(name)}")
+        # An update that is skipped because of NaN must not leave one behind here.
+        log_std.lerp_(torch.where(error.isfinite(), 0.5 * error.clamp_min(1e-12).log(), log_std), 0.05)
 
     def mean(self, feature: Float[Tensor, "N F"]) -> Obs:
         """The expected observation: probabilities for categorical and binary keys."""

@@ -41,7 +41,9 @@ class ActorCriticConfig(Frozen):
     min_std: float = Field(0.1, gt=0, description="least deviation of a continuous policy, actions being in [-1, 1]")
     max_std: float = Field(1.0, gt=0, description="greatest deviation of a continuous policy")
     unimix: float = Field(0.01, ge=0, lt=1, description="share of the uniform distribution in a discrete policy")
-    gradient: Literal["reinforce", "dynamics"] = Field("reinforce", description="policy gradient; dynamics: through the model (continuous actions)")
+    gradient: Literal["reinforce", "dynamics"] = Field(
+        "reinforce", description="policy gradient; dynamics: through the model (continuous actions)"
+    )
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,11 @@ class ActorCriticLearner:
             gain = policy.log_prob(dream.action) * (returns - value[:, :-1]) / scale
         loss = -(weight[:, :-1] * (gain + self.config.entropy * entropy)).mean()
         norm = _descend(self.actor_optimizer, loss, self.config.clip)
-        return {"train/actor_loss": float(loss.detach()), "train/entropy": float(entropy.detach().mean()), "train/actor_gradient_norm": norm}
+        return {
+            "train/actor_loss": float(loss.detach()),
+            "train/entropy": float(entropy.detach().mean()),
+            "train/actor_gradient_norm": norm,
+        }
 
     def _improve_critic(
         self, feature: Tensor, logits: Tensor, returns: Tensor, weight: Tensor, trace: Trace, batch: Batch

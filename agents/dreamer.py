@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from worldmodel.agents.actor_critic import ActorCritic, ActorCriticConfig, ActorCriticLearner
-from worldmodel.agents.loop import Controller, WorldModelAlgorithm
+from worldmodel.agents.belief import Controller
+from worldmodel.agents.loop import WorldModelAlgorithm
 from worldmodel.data import Batch, State, Trace
 from worldmodel.model import WorldModel
 from worldmodel.registry import register

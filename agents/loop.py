@@ -21,85 +21,18 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.utils import get_device, safe_mean
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_wrapper
-from torch import Tensor, nn
+from torch import nn
 
 from worldmodel import checkpoint
+from worldmodel.agents.belief import BeliefPolicy, Controller
 from worldmodel.config import Config, load_yaml
-from worldmodel.data import Batch, Sampling, State, Trace
+from worldmodel.data import Batch, State, Trace
 from worldmodel.envs.make import as_vec_env
 from worldmodel.errors import ConfigError, EnvError
 from worldmodel.learner import Learner, optimizer_arrays, restore_optimizer
 from worldmodel.model import WorldModel, tensors
 from worldmodel.replay import Replay
 from worldmodel.spaces import ActionSpec, ObsSpec
-
-
-class Controller(nn.Module):
-    """What turns a belief into an action; the one thing in which agents differ while they act."""
-
-    def act(self, world: WorldModel, state: State, deterministic: bool, generator: torch.Generator) -> Tensor:
-        """Canonical actions [B, A] for the states [B]."""
-        raise NotImplementedError
-
-
-class BeliefPolicy(BasePolicy):
-    """An SB3 policy whose recurrent state is the world model's belief and the last action."""
-
-    def __init__(self, observation_space: gym.Space, action_space: gym.Space, world: WorldModel, controller: Controller, seed: int):
-        super().__init__(observation_space, action_space)
-        self.world, self.controller = world, controller
-        self.generator = torch.Generator(device=world.device).manual_seed(seed)
-
-    def begin(self, batch_size: int) -> State:
-        """The belief before anything was seen."""
-        return State({**self.world.initial(batch_size), "prev_action": torch.zeros(batch_size, self.world.action.dim, device=self.world.device)})
-
-    @torch.no_grad()
-    def follow(self, belief: State, rows: dict[str, np.ndarray], is_first: np.ndarray, deterministic: bool) -> tuple[np.ndarray, State]:
-        """(canonical actions [B, A], belief after them) from raw observation rows [B, ...]."""
-        self.world.eval()
-        first = torch.as_tensor(is_first, dtype=torch.bool, device=self.world.device)
-        sampling = Sampling(generator=self.generator, mode=deterministic)
-        state = self.world.observe(belief, tensors(rows, self.world.device), belief["prev_action"], first, sampling)
-        action = self.world.action.project(self.controller.act(self.world, state, deterministic, self.generator))
-        return action.cpu().numpy(), State({**state, "prev_action": action})
-
-    def predict(
-        self,
-        observation: np.ndarray | dict[str, np.ndarray],
-        state: tuple[np.ndarray, ...] | None = None,
-        episode_start: np.ndarray | None = None,
-        deterministic: bool = False,
-    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """SB3's predict: `state` is the belief as a tuple of arrays; None, or `episode_start`, forgets the past.
-
-        deterministic: the belief's mode and the policy's mode. Without `state` every call is an episode's first.
-        """
-        observation, vectorized = self._batched(observation)
-        rows = self.world.obs.to_rows(observation)
-        size = len(next(iter(rows.values())))
-        belief = self.begin(size)
-        first = np.ones(size, bool)
-        if state is not None:
-            belief = belief.like(state)
-            first = np.zeros(size, bool) if episode_start is None else np.array(episode_start, bool).reshape(size)
-        action, belief = self.follow(belief, rows, first, deterministic)
-        env_action = self.world.action.decode(action)
-        return (env_action if vectorized else env_action[0]), belief.numpy()
-
-    def _batched(self, observation: Any) -> tuple[Any, bool]:
-        """The observation with a batch axis, and whether it had one."""
-        if isinstance(observation, Mapping):
-            name, key = next(iter(self.world.obs.keys.items()))
-            if np.ndim(observation[name]) > len(key.raw_shape):
-                return observation, True
-            return {k: np.asarray(v)[None] for k, v in observation.items()}, False
-        key = next(iter(self.world.obs.keys.values()))
-        observation = np.asarray(observation)
-        return (observation, True) if observation.ndim > len(key.raw_shape) else (observation[None], False)
-
-    def _predict(self, observation: Any, deterministic: bool = False) -> Tensor:
-        raise NotImplementedError("A belief is needed: call predict().")
 
 
 class WorldModelAlgorithm(BaseAlgorithm):
@@ -138,7 +71,14 @@ class WorldModelAlgorithm(BaseAlgorithm):
             env = as_vec_env(env, seed=seed)
         train = self.config.train
         super().__init__(
-            policy, env, learning_rate=train.lr, tensorboard_log=tensorboard_log, verbose=verbose, device=_device(device), support_multi_env=True, seed=seed
+            policy,
+            env,
+            learning_rate=train.lr,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            device=_device(device),
+            support_multi_env=True,
+            seed=seed,
         )
         self.policy_name = policy
         if env is not None and _init_setup_model:
@@ -159,7 +99,7 @@ class WorldModelAlgorithm(BaseAlgorithm):
         if unwrap_vec_wrapper(env, VecNormalize) is not None:
             raise ConfigError(
                 "VecNormalize is around the environment: its statistics would change what the replay holds. Expected plain "
-                "observations; take it off: the world model standardises vectors itself (model.inputs=standardise) and scales returns."
+                "observations: take it off, the world model standardises vectors itself (model.inputs=standardise)."
             )
         return env
 
@@ -208,7 +148,9 @@ class WorldModelAlgorithm(BaseAlgorithm):
         """Collect `total_timesteps` real steps and learn from them; SB3's signature. `log_interval`: episodes between log lines."""
         if self.env is None:
             raise ConfigError(f"{type(self).__name__} has no environment to learn in. Call set_env(env) first.")
-        total_timesteps, callback = self._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name or type(self).__name__, progress_bar)
+        total_timesteps, callback = self._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name or type(self).__name__, progress_bar
+        )
         if self.replay is None or reset_num_timesteps or self._belief is None:
             self._open_streams()
         callback.on_training_start(locals(), globals())
@@ -281,13 +223,17 @@ class WorldModelAlgorithm(BaseAlgorithm):
             action = self._random_action()
             self._belief = State({**self._belief, "prev_action": torch.as_tensor(action, device=self.device)})
         else:
-            action, self._belief = self.policy.follow(self._belief, self._rows(self._last_obs), self._last_episode_starts, deterministic=False)
+            action, self._belief = self.policy.follow(
+                self._belief, self._rows(self._last_obs), self._last_episode_starts, deterministic=False
+            )
         env_action = self.action_spec.decode(action)
         action = self.action_spec.encode(env_action)  # what the environment got, exactly
         new_obs, rewards, dones, infos = self.env.step(env_action)
         if not np.isfinite(rewards).all():
             env = int(np.flatnonzero(~np.isfinite(rewards))[0])
-            raise EnvError(f"{self._place(env)}: the reward is {rewards[env]}. A finite number was expected; the step was not stored.")
+            raise EnvError(
+                f"{self._place(env)}: the reward is {rewards[env]}. A finite number was expected; the step was not stored."
+            )
         following = self._rows(new_obs)
         arrived = following
         ended = np.flatnonzero(dones)
@@ -331,7 +277,9 @@ class WorldModelAlgorithm(BaseAlgorithm):
     def update(self, improve: bool = True) -> dict[str, float]:
         """One gradient step of the world model and, with `improve`, of the controller; the metrics are logged."""
         train = self.config.train
-        batch = self.replay.sample(train.batch_size, train.burn_in + train.batch_length, self.rng, newest=train.newest, ends=train.ends)
+        batch = self.replay.sample(
+            train.batch_size, train.burn_in + train.batch_length, self.rng, newest=train.newest, ends=train.ends
+        )
         metrics, trace, batch = self.learner.update(self.learner.prepare(batch), self.generator)
         metrics = {f"world/{name}": value for name, value in metrics.items()}
         if improve:
@@ -385,7 +333,9 @@ class WorldModelAlgorithm(BaseAlgorithm):
             "world": _arrays(self.world),
             "agent": _arrays(self.controller),
             "optim": {
-                f"{name}/{key}": x for name, optimizer in self.optimizers_by_name.items() for key, x in optimizer_arrays(optimizer).items()
+                f"{name}/{key}": x
+                for name, optimizer in self.optimizers_by_name.items()
+                for key, x in optimizer_arrays(optimizer).items()
             },
         }
         for name, generator in self._generators.items():
@@ -494,7 +444,9 @@ class _Attributes:
 
 def _device(device: torch.device | str) -> torch.device:
     if torch.device("cpu" if device == "auto" else device).type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda was asked for, but torch finds no CUDA device here. Use device=cpu, or install a CUDA build of torch.")
+        raise ConfigError(
+            "device=cuda was asked for, but torch finds no CUDA device. Use device=cpu, or install a CUDA build of torch."
+        )
     return get_device(device)
 
 
@@ -518,5 +470,7 @@ def _load(module: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
     own = module.state_dict()
     wrong = sorted(set(own) ^ set(arrays)) or [name for name, x in own.items() if tuple(x.shape) != arrays[name].shape]
     if wrong:
-        raise ConfigError(f"The saved weights do not fit this config: {', '.join(wrong[:4])}. Use the config that was saved with them.")
+        raise ConfigError(
+            f"The saved weights do not fit this config: {', '.join(wrong[:4])}. Use the config that was saved with them."
+        )
     module.load_state_dict({name: torch.from_numpy(np.array(x)) for name, x in arrays.items()})

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from worldmodel.agents.loop import Controller, WorldModelAlgorithm
+from worldmodel.agents.belief import Controller
+from worldmodel.agents.loop import WorldModelAlgorithm
 from worldmodel.config import Frozen
 from worldmodel.data import State
 from worldmodel.model import WorldModel

@@ -5,7 +5,6 @@ another (both in recipes.py, but for the knowledge of classes), `Config.parse` t
 values. Rooms own the classes of their groups and parts and tell the registry; this module imports none of them.
 """
 
-# ruff: noqa: UP037 -- `Group["env"]` holds a name, not a quoted type
 from __future__ import annotations
 
 import math

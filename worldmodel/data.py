@@ -107,7 +107,9 @@ class State(Mapping[str, Tensor]):
 
     def like(self, arrays: tuple[np.ndarray, ...]) -> State:
         """The state that `numpy()` gave, with this state's names and device."""
-        return State({k: torch.as_tensor(a.copy(), device=v.device) for (k, v), a in zip(self.values_.items(), arrays, strict=True)})
+        return State(
+            {k: torch.as_tensor(a.copy(), device=v.device) for (k, v), a in zip(self.values_.items(), arrays, strict=True)}
+        )
 
 
 @dataclass(frozen=True)

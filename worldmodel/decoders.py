@@ -25,7 +25,9 @@ class DecoderConfig(Frozen):
     layers: int = Field(2, ge=0, description="layers of the perceptron for vectors")
     depth: int = Field(16, ge=1, description="channels of the last but one convolution")
     reads: Literal["feature", "latent"] = Field("feature", description="the whole feature, or the latent alone as in a plain VAE")
-    sigma: Literal["fitted", "learned"] = Field("fitted", description="deviation: the error's own size (sigma-VAE), or a free parameter")
+    sigma: Literal["fitted", "learned"] = Field(
+        "fitted", description="deviation: the error's own size (sigma-VAE), or a free parameter"
+    )
     min_sigma: float = Field(0.05, gt=0, description="least deviation, in units of the scaled observation")
 
 
@@ -113,8 +115,14 @@ class Decoder(nn.Module):
             draw = None if sampling.mode else torch.rand(x.shape, generator=sampling.generator, device=x.device)
             if key.kind == "categorical":
                 parts = x.split(key.sizes, -1)
-                gumbel = [0.0] * len(parts) if draw is None else [-(-u.log()).log() for u in draw.clamp(1e-9, 1 - 1e-7).split(key.sizes, -1)]
-                out[name] = torch.cat([F.one_hot((p.log() + g).argmax(-1), n) for p, g, n in zip(parts, gumbel, key.sizes)], -1).to(x)
+                gumbel = (
+                    [0.0] * len(parts)
+                    if draw is None
+                    else [-(-u.log()).log() for u in draw.clamp(1e-9, 1 - 1e-7).split(key.sizes, -1)]
+                )
+                out[name] = torch.cat([F.one_hot((p.log() + g).argmax(-1), n) for p, g, n in zip(parts, gumbel, key.sizes)], -1).to(
+                    x
+                )
             elif key.kind == "binary":
                 out[name] = (x > (0.5 if draw is None else draw)).to(x)
             elif draw is not None:

@@ -18,7 +18,7 @@ from worldmodel.registry import register
 
 
 class ScaleConfig(Frozen):
-    """Weight of each loss of the world model. Observation, dyn and rep are in nats per step; beta multiplies the rates' pull on codes."""
+    """Weight of each loss of the world model. Observation, dyn and rep are in nats per step."""
 
     observation: float = Field(1.0, ge=0, description="reconstruction")
     reward: float = Field(1.0, ge=0)
@@ -119,8 +119,9 @@ class Learner:
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= self.PATIENCE:
             raise NumericsError(
-                f"Update {self.updates + self.skipped}: not finite: {', '.join(bad[:5])}; {self.PATIENCE} updates in a row were skipped. "
-                "Finite numbers were expected. Look at the observations' and rewards' sizes, or lower train.lr; the last checkpoint is good."
+                f"Update {self.updates + self.skipped}: not finite: {', '.join(bad[:5])}; "
+                f"{self.PATIENCE} updates in a row were skipped. "
+                "Finite numbers were expected. Look at the sizes of observations and rewards, or lower train.lr."
             )
 
     def _bad_gradients(self) -> list[str]:

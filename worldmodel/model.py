@@ -18,7 +18,6 @@ from worldmodel.decoders import DecoderConfig
 from worldmodel.distributions import CategoricalConfig, GaussianConfig, GaussianLatent, Posterior
 from worldmodel.dynamics import RSSMConfig
 from worldmodel.encoders import EncoderConfig, InputScaling
-from worldmodel.errors import ConfigError
 from worldmodel.heads import HeadsConfig
 from worldmodel.networks import flatten
 from worldmodel.objectives import ReconstructionConfig
@@ -37,7 +36,9 @@ class ModelConfig(Frozen):
     dynamics: Part["dynamics"] = RSSMConfig()
     transition: Part["distribution"] | None = Field(None, description="p(z_t | h_t); none: the latent's own family")
     initial: Part["distribution"] | None = Field(None, description="p(z_0); none: the latent's own family")
-    marginal: Part["distribution"] | None = Field(None, description="one law for all codes, whose rate trains the encoder; none: without")
+    marginal: Part["distribution"] | None = Field(
+        None, description="one law for all codes, whose rate trains the encoder; none: without"
+    )
     objective: Part["objective"] = ReconstructionConfig()
     heads: Part["heads"] = HeadsConfig()
 
@@ -47,7 +48,9 @@ class ModelConfig(Frozen):
         for slot in ("transition", "initial", "marginal"):
             part = getattr(self, slot)
             if part is not None and part.kind in CLOSED_FORMS and part.kind != latent:
-                raise ValueError(f"model.{slot}.kind={part.kind} does not fit model.dynamics.latent.kind={latent}: make them equal.")
+                raise ValueError(
+                    f"model.{slot}.kind={part.kind} does not fit model.dynamics.latent.kind={latent}: make them equal."
+                )
         if self.marginal is not None and self.marginal.kind == "categorical":
             raise ValueError("model.marginal: a categorical law fills the slots initial and transition only; use gaussian latents.")
         return self
@@ -163,7 +166,9 @@ class WorldModel(nn.Module):
     def decode(self, feature: Float[Tensor, "N F"]) -> Obs:
         """The expected observation in canonical form; a code alone is enough where the decoder reads the latent."""
         if feature.shape[-1] not in (self.feature_dim, self.decoder.inputs):
-            raise ValueError(f"decode: a feature has {self.feature_dim} numbers, not {feature.shape[-1]}; take it from a trace, a dream or a state.")
+            raise ValueError(
+                f"decode: a feature has {self.feature_dim} numbers, not {feature.shape[-1]}; take one from a trace or a dream."
+            )
         return self.scaling.inverse(self.decoder.mean(feature))
 
     def active_units(self, trace: Trace, threshold: float = 0.01) -> int:

@@ -133,7 +133,9 @@ def halvings(size: tuple[int, int], smallest: int = 4) -> list[tuple[int, int]]:
     while min(sizes[-1]) // 2 >= smallest:
         sizes.append((sizes[-1][0] // 2, sizes[-1][1] // 2))
     if len(sizes) == 1:
-        raise ValueError(f"An image of {size[0]}x{size[1]} pixels is too small for a convolution: 8x8 is the least; declare layout=vector.")
+        raise ValueError(
+            f"An image of {size[0]}x{size[1]} pixels is too small for a convolution: 8x8 is the least; declare layout=vector."
+        )
     return sizes
 
 

@@ -1,7 +1,13 @@
 """One role, many forms: laws of codes for the slots initial, transition, marginal and decoder."""
 
 from worldmodel.distributions.base import ClosedForm, ConditionalDistribution, Latent, Posterior
-from worldmodel.distributions.categorical import Categorical, CategoricalConfig, CategoricalLatent, CategoricalLatentConfig, CategoricalPosterior
+from worldmodel.distributions.categorical import (
+    Categorical,
+    CategoricalConfig,
+    CategoricalLatent,
+    CategoricalLatentConfig,
+    CategoricalPosterior,
+)
 from worldmodel.distributions.gaussian import Gaussian, GaussianConfig, GaussianLatent, GaussianLatentConfig, GaussianPosterior
 
 __all__ = [

@@ -99,7 +99,9 @@ class ConditionalDistribution(nn.Module, ABC):
     def log_prob(self, x: Float[Tensor, "*N D"], context: Tensor | None) -> Float[Tensor, "*N"]:
         """In nats; what it means is said by `density`."""
 
-    def rate(self, posterior: Posterior, z: Float[Tensor, "*N D"], context: Tensor | None, *, frozen: bool = False) -> Float[Tensor, "*N"]:
+    def rate(
+        self, posterior: Posterior, z: Float[Tensor, "*N D"], context: Tensor | None, *, frozen: bool = False
+    ) -> Float[Tensor, "*N"]:
         """KL(posterior || self) estimated at z ~ posterior, in nats. `frozen`: no gradient into own parameters or context."""
         if frozen:
             own = {k: v.detach() for k, v in self.named_parameters()}
@@ -109,7 +111,9 @@ class ConditionalDistribution(nn.Module, ABC):
             prior = self.log_prob(z, context)
         return posterior.log_prob(z) - prior
 
-    def rates(self, posterior: Posterior, z: Float[Tensor, "*N D"], context: Tensor | None) -> tuple[Float[Tensor, "*N"], Float[Tensor, "*N"]]:
+    def rates(
+        self, posterior: Posterior, z: Float[Tensor, "*N D"], context: Tensor | None
+    ) -> tuple[Float[Tensor, "*N"], Float[Tensor, "*N"]]:
         """The two one-sided rates: (trains self and the context, trains the posterior). Their values are equal."""
         return self.rate(posterior.detach(), z.detach(), context), self.rate(posterior, z, context, frozen=True)
 
@@ -141,7 +145,9 @@ class ConditionalDistribution(nn.Module, ABC):
         value = torch.zeros(())
         for _ in range(steps):
             rows = torch.randint(len(codes), (min(batch, len(codes)),), generator=generator)
-            value = sum(term.mean() for term in self.loss(codes[rows], None if context is None else context[rows].detach()).values())
+            value = sum(
+                term.mean() for term in self.loss(codes[rows], None if context is None else context[rows].detach()).values()
+            )
             optimizer.zero_grad(set_to_none=True)
             value.backward()
             nn.utils.clip_grad_norm_(trainable, 10.0)

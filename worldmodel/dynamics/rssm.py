@@ -40,9 +40,7 @@ class RSSMConfig(Frozen):
 class RSSM(nn.Module):
     """Dynamics over [B, T]; owns its posterior, its transition and initial distributions, their rates and free nats."""
 
-    def __init__(
-        self, config: RSSMConfig, embed_dim: int, action_dim: int, transition: Frozen, initial: Frozen
-    ):
+    def __init__(self, config: RSSMConfig, embed_dim: int, action_dim: int, transition: Frozen, initial: Frozen):
         super().__init__()
         self.config = config
         self.latent = build("latent", config.latent)

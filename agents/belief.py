@@ -1,0 +1,90 @@
+"""A policy that acts on the world model's belief: SB3's recurrent `predict`, for every kind of agent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from stable_baselines3.common.policies import BasePolicy
+from torch import Tensor, nn
+
+from worldmodel.data import Sampling, State
+from worldmodel.model import WorldModel, tensors
+
+
+class Controller(nn.Module):
+    """What turns a belief into an action; the one thing in which agents differ while they act."""
+
+    def act(self, world: WorldModel, state: State, deterministic: bool, generator: torch.Generator) -> Tensor:
+        """Canonical actions [B, A] for the states [B]."""
+        raise NotImplementedError
+
+
+class BeliefPolicy(BasePolicy):
+    """An SB3 policy whose recurrent state is the world model's belief and the last action."""
+
+    def __init__(self, observation_space: gym.Space, action_space: gym.Space, world: WorldModel, controller: Controller, seed: int):
+        super().__init__(observation_space, action_space)
+        self.world, self.controller = world, controller
+        self.generator = torch.Generator(device=world.device).manual_seed(seed)
+
+    def begin(self, batch_size: int) -> State:
+        """The belief before anything was seen."""
+        return State(
+            {
+                **self.world.initial(batch_size),
+                "prev_action": torch.zeros(batch_size, self.world.action.dim, device=self.world.device),
+            }
+        )
+
+    @torch.no_grad()
+    def follow(
+        self, belief: State, rows: dict[str, np.ndarray], is_first: np.ndarray, deterministic: bool
+    ) -> tuple[np.ndarray, State]:
+        """(canonical actions [B, A], belief after them) from raw observation rows [B, ...]."""
+        self.world.eval()
+        first = torch.as_tensor(is_first, dtype=torch.bool, device=self.world.device)
+        sampling = Sampling(generator=self.generator, mode=deterministic)
+        state = self.world.observe(belief, tensors(rows, self.world.device), belief["prev_action"], first, sampling)
+        action = self.world.action.project(self.controller.act(self.world, state, deterministic, self.generator))
+        return action.cpu().numpy(), State({**state, "prev_action": action})
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """SB3's predict: `state` is the belief as a tuple of arrays; None, or `episode_start`, forgets the past.
+
+        deterministic: the belief's mode and the policy's mode. Without `state` every call is an episode's first.
+        """
+        observation, vectorized = self._batched(observation)
+        rows = self.world.obs.to_rows(observation)
+        size = len(next(iter(rows.values())))
+        belief = self.begin(size)
+        first = np.ones(size, bool)
+        if state is not None:
+            belief = belief.like(state)
+            first = np.zeros(size, bool) if episode_start is None else np.array(episode_start, bool).reshape(size)
+        action, belief = self.follow(belief, rows, first, deterministic)
+        env_action = self.world.action.decode(action)
+        return (env_action if vectorized else env_action[0]), belief.numpy()
+
+    def _batched(self, observation: Any) -> tuple[Any, bool]:
+        """The observation with a batch axis, and whether it had one."""
+        if isinstance(observation, Mapping):
+            name, key = next(iter(self.world.obs.keys.items()))
+            if np.ndim(observation[name]) > len(key.raw_shape):
+                return observation, True
+            return {k: np.asarray(v)[None] for k, v in observation.items()}, False
+        key = next(iter(self.world.obs.keys.values()))
+        observation = np.asarray(observation)
+        return (observation, True) if observation.ndim > len(key.raw_shape) else (observation[None], False)
+
+    def _predict(self, observation: Any, deterministic: bool = False) -> Tensor:
+        raise NotImplementedError("A belief is needed: call predict().")

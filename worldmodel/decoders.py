@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -28,7 +29,8 @@ class DecoderConfig(Frozen):
     sigma: Literal["fitted", "learned"] = Field(
         "fitted", description="deviation: the error's own size (sigma-VAE), or a free parameter"
     )
-    min_sigma: float = Field(0.05, gt=0, description="least deviation, in units of the scaled observation")
+    min_sigma: float = Field(0.05, gt=0, description="least deviation of vectors, in units of the scaled observation")
+    min_sigma_image: float = Field(0.2, gt=0, description="least deviation of pixels in [0, 1]: below it pictures drown rewards")
 
 
 @register("decoder", "standard", DecoderConfig)
@@ -68,7 +70,7 @@ class Decoder(nn.Module):
 
     def log_std(self, name: str) -> Tensor:
         """ln of the deviation of a Gaussian key, not below the floor."""
-        floor = torch.tensor(self.config.min_sigma).log().item()
+        floor = math.log(self.config.min_sigma_image if name in self.images else self.config.min_sigma)
         return getattr(self, f"log_std{self.gaussian.index(name)}").clamp_min(floor)
 
     def loss(self, feature: Float[Tensor, "N F"], obs: Obs) -> dict[str, Loss]:

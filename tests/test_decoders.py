@@ -1,0 +1,180 @@
+"""Decoders: p(x | feature) is a normalised law for every kind of observation, and its deviation is the error's size."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import generator, small
+from gymnasium import spaces
+from torch import Tensor
+from torch.distributions import Bernoulli, Normal, OneHotCategorical
+
+from worldmodel import registry
+from worldmodel.data import Sampling
+from worldmodel.spaces import ObsSpec
+
+SPACES = {
+    "image": spaces.Box(0, 255, (16, 17, 3), np.uint8),
+    "vector": spaces.Box(-1, 1, (4,), np.float32),
+    "category": spaces.Discrete(3),
+    "categories": spaces.MultiDiscrete([2, 4, 3]),
+    "bits": spaces.MultiBinary(5),
+}
+MIXED = spaces.Dict(SPACES)
+FEATURES, LATENT = 9, 4
+
+every_decoder = pytest.mark.parametrize("kind", registry.kinds("decoder"))
+every_space = pytest.mark.parametrize("space", [*SPACES.values(), MIXED], ids=[*SPACES, "all"])
+
+
+def build(kind: str, space: spaces.Space, **options):
+    torch.manual_seed(0)
+    return registry.build("decoder", small("decoder", kind, **options), ObsSpec.from_space(space), FEATURES, LATENT)
+
+
+def feature(n: int, seed: int = 0) -> Tensor:
+    return torch.randn(n, FEATURES, generator=generator(seed))
+
+
+def observations(spec: ObsSpec, n: int, seed: int = 0) -> dict[str, Tensor]:
+    rows = {}
+    for name, key in spec.keys.items():
+        space = key.space
+        space.seed(seed)
+        rows[name] = torch.from_numpy(np.stack([np.asarray(space.sample()) for _ in range(n)]))
+    return spec.canonical(rows)
+
+
+def log_prob(decoder, x: Tensor, name: str, output: Tensor) -> Tensor:
+    """ln p of one key in torch's own words [N]."""
+    key = decoder.spec.keys[name]
+    if key.kind == "categorical":
+        groups = zip(x.split(key.sizes, -1), output.split(key.sizes, -1))
+        return sum(OneHotCategorical(logits=logits).log_prob(part) for part, logits in groups)
+    if key.kind == "binary":
+        return Bernoulli(logits=output).log_prob(x).sum(-1)
+    std = decoder.log_std(name).exp().view(1, -1, *[1] * (x.ndim - 2))
+    return Normal(output, std.expand_as(output)).log_prob(x).flatten(1).sum(-1)
+
+
+@every_decoder
+@every_space
+def test_the_loss_is_the_negative_log_likelihood_in_nats_summed_over_all_elements(kind, space):
+    decoder = build(kind, space, sigma="learned")
+    for p in (p for name, p in decoder.named_parameters() if name.startswith("log_std")):
+        p.data += 0.7 * torch.randn(p.shape, generator=generator(4))
+    obs = observations(decoder.spec, 5)
+    terms = decoder.loss(feature(5), obs)
+    expected = -sum(log_prob(decoder, obs[name], name, out) for name, out in decoder.output(feature(5)).items())
+    assert list(terms) == ["observation"] and terms["observation"].unit == "nats" and terms["observation"].value.shape == (5,)
+    torch.testing.assert_close(terms["observation"].value, expected)
+
+
+@every_decoder
+@every_space
+@pytest.mark.parametrize("what", ["mean", "mode", "sample"])
+def test_means_and_samples_look_like_observations(kind, space, what):
+    decoder = build(kind, space)
+    sampling = Sampling(generator=generator(), mode=what == "mode")
+    out = decoder.mean(feature(6)) if what == "mean" else decoder.sample(feature(6), sampling)
+    assert out.keys() == decoder.spec.keys.keys()
+    for name, key in decoder.spec.keys.items():
+        x = out[name]
+        assert x.shape == (6, *key.shape) and x.dtype == torch.float32 and x.isfinite().all()
+        if key.kind == "categorical":
+            for part in x.split(key.sizes, -1):
+                torch.testing.assert_close(part.sum(-1), torch.ones(6))
+        if key.kind in ("categorical", "binary"):
+            assert (0 <= x).all() and (x <= 1).all()
+            assert what == "mean" or set(x.unique().tolist()) <= {0.0, 1.0}
+
+
+@every_decoder
+def test_samples_have_the_mean_and_the_deviation_that_the_law_has(kind):
+    decoder, n = build(kind, MIXED, sigma="learned"), 3000
+    for p in (p for name, p in decoder.named_parameters() if name.startswith("log_std")):
+        p.data += torch.linspace(-1, 0.5, p.numel())
+    same = feature(1).expand(n, -1)
+    mean, drawn = decoder.mean(feature(1)), decoder.sample(same, Sampling(generator=generator()))
+    for name, key in decoder.spec.keys.items():
+        x = drawn[name].detach()
+        torch.testing.assert_close(x.mean(0), mean[name][0].detach(), rtol=0, atol=0.1)
+        if key.kind in ("image", "vector"):
+            std = decoder.log_std(name).detach().exp().view(-1, *[1] * (x.ndim - 2)).expand_as(x[0])
+            torch.testing.assert_close(x.std(0), std, rtol=0.15, atol=0)
+
+
+@every_decoder
+def test_the_same_generator_draws_the_same_observation_and_a_low_temperature_stays_near_the_mean(kind):
+    decoder = build(kind, MIXED)
+    one, same, other = (decoder.sample(feature(3), Sampling(generator=generator(seed))) for seed in (0, 0, 1))
+    assert all(torch.equal(one[name], same[name]) for name in one) and not torch.equal(one["image"], other["image"])
+    cold = decoder.sample(feature(3), Sampling(generator=generator(), temperature=0.0))
+    assert torch.equal(cold["vector"], decoder.mean(feature(3))["vector"])
+
+
+@every_decoder
+@pytest.mark.parametrize("sigma", ["fitted", "learned"])
+def test_the_deviation_approaches_the_size_of_the_error(kind, sigma):
+    """Per number of a vector; an observation that the feature says nothing about, with deviations 0.2 and 3."""
+    decoder = build(kind, spaces.Box(-10, 10, (2,), np.float32), sigma=sigma).train()
+    for p in decoder.perceptron.parameters():
+        p.requires_grad_(False).zero_()
+    optimizer = torch.optim.Adam(decoder.parameters(), lr=0.05) if sigma == "learned" else None
+    truth = torch.tensor([0.2, 3.0])
+    for step in range(150):
+        x = truth * torch.randn(256, 2, generator=generator(step))
+        loss = decoder.loss(feature(256), {"obs": x})["observation"].value.mean()
+        if optimizer is not None:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    torch.testing.assert_close(decoder.log_std("obs").detach().exp(), truth, rtol=0.1, atol=0)
+
+
+@every_decoder
+def test_the_deviation_of_a_picture_is_one_number_and_the_error_of_all_its_pixels(kind):
+    decoder = build(kind, SPACES["image"]).train()
+    x = torch.rand(64, 3, 16, 17, generator=generator())
+    for _ in range(200):
+        decoder.loss(feature(64), {"obs": x})
+    error = (x - decoder.mean(feature(64))["obs"]).square().mean().sqrt()
+    assert decoder.log_std("obs").shape == (1,)
+    assert float(decoder.log_std("obs").exp()) == pytest.approx(float(error.detach()), rel=0.02)
+
+
+@every_decoder
+def test_a_fitted_deviation_stands_still_while_evaluating_and_has_a_floor(kind):
+    decoder = build(kind, SPACES["vector"], min_sigma=0.3)
+    exact = {"obs": decoder.eval().mean(feature(8))["obs"].detach()}
+    before = decoder.log_std("obs").clone()
+    decoder.loss(feature(8), exact)
+    assert torch.equal(decoder.log_std("obs"), before)
+    decoder.train()
+    for _ in range(200):
+        decoder.loss(feature(8), exact)
+    torch.testing.assert_close(decoder.log_std("obs"), torch.full((4,), math.log(0.3)))
+
+
+@every_decoder
+def test_a_number_that_is_not_finite_does_not_stay_in_the_fitted_deviation(kind):
+    decoder = build(kind, SPACES["vector"]).train()
+    x = torch.zeros(8, 4)
+    x[0, 0] = torch.nan
+    assert decoder.loss(feature(8), {"obs": x})["observation"].value.isnan().any()
+    assert decoder.loss(feature(8), {"obs": torch.zeros(8, 4)})["observation"].value.isfinite().all()
+
+
+@every_decoder
+def test_a_decoder_of_the_latent_does_not_see_the_carry(kind):
+    decoder = build(kind, MIXED, reads="latent")
+    one, other = feature(3), feature(3)
+    other[:, :-LATENT] += 5
+    assert decoder.inputs == LATENT
+    assert all(torch.equal(x, decoder.mean(other)[name]) for name, x in decoder.mean(one).items())
+    assert all(torch.equal(x, decoder.mean(one[:, -LATENT:])[name]) for name, x in decoder.mean(one).items())
+    whole = build(kind, MIXED)
+    assert not torch.equal(whole.mean(one)["vector"], whole.mean(other)["vector"])

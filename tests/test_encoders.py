@@ -1,0 +1,146 @@
+"""Encoders and the scaling of vectors: running statistics are numpy's, and every scale inverts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import generator, small
+from gymnasium import spaces
+
+from worldmodel import registry
+from worldmodel.encoders import InputScaling
+from worldmodel.spaces import ObsSpec
+
+INF = np.inf
+MIXED = spaces.Dict(
+    {
+        "camera": spaces.Box(0, 255, (16, 16, 3), np.uint8),
+        "map": spaces.Box(0, 255, (8, 24, 1), np.uint8),
+        "speed": spaces.Box(-INF, INF, (3,), np.float32),
+        "far": spaces.Box(-INF, INF, (2,), np.float64),
+        "gear": spaces.Discrete(4),
+        "switches": spaces.MultiBinary(3),
+    }
+)
+SPEC = ObsSpec.from_space(MIXED)
+
+
+def canonical(n: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """n random observations of MIXED; `speed` lives around 50 and varies by 0.01, 1 and 100."""
+    rng = np.random.default_rng(seed)
+    MIXED.seed(seed)
+    rows = [MIXED.sample() for _ in range(n)]
+    out = SPEC.canonical({name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in MIXED})
+    out["speed"] = torch.from_numpy((50 + rng.normal(size=(n, 3)) * [0.01, 1, 100]).astype(np.float32))
+    return out
+
+
+def test_running_statistics_are_those_of_all_that_was_seen():
+    scaling, batches = InputScaling("standardise", SPEC), [canonical(n, seed) for seed, n in enumerate((1, 7, 32, 3))]
+    for batch in batches:
+        scaling.update(batch)
+    assert float(scaling.count) == 43
+    for name in ("speed", "far"):
+        seen = np.concatenate([batch[name].numpy() for batch in batches]).astype(np.float64)
+        mean, std = scaling.statistics(scaling.vectors.index(name), torch.zeros((), dtype=torch.float64))
+        np.testing.assert_allclose(mean, seen.mean(0), rtol=1e-10)
+        np.testing.assert_allclose(std, seen.std(0), rtol=1e-10)
+
+
+def test_many_small_updates_far_from_zero_lose_no_precision():
+    scaling, rng = InputScaling("standardise", ObsSpec.from_space(spaces.Box(-INF, INF, (1,)))), np.random.default_rng(0)
+    seen = (1e4 + 0.5 * rng.normal(size=(2000, 1))).astype(np.float32)
+    for row in seen:
+        scaling.update({"obs": torch.from_numpy(row).unsqueeze(0)})
+    assert float(scaling.statistics(0, torch.zeros(()))[1]) == pytest.approx(seen.astype(np.float64).std(), rel=1e-6)
+
+
+def test_standardised_vectors_have_mean_zero_and_deviation_one():
+    scaling, batch = InputScaling("standardise", SPEC), canonical(500)
+    scaling.update(batch)
+    scaled = scaling(batch)
+    for name in ("speed", "far"):
+        torch.testing.assert_close(scaled[name].mean(0), torch.zeros_like(scaled[name][0]), atol=1e-2, rtol=0)
+        torch.testing.assert_close(scaled[name].std(0, unbiased=False), torch.ones_like(scaled[name][0]), atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["standardise", "symlog", "raw"])
+def test_every_scale_inverts_and_touches_vectors_alone(kind):
+    scaling, batch = InputScaling(kind, SPEC), canonical(200)
+    scaling.update(batch)
+    before = {name: x.clone() for name, x in batch.items()}
+    scaled = scaling(batch)
+    back = scaling.inverse(scaled)
+    for name, x in batch.items():
+        assert torch.equal(x, before[name])
+        if SPEC.keys[name].kind == "vector":
+            torch.testing.assert_close(back[name], x, rtol=1e-4, atol=1e-4)
+            assert (kind == "raw") == torch.equal(scaled[name], x)
+        else:
+            assert torch.equal(scaled[name], x) and torch.equal(back[name], x)
+
+
+def test_before_anything_was_seen_vectors_pass_unchanged_and_constants_never_explode():
+    scaling, batch = InputScaling("standardise", SPEC), canonical(5)
+    torch.testing.assert_close(scaling({**batch, "speed": torch.ones(5, 3)})["speed"], torch.ones(5, 3))
+    constant = {**batch, "speed": torch.full((5, 3), 3.0)}
+    scaling.update(constant)
+    torch.testing.assert_close(scaling({**batch, "speed": torch.full((5, 3), 3.5)})["speed"], torch.full((5, 3), 0.5))
+
+
+def test_outliers_are_clipped():
+    scaling = InputScaling("standardise", ObsSpec.from_space(spaces.Box(-INF, INF, (1,))))
+    scaling.update({"obs": torch.randn(100, 1, generator=generator())})
+    assert scaling({"obs": torch.tensor([[1e9], [-1e9]])})["obs"].tolist() == [[20.0], [-20.0]]
+
+
+def test_statistics_are_saved_with_the_model_and_are_not_trained():
+    scaling, twin = InputScaling("standardise", SPEC), InputScaling("standardise", SPEC)
+    scaling.update(canonical(50))
+    assert not list(scaling.parameters())
+    twin.load_state_dict(scaling.state_dict())
+    batch = canonical(5, seed=1)
+    assert all(torch.equal(scaling(batch)[name], twin(batch)[name]) for name in batch)
+
+
+def test_a_world_without_vectors_has_nothing_to_scale():
+    scaling = InputScaling("standardise", ObsSpec.from_space(spaces.Discrete(3)))
+    scaling.update({"obs": torch.eye(3)})
+    assert torch.equal(scaling({"obs": torch.eye(3)})["obs"], torch.eye(3))
+
+
+# Encoders --------------------------------------------------------------------------------------------------------------
+
+
+def build(kind: str, space: spaces.Space):
+    torch.manual_seed(0)
+    return registry.build("encoder", small("encoder", kind), ObsSpec.from_space(space))
+
+
+every_encoder = pytest.mark.parametrize("kind", registry.kinds("encoder"))
+
+
+@every_encoder
+@pytest.mark.parametrize("space", [*MIXED.values(), MIXED], ids=[*MIXED, "all"])
+def test_every_kind_of_observation_is_encoded(kind, space):
+    encoder, spec = build(kind, space), ObsSpec.from_space(space)
+    obs = {name: torch.rand(5, *key.shape, generator=generator()) for name, key in spec.keys.items()}
+    embedding = encoder(obs)
+    assert embedding.shape == (5, encoder.out_features) and embedding.isfinite().all()
+    for name in obs:  # every key counts
+        other = {**obs, name: 1 - obs[name]}
+        assert (encoder(other) - embedding).abs().max() > 1e-4
+
+
+@every_encoder
+def test_rows_are_encoded_apart(kind):
+    encoder = build(kind, MIXED).eval()
+    obs = canonical(6)
+    torch.testing.assert_close(encoder({name: x[2:4] for name, x in obs.items()}), encoder(obs)[2:4], rtol=1e-4, atol=1e-5)
+
+
+@every_encoder
+def test_a_picture_too_small_is_refused_with_the_way_out(kind):
+    with pytest.raises(ValueError, match="layout=vector"):
+        build(kind, spaces.Box(0, 255, (7, 7, 3), np.uint8))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def lambda_return(
-    reward: Float[Tensor, "B H"], discount: Float[Tensor, "B H"], value: Float[Tensor, "B H1"], lam: float = 0.95
+    reward: Float[Tensor, "B H"], discount: Float[Tensor, "B H"], value: Float[Tensor, "B H+1"], lam: float = 0.95
 ) -> Float[Tensor, "B H"]:
     """TD(lambda) return of every imagined step, in reward units.
 
@@ -23,7 +23,7 @@ def lambda_return(
     return torch.stack(returns[:0:-1], 1)
 
 
-def weights(start: Float[Tensor, " B"], discount: Float[Tensor, "B H"]) -> Float[Tensor, "B H1"]:
+def weights(start: Float[Tensor, " B"], discount: Float[Tensor, "B H"]) -> Float[Tensor, "B H+1"]:
     """How likely each imagined step is reached, discounted: start * cumulative product of the discounts before it.
 
     start is 0 for a state in which the world has ended: imagination from there counts for nothing.
@@ -43,7 +43,9 @@ class ReturnScale:
         self.high: float | None = None
 
     def update(self, returns: Float[Tensor, "..."]) -> float:
-        """Take new returns in; gives the scale."""
+        """Take new returns in; gives the scale. Returns that are not all finite are left out: they would never leave it again."""
+        if not returns.isfinite().all():
+            return self.value
         low, high = torch.quantile(returns.detach().flatten().float(), torch.tensor([0.05, 0.95], device=returns.device)).tolist()
         self.low = low if self.low is None else self.low + self.rate * (low - self.low)
         self.high = high if self.high is None else self.high + self.rate * (high - self.high)

@@ -178,17 +178,17 @@ class Trace:
 class Dream:
     """What `WorldModel.imagine` returns.
 
-    feature      [B H+1 F]  feature[:, 0] is the start
     action       [B H A]    action[:, h] was taken at feature[:, h]
     reward       [B H]      on arriving at step h+1
     cont         [B H]      P(the world goes on) on arriving at step h+1
     uncertainty  [B H]      on arriving at step h+1, zeros where the model has no ensemble
+    feature      [B H+1 F]  feature[:, 0] is the start
     last         State after the last step
     """
 
-    feature: Float[Tensor, "B H1 F"]
     action: Float[Tensor, "B H A"]
     reward: Float[Tensor, "B H"]
     cont: Float[Tensor, "B H"]
     uncertainty: Float[Tensor, "B H"]
+    feature: Float[Tensor, "B H+1 F"]
     last: State

@@ -149,9 +149,9 @@ class WorldModel(nn.Module):
             actions.append(policy(features[-1], step))
             state = self.dynamics.imagine(state, self.action.project(actions[-1]), sampling)
             features.append(self.dynamics.feature(state))
-        feature = torch.stack(features, 1)  # [B, H+1, F]
-        reward, cont = self.heads.reward(feature[:, 1:]), self.heads.cont(feature[:, 1:])
-        return Dream(feature, torch.stack(actions, 1), reward, cont, torch.zeros_like(reward), state)
+        rows = torch.stack(features)  # [H+1, B, F]: time first, so that what follows reads it without a copy
+        reward, cont = (head(rows[1:]).transpose(0, 1) for head in (self.heads.reward, self.heads.cont))
+        return Dream(torch.stack(actions, 1), reward, cont, torch.zeros_like(reward), rows.transpose(0, 1), state)
 
     @torch.no_grad()
     def encode(self, obs) -> Posterior:

@@ -109,6 +109,15 @@ def test_samples_have_the_mean_and_the_deviation_that_the_law_has(kind):
 
 
 @every_decoder
+def test_categories_are_drawn_as_often_as_they_are_likely(kind):
+    decoder, n = build(kind, spaces.Discrete(8)), 20_000
+    decoder.perceptron[-1].bias.data[0] = 3.0
+    probability = decoder.mean(feature(1))["obs"].detach()
+    drawn = decoder.sample(feature(1).expand(n, -1), Sampling(generator=generator()))["obs"]
+    assert_near(drawn.mean(0), probability[0], n, drawn.std(0))
+
+
+@every_decoder
 def test_the_same_generator_draws_the_same_observation_and_a_low_temperature_stays_near_the_mean(kind):
     decoder = build(kind, MIXED)
     one, same, other = (decoder.sample(feature(3), Sampling(generator=generator(seed))) for seed in (0, 0, 1))

@@ -11,7 +11,7 @@ from worldmodel.agents.returns import ReturnScale, lambda_return, weights
 
 
 def test_lambda_returns_are_those_computed_by_hand():
-    reward, discount, value = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[0.5, 0.5, 0.5]]), torch.tensor([[9.0, 4.0, 8.0, 10.0]])
+    reward, discount, value = (torch.tensor([x]) for x in ([1.0, 2.0, 3.0], [0.5, 0.5, 0.5], [9.0, 4.0, 8.0, 10.0]))
     # R3 = 3 + .5*10 = 8;  R2 = 2 + .5*(.5*8 + .5*8) = 6;  R1 = 1 + .5*(.5*4 + .5*6) = 3.5
     torch.testing.assert_close(lambda_return(reward, discount, value, 0.5), torch.tensor([[3.5, 6.0, 8.0]]))
     # lambda 0: one step each; lambda 1: the discounted sum and the last value

@@ -150,17 +150,21 @@ class ActorCriticLearner:
     def update(self, trace: Trace, batch: Batch, generator: torch.Generator | None = None) -> dict[str, float]:
         """Imagine from the batch's states, then one step of the actor and one of the critic; metrics."""
         state, alive = self.starts(trace, batch, generator)
+        dream, log_prob, entropy = self.imagine(state, generator)
         through = self.config.gradient == "dynamics"
         with torch.set_grad_enabled(through):
-            dream = self.imagine(state, generator)
             discount = self.config.gamma * dream.cont
-            weight = weights(alive, discount.detach())
-        feature = dream.feature.detach()
-        logits = self.behaviour.critic(feature)  # read three times: for the returns, as the baseline, in the critic's loss
-        value = self.behaviour.two_hot.mean(logits.detach())
+        weight = weights(alive, discount.detach())
+        rows = dream.feature.detach().transpose(0, 1)  # [H+1, N, F]: contiguous, as is each share of it along time
+        logits = self.behaviour.critic(rows[:-1])  # read three times: for the returns, as the baseline, in the critic's loss
+        with torch.no_grad():
+            value = torch.cat([self.behaviour.two_hot.mean(logits), self.behaviour.value(rows[-1:])]).transpose(0, 1)  # [N, H+1]
         returns = lambda_return(dream.reward, discount, self.behaviour.value(dream.feature) if through else value, self.config.lam)
-        metrics = self._improve_actor(dream, feature, returns, value, weight)
-        metrics |= self._improve_critic(feature, logits, returns.detach(), weight, trace, batch)
+        scale = self.scale.update(returns)
+        gain = returns / scale if through else log_prob * (returns - value[:, :-1]) / scale
+        metrics = self._improve_actor(gain, entropy, weight[:, :-1])
+        critic_loss = (weight[:, :-1].transpose(0, 1) * self._value_loss(rows[:-1], logits, returns.transpose(0, 1))).mean()
+        metrics |= self._improve_critic(critic_loss, trace, batch)
         metrics |= {"dream/return": float(returns.detach()[:, 0].mean()), "train/return_scale": self.scale.value}
         return metrics
 
@@ -173,24 +177,28 @@ class ActorCriticLearner:
             state, alive = state.index(rows), alive[rows]
         return state, alive
 
-    def imagine(self, state: State, generator: torch.Generator | None) -> Dream:
-        """Rollouts of the actor's draws; it sees features without their graph."""
-        return self.world.imagine(
-            state,
-            lambda feature, step: self.behaviour.policy(feature.detach()).sample(generator),
-            self.config.horizon,
-            Sampling(generator=generator),
-        )
+    def imagine(self, state: State, generator: torch.Generator | None) -> tuple[Dream, Tensor, Tensor]:
+        """Rollouts of the actor's draws, with ln p(action) and entropy [N, H] of the actor's graph, so that it runs once.
 
-    def _improve_actor(self, dream: Dream, feature: Tensor, returns: Tensor, value: Tensor, weight: Tensor) -> dict[str, float]:
-        scale = self.scale.update(returns)
-        policy = self.behaviour.policy(feature[:, :-1])
-        entropy = policy.entropy()
-        if self.config.gradient == "dynamics":
-            gain = returns / scale
-        else:
-            gain = policy.log_prob(dream.action) * (returns - value[:, :-1]) / scale
-        loss = -(weight[:, :-1] * (gain + self.config.entropy * entropy)).mean()
+        The actor sees features without their own graph; the dream has one where the gradient goes through the model.
+        """
+        through = self.config.gradient == "dynamics"
+        log_probs, entropies = [], []
+
+        def act(feature: Tensor, step: int) -> Tensor:
+            with torch.enable_grad():
+                policy = self.behaviour.policy(feature.detach())
+                action = policy.sample(generator)
+                log_probs.append(policy.log_prob(action.detach()))
+                entropies.append(policy.entropy())
+            return action
+
+        with torch.set_grad_enabled(through):
+            dream = self.world.imagine(state, act, self.config.horizon, Sampling(generator=generator))
+        return dream, torch.stack(log_probs, 1), torch.stack(entropies, 1)
+
+    def _improve_actor(self, gain: Tensor, entropy: Tensor, weight: Tensor) -> dict[str, float]:
+        loss = -(weight * (gain + self.config.entropy * entropy)).mean()
         norm = _descend(self.actor_optimizer, loss, self.config.clip)
         return {
             "train/actor_loss": float(loss.detach()),
@@ -198,16 +206,12 @@ class ActorCriticLearner:
             "train/actor_gradient_norm": norm,
         }
 
-    def _improve_critic(
-        self, feature: Tensor, logits: Tensor, returns: Tensor, weight: Tensor, trace: Trace, batch: Batch
-    ) -> dict[str, float]:
-        behaviour = self.behaviour
-        loss = (weight[:, :-1] * self._value_loss(feature[:, :-1], logits[:, :-1], returns)).mean()
+    def _improve_critic(self, loss: Tensor, trace: Trace, batch: Batch) -> dict[str, float]:
         if self.config.replay_value:
             loss = loss + self.config.replay_value * self._replay_value_loss(trace, batch)
         norm = _descend(self.critic_optimizer, loss, self.config.clip)
         with torch.no_grad():
-            for slow, fast in zip(behaviour.slow.parameters(), behaviour.critic.parameters(), strict=True):
+            for slow, fast in zip(self.behaviour.slow.parameters(), self.behaviour.critic.parameters(), strict=True):
                 slow.lerp_(fast, self.config.slow)
         return {"train/critic_loss": float(loss.detach()), "train/critic_gradient_norm": norm}
 

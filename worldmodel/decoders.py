@@ -30,7 +30,7 @@ class DecoderConfig(Frozen):
         "fitted", description="deviation: the error's own size (sigma-VAE), or a free parameter"
     )
     min_sigma: float = Field(0.05, gt=0, description="least deviation of vectors, in units of the scaled observation")
-    min_sigma_image: float = Field(0.2, gt=0, description="least deviation of pixels in [0, 1]: below it pictures drown rewards")
+    min_sigma_image: float = Field(0.5, gt=0, description="least deviation of pixels in [0, 1]: below it pictures drown rewards")
 
 
 @register("decoder", "standard", DecoderConfig)

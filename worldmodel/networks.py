@@ -139,6 +139,17 @@ def halvings(size: tuple[int, int], smallest: int = 4) -> list[tuple[int, int]]:
     return sizes
 
 
+CHUNK = 128
+"""Images that a convolution sees at once on a CPU: activations stay near the caches and below the allocator's threshold."""
+
+
+def in_chunks(function, x: Tensor) -> Tensor:
+    """`function` over the rows of x: on a CPU in chunks, elsewhere at once."""
+    if x.device.type != "cpu" or len(x) <= CHUNK:
+        return function(x)
+    return torch.cat([function(part) for part in x.split(CHUNK)])
+
+
 class ConvEncoder(nn.Module):
     """4x4 convolutions of stride 2, channels `depth` x 1, 2, 4, 8, ...; flattened."""
 
@@ -149,12 +160,16 @@ class ConvEncoder(nn.Module):
         layers: list[nn.Module] = []
         for stage in range(len(self.sizes) - 1):
             out = depth * 2 ** min(stage, 3)
-            layers += [nn.Conv2d(channels, out, 4, 2, 1, bias=False), ChannelNorm(out), nn.SiLU()]
+            layers += [nn.Conv2d(channels, out, 4, 2, 1), ChannelNorm(out), nn.SiLU()]
             channels = out
         self.layers = initialise(nn.Sequential(*layers)).to(memory_format=torch.channels_last)
+        nn.init.uniform_(self.layers[0].bias, -1.0, 1.0)  # as in MLP: else brightness is lost to the normalisation
         self.out_features = channels * math.prod(self.sizes[-1])
 
     def forward(self, image: Float[Tensor, "N C H W"]) -> Float[Tensor, "N E"]:
+        return in_chunks(self._encode, image)
+
+    def _encode(self, image: Tensor) -> Tensor:
         return self.layers((image - 0.5).contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1).flatten(1)
 
 
@@ -180,6 +195,9 @@ class ConvDecoder(nn.Module):
         self.layers = initialise(nn.Sequential(*layers)).to(memory_format=torch.channels_last)
 
     def forward(self, feature: Float[Tensor, "N F"]) -> Float[Tensor, "N C H W"]:
+        return in_chunks(self._decode, feature)
+
+    def _decode(self, feature: Tensor) -> Tensor:
         channels, height, width = self.top
         top = self.project(feature).view(-1, height, width, channels).permute(0, 3, 1, 2)
         return self.layers(top) + 0.5

@@ -186,6 +186,13 @@ class WorldModelAlgorithm(BaseAlgorithm):
                 f"The replay was collected with {self.replay.num_envs} environments, the new VecEnv has {self.env.num_envs}. "
                 "Use as many, or a fresh agent."
             )
+        window = self.config.train.burn_in + self.config.train.batch_length
+        if self.replay.size < window:
+            raise ConfigError(
+                f"The replay keeps {self.replay.size} steps of each of {self.env.num_envs} environments, but a batch needs "
+                f"{window} in a row. Raise train.capacity (now {self.config.train.capacity}), or lower train.batch_length "
+                f"(now {self.config.train.batch_length})."
+            )
         rows = self._rows(self._last_obs)
         self._store_first(rows, np.arange(self.env.num_envs))
         self._belief = self.policy.begin(self.env.num_envs)

@@ -50,7 +50,8 @@ OBSERVATIONS = {
     "symbolic": (box(0, 255, (7, 7, 3), np.uint8), None, "image", (3, 7, 7)),
     "declared hwc": (box(0, 255, (3, 20, 3), np.uint8), "hwc", "image", (3, 3, 20)),
     "declared chw": (box(0, 255, (3, 20, 3), np.uint8), "chw", "image", (3, 20, 3)),
-    "two channels": (box(0, 255, (16, 20, 2), np.uint8), "hwc", "image", (2, 16, 20)),
+    "two channels": (box(0, 255, (16, 20, 2), np.uint8), None, "image", (2, 16, 20)),
+    "four stacked frames": (box(0, 255, (64, 64, 12), np.uint8), None, "image", (12, 64, 64)),
     "image as vector": (box(0, 255, (4, 5, 3), np.uint8), "vector", "vector", (60,)),
     "4-d as vector": (box(0, 1, (2, 2, 2, 2)), "vector", "vector", (16,)),
     "float image": (box(0, 1, (16, 20, 3)), None, "image", (3, 16, 20)),
@@ -219,7 +220,7 @@ def test_rows_are_copies():
 
 REFUSED = {
     "ambiguous image": (box(0, 255, (3, 64, 3), np.uint8), "env.layout"),
-    "two channels": (box(0, 255, (64, 64, 2), np.uint8), "env.layout"),
+    "neither side channels": (box(0, 255, (24, 20, 17), np.uint8), "env.layout"),
     "video": (box(0, 255, (4, 16, 16, 3), np.uint8), "env.layout=vector"),
     "unbounded image": (box(-INF, INF, (16, 16, 3)), "env.layout=vector"),
     "signed image": (box(-1, 1, (16, 16)), "RescaleObservation"),

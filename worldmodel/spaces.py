@@ -417,17 +417,22 @@ def _image_layout(name: str, space: gym_spaces.Box, layout: Layout | None) -> Li
         )
     if layout is not None:
         return layout
-    last, first = shape[-1] in IMAGE_CHANNELS, shape[0] in IMAGE_CHANNELS
+    last, first = _are_channels(shape[-1], shape[:-1]), _are_channels(shape[0], shape[1:])
     if last and first:
         raise UnsupportedSpaceError(
             f"{what}: ambiguous, its first and its last side could both be channels. Declare env.layout=hwc, chw or vector."
         )
     if not (last or first):
         raise UnsupportedSpaceError(
-            f"{what}: neither its first nor its last side is a number of channels (1, 3 or 4). "
+            f"{what}: neither its first nor its last side is a number of channels (1, 3, 4, or of stacked frames). "
             "Declare env.layout=hwc, chw or vector."
         )
     return "hwc" if last else "chw"
+
+
+def _are_channels(side: int, others: tuple[int, ...]) -> bool:
+    """Whether a side can only be channels: 1, 3 or 4, or stacked frames, far fewer than a picture has pixels a side."""
+    return side in IMAGE_CHANNELS or (min(others) >= IMAGE_SIDE and 2 * side <= min(others))
 
 
 def _check_image(name: str, space: gym_spaces.Box) -> None:

@@ -1,0 +1,92 @@
+# make demo   train a world model and an agent inside it on CartPole        (SEED=0, RUN=runs/demo, ARGS="key=value ...")
+# make test   the tests     (ARGS="tests/test_replay.py -k ends", WORKERS=2)
+# make lint   ruff
+# make bench  the measured tables; rows that are there already are not measured again     (ARGS="--print")
+# make clean  removes caches and builds; runs/ and .venv/ stay
+#
+# The environment in .venv is made once, from constraints.txt, and refreshed when that or pyproject.toml changes.
+
+PYTHON ?= python3
+VENV ?= .venv
+SEED ?= 0
+RUN ?= runs/demo
+WORKERS ?= 2
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# One thread per worker: two threads of torch under any other load can be slower than one by orders of magnitude.
+ONE_THREAD := OMP_NUM_THREADS=1
+
+.PHONY: help venv demo test lint bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^# //p' Makefile | sed -n '/^make/p'
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "Installing into $(VENV): about a gigabyte, once. It may take some minutes."
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" -c constraints.txt
+	@touch $@
+
+# ---- demo --------------------------------------------------------------------------------------------------------------
+
+define DEMO_BEFORE
+CartPole-v1, seed $(SEED): a cart balances a pole; 500 is the best return of an episode, 475 counts as solved.
+
+  1  Real experience.  The cart is pushed at random for some hundred steps. All that it sees goes into the replay.
+  2  World model.      It learns from the replay: what an action leads to, what that earns, and whether the pole falls.
+  3  Imagination.      The agent learns inside the world model, from imagined rollouts alone. No real step trains it.
+  4  Reality.          The agent acts in the real environment, and what it meets there is learned from as well (2, 3, 4, ...).
+
+Now and then the agent plays 20 real episodes without exploring. What follows is their mean return; the training ends as
+soon as it is 475, and another 20 episodes confirm it. This takes minutes. Ctrl-C saves and stops.
+
+endef
+export DEMO_BEFORE
+
+define DEMO_AFTER
+import sys
+import worldmodel as wm
+
+run = wm.Run.open(sys.argv[1])
+result, train, agent = run.result, run.config.train, run.config.agent
+starts = min(agent.starts or train.batch_size * train.batch_length, train.batch_size * train.batch_length)
+improvements = max(0, result["updates"] - train.pretrain)
+reached = f"solved after {result['solved_at']} real steps" if result["solved_at"] is not None else "not solved"
+print(f"""
+  1  Real experience.  {result['real_steps']:,} real steps of {result['env_id']}, the first of them at random.
+  2  World model.      {result['updates']:,} updates, each on {train.batch_size} sequences of {train.batch_length} steps ({result['wall_seconds']:.0f} seconds with 1 and 3).
+  3  Imagination.      {improvements * starts * agent.horizon:,} imagined steps: all that the agent was trained on.
+  4  Reality.          Mean return {result['final_return']:.1f} over 20 fresh real episodes (solved: {result['threshold']:g}): {reached}.
+
+All of it is kept in {result['run']}:
+  worldmodel eval {result['run']} --video demo.gif     let the agent play, and film it
+  tensorboard --logdir {result['run']}                 what was logged while it learned
+""")
+endef
+export DEMO_AFTER
+
+demo: $(STAMP)
+	@printf '%s\n' "$$DEMO_BEFORE"
+	@run=$(RUN); number=1; \
+	while [ -e "$$run" ]; do number=$$((number + 1)); run=$(RUN)-$$number; done; \
+	$(BIN)/worldmodel train cartpole --seed $(SEED) --run "$$run" $(ARGS) && $(BIN)/python -c "$$DEMO_AFTER" "$$run"
+
+# ---- checks ------------------------------------------------------------------------------------------------------------
+
+test: $(STAMP)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+bench: $(STAMP)
+	@for script in $$(grep -l __main__ benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

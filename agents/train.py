@@ -148,7 +148,6 @@ class Keeper(BaseCallback):
         self.progress, self.signals, self.report = progress, signals, report
         self.goal = threshold(self.config.eval, self.config.env.id)
         self._clock: float | None = None
-        self._saved = -1
 
     def _on_training_start(self) -> None:
         self._clock = time.perf_counter()
@@ -159,7 +158,7 @@ class Keeper(BaseCallback):
         step, every = self.model.num_timesteps, self.config.checkpoint.every
         goes_on = self.evaluate_if_due() and not self.signals
         if every and step // every > (step - self.model.n_envs) // every:
-            self.save(fence=self.config.checkpoint.fence)
+            self.save(fenced=self.config.checkpoint.fence)
             if self.config.checkpoint.fence and goes_on and step < self.config.train.steps:
                 self.model.reopen(env_seed(self.seed, step))
         return goes_on
@@ -208,15 +207,10 @@ class Keeper(BaseCallback):
             self.progress.wall_seconds += now - self._clock
             self._clock = now
 
-    def save(self, fence: bool = False) -> None:
-        """Commits this step, unless it is; with `fence` open episodes end here as by truncation."""
-        if self._saved == self.model.num_timesteps:
-            return
-        if fence and self.model.replay is not None:
-            self.model.replay.cut()
+    def save(self, fenced: bool = False) -> None:
+        """Commits this step, unless it is; `fenced` where all that follows begins with `reopen`."""
         self.tick()
-        self.run.save(self.model, asdict(self.progress), fenced=fence)
-        self._saved = self.model.num_timesteps
+        self.run.save(self.model, asdict(self.progress), fenced=fenced)
 
 
 def env_seed(seed: int, step: int) -> int:
@@ -403,7 +397,7 @@ def _go_on(session: _Session, run: Run, agent: WorldModelAlgorithm, progress: Pr
     agent.set_logger(_logger(run, agent.num_timesteps))
     keeper.init_callback(agent)
     try:
-        keeper.save(fence=config.checkpoint.fence and agent.num_timesteps == 0)
+        keeper.save(fenced=config.checkpoint.fence and agent.num_timesteps == 0)
         if keeper.evaluate_if_due() and agent.num_timesteps < config.train.steps and not session.signals:
             agent.reopen(env_seed(seed, agent.num_timesteps))
             agent.learn(config.train.steps - agent.num_timesteps, keeper, config.log.every, reset_num_timesteps=False)

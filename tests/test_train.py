@@ -16,12 +16,12 @@ from stable_baselines3 import PPO
 from worldmodel import checkpoint
 from worldmodel.agents import evaluation
 from worldmodel.agents.evaluation import evaluate
-from worldmodel.agents.train import Interrupted, TrainResult, env_seed, train
+from worldmodel.agents.train import Interrupted, TrainResult, env_seed, make_agent, train
 from worldmodel.errors import ConfigError, EnvError, NumericsError, StorageError
 from worldmodel.model import WorldModel
 from worldmodel.run import Run
 
-FENCE = {"checkpoint.fence": True, "env.num_envs": 2}
+FENCE = {"checkpoint.fence": True, "checkpoint.keep": 1, "env.num_envs": 2, "train.ratio": 0.3}
 RESULT_KEYS = (
     "env_id recipe seed threads real_steps updates wall_seconds eval_seconds parameters "
     "threshold solved_at final_return evaluations run"
@@ -72,7 +72,12 @@ def test_behind_a_fence_an_interrupted_run_equals_an_unbroken_one(unbroken, tmp_
     trip = {**FENCE, "env.kwargs": {"at": 61, "signals": [int(signal.SIGTERM)]}}
     with pytest.raises(Interrupted):
         small_train(tmp_path / "run", 80, "Nervous-v0", options=trip)
-    assert Run.open(tmp_path / "run").checkpoints[-1] % 20 != 0
+    assert Run.open(tmp_path / "run").checkpoints == [40, 48]  # the state at the signal is there to be looked at
+    with Run.open(tmp_path / "run", write=True) as run:
+        agent = make_agent(run.config, 0, "cpu")
+        run.resume(agent, keep_newer=False, log=print)
+        agent.env.close()
+        assert agent.num_timesteps == 40 and run.checkpoints == [40]  # but a resume starts from the fence
     small_train(tmp_path / "run", 80, "Nervous-v0", options=trip, resume=True)
     tensors, other = contents(unbroken)[0], contents(tmp_path / "run")[0]
     assert all(np.array_equal(x, other[file][name]) for file, arrays in tensors.items() for name, x in arrays.items())

@@ -161,7 +161,7 @@ class Run:
     def save(self, algorithm: Algorithm, progress: Mapping[str, Any], *, fenced: bool = False) -> Path:
         """Commits the algorithm, its replay and `progress` (JSON) as the checkpoint of its step; then deletes old ones.
 
-        fenced  nothing of an open episode is left in the algorithm: what follows depends on this checkpoint alone
+        fenced  the algorithm begins new episodes behind it: what follows depends on this checkpoint alone
         A step that is committed already is left as it is. Raises StorageError, NumericsError; earlier checkpoints stay.
         """
         folder = self.path / "checkpoints"

@@ -66,7 +66,7 @@ class Decoder(nn.Module):
         out = {name: conv(x) for name, conv in zip(self.images, self.convolutions, strict=True)}
         if self.vectors:
             out |= dict(zip(self.vectors, self.perceptron(x).split(self.widths, -1), strict=True))
-        return out
+        return {name: y.float() for name, y in out.items()}  # likelihoods lose too much in bf16
 
     def log_std(self, name: str) -> Tensor:
         """ln of the deviation of a Gaussian key, not below the floor."""

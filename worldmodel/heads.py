@@ -45,4 +45,4 @@ class Heads(nn.Module):
         return self.two_hot.loss(self.reward_net(feature), target)
 
     def cont_loss(self, feature: Float[Tensor, "*N F"], target: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
-        return F.binary_cross_entropy_with_logits(self.cont_net(feature).squeeze(-1), target, reduction="none")
+        return F.binary_cross_entropy_with_logits(self.cont_net(feature).float().squeeze(-1), target, reduction="none")

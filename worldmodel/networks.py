@@ -115,7 +115,7 @@ class BlockGRU(nn.Module):
         recurrent = self.recurrent(h)
         if self.blocks > 1:  # each block emits its own r, c, u: bring equal gates together
             recurrent = recurrent.view(-1, self.blocks, 3, self.units // self.blocks).transpose(1, 2).reshape(-1, 3 * self.units)
-        reset, candidate, update = self.norm(projected + recurrent).chunk(3, -1)
+        reset, candidate, update = self.norm((projected + recurrent).to(h.dtype)).chunk(3, -1)
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
         return torch.lerp(h, candidate, torch.sigmoid(update - 1))
 
@@ -219,7 +219,7 @@ class TwoHot(nn.Module):
         self.bins = bins
 
     def mean(self, logits: Float[Tensor, "*N K"]) -> Float[Tensor, "*N"]:
-        p = torch.softmax(logits, -1)
+        p = torch.softmax(logits.float(), -1)
         half = self.bins // 2
         return ((p[..., half + 1 :] - p[..., :half].flip(-1)) * self.values[half + 1 :]).sum(-1)
 
@@ -234,7 +234,7 @@ class TwoHot(nn.Module):
 
     def loss(self, logits: Float[Tensor, "*N K"], target: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
         """`cross_entropy` from logits."""
-        return self.cross_entropy(torch.log_softmax(logits, -1), target)
+        return self.cross_entropy(torch.log_softmax(logits.float(), -1), target)
 
 
 def flatten(x: Tensor) -> Tensor:

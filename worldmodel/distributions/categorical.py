@@ -89,7 +89,7 @@ class CategoricalLatent(Latent):
         return torch.rand(*shape, self.variables, generator=generator, device=device)
 
     def belief(self, parameters: Tensor) -> CategoricalPosterior:
-        logits = parameters.unflatten(-1, (self.variables, self.classes))
+        logits = parameters.float().unflatten(-1, (self.variables, self.classes))  # rates lose too much in bf16
         probs = torch.softmax(logits, -1)
         return CategoricalPosterior(probs * (1 - self.unimix) + self.unimix / self.classes if self.unimix else probs)
 

@@ -75,7 +75,7 @@ class GaussianLatent(Latent):
         return torch.randn(*shape, self.size, generator=generator, device=device)
 
     def belief(self, parameters: Tensor) -> GaussianPosterior:
-        mean, raw = parameters.chunk(2, -1)
+        mean, raw = parameters.float().chunk(2, -1)  # rates lose too much in bf16
         return GaussianPosterior(mean, F.softplus(raw + math.log(math.e - 1)) + self.min_std)
 
 

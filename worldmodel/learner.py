@@ -114,9 +114,12 @@ class Learner:
         bad = [name for name, value in metrics.items() if not torch.tensor(value).isfinite()]
         if not bad:
             total.backward()
-            norm = nn.utils.clip_grad_norm_(self.world.parameters(), self.config.clip)
+            norm = nn.utils.get_total_norm([p.grad for p in self.world.parameters() if p.grad is not None])
             metrics["gradient_norm"] = float(norm)
-            bad = [] if norm.isfinite() else self._bad_gradients()
+            if norm.isfinite():
+                nn.utils.clip_grads_with_norm_(self.world.parameters(), self.config.clip, norm)
+            else:  # clipping first would spread one NaN over all gradients, and all would be named
+                bad = self._bad_gradients()
         self._step(bad)
         metrics |= {"rate": float(trace.rates["rate"].mean()), "active_units": self.world.active_units(trace)}
         return metrics, trace, batch

@@ -64,8 +64,8 @@ print(f"""
   4  Reality.          Mean return {result['final_return']:.1f} over 20 fresh real episodes (solved: {result['threshold']:g}): {reached}.
 
 All of it is kept in {result['run']}:
-  worldmodel eval {result['run']} --video demo.gif     let the agent play, and film it
-  tensorboard --logdir {result['run']}                 what was logged while it learned
+  $(BIN)/worldmodel eval {result['run']} --video demo.gif     let the agent play, and film it
+  $(BIN)/tensorboard --logdir {result['run']}                 what was logged while it learned
 """)
 endef
 export DEMO_AFTER

@@ -329,6 +329,9 @@ def test_experience_newer_than_the_checkpoint_is_dropped_unless_it_is_to_be_kept
     rows = replay.sample(1, replay.added, np.random.default_rng(0))
     steps = replay.added - int(rows.is_first.sum())
     assert steps == (20 + 20 + 21 if keep else 20 + 21)
+    run = Run.open(tmp_path / "run")
+    named = {number for step in run.checkpoints for number, _ in run.read(step)[2]["replay"]["segments"]}
+    assert {int(p.stem.rpartition("-")[2]) for p in (run.path / "replay").iterdir()} == named  # nothing dropped stays on the disk
 
 
 def test_a_replay_that_never_holds_a_sequence_is_refused(tmp_path):

@@ -11,6 +11,7 @@ import torch
 from small_runs import CHAIN, OPTIONS, small_train
 
 from worldmodel import checkpoint
+from worldmodel.agents import Dreamer
 from worldmodel.config import Config
 from worldmodel.errors import ConfigError, CorruptError, StorageError
 from worldmodel.run import Run
@@ -147,6 +148,14 @@ def test_an_agent_acts_at_once_and_goes_on_learning_with_an_environment(trained)
     assert np.array_equal(action, again) and action.shape == (5,)
     agent.learn(10, reset_num_timesteps=False)
     assert agent.num_timesteps == 80
+
+
+def test_random_states_of_another_kind_of_device_are_replaced(trained):
+    tensors, state, _ = Run.open(trained).read()
+    tensors["optim"]["generator/act"] = tensors["optim"]["generator/act"][:16]  # as long as a GPU's
+    agents = [Dreamer.from_content(tensors, state, device="cpu") for _ in range(2)]
+    assert torch.equal(agents[0].policy.generator.get_state(), agents[1].policy.generator.get_state())
+    assert np.array_equal(agents[0].generator.get_state().numpy(), tensors["optim"]["generator/learn"])
 
 
 def test_encode_and_decode_speak_the_environment_s_form(trained):

@@ -13,11 +13,11 @@ from pydantic import Field
 from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+
+from worldmodel.config import Frozen
 from worldmodel.envs.extras import missing_extra, register_for
 from worldmodel.envs.workers import ReportFaults, WorkerVecEnv
 from worldmodel.envs.wrappers import ActionRepeat, CheckedEnv, FlattenSpaces, RenderObservation
-
-from worldmodel.config import Frozen
 from worldmodel.errors import ConfigError, EnvError, did_you_mean
 from worldmodel.registry import register
 from worldmodel.spaces import Layout

@@ -11,8 +11,8 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from PIL import Image
-from worldmodel.envs.extras import missing_extra
 
+from worldmodel.envs.extras import missing_extra
 from worldmodel.errors import ConfigError, EnvError, UnsupportedSpaceError
 from worldmodel.spaces import FLOAT32_MAX
 

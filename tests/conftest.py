@@ -32,7 +32,7 @@ TWO_ACTIONS = spaces.Discrete(2)
 SIZES = {
     "units": 16,
     "layers": 1,
-    "depth": 2,
+    "depth": 4,
     "deter": 12,
     "bins": 21,
     "limit": 3.0,

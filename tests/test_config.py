@@ -1,6 +1,6 @@
 """Configs: what a file may say, how layers lie over one another, and what a mistake is told."""
 
-# ruff: noqa: UP037 -- `Part["engine"]` holds a name, not a quoted type
+
 from __future__ import annotations
 
 import importlib.resources
@@ -356,7 +356,7 @@ def test_a_name_that_is_not_there_names_the_nearest_one(folder):
     assert "Did you mean 'toy'" in complaint(resolve, "tooy", folder=folder)
     assert "Did you mean 'flying'?" in complaint(resolve, "toy", ["model=flyin"], folder=folder)
     assert "Did you mean 'small'?" in complaint(resolve, "toy", ["size=smal"], folder=folder)
-    assert "Known: large, small" in complaint(resolve, "toy", ["size=3"], folder=folder)
+    assert "Known: large, medium, nano, small" in complaint(resolve, "toy", ["size=3"], folder=folder)
 
 
 def test_a_gym_id_finds_the_recipe_made_for_it(folder):

@@ -35,7 +35,7 @@ class TrainConfig(Frozen):
     """How experience becomes gradient steps."""
 
     steps: int = Field(10_000, ge=1, description="real environment steps of a whole run, random ones included")
-    prefill: int = Field(500, ge=0, description="random steps before the first update")
+    prefill: int = Field(500, ge=0, description="rows of random experience before the first update: steps, and first observations")
     prefill_hold: float = Field(1.0, ge=1, description="steps for which each of those random actions is kept, on average")
     pretrain: int = Field(100, ge=0, description="updates of the world model right after them")
     ratio: float = Field(0.5, ge=0, description="updates per real step")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from worldmodel.agents.returns import ReturnScale, lambda_return, weights
 from worldmodel.config import Frozen
 from worldmodel.data import Batch, Dream, Sampling, State, Trace
+from worldmodel.errors import ConfigError
 from worldmodel.model import WorldModel
 from worldmodel.networks import MLP, TwoHot
 from worldmodel.spaces import ActionSpec
@@ -119,6 +120,11 @@ class ActorCritic(nn.Module):
 
     def __init__(self, config: ActorCriticConfig, feature_dim: int, action: ActionSpec):
         super().__init__()
+        if config.gradient == "dynamics" and action.kind != "continuous":
+            raise ConfigError(
+                f"agent.gradient=dynamics needs continuous actions, and these are {action.kind}: their draws have no gradient. "
+                "Use agent.gradient=reinforce."
+            )
         self.config, self.action = config, action
         outputs = action.dim * (2 if action.kind == "continuous" else 1)
         self.actor = MLP(feature_dim, config.units, config.layers, outputs, scale=0.01)

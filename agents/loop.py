@@ -84,6 +84,7 @@ class WorldModelAlgorithm(BaseAlgorithm):
         if env is not None and _init_setup_model:
             self.obs_spec = ObsSpec.from_space(self.observation_space, self.config.env.layout)
             self.action_spec = ActionSpec.from_space(self.action_space)
+            self._check_window()
             self._setup_model()
 
     def _resolve(self, recipe: Any, overrides: Any, env: Any) -> Config:
@@ -102,6 +103,16 @@ class WorldModelAlgorithm(BaseAlgorithm):
                 "observations: take it off, the world model standardises vectors itself (model.inputs=standardise)."
             )
         return env
+
+    def _check_window(self) -> None:
+        """ConfigError where the replay can never hold one sequence: nothing would be learned, and nobody told."""
+        train = self.config.train
+        kept, needed = train.capacity // self.n_envs, train.burn_in + train.batch_length
+        if kept < needed:
+            raise ConfigError(
+                f"The replay keeps {kept} steps of each of {self.n_envs} environments, but one sequence needs {needed}. "
+                f"Raise train.capacity (now {train.capacity}), or lower train.batch_length (now {train.batch_length})."
+            )
 
     # Building -------------------------------------------------------------------------------------------------------
 
@@ -185,13 +196,6 @@ class WorldModelAlgorithm(BaseAlgorithm):
             raise ConfigError(
                 f"The replay was collected with {self.replay.num_envs} environments, the new VecEnv has {self.env.num_envs}. "
                 "Use as many, or a fresh agent."
-            )
-        window = self.config.train.burn_in + self.config.train.batch_length
-        if self.replay.size < window:
-            raise ConfigError(
-                f"The replay keeps {self.replay.size} steps of each of {self.env.num_envs} environments, but a batch needs "
-                f"{window} in a row. Raise train.capacity (now {self.config.train.capacity}), or lower train.batch_length "
-                f"(now {self.config.train.batch_length})."
             )
         rows = self._rows(self._last_obs)
         self._store_first(rows, np.arange(self.env.num_envs))

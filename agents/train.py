@@ -367,11 +367,11 @@ def make_agent(config: Config, seed: int, device: str = "auto") -> WorldModelAlg
     """A new agent of the config's kind with its training environments."""
     train = config.train
     torch.set_num_threads(train.threads)
-    kept, needed = train.capacity // config.env.num_envs, train.burn_in + train.batch_length
-    if kept < needed:
+    reached, needed = train.steps // config.env.num_envs + 1, train.burn_in + train.batch_length
+    if reached < needed:
         raise ConfigError(
-            f"The replay keeps {kept} steps of each of {config.env.num_envs} environments, but one sequence needs {needed}. "
-            f"Raise train.capacity (now {train.capacity}), or lower train.batch_length (now {train.batch_length})."
+            f"The run ends with {reached} rows of each of {config.env.num_envs} environments in the replay, but one sequence needs "
+            f"{needed}. Raise --steps (now {train.steps}), or lower train.batch_length (now {train.batch_length})."
         )
     algorithm = registry.part("agent", config.agent.kind)
     venv = as_vec_env(config.env, seed=seed)

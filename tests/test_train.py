@@ -393,3 +393,9 @@ def test_an_episode_that_never_ends_is_an_error_and_no_hang(monkeypatch):
     monkeypatch.setattr(evaluation, "LIMIT", 10)
     with pytest.raises(EnvError, match="max_episode_steps"):
         evaluate(Lefty(), CHAIN, episodes=1)
+
+
+def test_a_run_too_short_for_one_sequence_is_refused_before_it_leaves_a_folder(tmp_path):
+    with pytest.raises(ConfigError, match=r"one sequence needs 32.*Raise --steps \(now 20\)"):
+        train("cartpole", steps=20, run_dir=tmp_path / "run", overrides=["train.batch_length=32"])
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,200 @@
+"""Model-free baselines under the same protocol as our own runs; `control.py` calls them.
+
+Hyperparameters are those that rl-baselines3-zoo publishes for the environment, SB3's defaults where it publishes none.
+For DQN on pixels they are the zoo's for Atari, with a warm-up and a buffer that fit 50,000 steps. `updates_per_step`
+replaces the ratio of gradient updates to real steps and nothing else, except that learning starts no later than in the
+recipe that it is compared with.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from stable_baselines3 import DQN, PPO, SAC
+from stable_baselines3.common.callbacks import BaseCallback
+
+from worldmodel.agents.evaluation import CONFIRMATION_SEED, EVALUATION_SEED, FINAL_SEED, evaluate, threshold
+from worldmodel.config import Config
+from worldmodel.envs.make import make_env, make_vec
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """An SB3 algorithm with its hyperparameters; `steps` is the length that its schedules assume."""
+
+    algorithm: type
+    steps: int
+    options: dict[str, Any] = field(default_factory=dict)
+    num_envs: int = 1
+    policy: str = "MlpPolicy"
+
+    @property
+    def updates_per_step(self) -> float | None:
+        """Gradient updates per real step; None for algorithms that do not learn from a replay."""
+        if self.algorithm is PPO:
+            return None
+        every = self.options.get("train_freq", 4 if self.algorithm is DQN else 1)
+        count = self.options.get("gradient_steps", 1)
+        return (every if count == -1 else count) / every
+
+
+def _falling(value: float) -> Callable[[float], float]:
+    return lambda remaining: remaining * value
+
+
+BASELINES = {
+    ("CartPole-v1", "ppo"): Baseline(
+        PPO,
+        100_000,
+        {
+            **{"n_steps": 32, "batch_size": 256, "n_epochs": 20, "gamma": 0.98, "gae_lambda": 0.8, "ent_coef": 0.0},
+            **{"learning_rate": _falling(1e-3), "clip_range": _falling(0.2)},
+        },
+        num_envs=8,
+    ),
+    ("CartPole-v1", "dqn"): Baseline(
+        DQN,
+        50_000,
+        {
+            **{"learning_rate": 2.3e-3, "batch_size": 64, "buffer_size": 100_000, "learning_starts": 1000, "gamma": 0.99},
+            **{"target_update_interval": 10, "train_freq": 256, "gradient_steps": 128},
+            **{"exploration_fraction": 0.16, "exploration_final_eps": 0.04, "policy_kwargs": {"net_arch": [256, 256]}},
+        },
+    ),
+    ("Pendulum-v1", "sac"): Baseline(SAC, 20_000, {"learning_rate": 1e-3}),
+    ("Acrobot-v1", "dqn"): Baseline(
+        DQN,
+        100_000,
+        {
+            **{"learning_rate": 6.3e-4, "batch_size": 128, "buffer_size": 50_000, "learning_starts": 0, "gamma": 0.99},
+            **{"target_update_interval": 250, "train_freq": 4, "gradient_steps": -1},
+            **{"exploration_fraction": 0.12, "exploration_final_eps": 0.1, "policy_kwargs": {"net_arch": [256, 256]}},
+        },
+    ),
+    ("worldmodel.envs:Catch-v0", "dqn"): Baseline(
+        DQN,
+        50_000,
+        {
+            **{"learning_rate": 1e-4, "batch_size": 32, "buffer_size": 50_000, "learning_starts": 1000, "gamma": 0.99},
+            **{"target_update_interval": 1000, "train_freq": 4, "gradient_steps": 1},
+            **{"exploration_fraction": 0.1, "exploration_final_eps": 0.01},
+        },
+        policy="CnnPolicy",
+    ),
+}
+
+
+class Random:
+    """Uniform actions, with SB3's predict()."""
+
+    def __init__(self, space: gym.Space, seed: int):
+        self.space = space
+        self.space.seed(seed)
+
+    def predict(
+        self, obs: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[np.ndarray, None]:
+        return np.stack([self.space.sample() for _ in range(len(episode_start))]), None
+
+
+class Protocol(BaseCallback):
+    """Evaluates, confirms and stops exactly as `worldmodel.train` does; the time of it is kept apart."""
+
+    def __init__(self, config: Config, max_steps: int, max_seconds: float):
+        super().__init__()
+        self.config, self.goal = config, threshold(config.eval, config.env.id)
+        self.max_steps, self.max_seconds = max_steps, max_seconds
+        self.evaluations: list[dict[str, Any]] = []
+        self.eval_seconds, self.evaluated, self.solved_at, self.stopped = 0.0, 0, None, None
+
+    def _on_training_start(self) -> None:
+        self._since = time.perf_counter()
+
+    def _on_step(self) -> bool:
+        step, every = self.model.num_timesteps, self.config.eval.every
+        if every and step // every > self.evaluated // every:
+            self._evaluate(step)
+        if self.config.eval.stop_when_solved and self.solved_at is not None:
+            return False
+        if time.perf_counter() - self._since > self.max_seconds:
+            self.stopped = "time"
+        return self.stopped is None and step < self.max_steps
+
+    def _evaluate(self, step: int) -> None:
+        returns = self.measure(EVALUATION_SEED)
+        mean = float(np.mean(returns))
+        if self.goal is not None and mean >= self.goal and self.solved_at is None:
+            self.solved_at = step if float(np.mean(self.measure(CONFIRMATION_SEED))) >= self.goal else None
+        self.evaluated = step
+        row = {"real_steps": step, "mean_return": mean, "std_return": float(np.std(returns)), "episodes": len(returns)}
+        self.evaluations.append(row)
+
+    def measure(self, seed: int) -> list[float]:
+        """Returns of greedy episodes with environment seeds from `seed` on."""
+        since = time.perf_counter()
+        try:
+            return evaluate(self.model, self.config.env, self.config.eval.episodes, seed)[0]
+        finally:
+            self.eval_seconds += time.perf_counter() - since
+
+
+def run_random(config: Config, seed: int) -> dict[str, Any]:
+    """Uniform actions: nothing is trained, and the final return is all there is."""
+    env = make_env(config.env)
+    try:
+        agent = Random(env.action_space, seed)
+        final = float(np.mean(evaluate(agent, config.env, config.eval.episodes, FINAL_SEED)[0]))
+    finally:
+        env.close()
+    counts = {"real_steps": 0, "updates": 0, "wall_seconds": 0.0, "eval_seconds": 0.0, "parameters": 0}
+    goal = threshold(config.eval, config.env.id)
+    return {**counts, "threshold": goal, "solved_at": None, "final_return": final, "evaluations": [], "stopped": None}
+
+
+def run(
+    config: Config, name: str, seed: int, updates_per_step: float | None, max_steps: int | None, max_seconds: float
+) -> dict[str, Any]:
+    """One baseline run; the keys are those of `worldmodel train --json`, and `stopped`: "time" where that ended it."""
+    if name == "random":
+        return run_random(config, seed)
+    baseline = BASELINES[config.env.id, name]
+    options = dict(baseline.options)
+    if updates_per_step is not None:
+        ratio = Fraction(updates_per_step).limit_denominator(64)
+        options |= {"train_freq": ratio.denominator, "gradient_steps": ratio.numerator}
+        options["learning_starts"] = min(options.get("learning_starts", 100), config.train.prefill)
+    venv = make_vec(config.env, baseline.num_envs, seed)
+    try:
+        model = baseline.algorithm(baseline.policy, venv, seed=seed, device="cpu", **options)
+        protocol = Protocol(config, min(baseline.steps, max_steps or baseline.steps), max_seconds)
+        since = time.perf_counter()
+        model.learn(baseline.steps, callback=protocol)
+        wall = time.perf_counter() - since - protocol.eval_seconds
+        final = float(np.mean(protocol.measure(FINAL_SEED)))
+    finally:
+        venv.close()
+    return {
+        "real_steps": model.num_timesteps,
+        "updates": updates_of(model),
+        "wall_seconds": wall,
+        "eval_seconds": protocol.eval_seconds,
+        "parameters": sum(p.numel() for name, p in model.policy.named_parameters() if p.requires_grad and "target" not in name),
+        "threshold": protocol.goal,
+        "solved_at": protocol.solved_at,
+        "final_return": final,
+        "evaluations": protocol.evaluations,
+        "stopped": protocol.stopped,
+    }
+
+
+def updates_of(model: Any) -> int:
+    """Gradient updates so far: SB3 counts epochs for PPO, updates elsewhere."""
+    if isinstance(model, PPO):
+        return model._n_updates * -(-model.n_steps * model.n_envs // model.batch_size)
+    return model._n_updates

@@ -1,0 +1,263 @@
+"""Real steps and seconds until a task is solved: our recipes, and model-free baselines under the same protocol.
+
+    python benchmarks/control.py --baselines                              # every task, seeds 0 1 2
+    python benchmarks/control.py --tasks cartpole,vae --seeds 0 1 2 3 4
+    python benchmarks/control.py --tasks pendulum train.ratio=2.0         # other options make other rows
+    python benchmarks/control.py --print                                  # the table of what is there
+
+Protocol, for all alike: 20 greedy episodes with environment seeds 10000.. every `eval.every` real steps; solved at the
+first evaluation whose mean reaches the threshold and whose confirmation, 20 episodes with seeds 20000.., does too;
+final return over seeds 30000... Real steps include random ones and exclude evaluation; seconds are training alone.
+Each run has a process of its own with the recipe's threads. Off-policy baselines run with the published hyperparameters,
+and once more with the recipe's gradient updates per real step where that differs. A task that is no name of the list
+below is the name of a recipe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rows import Failed, Load, Rows, call, median, number, options, say, spread, table
+
+from worldmodel.config import Config
+from worldmodel.errors import ConfigError
+from worldmodel.recipes import recipes
+
+OURS = "worldmodel"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A recipe, what is changed in it, and the baselines on its environment; `beside` names the task that has them already."""
+
+    recipe: str
+    overrides: tuple[str, ...] = ()
+    baselines: tuple[str, ...] = ()
+    beside: str | None = None
+
+
+TASKS = {
+    "cartpole": Task("cartpole", baselines=("ppo", "dqn")),
+    "vae": Task("cartpole", ("model=vae",), beside="cartpole"),
+    "pendulum": Task("pendulum", baselines=("sac",)),
+    "acrobot": Task("acrobot", baselines=("dqn",)),
+    "catch": Task("catch", baselines=("dqn", "random")),
+    "cartpole-pixels": Task("cartpole-pixels"),
+}
+
+
+# One run, in a process of its own ---------------------------------------------------------------------------------------
+
+
+def work(job: dict[str, Any]) -> dict[str, Any]:
+    """What one run came to."""
+    config = Config.from_recipe(job["recipe"], job["overrides"])
+    torch.set_num_threads(config.train.threads)
+    with Load() as load:
+        if job["algorithm"] == OURS:
+            result = train_ours(job, config)
+        else:
+            from baselines import run
+
+            name = job["algorithm"].partition(",")[0]
+            result = run(config, name, job["seed"], job["updates_per_step"], job["max_steps"], 60 * job["max_minutes"])
+    return {**result, "foreign": load.cores}
+
+
+def train_ours(job: dict[str, Any], config: Config) -> dict[str, Any]:
+    """`worldmodel.train` in a folder that is thrown away; when time is up it stops as by SIGTERM, and its state counts."""
+    import worldmodel
+    from worldmodel.agents import Interrupted
+
+    steps, late = min(config.train.steps, job["max_steps"] or config.train.steps), threading.Event()
+
+    def stop() -> None:
+        late.set()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    timer = threading.Timer(60 * job["max_minutes"], stop)
+    timer.daemon = True
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run"
+        timer.start()
+        try:
+            log = say if job["verbose"] else _silent
+            done = worldmodel.train(job["recipe"], steps, job["seed"], path, job["overrides"], "cpu", log=log)
+            result = {**done.to_json(), "stopped": None}
+        except Interrupted:
+            if not late.is_set():  # somebody else wants this process to end
+                raise
+            result = {**interrupted(path, config), "stopped": "time"}
+        finally:
+            timer.cancel()
+    return {name: value for name, value in result.items() if name not in ("run", "recipe", "seed", "threads", "env_id")}
+
+
+def interrupted(path: Path, config: Config) -> dict[str, Any]:
+    """The result of a run that was stopped, from its last checkpoint; its final return is measured here."""
+    from worldmodel.agents.evaluation import FINAL_SEED, evaluate, threshold
+    from worldmodel.run import Run
+
+    with Run.open(path) as run:
+        progress, agent = run.manifest()["progress"], run.agent()
+    return {
+        "real_steps": agent.num_timesteps,
+        "updates": agent.learner.updates,
+        "wall_seconds": progress["wall_seconds"],
+        "eval_seconds": progress["eval_seconds"],
+        "parameters": sum(p.numel() for p in agent.policy.parameters() if p.requires_grad),
+        "threshold": threshold(config.eval, config.env.id),
+        "solved_at": progress["solved_at"],
+        "final_return": statistics.fmean(evaluate(agent, config.env, config.eval.episodes, FINAL_SEED)[0]),
+        "evaluations": progress["evaluations"],
+    }
+
+
+def _silent(text: str) -> None:
+    pass
+
+
+# All of them ----------------------------------------------------------------------------------------------------------
+
+
+def jobs(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], dict[str, Any], int]]:
+    """(key of the row, job, threads) of all that is asked for, seeds innermost."""
+    for name in args.tasks:
+        task = TASKS.get(name, Task(name))
+        overrides = [*task.overrides, *args.overrides]
+        config = Config.from_recipe(task.recipe, overrides)
+        algorithms: list[tuple[str, float | None]] = [(OURS, None)]
+        if args.baselines:
+            algorithms += [pair for baseline in task.baselines for pair in variants(config, baseline)]
+        for algorithm, ratio in algorithms:
+            for seed in args.seeds:
+                key = {"task": name, "algorithm": algorithm, "seed": seed, "overrides": args.overrides}
+                key |= {"max_steps": args.max_steps, "max_minutes": args.max_minutes}
+                job = {**key, "recipe": task.recipe, "overrides": overrides, "updates_per_step": ratio, "verbose": args.verbose}
+                yield key, job, config.train.threads
+
+
+def variants(config: Config, baseline: str) -> list[tuple[str, float | None]]:
+    """A baseline as published, and with as many updates per real step as the recipe where that is another number."""
+    from baselines import BASELINES
+
+    own = None if baseline == "random" else BASELINES[config.env.id, baseline].updates_per_step
+    matched = [(f"{baseline}, {config.train.ratio:g} updates/step", config.train.ratio)]
+    return [(baseline, None), *(matched if own is not None and own != config.train.ratio and config.train.ratio > 0 else [])]
+
+
+def measure(args: argparse.Namespace, rows: Rows) -> int:
+    """Runs what is missing, one after the other; gives the number of runs that failed."""
+    failed = 0
+    for key, job, threads in list(jobs(args)):  # a wrong name or option is found before anything runs
+        if rows.has(key):
+            continue
+        since = time.perf_counter()
+        try:
+            row = rows.add(key, call(__file__, job, threads, 90 * args.max_minutes + 300), threads)
+        except Failed as error:
+            failed += 1
+            say(f"failed: {key['task']} {key['algorithm']} seed {key['seed']}: {error}")
+            continue
+        say(f"  solved at {row['solved_at']}, final return {row['final_return']:.1f}, {time.perf_counter() - since:.0f} s in all")
+    return failed
+
+
+def report(rows: Rows) -> str:
+    """One line for each task, algorithm and set of options: medians over seeds, [least..greatest]; then who needs fewer steps."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(json.dumps({name: value for name, value in row["key"].items() if name != "seed"}), []).append(row)
+    order = {name: i for i, name in enumerate(TASKS)}
+    lines = []
+    groups = dict(sorted(groups.items(), key=lambda pair: order.get(json.loads(pair[0])["task"], len(order))))
+    for text, found in groups.items():
+        key = json.loads(text)
+        limits = [f"{name}={key[name]}" for name in ("max_steps",) if key[name]]
+        solved = [row["solved_at"] for row in found]
+        seconds = [row["wall_seconds"] if row["solved_at"] else None for row in found]
+        lines.append(
+            [
+                key["task"],
+                " ".join([key["algorithm"], *key["overrides"], *limits]),
+                f"{sum(x is not None for x in solved)}/{len(solved)}",
+                spread(solved, 1),
+                spread(seconds),
+                spread([row["final_return"] for row in found]),
+                spread([row["updates"] / row["real_steps"] if row["real_steps"] else 0.0 for row in found], 2).split(" ")[0],
+                number(found[0]["parameters"], 1),
+                "/".join(sorted({str(row["where"]["threads"]) for row in found})),
+                max((row["foreign"] for row in found if row["foreign"] is not None), default=""),
+            ]
+        )
+    head = ["task", "algorithm", "solved", "real steps", "seconds", "final return", "updates/step", "parameters", "threads"]
+    head += ["foreign"]
+    return "\n".join([table(head, lines), "", *comparisons(groups)])
+
+
+def comparisons(groups: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Our real steps as a share of the better baseline's, medians over seeds, where both are solved."""
+    medians: dict[tuple[str, str], dict[str, float]] = {}
+    for text, found in groups.items():
+        key = json.loads(text)
+        if any(row["threshold"] is None for row in found):
+            continue
+        options = json.dumps([key["overrides"], key["max_steps"], key["max_minutes"]])
+        medians.setdefault((key["task"], options), {})[key["algorithm"]] = median(row["solved_at"] for row in found)
+    lines = []
+    for (name, options), by in medians.items():
+        beside = TASKS[name].beside if name in TASKS else None
+        others = {a: steps for a, steps in {**by, **medians.get((beside, options), {})}.items() if a != OURS}
+        if OURS not in by or not others:
+            continue
+        best = min(others, key=others.get)
+        ours, least = by[OURS], others[best]
+        if max(ours, least) < float("inf"):
+            lines.append(f"{name}: {ours / least:.2f} x the real steps of {best}")
+        else:
+            lines.append(f"{name}: {number(ours, 1)} real steps, {best} {number(least, 1)}")
+    return lines
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--worker"]:
+        result = work(json.loads(sys.argv[2]))
+        print(json.dumps(result, allow_nan=False))
+        return 0
+    parser = options(__doc__)
+    parser.add_argument("--tasks", type=lambda text: text.split(","), help=f"separated by commas: {', '.join(TASKS)}, or recipes")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--baselines", action="store_true", help="the model-free baselines too")
+    parser.add_argument("--max-steps", type=int, help="ends every run there (default: the recipe's or the baseline's own length)")
+    parser.add_argument("--max-minutes", type=float, default=60.0, help="ends every run then, evaluation included")
+    parser.add_argument("--print", action="store_true", help="only the table")
+    parser.add_argument("--verbose", action="store_true", help="every evaluation of our runs on stderr")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of the recipes; eval.* counts for baselines too")
+    args = parser.parse_intermixed_args()
+    known = {name for name, _, _ in recipes()}
+    if args.tasks is None:
+        args.tasks = [name for name, task in TASKS.items() if task.recipe in known]
+    rows = Rows("control", args.results, args.again)
+    try:
+        failed = 0 if args.print else measure(args, rows)
+    except ConfigError as error:
+        parser.error(str(error))
+    print(report(rows))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,7 +14,7 @@ from PIL import Image
 
 from worldmodel.envs.extras import missing_extra
 from worldmodel.errors import ConfigError, EnvError, UnsupportedSpaceError
-from worldmodel.spaces import FLOAT32_MAX
+from worldmodel.spaces import FLOAT32_MAX, ObsSpec
 
 
 class CheckedEnv(gym.Wrapper):
@@ -247,6 +247,9 @@ class FlattenSpaces(gym.Wrapper):
             raise UnsupportedSpaceError(
                 f"The observation space {space} cannot be flattened: {what}. Rename or add keys in the environment."
             )
+        for leaf in self._leaves:
+            if not isinstance(leaf.outer, spaces.Box):  # a Box may still need a layout, which is told later
+                ObsSpec.from_space(spaces.Dict({leaf.name or "obs": leaf.outer}))
         self._single = not isinstance(space, (spaces.Dict, spaces.Tuple))
         outer = {leaf.name: leaf.outer for leaf in self._leaves}
         self.observation_space = self._leaves[0].outer if self._single else spaces.Dict(outer)

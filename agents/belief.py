@@ -73,7 +73,7 @@ class BeliefPolicy(BasePolicy):
             first = np.zeros(size, bool) if episode_start is None else np.array(episode_start, bool).reshape(size)
         action, belief = self.follow(belief, rows, first, deterministic)
         env_action = self.world.action.decode(action)
-        return (env_action if vectorized else env_action[0]), belief.numpy()
+        return (env_action if vectorized else env_action.squeeze(0)), belief.numpy()
 
     def _batched(self, observation: Any) -> tuple[Any, bool]:
         """The observation with a batch axis, and whether it had one."""

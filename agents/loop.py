@@ -69,6 +69,9 @@ class WorldModelAlgorithm(BaseAlgorithm):
             env = as_vec_env(self.config.env.model_copy(update={"id": env}), seed=seed)
         elif env is not None:
             env = as_vec_env(env, seed=seed)
+        if env is not None:  # before SB3 looks, so that a space that has no form here is refused with the way out
+            self.obs_spec = ObsSpec.from_space(env.observation_space, self.config.env.layout)
+            self.action_spec = ActionSpec.from_space(env.action_space)
         train = self.config.train
         super().__init__(
             policy,
@@ -82,8 +85,6 @@ class WorldModelAlgorithm(BaseAlgorithm):
         )
         self.policy_name = policy
         if env is not None and _init_setup_model:
-            self.obs_spec = ObsSpec.from_space(self.observation_space, self.config.env.layout)
-            self.action_spec = ActionSpec.from_space(self.action_space)
             self._check_window()
             self._setup_model()
 
@@ -120,6 +121,8 @@ class WorldModelAlgorithm(BaseAlgorithm):
         images = [key.kind == "image" for key in self.obs_spec.keys.values()]
         if self.policy_name == "CnnPolicy" and not any(images):
             raise ConfigError(f"CnnPolicy needs an image, but the observations are {self.observation_space}. Use MlpPolicy.")
+        if self.policy_name == "MultiInputPolicy" and self.obs_spec.single:
+            raise ConfigError(f"MultiInputPolicy needs a Dict, but the observations are {self.observation_space}. Use MlpPolicy.")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self.world = WorldModel(self.config.model, self.obs_spec, self.action_spec).to(self.device)
@@ -159,10 +162,11 @@ class WorldModelAlgorithm(BaseAlgorithm):
         """Collect `total_timesteps` real steps and learn from them; SB3's signature. `log_interval`: episodes between log lines."""
         if self.env is None:
             raise ConfigError(f"{type(self).__name__} has no environment to learn in. Call set_env(env) first.")
+        fresh = reset_num_timesteps or self._last_obs is None  # when SB3 resets the environments, as after set_env
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name or type(self).__name__, progress_bar
         )
-        if self.replay is None or reset_num_timesteps or self._belief is None:
+        if fresh or self.replay is None or self._belief is None:
             self._open_streams()
         callback.on_training_start(locals(), globals())
         goes_on = True
@@ -189,7 +193,7 @@ class WorldModelAlgorithm(BaseAlgorithm):
         return True
 
     def _open_streams(self) -> None:
-        """Episodes begin: the first observation of each environment goes into the replay."""
+        """Episodes begin: open ones end as by truncation, and the first observation of each environment goes into the replay."""
         if self.replay is None:
             self.replay = Replay(self.config.train.capacity, self.obs_spec.store, self.action_spec.dim, self.env.num_envs)
         elif self.replay.num_envs != self.env.num_envs:
@@ -197,6 +201,8 @@ class WorldModelAlgorithm(BaseAlgorithm):
                 f"The replay was collected with {self.replay.num_envs} environments, the new VecEnv has {self.env.num_envs}. "
                 "Use as many, or a fresh agent."
             )
+        else:
+            self.replay.cut()
         rows = self._rows(self._last_obs)
         self._store_first(rows, np.arange(self.env.num_envs))
         self._belief = self.policy.begin(self.env.num_envs)
@@ -204,8 +210,6 @@ class WorldModelAlgorithm(BaseAlgorithm):
 
     def reopen(self, seed: int) -> None:
         """Open episodes end as by truncation, and new ones begin in environments seeded with seed, seed + 1, ..."""
-        if self.replay is not None:
-            self.replay.cut()
         self.env.seed(seed)
         self._last_obs = self.env.reset()
         self._open_streams()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
@@ -121,3 +123,76 @@ def reached(outputs: Tensor, **inputs: Tensor) -> set[str]:
         return set()
     gradients = torch.autograd.grad(outputs.sum(), list(inputs.values()), allow_unused=True, retain_graph=True)
     return {name for name, g in zip(inputs, gradients) if g is not None and g.abs().sum() > 0}
+
+
+# Agents ----------------------------------------------------------------------------------------------------------------
+
+CHAIN = "worldmodel.envs:Chain-v0"
+IMAGE = spaces.Box(0, 255, (16, 16, 3), np.uint8)
+SMALL_WORLD = {
+    **{f"model.{part}.units": 8 for part in ("encoder", "decoder", "heads", "dynamics")},
+    **{f"model.{part}.layers": 1 for part in ("encoder", "decoder", "heads")},
+    **{f"model.{part}.depth": 2 for part in ("encoder", "decoder")},
+    "model.heads.bins": 21,
+    "model.dynamics.deter": 8,
+    "model.dynamics.latent": {"kind": "categorical", "variables": 2, "classes": 3},
+    "train.batch_size": 3,
+    "train.batch_length": 6,
+    "train.prefill": 20,
+    "train.pretrain": 2,
+    "train.ratio": 0.2,
+}
+"""Dotted keys of an agent that learns in a second."""
+SMALL_BEHAVIOUR = {"agent.units": 8, "agent.layers": 1, "agent.bins": 21, "agent.horizon": 2, "agent.starts": 6}
+
+
+def small_dreamer(env=CHAIN, policy: str = "MlpPolicy", seed: int = 0, tensorboard_log: str | None = None, **config):
+    """A Dreamer of a thousand parameters; `config` holds dotted keys."""
+    from worldmodel.agents.dreamer import Dreamer  # here, so that tests of lower rooms need no Stable-Baselines3
+
+    config = {**SMALL_WORLD, **SMALL_BEHAVIOUR, **config}
+    return Dreamer(policy, env, config=config, seed=seed, device="cpu", tensorboard_log=tensorboard_log)
+
+
+class Toy(gym.Env):
+    """Random observations of any space; episodes of 5 steps that end by termination and by truncation in turn.
+
+    `actions` lists what the environment got; `spoil` is called on each (observation, reward).
+    """
+
+    def __init__(self, observation: spaces.Space = VECTOR, action: spaces.Space = TWO_ACTIONS, spoil=None):
+        self.observation_space, self.action_space, self.spoil = observation, action, spoil
+        self.actions: list[np.ndarray] = []
+        self.episode = self.steps = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
+        self.episode, self.steps = self.episode + 1, 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        self.actions.append(np.array(action))
+        self.steps += 1
+        ended, terminal = self.steps == 5, self.episode % 2 == 1
+        obs, reward = self.observation_space.sample(), 1.0
+        if self.spoil is not None:
+            obs, reward = self.spoil(obs, reward)
+        return obs, reward, ended and terminal, ended and not terminal, {}
+
+
+def all_weights(agent) -> Tensor:
+    """Every parameter and buffer of an agent's policy, world model included, in one vector."""
+    return torch.cat([x.detach().flatten().double() for x in agent.policy.state_dict().values()])
+
+
+def sequence(batch: Batch, row: int = 0) -> SimpleNamespace:
+    """One sequence of a batch: its fields without their first axis."""
+    fields = {name: x[row] for name, x in vars(batch).items() if name != "obs"}
+    return SimpleNamespace(obs={name: x[row] for name, x in batch.obs.items()}, **fields)
+
+
+def stored(agent) -> SimpleNamespace:
+    """All rows that an agent with one environment has stored, in order."""
+    return sequence(agent.replay.sample(1, agent.replay.lengths[0], np.random.default_rng(0)))

@@ -190,17 +190,31 @@ def test_a_constant_reward_of_one_is_worth_one_over_one_minus_the_discount(gamma
 
 def test_replayed_returns_are_real_rewards_and_nothing_crosses_an_episodes_end():
     learner, trace, batch = made(replay_value=1.0, lam=1.0, gamma=0.5, slow_weight=0.0)
+    learner.behaviour.critic[-1].bias.data[-8:] = 2.0  # the same value c everywhere
+    c = learner.behaviour.value(trace.feature)[0, 0].detach()
     seen = []
     original = learner._value_loss
     learner._value_loss = lambda feature, logits, target: seen.append(target) or original(feature, logits, target)
     learner.update(trace, batch, generator())
-    target, r = seen[-1], batch.reward  # an untrained critic says 0 everywhere
-    row0 = [r[0, 1] + 0.5 * r[0, 2], r[0, 2], torch.nan, r[0, 4] + 0.5 * r[0, 5], r[0, 5]]  # ends at 2 for good
-    row1 = [r[1, 1] + 0.5 * r[1, 2] + 0.25 * r[1, 3], r[1, 2] + 0.5 * r[1, 3], r[1, 3], torch.nan, r[1, 5]]  # cut at 3
-    expected = torch.stack([torch.stack([torch.as_tensor(x) for x in row]) for row in (row0, row1)])
+    target, r, none = seen[-1], batch.reward, torch.tensor(torch.nan)
+    end = [row[5] + 0.5 * c for row in r]  # the window's end says nothing about the episode: it goes on with c
+    row0 = [r[0, 1] + 0.5 * r[0, 2], r[0, 2], none, r[0, 4] + 0.5 * end[0], end[0]]  # the world ends at 2
+    cut = r[1, 3] + 0.5 * c  # the episode is cut off at 3, where its worth is the critic's
+    row1 = [r[1, 1] + 0.5 * (r[1, 2] + 0.5 * cut), r[1, 2] + 0.5 * cut, cut, none, end[1]]
+    expected = torch.stack([torch.stack(row0), torch.stack(row1)])
     counted = expected.isfinite()
-    assert torch.equal(counted, ~batch.is_last[:2, :-1])
+    assert float(c) > 1 and torch.equal(counted, ~batch.is_last[:2, :-1])
     torch.testing.assert_close(target[:2][counted], expected[counted])
+
+
+def test_padding_rewards_teach_nothing():
+    taught = []
+    for padding in (7.0, -900.0):
+        learner, trace, batch = made(replay_value=1.0)
+        padded = Batch(**{**vars(batch), "reward": batch.reward.masked_fill(batch.is_first, padding)})
+        learner.update(trace, padded, generator())
+        taught.append(weights_of(learner.behaviour))
+    assert torch.equal(*taught)
 
 
 # Better actions --------------------------------------------------------------------------------------------------------
@@ -256,6 +270,21 @@ def test_the_best_number_is_found(gradient):
     np.testing.assert_allclose(found.mode()[0].detach(), goal, atol=0.12)
 
 
-def test_entropy_keeps_a_policy_open_where_nothing_is_at_stake():
-    found = play(*made(lr=2e-2, entropy=0.5), lambda action: torch.zeros(len(action)))
-    assert float(found.entropy().detach()) > 0.98 * np.log(2)
+def test_entropy_keeps_a_policy_open_where_little_is_at_stake():
+    entropies = []
+    for weight in (0.0, 0.5):
+        found = play(*made(lr=2e-2, entropy=weight), lambda action: 0.05 * action[:, 0])
+        entropies.append(float(found.entropy().detach()))
+    assert entropies[0] < 0.5 * np.log(2) and entropies[1] > 0.9 * np.log(2)
+
+
+def test_rewards_a_hundred_times_greater_pull_no_harder():
+    pulls = []
+    for scale in (100.0, 10_000.0):
+        learner, trace, batch = made(entropy=0.0, lam=1.0, limit=12.0)
+        metrics = []
+        update = learner.update
+        learner.update = lambda *args, update=update, metrics=metrics: metrics.append(update(*args)) or metrics[-1]
+        play(learner, trace, batch, lambda action, scale=scale: scale * action[:, 0], updates=1)
+        pulls.append(metrics[0]["train/actor_gradient_norm"])
+    assert pulls[0] == pytest.approx(pulls[1], rel=1e-3) and pulls[0] > 1e-3

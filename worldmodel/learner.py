@@ -59,8 +59,8 @@ class TrainConfig(Frozen):
 def reuse_memory() -> bool:
     """Ask glibc to keep freed blocks of up to 32 MiB instead of returning them; False where the C library has no such wish.
 
-    By default an activation of some megabytes is mapped, filled with page faults and unmapped at every update: measured
-    on two cores, a layer norm over 15,360 x 256 floats then takes eight times as long (`benchmarks/throughput.py`).
+    By default each activation of more than some hundred kilobytes is mapped, filled by page faults and unmapped again, tens
+    of thousands of faults per update at larger sizes. Concerns the whole process.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -34,7 +34,7 @@ class ModelConfig(Frozen):
     encoder: Part["encoder"] = EncoderConfig()
     decoder: Part["decoder"] = DecoderConfig()
     dynamics: Part["dynamics"] = RSSMConfig()
-    transition: Part["distribution"] | None = Field(None, description="p(z_t | h_t); none: the latent's own family")
+    transition: Part["distribution"] | None = Field(None, description="p(z_t | h_t); none: the latent's family")
     initial: Part["distribution"] | None = Field(None, description="p(z_0); none: the latent's own family")
     marginal: Part["distribution"] | None = Field(
         None, description="one law for all codes, whose rate trains the encoder; none: without"
@@ -65,7 +65,7 @@ class WorldModel(nn.Module):
     def __init__(self, config: ModelConfig, obs: ObsSpec, action: ActionSpec):
         super().__init__()
         self.config, self.obs, self.action = config, obs, action
-        own = CLOSED_FORMS[config.dynamics.latent.kind]
+        own = CLOSED_FORMS[config.dynamics.latent.kind].replace(units=config.dynamics.units)
         self.scaling = InputScaling(config.inputs, obs)
         self.encoder = build("encoder", config.encoder, obs)
         self.dynamics = build(

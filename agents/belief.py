@@ -54,7 +54,7 @@ class BeliefPolicy(BasePolicy):
 
     def predict(
         self,
-        observation: np.ndarray | dict[str, np.ndarray],
+        observation: np.ndarray | np.generic | int | Mapping[str, Any],
         state: tuple[np.ndarray, ...] | None = None,
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,

@@ -448,7 +448,9 @@ class WorldModelAlgorithm(BaseAlgorithm):
         agent._setup_model()
         agent.restore(arrays, state)
         if env is not None:
-            agent.set_env(as_vec_env(env, seed=state["seed"]))
+            env = as_vec_env(env, seed=state["seed"])
+            agent.n_envs = env.num_envs  # set_env wants as many as before, but here nothing was collected yet
+            agent.set_env(env)
         return agent
 
 

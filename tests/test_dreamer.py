@@ -289,3 +289,26 @@ def test_a_vec_env_of_another_width_is_refused():
     agent = small_dreamer(DummyVecEnv([Chain] * 2)).learn(24)
     with pytest.raises((ConfigError, ValueError, AssertionError), match="environments"):
         agent.set_env(DummyVecEnv([Chain] * 3))
+
+
+@pytest.mark.parametrize(("observation", "action"), PAIRS)
+def test_a_loaded_agent_takes_the_environment_that_it_was_made_for(observation, action, tmp_path):
+    agent = small_dreamer(Toy(OBSERVATIONS[observation], ACTIONS[action]), POLICIES.get(observation, "MlpPolicy"))
+    agent.save(tmp_path / "agent.zip")
+    twin = Dreamer.load(tmp_path / "agent.zip", env=Toy(OBSERVATIONS[observation], ACTIONS[action]))
+    obs = twin.observation_space.sample()
+    assert twin.action_space == agent.action_space and twin.observation_space == agent.observation_space
+    assert np.array_equal(twin.predict(obs, deterministic=True)[0], agent.predict(obs, deterministic=True)[0])
+    assert twin.learn(2).num_timesteps == 2
+
+
+def test_a_loaded_agent_may_learn_in_more_environments_than_before(tmp_path):
+    small_dreamer().save(tmp_path / "agent.zip")
+    twin = Dreamer.load(tmp_path / "agent.zip", env=DummyVecEnv([Chain] * 3))
+    assert twin.learn(30).num_timesteps == 30 and twin.replay.num_envs == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(ConfigError, match=r"device=cuda.*device=cpu"):
+        Dreamer("MlpPolicy", CHAIN, config=SMALL_WORLD, device="cuda")

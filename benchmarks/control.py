@@ -143,6 +143,8 @@ def jobs(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], dict[str, A
         if args.baselines:
             algorithms += [pair for baseline in task.baselines for pair in variants(config, baseline)]
         for algorithm, ratio in algorithms:
+            if args.only and algorithm not in args.only:
+                continue
             for seed in args.seeds:
                 key = {"task": name, "algorithm": algorithm, "seed": seed, "overrides": args.overrides}
                 key |= {"max_steps": args.max_steps, "max_minutes": args.max_minutes}
@@ -240,6 +242,7 @@ def main() -> int:
     parser = options(__doc__)
     parser.add_argument("--tasks", type=lambda text: text.split(","), help=f"separated by commas: {', '.join(TASKS)}, or recipes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", type=lambda text: text.split("+"), metavar="A+B", help="these algorithms only, e.g. random+dqn")
     parser.add_argument("--baselines", action="store_true", help="the model-free baselines too")
     parser.add_argument("--max-steps", type=int, help="ends every run there (default: the recipe's or the baseline's own length)")
     parser.add_argument("--max-minutes", type=float, default=60.0, help="ends every run then, evaluation included")

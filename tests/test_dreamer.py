@@ -21,6 +21,7 @@ from worldmodel.agents.random import RandomAgent
 from worldmodel.data import Batch, Sampling
 from worldmodel.envs.tiny import Chain
 from worldmodel.errors import ConfigError, UnsupportedSpaceError
+from worldmodel.learner import optimizer_arrays
 
 # What it takes ---------------------------------------------------------------------------------------------------------
 
@@ -48,6 +49,7 @@ ACTIONS = {
     "Box": spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([2.0, 10.0], np.float32)),
     "MultiDiscrete": spaces.MultiDiscrete([2, 3]),
     "MultiBinary": spaces.MultiBinary(3),
+    "integers": spaces.Box(-3, 5, (2,), np.int64),
 }
 POLICIES = {"image": "CnnPolicy", "dict": "MultiInputPolicy"}
 
@@ -66,8 +68,9 @@ def test_every_kind_of_space_learns_and_stores_the_action_that_the_environment_g
     assert len(env.actions) == 40
     assert all(env.action_space.contains(action if action.ndim else np.int64(action)) for action in env.actions)
     rows = stored(agent)
-    got = agent.action_spec.decode(rows.prev_action[~rows.is_first].numpy())
-    np.testing.assert_allclose(got, np.stack(env.actions), rtol=1e-5, atol=1e-6)
+    taken = rows.prev_action[~rows.is_first].numpy()
+    assert np.array_equal(taken, agent.action_spec.encode(np.stack(env.actions)))
+    np.testing.assert_allclose(agent.action_spec.decode(taken), np.stack(env.actions), rtol=1e-5, atol=1e-6)
 
 
 def test_policy_names_are_checked_against_the_space():
@@ -225,7 +228,12 @@ def test_what_was_saved_comes_back_as_it_was(learned, tmp_path):
     for deterministic in (True, False):  # the random state is saved too
         ours, theirs = (agent.predict(np.repeat(walk(), 9, 0), deterministic=deterministic) for agent in (learned, twin))
         assert np.array_equal(ours[0], theirs[0]) and all(np.array_equal(a, b) for a, b in zip(ours[1], theirs[1]))
-    assert twin.behaviour.scale.value == learned.behaviour.scale.value
+    scales = [(agent.behaviour.scale.low, agent.behaviour.scale.high) for agent in (twin, learned)]
+    assert scales[0] == scales[1] and None not in scales[0]
+    assert twin.rng.bit_generator.state == learned.rng.bit_generator.state and twin._credit == learned._credit
+    for name, optimizer in learned.optimizers_by_name.items():
+        ours, theirs = optimizer_arrays(optimizer), optimizer_arrays(twin.optimizers_by_name[name])
+        assert ours and ours.keys() == theirs.keys() and all(np.array_equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_the_file_holds_no_pickle(learned, tmp_path):

@@ -21,6 +21,7 @@ from worldmodel.errors import EnvError
 def assert_chain(rows: SimpleNamespace, limit: int) -> None:
     """From the first episode's start on, every row follows from the one before by Chain's table."""
     cells, taken = rows.obs["obs"].argmax(-1).tolist(), rows.prev_action.argmax(-1).tolist()
+    assert torch.equal(rows.obs["obs"].sum(-1), torch.ones(len(cells)))
     begin = steps = int(rows.is_first.int().argmax())
     for t, cell in list(enumerate(cells))[begin:]:
         if rows.is_first[t]:
@@ -57,6 +58,9 @@ def test_the_replay_holds_the_chain_as_its_table_says():
 def test_several_environments_fill_a_stream_each():
     agent = small_dreamer(DummyVecEnv([lambda: Chain(limit=5), lambda: Chain(limit=6), lambda: Chain(limit=7)])).learn(120)
     assert agent.num_timesteps == 120 and agent.replay.num_envs == 3
+    assert agent.replay.added == 120 + 3 + agent._episode_num  # a row for each step and for each episode's start
+    paid = agent.learner.updates - 2
+    assert 0.2 * (120 - 21) - 1 <= paid <= 0.2 * (120 - 12)
     windows = agent.replay.sample(60, min(agent.replay.lengths), np.random.default_rng(0))
     limits = {limit for row in range(60) for limit in (5, 6, 7) if is_chain(sequence(windows, row), limit)}
     assert limits == {5, 6, 7}
@@ -135,6 +139,32 @@ def test_updates_follow_the_prefill_and_then_the_ratio():
     assert agent._n_updates == agent.learner.updates
 
 
+def test_behaviour_does_not_move_while_the_world_model_is_trained_before_it():
+    agent = small_dreamer(**{"train.ratio": 0.0})
+    before = [p.clone() for p in agent.controller.parameters()]
+    agent.learn(30)
+    assert agent.learner.updates == 2 and all(torch.equal(p, old) for p, old in zip(agent.controller.parameters(), before))
+
+
+def test_vectors_are_scaled_by_all_that_was_collected():
+    agent = small_dreamer(Toy(spaces.Box(-50, 90, (2,), np.float32))).learn(30)
+    seen = stored(agent).obs["obs"].numpy().astype(np.float64)
+    mean, std = agent.world.scaling.statistics(0, torch.zeros((), dtype=torch.float64))
+    assert int(agent.world.scaling.count) == len(agent.replay) == len(seen)
+    np.testing.assert_allclose(mean, seen.mean(0))
+    np.testing.assert_allclose(std, seen.std(0))
+
+
+def test_the_belief_forgets_the_past_where_an_episode_begins():
+    agent, told = small_dreamer(Chain(limit=5)), []
+    follow = agent.policy.follow
+    agent.policy.follow = lambda *args, **options: told.append(bool(args[2][0])) or follow(*args, **options)
+    agent.learn(60)
+    rows = stored(agent)
+    acted_at = rows.is_first[:-1][~rows.is_first[1:]].tolist()  # the rows at which an action was taken
+    assert told == acted_at[-len(told) :] and sum(told) > 3
+
+
 def test_an_update_reports_under_the_promised_tags():
     agent = small_dreamer().learn(30)
     tags = agent.update()
@@ -154,6 +184,13 @@ def test_tensorboard_gets_sb3s_tags_and_ours(tmp_path):
 
 @pytest.mark.parametrize("seed", [0, 3])
 def test_the_same_seed_gives_the_same_bits_and_another_one_others(seed):
-    one, same, other = (small_dreamer(Toy(VECTOR, NUMBERS), seed=s).learn(40) for s in (seed, seed, seed + 1))
+    agents = []
+    for s in (seed, seed, seed + 1):
+        torch.rand(1)  # the seed counts, whatever torch's own random state is
+        agents.append(small_dreamer(Toy(VECTOR, NUMBERS), seed=s))
+    assert torch.equal(all_weights(agents[0]), all_weights(agents[1]))
+    assert not torch.equal(all_weights(agents[0]), all_weights(agents[2]))
+    assert len({agent.policy.generator.initial_seed() for agent in agents}) == 2
+    one, same, other = (agent.learn(40) for agent in agents)
     assert torch.equal(all_weights(one), all_weights(same)) and not torch.equal(all_weights(one), all_weights(other))
     assert torch.equal(stored(one).prev_action, stored(same).prev_action)

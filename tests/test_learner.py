@@ -114,6 +114,14 @@ def test_an_update_reports_what_it_lost_and_lowers_it():
     assert learner.updates == 31 and learner.skipped == 0
 
 
+def test_an_update_fits_the_deviation_of_the_decoder():
+    learner = make_learner()
+    learner.world.eval()
+    before = learner.world.decoder.log_std("obs").clone()
+    step(learner)
+    assert not torch.equal(learner.world.decoder.log_std("obs"), before)
+
+
 def test_batches_are_prepared_without_touching_them():
     space = spaces.Dict({"camera": spaces.Box(0, 255, (16, 16, 3), np.uint8), "gear": spaces.Discrete(3)})
     learner, raw = make_learner(small_world(space)), known_batch(space)
@@ -169,6 +177,7 @@ def test_bf16_runs_and_keeps_parameters_in_full_precision(posterior, latent):
     precise = make_learner(small_world(space, latent=latent, dynamics={"posterior": posterior}))
     full = precise.update(precise.prepare(known_batch(space)), generator())[0]
     assert metrics["loss/observation"] == pytest.approx(full["loss/observation"], rel=0.05)
+    assert metrics["loss/observation"] != full["loss/observation"]
 
 
 # Numbers that are not finite -------------------------------------------------------------------------------------------

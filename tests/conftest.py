@@ -42,8 +42,17 @@ SIZES = {
     "variables": 2,
     "classes": 3,
     "free_nats": 0.0,
+    "blocks": 1,
+    "posterior_layers": 1,
+    "unimix": 0.01,
+    "min_std": 0.01,
+    "reads": "feature",
+    "sigma": "fitted",
+    "min_sigma": 0.05,
+    "min_sigma_image": 0.05,
 }
-"""Options by name: a part that has one gets this value, so that a new part is small without being known here."""
+"""Options by name: a part that has one gets this value. A new part is small without being known here, and no test
+depends on a default."""
 
 
 def small(role: str, kind: str, **options) -> Frozen:
@@ -63,12 +72,15 @@ def small_world(
     **parts,
 ) -> WorldModel:
     """A world model of some thousand parameters; `dynamics` holds options of that part, `parts` whole configs."""
-    law = small("distribution", latent)
+    law, dynamics = small("distribution", latent), {"kind": "rssm", "latent": small("latent", latent), **(dynamics or {})}
+    if dynamics["kind"] == "rssm":
+        dynamics.setdefault("posterior", "filtering")
     config = {
+        "inputs": "standardise",
         "encoder": small("encoder", "standard"),
         "decoder": small("decoder", "standard"),
         "heads": small("heads", "standard"),
-        "dynamics": small("dynamics", **{"kind": "rssm", "latent": small("latent", latent), **(dynamics or {})}),
+        "dynamics": small("dynamics", **dynamics),
         "transition": law,
         "initial": law,
     }
@@ -133,9 +145,12 @@ SMALL_WORLD = {
     **{f"model.{part}.units": 8 for part in ("encoder", "decoder", "heads", "dynamics")},
     **{f"model.{part}.layers": 1 for part in ("encoder", "decoder", "heads")},
     **{f"model.{part}.depth": 2 for part in ("encoder", "decoder")},
+    "model.inputs": "standardise",
     "model.heads.bins": 21,
     "model.dynamics.deter": 8,
     "model.dynamics.latent": {"kind": "categorical", "variables": 2, "classes": 3},
+    "train.burn_in": 0,
+    "train.prefill_hold": 1.0,
     "train.batch_size": 3,
     "train.batch_length": 6,
     "train.prefill": 20,
@@ -144,6 +159,7 @@ SMALL_WORLD = {
 }
 """Dotted keys of an agent that learns in a second."""
 SMALL_BEHAVIOUR = {"agent.units": 8, "agent.layers": 1, "agent.bins": 21, "agent.horizon": 2, "agent.starts": 6}
+SMALL_BEHAVIOUR |= {"agent.gradient": "reinforce", "agent.lr": 1e-3}
 
 
 def small_dreamer(env=CHAIN, policy: str = "MlpPolicy", seed: int = 0, tensorboard_log: str | None = None, **config):

@@ -19,6 +19,8 @@ from worldmodel.model import WorldModel
 from worldmodel.spaces import ActionSpec
 
 SMALL = {"units": 16, "layers": 1, "horizon": 4, "starts": 16, "lr": 3e-3, "bins": 41, "limit": 6.0, "unimix": 0.01, "clip": 1e3}
+SMALL |= {"gamma": 0.99, "lam": 0.95, "entropy": 3e-3, "slow": 0.02, "slow_weight": 1.0}
+SMALL |= {"replay_value": 0.0, "gradient": "reinforce", "min_std": 0.1, "max_std": 1.0}
 SPACES = {
     "discrete": TWO_ACTIONS,
     "groups": spaces.MultiDiscrete([2, 3]),

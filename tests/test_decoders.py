@@ -157,8 +157,9 @@ def test_the_deviation_of_a_picture_is_one_number_and_the_error_of_all_its_pixel
 
 
 @every_decoder
-def test_a_fitted_deviation_stands_still_while_evaluating_and_has_a_floor(kind):
-    decoder = build(kind, SPACES["vector"], min_sigma=0.3)
+@pytest.mark.parametrize(("key", "option"), [("vector", "min_sigma"), ("image", "min_sigma_image")])
+def test_a_fitted_deviation_stands_still_while_evaluating_and_has_a_floor(kind, key, option):
+    decoder = build(kind, SPACES[key], **{option: 0.3})
     exact = {"obs": decoder.eval().mean(feature(8))["obs"].detach()}
     before = decoder.log_std("obs").clone()
     decoder.loss(feature(8), exact)
@@ -166,7 +167,7 @@ def test_a_fitted_deviation_stands_still_while_evaluating_and_has_a_floor(kind):
     decoder.train()
     for _ in range(200):
         decoder.loss(feature(8), exact)
-    torch.testing.assert_close(decoder.log_std("obs"), torch.full((4,), math.log(0.3)))
+    torch.testing.assert_close(decoder.log_std("obs"), torch.full_like(before, math.log(0.3)))
 
 
 @every_decoder

@@ -14,7 +14,7 @@ from torch import Tensor
 from worldmodel import registry
 from worldmodel.data import Sampling, State, Trace
 from worldmodel.errors import ConfigError
-from worldmodel.learner import Learner, TrainConfig
+from worldmodel.learner import Learner, ScaleConfig, TrainConfig
 from worldmodel.model import ModelConfig, WorldModel
 
 LATENTS = registry.kinds("latent")
@@ -268,7 +268,7 @@ def marginals(latent: str) -> Iterator[str | None]:
 def test_every_parameter_moves_within_three_updates(roll, marginal):
     world = roll.world(**({"marginal": small("distribution", marginal)} if marginal else {}))
     before = {name: p.detach().clone() for name, p in world.named_parameters()}
-    learner = Learner(world, TrainConfig(lr=1e-2, batch_size=3, batch_length=6, scales={"rep": 1.0}))
+    learner = Learner(world, TrainConfig(lr=1e-2, burn_in=0, warmup=0, scales=dict.fromkeys(ScaleConfig.model_fields, 1.0)))
     for seed in range(3):
         learner.update(learner.prepare(known_batch(seed=seed)), generator(seed))
     assert learner.updates == 3

@@ -18,7 +18,8 @@ from worldmodel.model import WorldModel
 
 
 def make_learner(world: WorldModel | None = None, **options) -> Learner:
-    options = {"lr": 1e-2, "batch_size": 3, "batch_length": 6, "clip": 1e3, "burn_in": 0, "warmup": 0, **options}
+    options = {"lr": 1e-2, "clip": 1e3, "burn_in": 0, "warmup": 0, "precision": "fp32", **options}
+    options["scales"] = dict.fromkeys(ScaleConfig.model_fields, 1.0) | options.get("scales", {})
     return Learner(world or small_world(), TrainConfig(**options))
 
 

@@ -12,7 +12,7 @@ from worldmodel import registry
 from worldmodel.data import Batch, Dream, Sampling
 from worldmodel.envs.tiny import Chain
 from worldmodel.errors import ConfigError, UnsupportedSpaceError
-from worldmodel.learner import Learner, TrainConfig
+from worldmodel.learner import Learner, ScaleConfig, TrainConfig
 from worldmodel.model import ModelConfig, WorldModel
 from worldmodel.replay import Replay
 
@@ -57,7 +57,8 @@ def trained(request) -> tuple[WorldModel, Replay]:
     latent = small("latent", request.param, **{"gaussian": {"size": 4}, "categorical": {"variables": 3}}[request.param])
     world = small_world(Chain().observation_space, latent=request.param, dynamics={"latent": latent, "deter": 24})
     world.scaling.update(world.obs.canonical({"obs": replay.sample(64, 10, rng).obs["obs"].flatten(0, 1)}))
-    learner = Learner(world, TrainConfig(lr=8e-3, batch_size=8, batch_length=10, scales={"rep": 1.0}))
+    scales = dict.fromkeys(ScaleConfig.model_fields, 1.0)
+    learner = Learner(world, TrainConfig(lr=8e-3, eps=1e-8, clip=100.0, burn_in=0, warmup=0, scales=scales))
     for _ in range(300):
         learner.update(learner.prepare(replay.sample(8, 10, rng, ends=0.25)), g)
     return world.eval(), replay

@@ -19,9 +19,12 @@ _HOMES = {
     "EnvConfig": "make",
     "FlattenSpaces": "wrappers",
     "RenderObservation": "wrappers",
+    "Scene": "draw",
+    "Viewer": "draw",
     "as_vec_env": "make",
     "make_env": "make",
     "make_vec": "make",
+    "scene": "draw",
 }
 __all__ = sorted(_HOMES)
 

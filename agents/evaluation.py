@@ -66,7 +66,7 @@ def evaluate(
     config = config.model_copy(update={"vectorize": "dummy"})  # processes would cost more than they save
     if frames is not None:
         config = config.model_copy(update={"kwargs": {**config.kwargs, "render_mode": "rgb_array"}})
-    with _own_randomness(model, seed):
+    with own_randomness(model, seed):
         venv = make_vec(config, episodes, seed)
         try:
             return _first_episodes(model, venv, give_up, frames)
@@ -103,7 +103,7 @@ def _picture(venv: VecEnv) -> np.ndarray:
 
 
 @contextmanager
-def _own_randomness(model: Any, seed: int) -> Iterator[None]:
+def own_randomness(model: Any, seed: int) -> Iterator[None]:
     """Draws in here follow from `seed`, and nothing outside notices them."""
     generator = getattr(getattr(model, "policy", model), "generator", None)
     own = generator if isinstance(generator, torch.Generator) else None

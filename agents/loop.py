@@ -10,7 +10,7 @@ import copy
 import io
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import gymnasium as gym
@@ -128,7 +128,7 @@ class WorldModelAlgorithm(BaseAlgorithm):
             self.world = WorldModel(self.config.model, self.obs_spec, self.action_spec).to(self.device)
             self.controller = self._make_controller().to(self.device)
         self.learner = Learner(self.world, self.config.train)
-        self.policy = BeliefPolicy(self.observation_space, self.action_space, self.world, self.controller, self.seed)
+        self.policy = BeliefPolicy(self.observation_space, self.action_space, self.learner.average, self.controller, self.seed)
         self.generator = torch.Generator(device=self.device).manual_seed(self.seed + 1)
         self.rng = np.random.default_rng(self.seed)
         self.replay: Replay | None = None
@@ -250,16 +250,10 @@ class WorldModelAlgorithm(BaseAlgorithm):
                 f"{self._place(env)}: the reward is {rewards[env]}. A finite number was expected; the step was not stored."
             )
         following = self._rows(new_obs)
-        arrived = following
-        ended = np.flatnonzero(dones)
-        if len(ended):
-            last = self._rows(_stack([infos[i]["terminal_observation"] for i in ended]))
-            arrived = {name: x.copy() for name, x in following.items()}
-            for name, x in last.items():
-                arrived[name][ended] = x
-        truncated = np.array([bool(info.get("TimeLimit.truncated", False)) for info in infos])
-        self._store(arrived, action, rewards, np.zeros(envs, bool), dones, dones & ~truncated)
-        if len(ended):
+        arrived, terminal = arrivals(following, dones, infos, self._rows)
+        self._store(arrived, action, rewards, np.zeros(envs, bool), dones, terminal)
+        if dones.any():
+            ended = np.flatnonzero(dones)
             self._store_first({name: x[ended] for name, x in following.items()}, ended)
         self._last_obs, self._last_episode_starts = new_obs, dones.copy()
         return new_obs, rewards, dones, infos
@@ -295,10 +289,13 @@ class WorldModelAlgorithm(BaseAlgorithm):
         batch = self.replay.sample(
             train.batch_size, train.burn_in + train.batch_length, self.rng, newest=train.newest, ends=train.ends
         )
-        metrics, trace, batch = self.learner.update(self.learner.prepare(batch), self.generator)
+        batch = self.learner.prepare(batch)
+        metrics, trace, rows = self.learner.update(batch, self.generator)
         metrics = {f"world/{name}": value for name, value in metrics.items()}
         if improve:
-            metrics |= self._improve(trace, batch)
+            if self.learner.average is not self.world:
+                trace = self.learner.averaged_trace(batch, self.generator)
+            metrics |= self._improve(trace, rows)
         self._n_updates += 1
         if self._logger is not None:
             for name, value in metrics.items():
@@ -318,10 +315,16 @@ class WorldModelAlgorithm(BaseAlgorithm):
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.dump(step=self.num_timesteps)
 
+    @property
+    def parameter_count(self) -> int:
+        """Numbers that gradients change, of world model and controller together."""
+        return sum(p.numel() for module in (self.world, self.controller) for p in module.parameters() if p.requires_grad)
+
     # SB3's parameters -----------------------------------------------------------------------------------------------
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        return ["policy", *(f"optimizers.{name}" for name in self.optimizers_by_name)], []
+        live = [] if self.learner.average is self.world else ["world"]  # else the policy holds it
+        return ["policy", *live, *(f"optimizers.{name}" for name in self.optimizers_by_name)], []
 
     @property
     def optimizers_by_name(self) -> dict[str, torch.optim.Optimizer]:
@@ -345,7 +348,7 @@ class WorldModelAlgorithm(BaseAlgorithm):
     def content(self) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]:
         """All that the agent is, without its replay: ({file: {name: array}}, JSON state)."""
         arrays = {
-            "world": _arrays(self.world),
+            "world": _arrays(self.learner.average),
             "agent": _arrays(self.controller),
             "optim": {
                 f"{name}/{key}": x
@@ -353,6 +356,8 @@ class WorldModelAlgorithm(BaseAlgorithm):
                 for key, x in optimizer_arrays(optimizer).items()
             },
         }
+        if self.learner.average is not self.world:
+            arrays["optim"] |= {f"live/{name}": x for name, x in _arrays(self.world).items()}
         for name, generator in self._generators.items():
             arrays["optim"][f"generator/{name}"] = generator.get_state().cpu().numpy()
         state = {
@@ -389,11 +394,12 @@ class WorldModelAlgorithm(BaseAlgorithm):
 
     def restore(self, arrays: Mapping[str, Mapping[str, np.ndarray]], state: Mapping[str, Any], *, counters: bool = True) -> None:
         """Take over what `content` gave; with `counters`, also steps, random state and the ratio's remainder."""
-        _load(self.world, arrays["world"])
+        _load(self.learner.average, arrays["world"])
+        if self.learner.average is not self.world:
+            _load(self.world, _behind("live/", arrays["optim"]))
         _load(self.controller, arrays["agent"])
         for name, optimizer in self.optimizers_by_name.items():
-            prefix = f"{name}/"
-            restore_optimizer(optimizer, {k.removeprefix(prefix): x for k, x in arrays["optim"].items() if k.startswith(prefix)})
+            restore_optimizer(optimizer, _behind(f"{name}/", arrays["optim"]))
         self._restore_behaviour(state["behaviour"])
         if not counters:
             return
@@ -454,6 +460,23 @@ class WorldModelAlgorithm(BaseAlgorithm):
         return agent
 
 
+def arrivals(
+    following: dict[str, np.ndarray], dones: np.ndarray, infos: list[dict], to_rows: Callable[[Any], dict[str, np.ndarray]]
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """(the rows [N, ...] that a VecEnv's step arrived at, where the world ended [N]) from the rows that come after a reset.
+
+    SB3 resets at once, and hands an episode's last observation over in `terminal_observation`.
+    """
+    ended = np.flatnonzero(dones)
+    truncated = np.array([bool(info.get("TimeLimit.truncated", False)) for info in infos])
+    if not len(ended):
+        return following, dones & ~truncated
+    arrived = {name: x.copy() for name, x in following.items()}
+    for name, x in to_rows(_stack([infos[i]["terminal_observation"] for i in ended])).items():
+        arrived[name][ended] = x
+    return arrived, dones & ~truncated
+
+
 class _Attributes:
     def __init__(self, values: Mapping[str, Any]):
         self.__dict__.update(values)
@@ -481,6 +504,11 @@ def _stack(observations: list[Any]) -> Any:
 
 def _arrays(module: nn.Module) -> dict[str, np.ndarray]:
     return {name: x.detach().cpu().numpy() for name, x in module.state_dict().items()}
+
+
+def _behind(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays whose names start with `prefix`, without it."""
+    return {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
 
 
 def _load(module: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:

@@ -435,7 +435,7 @@ def _finished(run: Run, agent: WorldModelAlgorithm, keeper: Keeper, seed: int) -
         updates=agent.learner.updates,
         wall_seconds=progress.wall_seconds,
         eval_seconds=progress.eval_seconds,
-        parameters=sum(p.numel() for p in agent.policy.parameters() if p.requires_grad),
+        parameters=agent.parameter_count,
         threshold=keeper.goal,
         solved_at=progress.solved_at,
         final_return=final,

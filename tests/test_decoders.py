@@ -97,7 +97,7 @@ def test_samples_have_the_mean_and_the_deviation_that_the_law_has(kind):
     decoder, n = build(kind, MIXED, sigma="learned"), 3000
     for p in (p for name, p in decoder.named_parameters() if name.startswith("log_std")):
         p.data += torch.linspace(-1, 0.5, p.numel())
-    decoder.perceptron[-1].weight.data *= 3  # categories far from equal
+    decoder.perceptron.bent[-1].weight.data *= 3  # categories far from equal
     same = feature(1).expand(n, -1)
     mean, drawn = decoder.mean(feature(1)), decoder.sample(same, Sampling(generator=generator()))
     for name, key in decoder.spec.keys.items():
@@ -111,7 +111,7 @@ def test_samples_have_the_mean_and_the_deviation_that_the_law_has(kind):
 @every_decoder
 def test_categories_are_drawn_as_often_as_they_are_likely(kind):
     decoder, n = build(kind, spaces.Discrete(8)), 20_000
-    decoder.perceptron[-1].bias.data[0] = 3.0
+    decoder.perceptron.bent[-1].bias.data[0] = 3.0
     probability = decoder.mean(feature(1))["obs"].detach()
     drawn = decoder.sample(feature(1).expand(n, -1), Sampling(generator=generator()))["obs"]
     assert_near(drawn.mean(0), probability[0], n, drawn.std(0))

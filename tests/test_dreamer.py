@@ -320,3 +320,22 @@ def test_a_loaded_agent_may_learn_in_more_environments_than_before(tmp_path):
 def test_a_device_that_is_not_there_is_refused():
     with pytest.raises(ConfigError, match=r"device=cuda.*device=cpu"):
         Dreamer("MlpPolicy", CHAIN, config=SMALL_WORLD, device="cuda")
+
+
+# The average ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_acts_imagines_and_is_saved_is_the_averaged_model(tmp_path):
+    agent = small_dreamer(Chain(limit=7), **{"train.average": 0.9}).learn(40)
+    average, live = (
+        torch.cat([p.detach().flatten() for p in world.parameters()]) for world in (agent.learner.average, agent.world)
+    )
+    assert agent.policy.world is agent.behaviour.world is agent.learner.average and not torch.equal(average, live)
+    agent.save(tmp_path / "agent.zip")
+    loaded = Dreamer.load(tmp_path / "agent.zip")
+    assert torch.equal(torch.cat([p.flatten() for p in loaded.policy.world.parameters()]), average)
+    assert torch.equal(torch.cat([p.detach().flatten() for p in loaded.world.parameters()]), live)
+    assert agent.parameter_count == sum(p.numel() for p in small_dreamer(Chain(limit=7)).policy.parameters() if p.requires_grad)
+    other = small_dreamer(Chain(limit=7), seed=5, **{"train.average": 0.9})
+    other.set_parameters(agent.get_parameters())
+    assert torch.equal(torch.cat([p.detach().flatten() for p in other.world.parameters()]), live)

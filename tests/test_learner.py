@@ -218,13 +218,13 @@ def test_the_loss_that_a_broken_parameter_spoils_is_named_after_three_updates_in
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_gradient_that_is_not_finite_is_skipped_and_its_parameter_named(bad):
     learner = make_learner()
-    learner.world.decoder.perceptron[0].weight.register_hook(lambda gradient: gradient * bad)
+    learner.world.decoder.perceptron.bent[0].weight.register_hook(lambda gradient: gradient * bad)
     before = content(learner.world)
     for _ in range(2):
         assert not np.isfinite(step(learner)["gradient_norm"])
     weights = {name for name, _ in learner.world.named_parameters()}
     assert all(torch.equal(x, before[name]) for name, x in content(learner.world).items() if name in weights)
-    with pytest.raises(NumericsError, match=r"not finite: objective\.decoder\.perceptron\.0\.weight;"):
+    with pytest.raises(NumericsError, match=r"not finite: objective\.decoder\.perceptron\.bent\.0\.weight;"):
         step(learner)
 
 
@@ -272,3 +272,41 @@ def test_an_optimiser_that_never_stepped_restores_to_one_that_never_stepped():
     step(one)
     step(other)
     assert same(content(one.world), content(other.world))
+
+
+# The average ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_average_is_the_exponential_mean_of_the_weights_after_each_update():
+    learner = make_learner(average=0.9)
+    expected = {name: p.detach().clone() for name, p in learner.world.named_parameters()}
+    for i in range(1, 5):
+        step(learner, i)
+        keep = min(0.9, i / (i + 10))
+        expected = {name: keep * expected[name] + (1 - keep) * p.detach() for name, p in learner.world.named_parameters()}
+    for name, p in learner.average.named_parameters():
+        torch.testing.assert_close(p, expected[name])
+    assert not any(p.requires_grad for p in learner.average.parameters())
+    assert not same(content(learner.average), content(learner.world))
+
+
+def test_the_average_shares_what_was_observed_and_takes_over_what_was_fitted():
+    learner = make_learner(average=0.9)
+    learner.world.scaling.update({"obs": 5 + torch.randn(50, 4, generator=generator())})
+    assert float(learner.average.scaling.count) == 50
+    step(learner)
+    assert torch.equal(learner.average.decoder.log_std("obs"), learner.world.decoder.log_std("obs"))
+
+
+def test_an_update_that_is_skipped_leaves_the_average_as_it_was():
+    learner = make_learner(average=0.9)
+    step(learner)
+    before = content(learner.average)
+    learner.world.heads.reward_net[-1].bias.data[3] = torch.nan
+    step(learner)
+    assert learner.skipped == 1 and same(content(learner.average), before)
+
+
+def test_without_averaging_there_is_one_model():
+    learner = make_learner(average=0.0)
+    assert learner.average is learner.world

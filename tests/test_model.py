@@ -250,8 +250,9 @@ def test_units_that_say_the_same_about_every_row_are_not_active():
         world = small_world(latent=latent)
         trace, _ = traced(world, known_batch(rows=40))
         assert world.active_units(trace) > 0
-        for p in world.dynamics.posterior_out.parameters():
-            p.data.zero_()
+        for name, p in world.dynamics.named_parameters():
+            if name.startswith(("posterior_out", "embed_out")):
+                p.data.zero_()
         assert world.active_units(traced(world, known_batch(rows=40))[0]) == 0
 
 
@@ -263,7 +264,7 @@ def test_a_world_comes_from_its_spaces_by_seed_alone():
     one, same, other = (WorldModel.from_spaces(VECTOR, TWO_ACTIONS, {"encoder": {"units": 8}}, seed=seed) for seed in (3, 3, 4))
     weights = [torch.cat([p.detach().flatten() for p in world.parameters()]) for world in (one, same, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
-    assert one.encoder.out_features == 8 and torch.equal(torch.get_rng_state(), before)
+    assert one.encoder.out_features == 8 + 4 and torch.equal(torch.get_rng_state(), before)
 
 
 def test_an_option_that_does_not_exist_and_a_space_without_form_are_refused():

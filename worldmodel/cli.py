@@ -224,7 +224,7 @@ def _info(name: str) -> dict[str, Any]:
         "observation_space": str(agent.observation_space),
         "action_space": str(agent.action_space),
         "parts": _parts(config),
-        "parameters": sum(p.numel() for p in agent.policy.parameters() if p.requires_grad),
+        "parameters": agent.parameter_count,
         "checkpoints": checkpoints,
     }
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Obs = dict[str, Tensor]
@@ -63,6 +64,33 @@ class Batch:
 
     def with_obs(self, obs: Obs) -> Batch:
         return replace(self, obs=obs)
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """Whole episodes, one after the other, each from its first observation to its last.
+
+    rows     Batch [1, R]: raw rows; an episode opens at each is_first
+    """
+
+    rows: Batch
+
+    @cached_property
+    def offsets(self) -> Int[Tensor, " N"]:
+        """The row in which each episode opens."""
+        return self.rows.is_first[0].nonzero().squeeze(-1)
+
+    @cached_property
+    def lengths(self) -> Int[Tensor, " N"]:
+        """Rows of each episode: one more than its steps."""
+        return torch.diff(self.offsets, append=self.offsets.new_tensor([self.rows.shape[1]]))
+
+    def windows(self, episode: Int[Tensor, " S"], start: Int[Tensor, " S"], length: int) -> tuple[Batch, Bool[Tensor, "S L"]]:
+        """(rows start..start+length of some episodes [S, L], which of them exist); behind an end the last row is repeated."""
+        steps = start.unsqueeze(-1) + torch.arange(length, device=start.device)
+        inside = steps < self.lengths[episode].unsqueeze(-1)
+        rows = self.offsets[episode].unsqueeze(-1) + torch.minimum(steps, self.lengths[episode].unsqueeze(-1) - 1)
+        return self.rows.map(lambda x: x[0, rows]), inside
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from worldmodel.config import Frozen
 from worldmodel.data import Loss, Obs, Sampling
-from worldmodel.networks import MLP, ConvDecoder, negative_log_likelihood
+from worldmodel.networks import ConvDecoder, StraightMLP, negative_log_likelihood
 from worldmodel.registry import register
 from worldmodel.spaces import ObsSpec
 
@@ -51,7 +51,7 @@ class Decoder(nn.Module):
         self.convolutions = nn.ModuleList(ConvDecoder(self.inputs, spec.keys[name].shape, config.depth) for name in self.images)
         self.widths = [spec.keys[name].shape[0] for name in self.vectors]
         if self.vectors:
-            self.perceptron = MLP(self.inputs, config.units, config.layers, sum(self.widths))
+            self.perceptron = StraightMLP(self.inputs, config.units, config.layers, sum(self.widths))
         self.gaussian = [name for name, key in spec.keys.items() if key.kind in ("image", "vector")]
         for i, name in enumerate(self.gaussian):
             log_std = torch.zeros(1 if name in self.images else spec.keys[name].shape[0])

@@ -21,23 +21,23 @@ class InputScaling(nn.Module):
 
     standardise: by running mean and deviation of all that was collected, kept with the model (CartPole's pole angle
     lives within 0.2 rad: unscaled, an error in it is hardly seen). symlog: sign(x) ln(1 + |x|). raw: unchanged.
+    The statistics are kept whatever the scale: errors of predictions are given in these deviations.
     """
 
     def __init__(self, kind: Literal["standardise", "symlog", "raw"], spec: ObsSpec):
         super().__init__()
         self.kind = kind
         self.vectors = [name for name, key in spec.keys.items() if key.kind == "vector"]
-        if kind == "standardise":
-            self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-            for i, name in enumerate(self.vectors):
-                width = spec.keys[name].shape[0]
-                self.register_buffer(f"mean{i}", torch.zeros(width, dtype=torch.float64))
-                self.register_buffer(f"square{i}", torch.zeros(width, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        for i, name in enumerate(self.vectors):
+            width = spec.keys[name].shape[0]
+            self.register_buffer(f"mean{i}", torch.zeros(width, dtype=torch.float64))
+            self.register_buffer(f"square{i}", torch.zeros(width, dtype=torch.float64))
 
     @torch.no_grad()
     def update(self, obs: Obs) -> None:
         """Take new observations [N, D] into the running statistics. Source: Chan et al. 1979 (parallel variance)."""
-        if self.kind != "standardise" or not self.vectors:
+        if not self.vectors:
             return
         added = next(iter(obs.values())).shape[0]
         total = self.count + added
@@ -54,6 +54,12 @@ class InputScaling(nn.Module):
         std = (getattr(self, f"square{index}") / self.count.clamp_min(1)).sqrt()
         std = torch.where(std > 1e-6, std, torch.ones_like(std))
         return getattr(self, f"mean{index}").to(like), std.to(like)
+
+    def deviation(self, name: str) -> Tensor:
+        """The unit [D] in which an error of this key is given: 1 for pixels, categories and bits."""
+        if name not in self.vectors:
+            return torch.ones((), device=self.count.device)
+        return self.statistics(self.vectors.index(name), torch.zeros((), device=self.count.device))[1]
 
     def forward(self, obs: Obs) -> Obs:
         """Canonical observations on the inner scale."""
@@ -73,7 +79,7 @@ class InputScaling(nn.Module):
 
 
 class EncoderConfig(Frozen):
-    """A convolution for each image, one perceptron for everything else, put side by side."""
+    """A convolution for each image, one perceptron for everything else, and that itself, put side by side."""
 
     kind: Literal["standard"] = "standard"
     units: int = Field(128, ge=1, description="width of the perceptron")
@@ -93,11 +99,12 @@ class Encoder(nn.Module):
         self.out_features = sum(c.out_features for c in self.convolutions)
         if self.vectors:
             width = sum(spec.keys[name].shape[0] for name in self.vectors)
-            self.perceptron = MLP(width, config.units, config.layers)
-            self.out_features += self.perceptron.out_features
+            self.perceptron = MLP(width, config.units, config.layers, norm=False)
+            self.out_features += self.perceptron.out_features + width
 
     def forward(self, obs: Obs) -> Float[Tensor, "N E"]:
         parts = [conv(obs[name]) for name, conv in zip(self.images, self.convolutions, strict=True)]
         if self.vectors:
-            parts.append(self.perceptron(torch.cat([obs[name] for name in self.vectors], -1)))
+            x = torch.cat([obs[name] for name in self.vectors], -1)
+            parts += [self.perceptron(x), x]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)

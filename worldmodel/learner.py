@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 from collections.abc import Mapping
 from typing import Literal
@@ -48,6 +49,9 @@ class TrainConfig(Frozen):
     lr: float = Field(1e-3, gt=0, description="Adam's learning rate for the world model")
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
     clip: float = Field(100.0, gt=0, description="greatest norm of the gradient")
+    average: float = Field(
+        0.0, ge=0, lt=1, description="share that the averaged weights keep at each update: what others see; 0: none"
+    )
     warmup: int = Field(0, ge=0, description="updates over which the weights of rep and marginal grow from 0")
     scales: ScaleConfig = ScaleConfig()
     threads: int = Field(1, ge=1, description="torch threads; part of the seed")
@@ -74,6 +78,10 @@ def reuse_memory() -> bool:
 class Learner:
     """Owns the optimiser of a world model; `update` is the one gradient step.
 
+    world    the model that gradients change
+    average  the exponential average of its weights over updates, which predicts better than any single one and is what
+             everybody else looks at; `world` itself where train.average is 0
+
     Three updates in a row with a non-finite loss or gradient raise NumericsError; single ones are skipped and counted.
     """
 
@@ -87,8 +95,13 @@ class Learner:
         self._skipped_in_a_row = 0
         if config.reuse_memory:
             reuse_memory()
+        self.average = world
+        if config.average:
+            self.average = copy.deepcopy(world).requires_grad_(False)
+            self.average.scaling = world.scaling  # what was observed is no matter of averaging
         if config.compile:
-            world.dynamics.gru.compile()
+            for model in {world, self.average}:
+                model.dynamics.gru.compile()
 
     def prepare(self, batch: Batch) -> Batch:
         """A sampled batch on the model's device, its observations canonical and on the inner scale."""
@@ -98,14 +111,8 @@ class Learner:
     def update(self, batch: Batch, generator: torch.Generator | None = None) -> tuple[dict[str, float], Trace, Batch]:
         """One step on a prepared batch of burn_in + batch_length rows: (metrics, trace, the rows that it covers)."""
         self.world.train()
-        sampling = Sampling(generator=generator)
-        state = None
-        if self.config.burn_in:
-            with torch.no_grad():
-                state = self.world.trace(batch.window(0, self.config.burn_in), None, sampling).last
-            batch = batch.window(self.config.burn_in)
         with torch.autocast(batch.reward.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            trace = self.world.trace(batch, state, sampling)
+            trace, batch = self._trace(self.world, batch, generator)
             losses = self.world.loss(trace, batch)
             means = {name: term.mean() for name, term in losses.items()}
             total = sum(self.weight(name) * mean for name, mean in means.items())
@@ -124,6 +131,28 @@ class Learner:
         metrics |= {"rate": float(trace.rates["rate"].mean()), "active_units": self.world.active_units(trace)}
         return metrics, trace, batch
 
+    @torch.no_grad()
+    def averaged_trace(self, batch: Batch, generator: torch.Generator | None = None) -> Trace:
+        """What the averaged model makes of the rows that `update` covers of the same prepared batch: states to imagine from."""
+        return self._trace(self.average.eval(), batch, generator)[0]
+
+    def _trace(self, world: WorldModel, batch: Batch, generator: torch.Generator | None) -> tuple[Trace, Batch]:
+        """(trace, the rows behind the burn-in, which it covers)."""
+        sampling, state = Sampling(generator=generator), None
+        if self.config.burn_in:
+            with torch.no_grad():
+                state = world.trace(batch.window(0, self.config.burn_in), None, sampling).last
+            batch = batch.window(self.config.burn_in)
+        return world.trace(batch, state, sampling), batch
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """The average takes a step towards the weights, a larger one in the first updates."""
+        keep = min(self.config.average, self.updates / (self.updates + 10))
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.world.parameters()), 1 - keep)
+        for own, new in zip(self.average.buffers(), self.world.buffers(), strict=True):
+            own.copy_(new)
+
     def weight(self, name: str) -> float:
         """What a loss counts for at this update."""
         scale = getattr(self.config.scales, "cont" if name == "continue" else name)
@@ -136,6 +165,8 @@ class Learner:
             self.optimizer.step()
             self.updates += 1
             self._skipped_in_a_row = 0
+            if self.average is not self.world:
+                self._follow()
             return
         self.skipped += 1
         self._skipped_in_a_row += 1

@@ -18,6 +18,7 @@ from worldmodel.decoders import DecoderConfig
 from worldmodel.distributions import CategoricalConfig, GaussianConfig, GaussianLatent, Posterior
 from worldmodel.dynamics import RSSMConfig
 from worldmodel.encoders import EncoderConfig, InputScaling
+from worldmodel.errors import ConfigError
 from worldmodel.heads import HeadsConfig
 from worldmodel.networks import flatten
 from worldmodel.objectives import ReconstructionConfig
@@ -75,7 +76,7 @@ class WorldModel(nn.Module):
         latent = self.dynamics.latent
         self.marginal = build("distribution", config.marginal, latent, 0) if config.marginal else None
         self.objective = build("objective", config.objective, build("decoder", config.decoder, obs, self.feature_dim, latent.size))
-        self.decoder = self.objective.decoder
+        self.decoder: nn.Module | None = getattr(self.objective, "decoder", None)
         self.heads = build("heads", config.heads, self.feature_dim)
 
     @classmethod
@@ -105,6 +106,14 @@ class WorldModel(nn.Module):
     def inputs(self, rows: dict[str, Tensor]) -> Obs:
         """Raw rows [*N, ...] of the store -> scaled canonical observations."""
         return self.scaling(self.obs.canonical(rows))
+
+    def begin(self, batch_size: int, sampling: Sampling | None = None) -> State:
+        """States from nothing: what the initial distribution p(z_0) draws. Raises ConfigError where the dynamics has none."""
+        if not hasattr(self.dynamics, "begin"):
+            raise ConfigError(
+                f"model.dynamics={self.config.dynamics.kind} has no initial distribution. Start from the replay."
+            )
+        return self.dynamics.begin(batch_size, sampling or Sampling())
 
     def trace(self, batch: Batch, state: State | None = None, sampling: Sampling | None = None) -> Trace:
         """One pass over a batch whose `obs` is already on the inner scale (see `inputs`)."""
@@ -164,7 +173,15 @@ class WorldModel(nn.Module):
 
     @torch.no_grad()
     def decode(self, feature: Float[Tensor, "N F"]) -> Obs:
-        """The expected observation in canonical form; a code alone is enough where the decoder reads the latent."""
+        """The expected observation in canonical form; a code alone is enough where the decoder reads the latent.
+
+        Raises ConfigError where the objective has no decoder, ValueError for a feature of another size.
+        """
+        if self.decoder is None:
+            raise ConfigError(
+                f"model.objective={self.config.objective.kind} learns no decoder, so features cannot be shown as observations. "
+                "Use an objective that reconstructs, such as model.objective=reconstruction."
+            )
         if feature.shape[-1] not in (self.feature_dim, self.decoder.inputs):
             raise ValueError(
                 f"decode: a feature has {self.feature_dim} numbers, not {feature.shape[-1]}; take one from a trace or a dream."

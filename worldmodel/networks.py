@@ -54,19 +54,38 @@ class MLP(nn.Sequential):
 
     The first layer's biases start apart from 0: LayerNorm(W x) alone is the same for x and 2 x, so that four numbers
     of a CartPole would be seen as a direction without a length (docs/learning.md). LayerNorm and not RMSNorm: on CPUs torch
-    has a fused kernel for the first only.
+    has a fused kernel for the first only. `norm=False` leaves it out.
     """
 
-    def __init__(self, inputs: int, units: int, layers: int, outputs: int | None = None, *, scale: float = 1.0):
+    def __init__(
+        self, inputs: int, units: int, layers: int, outputs: int | None = None, *, scale: float = 1.0, norm: bool = True
+    ):
         blocks: list[nn.Module] = []
         width = inputs
         for _ in range(layers):
-            blocks += [offset_linear(width, units) if not blocks else linear(width, units), nn.LayerNorm(units), nn.SiLU()]
+            blocks.append(offset_linear(width, units) if not blocks else linear(width, units))
+            blocks += [nn.LayerNorm(units), nn.SiLU()] if norm else [nn.SiLU()]
             width = units
         if outputs is not None:
             blocks.append(linear(width, outputs, scale=scale))
         super().__init__(*blocks)
         self.out_features = width if outputs is None else outputs
+
+
+class StraightMLP(nn.Module):
+    """A perceptron for numbers whose size means something: y = W x + MLP(x), without normalisation.
+
+    A normalised perceptron saturates: beyond what it was trained on its output hardly changes. The linear path goes on.
+    """
+
+    def __init__(self, inputs: int, units: int, layers: int, outputs: int):
+        super().__init__()
+        self.bent = MLP(inputs, units, layers, outputs, norm=False)
+        self.straight = linear(inputs, outputs, bias=False)
+        self.out_features = outputs
+
+    def forward(self, x: Float[Tensor, "*N I"]) -> Float[Tensor, "*N O"]:
+        return self.straight(x) + self.bent(x)
 
 
 class BlockLinear(nn.Module):

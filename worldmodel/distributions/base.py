@@ -59,6 +59,9 @@ class Latent(ABC):
     """Z: numbers in a flat code."""
     parameters: int
     """Numbers that a network must give for one belief."""
+    metric: ClassVar[bool]
+    """Whether the size of a code's numbers means something: a network that normalises them away could not go beyond
+    what it was trained on."""
 
     @abstractmethod
     def noise(self, shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device | str) -> Tensor:
@@ -67,6 +70,12 @@ class Latent(ABC):
     @abstractmethod
     def belief(self, parameters: Float[Tensor, "*N P"]) -> Posterior:
         """The belief that a network's output stands for."""
+
+    @abstractmethod
+    def traverse(
+        self, code: Float[Tensor, " Z"], codes: Float[Tensor, "N Z"], steps: int, width: float
+    ) -> Float[Tensor, "V S Z"]:
+        """`code` with one of its V variables moved at a time, over what that variable does in `codes`."""
 
     def draw(self, belief: Posterior, sampling: Sampling, shape: tuple[int, ...], device) -> Float[Tensor, "*N Z"]:
         """The mode, or a draw from the caller's noise, or from the generator's."""

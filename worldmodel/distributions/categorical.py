@@ -81,6 +81,8 @@ class CategoricalLatentConfig(Frozen):
 class CategoricalLatent(Latent):
     """probs = (1 - unimix) softmax(logits) + unimix / C: no class is ever impossible, so rates stay bounded."""
 
+    metric = False
+
     def __init__(self, config: CategoricalLatentConfig):
         self.variables, self.classes, self.unimix = config.variables, config.classes, config.unimix
         self.size = self.parameters = config.variables * config.classes
@@ -92,6 +94,14 @@ class CategoricalLatent(Latent):
         logits = parameters.float().unflatten(-1, (self.variables, self.classes))  # rates lose too much in bf16
         probs = torch.softmax(logits, -1)
         return CategoricalPosterior(probs * (1 - self.unimix) + self.unimix / self.classes if self.unimix else probs)
+
+    def traverse(self, code, codes, steps, width) -> Tensor:
+        """The first S classes of each variable, one after the other; `width` does not matter."""
+        classes = min(steps, self.classes)
+        moved = code.view(self.variables, self.classes).expand(self.variables, classes, -1, -1).clone()
+        each = torch.arange(self.variables, device=code.device)
+        moved[each, :, each] = torch.eye(self.classes, device=code.device)[:classes]
+        return moved.flatten(-2)
 
 
 class CategoricalConfig(Frozen):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from worldmodel.config import Frozen
 from worldmodel.distributions.base import ClosedForm, Latent, Posterior
-from worldmodel.networks import MLP
+from worldmodel.networks import StraightMLP
 from worldmodel.registry import register
 
 
@@ -68,6 +68,8 @@ class GaussianLatentConfig(Frozen):
 class GaussianLatent(Latent):
     """std = softplus(raw + ln(e - 1)) + min_std: an untrained network believes about N(0, 1)."""
 
+    metric = True
+
     def __init__(self, config: GaussianLatentConfig):
         self.size, self.parameters, self.min_std = config.size, 2 * config.size, config.min_std
 
@@ -77,6 +79,14 @@ class GaussianLatent(Latent):
     def belief(self, parameters: Tensor) -> GaussianPosterior:
         mean, raw = parameters.float().chunk(2, -1)  # rates lose too much in bf16
         return GaussianPosterior(mean, F.softplus(raw + math.log(math.e - 1)) + self.min_std)
+
+    def traverse(self, code, codes, steps, width) -> Tensor:
+        """S evenly spaced values, `width` deviations to both sides of each number's mean."""
+        values = codes.mean(0) + codes.std(0) * torch.linspace(-width, width, steps, device=code.device).unsqueeze(-1)
+        moved = code.expand(self.size, steps, -1).clone()
+        each = torch.arange(self.size, device=code.device)
+        moved[each, :, each] = values.T
+        return moved
 
 
 class GaussianConfig(Frozen):
@@ -100,7 +110,7 @@ class Gaussian(ClosedForm):
         if config.standard:
             self.register_buffer("origin", torch.zeros(1, latent.size), persistent=False)
         elif context_dim:
-            self.net = MLP(context_dim, config.units, config.layers, latent.parameters)
+            self.net = StraightMLP(context_dim, config.units, config.layers, latent.parameters)
         else:
             self.free = nn.Parameter(torch.zeros(1, latent.parameters))
 

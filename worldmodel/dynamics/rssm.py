@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from worldmodel.config import Frozen, Part
 from worldmodel.data import Loss, Sampling, State, Trace
 from worldmodel.distributions import CategoricalLatentConfig, ConditionalDistribution, Posterior
-from worldmodel.networks import MLP, BlockGRU, linear, offset_linear
+from worldmodel.networks import MLP, BlockGRU, StraightMLP, linear, offset_linear
 from worldmodel.registry import build, register
 
 
@@ -48,15 +48,19 @@ class RSSM(nn.Module):
         self.feature_dim = deter + size
         self.action_in = linear(action_dim, units, bias=False)
         self.code_in = offset_linear(size, units)
-        self.input_norm = nn.Sequential(nn.LayerNorm(units), nn.SiLU())
+        straight = self.latent.metric
+        self.bend = nn.SiLU() if straight else nn.Sequential(nn.LayerNorm(units), nn.SiLU())
         self.gru = BlockGRU(units, deter, config.blocks)
         self.filtering = config.posterior == "filtering"
         if self.filtering:
             self.embed_in = linear(embed_dim, units, bias=False)
             self.carry_in = offset_linear(deter, units)
-            self.posterior_out = nn.Sequential(nn.LayerNorm(units), nn.SiLU(), linear(units, self.latent.parameters))
+            norm = [] if straight else [nn.LayerNorm(units)]
+            self.posterior_out = nn.Sequential(*norm, nn.SiLU(), linear(units, self.latent.parameters))
+            self.embed_out = linear(embed_dim, self.latent.parameters, bias=False) if straight else None
         else:
-            self.posterior_net = MLP(embed_dim, units, config.posterior_layers, self.latent.parameters)
+            net = StraightMLP if straight else MLP
+            self.posterior_net = net(embed_dim, units, config.posterior_layers, self.latent.parameters)
         self.transition: ConditionalDistribution = build("distribution", transition, self.latent, deter)
         self.initial_law: ConditionalDistribution = build("distribution", initial, self.latent, 0)
 
@@ -78,7 +82,8 @@ class RSSM(nn.Module):
         """The belief about z from an embedding; `h` is not looked at by an observation-only posterior."""
         if not self.filtering:
             return self.latent.belief(self.posterior_net(embed))
-        return self.latent.belief(self.posterior_out(self.embed_in(embed) + self.carry_in(h)))
+        raw = self.posterior_out(self.embed_in(embed) + self.carry_in(h))
+        return self.latent.belief(raw if self.embed_out is None else raw + self.embed_out(embed))
 
     def imagine(self, state: State, action: Float[Tensor, "N A"], sampling: Sampling) -> State:
         """One step without looking."""
@@ -107,11 +112,12 @@ class RSSM(nn.Module):
         return last, Trace(embed, belief, z, h, self.feature(states), rates, losses, last, states)
 
     def _carry(self, h: Tensor, z: Tensor, action: Tensor) -> Tensor:
-        return self.gru(self.gru.inputs(self.input_norm(self.code_in(z) + self.action_in(action))), h)
+        return self.gru(self.gru.inputs(self.bend(self.code_in(z) + self.action_in(action))), h)
 
     def _filter(self, state, embed, actions, is_first, noise, temperature) -> tuple[Posterior, Tensor, Tensor]:
         """The posterior sees the carry, so that each step waits for the one before."""
         embeds = self.embed_in(embed)
+        straight = None if self.embed_out is None else self.embed_out(embed)
         keep = (~is_first).to(embeds).unsqueeze(-1)
         resets = is_first.any(0).tolist()
         h, z = state["h"], state["z"]
@@ -119,8 +125,9 @@ class RSSM(nn.Module):
         for t in range(is_first.shape[1]):
             if resets[t]:
                 h, z = h * keep[:, t], z * keep[:, t]
-            h = self.gru(self.gru.inputs(self.input_norm(self.code_in(z) + actions[:, t])), h)
+            h = self.gru(self.gru.inputs(self.bend(self.code_in(z) + actions[:, t])), h)
             raw = self.posterior_out(embeds[:, t] + self.carry_in(h))
+            raw = raw if straight is None else raw + straight[:, t]
             belief = self.latent.belief(raw)
             z = belief.mode if noise is None else belief.sample(noise[:, t], temperature)
             hs.append(h)
@@ -135,7 +142,7 @@ class RSSM(nn.Module):
         keep = (~is_first).to(z).unsqueeze(-1)
         resets = is_first.any(0).tolist()
         previous = torch.cat([state["z"].unsqueeze(1), z[:, :-1]], 1) * keep
-        inputs = self.gru.inputs(self.input_norm(self.code_in(previous) + actions))
+        inputs = self.gru.inputs(self.bend(self.code_in(previous) + actions))
         h, hs = state["h"], []
         for t in range(is_first.shape[1]):
             h = self.gru(inputs[:, t], h * keep[:, t] if resets[t] else h)

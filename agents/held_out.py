@@ -1,0 +1,89 @@
+"""Held-out episodes: fresh ones, for looking at the model alone. They never reach the replay, a gradient or a decision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3.common.vec_env import VecEnv
+
+from worldmodel.agents.evaluation import LIMIT, Abandoned, own_randomness
+from worldmodel.agents.loop import WorldModelAlgorithm, arrivals
+from worldmodel.data import Batch, Episodes, State
+from worldmodel.envs.make import EnvConfig, make_vec
+from worldmodel.errors import EnvError
+
+HELD_OUT_SEED = 40_000
+"""Environment seed of the first held-out episode."""
+RANDOM = 0.2
+"""Share of random actions, so that the data also shows what the policy would not do."""
+
+
+def collect(
+    agent: WorldModelAlgorithm,
+    env: EnvConfig | str,
+    episodes: int = 20,
+    seed: int = HELD_OUT_SEED,
+    *,
+    random: float = RANDOM,
+    give_up: Callable[[], bool] = lambda: False,
+) -> Episodes:
+    """Fresh episodes of the agent's greedy policy with a random action in `random` of the steps, one for each seed from `seed` on.
+
+    Nothing of the agent changes, its random states included. `give_up` is asked at every step; Abandoned as soon as it says yes.
+    Raises EnvError, MissingExtraError.
+    """
+    config = EnvConfig(id=env) if isinstance(env, str) else env
+    with own_randomness(agent, seed):
+        venv = make_vec(config.model_copy(update={"vectorize": "dummy"}), episodes, seed)
+        try:
+            return _first_episodes(agent, venv, random, np.random.default_rng(seed), give_up)
+        finally:
+            venv.close()
+
+
+def _first_episodes(
+    agent: WorldModelAlgorithm, venv: VecEnv, random: float, rng: np.random.Generator, give_up: Callable[[], bool]
+) -> Episodes:
+    count, spec, codec = venv.num_envs, agent.obs_spec, agent.action_spec
+
+    def to_rows(obs: Any) -> dict[str, np.ndarray]:
+        rows = spec.to_rows(obs)
+        spec.check(rows)
+        return rows
+
+    rows, belief = to_rows(venv.reset()), agent.policy.begin(count)
+    no = np.zeros(count, bool)
+    taken = [(rows, np.zeros((count, codec.dim), np.float32), np.zeros(count, np.float32), no, no)]
+    lengths, starts = np.zeros(count, np.int64), np.ones(count, bool)
+    while not lengths.all():
+        if give_up():
+            raise Abandoned
+        if len(taken) > LIMIT:
+            raise EnvError(f"A held-out episode did not end within {LIMIT} steps. Set env.max_episode_steps.")
+        action, belief = agent.policy.follow(belief, rows, starts, deterministic=True)
+        action = np.where(rng.random((count, 1)) < random, codec.sample(count, rng), action)
+        env_action = codec.decode(action)
+        action = codec.encode(env_action)
+        belief = State({**belief, "prev_action": torch.as_tensor(action, device=agent.device)})
+        obs, reward, starts, infos = venv.step(env_action)
+        rows = to_rows(obs)
+        arrived, terminal = arrivals(rows, starts, infos, to_rows)
+        taken.append((arrived, action, reward, starts, terminal))
+        lengths[(lengths == 0) & starts] = len(taken)
+    return _episodes(taken, lengths)
+
+
+def _episodes(taken: list[tuple], lengths: np.ndarray) -> Episodes:
+    """Rows of all environments by time -> episodes one after the other."""
+    time = np.concatenate([np.arange(n) for n in lengths])
+    env = np.repeat(np.arange(len(lengths)), lengths)
+    obs, *columns = zip(*taken)
+    rows = {name: np.stack([x[name] for x in obs])[time, env] for name in obs[0]}
+    prev_action, reward, last, terminal = (torch.from_numpy(np.stack(c)[time, env][None]) for c in columns)
+    action = torch.cat([prev_action[:, 1:], torch.zeros_like(prev_action[:, :1])], 1)  # 0 where the next row opens an episode
+    first = torch.from_numpy(time[None] == 0)
+    observed = {name: torch.from_numpy(x[None]) for name, x in rows.items()}
+    return Episodes(Batch(observed, action, prev_action, reward, first, last, terminal))

@@ -1,0 +1,186 @@
+"""Open-loop roll-outs on episodes that the model never learned from: how wrong it is, by horizon."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from worldmodel.data import Batch, Episodes, Obs, Sampling
+from worldmodel.model import WorldModel
+
+NUMBERS_AT_ONCE = 1 << 23
+"""Decoded numbers that are held in memory together."""
+ROLLOUTS_AT_ONCE = 2048
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What a model made of S windows of C + H rows, of which it saw the first C.
+
+    window       Batch [S, C+H]     raw rows, as they came
+    inside       [S, C+H]           rows that belong to the window's episode
+    truth        {key: [S, C+H, ...]} canonical observations, as they came
+    seen         {key: [S, C, ...]} their expectation, decoded from the belief after seeing them
+    imagined     {key: [S, K, H, ...]} expected observations of K sampled roll-outs under the recorded actions
+    reward, cont [S, K, H]          as predicted on arrival
+    """
+
+    window: Batch
+    inside: Bool[Tensor, "S L"]
+    truth: Obs
+    seen: Obs
+    imagined: Obs
+    reward: Float[Tensor, "S K H"]
+    cont: Float[Tensor, "S K H"]
+
+
+@torch.no_grad()
+def roll_out(
+    world: WorldModel,
+    episodes: Episodes,
+    episode: Int[Tensor, " S"],
+    start: Int[Tensor, " S"],
+    context: int,
+    horizon: int,
+    *,
+    samples: int = 8,
+    generator: torch.Generator | None = None,
+) -> Rollout:
+    """Filter `context` rows from each start, then imagine `horizon` steps under the actions that were recorded.
+
+    A window that opens within an episode is filtered from an empty state, as windows are in training.
+    """
+    world.eval()
+    window, inside = episodes.windows(episode, start, context + horizon)
+    window, inside = window.to(world.device), inside.to(world.device)
+    sampling = Sampling(generator=generator)
+    seen = window.window(0, context).with_obs(world.inputs({name: x[:, :context] for name, x in window.obs.items()}))
+    trace = world.trace(seen.map(lambda x: x.repeat_interleave(samples, 0)), None, sampling)
+    action = window.action[:, context - 1 :].repeat_interleave(samples, 0)
+    dream = world.imagine(trace.last, lambda feature, step: action[:, step], horizon, sampling)
+    shape = (len(episode), samples)
+    imagined, looked = {}, {}
+    if world.decoder is not None:
+        looked = _decoded(world, trace.feature.unflatten(0, shape)[:, 0])
+        imagined = _decoded(world, dream.feature[:, 1:].unflatten(0, shape))
+    return Rollout(
+        window=window,
+        inside=inside,
+        truth=world.obs.canonical(window.obs),
+        seen=looked,
+        imagined=imagined,
+        reward=dream.reward.unflatten(0, shape),
+        cont=dream.cont.unflatten(0, shape),
+    )
+
+
+def _decoded(world: WorldModel, feature: Float[Tensor, "*N F"]) -> Obs:
+    """Expected observations in canonical form, with the feature's leading dimensions."""
+    obs = world.decode(feature.flatten(0, -2))
+    return {name: x.unflatten(0, feature.shape[:-1]) for name, x in obs.items()}
+
+
+@dataclass(frozen=True)
+class OpenLoop:
+    """Errors at horizons 1..H; NaN at a horizon that fits into no episode, and for observations where nothing decodes them.
+
+    context      rows seen before each roll-out
+    count        [H]          starts at which the horizon fits
+    squares      {key: [H, D]} mean squared error of the mean prediction, in units of the run's deviation (pixels: of [0, 1])
+    persistence  {key: [H, D]} the same of the last observation seen, repeated
+    reward       [H]          root mean square in reward units
+    cont         [H]          Brier score of P(the world goes on)
+    """
+
+    context: int
+    count: Int[Tensor, " H"]
+    squares: dict[str, Float[Tensor, "H D"]]
+    persistence: dict[str, Float[Tensor, "H D"]]
+    reward: Float[Tensor, " H"]
+    cont: Float[Tensor, " H"]
+
+    @property
+    def horizons(self) -> list[int]:
+        return list(range(1, len(self.count) + 1))
+
+    def error(self) -> Float[Tensor, " H"]:
+        """Root mean square over starts and all numbers of an observation."""
+        return _pooled(self.squares, len(self.count))
+
+    def baseline(self) -> Float[Tensor, " H"]:
+        """The same of persistence."""
+        return _pooled(self.persistence, len(self.count))
+
+    def ratio(self) -> Float[Tensor, " H"]:
+        """Error over that of persistence; NaN where nothing ever moves."""
+        baseline = self.baseline()
+        return torch.where(baseline > 0, self.error() / baseline, torch.nan)
+
+    def worst(self, horizon: int, keys: list[str]) -> tuple[str, int, float, float] | None:
+        """(key, index, root mean square, ratio to persistence) of the number that is predicted worst, in deviations."""
+        errors = [(float(self.squares[k][horizon - 1].max()), k, int(self.squares[k][horizon - 1].argmax())) for k in keys]
+        if not errors or not self.count[horizon - 1]:
+            return None
+        square, key, index = max(errors)
+        baseline = float(self.persistence[key][horizon - 1, index])
+        return key, index, square**0.5, (square / baseline) ** 0.5 if baseline else float("nan")
+
+    def longest(self, at_most: int) -> int | None:
+        """The longest horizon up to `at_most` that fits anywhere."""
+        fits = [h for h, n in zip(self.horizons, self.count.tolist()) if n and h <= at_most]
+        return max(fits, default=None)
+
+
+def open_loop(
+    world: WorldModel,
+    episodes: Episodes,
+    context: int = 5,
+    horizon: int = 15,
+    *,
+    samples: int = 8,
+    every: int = 10,
+    generator: torch.Generator | None = None,
+) -> OpenLoop:
+    """How far predictions are from what came, `horizon` steps ahead without looking.
+
+    The prediction is the mean of the decoder's means over `samples` roll-outs; a roll-out starts at every `every`-th row of
+    an episode wherever context and at least one step fit, and counts at the horizons that fit. Persistence repeats the last
+    observation seen.
+    """
+    sizes = {} if world.decoder is None else {name: math.prod(key.shape) for name, key in world.obs.keys.items()}
+    squares, persistence = ({name: torch.zeros(horizon, d) for name, d in sizes.items()} for _ in range(2))
+    count, reward, cont = torch.zeros(3, horizon)
+    episode, start = _starts(episodes, context, every)
+    at_once = max(1, min(ROLLOUTS_AT_ONCE, NUMBERS_AT_ONCE // (horizon * max(1, sum(sizes.values())))) // samples)
+    for rows in torch.arange(len(episode)).split(at_once):
+        roll = roll_out(world, episodes, episode[rows], start[rows], context, horizon, samples=samples, generator=generator)
+        inside, came = roll.inside[:, context:].float(), roll.window.window(context)
+        count += inside.sum(0).cpu()
+        reward += (inside * (roll.reward.mean(1) - came.reward).square()).sum(0).cpu()
+        cont += (inside * (roll.cont.mean(1) - (~came.is_terminal).float()).square()).sum(0).cpu()
+        for name, x in roll.truth.items() if sizes else ():
+            unit, weight = world.scaling.deviation(name), inside.view(*inside.shape, *[1] * (x.ndim - 2))
+            error = weight * ((roll.imagined[name].mean(1) - x[:, context:]) / unit).square()
+            kept = weight * ((x[:, context - 1 : context] - x[:, context:]) / unit).square()
+            squares[name] += error.sum(0).flatten(1).cpu()
+            persistence[name] += kept.sum(0).flatten(1).cpu()
+    squares, persistence = ({k: x / count.unsqueeze(-1) for k, x in sums.items()} for sums in (squares, persistence))
+    return OpenLoop(context, count.to(torch.int64), squares, persistence, (reward / count).sqrt(), cont / count)
+
+
+def _starts(episodes: Episodes, context: int, every: int) -> tuple[Int[Tensor, " S"], Int[Tensor, " S"]]:
+    """(episode, first row) of every window that holds its context and one row more."""
+    firsts = [torch.arange(0, max(0, int(n) - context), every) for n in episodes.lengths]
+    episode = torch.repeat_interleave(torch.arange(len(firsts)), torch.tensor([len(f) for f in firsts]))
+    return episode, torch.cat(firsts)
+
+
+def _pooled(squares: dict[str, Float[Tensor, "H D"]], horizons: int) -> Float[Tensor, " H"]:
+    """Root mean square over the numbers of all keys; NaN where there is none."""
+    if not squares:
+        return torch.full((horizons,), torch.nan)
+    return torch.cat(list(squares.values()), 1).mean(1).sqrt()

@@ -7,9 +7,11 @@ from typing import Any
 
 _HOMES = {
     "Dreamer": "dreamer",
+    "dream": "dream",
     "Interrupted": "train",
     "RandomAgent": "random",
     "TrainResult": "train",
+    "Watch": "watch",
     "WorldModelAlgorithm": "loop",
     "evaluate": "evaluation",
 }

@@ -22,6 +22,10 @@ class Controller(nn.Module):
         """Canonical actions [B, A] for the states [B]."""
         raise NotImplementedError
 
+    def estimate(self, feature: Tensor) -> Tensor | None:
+        """Expected discounted return [N] from features [N, F]; None where nothing estimates it."""
+        return None
+
 
 class BeliefPolicy(BasePolicy):
     """An SB3 policy whose recurrent state is the world model's belief and the last action."""

@@ -29,6 +29,9 @@ class DreamerController(Controller, ActorCritic):
         policy = self.policy(world.dynamics.feature(state))
         return policy.mode() if deterministic else policy.sample(generator)
 
+    def estimate(self, feature: Tensor) -> Tensor:
+        return self.value(feature)
+
 
 @register("agent", "dreamer", DreamerConfig)
 class Dreamer(WorldModelAlgorithm):

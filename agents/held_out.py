@@ -27,25 +27,28 @@ def collect(
     episodes: int = 20,
     seed: int = HELD_OUT_SEED,
     *,
+    steps: int | None = None,
     random: float = RANDOM,
     give_up: Callable[[], bool] = lambda: False,
 ) -> Episodes:
     """Fresh episodes of the agent's greedy policy with a random action in `random` of the steps, one for each seed from `seed` on.
 
-    Nothing of the agent changes, its random states included. `give_up` is asked at every step; Abandoned as soon as it says yes.
-    Raises EnvError, MissingExtraError.
+    steps    looks at no more than so many steps of each; None: to its end
+    give_up  asked at every step; raises Abandoned as soon as it says yes
+
+    Nothing of the agent changes, its random states included. Raises EnvError, MissingExtraError.
     """
     config = EnvConfig(id=env) if isinstance(env, str) else env
     with own_randomness(agent, seed):
         venv = make_vec(config.model_copy(update={"vectorize": "dummy"}), episodes, seed)
         try:
-            return _first_episodes(agent, venv, random, np.random.default_rng(seed), give_up)
+            return _first_episodes(agent, venv, steps or LIMIT, random, np.random.default_rng(seed), give_up)
         finally:
             venv.close()
 
 
 def _first_episodes(
-    agent: WorldModelAlgorithm, venv: VecEnv, random: float, rng: np.random.Generator, give_up: Callable[[], bool]
+    agent: WorldModelAlgorithm, venv: VecEnv, steps: int, random: float, rng: np.random.Generator, give_up: Callable[[], bool]
 ) -> Episodes:
     count, spec, codec = venv.num_envs, agent.obs_spec, agent.action_spec
 
@@ -58,11 +61,9 @@ def _first_episodes(
     no = np.zeros(count, bool)
     taken = [(rows, np.zeros((count, codec.dim), np.float32), np.zeros(count, np.float32), no, no)]
     lengths, starts = np.zeros(count, np.int64), np.ones(count, bool)
-    while not lengths.all():
+    while not lengths.all() and len(taken) <= steps:
         if give_up():
             raise Abandoned
-        if len(taken) > LIMIT:
-            raise EnvError(f"A held-out episode did not end within {LIMIT} steps. Set env.max_episode_steps.")
         action, belief = agent.policy.follow(belief, rows, starts, deterministic=True)
         action = np.where(rng.random((count, 1)) < random, codec.sample(count, rng), action)
         env_action = codec.decode(action)
@@ -73,7 +74,9 @@ def _first_episodes(
         arrived, terminal = arrivals(rows, starts, infos, to_rows)
         taken.append((arrived, action, reward, starts, terminal))
         lengths[(lengths == 0) & starts] = len(taken)
-    return _episodes(taken, lengths)
+    if steps == LIMIT and not lengths.all():
+        raise EnvError(f"A held-out episode did not end within {LIMIT} steps. Set env.max_episode_steps.")
+    return _episodes(taken, np.where(lengths, lengths, len(taken)))
 
 
 def _episodes(taken: list[tuple], lengths: np.ndarray) -> Episodes:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import Field
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import Logger, SummaryWriter, TensorBoardOutputFormat
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -33,6 +33,7 @@ from worldmodel.agents.evaluation import (
 )
 from worldmodel.agents.loop import WorldModelAlgorithm
 from worldmodel.agents.report import Bar, Lines
+from worldmodel.agents.watch import Watch
 from worldmodel.config import Config, Frozen
 from worldmodel.envs.make import as_vec_env
 from worldmodel.errors import ConfigError, EnvError
@@ -50,6 +51,8 @@ class LogConfig(Frozen):
 
     every: int = Field(4, ge=1, description="episodes between log entries")
     tensorboard: bool = Field(True, description="event files in the run folder")
+    pictures: int = Field(500, ge=0, description="real steps between looks at held-out episodes, and one at the end; 0: none")
+    held_out: int = Field(8, ge=1, description="episodes of each look")
 
 
 @dataclass(frozen=True)
@@ -396,11 +399,13 @@ def _go_on(session: _Session, run: Run, agent: WorldModelAlgorithm, progress: Pr
     keeper = Keeper(run, progress, session.signals, report, seed)
     agent.set_logger(_logger(run, agent.num_timesteps))
     keeper.init_callback(agent)
+    watch = _watch(config, session.signals)
+    callback = keeper if watch is None else CallbackList([keeper, watch])
     try:
         keeper.save(fenced=config.checkpoint.fence and agent.num_timesteps == 0)
         if keeper.evaluate_if_due() and agent.num_timesteps < config.train.steps and not session.signals:
             agent.reopen(env_seed(seed, agent.num_timesteps))
-            agent.learn(config.train.steps - agent.num_timesteps, keeper, config.log.every, reset_num_timesteps=False)
+            agent.learn(config.train.steps - agent.num_timesteps, callback, config.log.every, reset_num_timesteps=False)
         keeper.save()
         if session.signals:
             raise _interrupted(session, run, agent)
@@ -415,6 +420,13 @@ def _go_on(session: _Session, run: Run, agent: WorldModelAlgorithm, progress: Pr
     finally:
         report.close()
         agent.logger.close()
+
+
+def _watch(config: Config, signals: Signals) -> Watch | None:
+    """The callback that shows held-out episodes; None where nothing would be written."""
+    if not (config.log.tensorboard and config.log.pictures):
+        return None
+    return Watch(config.log.pictures, episodes=config.log.held_out, give_up=lambda: bool(signals))
 
 
 def _interrupted(session: _Session, run: Run, agent: WorldModelAlgorithm) -> Interrupted:

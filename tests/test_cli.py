@@ -167,8 +167,8 @@ def test_eval_repeats_the_final_return_and_writes_an_animation(command, trained,
 
 
 def test_eval_refuses_other_films(command, trained, tmp_path):
-    code, _, err = command("eval", trained[0], "--video", tmp_path / "first.mp4")
-    assert code == 2 and ".gif" in err and not (tmp_path / "first.mp4").exists()
+    code, _, err = command("eval", trained[0], "--video", tmp_path / "first.webm")
+    assert code == 2 and ".gif" in err and not (tmp_path / "first.webm").exists()
 
 
 def test_a_missing_extra_is_named(command, tmp_path, monkeypatch):

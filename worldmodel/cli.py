@@ -109,17 +109,42 @@ def evaluate(
         int, typer.Option(min=0, help="Environment seed of the first episode. The default repeats the training's final return.")
     ] = 30_000,
     step: Annotated[int | None, typer.Option(min=0, help="Which checkpoint.", show_default="the newest good one")] = None,
-    video: Annotated[Path | None, typer.Option(metavar="FILE.gif", help="An animation of the first episode.")] = None,
+    video: Annotated[Path | None, typer.Option(metavar="FILE.gif|mp4", help="An animation of the first episode.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Let a run's agent act greedily in fresh environments."""
     with _reported(debug):
-        if video is not None and video.suffix.lower() != ".gif":
-            raise ConfigError(f"--video {video}: only animated GIFs are written. Give a name that ends in .gif.")
         with _stdout_kept():
             result = _evaluate(run, episodes, seed, step, video)
         _answer(result, as_json, _show_evaluation)
+
+
+class Start(str, Enum):
+    """Where dreams begin."""
+
+    replay, prior = "replay", "prior"
+
+
+@app.command()
+def dream(
+    run: RunFolder,
+    context: Annotated[int, typer.Option(min=1, help="Observations that the model sees before it dreams.")] = 5,
+    horizon: Annotated[int, typer.Option(min=1, help="Steps that it dreams.")] = 50,
+    start: Annotated[Start, typer.Option(help="Fresh real episodes, or the initial distribution: from nothing.")] = Start.replay,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.gif|mp4", help="An animation of one dream; the figure of errors lies beside it.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Let a run's world model dream beside fresh real episodes, and measure how far it is off by horizon."""
+    with _reported(debug):
+        with _stdout_kept():
+            from worldmodel.agents.dream import dream as dream_of
+
+            result = dream_of(run, context, horizon, start.value, out, log=_say)
+        _answer(result, as_json, _show_dream)
 
 
 @app.command()
@@ -159,16 +184,19 @@ def _evaluate(path: Path, episodes: int, seed: int, step: int | None, video: Pat
     import numpy as np
     import torch
 
+    from worldmodel import pictures
     from worldmodel.agents.evaluation import evaluate as evaluate_agent
     from worldmodel.run import Run
 
+    if video is not None:
+        pictures.checked(video)
     run = Run.open(path)
     torch.set_num_threads(run.config.train.threads)
     agent = run.agent(step)
     frames: list[np.ndarray] | None = [] if video is not None else None
     returns, lengths = evaluate_agent(agent, run.config.env, episodes, seed, frames=frames)
     if video is not None:
-        _write_gif(video, frames, _fps(run.config))
+        pictures.save(video, np.stack(frames), _fps(run.config))
     return {
         "env_id": run.config.env.id,
         "run": str(run.path),
@@ -190,21 +218,6 @@ def _fps(config: Config) -> float:
     entry = find_spec(config.env.id).entry_point
     maker = gymnasium.envs.registration.load_env_creator(entry) if isinstance(entry, str) else entry
     return float(getattr(maker, "metadata", {}).get("render_fps") or 30)
-
-
-def _write_gif(path: Path, frames: list[np.ndarray], fps: float, side: int = 320) -> None:
-    """Pictures [height, width, 3] as an animation that repeats, at most `side` pixels wide and high."""
-    from PIL import Image
-
-    from worldmodel.checkpoint import make_folder, storage
-
-    pictures = [Image.fromarray(frame) for frame in frames]
-    for picture in pictures:
-        picture.thumbnail((side, side))
-    make_folder(path.parent)
-    with storage("write", path):
-        # GIF counts in hundredths of a second, and viewers slow down what is shorter than two of them.
-        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=max(20, round(1000 / fps)), loop=0)
 
 
 def _info(name: str) -> dict[str, Any]:
@@ -306,6 +319,17 @@ def _show_evaluation(result: Mapping[str, Any]) -> None:
     _show_pairs({key: value for key, value in result.items() if key not in ("returns", "lengths")})
 
 
+def _show_dream(result: Mapping[str, Any]) -> None:
+    columns = {"horizon": "horizons", **{name: name for name in ("observation", "persistence", "ratio", "reward", "continue")}}
+    rows = [dict(zip(columns, values)) for values in zip(*(result[key] for key in columns.values()))]
+    known = [row for row in rows if row["reward"] is not None]
+    shown = [row for row in known if row["horizon"] in (1, 2, 3, 5, 7, 10, 15) or row["horizon"] % 10 == 0 or row is known[-1]]
+    _table(shown, tuple(columns), digits=4)
+    worst = result["worst"] or {}
+    told = {f"worst at horizon {worst['horizon']}": f"{worst['name']}: {worst['observation']:.3f}"} if worst else {}
+    _show_pairs({**{key: result[key] for key in ("env_id", "run", "context", "out")}, **told})
+
+
 def _show_pairs(result: Mapping[str, Any]) -> None:
     rows = []
     for key, value in result.items():
@@ -315,20 +339,20 @@ def _show_pairs(result: Mapping[str, Any]) -> None:
     _table(rows, ("", " "))
 
 
-def _table(rows: list[Mapping[str, Any]], columns: tuple[str, ...]) -> None:
+def _table(rows: list[Mapping[str, Any]], columns: tuple[str, ...], digits: int = 2) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(*[column.replace("_", " ") for column in columns], show_header=any(c.strip() for c in columns))
     for row in rows:
-        table.add_row(*[_cell(row[column]) for column in columns])
+        table.add_row(*[_cell(row[column], digits) for column in columns])
     Console(markup=False, highlight=False).print(table)
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any, digits: int) -> str:
     if value is None or value == []:
         return "-"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -5,57 +5,83 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from worldmodel.data import Episodes, Sampling, Trace
+from worldmodel.data import Batch, Episodes, Sampling, State
+from worldmodel.distributions import Posterior
 from worldmodel.model import WorldModel
 
 
-@torch.no_grad()
-def beliefs(world: WorldModel, episodes: Episodes) -> Trace:
-    """The trace [1, R] of whole episodes by the beliefs' modes: what the model thinks at each row, noise left out."""
-    world.eval()
-    rows = episodes.rows.to(world.device)
-    return world.trace(rows.with_obs(world.inputs(rows.obs)), None, Sampling(mode=True))
-
-
 @dataclass(frozen=True)
-class Usage:
-    """How much of a code is used.
+class Beliefs:
+    """What a model thinks at R rows of episodes, noise left out.
 
-    rate    [V] mean KL of each variable of the code against the transition (or initial) law, in nats per step; None where
-            that law has no closed form, or does not split by variable
-    active  variables that say different things about different rows (`WorldModel.active_units`)
-    total   [] mean rate of the whole code, in nats per step
+    episode, step  [R]  where the rows are
+    rows           Batch [R, 1], raw
+    belief         posterior [R]
+    code, carry    its mode [R, Z]; the carry before the row was seen [R, D]
+    feature        [R, F]
+    rate           mean KL of the posteriors against the transition or initial law, in nats per step
+    active         variables of the code that say different things about different rows (`WorldModel.active_units`)
     """
 
-    rate: Float[Tensor, " V"] | None
+    episode: Int[Tensor, " R"]
+    step: Int[Tensor, " R"]
+    rows: Batch
+    belief: Posterior
+    code: Float[Tensor, "R Z"]
+    carry: Float[Tensor, "R D"]
+    feature: Float[Tensor, "R F"]
+    rate: float
     active: int
-    total: float
 
 
 @torch.no_grad()
-def usage(world: WorldModel, episodes: Episodes, trace: Trace) -> Usage:
-    """What each variable of the code carries on these episodes."""
+def beliefs(world: WorldModel, episodes: Episodes, most: int = 100) -> Beliefs:
+    """The beliefs about the first `most` rows of each episode."""
+    world.eval()
+    each = torch.arange(len(episodes.lengths))
+    window, inside = episodes.windows(each, torch.zeros_like(each), min(most, int(episodes.lengths.max())))
+    rows = window.to(world.device)
+    trace = world.trace(rows.with_obs(world.inputs(rows.obs)), None, Sampling(mode=True))
+    episode, step = inside.nonzero(as_tuple=True)
+    return Beliefs(
+        episode,
+        step,
+        window.map(lambda x: x[inside].unsqueeze(1)),
+        trace.posterior.index(inside),
+        trace.z[inside],
+        trace.h[inside],
+        trace.feature[inside],
+        float(trace.rates["rate"][inside].mean()),
+        world.active_units(trace),
+    )
+
+
+@torch.no_grad()
+def usage(world: WorldModel, seen: Beliefs) -> Float[Tensor, " V"] | None:
+    """Mean KL of each variable of the code against the transition law, in nats per step, over rows that open no episode.
+
+    None where that law has no closed form, or does not split by variable.
+    """
     given = getattr(world.dynamics.transition, "given", None)
-    rate = None
-    if given is not None and hasattr(trace.posterior, "kl_elements"):
-        inside = ~episodes.rows.is_first.to(trace.h.device)
-        rate = trace.posterior.index(inside).kl_elements(given(trace.h[inside])).mean(0).cpu()
-    return Usage(rate, world.active_units(trace), float(trace.rates["rate"].mean()))
+    if given is None or not hasattr(seen.belief, "kl_elements"):
+        return None
+    later = seen.step > 0
+    return seen.belief.index(later).kl_elements(given(seen.carry[later])).mean(0).cpu()
 
 
 @torch.no_grad()
-def traversal(world: WorldModel, trace: Trace, row: int, steps: int = 7, width: float = 2.5) -> Float[Tensor, "V S F"]:
-    """The features of one row with one variable of its code moved at a time, over what the code does on the whole trace.
+def traversal(world: WorldModel, seen: Beliefs, row: int, steps: int = 7, width: float = 2.5) -> Float[Tensor, "V S F"]:
+    """The features of one row with one variable of its code moved at a time, over what the code does in all rows.
 
     Real numbers go over `width` deviations to both sides of their mean, categories through their classes (the first `steps`).
     """
-    codes = trace.z[0]
-    moved = world.dynamics.latent.traverse(codes[row], codes, steps, width)
-    carry = trace.h[0, row].expand(*moved.shape[:2], -1)
-    return torch.cat([carry, moved], -1)
+    moved = world.dynamics.latent.traverse(seen.code[row], seen.code, steps, width)
+    shape = moved.shape[:2]
+    state = State({"h": seen.carry[row].expand(*shape, -1).flatten(0, 1), "z": moved.flatten(0, 1)})
+    return world.dynamics.feature(state).unflatten(0, shape)
 
 
 def interpolation(one: Float[Tensor, " F"], other: Float[Tensor, " F"], steps: int = 9) -> Float[Tensor, "S F"]:

@@ -103,6 +103,12 @@ class OpenLoop:
     reward: Float[Tensor, " H"]
     cont: Float[Tensor, " H"]
 
+    @classmethod
+    def unknown(cls, context: int, horizon: int) -> OpenLoop:
+        """Of roll-outs that nothing real can be compared with."""
+        nothing = torch.full((horizon,), torch.nan)
+        return cls(context, torch.zeros(horizon, dtype=torch.int64), {}, {}, nothing, nothing)
+
     @property
     def horizons(self) -> list[int]:
         return list(range(1, len(self.count) + 1))
@@ -156,7 +162,7 @@ def open_loop(
     count, reward, cont = torch.zeros(3, horizon)
     episode, start = _starts(episodes, context, every)
     at_once = max(1, min(ROLLOUTS_AT_ONCE, NUMBERS_AT_ONCE // (horizon * max(1, sum(sizes.values())))) // samples)
-    for rows in torch.arange(len(episode)).split(at_once):
+    for rows in torch.arange(len(episode)).split(at_once) if len(episode) else ():
         roll = roll_out(world, episodes, episode[rows], start[rows], context, horizon, samples=samples, generator=generator)
         inside, came = roll.inside[:, context:].float(), roll.window.window(context)
         count += inside.sum(0).cpu()

@@ -1,7 +1,7 @@
 """Where agents act: real environments, small worlds with known answers, and the learned world as an environment.
 
-Importing this registers `Catch-v0` and `Chain-v0` with Gymnasium (use them as `worldmodel.envs:Catch-v0`) and loads
-nothing else: the names below are resolved when they are first used.
+Importing this registers `Catch-v0`, `Chain-v0` and `Imagined-v0` with Gymnasium (use them as `worldmodel.envs:Catch-v0`) and
+loads nothing else: the names below are resolved when they are first used.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ _HOMES = {
     "CheckedEnv": "wrappers",
     "EnvConfig": "make",
     "FlattenSpaces": "wrappers",
+    "ImaginedEnv": "imagined",
+    "ImaginedVecEnv": "imagined",
+    "ImaginedVectorEnv": "imagined",
+    "ImaginedWorld": "imagined",
     "RenderObservation": "wrappers",
     "Scene": "draw",
     "Viewer": "draw",
@@ -41,3 +45,8 @@ def __dir__() -> list[str]:
 
 gymnasium.register("Catch-v0", entry_point="worldmodel.envs.tiny:Catch", reward_threshold=0.9)
 gymnasium.register("Chain-v0", entry_point="worldmodel.envs.tiny:Chain", reward_threshold=0.39)
+gymnasium.register(
+    "Imagined-v0",
+    entry_point="worldmodel.envs.imagined:ImaginedEnv",
+    vector_entry_point="worldmodel.envs.imagined:ImaginedVectorEnv",
+)

@@ -26,6 +26,7 @@ _HOMES = {
     "Scene": "draw",
     "Viewer": "draw",
     "as_vec_env": "make",
+    "check_vec_env": "check",
     "make_env": "make",
     "make_vec": "make",
     "scene": "draw",

@@ -1,4 +1,5 @@
-"""Where agents act: real environments, small worlds with known answers, and the learned world as an environment.
+"""Where agents act: real environments, small worlds with known answers, the learned world as an environment,
+and real ones seen through it.
 
 Importing this registers `Catch-v0`, `Chain-v0` and `Imagined-v0` with Gymnasium (use them as `worldmodel.envs:Catch-v0`) and
 loads nothing else: the names below are resolved when they are first used.
@@ -22,6 +23,7 @@ _HOMES = {
     "ImaginedVecEnv": "imagined",
     "ImaginedVectorEnv": "imagined",
     "ImaginedWorld": "imagined",
+    "LatentVecEnv": "latent",
     "RenderObservation": "wrappers",
     "Scene": "draw",
     "Viewer": "draw",

@@ -19,6 +19,7 @@ _HOMES = {
     "CheckedEnv": "wrappers",
     "EnvConfig": "make",
     "FlattenSpaces": "wrappers",
+    "GymVecEnvAdapter": "adapter",
     "ImaginedEnv": "imagined",
     "ImaginedVecEnv": "imagined",
     "ImaginedVectorEnv": "imagined",

@@ -38,7 +38,7 @@ from worldmodel.spaces import ActionSpec, ObsSpec
 class WorldModelAlgorithm(BaseAlgorithm):
     """Base of Dreamer and its like: a world model learned from the replay, and a controller that acts on its beliefs.
 
-    env     id string, gymnasium environment or VecEnv (VecNormalize is refused: observations are standardised inside)
+    env     id string, gymnasium environment, VectorEnv or VecEnv (VecNormalize is refused: observations are standardised inside)
     recipe  name or path; without it, the recipe made for the environment's id, else defaults from its spaces
     config  dotted overrides, e.g. {"train.ratio": 1.0} or ["model=vae"]
     """
@@ -53,7 +53,7 @@ class WorldModelAlgorithm(BaseAlgorithm):
     def __init__(
         self,
         policy: str,
-        env: str | gym.Env | VecEnv | None,
+        env: str | gym.Env | gym.vector.VectorEnv | VecEnv | None,
         *,
         recipe: str | pathlib.Path | None = None,
         config: Config | Mapping | Sequence[str] | None = None,

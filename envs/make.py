@@ -12,9 +12,10 @@ from gymnasium.wrappers import TimeLimit
 from pydantic import Field
 from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor
 
 from worldmodel.config import Frozen
+from worldmodel.envs.adapter import GymVecEnvAdapter
 from worldmodel.envs.extras import missing_extra, register_for
 from worldmodel.envs.workers import ReportFaults, WorkerVecEnv
 from worldmodel.envs.wrappers import ActionRepeat, CheckedEnv, FlattenSpaces, RenderObservation
@@ -84,8 +85,12 @@ def make_vec(config: EnvConfig | str, num_envs: int | None = None, seed: int | N
     return venv
 
 
-def as_vec_env(env: str | EnvConfig | gym.Env | VecEnv, num_envs: int | None = None, seed: int | None = None) -> VecEnv:
-    """A VecEnv of whatever users hold: an id, a config, one Gymnasium environment, or a VecEnv, which is passed back."""
+def as_vec_env(
+    env: str | EnvConfig | gym.Env | gym.vector.VectorEnv | VecEnv, num_envs: int | None = None, seed: int | None = None
+) -> VecEnv:
+    """A VecEnv of whatever users hold: an id, a config, one Gymnasium environment, several, or a VecEnv, which is passed back."""
+    if isinstance(env, gym.vector.VectorEnv):
+        env = VecMonitor(GymVecEnvAdapter(env))
     if isinstance(env, VecEnv):
         if num_envs not in (None, env.num_envs):
             raise ConfigError(f"The VecEnv has {env.num_envs} environments, but {num_envs} were asked for. Leave num_envs out.")
@@ -94,10 +99,8 @@ def as_vec_env(env: str | EnvConfig | gym.Env | VecEnv, num_envs: int | None = N
         return env
     if isinstance(env, (str, EnvConfig)):
         return make_vec(env, num_envs, seed)
-    if isinstance(env, gym.vector.VectorEnv):
-        raise ConfigError("A Gymnasium VectorEnv is no Stable-Baselines3 VecEnv. Pass the environment's id and num_envs instead.")
     if not isinstance(env, gym.Env):
-        raise ConfigError(f"Expected a Gymnasium id, a gymnasium.Env or an SB3 VecEnv; got {type(env).__name__}.")
+        raise ConfigError(f"Expected a Gymnasium id, a gymnasium.Env, a VectorEnv or an SB3 VecEnv; got {type(env).__name__}.")
     if num_envs not in (None, 1):
         raise ConfigError(f"One environment cannot be {num_envs}. Pass its id, or a VecEnv.")
     venv = DummyVecEnv([partial(_prepare, env, 0, seed)])

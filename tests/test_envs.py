@@ -358,12 +358,13 @@ def test_as_vec_env_takes_whatever_users_hold():
     assert sum(isinstance(layer, Monitor) for layer in _layers(venv.envs[0])) == 1
     assert as_vec_env(venv) is venv
     assert as_vec_env(CATCH, 2).num_envs == 2 and as_vec_env(EnvConfig(id=CATCH, num_envs=3)).num_envs == 3
-    for wrong in (7, gym.make_vec("CartPole-v1", num_envs=2)):
+    several = as_vec_env(gym.make_vec("CartPole-v1", num_envs=2), seed=3)
+    assert several.num_envs == 2 and np.array_equal(several.reset(), gym.make_vec("CartPole-v1", num_envs=2).reset(seed=3)[0])
+    with pytest.raises(ConfigError):
+        as_vec_env(7)
+    for one in (env, venv, several):
         with pytest.raises(ConfigError):
-            as_vec_env(wrong)
-    for one in (env, venv):
-        with pytest.raises(ConfigError):
-            as_vec_env(one, 2)
+            as_vec_env(one, 4)
 
 
 def _layers(env):

@@ -1,0 +1,401 @@
+"""The learned world as environments: worlds that step together in torch, and the three forms in which others take them.
+
+| class | is | resets |
+|---|---|---|
+| `ImaginedWorld` | N worlds in tensors | the rows that its caller names |
+| `ImaginedVecEnv` | SB3's VecEnv | ended rows, in the same step |
+| `ImaginedVectorEnv` | Gymnasium's VectorEnv | ended rows, in the same step (SAME_STEP) |
+| `ImaginedEnv` | Gymnasium's Env, one world | its caller does |
+
+An episode is truncated after `horizon` steps. It terminates where the model says so: on each arrival the world goes on
+with the probability that the continue head gives, so that returns have the expectation that the model predicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import batch_space
+from jaxtyping import Bool, Float
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
+
+from worldmodel.data import Sampling, State
+from worldmodel.envs.draw import Viewer
+from worldmodel.errors import ConfigError, NumericsError, did_you_mean
+from worldmodel.learner import reuse_memory
+from worldmodel.model import WorldModel
+from worldmodel.replay import Replay
+from worldmodel.run import Run
+
+Start = Literal["replay", "prior"]
+Form = Literal["latent", "decoded"]
+Source = WorldModel | Run | str | Path
+
+
+def learned_world(source: Source) -> tuple[WorldModel, Run | None]:
+    """(world model in eval mode, its run) of a run, a run folder or a model. Raises ConfigError, StorageError."""
+    if isinstance(source, WorldModel):
+        return source.eval(), None
+    if not isinstance(source, Run | str | Path):
+        raise ConfigError(f"Expected a Run, a run folder or a WorldModel; got {type(source).__name__}.")
+    run = source if isinstance(source, Run) else Run.open(source)
+    return run.world_model(), run
+
+
+def latent_space(world: WorldModel) -> spaces.Box:
+    """What a policy on features observes: float32 [F], without bounds."""
+    return spaces.Box(-np.inf, np.inf, (world.feature_dim,), np.float32)
+
+
+class ReplayStarts:
+    """States to begin from: the filter's beliefs at recorded rows from which the world went on.
+
+    The filter runs over `windows` windows of the replay at once; of what it gives, a pool is kept from which starts are drawn
+    at random, each `reuse` times on average, before the next windows are filtered. A row counts once its belief rests on
+    its episode's first row or on a quarter of the window.
+    """
+
+    windows, length, reuse = 64, 32, 4
+
+    def __init__(self, world: WorldModel, replay: Replay):
+        if not len(replay):
+            raise ConfigError("start='replay' needs experience, but the replay is empty. Collect some first, or use start='prior'.")
+        holds, needs = (replay.obs_spec, replay.action_dim), (world.obs.store, world.action.dim)
+        if holds != needs:
+            raise ConfigError(
+                f"The replay is of another environment: its observations and actions are {holds}; the world model expects {needs}. "
+                "Pass the experience that the model was trained on, or other of the same spaces."
+            )
+        self.world, self.replay = world, replay
+        self.pool: State | None = None
+        self.left = 0
+
+    def draw(self, count: int, generator: torch.Generator) -> State:
+        if self.pool is None or self.left <= 0:
+            self.pool = self._filter(generator)
+            self.left = self.reuse * self.pool.batch_size
+        self.left -= count
+        rows = torch.randint(self.pool.batch_size, (count,), generator=generator, device=generator.device)
+        return self.pool.index(rows)
+
+    def _filter(self, generator: torch.Generator) -> State:
+        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+        length = min(self.length, max(self.replay.lengths))
+        batch = self.replay.sample(self.windows, length, np.random.default_rng(seed)).to(self.world.device)
+        trace = self.world.trace(batch.with_obs(self.world.inputs(batch.obs)), None, Sampling(generator=generator))
+        opened = batch.is_first.cumsum(1) > 0
+        known = opened | (torch.arange(length, device=opened.device) >= length // 4)
+        rows = (known & ~batch.is_terminal).flatten()
+        if not rows.any():
+            raise ConfigError("start='replay': the world ended at every row of the replay. Collect more, or use start='prior'.")
+        return trace.states.map(lambda x: x.flatten(0, 1)[rows])  # [N, ...]
+
+
+class Arrival(NamedTuple):
+    """What a step of N worlds brings: their features, the rewards on arriving there, and how their episodes stand."""
+
+    feature: Float[Tensor, "N F"]
+    reward: Float[Tensor, " N"]
+    terminated: Bool[Tensor, " N"]
+    truncated: Bool[Tensor, " N"]
+
+
+class ImaginedWorld:
+    """N imagined worlds that take each step as one batch; all that is random comes from their own generator.
+
+    source       a run, a run folder, or a WorldModel (with start="replay" it needs `replay`)
+    horizon      steps after which an episode is truncated
+    start        "replay": beliefs at recorded rows; "prior": the dynamics' initial distribution
+    observation  "latent": the feature; "decoded": the expected observation, in the environment's own space
+    seed         of the generator; None: a fresh one
+
+    Actions of `step` are canonical tensors; `encode` makes them of the environment's own. Raises ConfigError.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        num_envs: int,
+        horizon: int = 15,
+        *,
+        start: Start = "replay",
+        observation: Form = "latent",
+        seed: int | None = None,
+        replay: Replay | None = None,
+    ):
+        for name, number in (("num_envs", num_envs), ("horizon", horizon)):
+            if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
+                raise ConfigError(f"{name} is {number!r}; expected a whole number of at least 1.")
+        for name, value, known in (("start", start, ("replay", "prior")), ("observation", observation, ("latent", "decoded"))):
+            if value not in known:
+                raise ConfigError(f"{name} is {value!r}; expected one of {known}.{did_you_mean(str(value), known)}")
+        self.world, run = learned_world(source)
+        if start == "replay" and replay is None:
+            if run is None:
+                raise ConfigError(
+                    "start='replay' needs experience, and a WorldModel alone holds none. Pass the run instead, or "
+                    "replay=run.replay(), or use start='prior'."
+                )
+            replay = run.replay()
+        self.num_envs, self.horizon = int(num_envs), int(horizon)
+        self.viewer = Viewer(run.config.env.id if run is not None else "", self.world.obs)
+        if run is not None and run.config.train.reuse_memory:
+            reuse_memory()
+        self.action_space = self.world.action.space
+        self.latent = observation == "latent"
+        self.observation_space = latent_space(self.world) if self.latent else self.world.obs.space
+        self._replay = replay if start == "replay" else None
+        self.device = self.world.device
+        self.generator = torch.Generator(device=self.device)
+        self.state = self.world.initial(self.num_envs)
+        self.age = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
+        self.seed(int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed)
+
+    def seed(self, seed: int | None) -> None:
+        """From the next reset on, everything follows from `seed`; None: from where the generator stands.
+
+        Either way starts are filtered anew: with the world's weights, and the experience, as they are then.
+        """
+        if seed is not None:
+            self.generator.manual_seed(int(seed))
+        if self._replay is not None:
+            self._draw = ReplayStarts(self.world, self._replay).draw
+        else:
+            self._draw = lambda count, generator: self.world.dynamics.begin(count, Sampling(generator=generator))
+
+    @torch.no_grad()
+    def reset(self, rows: Tensor | None = None) -> Float[Tensor, "n F"]:
+        """Begins new episodes in the worlds of these numbers (None: in all); their features."""
+        rows = torch.arange(self.num_envs, device=self.device) if rows is None else rows
+        fresh = self._draw(len(rows), self.generator)
+        self.state = State({name: x.index_copy(0, rows, fresh[name]) for name, x in self.state.items()})
+        self.age = self.age.index_fill(0, rows, 0)
+        return self.world.dynamics.feature(fresh)
+
+    @torch.no_grad()
+    def step(self, action: Float[Tensor, "N A"]) -> Arrival:
+        """One step of all worlds. Ended ones go on until they are reset. Raises NumericsError."""
+        dream = self.world.imagine(self.state, lambda feature, step: action, 1, Sampling(generator=self.generator))
+        self.state, self.age = dream.last, self.age + 1
+        reward, cont = dream.reward[:, 0], dream.cont[:, 0]
+        if not torch.isfinite(reward.sum() + cont.sum()):
+            raise NumericsError(
+                "An imagined reward or end is not finite; expected finite numbers. The world model is broken: open an earlier "
+                "checkpoint, run.world_model(step)."
+            )
+        lot = torch.rand(self.num_envs, generator=self.generator, device=self.device)
+        terminated = lot >= cont
+        return Arrival(dream.feature[:, 1], reward, terminated, (self.age >= self.horizon) & ~terminated)
+
+    # As arrays ------------------------------------------------------------------------------------------------------
+
+    def encode(self, actions: np.ndarray) -> Float[Tensor, "N A"]:
+        """Canonical actions of the environment's own [N, ...]. Raises ValueError for others."""
+        return torch.from_numpy(self.world.action.encode(actions)).to(self.device)
+
+    def look(self, feature: Float[Tensor, "n F"]) -> Any:
+        """The observations [n, ...] of features, as fresh arrays in `observation_space` (a dict where that is a Dict)."""
+        if self.latent:
+            return feature.cpu().numpy()
+        return self.world.obs.to_env(self.world.obs.raw(self.world.decode(feature)))
+
+    def advance(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, np.ndarray, Any]:
+        """One step in which ended worlds begin anew: (obs, reward, terminated, truncated, ended, last).
+
+        obs [N, ...] are the new episodes' first where one ended; `ended` [n] are the numbers of those worlds, `last` [n, ...]
+        the observations that they ended with.
+        """
+        arrival = self.step(self.encode(actions))
+        obs, reward = self.look(arrival.feature), arrival.reward.cpu().numpy()
+        terminated, truncated = arrival.terminated.cpu().numpy(), arrival.truncated.cpu().numpy()
+        ended = np.flatnonzero(terminated | truncated)
+        last = part(obs, ended)
+        if len(ended):
+            fresh = self.look(self.reset(torch.from_numpy(ended).to(self.device)))
+            if isinstance(obs, dict):
+                for name, x in obs.items():
+                    x[ended] = fresh[name]
+            else:
+                obs[ended] = fresh
+        return obs, reward, terminated, truncated, ended, last
+
+    def frames(self, rows: Sequence[int] | None = None) -> np.ndarray:
+        """Pictures uint8 [n, H, W, 3] of what the worlds decode to. Raises ConfigError where there is no way to draw them."""
+        state = self.state if rows is None else self.state.index(torch.as_tensor(list(rows), device=self.device))
+        frames = self.viewer.frames(self.world.decode(self.world.dynamics.feature(state)))
+        if frames is None:
+            raise ConfigError(
+                f"There is no way to draw {self.world.obs.space}; expected an image among the observations, or a run of an "
+                "environment that envs.draw knows. Train on pictures (env.pixels=64), or do not render."
+            )
+        return frames
+
+
+def part(obs: Any, rows: Any) -> Any:
+    """Some rows of batched observations; one number gives one observation without the batch axis."""
+    return {name: x[rows] for name, x in obs.items()} if isinstance(obs, dict) else obs[rows]
+
+
+class ImaginedVecEnv(VecEnv):
+    """N imagined worlds as an SB3 VecEnv, in which unmodified SB3 algorithms train.
+
+    run_or_model  a Run, a run folder, or a WorldModel (on the device where the worlds are to live)
+    num_envs      worlds that take each step as one batch; some hundreds are fastest per world
+    horizon       steps after which an episode is truncated: `TimeLimit.truncated` is set, and algorithms bootstrap
+    start         "replay": beliefs at recorded rows; "prior": the dynamics' initial distribution
+    observation   "latent": features, float32 [F]; "decoded": expected observations, in the environment's own space
+    seed          of the worlds' own generator; `seed()` sets it anew, from the next reset on
+    replay        recorded experience, where the run's is not meant or there is no run
+
+    What comes out are fresh arrays: SB3 writes into some of them. `render` and `get_images` show what the worlds decode to.
+    Raises ConfigError.
+    """
+
+    def __init__(
+        self,
+        run_or_model: Source,
+        num_envs: int,
+        horizon: int = 15,
+        *,
+        start: Start = "replay",
+        observation: Form = "latent",
+        seed: int | None = None,
+        replay: Replay | None = None,
+    ):
+        self.worlds = ImaginedWorld(run_or_model, num_envs, horizon, start=start, observation=observation, seed=seed, replay=replay)
+        self.rows = [ImaginedRow(self.worlds, i) for i in range(num_envs)]
+        super().__init__(num_envs, self.worlds.observation_space, self.worlds.action_space)
+
+    def reset(self) -> Any:
+        self.worlds.seed(self._seeds[0])
+        self._reset_seeds()
+        self._reset_options()
+        self.reset_infos = [{} for _ in range(self.num_envs)]
+        return self.worlds.look(self.worlds.reset())
+
+    def step_async(self, actions: np.ndarray) -> None:
+        self._actions = actions
+
+    def step_wait(self) -> tuple[Any, np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        obs, reward, terminated, truncated, ended, last = self.worlds.advance(self._actions)
+        infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        for i, row in enumerate(ended.tolist()):
+            infos[row] = {"terminal_observation": part(last, i), "TimeLimit.truncated": bool(truncated[row])}
+        return obs, reward, terminated | truncated, infos
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+    def get_images(self) -> list[np.ndarray]:
+        return list(self.worlds.frames())
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        return [getattr(self.rows[i], attr_name) for i in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        for i in self._get_indices(indices):
+            setattr(self.rows[i], attr_name, value)
+
+    def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
+        return [getattr(self.rows[i], method_name)(*method_args, **method_kwargs) for i in self._get_indices(indices)]
+
+    def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: Any = None) -> list[bool]:
+        return [False for _ in self._get_indices(indices)]
+
+
+class ImaginedRow:
+    """One of several imagined worlds, as `get_attr` and `env_method` see it: they step together, so it only looks."""
+
+    render_mode = "rgb_array"
+    spec = None
+
+    def __init__(self, worlds: ImaginedWorld, index: int):
+        self.worlds, self.index = worlds, index
+
+    @property
+    def observation_space(self) -> spaces.Space:
+        return self.worlds.observation_space
+
+    @property
+    def action_space(self) -> spaces.Space:
+        return self.worlds.action_space
+
+    @property
+    def horizon(self) -> int:
+        return self.worlds.horizon
+
+    def render(self) -> np.ndarray:
+        """uint8 [H, W, 3]."""
+        return self.worlds.frames([self.index])[0]
+
+
+class ImaginedEnv(gym.Env):
+    """One imagined world as a Gymnasium environment: `gym.make("worldmodel.envs:Imagined-v0", run="runs/demo")`.
+
+    The options are those of ImaginedVecEnv, `run` its run_or_model. render_mode "rgb_array": what the world decodes to.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
+
+    def __init__(self, run: Source, horizon: int = 15, *, render_mode: str | None = None, **options: Any):
+        self.worlds = ImaginedWorld(run, 1, horizon, **options)
+        self.observation_space, self.action_space = self.worlds.observation_space, self.worlds.action_space
+        self.render_mode = render_mode
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        if seed is not None:
+            self.worlds.seed(seed)
+        return part(self.worlds.look(self.worlds.reset()), 0), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        arrival = self.worlds.step(self.worlds.encode(np.asarray(action)[None]))
+        obs = part(self.worlds.look(arrival.feature), 0)
+        return obs, float(arrival.reward), bool(arrival.terminated), bool(arrival.truncated), {}
+
+    def render(self) -> np.ndarray | None:
+        return self.worlds.frames()[0] if self.render_mode == "rgb_array" else None
+
+
+class ImaginedVectorEnv(gym.vector.VectorEnv):
+    """N imagined worlds as a Gymnasium vector environment: `gym.make_vec("worldmodel.envs:Imagined-v0", 64, run="runs/demo")`.
+
+    The options are those of ImaginedEnv. Ended worlds begin anew in the same step; `final_obs` in the infos is what they
+    ended with.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30, "autoreset_mode": AutoresetMode.SAME_STEP}
+
+    def __init__(self, run: Source, num_envs: int = 1, horizon: int = 15, *, render_mode: str | None = None, **options: Any):
+        self.worlds = ImaginedWorld(run, num_envs, horizon, **options)
+        self.num_envs, self.render_mode = num_envs, render_mode
+        self.single_observation_space, self.single_action_space = self.worlds.observation_space, self.worlds.action_space
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.worlds.seed(seed)
+        return self.worlds.look(self.worlds.reset()), {}
+
+    def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        obs, reward, terminated, truncated, ended, last = self.worlds.advance(actions)
+        infos: dict[str, Any] = {}
+        if len(ended):
+            final, mask = np.full(self.num_envs, None, object), np.zeros(self.num_envs, bool)
+            for i, row in enumerate(ended.tolist()):
+                final[row] = part(last, i)
+            mask[ended] = True
+            infos = {"final_obs": final, "_final_obs": mask, "final_info": {}, "_final_info": mask.copy()}
+        return obs, reward, terminated, truncated, infos
+
+    def render(self) -> tuple[np.ndarray, ...] | None:
+        return tuple(self.worlds.frames()) if self.render_mode == "rgb_array" else None

@@ -1,0 +1,85 @@
+"""The real environment seen through the filter: the belief as observation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+
+from worldmodel.data import Sampling, State
+from worldmodel.envs.imagined import Source, latent_space, learned_world, part
+from worldmodel.errors import ConfigError
+from worldmodel.model import tensors
+
+
+class LatentVecEnv(VecEnvWrapper):
+    """Real environments whose observation is the world model's belief: what was trained in the dream plays in reality.
+
+    venv          the environments that the model was trained in, as they were wrapped there
+    run_or_model  a Run, a run folder or a WorldModel
+
+    The observation is the feature float32 [F] (carry and the code's mode), as in ImaginedVecEnv with latents: it holds the
+    past, so that memoryless algorithms get memory. Each action that is taken enters the belief, an episode's start forgets,
+    and `terminal_observation` is the belief at the last observation. Raises ConfigError where the spaces differ.
+    """
+
+    def __init__(self, venv: VecEnv, run_or_model: Source):
+        self.world, _ = learned_world(run_or_model)
+        for name, space, known in (
+            ("observation", venv.observation_space, self.world.obs.space),
+            ("action", venv.action_space, self.world.action.space),
+        ):
+            if space != known:
+                raise ConfigError(
+                    f"The environments' {name} space is {space}; the world model was trained on {known}. Pass environments made "
+                    "as in its training: worldmodel.envs.make_vec(run.config.env)."
+                )
+        super().__init__(venv, observation_space=latent_space(self.world))
+        self.device = self.world.device
+        self._everyone = np.arange(self.num_envs)
+        self._state = self.world.initial(self.num_envs)
+        self._action = np.zeros((self.num_envs, self.world.action.dim), np.float32)
+
+    def reset(self) -> np.ndarray:
+        return self._begin(self.venv.reset(), self._everyone)
+
+    def step_async(self, actions: np.ndarray) -> None:
+        self._action = self.world.action.encode(actions)
+        self.venv.step_async(actions)
+
+    def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        obs, rewards, dones, infos = self.venv.step_wait()
+        ended = np.flatnonzero(dones)
+        rows = self.world.obs.to_rows(obs)
+        for i in ended:
+            for name, x in self.world.obs.to_rows(_batch_of_one(infos[i]["terminal_observation"])).items():
+                rows[name][i] = x[0]
+        feature = self._see(rows, self._everyone, first=False)
+        if len(ended):
+            for i in ended:
+                infos[i]["terminal_observation"] = feature[i].copy()
+            feature[ended] = self._begin(part(obs, ended), ended)
+        return feature, rewards, dones, infos
+
+    def _begin(self, obs: Any, envs: np.ndarray) -> np.ndarray:
+        """Features [n, F] of episodes' first observations."""
+        return self._see(self.world.obs.to_rows(obs), envs, first=True)
+
+    def _see(self, rows: dict[str, np.ndarray], envs: np.ndarray, first: bool) -> np.ndarray:
+        """Takes observations of some environments into their beliefs; the features [n, F]."""
+        at = torch.from_numpy(envs).to(self.device)
+        belief = self.world.observe(
+            self._state.index(at),
+            tensors(rows, self.device),
+            torch.from_numpy(self._action[envs]).to(self.device),
+            torch.full((len(envs),), first, device=self.device),
+            Sampling(mode=True),
+        )
+        self._state = State({name: x.index_copy(0, at, belief[name]) for name, x in self._state.items()})
+        return self.world.dynamics.feature(belief).cpu().numpy()
+
+
+def _batch_of_one(obs: Any) -> Any:
+    return {name: np.asarray(x)[None] for name, x in obs.items()} if isinstance(obs, dict) else np.asarray(obs)[None]

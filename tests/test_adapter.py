@@ -1,0 +1,223 @@
+"""Gymnasium's vector environments as SB3 VecEnvs: every transition is one, in each autoreset mode."""
+
+from __future__ import annotations
+
+import copy
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from conftest import CHAIN, IMAGE, TWO_ACTIONS, VECTOR, Toy, small_dreamer, small_world, stored
+from gymnasium import spaces
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector.utils import batch_space
+from stable_baselines3 import DQN, PPO
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
+
+from worldmodel.envs import GymVecEnvAdapter, ImaginedVectorEnv, check_vec_env
+from worldmodel.errors import ConfigError, EnvError, UnsupportedSpaceError
+
+DICT = spaces.Dict({"a": VECTOR, "b": spaces.Discrete(3)})
+SAME, NEXT, NEVER = AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED
+
+
+def toy(i: int, observation=VECTOR):
+    """Episodes of 3 + i steps at most, which terminate and are truncated in turn; the info counts."""
+    return lambda: gym.wrappers.TimeLimit(Counted(copy.deepcopy(observation), spaces.Box(-1, 1, (2,), np.float32)), 3 + i)
+
+
+class Counted(Toy):
+    gravity = 9.8
+
+    def reset(self, *, seed=None, options=None):
+        obs, _ = super().reset(seed=seed)
+        return obs, {"episode_number": self.episode, "asked": (options or {}).get("asked", 0)}
+
+    def step(self, action):
+        obs, _, *rest, _ = super().step(action)
+        return obs, float(action.sum()), *rest, {"steps": self.steps}
+
+    def add(self, a, b=0):
+        return self.episode + a + b
+
+
+def native(max_episode_steps: int = 12, num_envs: int = 3) -> VectorEnv:
+    return gym.make_vec("CartPole-v1", num_envs, vectorization_mode="vector_entry_point", max_episode_steps=max_episode_steps)
+
+
+def play(env, steps: int = 16):
+    env.seed(5)
+    env.action_space.seed(0)
+    story = [env.reset()]
+    for _ in range(steps):
+        obs, rewards, dones, infos = env.step(np.stack([env.action_space.sample() for _ in range(env.num_envs)]))
+        ends = [(i["terminal_observation"], i["TimeLimit.truncated"]) if "terminal_observation" in i else None for i in infos]
+        story.append((obs, rewards, dones, ends, [i["steps"] for i in infos]))
+    return story
+
+
+@pytest.mark.parametrize("mode", AutoresetMode)
+@pytest.mark.parametrize("observation", [VECTOR, IMAGE, spaces.Discrete(4), DICT], ids=str)
+def test_every_mode_tells_what_sb3_would_have_told(mode, observation):
+    makers = [toy(i, observation) for i in range(3)]
+    adapter = GymVecEnvAdapter(SyncVectorEnv(makers, autoreset_mode=mode))
+    ours, theirs = play(adapter), play(DummyVecEnv(makers))
+    np.testing.assert_equal(ours, theirs)
+    assert all(a[1].dtype == b[1].dtype for a, b in zip(ours[1:], theirs[1:]))
+    assert sum(dones.sum() for _, _, dones, *_ in ours[1:]) > 6
+    assert [info["episode_number"] for info in adapter.reset_infos] == [1 + 16 // min(3 + i, 5) for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SyncVectorEnv([toy(0), toy(1)], autoreset_mode=NEXT, copy=False),
+        lambda: SyncVectorEnv([toy(0, DICT), toy(1, DICT)], autoreset_mode=SAME),
+        lambda: AsyncVectorEnv([toy(0), toy(1)], autoreset_mode=NEXT, context="fork"),
+        lambda: AsyncVectorEnv([toy(0, DICT), toy(1, DICT)], autoreset_mode=NEVER, shared_memory=False, context="fork"),
+        lambda: gym.wrappers.vector.RescaleAction(SyncVectorEnv([toy(0), toy(1)], autoreset_mode=NEXT), *np.float32([0, 1])),
+        native,
+        lambda: ImaginedVectorEnv(small_world(), 3, 4, start="prior"),
+    ],
+)
+def test_what_comes_out_is_a_sound_vec_env(make):
+    env = GymVecEnvAdapter(make())
+    check_vec_env(env, steps=40)
+    env.close()
+
+
+def test_gymnasiums_native_cartpole_makes_real_transitions_only():
+    env, truth = GymVecEnvAdapter(native(max_episode_steps=12, num_envs=8)), gym.make("CartPole-v1").unwrapped
+    env.seed(0)
+    truth.reset()
+    obs, age, rng = env.reset(), np.zeros(8, int), np.random.default_rng(0)
+    ends = []
+    for _ in range(60):
+        actions = rng.integers(0, 2, 8)
+        before, (obs, rewards, dones, infos) = obs, env.step(actions)
+        age += 1
+        for i in range(8):
+            truth.state, truth.steps_beyond_terminated = before[i].astype(np.float64), None
+            arrived, _, terminated, *_ = truth.step(int(actions[i]))
+            np.testing.assert_allclose(infos[i].get("terminal_observation", obs[i]), arrived, atol=1e-5)
+            assert rewards[i] == 1 and dones[i] == (terminated or age[i] == 12)
+            if dones[i]:
+                ends.append(infos[i]["TimeLimit.truncated"])
+                assert infos[i]["TimeLimit.truncated"] == (not terminated) and np.abs(obs[i]).max() <= 0.05
+        age[dones] = 0
+    assert True in ends and False in ends
+
+
+def test_sb3_and_our_agents_learn_in_it():
+    PPO("MlpPolicy", VecMonitor(GymVecEnvAdapter(native())), n_steps=8, batch_size=12, n_epochs=1, device="cpu").learn(48)
+    DQN("MlpPolicy", GymVecEnvAdapter(native()), learning_starts=10, device="cpu").learn(40)
+    agent = small_dreamer(gym.make_vec(CHAIN, 1, vectorization_mode="sync", length=3, limit=4), **{"train.prefill": 30})
+    agent.learn(28)
+    rows = stored(agent)
+    cells = rows.obs["obs"].argmax(-1)
+    assert rows.is_first.sum() > 5 and (cells[rows.is_first] == 0).all()
+    for t in range(1, len(cells)):
+        if not rows.is_first[t]:
+            assert cells[t] == (cells[t - 1] + 2 * int(rows.prev_action[t].argmax()) - 1).clamp(0, 2)
+    assert {episode["l"] for episode in agent.ep_info_buffer} <= {2, 3, 4}
+
+
+def test_single_environments_are_asked_and_told():
+    env = GymVecEnvAdapter(SyncVectorEnv([toy(0), toy(1)]))
+    assert env.get_attr("gravity") == [9.8, 9.8] and env.get_attr("gravity", 1) == [9.8] and not env.has_attr("mass")
+    env.set_attr("gravity", 1.6, [1])
+    assert env.get_attr("gravity") == [9.8, 1.6]
+    env.reset()
+    assert env.env_method("add", 1, b=2, indices=[0]) == [4]
+    assert env.env_is_wrapped(gym.wrappers.TimeLimit) == [True, True] and env.env_is_wrapped(Monitor, 0) == [False]
+    one_array = GymVecEnvAdapter(native())
+    assert one_array.get_attr("gravity", 2) == [9.8]
+    for ask in (lambda: one_array.env_method("render"), lambda: one_array.set_attr("gravity", 1)):
+        with pytest.raises(NotImplementedError, match="no single environments"):
+            ask()
+
+
+def test_options_reach_the_environments_once():
+    env = GymVecEnvAdapter(SyncVectorEnv([toy(0), toy(1)]))
+    env.set_options({"asked": 7})
+    for asked in (7, 0):
+        env.reset()
+        assert [info["asked"] for info in env.reset_infos] == [asked, asked]
+    env.set_options([{"asked": 1}, {}])
+    with pytest.raises(ConfigError, match="one `options` for all"):
+        env.reset()
+
+
+@pytest.mark.parametrize("mode", AutoresetMode)
+def test_infos_go_to_the_environment_that_they_are_about(mode):
+    env = GymVecEnvAdapter(SyncVectorEnv([toy(0), toy(2)], autoreset_mode=mode))
+    env.reset()
+    actions = np.zeros((2, 2), np.float32)
+    for t in range(1, 5):
+        *_, infos = env.step(actions)
+        assert [info["steps"] for info in infos] == [(t - 1) % 3 + 1, t]
+        assert not any(key.startswith(("_", "final")) for info in infos for key in info)
+
+
+class Native(VectorEnv):
+    """Two counters to 3 as one array, which reset one step late."""
+
+    metadata = {"autoreset_mode": NEXT}
+    num_envs = 2
+    single_observation_space, single_action_space = spaces.Box(0, 9, (1,), np.float32), TWO_ACTIONS
+    observation_space, action_space = batch_space(single_observation_space, 2), batch_space(single_action_space, 2)
+
+    def reset(self, *, seed=None, options=None):
+        self.count = np.arange(2.0, dtype=np.float32)
+        return self.count[:, None].copy(), {"where": "everywhere"}
+
+    def step(self, actions):
+        self.count = np.where(self.count >= 3, 0, self.count + 1).astype(np.float32)
+        return self.count[:, None].copy(), np.ones(2), self.count >= 3, np.zeros(2, bool), {}
+
+
+def reset_rows(env, rows):
+    env.count[rows] = 0
+    return env.count[:, None].copy(), {}
+
+
+def test_reset_rows_says_how_rows_begin_anew():
+    env = GymVecEnvAdapter(Native(), reset_rows)
+    env.reset()
+    assert env.reset_infos == [{"where": "everywhere"}] * 2
+    seen = [env.step(np.zeros(2, int)) for _ in range(4)]
+    assert [step[0][:, 0].tolist() for step in seen] == [[1, 2], [2, 0], [0, 1], [1, 2]]
+    assert seen[1][3][1] == {"terminal_observation": np.array([3], np.float32), "TimeLimit.truncated": False}
+
+
+class Silent(Native):
+    metadata = {"autoreset_mode": SAME}
+
+
+def test_an_end_without_its_last_observation_is_named():
+    env = GymVecEnvAdapter(Silent())
+    env.reset()
+    with pytest.raises(EnvError, match="environment 1: it ended, and its info holds no 'final_obs'"):
+        [env.step(np.zeros(2, int)) for _ in range(3)]
+
+
+class Unsaid(Native):
+    metadata = {}
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (Native, ConfigError, "one step late .*SAME_STEP.*or pass reset_rows"),
+        (lambda: gym.wrappers.vector.TransformReward(native(), abs), ConfigError, "one step late"),
+        (lambda: AsyncVectorEnv([toy(0)], shared_memory=False, context="fork"), ConfigError, "one step late"),
+        (Unsaid, ConfigError, "autoreset_mode.* is None"),
+        (lambda: Toy(), ConfigError, "got Toy"),
+        (lambda: SyncVectorEnv([toy(0, spaces.Tuple([VECTOR]))]), UnsupportedSpaceError, "does not take the space Tuple"),
+        (lambda: SyncVectorEnv([toy(0, spaces.Discrete(3, start=1))]), UnsupportedSpaceError, "Discrete from 0"),
+    ],
+)
+def test_what_cannot_be_right_is_refused(make, error, message):
+    with pytest.raises(error, match=message):
+        GymVecEnvAdapter(make())

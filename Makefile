@@ -2,6 +2,7 @@
 # make test   the tests     (ARGS="tests/test_replay.py -k ends", WORKERS=2)
 # make lint   ruff
 # make bench  the measured tables; rows that are there already are not measured again     (ARGS="--print")
+# make screenshots   pictures of TensorBoard for the docs, of RUN; wants Debian's packages chromium and chromium-driver
 # make clean  removes caches and builds; runs/ and .venv/ stay
 #
 # The environment in .venv is made once, from constraints.txt, and refreshed when that or pyproject.toml changes.
@@ -18,7 +19,7 @@ STAMP := $(VENV)/.installed
 # One thread per worker: two threads of torch under any other load can be slower than one by orders of magnitude.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: help venv demo test lint bench clean
+.PHONY: help venv demo test lint bench screenshots clean
 .DELETE_ON_ERROR:
 
 help:
@@ -65,7 +66,8 @@ print(f"""
 
 All of it is kept in {result['run']}:
   $(BIN)/worldmodel eval {result['run']} --video demo.gif     let the agent play, and film it
-  $(BIN)/tensorboard --logdir {result['run']}                 what was logged while it learned
+  $(BIN)/worldmodel dream {result['run']} --out dream.gif     let the model dream beside real episodes, and measure it
+  $(BIN)/tensorboard --logdir {result['run']}                 what was logged while it learned: films, curves, codes
 """)
 endef
 export DEMO_AFTER
@@ -86,6 +88,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	@for script in $$(grep -l __main__ benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
+
+screenshots: $(STAMP)
+	$(BIN)/python docs/screenshots.py $(RUN) --out docs/images --pages scalars images text projector
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

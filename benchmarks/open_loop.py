@@ -2,6 +2,7 @@
 
     python benchmarks/open_loop.py
     python benchmarks/open_loop.py --tasks cartpole --seeds 0 1 2 train.average=0
+    python benchmarks/open_loop.py --tasks catch --seeds 0 --run runs/catch-s0
     python benchmarks/open_loop.py --print
 
 Each row trains a recipe as `worldmodel train` does, then measures as `worldmodel dream` does: 20 fresh episodes (environment
@@ -29,14 +30,20 @@ TASKS: dict[str, dict[str, Any]] = {
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
-    """Train, then dream."""
+    """Train unless there is a run, then dream."""
     from worldmodel.agents.dream import dream
     from worldmodel.agents.train import train
+    from worldmodel.run import Run
 
     with tempfile.TemporaryDirectory() as folder, Load() as load:
-        result = train(job["recipe"], seed=job["seed"], run_dir=Path(folder) / "run", overrides=job["overrides"], log=say)
-        errors = dream(result.run, job["context"], job["horizon"], log=say)
-    kept = {name: getattr(result, name) for name in ("real_steps", "updates", "solved_at", "final_return", "wall_seconds")}
+        path = job["run"] or Path(folder) / "run"
+        if job["run"] is None:
+            train(job["recipe"], seed=job["seed"], run_dir=path, overrides=job["overrides"], log=say)
+        manifest = Run.open(path).manifest()
+        errors = dream(path, job["context"], job["horizon"], log=say)
+    if manifest["seed"] != job["seed"]:
+        raise SystemExit(f"{path} has seed {manifest['seed']}, not {job['seed']}. Name its seed with --seeds.")
+    kept = {"real_steps": manifest["step"], "solved_at": manifest["progress"]["solved_at"]}
     return {**kept, **{name: x for name, x in errors.items() if name not in ("run", "out")}, "foreign": load.cores}
 
 
@@ -66,6 +73,7 @@ def main() -> int:
     parser = options(__doc__)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--run", help="measure this run of one task and one seed instead of training one")
     parser.add_argument("--print", action="store_true", help="only the table")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args, overrides = parser.parse_known_args()
@@ -78,7 +86,7 @@ def main() -> int:
             key = {"task": name, "seed": seed, "overrides": overrides}
             if rows.has(key):
                 continue
-            job = {**TASKS[name], "seed": seed, "overrides": overrides}
+            job = {**TASKS[name], "seed": seed, "overrides": overrides, "run": args.run}
             try:
                 rows.add(key, call(__file__, job, threads=1, seconds=3600), threads=1)
             except Failed as failure:

@@ -48,6 +48,14 @@ def test_frames_that_stand_still_keep_their_time():
     assert total == 12 * 50
 
 
+def test_what_few_frames_show_is_not_lost():
+    frames = np.zeros((45, 60, 90, 3), np.uint8)
+    frames[20, 20:30, 30:40] = (255, 0, 0)
+    shown = opened(pictures.gif(frames))
+    shown.seek(1)
+    assert tuple(np.asarray(shown.convert("RGB"))[25, 35]) == (255, 0, 0)
+
+
 def test_no_frame_is_shorter_than_viewers_show():
     assert opened(pictures.gif(film(3), fps=1000)).info["duration"] == 20
 

@@ -24,6 +24,8 @@ SEEN, DREAMT, TRUTH, BELIEF, SPREAD = (46, 160, 67), (230, 126, 34), (31, 119, 1
 """Colours: borders of context and imagined frames; what came, what was believed, and its spread."""
 ERROR_GAIN = 2.0
 """Errors of half the brightness range are white."""
+PALETTE_PIXELS = 120_000
+"""About as many pixels of a film choose its palette."""
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -60,7 +62,11 @@ def gif(frames: np.ndarray, fps: float = 15) -> bytes:
     """An animation [T, H, W, 3] that repeats for ever, with one palette for all frames."""
     from PIL import Image
 
-    palette = Image.fromarray(np.concatenate(frames[:: max(1, len(frames) // 4)][:5])).quantize(255, dither=Image.Dither.NONE)
+    # Every frame has its say: a colour that few frames show would else turn into its neighbour, and a frame that equals the
+    # one before for that reason is merged away.
+    stride = max(1, round((frames[..., 0].size / PALETTE_PIXELS) ** 0.5))
+    sample = np.ascontiguousarray(frames[:, ::stride, ::stride])
+    palette = Image.fromarray(sample.reshape(-1, *sample.shape[2:])).quantize(255, dither=Image.Dither.NONE)
     pictures = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     out = io.BytesIO()
     # GIF counts in hundredths of a second, and viewers slow down what is shorter than two of them.
@@ -216,15 +222,16 @@ def grid(frames: np.ndarray, rows: Sequence[str], title: str = "", least: int = 
     """Pictures [R, C, H, W, 3] in labelled rows -> one frame."""
     times = max(1, -(-least // frames.shape[2]))
     frames = frames.repeat(times, 2).repeat(times, 3)
-    count, columns, height, width = frames.shape[:4]
-    bar, margin, gap = 22, 44, 3
-    out = np.empty((bar + count * (height + gap), margin + columns * (width + gap), 3), np.uint8)
+    count, across, height, width = frames.shape[:4]
+    bar, gap = 22, 3
+    margin = max(44, *(8 + int(_font(13).getlength(row)) for row in rows))
+    out = np.empty((bar + count * (height + gap), margin + across * (width + gap), 3), np.uint8)
     out[:] = PAPER
     out[:bar] = _caption(title, out.shape[1], bar)
     for r in range(count):
         top = bar + r * (height + gap)
         out[top : top + height, :margin] = _caption(rows[r], margin, height)
-        for c in range(columns):
+        for c in range(across):
             left = margin + c * (width + gap)
             out[top : top + height, left : left + width] = frames[r, c]
     return out
@@ -233,10 +240,13 @@ def grid(frames: np.ndarray, rows: Sequence[str], title: str = "", least: int = 
 # Figures --------------------------------------------------------------------------------------------------------------
 
 
-def _figure(width: float, height: float) -> Any:
+def _figure(width: float, height: float, left: float = 0.7, bottom: float = 0.55, top: float = 0.35, right: float = 0.15) -> Any:
+    """A figure with margins in inches: matplotlib's layout engines find their own, but draw everything twice for that."""
     from matplotlib.figure import Figure
 
-    return Figure((width, height), dpi=80, layout="constrained")
+    figure = Figure((width, height), dpi=80)
+    figure.subplots_adjust(left / width, bottom / height, 1 - right / width, 1 - top / height)
+    return figure
 
 
 def _encoded(figure: Any) -> bytes:
@@ -284,8 +294,8 @@ def lines_figure(x: Sequence[float], series: Sequence[tuple[str, Mapping[str, Se
     """PNG of small multiples: one axes for each (name, {label: values})."""
     columns = min(4, len(series))
     rows = -(-len(series) // columns)
-    figure = _figure(2.4 * columns + 0.6, 1.9 * rows + 0.8)
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True).flat
+    figure = _figure(2.4 * columns + 0.6, 1.9 * rows + 0.8, left=0.4, bottom=0.6, top=0.55)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, gridspec_kw={"wspace": 0.2, "hspace": 0.25}).flat
     for axes, (name, lines) in zip(grid, series):
         for label, values in lines.items():
             axes.plot(x, values, label=label, linewidth=1.2)

@@ -7,7 +7,7 @@ from typing import Any
 
 _HOMES = {
     "Dreamer": "dreamer",
-    "dream": "dream",
+    "dream": "dreams",
     "Interrupted": "train",
     "RandomAgent": "random",
     "TrainResult": "train",

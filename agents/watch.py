@@ -13,7 +13,7 @@ from stable_baselines3.common.logger import TensorBoardOutputFormat
 from torch import Tensor
 
 from worldmodel import pictures, tensorboard
-from worldmodel.agents.dream import SAMPLES, error_figure, film, labels, numbers, returns
+from worldmodel.agents.dreams import SAMPLES, error_figure, film, labels, numbers, returns
 from worldmodel.agents.evaluation import Abandoned
 from worldmodel.agents.held_out import HELD_OUT_SEED, collect
 from worldmodel.config import describe

@@ -31,7 +31,7 @@ TASKS: dict[str, dict[str, Any]] = {
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
     """Train unless there is a run, then dream."""
-    from worldmodel.agents.dream import dream
+    from worldmodel.agents.dreams import dream
     from worldmodel.agents.train import train
     from worldmodel.run import Run
 

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from typer.testing import CliRunner
 
 from worldmodel import registry, tensorboard
-from worldmodel.agents.dream import dream, returns
+from worldmodel.agents.dreams import dream, returns
 from worldmodel.agents.evaluation import Abandoned
 from worldmodel.agents.held_out import collect
 from worldmodel.agents.random import RandomAgent

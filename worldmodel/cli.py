@@ -141,7 +141,7 @@ def dream(
     """Let a run's world model dream beside fresh real episodes, and measure how far it is off by horizon."""
     with _reported(debug):
         with _stdout_kept():
-            from worldmodel.agents.dream import dream as dream_of
+            from worldmodel.agents.dreams import dream as dream_of
 
             result = dream_of(run, context, horizon, start.value, out, log=_say)
         _answer(result, as_json, _show_dream)

@@ -72,7 +72,13 @@ class Watch(BaseCallback):
         self.shown_at: int | None = None
 
     def _init_callback(self) -> None:
-        self.env = self.env if self.env is not None else self.model.config.env
+        if self.env is None and self.model.config.env.id == "custom":
+            raise ConfigError(
+                "Watch plays in environments of its own, but the model was given one without an id. Pass Watch(env='ID'), or "
+                "an EnvConfig."
+            )
+        env = self.env if self.env is not None else self.model.config.env
+        self.env = EnvConfig(id=env) if isinstance(env, str) else env
 
     def _on_training_start(self) -> None:
         self.writer  # noqa: B018 (raises now rather than after hours)
@@ -111,7 +117,7 @@ class Watch(BaseCallback):
         self.shown_at = step
         generator = torch.Generator(self.model.device).manual_seed(HELD_OUT_SEED)
         world = self.model.policy.world
-        viewer = Viewer(self.model.config.env.id, self.model.obs_spec)
+        viewer = Viewer(self.env.id, self.model.obs_spec)
         errors = open_loop(world, episodes, self.context, self.horizon, samples=SAMPLES, generator=generator)
         self._errors(errors, viewer, step)
         self._films(viewer, episodes, generator, step)

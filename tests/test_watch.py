@@ -189,6 +189,13 @@ def test_watch_works_in_an_sb3_script_and_says_what_it_needs(tmp_path):
         Watch(every=0)
 
 
+def test_a_model_whose_environment_has_no_id_is_watched_in_the_one_that_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"without an id.*env='ID'"):
+        small_dreamer(Chain(limit=7), tensorboard_log=str(tmp_path)).learn(10, callback=Watch(5))
+    small_dreamer(Chain(limit=7), tensorboard_log=str(tmp_path)).learn(40, callback=Watch(20, env=CHAIN, episodes=2))
+    assert "dream/gap" in events(max(tmp_path.iterdir())).Tags()["scalars"]
+
+
 def test_an_agent_without_a_critic_is_watched_without_values(tmp_path):
     folder = tmp_path / "run"
     small_train(folder, 40, options={**DRAWN, "agent": "random"})

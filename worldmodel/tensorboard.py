@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,8 +24,9 @@ from PIL import Image, UnidentifiedImageError
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 
-from worldmodel.checkpoint import durable, make_folder, storage, sync_folder
+from worldmodel.checkpoint import storage
 from worldmodel.errors import ConfigError, CorruptError, did_you_mean
+from worldmodel.pictures import write
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -120,7 +120,6 @@ def projector(folder: Path, codes: np.ndarray, metadata: Mapping[str, Sequence[A
         entry.sprite.image_path = "projector/sprite.png"
         entry.sprite.single_image_dim.extend(size)
     folder = Path(folder)
-    make_folder(folder / "projector")
     for name, data in files.items():
         _replace(folder / "projector" / name, data)
     _replace(folder / "projector_config.pbtxt", text_format.MessageToString(config).encode())
@@ -167,21 +166,11 @@ def _sprite(thumbnails: np.ndarray) -> tuple[bytes, tuple[int, int]]:
 
 
 def _replace(path: Path, data: bytes | None) -> None:
-    """The file with new content, or gone where that is None; whatever fails, no half file stays."""
-    if data is None:
-        with storage("delete", path):
-            path.unlink(missing_ok=True)
-        return
-    aside = path.parent / f".tmp-{token_hex(8)}"
-    with durable(aside) as file:
-        file.write(data)
-    try:
-        with storage("write", path):
-            os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    """The file with new content, or gone where that is None."""
+    if data is not None:
+        return write(path, data)
+    with storage("delete", path):
+        path.unlink(missing_ok=True)
 
 
 # Reading --------------------------------------------------------------------------------------------------------------

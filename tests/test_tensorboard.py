@@ -87,14 +87,6 @@ def test_a_text_shows_as_it_stands(tmp_path):
     assert html.unescape(code) == YAML
 
 
-def test_markdown_is_shown_as_markdown(tmp_path):
-    with SummaryWriter(str(tmp_path)) as writer:
-        tensorboard.text(writer, "note", "**bold**\n\n```yaml\na: *b*\n```", 0, markdown=True)
-    (event,) = accumulated(tmp_path).Tensors("note/text_summary")
-    shown = text_array_to_html(make_ndarray(event.tensor_proto), True)
-    assert "<strong>bold</strong>" in shown and "a: *b*" in shown
-
-
 def test_hyperparameters_and_metrics_are_named_in_the_same_run(tmp_path):
     options = {"flag": True, "lr": 1e-3, "size": 64, "name": "s", "sizes": [1, 2], "none": None}
     with SummaryWriter(str(tmp_path)) as writer:
@@ -217,7 +209,7 @@ def test_what_was_written_is_read_back(tmp_path):
             writer.add_scalar("world/loss/kl", step / 4, step)
         tensorboard.image(writer, "film", film, 2)
         tensorboard.text(writer, "config", YAML, 4)
-        tensorboard.text(writer, "note", "a **b**", 4, markdown=True)
+        tensorboard.text(writer, "note", "a **b**", 4)
         tensorboard.hparams(writer, {"lr": 1.0}, {"m": 0.0})
         tensorboard.layout(writer)
         writer.add_histogram("weights", np.arange(9.0), 0)

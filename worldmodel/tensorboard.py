@@ -64,9 +64,9 @@ def image(writer: SummaryWriter, tag: str, encoded: bytes, step: int) -> None:
     writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=content)]), step)
 
 
-def text(writer: SummaryWriter, tag: str, content: str, step: int, *, markdown: bool = False) -> None:
-    """Writes a text that the Text tab shows as it stands (YAML, code), or with `markdown` set as Markdown."""
-    writer.add_text(tag, content if markdown else textwrap.indent(content, "    "), step)
+def text(writer: SummaryWriter, tag: str, content: str, step: int) -> None:
+    """Writes a text that the Text tab shows as it stands (YAML, code): indented, Markdown leaves it alone."""
+    writer.add_text(tag, textwrap.indent(content, "    "), step)
 
 
 def hparams(writer: SummaryWriter, options: Mapping[str, Any], metrics: Mapping[str, float]) -> None:

@@ -18,8 +18,14 @@ from worldmodel.model import WorldModel, tensors
 class Controller(nn.Module):
     """What turns a belief into an action; the one thing in which agents differ while they act."""
 
-    def act(self, world: WorldModel, state: State, deterministic: bool, generator: torch.Generator) -> Tensor:
-        """Canonical actions [B, A] for the states [B]."""
+    def memory(self, world: WorldModel, batch_size: int) -> State:
+        """What it remembers from one action to the next, at an episode's start: tensors [B, ...], none by default."""
+        return State({})
+
+    def act(
+        self, world: WorldModel, state: State, memory: State, deterministic: bool, generator: torch.Generator
+    ) -> tuple[Tensor, State]:
+        """(canonical actions [B, A], memory after them) for the states [B]."""
         raise NotImplementedError
 
     def estimate(self, feature: Tensor) -> Tensor | None:
@@ -40,6 +46,7 @@ class BeliefPolicy(BasePolicy):
         return State(
             {
                 **self.world.initial(batch_size),
+                **self.controller.memory(self.world, batch_size),
                 "prev_action": torch.zeros(batch_size, self.world.action.dim, device=self.world.device),
             }
         )
@@ -53,8 +60,11 @@ class BeliefPolicy(BasePolicy):
         first = torch.as_tensor(is_first, dtype=torch.bool, device=self.world.device)
         sampling = Sampling(generator=self.generator, mode=deterministic)
         state = self.world.observe(belief, tensors(rows, self.world.device), belief["prev_action"], first, sampling)
-        action = self.world.action.project(self.controller.act(self.world, state, deterministic, self.generator))
-        return action.cpu().numpy(), State({**state, "prev_action": action})
+        start = self.controller.memory(self.world, len(is_first))
+        memory = State({name: torch.where(_wide(first, x), x, belief[name]) for name, x in start.items()})
+        action, memory = self.controller.act(self.world, state, memory, deterministic, self.generator)
+        action = self.world.action.project(action)
+        return action.cpu().numpy(), State({**state, **memory, "prev_action": action})
 
     def predict(
         self,
@@ -92,3 +102,8 @@ class BeliefPolicy(BasePolicy):
 
     def _predict(self, observation: Any, deterministic: bool = False) -> Tensor:
         raise NotImplementedError("A belief is needed: call predict().")
+
+
+def _wide(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask [B] that broadcasts over tensors [B, ...]."""
+    return mask.view(-1, *[1] * (like.ndim - 1))

@@ -25,9 +25,11 @@ class DreamerConfig(ActorCriticConfig):
 class DreamerController(Controller, ActorCritic):
     """Acts by the actor's draw, or by its mode."""
 
-    def act(self, world: WorldModel, state: State, deterministic: bool, generator: torch.Generator) -> Tensor:
+    def act(
+        self, world: WorldModel, state: State, memory: State, deterministic: bool, generator: torch.Generator
+    ) -> tuple[Tensor, State]:
         policy = self.policy(world.dynamics.feature(state))
-        return policy.mode() if deterministic else policy.sample(generator)
+        return policy.mode() if deterministic else policy.sample(generator), memory
 
     def estimate(self, feature: Tensor) -> Tensor:
         return self.value(feature)

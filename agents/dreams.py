@@ -95,9 +95,10 @@ def _act(agent: WorldModelAlgorithm, state: State, steps: int, random: float, ge
     """(state, feature, reward [N], continue [N]) after each step that the greedy agent takes in its own world model."""
     world, controller = agent.policy.world, agent.policy.controller
     rng = np.random.default_rng(int(torch.randint(2**31, (), generator=generator, device=generator.device)))
+    memory = controller.memory(world, state.batch_size)
     for _ in range(steps):
         with torch.no_grad():
-            action = controller.act(world, state, True, generator)
+            action, memory = controller.act(world, state, memory, True, generator)
             drawn = torch.as_tensor(world.action.sample(state.batch_size, rng), device=action.device)
             mixed = torch.as_tensor(rng.random((state.batch_size, 1)) < random, device=action.device)
             action = torch.where(mixed, drawn, action)

@@ -167,7 +167,7 @@ class WorldModelAlgorithm(BaseAlgorithm):
             total_timesteps, callback, reset_num_timesteps, tb_log_name or type(self).__name__, progress_bar
         )
         if fresh or self.replay is None or self._belief is None:
-            self._open_streams()
+            self.open_streams(self._last_obs)
         callback.on_training_start(locals(), globals())
         goes_on = True
         while goes_on and self.num_timesteps < total_timesteps:
@@ -179,7 +179,7 @@ class WorldModelAlgorithm(BaseAlgorithm):
         """One step of every environment, the updates that it pays for, then the callbacks."""
         callback.on_rollout_start()
         new_obs, rewards, dones, infos = self._collect()
-        self._learn_from_replay()
+        self.learn_from_replay()
         self.num_timesteps += self.env.num_envs
         self._episode_num += (ended := int(dones.sum()))
         self._update_info_buffer(infos, dones)
@@ -192,7 +192,7 @@ class WorldModelAlgorithm(BaseAlgorithm):
             self.dump_logs()
         return True
 
-    def _open_streams(self) -> None:
+    def open_streams(self, obs: Any) -> None:
         """Episodes begin: open ones end as by truncation, and the first observation of each environment goes into the replay."""
         if self.replay is None:
             self.replay = Replay(self.config.train.capacity, self.obs_spec.store, self.action_spec.dim, self.env.num_envs)
@@ -203,8 +203,7 @@ class WorldModelAlgorithm(BaseAlgorithm):
             )
         else:
             self.replay.cut()
-        rows = self._rows(self._last_obs)
-        self._store_first(rows, np.arange(self.env.num_envs))
+        self._store_first(self._rows(obs), np.arange(self.env.num_envs))
         self._belief = self.policy.begin(self.env.num_envs)
         self._last_episode_starts = np.ones(self.env.num_envs, bool)
 
@@ -212,7 +211,7 @@ class WorldModelAlgorithm(BaseAlgorithm):
         """Open episodes end as by truncation, and new ones begin in environments seeded with seed, seed + 1, ..."""
         self.env.seed(seed)
         self._last_obs = self.env.reset()
-        self._open_streams()
+        self.open_streams(self._last_obs)
 
     def _rows(self, obs: Any) -> dict[str, np.ndarray]:
         rows = self.obs_spec.to_rows(obs, self._place)
@@ -232,8 +231,7 @@ class WorldModelAlgorithm(BaseAlgorithm):
         self.world.scaling.update(self.obs_spec.canonical(tensors(rows, self.device)))
 
     def _collect(self) -> tuple[Any, np.ndarray, np.ndarray, list[dict]]:
-        """One step of every environment into the replay; nothing of it is stored if any observation or reward is ill."""
-        envs = self.env.num_envs
+        """One step of every environment into the replay."""
         if self.learner.updates == 0 and self.replay.added < self.random_until:
             action = self._random_action()
             self._belief = State({**self._belief, "prev_action": torch.as_tensor(action, device=self.device)})
@@ -242,8 +240,14 @@ class WorldModelAlgorithm(BaseAlgorithm):
                 self._belief, self._rows(self._last_obs), self._last_episode_starts, deterministic=False
             )
         env_action = self.action_spec.decode(action)
-        action = self.action_spec.encode(env_action)  # what the environment got, exactly
         new_obs, rewards, dones, infos = self.env.step(env_action)
+        self.record(env_action, new_obs, rewards, dones, infos)
+        self._last_obs, self._last_episode_starts = new_obs, dones.copy()
+        return new_obs, rewards, dones, infos
+
+    def record(self, env_action: np.ndarray, new_obs: Any, rewards: np.ndarray, dones: np.ndarray, infos: list[dict]) -> None:
+        """What a step of the VecEnv brought goes into the replay, whoever took it; EnvError, and nothing of it, if any is ill."""
+        action = self.action_spec.encode(env_action)  # what the environment got, exactly
         if not np.isfinite(rewards).all():
             env = int(np.flatnonzero(~np.isfinite(rewards))[0])
             raise EnvError(
@@ -251,12 +255,10 @@ class WorldModelAlgorithm(BaseAlgorithm):
             )
         following = self._rows(new_obs)
         arrived, terminal = arrivals(following, dones, infos, self._rows)
-        self._store(arrived, action, rewards, np.zeros(envs, bool), dones, terminal)
+        self._store(arrived, action, rewards, np.zeros(len(dones), bool), dones, terminal)
         if dones.any():
             ended = np.flatnonzero(dones)
             self._store_first({name: x[ended] for name, x in following.items()}, ended)
-        self._last_obs, self._last_episode_starts = new_obs, dones.copy()
-        return new_obs, rewards, dones, infos
 
     def _random_action(self) -> np.ndarray:
         """Uniform actions [N, A]; each is kept for `train.prefill_hold` steps on average, at most until its episode ends.
@@ -269,7 +271,7 @@ class WorldModelAlgorithm(BaseAlgorithm):
         redraw = self._last_episode_starts | (self.rng.random(self.env.num_envs) * self.config.train.prefill_hold < 1)
         return np.where(redraw[:, None], fresh, self._belief["prev_action"].cpu().numpy())
 
-    def _learn_from_replay(self) -> None:
+    def learn_from_replay(self) -> None:
         """The updates that the step just taken pays for; the first ones once the prefill is there."""
         train = self.config.train
         rows = train.burn_in + train.batch_length

@@ -25,10 +25,12 @@ class RandomConfig(Frozen):
 class RandomController(Controller):
     """Uniform over the action space; `deterministic` changes nothing."""
 
-    def act(self, world: WorldModel, state: State, deterministic: bool, generator: torch.Generator) -> Tensor:
+    def act(
+        self, world: WorldModel, state: State, memory: State, deterministic: bool, generator: torch.Generator
+    ) -> tuple[Tensor, State]:
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
         action = world.action.sample(state.batch_size, np.random.default_rng(seed))
-        return torch.as_tensor(action, device=world.device)
+        return torch.as_tensor(action, device=world.device), memory
 
 
 @register("agent", "random", RandomConfig)

@@ -16,7 +16,7 @@ from worldmodel.agents.returns import ReturnScale, lambda_return, weights
 from worldmodel.config import Frozen
 from worldmodel.data import Batch, Dream, Sampling, State, Trace
 from worldmodel.errors import ConfigError
-from worldmodel.model import WorldModel
+from worldmodel.model import WorldModel, needs_ensemble
 from worldmodel.networks import MLP, TwoHot
 from worldmodel.spaces import ActionSpec
 
@@ -36,6 +36,9 @@ class ActorCriticConfig(Frozen):
     clip: float = Field(100.0, gt=0, description="greatest norm of each gradient")
     slow: float = Field(0.02, gt=0, le=1, description="rate at which the slow critic follows")
     slow_weight: float = Field(1.0, ge=0, description="weight of the slow critic's prediction as a second target")
+    penalty: float = Field(
+        0.0, description="taken off each imagined reward per unit of the ensemble's uncertainty; below 0: a bonus that explores"
+    )
     replay_value: float = Field(0.0, ge=0, description="weight of the critic's loss on replayed, real rewards")
     bins: int = Field(127, ge=3, description="bins of the critic's distribution (odd)")
     limit: float = Field(10.0, gt=0, description="greatest symlog value that the bins reach")
@@ -149,6 +152,7 @@ class ActorCriticLearner:
 
     def __init__(self, world: WorldModel, behaviour: ActorCritic):
         self.world, self.behaviour, self.config = world, behaviour, behaviour.config
+        needs_ensemble(world, "agent.penalty", self.config.penalty)
         self.actor_optimizer = torch.optim.Adam(behaviour.actor.parameters(), lr=self.config.lr, eps=self.config.eps)
         self.critic_optimizer = torch.optim.Adam(behaviour.critic.parameters(), lr=self.config.lr, eps=self.config.eps)
         self.scale = ReturnScale()
@@ -165,7 +169,8 @@ class ActorCriticLearner:
         logits = self.behaviour.critic(rows[:-1])  # read three times: for the returns, as the baseline, in the critic's loss
         with torch.no_grad():
             value = torch.cat([self.behaviour.two_hot.mean(logits), self.behaviour.value(rows[-1:])]).transpose(0, 1)  # [N, H+1]
-        returns = lambda_return(dream.reward, discount, self.behaviour.value(dream.feature) if through else value, self.config.lam)
+        reward = dream.reward - self.config.penalty * dream.uncertainty
+        returns = lambda_return(reward, discount, self.behaviour.value(dream.feature) if through else value, self.config.lam)
         scale = self.scale.update(returns)
         gain = returns / scale if through else log_prob * (returns - value[:, :-1]) / scale
         metrics = self._improve_actor(gain, entropy, weight[:, :-1])

@@ -186,6 +186,7 @@ def dream(
         "reward": _column(errors.reward),
         "continue": _column(errors.cont),
         "ratio": _column(errors.ratio()),
+        "uncertainty": _column(errors.uncertainty),
         "out": None if out is None else str(out),
         "worst": worst(errors, viewer),
     }

@@ -44,6 +44,7 @@ class Watch(BaseCallback):
     |---|---|
     | world/open_loop/H, world/persistence/H | root mean square error H steps ahead, and that of "nothing changes", in deviations |
     | world/open_loop_reward/H, world/open_loop_continue/H | root mean square error in reward units; Brier score |
+    | world/uncertainty/H | disagreement of the ensemble H steps ahead, where the model has one |
     | world/open_loop_curve | the same by horizon and number |
     | dream/video, dream/signals | animated: real, imagined and error; every number over time with its spread |
     | dream/imagined_return, dream/real_return, dream/gap | the first 100 steps of those episodes, dreamed and real |
@@ -147,6 +148,7 @@ class Watch(BaseCallback):
             "persistence": errors.baseline(),
             "open_loop_reward": errors.reward,
             "open_loop_continue": errors.cont,
+            "uncertainty": errors.uncertainty,
         }
         for horizon in sorted({*(h for h in HORIZONS if h < self.horizon), self.horizon}):
             for name, column in columns.items():

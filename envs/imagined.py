@@ -31,7 +31,7 @@ from worldmodel.data import Sampling, State
 from worldmodel.envs.draw import Viewer
 from worldmodel.errors import ConfigError, NumericsError, did_you_mean
 from worldmodel.learner import reuse_memory
-from worldmodel.model import WorldModel
+from worldmodel.model import WorldModel, needs_ensemble
 from worldmodel.replay import Replay
 from worldmodel.run import Run
 
@@ -116,6 +116,8 @@ class ImaginedWorld:
     start        "replay": beliefs at recorded rows; "prior": the dynamics' initial distribution
     observation  "latent": the feature; "decoded": the expected observation, in the environment's own space
     seed         of the generator; None: a fresh one
+    penalty      taken off each reward per unit of the ensemble's uncertainty; below 0: a bonus that explores
+    max_uncertainty  an episode is truncated where the ensemble's uncertainty is greater; None: nowhere
 
     Actions of `step` are canonical tensors; `encode` makes them of the environment's own. Raises ConfigError.
     """
@@ -130,6 +132,8 @@ class ImaginedWorld:
         observation: Form = "latent",
         seed: int | None = None,
         replay: Replay | None = None,
+        penalty: float = 0.0,
+        max_uncertainty: float | None = None,
     ):
         for name, number in (("num_envs", num_envs), ("horizon", horizon)):
             if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
@@ -138,6 +142,9 @@ class ImaginedWorld:
             if value not in known:
                 raise ConfigError(f"{name} is {value!r}; expected one of {known}.{did_you_mean(str(value), known)}")
         self.world, run = learned_world(source)
+        needs_ensemble(self.world, "penalty", penalty)
+        needs_ensemble(self.world, "max_uncertainty", max_uncertainty)
+        self.penalty, self.max_uncertainty = penalty, max_uncertainty
         if start == "replay" and replay is None:
             if run is None:
                 raise ConfigError(
@@ -192,8 +199,13 @@ class ImaginedWorld:
                 "checkpoint, run.world_model(step)."
             )
         lot = torch.rand(self.num_envs, generator=self.generator, device=self.device)
-        terminated = lot >= cont
-        return Arrival(dream.feature[:, 1], reward, terminated, (self.age >= self.horizon) & ~terminated)
+        terminated, over = lot >= cont, self.age >= self.horizon
+        uncertainty = dream.uncertainty[:, 0]
+        if self.max_uncertainty is not None:
+            over = over | (uncertainty > self.max_uncertainty)
+        if self.penalty:
+            reward = reward - self.penalty * uncertainty
+        return Arrival(dream.feature[:, 1], reward, terminated, over & ~terminated)
 
     # As arrays ------------------------------------------------------------------------------------------------------
 
@@ -203,9 +215,7 @@ class ImaginedWorld:
 
     def look(self, feature: Float[Tensor, "n F"]) -> Any:
         """The observations [n, ...] of features, as fresh arrays in `observation_space` (a dict where that is a Dict)."""
-        if self.latent:
-            return feature.cpu().numpy()
-        return self.world.obs.to_env(self.world.obs.raw(self.world.decode(feature)))
+        return look(self.world, feature, self.latent)
 
     def advance(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, np.ndarray, Any]:
         """One step in which ended worlds begin anew: (obs, reward, terminated, truncated, ended, last).
@@ -239,6 +249,11 @@ class ImaginedWorld:
         return frames
 
 
+def look(world: WorldModel, feature: Float[Tensor, "n F"], latent: bool) -> Any:
+    """Features as observations: themselves, or what they decode to in the environment's own space; fresh arrays."""
+    return feature.cpu().numpy() if latent else world.obs.to_env(world.obs.raw(world.decode(feature)))
+
+
 def part(obs: Any, rows: Any) -> Any:
     """Some rows of batched observations; one number gives one observation without the batch axis."""
     return {name: x[rows] for name, x in obs.items()} if isinstance(obs, dict) else obs[rows]
@@ -254,6 +269,8 @@ class ImaginedVecEnv(VecEnv):
     observation   "latent": features, float32 [F]; "decoded": expected observations, in the environment's own space
     seed          of the worlds' own generator; `seed()` sets it anew, from the next reset on
     replay        recorded experience, where the run's is not meant or there is no run
+    penalty       taken off each reward per unit of the ensemble's uncertainty; below 0: a bonus that explores
+    max_uncertainty  an episode is truncated where the ensemble's uncertainty is greater; None: nowhere
 
     What comes out are fresh arrays: SB3 writes into some of them. `render` and `get_images` show what the worlds decode to.
     Raises ConfigError.
@@ -269,8 +286,11 @@ class ImaginedVecEnv(VecEnv):
         observation: Form = "latent",
         seed: int | None = None,
         replay: Replay | None = None,
+        penalty: float = 0.0,
+        max_uncertainty: float | None = None,
     ):
-        self.worlds = ImaginedWorld(run_or_model, num_envs, horizon, start=start, observation=observation, seed=seed, replay=replay)
+        options = {"seed": seed, "replay": replay, "penalty": penalty, "max_uncertainty": max_uncertainty}
+        self.worlds = ImaginedWorld(run_or_model, num_envs, horizon, start=start, observation=observation, **options)
         self.rows = [ImaginedRow(self.worlds, i) for i in range(num_envs)]
         super().__init__(num_envs, self.worlds.observation_space, self.worlds.action_space)
 

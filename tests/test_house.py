@@ -47,7 +47,7 @@ FLOORS = (
     "config segments spaces pictures",
     "replay networks",
     "distributions",
-    "encoders decoders heads",
+    "encoders decoders heads ensemble",
     "dynamics objectives",
     "model",
     "learner run",

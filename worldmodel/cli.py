@@ -251,7 +251,7 @@ def _parts(config: Config) -> dict[str, str | None]:
         if value is None and slot in ("transition", "initial"):  # then the latent's own family
             parts[slot] = own
         elif value is None or hasattr(value, "kind"):
-            parts[slot] = getattr(value, "kind", None)
+            parts[slot] = None if getattr(value, "members", None) == 0 else getattr(value, "kind", None)  # an ensemble of none
     return {**parts, "agent": config.agent.kind}
 
 
@@ -320,7 +320,8 @@ def _show_evaluation(result: Mapping[str, Any]) -> None:
 
 
 def _show_dream(result: Mapping[str, Any]) -> None:
-    columns = {"horizon": "horizons", **{name: name for name in ("observation", "persistence", "ratio", "reward", "continue")}}
+    names = ("observation", "persistence", "ratio", "reward", "continue", "uncertainty")
+    columns = {"horizon": "horizons", **{name: name for name in names}}
     rows = [dict(zip(columns, values)) for values in zip(*(result[key] for key in columns.values()))]
     known = [row for row in rows if row["reward"] is not None]
     shown = [row for row in known if row["horizon"] in (1, 2, 3, 5, 7, 10, 15) or row["horizon"] % 10 == 0 or row is known[-1]]

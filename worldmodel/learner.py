@@ -29,6 +29,7 @@ class ScaleConfig(Frozen):
     rep: float = Field(0.1, ge=0, description="rate, training the posterior")
     marginal: float = Field(1.0, ge=0, description="beta of a VAE: the rate against the marginal")
     transition: float = Field(1.0, ge=0, description="own loss of a transition without an exact density")
+    ensemble: float = Field(1.0, ge=0, description="squared error of the ensemble's predictions; no gradient leaves the ensemble")
 
 
 @register("group", "train")

@@ -18,6 +18,7 @@ from worldmodel.decoders import DecoderConfig
 from worldmodel.distributions import CategoricalConfig, GaussianConfig, GaussianLatent, Posterior
 from worldmodel.dynamics import RSSMConfig
 from worldmodel.encoders import EncoderConfig, InputScaling
+from worldmodel.ensemble import EnsembleConfig
 from worldmodel.errors import ConfigError
 from worldmodel.heads import HeadsConfig
 from worldmodel.networks import flatten
@@ -42,6 +43,7 @@ class ModelConfig(Frozen):
     )
     objective: Part["objective"] = ReconstructionConfig()
     heads: Part["heads"] = HeadsConfig()
+    ensemble: Part["ensemble"] = EnsembleConfig()
 
     @model_validator(mode="after")
     def _forms_fit_the_latent(self) -> ModelConfig:
@@ -78,6 +80,8 @@ class WorldModel(nn.Module):
         self.objective = build("objective", config.objective, build("decoder", config.decoder, obs, self.feature_dim, latent.size))
         self.decoder: nn.Module | None = getattr(self.objective, "decoder", None)
         self.heads = build("heads", config.heads, self.feature_dim)
+        sizes = self.feature_dim, action.dim, self.encoder.out_features
+        self.ensemble = build("ensemble", config.ensemble, *sizes) if config.ensemble.members else None
 
     @classmethod
     def from_spaces(
@@ -131,6 +135,9 @@ class WorldModel(nn.Module):
             terms["marginal"] = Loss(self.marginal.rate(trace.posterior, trace.z, None))
         terms["reward"] = Loss(self.heads.reward_loss(trace.feature, batch.reward), mask=arrived)
         terms["continue"] = Loss(self.heads.cont_loss(trace.feature, 1 - batch.is_terminal.to(trace.feature)), mask=arrived)
+        if self.ensemble is not None:
+            after = trace.embed[:, 1:]
+            terms["ensemble"] = self.ensemble.loss(trace.feature[:, :-1], batch.prev_action[:, 1:], after, arrived[:, 1:])
         return terms
 
     @torch.no_grad()
@@ -160,7 +167,10 @@ class WorldModel(nn.Module):
             features.append(self.dynamics.feature(state))
         rows = torch.stack(features)  # [H+1, B, F]: time first, so that what follows reads it without a copy
         reward, cont = (head(rows[1:]).transpose(0, 1) for head in (self.heads.reward, self.heads.cont))
-        return Dream(torch.stack(actions, 1), reward, cont, torch.zeros_like(reward), rows.transpose(0, 1), state)
+        uncertainty = torch.zeros_like(reward)
+        if self.ensemble is not None:
+            uncertainty = self.ensemble.disagreement(rows[:-1], self.action.project(torch.stack(actions))).transpose(0, 1)
+        return Dream(torch.stack(actions, 1), reward, cont, uncertainty, rows.transpose(0, 1), state)
 
     @torch.no_grad()
     def encode(self, obs) -> Posterior:
@@ -199,6 +209,15 @@ class WorldModel(nn.Module):
         average = probs.mean(0, keepdim=True)
         gain = (probs * (probs.clamp_min(1e-12).log() - average.clamp_min(1e-12).log())).sum(-1).mean(0)
         return int((gain > threshold).sum())
+
+
+def needs_ensemble(world: WorldModel, name: str, value: float | None) -> None:
+    """ConfigError where an option that speaks of uncertainty is set, and the model has none."""
+    if value and world.ensemble is None:
+        raise ConfigError(
+            f"{name}={value:g} needs uncertainty, and the world model has no ensemble. Train with model.ensemble.members=5, or "
+            "leave it out."
+        )
 
 
 def tensors(rows: dict[str, np.ndarray], device: torch.device | str = "cpu") -> dict[str, Tensor]:

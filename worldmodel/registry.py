@@ -21,6 +21,7 @@ ROOMS: tuple[str, ...] = (
     "worldmodel.encoders",
     "worldmodel.decoders",
     "worldmodel.heads",
+    "worldmodel.ensemble",
     "worldmodel.distributions",
     "worldmodel.dynamics",
     "worldmodel.objectives",
@@ -30,7 +31,9 @@ ROOMS: tuple[str, ...] = (
     "worldmodel.envs.make",
     "worldmodel.agents.loop",
     "worldmodel.agents.dreamer",
+    "worldmodel.agents.planner",
     "worldmodel.agents.random",
+    "worldmodel.agents.sb3",
     "worldmodel.agents.train",
 )
 ENTRY_POINTS = "worldmodel.parts"

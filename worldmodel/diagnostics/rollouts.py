@@ -27,6 +27,7 @@ class Rollout:
     seen         {key: [S, C, ...]} their expectation, decoded from the belief after seeing them
     imagined     {key: [S, K, H, ...]} expected observations of K sampled roll-outs under the recorded actions
     reward, cont [S, K, H]          as predicted on arrival
+    uncertainty  [S, K, H]          the ensemble's disagreement; zeros without one
     """
 
     window: Batch
@@ -36,6 +37,7 @@ class Rollout:
     imagined: Obs
     reward: Float[Tensor, "S K H"]
     cont: Float[Tensor, "S K H"]
+    uncertainty: Float[Tensor, "S K H"]
 
 
 @torch.no_grad()
@@ -75,6 +77,7 @@ def roll_out(
         imagined=imagined,
         reward=dream.reward.unflatten(0, shape),
         cont=dream.cont.unflatten(0, shape),
+        uncertainty=dream.uncertainty.unflatten(0, shape),
     )
 
 
@@ -94,6 +97,7 @@ class OpenLoop:
     persistence  {key: [H, D]} the same of the last observation seen, repeated
     reward       [H]          root mean square in reward units
     cont         [H]          Brier score of P(the world goes on)
+    uncertainty  [H]          mean disagreement of the ensemble, in deviations of the embedding; NaN without one
     """
 
     context: int
@@ -102,12 +106,13 @@ class OpenLoop:
     persistence: dict[str, Float[Tensor, "H D"]]
     reward: Float[Tensor, " H"]
     cont: Float[Tensor, " H"]
+    uncertainty: Float[Tensor, " H"]
 
     @classmethod
     def unknown(cls, context: int, horizon: int) -> OpenLoop:
         """Of roll-outs that nothing real can be compared with."""
         nothing = torch.full((horizon,), torch.nan)
-        return cls(context, torch.zeros(horizon, dtype=torch.int64), {}, {}, nothing, nothing)
+        return cls(context, torch.zeros(horizon, dtype=torch.int64), {}, {}, nothing, nothing, nothing)
 
     @property
     def horizons(self) -> list[int]:
@@ -159,7 +164,7 @@ def open_loop(
     """
     sizes = {} if world.decoder is None else {name: math.prod(key.shape) for name, key in world.obs.keys.items()}
     squares, persistence = ({name: torch.zeros(horizon, d) for name, d in sizes.items()} for _ in range(2))
-    count, reward, cont = torch.zeros(3, horizon)
+    count, reward, cont, uncertainty = torch.zeros(4, horizon)
     episode, start = _starts(episodes, context, every)
     at_once = max(1, min(ROLLOUTS_AT_ONCE, NUMBERS_AT_ONCE // (horizon * max(1, sum(sizes.values())))) // samples)
     for rows in torch.arange(len(episode)).split(at_once) if len(episode) else ():
@@ -168,6 +173,7 @@ def open_loop(
         count += inside.sum(0).cpu()
         reward += (inside * (roll.reward.mean(1) - came.reward).square()).sum(0).cpu()
         cont += (inside * (roll.cont.mean(1) - (~came.is_terminal).float()).square()).sum(0).cpu()
+        uncertainty += (inside * roll.uncertainty.mean(1)).sum(0).cpu()
         for name, x in roll.truth.items() if sizes else ():
             unit, weight = world.scaling.deviation(name), inside.view(*inside.shape, *[1] * (x.ndim - 2))
             error = weight * ((roll.imagined[name].mean(1) - x[:, context:]) / unit).square()
@@ -175,7 +181,8 @@ def open_loop(
             squares[name] += error.sum(0).flatten(1).cpu()
             persistence[name] += kept.sum(0).flatten(1).cpu()
     squares, persistence = ({k: x / count.unsqueeze(-1) for k, x in sums.items()} for sums in (squares, persistence))
-    return OpenLoop(context, count.to(torch.int64), squares, persistence, (reward / count).sqrt(), cont / count)
+    uncertainty = uncertainty / count if world.ensemble is not None else torch.full_like(count, torch.nan)
+    return OpenLoop(context, count.to(torch.int64), squares, persistence, (reward / count).sqrt(), cont / count, uncertainty)
 
 
 def _starts(episodes: Episodes, context: int, every: int) -> tuple[Int[Tensor, " S"], Int[Tensor, " S"]]:

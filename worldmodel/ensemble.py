@@ -1,0 +1,103 @@
+"""Several predictors of the next embedding: where they disagree, the world model has not been."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from worldmodel.config import Frozen
+from worldmodel.data import Loss
+from worldmodel.registry import register
+
+
+class EnsembleConfig(Frozen):
+    """Size of the ensemble; without members there is none, and dreams have no uncertainty."""
+
+    kind: Literal["standard"] = "standard"
+    members: int = Field(0, ge=0, description="predictors of the next embedding, whose disagreement is the uncertainty; 0: none")
+    units: int = Field(64, ge=1, description="width of each")
+    layers: int = Field(2, ge=1, description="hidden layers of each")
+
+    @field_validator("members")
+    @classmethod
+    def _one_cannot_disagree(cls, members: int) -> int:
+        if members == 1:
+            raise ValueError("one predictor cannot disagree with itself: use 0, or at least 2 (5 is usual)")
+        return members
+
+
+class Parallel(nn.Module):
+    """K linear layers side by side: [K, N, I] -> [K, N, O]."""
+
+    def __init__(self, members: int, inputs: int, outputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(members, inputs, outputs) / math.sqrt(inputs))
+        self.bias = nn.Parameter(torch.zeros(members, 1, outputs))
+
+    def forward(self, x: Float[Tensor, "K N I"]) -> Float[Tensor, "K N O"]:
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+@register("ensemble", "standard", EnsembleConfig)
+class Ensemble(nn.Module):
+    """Predictors of the next embedding from feature and action, alike but for their initial weights.
+
+    Embeddings exist whatever the form of the code, so the same number means the same for every model: the deviation
+    between the predictions, in deviations of the embedding (1: they agree no better than two random moments do).
+    No gradient leaves it. Source: Sekar et al. 2020 (Plan2Explore), section 3; Lakshminarayanan et al. 2017.
+    """
+
+    RATE = 0.01
+    """How fast the running mean and variance of the embedding follow."""
+
+    def __init__(self, config: EnsembleConfig, feature_dim: int, action_dim: int, embed_dim: int):
+        super().__init__()
+        widths = [feature_dim + action_dim, *[config.units] * config.layers, embed_dim]
+        self.members = config.members
+        self.layers = nn.ModuleList(Parallel(config.members, *pair) for pair in pairwise(widths))
+        self.register_buffer("mean", torch.zeros(embed_dim))
+        self.register_buffer("variance", torch.zeros(embed_dim))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, feature: Float[Tensor, "N F"], action: Float[Tensor, "N A"]) -> Float[Tensor, "K N E"]:
+        """Each one's prediction, in deviations of the embedding around its mean."""
+        x = torch.cat([feature, action], -1).expand(self.members, -1, -1)
+        for layer in self.layers[:-1]:
+            x = nn.functional.silu(layer(x))
+        return self.layers[-1](x)
+
+    def loss(
+        self,
+        feature: Float[Tensor, "B T F"],
+        action: Float[Tensor, "B T A"],
+        following: Float[Tensor, "B T E"],
+        mask: Bool[Tensor, "B T"],
+    ) -> Loss:
+        """Half the squared error, summed over members and averaged over the embedding, where the mask holds."""
+        target = following.detach().flatten(0, 1).float()
+        if self.training:
+            self._observe(target[mask.flatten()])
+        target = (target - self.mean) / self.variance.sqrt().clamp_min(1e-3)
+        error = self(feature.detach().flatten(0, 1), action.flatten(0, 1)) - target
+        return Loss(0.5 * error.square().mean(-1).sum(0).view(mask.shape), "score", mask)
+
+    def disagreement(self, feature: Float[Tensor, "*N F"], action: Float[Tensor, "*N A"]) -> Float[Tensor, "*N"]:
+        """Deviation between the members' predictions, root mean square over the embedding's numbers."""
+        spread = self(feature.flatten(0, -2), action.flatten(0, -2)).var(0)
+        return spread.mean(-1).sqrt().view(feature.shape[:-1])
+
+    @torch.no_grad()
+    def _observe(self, embed: Float[Tensor, "N E"]) -> None:
+        """Takes a batch into the running statistics; the first ones count in full."""
+        if len(embed) < 2:
+            return
+        self.batches += 1
+        rate = max(self.RATE, 1 / int(self.batches))
+        self.mean.lerp_(embed.mean(0), rate)
+        self.variance.lerp_(embed.var(0), rate)

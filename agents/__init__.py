@@ -8,12 +8,17 @@ from typing import Any
 _HOMES = {
     "Dreamer": "dreamer",
     "dream": "dreams",
+    "DreamPolicy": "in_dream",
+    "DynaCallback": "dyna",
     "Interrupted": "train",
+    "Planner": "planner",
     "RandomAgent": "random",
+    "SB3Agent": "sb3",
     "TrainResult": "train",
     "Watch": "watch",
     "WorldModelAlgorithm": "loop",
     "evaluate": "evaluation",
+    "train_in_dream": "in_dream",
 }
 __all__ = sorted(_HOMES)
 

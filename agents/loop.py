@@ -31,6 +31,7 @@ from worldmodel.envs.make import as_vec_env
 from worldmodel.errors import ConfigError, EnvError
 from worldmodel.learner import Learner, optimizer_arrays, restore_optimizer
 from worldmodel.model import WorldModel, tensors
+from worldmodel.recipes import combine
 from worldmodel.replay import Replay
 from worldmodel.spaces import ActionSpec, ObsSpec
 
@@ -44,6 +45,8 @@ class WorldModelAlgorithm(BaseAlgorithm):
     """
 
     kind: ClassVar[str]
+    improves: bool = True
+    """Whether an update also improves the controller, on states of the averaged model."""
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
         "MlpPolicy": BeliefPolicy,
         "CnnPolicy": BeliefPolicy,
@@ -91,6 +94,10 @@ class WorldModelAlgorithm(BaseAlgorithm):
     def _resolve(self, recipe: Any, overrides: Any, env: Any) -> Config:
         env_id = env if isinstance(env, str) else getattr(getattr(env, "spec", None), "id", None)
         overrides = overrides if overrides is not None else []
+        said = combine(overrides)[1].get("agent", {})
+        if not isinstance(said, str) and "kind" not in said:  # else options of this kind would be unknown ones of the recipe's
+            own = {"agent.kind": self.kind}
+            overrides = {**overrides, **own} if isinstance(overrides, Mapping) else [*overrides, f"agent.kind={self.kind}"]
         base = Config.from_recipe(recipe, overrides, env_id=env_id or "custom")
         return base if base.agent.kind == self.kind else base.override({"agent.kind": self.kind})
 
@@ -195,17 +202,17 @@ class WorldModelAlgorithm(BaseAlgorithm):
     def open_streams(self, obs: Any) -> None:
         """Episodes begin: open ones end as by truncation, and the first observation of each environment goes into the replay."""
         if self.replay is None:
-            self.replay = Replay(self.config.train.capacity, self.obs_spec.store, self.action_spec.dim, self.env.num_envs)
-        elif self.replay.num_envs != self.env.num_envs:
+            self.replay = Replay(self.config.train.capacity, self.obs_spec.store, self.action_spec.dim, self.n_envs)
+        elif self.replay.num_envs != self.n_envs:
             raise ConfigError(
-                f"The replay was collected with {self.replay.num_envs} environments, the new VecEnv has {self.env.num_envs}. "
+                f"The replay was collected with {self.replay.num_envs} environments, the new VecEnv has {self.n_envs}. "
                 "Use as many, or a fresh agent."
             )
         else:
             self.replay.cut()
-        self._store_first(self._rows(obs), np.arange(self.env.num_envs))
-        self._belief = self.policy.begin(self.env.num_envs)
-        self._last_episode_starts = np.ones(self.env.num_envs, bool)
+        self._store_first(self._rows(obs), np.arange(self.n_envs))
+        self._belief = self.policy.begin(self.n_envs)
+        self._last_episode_starts = np.ones(self.n_envs, bool)
 
     def reopen(self, seed: int) -> None:
         """Open episodes end as by truncation, and new ones begin in environments seeded with seed, seed + 1, ..."""
@@ -280,7 +287,7 @@ class WorldModelAlgorithm(BaseAlgorithm):
         if self.learner.updates == 0:
             for _ in range(train.pretrain):
                 self.update(improve=False)
-        self._credit += train.ratio * self.env.num_envs
+        self._credit += train.ratio * self.n_envs
         while self._credit >= 1:
             self._credit -= 1
             self.update()
@@ -294,7 +301,7 @@ class WorldModelAlgorithm(BaseAlgorithm):
         batch = self.learner.prepare(batch)
         metrics, trace, rows = self.learner.update(batch, self.generator)
         metrics = {f"world/{name}": value for name, value in metrics.items()}
-        if improve:
+        if improve and self.improves:
             if self.learner.average is not self.world:
                 trace = self.learner.averaged_trace(batch, self.generator)
             metrics |= self._improve(trace, rows)
@@ -350,8 +357,8 @@ class WorldModelAlgorithm(BaseAlgorithm):
     def content(self) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]:
         """All that the agent is, without its replay: ({file: {name: array}}, JSON state)."""
         arrays = {
-            "world": _arrays(self.learner.average),
-            "agent": _arrays(self.controller),
+            "world": as_arrays(self.learner.average),
+            "agent": as_arrays(self.controller),
             "optim": {
                 f"{name}/{key}": x
                 for name, optimizer in self.optimizers_by_name.items()
@@ -359,7 +366,7 @@ class WorldModelAlgorithm(BaseAlgorithm):
             },
         }
         if self.learner.average is not self.world:
-            arrays["optim"] |= {f"live/{name}": x for name, x in _arrays(self.world).items()}
+            arrays["optim"] |= {f"live/{name}": x for name, x in as_arrays(self.world).items()}
         for name, generator in self._generators.items():
             arrays["optim"][f"generator/{name}"] = generator.get_state().cpu().numpy()
         state = {
@@ -444,16 +451,29 @@ class WorldModelAlgorithm(BaseAlgorithm):
         return cls.from_content(arrays, state, env=env, device=device, **kwargs)
 
     @classmethod
+    def for_spaces(cls, observation: gym.Space, action: gym.Space, num_envs: int = 1, **kwargs: Any) -> WorldModelAlgorithm:
+        """An agent without an environment, that `record` shows what others did: for callbacks of other algorithms."""
+        layout = kwargs["config"].env.layout
+        agent = cls._of_specs(ObsSpec.from_space(observation, layout), ActionSpec.from_space(action), num_envs, **kwargs)
+        agent._check_window()
+        return agent
+
+    @classmethod
+    def _of_specs(cls, obs: ObsSpec, action: ActionSpec, num_envs: int, policy: str = "MlpPolicy", **kwargs: Any):
+        agent = cls(policy, None, **kwargs)
+        agent.obs_spec, agent.action_spec, agent.n_envs = obs, action, num_envs
+        agent.observation_space, agent.action_space = obs.space, action.space
+        agent._setup_model()
+        return agent
+
+    @classmethod
     def from_content(cls, arrays, state: Mapping[str, Any], *, env=None, device="auto", **kwargs: Any) -> WorldModelAlgorithm:
         """The agent that `content` described; `env` may be given later with set_env."""
         if state["agent"] != cls.kind:
             raise ConfigError(f"The file holds an agent of kind '{state['agent']}', not '{cls.kind}'. Load it with that class.")
-        config = Config.parse(load_yaml(state["config"]))
-        agent = cls(state["policy"], None, config=config, seed=state["seed"], device=device, **kwargs)
-        agent.obs_spec, agent.action_spec = ObsSpec.from_json(state["observation"]), ActionSpec.from_json(state["action"])
-        agent.observation_space, agent.action_space = agent.obs_spec.space, agent.action_spec.space
-        agent.n_envs = state["num_envs"]
-        agent._setup_model()
+        kwargs |= {"config": Config.parse(load_yaml(state["config"])), "seed": state["seed"], "device": device}
+        specs = ObsSpec.from_json(state["observation"]), ActionSpec.from_json(state["action"])
+        agent = cls._of_specs(*specs, state["num_envs"], state["policy"], **kwargs)
         agent.restore(arrays, state)
         if env is not None:
             env = as_vec_env(env, seed=state["seed"])
@@ -504,7 +524,8 @@ def _stack(observations: list[Any]) -> Any:
     return np.stack(observations)
 
 
-def _arrays(module: nn.Module) -> dict[str, np.ndarray]:
+def as_arrays(module: nn.Module) -> dict[str, np.ndarray]:
+    """The parameters and buffers of a module by name."""
     return {name: x.detach().cpu().numpy() for name, x in module.state_dict().items()}
 
 

@@ -38,6 +38,7 @@ class RandomAgent(WorldModelAlgorithm):
     """Trains the world model on uniformly random experience."""
 
     kind: ClassVar[str] = "random"
+    improves = False
 
     def _make_controller(self) -> RandomController:
         return RandomController()

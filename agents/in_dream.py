@@ -1,0 +1,262 @@
+"""`train_in_dream`: an SB3 algorithm learns in a learned world, by its own learn(), and acts in the real one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import VecMonitor
+
+from worldmodel import checkpoint
+from worldmodel.agents.belief import BeliefPolicy
+from worldmodel.agents.dreams import returns
+from worldmodel.agents.evaluation import FINAL_SEED, evaluate
+from worldmodel.agents.held_out import HELD_OUT_SEED, collect
+from worldmodel.agents.loop import as_arrays
+from worldmodel.agents.sb3 import HOMES, SB3Agent, SB3Config, SB3Controller, algorithm_class, globals_from, make_algorithm
+from worldmodel.config import Config
+from worldmodel.envs.imagined import ImaginedVecEnv
+from worldmodel.envs.make import EnvConfig, make_vec
+from worldmodel.errors import ConfigError, TrustError
+from worldmodel.model import ModelConfig, WorldModel
+from worldmodel.run import Run
+from worldmodel.spaces import ActionSpec, ObsSpec
+
+WORLD, POLICY = "world.zip", "policy.zip"
+"""The files of a saved DreamPolicy: ours, without pickle, and SB3's own."""
+
+
+@dataclass(frozen=True)
+class DreamResult:
+    """What learning in the dream came to.
+
+    algorithm        SB3's class
+    real_steps       steps of the real training environments, random ones included; 0 in a finished world
+    imagined_steps   steps of the imagined ones
+    real_return      mean of 20 greedy real episodes (seeds 30000..)
+    imagined_return  of the first 100 steps from the first observations of 20 other episodes, as the model dreams them
+    gap              that, less the real return of those same 100 steps: what the policy expects and does not get
+    """
+
+    env_id: str
+    algorithm: str
+    real_steps: int
+    imagined_steps: int
+    real_return: float
+    imagined_return: float
+    gap: float
+
+
+class DreamPolicy:
+    """A policy from the dream that acts on real observations; `evaluate_policy` takes it as it is.
+
+    algorithm  the SB3 algorithm itself, e.g. to go on with its own `learn()`
+    world      the world model whose belief it sees
+    result     DreamResult, or None before `measure`
+    """
+
+    def __init__(self, world: WorldModel, controller: SB3Controller, env: EnvConfig, *, seed: int = 0):
+        self.world, self.env, self.seed = world.eval(), env, seed
+        self.policy = BeliefPolicy(world.obs.space, world.action.space, world, controller, seed)
+        self.obs_spec, self.action_spec, self.device = world.obs, world.action, world.device
+        self.result: DreamResult | None = None
+
+    @property
+    def algorithm(self) -> BaseAlgorithm:
+        return self.policy.controller.algorithm
+
+    def predict(
+        self,
+        observation: Any,
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """SB3's recurrent predict, on the environment's own observations: `state` is the belief."""
+        return self.policy.predict(observation, state, episode_start, deterministic)
+
+    def measure(self, real_steps: int, imagined_steps: int, episodes: int = 20) -> DreamResult:
+        """Plays in reality and in the dream, and keeps what came of it in `result`. Raises EnvError, MissingExtraError."""
+        real = float(np.mean(evaluate(self, self.env, episodes, FINAL_SEED)[0]))
+        seen = collect(self, self.env, episodes, HELD_OUT_SEED, random=0.0, steps=100)
+        generator = torch.Generator(self.device).manual_seed(HELD_OUT_SEED)
+        imagined, came = (float(x.mean()) for x in returns(self, seen, generator, 100, 0.0))
+        name = type(self.algorithm).__name__
+        self.result = DreamResult(self.env.id, name, real_steps, imagined_steps, real, imagined, imagined - came)
+        return self.result
+
+    def save(self, folder: str | Path) -> Path:
+        """A folder: world.zip (safetensors, JSON, checksums; no pickle) and policy.zip, SB3's own file, which is one."""
+        folder = Path(folder)
+        controller = self.policy.controller
+        state = {
+            "model": self.world.config.model_dump(mode="json"),
+            "observation_spec": self.world.obs.to_json(),
+            "action_spec": self.world.action.to_json(),
+            "env": self.env.model_dump(mode="json"),
+            "algorithm": type(self.algorithm).__name__,
+            "sees": "latent" if controller.latent else "decoded",
+            "noise": controller.noise,
+            "seed": self.seed,
+            "result": asdict(self.result) if self.result is not None else None,
+        }
+        checkpoint.pack(folder / WORLD, self.algorithm.num_timesteps, {"world": as_arrays(self.world)}, state, {})
+        self.algorithm.save(folder / POLICY)
+        return folder
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, *, trust: bool = False, algorithm: type[BaseAlgorithm] | None = None, device: str = "cpu"
+    ) -> DreamPolicy:
+        """What `save` wrote. trust: SB3's file may run code when it is opened; say that you know where it comes from.
+
+        algorithm  its class, where it is none of SB3's or sb3-contrib's own. Raises TrustError, ConfigError, CorruptError.
+        """
+        folder = Path(folder)
+        if not (folder / WORLD).is_file():
+            raise ConfigError(f"'{folder}' holds no {WORLD}. Expected a folder that DreamPolicy.save wrote.")
+        if not trust:
+            raise TrustError(
+                f"{folder / POLICY} is a file of Stable-Baselines3: opening it unpickles, which can run any code. Expected "
+                "trust=True: give it where the file comes from you, or from somebody you trust."
+            )
+        arrays, state, _ = checkpoint.unpack(folder / WORLD)
+        specs = ObsSpec.from_json(state["observation_spec"]), ActionSpec.from_json(state["action_spec"])
+        world = WorldModel(ModelConfig.parse(state["model"]), *specs)
+        world.load_state_dict({name: torch.from_numpy(np.array(x)) for name, x in arrays["world"].items()})
+        loaded = (algorithm or _class_called(state["algorithm"])).load(folder / POLICY, device=device)
+        controller = SB3Controller(loaded, state["sees"], state["noise"])
+        policy = cls(world.to(device), controller, EnvConfig.parse(state["env"]), seed=state["seed"])
+        policy.result = DreamResult(**state["result"]) if state["result"] is not None else None
+        return policy
+
+    def __repr__(self) -> str:
+        return f"DreamPolicy({type(self.algorithm).__name__}, {self.env.id}, {self.result})"
+
+
+def _class_called(name: str) -> type[BaseAlgorithm]:
+    known = [key for key, (_, attribute) in HOMES.items() if attribute == name]
+    if not known:
+        raise ConfigError(f"'{name}' is no algorithm that is known here. Pass its class: DreamPolicy.load(..., algorithm=CLASS).")
+    return algorithm_class(known[0])
+
+
+def train_in_dream(
+    algo: type[BaseAlgorithm] | str,
+    world: Run | str | Path,
+    *,
+    total_timesteps: int,
+    rounds: int = 1,
+    algo_kwargs: Mapping[str, Any] | None = None,
+    steps: int | None = None,
+    worlds: int = 64,
+    horizon: int = 15,
+    start: str = "replay",
+    observation: str = "latent",
+    penalty: float = 0.0,
+    max_uncertainty: float | None = None,
+    overrides: Mapping[str, Any] | Sequence[str] | None = None,
+    env: EnvConfig | str | None = None,
+    callback: BaseCallback | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    episodes: int = 20,
+) -> DreamPolicy:
+    """An unmodified SB3 algorithm learns in imagination, by its own learn(); the policy that comes out acts in reality.
+
+        train_in_dream(PPO, "runs/demo", total_timesteps=100_000)            # a finished world: not one real step
+        train_in_dream(PPO, "cartpole", total_timesteps=400_000, rounds=50)  # alternating
+
+    algo             an algorithm's class (PPO, A2C, DQN, SAC, TD3; RecurrentPPO, TQC, QRDQN with the extra `contrib`), or its name
+    world            a Run or run folder: a finished world. Else a recipe or Gymnasium id: in each of `rounds` rounds the policy
+                     collects real experience, the world model learns from it, and the algorithm learns in the dream
+    total_timesteps  imagined steps of the algorithm, over all rounds
+    steps            alternating: real steps over all rounds, random ones included (default: the recipe's train.steps)
+    algo_kwargs      arguments of the algorithm, over those that suit imagined worlds
+    worlds, horizon, start, observation, penalty, max_uncertainty: as those of ImaginedVecEnv
+    overrides        alternating: dotted options of the recipe
+    env              where the result is measured (default: the environment of the run or recipe)
+    callback         finished world: an SB3 callback for learn()
+    episodes         of the measurement at the end; 0: none, and `result` stays None
+
+    Raises ConfigError for numbers out of range, actions that the algorithm cannot take, and a run of other spaces than `env`.
+    """
+    named = {"total_timesteps": total_timesteps, "rounds": rounds, "horizon": horizon, "worlds": worlds}
+    for name, number in named.items():
+        if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
+            raise ConfigError(f"train_in_dream: {name} is {number!r}; expected a whole number of at least 1.")
+    algorithm = algorithm_class(SB3Config(algo=algo).algo) if isinstance(algo, str) else algo
+    dream = {"horizon": horizon, "start": start, "observation": observation, "penalty": penalty, "max_uncertainty": max_uncertainty}
+    if isinstance(world, Run) or (Path(world) / "config.yaml").is_file():
+        if rounds != 1 or steps is not None or overrides:
+            raise ConfigError(
+                "train_in_dream: a run is a finished world: rounds, steps and overrides have no meaning. Leave them out, or pass "
+                "the name of a recipe, to alternate."
+            )
+        run = world if isinstance(world, Run) else Run.open(world)
+        policy, counts = _finished(algorithm, run, total_timesteps, worlds, dream, algo_kwargs, callback, seed, device)
+    else:
+        if callback is not None:
+            raise ConfigError("train_in_dream: a callback is for a finished world. To alternate, use SB3Agent and its learn().")
+        base = Config.from_recipe(world, overrides)
+        steps = base.train.steps if steps is None else steps
+        ahead = max(1, steps - base.train.prefill)
+        if rounds > ahead:
+            raise ConfigError(f"train_in_dream: {rounds} rounds share {ahead} real steps behind the random ones. Raise steps.")
+        visits = {"worlds": worlds, "every": ahead // rounds, "imagined": max(1, total_timesteps // rounds)}
+        config = base.override({"agent": {"kind": "sb3", **visits, **dream}, "train.steps": steps})
+        policy, counts = _alternating(algorithm, config, algo_kwargs, seed, device)
+    if env is not None:
+        policy.env = EnvConfig(id=env) if isinstance(env, str) else env
+    _check_spaces(policy)
+    if episodes:
+        policy.measure(*counts, episodes=episodes)
+    return policy
+
+
+def _finished(algorithm, run: Run, total: int, worlds: int, dream: dict, algo_kwargs, callback, seed: int, device: str):
+    """(policy, (real steps, imagined steps)) of learning in a run's world as it is."""
+    world = run.world_model(device=device)
+    replay = run.replay() if dream["start"] == "replay" else None
+    generator = torch.Generator().manual_seed(seed)
+    with globals_from(generator):
+        imagined = VecMonitor(ImaginedVecEnv(world, worlds, seed=seed, replay=replay, **dream))
+        made = make_algorithm(algorithm, imagined, seed, device, dict(algo_kwargs or {}))
+        made.learn(total, callback=callback)
+    return DreamPolicy(world, SB3Controller(made, dream["observation"]), run.config.env, seed=seed), (0, made.num_timesteps)
+
+
+def _alternating(algorithm, config: Config, algo_kwargs, seed: int, device: str):
+    """The same of learning in turns with the world model, in one agent."""
+    venv = make_vec(config.env, seed=seed)
+    try:
+        given = {"algorithm": algorithm, "algo_kwargs": dict(algo_kwargs or {})}
+        agent = SB3Agent("MlpPolicy", venv, config=config, seed=seed, device=device, **given)
+        agent.learn(config.train.steps)
+    finally:
+        venv.close()
+    policy = DreamPolicy(agent.learner.average, agent.controller, config.env, seed=seed)
+    return policy, (agent.num_timesteps, agent.imagined_steps)
+
+
+def _check_spaces(policy: DreamPolicy) -> None:
+    """ConfigError where the environment to act in is not the one that the world was learned from."""
+    venv = make_vec(policy.env, 1)
+    try:
+        for name, space, known in (
+            ("observation", venv.observation_space, policy.world.obs.space),
+            ("action", venv.action_space, policy.world.action.space),
+        ):
+            if space != known:
+                raise ConfigError(
+                    f"The run is of another environment: the {name} space of {policy.env.id} is {space}, and the world model knows "
+                    f"{known}. Pass a run of {policy.env.id}, or another env."
+                )
+    finally:
+        venv.close()

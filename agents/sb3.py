@@ -1,0 +1,281 @@
+"""Unmodified Stable-Baselines3 algorithms that learn in the dream: in a finished world, or in turns with it.
+
+`SB3Agent` is an agent like any other (`worldmodel train RECIPE agent=sb3 agent.algo=sac`): its policy collects real experience,
+the world model learns from it, and every so many real steps the algorithm's own `learn()` runs in an ImaginedVecEnv over
+the model as it stands. `train_in_dream` (in_dream.py) is the same in one call.
+"""
+
+from __future__ import annotations
+
+import importlib
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.vec_env import VecEnv, VecMonitor
+from torch import Tensor
+
+from worldmodel.agents.belief import Controller
+from worldmodel.agents.loop import WorldModelAlgorithm
+from worldmodel.config import Frozen, Options
+from worldmodel.data import State
+from worldmodel.envs.imagined import ImaginedVecEnv, look
+from worldmodel.errors import ConfigError, MissingExtraError
+from worldmodel.model import WorldModel
+from worldmodel.registry import register
+from worldmodel.replay import Replay
+
+HOMES = {
+    **{name: ("stable_baselines3", name.upper()) for name in ("ppo", "a2c", "dqn", "sac", "td3")},
+    **{"recurrent_ppo": ("sb3_contrib", "RecurrentPPO"), "tqc": ("sb3_contrib", "TQC"), "qrdqn": ("sb3_contrib", "QRDQN")},
+}
+"""Name in configs -> (package, class)."""
+
+OFF_POLICY = {"learning_starts": 0, "train_freq": 1, "gradient_steps": 4}
+VALUES = {**OFF_POLICY, "buffer_size": 50_000, "batch_size": 128, "learning_rate": 1e-3, "target_update_interval": 256}
+ON_POLICY = {"n_steps": 16, "gamma": 0.99, "gae_lambda": 0.95}
+FITTING: dict[str, dict[str, Any]] = {
+    "PPO": {**ON_POLICY, "batch_size": 256, "n_epochs": 10, "learning_rate": 1e-3, "ent_coef": 1e-3},
+    "A2C": {**ON_POLICY, "n_steps": 8, "learning_rate": 1e-3},
+    "RecurrentPPO": {**ON_POLICY, "batch_size": 256, "n_epochs": 4, "learning_rate": 1e-3},
+    "DQN": VALUES,
+    "QRDQN": {**VALUES, "gradient_steps": 1},
+    "SAC": {**OFF_POLICY, "buffer_size": 50_000, "learning_rate": 1e-3},
+    "TD3": {**OFF_POLICY, "buffer_size": 50_000, "learning_rate": 1e-3},
+    "TQC": {**OFF_POLICY, "buffer_size": 50_000, "learning_rate": 1e-3},
+}
+"""Arguments that suit some dozens of imagined worlds, where SB3's defaults suit one real environment; `options` lie over them."""
+
+
+class SB3Config(Frozen):
+    """An algorithm, and how it visits the dream."""
+
+    kind: Literal["sb3"] = "sb3"
+    algo: Literal["ppo", "a2c", "dqn", "sac", "td3", "recurrent_ppo", "tqc", "qrdqn"] = Field("ppo", description="the algorithm")
+    options: Options = Field({}, description="keyword arguments of its constructor, over those that suit the dream")
+    every: int = Field(25, ge=1, description="real steps between visits to the dream")
+    imagined: int = Field(4096, ge=1, description="imagined steps of each visit, over all worlds")
+    worlds: int = Field(64, ge=1, description="imagined worlds that step together")
+    horizon: int = Field(15, ge=1, description="imagined steps after which an episode is truncated")
+    start: Literal["replay", "prior"] = Field("replay", description="imagine from recorded rows, or from the initial distribution")
+    observation: Literal["latent", "decoded"] = Field("latent", description="what it sees: features, or expected observations")
+    noise: float = Field(0.0, ge=0, description="deviation of normal noise on real continuous actions, which are in [-1, 1]")
+    penalty: float = Field(0.0, description="taken off each imagined reward, per unit of the ensemble's uncertainty")
+    max_uncertainty: float | None = Field(None, gt=0, description="imagined episodes are truncated beyond this uncertainty")
+
+
+def algorithm_class(name: str) -> type[BaseAlgorithm]:
+    """SB3's class of a name. Raises MissingExtraError."""
+    package, attribute = HOMES[name]
+    try:
+        return getattr(importlib.import_module(package), attribute)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"agent.algo={name} comes with the package '{package}', which is not installed. Install it with: "
+            "pip install 'worldmodel[contrib]'"
+        ) from error
+
+
+@contextmanager
+def globals_from(generator: torch.Generator) -> Iterator[None]:
+    """SB3 draws from the process's own random states: in here they follow from `generator`, and outside nothing of it is seen."""
+    seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
+    python, legacy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)
+
+
+def make_algorithm(
+    algorithm: type[BaseAlgorithm], dream: VecEnv, seed: int, device: Any, options: Mapping[str, Any]
+) -> BaseAlgorithm:
+    """The algorithm in an imagined environment. ConfigError where the action space or an argument does not fit."""
+    space = dream.observation_space
+    image = getattr(space, "shape", None) is not None and len(space.shape) == 3
+    kind = "MultiInput" if hasattr(space, "spaces") else "Cnn" if image else "Mlp"
+    policy = f"{kind}{'LstmPolicy' if 'Recurrent' in algorithm.__name__ else 'Policy'}"
+    given = {**FITTING.get(algorithm.__name__, {}), "seed": seed, "device": device, **options}
+    try:
+        return algorithm(given.pop("policy", policy), dream, **given)
+    except AssertionError as error:
+        raise ConfigError(
+            f"{algorithm.__name__} does not fit this environment: {' '.join(str(error).split())} Choose one that does: ppo, a2c or "
+            "recurrent_ppo take any actions, dqn and qrdqn discrete ones, sac, td3 and tqc continuous ones."
+        ) from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{algorithm.__name__} refused its arguments: {error} Correct agent.options or algo_kwargs.") from error
+
+
+class SB3Controller(Controller):
+    """Acts by an SB3 policy on the belief's feature, or on what that decodes to."""
+
+    def __init__(self, algorithm: BaseAlgorithm, observation: str, noise: float = 0.0):
+        super().__init__()
+        self.policy = algorithm.policy
+        self._algorithm = [algorithm]  # in a list: a module would be sought in it, and its networks stand in `policy` already
+        self.latent, self.noise = observation == "latent", noise
+        self.lstm = getattr(self.policy, "lstm_hidden_state_shape", None)
+
+    @property
+    def algorithm(self) -> BaseAlgorithm:
+        return self._algorithm[0]
+
+    def memory(self, world: WorldModel, batch_size: int) -> State:
+        """A recurrent policy's hidden states [B, layers, H], and whether the episode is under way."""
+        if self.lstm is None:
+            return State({})
+        zeros = torch.zeros(batch_size, self.lstm[0], self.lstm[2])
+        return State({"lstm_h": zeros, "lstm_c": zeros.clone(), "under_way": torch.zeros(batch_size, dtype=torch.bool)})
+
+    def act(
+        self, world: WorldModel, state: State, memory: State, deterministic: bool, generator: torch.Generator
+    ) -> tuple[Tensor, State]:
+        seen = look(world, world.dynamics.feature(state), self.latent)
+        carried, first = None, None
+        if self.lstm is not None:
+            carried = tuple(memory[name].transpose(0, 1).contiguous().numpy() for name in ("lstm_h", "lstm_c"))
+            first = ~memory["under_way"].numpy()
+        with globals_from(generator):
+            action, carried = self.algorithm.predict(seen, carried, first, deterministic)
+        if self.lstm is not None:
+            h, c = (torch.as_tensor(x).transpose(0, 1).contiguous() for x in carried)
+            memory = State({"lstm_h": h, "lstm_c": c, "under_way": torch.ones_like(memory["under_way"])})
+        action = torch.as_tensor(world.action.encode(action), device=world.device)
+        if self.noise and not deterministic and world.action.kind == "continuous":
+            action = action + self.noise * torch.randn(action.shape, generator=generator, device=action.device)
+        return action, memory
+
+
+class _Forward(Logger):
+    """SB3's logger of the algorithm in the dream: what it records is averaged into the run's own log, under names of its own."""
+
+    def __init__(self, target: Callable[[], Logger | None]):
+        super().__init__(folder=None, output_formats=[])
+        self._target = target
+
+    def record(self, key: str, value: Any, exclude: Any = None) -> None:
+        logger = self._target()
+        if logger is not None and key.startswith(("train/", "rollout/")) and isinstance(value, int | float | np.number):
+            logger.record_mean(key.replace("rollout/", "dream/"), float(value))
+
+    def record_mean(self, key: str, value: Any, exclude: Any = None) -> None:
+        self.record(key, value)
+
+
+@register("agent", "sb3", SB3Config)
+class SB3Agent(WorldModelAlgorithm):
+    """An SB3 algorithm that learns in the dream alone, while its policy collects what the world model learns from.
+
+    algorithm, algo_kwargs  a class and arguments that no config can hold (policy_kwargs with classes, schedules); without them,
+                            those of the config
+
+    Off-policy algorithms on latents begin each visit with an empty buffer: the features of an older world model mean other
+    things. On decoded observations the buffer is kept.
+    """
+
+    kind: ClassVar[str] = "sb3"
+    improves = False  # it improves on its visits to the dream
+
+    def __init__(self, *args: Any, algorithm: type[BaseAlgorithm] | None = None, algo_kwargs: dict | None = None, **kwargs: Any):
+        self._algorithm_class, self._algo_kwargs = algorithm, algo_kwargs
+        self._visited = 0
+        self.imagined_steps = 0
+        super().__init__(*args, **kwargs)
+
+    def _make_controller(self) -> SB3Controller:
+        config = self.config.agent
+        algorithm = self._algorithm_class or algorithm_class(config.algo)
+        options = {**config.options, **(self._algo_kwargs or {})}
+        with globals_from(torch.Generator().manual_seed(self.seed)):
+            made = make_algorithm(algorithm, self._dream(self.world, None), self.seed, self.device, options)
+        made.set_logger(_Forward(lambda: self._logger))
+        return SB3Controller(made, config.observation, config.noise)
+
+    def _dream(self, world: WorldModel, replay: Replay | None) -> VecMonitor:
+        """The imagined worlds; without experience they are there for their spaces alone."""
+        names = ("horizon", "start", "observation", "penalty", "max_uncertainty")
+        options = {name: getattr(self.config.agent, name) for name in names}
+        options |= {} if replay is not None else {"start": "prior"}
+        return VecMonitor(ImaginedVecEnv(world, self.config.agent.worlds, seed=self.seed, replay=replay, **options))
+
+    @property
+    def algorithm(self) -> BaseAlgorithm:
+        """The SB3 algorithm itself."""
+        return self.controller.algorithm
+
+    # Learning -------------------------------------------------------------------------------------------------------
+
+    def learn_from_replay(self) -> None:
+        """The world model's updates, and a visit to the dream where one is due."""
+        super().learn_from_replay()
+        collected = self.num_timesteps + self.env.num_envs
+        if self.learner.updates and collected - self._visited >= self.config.agent.every:
+            self._visited = collected
+            self.visit(self.config.agent.imagined)
+
+    def visit(self, steps: int) -> None:
+        """The algorithm's own learn() for so many imagined steps, in worlds that begin anew with the model as it stands."""
+        algorithm = self.algorithm
+        dream = self._dream(self.learner.average, self.replay)
+        dream.seed(int(torch.randint(2**31, (), generator=self.generator, device=self.generator.device)))
+        algorithm.set_env(dream, force_reset=True)
+        if isinstance(algorithm, OffPolicyAlgorithm) and self.config.agent.observation == "latent":
+            algorithm.replay_buffer.reset()
+        with globals_from(self.generator):
+            before = algorithm.num_timesteps
+            algorithm.learn(steps, log_interval=1, reset_num_timesteps=before == 0)
+        self.imagined_steps += algorithm.num_timesteps - before
+        self.policy.set_training_mode(False)
+
+    # Saving ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def optimizers_by_name(self) -> dict[str, torch.optim.Optimizer]:
+        names, _ = self.algorithm._get_torch_save_params()
+        own = {name: _at(self.algorithm, name) for name in names if name != "policy"}
+        return {**super().optimizers_by_name, **{name: x for name, x in own.items() if isinstance(x, torch.optim.Optimizer)}}
+
+    @property
+    def _variables(self) -> dict[str, Tensor]:
+        """Tensors that the algorithm learns besides its networks, such as SAC's entropy coefficient."""
+        return {name: _at(self.algorithm, name) for name in self.algorithm._get_torch_save_params()[1]}
+
+    def content(self) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]:
+        arrays, state = super().content()
+        arrays["optim"] |= {f"variable/{name}": x.detach().cpu().numpy() for name, x in self._variables.items()}
+        return arrays, state
+
+    def _behaviour_state(self) -> dict[str, Any]:
+        given = self._algorithm_class is not None or bool(self._algo_kwargs)
+        counts = {"steps": self.algorithm.num_timesteps, "updates": self.algorithm._n_updates}
+        return {**counts, "visited": self._visited, "imagined": self.imagined_steps, "given": given}
+
+    def restore(self, arrays: Mapping[str, Mapping[str, np.ndarray]], state: Mapping[str, Any], *, counters: bool = True) -> None:
+        super().restore(arrays, state, counters=counters)
+        for name, x in self._variables.items():
+            x.data.copy_(torch.from_numpy(np.array(arrays["optim"][f"variable/{name}"])))
+
+    def _restore_behaviour(self, state: Mapping[str, Any]) -> None:
+        self.algorithm.num_timesteps, self.algorithm._n_updates = state["steps"], state["updates"]
+        self._visited, self.imagined_steps = state["visited"], state["imagined"]
+
+
+def _at(root: Any, dotted: str) -> Any:
+    for name in dotted.split("."):
+        root = getattr(root, name)
+    return root
+
+

@@ -9,7 +9,7 @@ recipe that it is compared with.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -158,9 +158,18 @@ def run_random(config: Config, seed: int) -> dict[str, Any]:
 
 
 def run(
-    config: Config, name: str, seed: int, updates_per_step: float | None, max_steps: int | None, max_seconds: float
+    config: Config,
+    name: str,
+    seed: int,
+    updates_per_step: float | None,
+    max_steps: int | None,
+    max_seconds: float,
+    callbacks: Sequence[BaseCallback] = (),
 ) -> dict[str, Any]:
-    """One baseline run; the keys are those of `worldmodel train --json`, and `stopped`: "time" where that ended it."""
+    """One baseline run; the keys are those of `worldmodel train --json`, and `stopped`: "time" where that ended it.
+
+    callbacks   asked before the protocol's own
+    """
     if name == "random":
         return run_random(config, seed)
     baseline = BASELINES[config.env.id, name]
@@ -174,7 +183,7 @@ def run(
         model = baseline.algorithm(baseline.policy, venv, seed=seed, device="cpu", **options)
         protocol = Protocol(config, min(baseline.steps, max_steps or baseline.steps), max_seconds)
         since = time.perf_counter()
-        model.learn(baseline.steps, callback=protocol)
+        model.learn(baseline.steps, callback=[*callbacks, protocol])
         wall = time.perf_counter() - since - protocol.eval_seconds
         final = float(np.mean(protocol.measure(FINAL_SEED)))
     finally:

@@ -41,12 +41,16 @@ OURS = "worldmodel"
 
 @dataclass(frozen=True)
 class Task:
-    """A recipe, what is changed in it, and the baselines on its environment; `beside` names the task that has them already."""
+    """A recipe, what is changed in it, and the baselines on its environment; `beside` names the task that has them already.
+
+    matched   gradient updates of the policy per real step, where they are not the world model's (train.ratio)
+    """
 
     recipe: str
     overrides: tuple[str, ...] = ()
     baselines: tuple[str, ...] = ()
     beside: str | None = None
+    matched: float | None = None
 
 
 TASKS = {
@@ -141,7 +145,8 @@ def jobs(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], dict[str, A
         config = Config.from_recipe(task.recipe, overrides)
         algorithms: list[tuple[str, float | None]] = [(OURS, None)]
         if args.baselines:
-            algorithms += [pair for baseline in task.baselines for pair in variants(config, baseline)]
+            ratio = task.matched or config.train.ratio
+            algorithms += [pair for baseline in task.baselines for pair in variants(config, baseline, ratio)]
         for algorithm, ratio in algorithms:
             if args.only and algorithm not in args.only:
                 continue
@@ -152,13 +157,13 @@ def jobs(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], dict[str, A
                 yield key, job, config.train.threads
 
 
-def variants(config: Config, baseline: str) -> list[tuple[str, float | None]]:
-    """A baseline as published, and with as many updates per real step as the recipe where that is another number."""
+def variants(config: Config, baseline: str, ratio: float) -> list[tuple[str, float | None]]:
+    """A baseline as published, and with as many updates per real step as ours where that is another number."""
     from baselines import BASELINES
 
     own = None if baseline == "random" else BASELINES[config.env.id, baseline].updates_per_step
-    matched = [(f"{baseline}, {config.train.ratio:g} updates/step", config.train.ratio)]
-    return [(baseline, None), *(matched if own is not None and own != config.train.ratio and config.train.ratio > 0 else [])]
+    matched = [(f"{baseline}, {ratio:g} updates/step", ratio)]
+    return [(baseline, None), *(matched if own is not None and own != ratio and ratio > 0 else [])]
 
 
 def measure(args: argparse.Namespace, rows: Rows) -> int:

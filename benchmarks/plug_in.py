@@ -1,0 +1,277 @@
+"""What the plug-in comes to: SB3 algorithms in the dream, planners, Dyna, and the speed of planning; SB3's baselines beside.
+
+    python benchmarks/plug_in.py                                     # every row that is not there yet, one after the other
+    python benchmarks/plug_in.py --rows planner-pendulum --seeds 0   # some of them
+    python benchmarks/plug_in.py --print                             # the tables of what is there
+
+Rows of real steps keep control.py's protocol: 20 greedy episodes every `eval.every` real steps, solved where their mean and
+that of 20 others reach the threshold. Beside each stands the plain SB3 algorithm, as published and, off-policy, with as
+many gradient updates per real step as the policy gets here. What solves a pixel task with a pretrained encoder is measured by
+catch_encoder.py, imagined steps per second by imagined.py.
+
+| row | what |
+|---|---|
+| ppo-cartpole, sac-pendulum | the unmodified algorithm alternates: collects, the world model learns, it learns in the dream |
+| planner-cartpole, planner-pendulum | MPPI with policy proposals and the critic's value behind the horizon |
+| dyna-pendulum | SAC in the real environment, its buffer filled with imagined transitions |
+| mppi | milliseconds of one action: 512 samples, 6 iterations, horizon 3, a model of 1.2 M parameters |
+| gap | imagined less real return of the planner's choice, by the penalty on the ensemble's uncertainty |
+| algorithms | all eight: gradient updates in an imagined world, the real return, and whether a loaded one acts the same |
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from control import TASKS, Task, jobs, report, work
+from rows import Failed, Load, Rows, call, number, options, say, spread, table, timed
+
+DYNA = {"ratio": 10, "horizon": 1, "every": 10, "config": {"train.prefill": 300, "train.pretrain": 200, "train.ratio": 1.0}}
+DYNA_UPDATES = 4.0
+CONTROL = {
+    "ppo-cartpole": Task("cartpole", ("agent.kind=sb3", "agent.algo=ppo"), ("ppo",)),
+    "sac-pendulum": Task("pendulum", ("agent.kind=sb3", "agent.algo=sac"), ("sac",), matched=10.0),
+    "planner-cartpole": Task("cartpole", ("agent.kind=planner",), beside="ppo-cartpole"),
+    "planner-pendulum": Task("pendulum", ("agent.kind=planner",), beside="sac-pendulum"),
+    "dyna-pendulum": Task("pendulum", ("agent.kind=random", "eval.every=100"), ("sac",), matched=DYNA_UPDATES),
+}
+SEEDS = {"dyna-pendulum": [0, 1, 2, 3, 4]}
+PENALTIES = (0.0, 1.0, 3.0, 10.0)
+SPEED = ["size=medium", "agent.plan.samples=512", "agent.plan.iterations=6", "agent.plan.horizon=3", "agent.plan.elites=64"]
+SPEED += ["agent.plan.proposals=24"]
+OTHER = ("mppi", "gap", "algorithms")
+TASKS.update(CONTROL)
+
+
+# Real steps -------------------------------------------------------------------------------------------------------------
+
+
+def dyna(job: dict[str, Any]) -> dict[str, Any]:
+    """SAC with the callback, under the baselines' protocol; `updates` are SAC's."""
+    from baselines import run
+
+    from worldmodel.agents import DynaCallback
+    from worldmodel.config import Config
+
+    torch.set_num_threads(1)
+    config = Config.from_recipe("pendulum", ["eval.every=100"])
+    callback = DynaCallback(seed=job["seed"], **DYNA)
+    with Load() as load:
+        result = run(config, "sac", job["seed"], DYNA_UPDATES, job["max_steps"], 60 * job["max_minutes"], [callback])
+    return {**result, "imagined": callback.imagined, "foreign": load.cores}
+
+
+def real_steps(args: argparse.Namespace, rows: Rows, name: str) -> int:
+    """Runs what is missing of one row and its baselines; gives the number of runs that failed."""
+    failed = 0
+    seeds = args.seeds or SEEDS.get(name, [0, 1, 2])
+    asked = {"tasks": [name], "seeds": seeds, "baselines": not args.ours, "only": None, "overrides": [], "max_steps": None}
+    asked |= {"max_minutes": args.max_minutes, "verbose": args.verbose}
+    for key, job, threads in jobs(argparse.Namespace(**asked)):
+        if name == "dyna-pendulum" and key["algorithm"] == "worldmodel":
+            key = {**key, "algorithm": f"sac + dyna, {DYNA_UPDATES:g} updates/step"}
+            job = {**key, "row": "dyna"}
+        if rows.has(key):
+            continue
+        try:
+            row = rows.add(key, call(__file__, job, threads, 90 * args.max_minutes + 300), threads)
+            say(f"  solved at {row['solved_at']}, final return {row['final_return']:.1f}")
+        except Failed as error:
+            failed += 1
+            say(f"failed: {name} {key['algorithm']} seed {key['seed']}: {error}")
+    return failed
+
+
+# Speed ------------------------------------------------------------------------------------------------------------------
+
+
+def mppi(job: dict[str, Any]) -> dict[str, Any]:
+    """Milliseconds of `predict` for one observation of Pendulum, filter included."""
+    from worldmodel.agents import Planner
+    from worldmodel.agents.planner import flops
+
+    torch.set_num_threads(job["threads"])
+    planner = Planner("MlpPolicy", "Pendulum-v1", config=SPEED, seed=0, device="cpu")
+    obs, held = planner.env.reset(), {"belief": None}
+
+    def act() -> None:
+        _, held["belief"] = planner.predict(obs, held["belief"], np.zeros(1, bool), deterministic=True)
+
+    taken = timed(act, samples=7, least=0.5, most=job["most"], warmup=5)
+    return {**taken, "gflop": flops(planner.policy.world, planner.controller) / 1e9, "parameters": planner.parameter_count}
+
+
+# The gap ----------------------------------------------------------------------------------------------------------------
+
+
+def gap(job: dict[str, Any]) -> dict[str, Any]:
+    """A pure search over 15 steps in a world learned from 400 random steps of Pendulum: what it expects, and what comes."""
+    import worldmodel as wm
+    from worldmodel.agents.planner import PlannerConfig, PlannerController
+    from worldmodel.data import Sampling
+    from worldmodel.envs import make_env
+    from worldmodel.model import tensors
+
+    torch.set_num_threads(1)
+    made = {"agent": "random", "model.ensemble.members": 5, "train.prefill": 400, "train.pretrain": 400, "log.tensorboard": False}
+    made |= {"eval.every": 0, "eval.episodes": 1}
+    plan = {"method": "icem", "horizon": 15, "samples": 256, "iterations": 4, "elites": 24, "proposals": 0, "terminal": False}
+    expected: dict[float, list[float]] = {penalty: [] for penalty in PENALTIES}
+    came: dict[float, list[float]] = {penalty: [] for penalty in PENALTIES}
+    with tempfile.TemporaryDirectory() as folder:
+        run = wm.Run.open(wm.train("pendulum", 400, job["seed"], Path(folder) / "run", made, "cpu").run)
+        world = run.world_model()
+    controller = PlannerController(PlannerConfig(plan=plan), world.feature_dim, world.action)
+    generator = torch.Generator().manual_seed(job["seed"])
+    rng = np.random.default_rng(job["seed"])
+    for episode in range(20):
+        env = make_env("Pendulum-v1")
+        obs, _ = env.reset(seed=40_000 + episode)
+        state, action, first = world.initial(1), torch.zeros(1, world.action.dim), torch.ones(1, dtype=torch.bool)
+        for step in range(61):
+            rows = tensors(world.obs.to_rows(np.asarray(obs)[None]))
+            state = world.observe(state, rows, action, first, Sampling(mode=True))
+            first = torch.zeros(1, dtype=torch.bool)
+            if step % 20 == 0:
+                for penalty in PENALTIES:
+                    found = controller.search(world, state, controller.memory(world, 1), generator, penalty)
+                    dream = world.imagine(state, lambda feature, t, best=found.best: best[:, t], 15, Sampling(mode=True))
+                    expected[penalty].append(float(dream.reward.sum()))
+                    copied, total = copy.deepcopy(env), 0.0
+                    for planned in found.best[0]:
+                        total += float(copied.step(world.action.decode(planned[None])[0])[1])
+                    came[penalty].append(total)
+            drawn = world.action.sample(1, rng)
+            obs, *_ = env.step(world.action.decode(drawn)[0])
+            action = torch.from_numpy(drawn)
+        env.close()
+    rows = {f"{p:g}": {"imagined": statistics.fmean(expected[p]), "real": statistics.fmean(came[p])} for p in PENALTIES}
+    return {"by_penalty": rows}
+
+
+# The eight algorithms -----------------------------------------------------------------------------------------------------
+
+
+def algorithm(job: dict[str, Any]) -> dict[str, Any]:
+    """One algorithm in a world of 400 real steps: updates, whether its weights moved, real return, and what a loaded one does."""
+    import worldmodel as wm
+    from worldmodel.agents import DreamPolicy, train_in_dream
+    from worldmodel.agents.sb3 import algorithm_class
+    from worldmodel.envs import make_vec
+
+    torch.set_num_threads(1)
+    recipe, name = job["recipe"], job["algorithm"]
+    quiet = {"log.tensorboard": False, "eval.every": 0, "eval.episodes": 1, "agent": "random"}
+    with tempfile.TemporaryDirectory() as folder:
+        path = wm.train(recipe, 400, 0, Path(folder) / "run", quiet, "cpu").run
+        before: list[torch.Tensor] = []
+        made = algorithm_class(name)
+
+        class Watched(made):  # the weights before the first update
+            def _setup_model(self) -> None:
+                super()._setup_model()
+                before.append(torch.cat([p.detach().flatten().clone() for p in self.policy.parameters()]))
+
+        Watched.__name__ = made.__name__
+        since = time.perf_counter()
+        policy = train_in_dream(Watched, path, total_timesteps=4096, episodes=20)
+        seconds = time.perf_counter() - since
+        after = torch.cat([p.detach().flatten() for p in policy.algorithm.policy.parameters()])
+        policy.save(Path(folder) / "policy")
+        loaded = DreamPolicy.load(Path(folder) / "policy", trust=True, algorithm=made)
+        obs = make_vec(policy.env, 16, seed=0).reset()
+        same = np.array_equal(policy.predict(obs, deterministic=True)[0], loaded.predict(obs, deterministic=True)[0])
+    moved = float((after - before[0]).abs().max())
+    counts = {"updates": policy.algorithm._n_updates, "seconds": seconds, "moved": moved, "loaded acts the same": bool(same)}
+    return {**counts, "real_return": policy.result.real_return, "gap": policy.result.gap}
+
+
+# All of them ------------------------------------------------------------------------------------------------------------
+
+WORKERS = {"dyna": dyna, "mppi": mppi, "gap": gap, "algorithms": algorithm}
+
+
+def others(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The keys of a row that is not about real steps."""
+    if name == "mppi":
+        return [{"row": name, "threads": threads, "most": args.most} for threads in (1, 2)]
+    if name == "gap":
+        return [{"row": name, "seed": seed} for seed in args.seeds or (0, 1, 2)]
+    fits = {"cartpole": ("ppo", "a2c", "dqn", "qrdqn", "recurrent_ppo"), "pendulum": ("sac", "td3", "tqc")}
+    return [{"row": name, "recipe": recipe, "algorithm": a} for recipe, group in fits.items() for a in group]
+
+
+def tables(rows: Rows) -> str:
+    """All tables of what is there."""
+    by: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by.setdefault(row["key"].get("row", "control"), []).append(row)
+    parts = [report(by["control"])] if "control" in by else []
+    if "mppi" in by:
+        lines = [
+            [r["key"]["threads"], spread(r["ms"]), number(r["gflop"]), number(r["parameters"], 1), number(r["foreign"], 1)]
+            for r in by["mppi"]
+        ]
+        parts.append(table(["threads", "ms of one MPPI action (TD-MPC2: 160)", "GFLOP", "parameters", "foreign"], lines))
+    if "gap" in by:
+        lines = []
+        for penalty in (f"{p:g}" for p in PENALTIES):
+            found = [row["by_penalty"][penalty] for row in by["gap"]]
+            gaps = [x["imagined"] - x["real"] for x in found]
+            lines.append([penalty, *(spread(x[side] for x in found) for side in ("imagined", "real")), spread(gaps)])
+        parts.append(table(["penalty", "imagined return", "real return", "gap"], lines))
+    if "algorithms" in by:
+        names = ("updates", "moved", "real_return", "gap", "loaded acts the same", "seconds")
+        shown = [[row["key"]["algorithm"], row["key"]["recipe"], *(_cell(row[n]) for n in names)] for row in by["algorithms"]]
+        parts.append(table(["algorithm", "world", *names], shown))
+    return "\n\n".join(parts)
+
+
+def _cell(x: Any) -> str:
+    return str(x) if isinstance(x, bool) else number(x) if x >= 0 else f"-{number(-x)}"
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--worker"]:
+        job = json.loads(sys.argv[2])
+        print(json.dumps(WORKERS[job["row"]](job) if "row" in job else work(job), allow_nan=False))
+        return 0
+    parser = options(__doc__)
+    known = [*CONTROL, *OTHER]
+    parser.add_argument("--rows", nargs="+", choices=known, default=known, help="these rows only")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2, of dyna-pendulum 0 to 4")
+    parser.add_argument("--ours", action="store_true", help="without the baselines")
+    parser.add_argument("--max-minutes", type=float, default=15.0, help="ends every run of real steps then, evaluation included")
+    parser.add_argument("--most", type=float, default=60, help="seconds to wait for undisturbed samples of a speed")
+    parser.add_argument("--print", action="store_true", help="only the tables")
+    parser.add_argument("--verbose", action="store_true", help="every evaluation of our runs on stderr")
+    args = parser.parse_args()
+    rows = Rows("plug_in", args.results, args.again)
+    failed = 0
+    for name in [] if args.print else args.rows:
+        if name in CONTROL:
+            failed += real_steps(args, rows, name)
+            continue
+        for key in others(name, args):
+            if not rows.has(key):
+                try:
+                    rows.add(key, call(__file__, key, key.get("threads", 1), 1800), key.get("threads", 1))
+                except Failed as error:
+                    failed += 1
+                    say(f"failed: {key}: {error}")
+    print(tables(rows))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

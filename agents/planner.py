@@ -13,7 +13,7 @@ policy and a terminal value as in Hansen et al. 2024 (TD-MPC2, algorithm 1).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -193,12 +193,12 @@ class PlannerController(DreamerController):
     ) -> tuple[Tensor, State]:
         config = self.config.plan
         found = self.search(world, state, memory, generator, config.penalty if deterministic or not config.bonus else -config.bonus)
-        if not deterministic:
-            action = found.law.draw(self._noise(found.law, 1, generator))[:, 0, 0]
-        elif config.method in ("random", "icem"):
-            action = found.best[:, 0]
+        single = config.method in ("random", "icem")  # these take one candidate: a law's mean may lie between two good ones
+        if deterministic:
+            action = (found.best if single else found.law.mode())[:, 0]
         else:
-            action = found.law.mode()[:, 0]
+            around = replace(found.law, center=found.best) if single and found.law.spread is not None else found.law
+            action = around.draw(self._noise(around, 1, generator))[:, 0, 0]
         last = uniform(world.action, found.best[:, -1:])
         remembered = {"plan": torch.cat([found.law.center[:, 1:], last], 1)}
         if "elites" in memory:

@@ -46,7 +46,7 @@ FLOORS = (
     "data registry recipes checkpoint",
     "config segments spaces pictures",
     "replay networks",
-    "distributions",
+    "distributions recording",
     "encoders decoders heads",
     "dynamics objectives",
     "model",

@@ -324,7 +324,8 @@ def test_the_tested_set_pins_what_the_project_names_within_its_ranges(project):
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
     pins = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
     assert len(pins) == len(lines) and all(pins.values()), "one exact version for each name"
-    wanted = [*project["dependencies"], *(r for extra in ("dev", "render") for r in project["optional-dependencies"][extra])]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *(r for extra in ("dev", "render", "data") for r in extras[extra])]
     for requirement in map(Requirement, wanted):
         pinned = pins.get(canonicalize_name(requirement.name))
         assert pinned and pinned in requirement.specifier, f"constraints.txt pins {pinned}, but {requirement} is wanted"

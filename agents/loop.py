@@ -280,7 +280,11 @@ class WorldModelAlgorithm(BaseAlgorithm):
         if self.learner.updates == 0:
             for _ in range(train.pretrain):
                 self.update(improve=False)
-        self._credit += train.ratio * self.env.num_envs
+        self.spend(self.env.num_envs)
+
+    def spend(self, steps: int) -> None:
+        """The updates that so many steps pay for; what is left over counts towards the next."""
+        self._credit += self.config.train.ratio * steps
         while self._credit >= 1:
             self._credit -= 1
             self.update()
@@ -444,16 +448,25 @@ class WorldModelAlgorithm(BaseAlgorithm):
         return cls.from_content(arrays, state, env=env, device=device, **kwargs)
 
     @classmethod
+    def from_specs(
+        cls, policy: str, obs_spec: ObsSpec, action_spec: ActionSpec, *, num_envs: int = 1, **options: Any
+    ) -> WorldModelAlgorithm:
+        """A new agent for these spaces, without an environment; `options` are those of the class."""
+        agent = cls(policy, None, **options)
+        agent.obs_spec, agent.action_spec = obs_spec, action_spec
+        agent.observation_space, agent.action_space = obs_spec.space, action_spec.space
+        agent.n_envs = num_envs
+        agent._setup_model()
+        return agent
+
+    @classmethod
     def from_content(cls, arrays, state: Mapping[str, Any], *, env=None, device="auto", **kwargs: Any) -> WorldModelAlgorithm:
         """The agent that `content` described; `env` may be given later with set_env."""
         if state["agent"] != cls.kind:
             raise ConfigError(f"The file holds an agent of kind '{state['agent']}', not '{cls.kind}'. Load it with that class.")
-        config = Config.parse(load_yaml(state["config"]))
-        agent = cls(state["policy"], None, config=config, seed=state["seed"], device=device, **kwargs)
-        agent.obs_spec, agent.action_spec = ObsSpec.from_json(state["observation"]), ActionSpec.from_json(state["action"])
-        agent.observation_space, agent.action_space = agent.obs_spec.space, agent.action_spec.space
-        agent.n_envs = state["num_envs"]
-        agent._setup_model()
+        specs = ObsSpec.from_json(state["observation"]), ActionSpec.from_json(state["action"])
+        options = {"config": Config.parse(load_yaml(state["config"])), "seed": state["seed"], "device": device, **kwargs}
+        agent = cls.from_specs(state["policy"], *specs, num_envs=state["num_envs"], **options)
         agent.restore(arrays, state)
         if env is not None:
             env = as_vec_env(env, seed=state["seed"])

@@ -73,6 +73,15 @@ def train(
         typer.Option(min=1, help="Real steps of the whole run; may grow on resume.", show_default="the recipe's train.steps"),
     ] = None,
     device: Annotated[Device, typer.Option(help="Where the networks live.")] = Device.auto,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Learn from recorded experience instead of an environment: FILE.npz, a folder of them, minari:ID or a run folder. "
+            "Repeat it for several.",
+            show_default=False,
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest good checkpoint.")] = False,
     keep_newer: Annotated[bool, typer.Option("--keep-newer", help="On resume, keep experience newer than the checkpoint.")] = False,
     as_json: Json = False,
@@ -97,6 +106,7 @@ def train(
                 keep_newer=keep_newer,
                 progress=sys.stderr.isatty(),
                 log=_say,
+                data=data or None,
             ).to_json()
         _answer(result, as_json, _show_training)
 

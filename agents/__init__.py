@@ -8,6 +8,7 @@ from typing import Any
 _HOMES = {
     "Dreamer": "dreamer",
     "dream": "dreams",
+    "dreamed_episodes": "exchange",
     "Interrupted": "train",
     "RandomAgent": "random",
     "TrainResult": "train",

@@ -402,8 +402,11 @@ def test_commands_in_the_docs_are_understood(block):
         program, *words = shlex.split(line, comments=True) or [""]
         if program == "make":
             assert words[0] in targets, line
-        if program == "worldmodel" and words[0] in commands.commands:
-            context = commands.commands[words[0]].make_context(words[0], words[1:])
+        group = commands.commands.get(words[0]) if program == "worldmodel" else None
+        if isinstance(group, type(commands)) and len(words) > 1:
+            group.commands[words[1]].make_context(words[1], words[2:])
+        elif group is not None:
+            context = group.make_context(words[0], words[1:])
             if words[0] == "train":
                 Config.from_recipe(context.params["recipe"], context.params["overrides"])
         elif program == "worldmodel":

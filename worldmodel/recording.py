@@ -128,7 +128,20 @@ class Recording:
 
         An episode whose last step has no flag was cut there, and counts as truncated. Raises ConfigError, UnsupportedSpaceError.
         """
-        obs_spec, action_spec = ObsSpec.from_space(observation_space, layout), ActionSpec.from_space(action_space)
+        specs = ObsSpec.from_space(observation_space, layout), ActionSpec.from_space(action_space)
+        return cls.stacked(*specs, episodes, env_id=env_id, origin=origin)
+
+    @classmethod
+    def stacked(
+        cls,
+        obs_spec: ObsSpec,
+        action_spec: ActionSpec,
+        episodes: Iterable[Mapping[str, Any]],
+        *,
+        env_id: str | None = None,
+        origin: str = "the recording",
+    ) -> Recording:
+        """`from_episodes` for spaces that are known in this form already."""
         parts = [_episode(obs_spec, action_spec, episode, f"{origin}: episode {i}") for i, episode in enumerate(episodes)]
         if not parts:
             raise ConfigError(f"{origin} holds no episode of at least one step. Record some first.")
@@ -154,9 +167,7 @@ class Recording:
         closing = np.zeros(len(terminated), bool)
         closing[np.cumsum(lengths) - 1] = True
         action = action_spec.decode(prev_action[~first])
-        return cls(
-            obs, action, reward[~first], terminated, closing & ~terminated, lengths, obs_spec, action_spec, env_id, origin
-        )
+        return cls(obs, action, reward[~first], terminated, closing & ~terminated, lengths, obs_spec, action_spec, env_id, origin)
 
     @classmethod
     def joined(cls, recordings: Sequence[Recording], origin: str | None = None) -> Recording:

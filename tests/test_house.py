@@ -385,6 +385,7 @@ def demo(tmp_path_factory) -> Path:
 def test_python_in_the_docs_runs(block, demo, tmp_path, monkeypatch):
     shutil.copytree(demo, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     registry.load()  # so that only what the block itself registers is forgotten after it
     monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     script = tmp_path / "block.py"

@@ -197,6 +197,12 @@ def test_what_is_ill_is_refused_with_its_place(change, said):
     assert str(error.value).startswith("my logs")
 
 
+def test_actions_outside_of_their_box_are_learned_from_as_if_on_its_bounds():
+    recording = Recording.from_episodes(VECTOR, ACTIONS["box"], [spoiled(actions=np.full((5, 2), [-7.0, 1.0]))])
+    np.testing.assert_array_equal(sequence(replay_of(recording).stream(0)).prev_action[1:], [[-1, 0.5]] * 5)
+    np.testing.assert_array_equal(recording.action[0], [-7, 1])
+
+
 def test_an_episode_without_a_last_flag_counts_as_truncated():
     no = np.zeros(5, bool)
     out = Recording.from_episodes(VECTOR, spaces.Discrete(3), [spoiled(terminations=no, truncations=no)])

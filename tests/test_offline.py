@@ -18,6 +18,7 @@ from test_train import assert_equal_runs
 from worldmodel import tensorboard
 from worldmodel.agents import offline
 from worldmodel.agents.evaluation import evaluate
+from worldmodel.agents.held_out import collect
 from worldmodel.agents.train import Interrupted, _as_sources, train
 from worldmodel.cli import app
 from worldmodel.data import Sampling
@@ -113,6 +114,21 @@ def test_it_learns_what_the_data_show(walks, tmp_path):
         errors.append({name: float(losses[name].mean()) for name in ("observation", "reward", "continue")})
     assert all(errors[1][name] < 0.7 * errors[0][name] for name in ("reward", "continue")), errors
     assert errors[1]["observation"] < errors[0]["observation"] - 1
+
+
+@pytest.mark.parametrize(
+    ("observation", "action", "said"),
+    [
+        (spaces.Box(0, 1, (4,)), spaces.Discrete(2), r"observes Box\(.*\(4,\).*has Box\(.*\(5,\)"),
+        (spaces.Box(0, 1, (5,)), spaces.Discrete(3), r"acts in Discrete\(3\), but .* has Discrete\(2\)"),
+    ],
+)
+def test_where_the_environment_turns_out_to_have_other_spaces_both_are_shown(observation, action, said, tmp_path):
+    toy_recording(observation, action).write(tmp_path / "other.npz")
+    agent = Run.open(learn(tmp_path / "run", tmp_path / "other.npz", 2).run).agent()
+    for look in (evaluate, collect):
+        with pytest.raises(ConfigError, match=said):
+            look(agent, CHAIN, 1)
 
 
 # Resuming ---------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ _HOMES = {
     "dream": "dreams",
     "DreamPolicy": "in_dream",
     "DynaCallback": "dyna",
+    "dreamed_episodes": "exchange",
     "Interrupted": "train",
     "Planner": "planner",
     "RandomAgent": "random",

@@ -17,6 +17,7 @@ from worldmodel.config import Config
 from worldmodel.envs.imagined import ImaginedWorld, Source, latent_space, learned_world, part
 from worldmodel.errors import ConfigError
 from worldmodel.replay import Replay
+from worldmodel.spaces import ActionSpec, ObsSpec
 
 
 class DynaCallback(BaseCallback):
@@ -106,7 +107,8 @@ class DynaCallback(BaseCallback):
         if not isinstance(self.config, Config):
             given = given if given is not None else [*(self.config or []), "agent=random"]
         config = self.config if isinstance(self.config, Config) else Config.from_recipe(self.recipe, given, env_id=env_id)
-        return RandomAgent.for_spaces(env.observation_space, env.action_space, env.num_envs, config=config, seed=self.seed)
+        specs = ObsSpec.from_space(env.observation_space, config.env.layout), ActionSpec.from_space(env.action_space)
+        return RandomAgent.from_specs("MlpPolicy", *specs, num_envs=env.num_envs, config=config, seed=self.seed)
 
     def _on_training_start(self) -> None:
         if self.agent is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from pydantic import Field
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -16,6 +17,7 @@ from worldmodel.config import Frozen
 from worldmodel.envs.make import EnvConfig, find_spec, make_vec
 from worldmodel.errors import ConfigError, EnvError
 from worldmodel.registry import register
+from worldmodel.spaces import ActionSpec
 
 EVALUATION_SEED, CONFIRMATION_SEED, FINAL_SEED = 10_000, 20_000, 30_000
 """Environment seeds of the first episode of an evaluation, of its confirmation, and of the final return."""
@@ -69,9 +71,29 @@ def evaluate(
     with own_randomness(model, seed):
         venv = make_vec(config, episodes, seed)
         try:
+            require_spaces(model, venv, config.id)
             return _first_episodes(model, venv, give_up, frames)
         finally:
             venv.close()
+
+
+def require_spaces(model: Any, venv: VecEnv, env_id: str) -> None:
+    """ConfigError where a model of ours is for other spaces than the environment's, as one made of recorded data may be."""
+    if not hasattr(model, "obs_spec"):
+        return
+    space = venv.observation_space
+    named = space.spaces if isinstance(space, spaces.Dict) else {"obs": space}
+    actions = ActionSpec.from_space(venv.action_space).to_json()
+    shown = {name: (sub.shape, np.dtype(sub.dtype)) for name, sub in named.items()}
+    for word, ours, theirs, same in (
+        ("observes", model.observation_space, space, model.obs_spec.store == shown),
+        ("acts in", model.action_space, venv.action_space, model.action_spec.to_json() == actions),
+    ):
+        if not same:
+            raise ConfigError(
+                f"The model {word} {ours}, but '{env_id}' has {theirs}. Expected the spaces that it was trained with: it may be of "
+                "recorded data that came from another environment, or through other wrappers (env.pixels, env.kwargs)."
+            )
 
 
 def _first_episodes(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from stable_baselines3.common.vec_env import VecEnv
 
-from worldmodel.agents.evaluation import LIMIT, Abandoned, own_randomness
+from worldmodel.agents.evaluation import LIMIT, Abandoned, own_randomness, require_spaces
 from worldmodel.agents.loop import WorldModelAlgorithm, arrivals
 from worldmodel.data import Batch, Episodes, State
 from worldmodel.envs.make import EnvConfig, make_vec
@@ -42,6 +42,7 @@ def collect(
     with own_randomness(agent, seed):
         venv = make_vec(config.model_copy(update={"vectorize": "dummy"}), episodes, seed)
         try:
+            require_spaces(agent, venv, config.id)
             return _first_episodes(agent, venv, steps or LIMIT, random, np.random.default_rng(seed), give_up)
         finally:
             venv.close()

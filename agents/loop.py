@@ -287,7 +287,11 @@ class WorldModelAlgorithm(BaseAlgorithm):
         if self.learner.updates == 0:
             for _ in range(train.pretrain):
                 self.update(improve=False)
-        self._credit += train.ratio * self.n_envs
+        self.spend(self.n_envs)
+
+    def spend(self, steps: int) -> None:
+        """The updates that so many steps pay for; what is left over counts towards the next."""
+        self._credit += self.config.train.ratio * steps
         while self._credit >= 1:
             self._credit -= 1
             self.update()
@@ -451,18 +455,15 @@ class WorldModelAlgorithm(BaseAlgorithm):
         return cls.from_content(arrays, state, env=env, device=device, **kwargs)
 
     @classmethod
-    def for_spaces(cls, observation: gym.Space, action: gym.Space, num_envs: int = 1, **kwargs: Any) -> WorldModelAlgorithm:
-        """An agent without an environment, that `record` shows what others did: for callbacks of other algorithms."""
-        layout = kwargs["config"].env.layout
-        agent = cls._of_specs(ObsSpec.from_space(observation, layout), ActionSpec.from_space(action), num_envs, **kwargs)
+    def from_specs(
+        cls, policy: str, obs_spec: ObsSpec, action_spec: ActionSpec, *, num_envs: int = 1, **options: Any
+    ) -> WorldModelAlgorithm:
+        """A new agent for these spaces, without an environment; `options` are those of the class."""
+        agent = cls(policy, None, **options)
+        agent.obs_spec, agent.action_spec = obs_spec, action_spec
+        agent.observation_space, agent.action_space = obs_spec.space, action_spec.space
+        agent.n_envs = num_envs
         agent._check_window()
-        return agent
-
-    @classmethod
-    def _of_specs(cls, obs: ObsSpec, action: ActionSpec, num_envs: int, policy: str = "MlpPolicy", **kwargs: Any):
-        agent = cls(policy, None, **kwargs)
-        agent.obs_spec, agent.action_spec, agent.n_envs = obs, action, num_envs
-        agent.observation_space, agent.action_space = obs.space, action.space
         agent._setup_model()
         return agent
 
@@ -471,9 +472,9 @@ class WorldModelAlgorithm(BaseAlgorithm):
         """The agent that `content` described; `env` may be given later with set_env."""
         if state["agent"] != cls.kind:
             raise ConfigError(f"The file holds an agent of kind '{state['agent']}', not '{cls.kind}'. Load it with that class.")
-        kwargs |= {"config": Config.parse(load_yaml(state["config"])), "seed": state["seed"], "device": device}
         specs = ObsSpec.from_json(state["observation"]), ActionSpec.from_json(state["action"])
-        agent = cls._of_specs(*specs, state["num_envs"], state["policy"], **kwargs)
+        options = {"config": Config.parse(load_yaml(state["config"])), "seed": state["seed"], "device": device, **kwargs}
+        agent = cls.from_specs(state["policy"], *specs, num_envs=state["num_envs"], **options)
         agent.restore(arrays, state)
         if env is not None:
             env = as_vec_env(env, seed=state["seed"])

@@ -191,7 +191,7 @@ class SB3Agent(WorldModelAlgorithm):
 
     def __init__(self, *args: Any, algorithm: type[BaseAlgorithm] | None = None, algo_kwargs: dict | None = None, **kwargs: Any):
         self._algorithm_class, self._algo_kwargs = algorithm, algo_kwargs
-        self._visited = 0
+        self._since_visit = 0
         self.imagined_steps = 0
         super().__init__(*args, **kwargs)
 
@@ -218,12 +218,12 @@ class SB3Agent(WorldModelAlgorithm):
 
     # Learning -------------------------------------------------------------------------------------------------------
 
-    def learn_from_replay(self) -> None:
+    def spend(self, steps: int) -> None:
         """The world model's updates, and a visit to the dream where one is due."""
-        super().learn_from_replay()
-        collected = self.num_timesteps + self.env.num_envs
-        if self.learner.updates and collected - self._visited >= self.config.agent.every:
-            self._visited = collected
+        super().spend(steps)
+        self._since_visit += steps
+        if self._since_visit >= self.config.agent.every:
+            self._since_visit = 0
             self.visit(self.config.agent.imagined)
 
     def visit(self, steps: int) -> None:
@@ -261,7 +261,7 @@ class SB3Agent(WorldModelAlgorithm):
     def _behaviour_state(self) -> dict[str, Any]:
         given = self._algorithm_class is not None or bool(self._algo_kwargs)
         counts = {"steps": self.algorithm.num_timesteps, "updates": self.algorithm._n_updates}
-        return {**counts, "visited": self._visited, "imagined": self.imagined_steps, "given": given}
+        return {**counts, "since_visit": self._since_visit, "imagined": self.imagined_steps, "given": given}
 
     def restore(self, arrays: Mapping[str, Mapping[str, np.ndarray]], state: Mapping[str, Any], *, counters: bool = True) -> None:
         super().restore(arrays, state, counters=counters)
@@ -270,7 +270,7 @@ class SB3Agent(WorldModelAlgorithm):
 
     def _restore_behaviour(self, state: Mapping[str, Any]) -> None:
         self.algorithm.num_timesteps, self.algorithm._n_updates = state["steps"], state["updates"]
-        self._visited, self.imagined_steps = state["visited"], state["imagined"]
+        self._since_visit, self.imagined_steps = state["since_visit"], state["imagined"]
 
 
 def _at(root: Any, dotted: str) -> Any:

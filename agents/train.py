@@ -22,6 +22,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from worldmodel import config as configs
 from worldmodel import registry
 from worldmodel import run as runs
+from worldmodel.agents import offline
 from worldmodel.agents.evaluation import (
     CONFIRMATION_SEED,
     EVALUATION_SEED,
@@ -63,7 +64,7 @@ class TrainResult:
     wall_seconds   training alone, over all resumes; evaluation is in eval_seconds
     parameters     numbers that gradients change, of world model and agent together
     solved_at      real steps of the first evaluation that reached the threshold and was confirmed; else None
-    final_return   mean of the greedy episodes at the end
+    final_return   mean of the greedy episodes at the end; None where there was no environment to play them in
     evaluations    [{real_steps, mean_return, std_return, episodes}]
     run            the run folder
     """
@@ -79,7 +80,7 @@ class TrainResult:
     parameters: int
     threshold: float | None
     solved_at: int | None
-    final_return: float
+    final_return: float | None
     evaluations: list[dict[str, Any]]
     run: str
 
@@ -149,7 +150,8 @@ class Keeper(BaseCallback):
         super().__init__()
         self.run, self.config, self.seed = run, run.config, seed
         self.progress, self.signals, self.report = progress, signals, report
-        self.goal = threshold(self.config.eval, self.config.env.id)
+        self.recorded = bool(self.config.train.data)  # then there is no environment
+        self.goal = self.config.eval.threshold if self.recorded else threshold(self.config.eval, self.config.env.id)
         self._clock: float | None = None
 
     def _on_training_start(self) -> None:
@@ -162,13 +164,13 @@ class Keeper(BaseCallback):
         goes_on = self.evaluate_if_due() and not self.signals
         if every and step // every > (step - self.model.n_envs) // every:
             self.save(fenced=self.config.checkpoint.fence)
-            if self.config.checkpoint.fence and goes_on and step < self.config.train.steps:
+            if self.config.checkpoint.fence and not self.recorded and goes_on and step < self.config.train.steps:
                 self.model.reopen(env_seed(self.seed, step))
         return goes_on
 
     def evaluate_if_due(self) -> bool:
         """False where the run is solved and shall end."""
-        step, every = self.model.num_timesteps, self.config.eval.every
+        step, every = self.model.num_timesteps, 0 if self.recorded else self.config.eval.every
         if every and step // every > self.progress.evaluated // every:
             try:
                 self._evaluate(step)
@@ -232,6 +234,7 @@ def train(
     keep_newer: bool = False,
     progress: bool = False,
     log: Callable[[str], object] = _log.info,
+    data: str | Path | Run | Sequence[str | Path | Run] | None = None,
 ) -> TrainResult:
     """Train what a recipe (name, path, gym id or content) describes; everything is kept in a run folder.
 
@@ -242,6 +245,8 @@ def train(
     resume      goes on from the newest good checkpoint; the result of a finished run is given back
     keep_newer  on resume, keeps replay rows that are newer than the checkpoint
     progress    a progress bar on stderr, else lines for `log`
+    data        recorded experience to learn from: .npz files, folders of them, "minari:ID", runs. Then no environment is made:
+                `train.pretrain` updates of the world model, then train.steps * train.ratio of all; nothing is evaluated
 
     Exact on resume, on the same device and thread count: weights, optimisers, running statistics, replay (up to the
     checkpoint), counters, the ratio's remainder and all random states. Not exact: the environments. They are reset with
@@ -258,6 +263,11 @@ def train(
         if given.get("train.steps", steps) != steps:
             raise ConfigError(f"steps={steps} and train.steps={given['train.steps']} differ. Give one of them.")
         given["train.steps"] = steps
+    if data is not None:
+        sources = _as_sources(data)
+        if list(given.get("train.data", sources)) != sources:
+            raise ConfigError(f"data={sources} and train.data={given['train.data']} differ. Give one of them.")
+        given["train.data"] = sources
     if seed is not None and seed < 0:
         raise ConfigError(f"seed is {seed}; expected at least 0.")
     threads = torch.get_num_threads()
@@ -291,7 +301,7 @@ def _new(session: _Session, recipe: Any, run_dir: str | Path | None, given: dict
         with Run.create(run_dir, config, seed) as run:
             return _go_on(session, run, agent, Progress(overrides=_lasting(given)), seed)
     finally:
-        agent.env.close()
+        _close(agent)
 
 
 def _resumed(session: _Session, recipe: Any, run_dir: str | Path | None, given: dict[str, Any], seed: int | None) -> TrainResult:
@@ -304,7 +314,11 @@ def _resumed(session: _Session, recipe: Any, run_dir: str | Path | None, given: 
         if result is not None and _is_finished(config, result, manifest):
             session.log(f"{run.path} is finished; --steps may make it longer.")
             return TrainResult(**result)
-        agent = make_agent(config, seed, session.device)
+        if config.train.data and run.checkpoints:
+            torch.set_num_threads(config.train.threads)
+            agent = offline.reopened(run, config, seed, session.device, check="train.data" in given)
+        else:
+            agent = make_agent(config, seed, session.device)
         try:
             state = run.resume(agent, keep_newer=session.keep_newer, log=session.log)
             run.write_config(config)
@@ -312,10 +326,20 @@ def _resumed(session: _Session, recipe: Any, run_dir: str | Path | None, given: 
             progress = Progress(**state) if state is not None else Progress(overrides=_lasting(given))
             if result is not None:  # the evaluation at the end came after the last checkpoint
                 progress.wall_seconds, progress.eval_seconds = result["wall_seconds"], result["eval_seconds"]
-            session.log(f"{run.path} goes on at real step {agent.num_timesteps}.")
+            session.log(f"{run.path} goes on at {_step(agent)}.")
             return _go_on(session, run, agent, progress, seed)
         finally:
-            agent.env.close()
+            _close(agent)
+
+
+def _close(agent: WorldModelAlgorithm) -> None:
+    if agent.env is not None:
+        agent.env.close()
+
+
+def _step(agent: WorldModelAlgorithm) -> str:
+    """Where an agent stands, in words; on recorded experience it takes no real steps."""
+    return f"{'' if agent.config.train.data else 'real '}step {agent.num_timesteps}"
 
 
 def _lasting(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -326,7 +350,9 @@ def _lasting(given: Mapping[str, Any]) -> dict[str, Any]:
 def _is_finished(config: Config, result: Mapping[str, Any], manifest: Mapping[str, Any]) -> bool:
     """Whether nothing is left to do, and what was reached is still there."""
     solved = config.eval.stop_when_solved and result["solved_at"] is not None
-    return (solved or result["real_steps"] >= config.train.steps) and manifest.get("step", -1) >= result["real_steps"]
+    committed = manifest.get("step", -1)
+    reached = committed if config.train.data else result["real_steps"]
+    return (solved or reached >= config.train.steps) and committed >= result["real_steps"]
 
 
 def _agreed(run: Run, manifest: Mapping[str, Any], recipe: Any, given: dict[str, Any], seed: int | None) -> Config:
@@ -366,10 +392,23 @@ def _as_mapping(overrides: Mapping[str, Any] | Sequence[str] | None) -> dict[str
     return out
 
 
+def _as_sources(data: Any) -> list[str]:
+    """Names of recorded experience, as a config keeps them."""
+    given = [data] if isinstance(data, (str, Path, Run)) else list(data)
+    if not given:
+        raise ConfigError("data is empty. Expected at least one .npz file, folder of them, minari:ID or run; or leave it out.")
+    odd = [type(item).__name__ for item in given if not isinstance(item, (str, Path, Run))]
+    if odd:
+        raise ConfigError(f"data holds a {odd[0]}; expected names of files, folders, runs or minari:ID. Write it to a file first.")
+    return [str(item.path if isinstance(item, Run) else item) for item in given]
+
+
 def make_agent(config: Config, seed: int, device: str = "auto") -> WorldModelAlgorithm:
-    """A new agent of the config's kind with its training environments."""
+    """A new agent of the config's kind with its training environments, or with the experience of `train.data` and none."""
     train = config.train
     torch.set_num_threads(train.threads)
+    if train.data:
+        return offline.make_agent(config, seed, device)
     reached, needed = train.steps // config.env.num_envs + 1, train.burn_in + train.batch_length
     if reached < needed:
         raise ConfigError(
@@ -404,8 +443,11 @@ def _go_on(session: _Session, run: Run, agent: WorldModelAlgorithm, progress: Pr
     try:
         keeper.save(fenced=config.checkpoint.fence and agent.num_timesteps == 0)
         if keeper.evaluate_if_due() and agent.num_timesteps < config.train.steps and not session.signals:
-            agent.reopen(env_seed(seed, agent.num_timesteps))
-            agent.learn(config.train.steps - agent.num_timesteps, callback, config.log.every, reset_num_timesteps=False)
+            if config.train.data:
+                offline.learn(agent, config.train.steps, callback, report.say, lambda: bool(session.signals))
+            else:
+                agent.reopen(env_seed(seed, agent.num_timesteps))
+                agent.learn(config.train.steps - agent.num_timesteps, callback, config.log.every, reset_num_timesteps=False)
         keeper.save()
         if session.signals:
             raise _interrupted(session, run, agent)
@@ -423,27 +465,28 @@ def _go_on(session: _Session, run: Run, agent: WorldModelAlgorithm, progress: Pr
 
 
 def _watch(config: Config, signals: Signals) -> Watch | None:
-    """The callback that shows held-out episodes; None where nothing would be written."""
-    if not (config.log.tensorboard and config.log.pictures):
+    """The callback that shows held-out episodes; None where nothing would be written, or there is nothing to play in."""
+    if not (config.log.tensorboard and config.log.pictures) or config.train.data:
         return None
     return Watch(config.log.pictures, episodes=config.log.held_out, give_up=lambda: bool(signals))
 
 
 def _interrupted(session: _Session, run: Run, agent: WorldModelAlgorithm) -> Interrupted:
     name = signal.Signals(session.signals.received).name
-    text = f"{name}: stopped at real step {agent.num_timesteps}, saved in {run.path}. Go on with --resume."
+    text = f"{name}: stopped at {_step(agent)}, saved in {run.path}. Go on with --resume."
     return Interrupted(session.signals.received, text)
 
 
 def _finished(run: Run, agent: WorldModelAlgorithm, keeper: Keeper, seed: int) -> TrainResult:
-    final = float(np.mean(keeper.measure(run.config.eval.episodes, FINAL_SEED)))
+    recorded = keeper.recorded
+    final = None if recorded else float(np.mean(keeper.measure(run.config.eval.episodes, FINAL_SEED)))
     progress = keeper.progress
     result = TrainResult(
         env_id=run.config.env.id,
         recipe=run.config.recipe,
         seed=seed,
         threads=run.config.train.threads,
-        real_steps=agent.num_timesteps,
+        real_steps=0 if recorded else agent.num_timesteps,
         updates=agent.learner.updates,
         wall_seconds=progress.wall_seconds,
         eval_seconds=progress.eval_seconds,

@@ -175,7 +175,7 @@ def _join(path: str, key: Any) -> str:
 
 
 @dataclass(frozen=True)
-class _Leaf:
+class Leaf:
     """One array of a nested space: the way to it, its flat name, its space there and here, and its shift."""
 
     path: tuple[Any, ...]
@@ -185,7 +185,7 @@ class _Leaf:
     flatten: bool = False
 
     @classmethod
-    def of(cls, path: tuple[Any, ...], space: spaces.Space, *, action: bool = False) -> _Leaf:
+    def of(cls, path: tuple[Any, ...], space: spaces.Space, *, action: bool = False) -> Leaf:
         name = ".".join(str(step) for step in path)
         if isinstance(space, spaces.Discrete) and space.start != 0:
             return cls(path, name, spaces.Discrete(int(space.n)), int(space.start))
@@ -207,6 +207,15 @@ class _Leaf:
         value = np.asarray(value - self.start, self.outer.dtype)
         return value.reshape(-1) if self.flatten else value[()]
 
+    def rows(self, value: Any) -> Any:
+        """`outward` of many observations, or actions, at once [T, ...]."""
+        for step in self.path:
+            value = value[step]
+        if not self.changes:
+            return value
+        value = np.asarray(value) - self.start
+        return value.reshape(len(value), *self.outer.shape)
+
     def inward(self, value: Any, space: spaces.Space) -> Any:
         if not self.changes:
             return value
@@ -219,13 +228,13 @@ class _Leaf:
         return self.flatten or (isinstance(self.start, int) and self.start != 0)
 
 
-def _leaves(space: spaces.Space, path: tuple[Any, ...] = ()) -> Iterator[_Leaf]:
+def leaves(space: spaces.Space, path: tuple[Any, ...] = ()) -> Iterator[Leaf]:
     if isinstance(space, (spaces.Dict, spaces.Tuple)):
         items = space.spaces.items() if isinstance(space, spaces.Dict) else enumerate(space.spaces)
         for key, sub in items:
-            yield from _leaves(sub, (*path, key))
+            yield from leaves(sub, (*path, key))
     else:
-        yield _Leaf.of(path, space)
+        yield Leaf.of(path, space)
 
 
 class FlattenSpaces(gym.Wrapper):
@@ -239,7 +248,7 @@ class FlattenSpaces(gym.Wrapper):
     def __init__(self, env: gym.Env):
         super().__init__(env)
         space = env.observation_space
-        self._leaves = list(_leaves(space))
+        self._leaves = list(leaves(space))
         names = [leaf.name for leaf in self._leaves]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice or not names:
@@ -253,7 +262,7 @@ class FlattenSpaces(gym.Wrapper):
         self._single = not isinstance(space, (spaces.Dict, spaces.Tuple))
         outer = {leaf.name: leaf.outer for leaf in self._leaves}
         self.observation_space = self._leaves[0].outer if self._single else spaces.Dict(outer)
-        self._action = _Leaf.of((), env.action_space, action=True)
+        self._action = Leaf.of((), env.action_space, action=True)
         self.action_space = self._action.outer
 
     @classmethod

@@ -65,7 +65,7 @@ def test_help_and_import_load_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    for flag in "--run --seed --steps --device --resume --keep-newer --json".split():
+    for flag in "--run --seed --steps --device --data --resume --keep-newer --json".split():
         assert flag in done.stdout
 
 

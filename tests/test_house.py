@@ -46,7 +46,7 @@ FLOORS = (
     "data registry recipes checkpoint",
     "config segments spaces pictures",
     "replay networks",
-    "distributions",
+    "distributions recording",
     "encoders decoders heads ensemble",
     "dynamics objectives",
     "model",
@@ -324,7 +324,8 @@ def test_the_tested_set_pins_what_the_project_names_within_its_ranges(project):
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
     pins = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
     assert len(pins) == len(lines) and all(pins.values()), "one exact version for each name"
-    wanted = [*project["dependencies"], *(r for extra in ("dev", "render") for r in project["optional-dependencies"][extra])]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *(r for extra in ("dev", "render", "data") for r in extras[extra])]
     for requirement in map(Requirement, wanted):
         pinned = pins.get(canonicalize_name(requirement.name))
         assert pinned and pinned in requirement.specifier, f"constraints.txt pins {pinned}, but {requirement} is wanted"
@@ -384,6 +385,7 @@ def demo(tmp_path_factory) -> Path:
 def test_python_in_the_docs_runs(block, demo, tmp_path, monkeypatch):
     shutil.copytree(demo, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     registry.load()  # so that only what the block itself registers is forgotten after it
     monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     script = tmp_path / "block.py"
@@ -401,8 +403,11 @@ def test_commands_in_the_docs_are_understood(block):
         program, *words = shlex.split(line, comments=True) or [""]
         if program == "make":
             assert words[0] in targets, line
-        if program == "worldmodel" and words[0] in commands.commands:
-            context = commands.commands[words[0]].make_context(words[0], words[1:])
+        group = commands.commands.get(words[0]) if program == "worldmodel" else None
+        if isinstance(group, type(commands)) and len(words) > 1:
+            group.commands[words[1]].make_context(words[1], words[2:])
+        elif group is not None:
+            context = group.make_context(words[0], words[1:])
             if words[0] == "train":
                 Config.from_recipe(context.params["recipe"], context.params["overrides"])
         elif program == "worldmodel":

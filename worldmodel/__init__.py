@@ -16,6 +16,7 @@ _HOMES = {
     "EnvError": "worldmodel.errors",
     "MissingExtraError": "worldmodel.errors",
     "NumericsError": "worldmodel.errors",
+    "Recording": "worldmodel.recording",
     "Replay": "worldmodel.replay",
     "Run": "worldmodel.run",
     "StorageError": "worldmodel.errors",

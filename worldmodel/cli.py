@@ -41,6 +41,14 @@ app = typer.Typer(
 )
 
 
+data_app = typer.Typer(
+    help="Recorded experience: into NPZ files, out of runs, to Minari and from it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(data_app, name="data")
+
+
 class Device(str, Enum):
     """Where the networks live."""
 
@@ -73,6 +81,15 @@ def train(
         typer.Option(min=1, help="Real steps of the whole run; may grow on resume.", show_default="the recipe's train.steps"),
     ] = None,
     device: Annotated[Device, typer.Option(help="Where the networks live.")] = Device.auto,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Learn from recorded experience instead of an environment: FILE.npz, a folder of them, minari:ID or a run folder. "
+            "Repeat it for several.",
+            show_default=False,
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest good checkpoint.")] = False,
     keep_newer: Annotated[bool, typer.Option("--keep-newer", help="On resume, keep experience newer than the checkpoint.")] = False,
     as_json: Json = False,
@@ -97,6 +114,7 @@ def train(
                 keep_newer=keep_newer,
                 progress=sys.stderr.isatty(),
                 log=_say,
+                data=data or None,
             ).to_json()
         _answer(result, as_json, _show_training)
 
@@ -145,6 +163,76 @@ def dream(
 
             result = dream_of(run, context, horizon, start.value, out, log=_say)
         _answer(result, as_json, _show_dream)
+
+
+class Layout(str, Enum):
+    """Where an image has its channels."""
+
+    hwc, chw, vector = "hwc", "chw", "vector"
+
+
+Source = Annotated[
+    str, typer.Argument(metavar="SOURCE", help="FILE.npz, a folder of them, minari:ID or a run folder.", show_default=False)
+]
+LayoutOption = Annotated[
+    Layout | None, typer.Option(help="Of image-shaped observations where their shape leaves it open.", show_default=False)
+]
+
+
+@data_app.command("import")
+def import_data(
+    source: Source,
+    out: Annotated[Path, typer.Option(metavar="FILE.npz", help="The new file.", show_default=False)],
+    layout: LayoutOption = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write recorded episodes, such as a Minari data set's, into an NPZ file."""
+    with _reported(debug):
+        with _stdout_kept():
+            from worldmodel.agents import exchange
+
+            result = exchange.import_data(source, out, layout.value if layout else None)
+        _answer(result, as_json, _show_pairs)
+
+
+@data_app.command("export")
+def export_data(
+    source: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run folder; or any other source, to convert it.", show_default=False)
+    ],
+    out: Annotated[str, typer.Option(metavar="FILE.npz|minari:ID", help="The new file, or Minari data set.", show_default=False)],
+    dreamed: Annotated[
+        int | None,
+        typer.Option(min=1, help="So many episodes that the run's agent dreams.", show_default="the run's real episodes"),
+    ] = None,
+    horizon: Annotated[int | None, typer.Option(min=1, help="Steps after which a dream is truncated.", show_default="50")] = None,
+    start: Annotated[
+        Start | None, typer.Option(help="Dreams begin at recorded rows, or from nothing.", show_default="replay")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the dreams' draws.", show_default="0")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write the episodes of a run, real or dreamed, as an NPZ file or a Minari data set."""
+    with _reported(debug):
+        with _stdout_kept():
+            from worldmodel.agents import exchange
+
+            result = exchange.export_data(source, out, dreamed, horizon=horizon, start=start.value if start else None, seed=seed)
+        _answer(result, as_json, _show_pairs)
+
+
+@data_app.command("info")
+def data_info(source: Source, layout: LayoutOption = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Show what recorded episodes hold."""
+    with _reported(debug):
+        with _stdout_kept():
+            from worldmodel.agents import exchange
+            from worldmodel.envs.sources import recording
+
+            result = exchange.summary(recording(source, layout.value if layout else None), source)
+        _answer(result, as_json, _show_pairs)
 
 
 @app.command()

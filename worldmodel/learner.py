@@ -37,6 +37,9 @@ class TrainConfig(Frozen):
     """How experience becomes gradient steps."""
 
     steps: int = Field(10_000, ge=1, description="real environment steps of a whole run, random ones included")
+    data: tuple[str, ...] = Field(
+        (), description="recorded experience to learn from instead of an environment: .npz files, folders of them, minari:ID, runs"
+    )
     prefill: int = Field(500, ge=0, description="rows of random experience before the first update: steps, and first observations")
     prefill_hold: float = Field(1.0, ge=1, description="steps for which each of those random actions is kept, on average")
     pretrain: int = Field(100, ge=0, description="updates of the world model right after them")

@@ -150,6 +150,38 @@ class Replay:
         n = len(where)
         if n == 0:
             return
+        rows = self._checked(n, obs, prev_action, reward, is_first, is_last, is_terminal)
+        at = where * self.size + self._next[where] % self.size
+        for name, column in self._columns.items():
+            column[at] = rows[name]
+        last = (rows["flags"] & LAST) != 0
+        for stream in where[last].tolist():
+            self._ends[stream].append(int(self._next[stream]))
+        self._next[where] += 1
+        for stream in where.tolist():
+            self._ends[stream].drop_before(int(self._next[stream]) - self.size)
+
+    def extend(
+        self,
+        obs: Mapping[str, np.ndarray],
+        prev_action: np.ndarray,
+        reward: np.ndarray,
+        is_first: np.ndarray,
+        is_last: np.ndarray,
+        is_terminal: np.ndarray,
+        stream: int = 0,
+    ) -> None:
+        """Appends n rows to one stream, in order: what n times `add` does, at once."""
+        self._check_streams(np.array([stream]))
+        n = len(reward)
+        rows = self._checked(n, obs, prev_action, reward, is_first, is_last, is_terminal)
+        none = {name: column[:0] for name, column in self._columns.items()}
+        stops = self._next + n * (np.arange(self.num_envs) == stream)
+        header = segments.Header(0, tuple(self._next.tolist()), tuple(stops.tolist()))
+        self._append(header, [rows if s == stream else none for s in range(self.num_envs)])
+
+    def _checked(self, n: int, obs: Mapping[str, np.ndarray], prev_action, reward, is_first, is_last, is_terminal) -> dict:
+        """n rows as columns. Raises ValueError on what does not fit."""
         first, last, terminal = (np.asarray(f, bool) for f in (is_first, is_last, is_terminal))
         prev_action, reward = np.asarray(prev_action, np.float32), np.asarray(reward, np.float32)
         rows = {k: np.asarray(obs[k]) for k in self.obs_spec if k in obs}
@@ -162,18 +194,12 @@ class Replay:
             raise ValueError("Replay got a reward or an action that is not finite. Check the environment's step().")
         if (terminal & ~last).any():
             raise ValueError("Replay got a row that is_terminal but not is_last: a world that ends closes its episode.")
-
-        at = where * self.size + self._next[where] % self.size
-        for k, column in self._obs.items():
-            column[at] = rows[k]
-        self._prev_action[at] = np.where(first[:, None], np.float32(0), prev_action)
-        self._reward[at] = np.where(first, np.float32(0), reward)
-        self._flags[at] = FIRST * first + LAST * last + TERMINAL * terminal
-        for stream in where[last].tolist():
-            self._ends[stream].append(int(self._next[stream]))
-        self._next[where] += 1
-        for stream in where.tolist():
-            self._ends[stream].drop_before(int(self._next[stream]) - self.size)
+        return {
+            **{f"obs/{k}": x for k, x in rows.items()},
+            "prev_action": np.where(first[:, None], np.float32(0), prev_action),
+            "reward": np.where(first, np.float32(0), reward),
+            "flags": (FIRST * first + LAST * last + TERMINAL * terminal).astype(np.uint8),
+        }
 
     def _check_streams(self, where: np.ndarray) -> None:
         if where.ndim != 1 or len(set(where.tolist())) != len(where):
@@ -205,6 +231,12 @@ class Replay:
             self._ends[stream].append(sequence)
 
     # Out ------------------------------------------------------------------------------------------------------------
+
+    def stream(self, number: int) -> Batch:
+        """All rows [1, R] that one stream holds, in order, as tensors that share no memory with the store."""
+        self._check_streams(np.array([number]))
+        held = self.lengths[number]
+        return self._gather(np.array([number]), self._next[[number]] - held, held)
 
     def sample(self, batch: int, length: int, rng: np.random.Generator, *, newest: float = 0.0, ends: float = 0.0) -> Batch:
         """`batch` windows of `length` consecutive rows, as tensors that share no memory with the store.

@@ -1,0 +1,137 @@
+"""Experience in and out: what `worldmodel data` does. Episodes of a run, dreamed ones included, as NPZ or as Minari's data sets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from worldmodel.envs import minari
+from worldmodel.envs.imagined import ImaginedWorld
+from worldmodel.envs.sources import recording
+from worldmodel.errors import ConfigError
+from worldmodel.recording import Recording, free_name
+from worldmodel.run import CONFIG, Run
+from worldmodel.spaces import Layout
+
+AT_ONCE = 256
+"""Dreams that take each step together."""
+
+
+def dreamed_episodes(
+    run: Run | str | Path,
+    episodes: int = 100,
+    horizon: int = 50,
+    *,
+    start: Literal["replay", "prior"] = "replay",
+    seed: int = 0,
+) -> Recording:
+    """Episodes that never happened: the run's agent acts, drawing its actions, in its own world model.
+
+    horizon  steps after which a dream is truncated; it terminates where the model draws an end
+    start    beliefs at recorded rows, or the initial distribution
+
+    Observations are the decoder's means in the environment's own space, rewards the model's means. Raises ConfigError.
+    """
+    run = run if isinstance(run, Run) else Run.open(run)
+    if episodes < 1:
+        raise ConfigError(f"{episodes} dreams were asked for; expected at least 1.")
+    agent = run.agent()
+    replay = run.replay() if start == "replay" else None
+    parts, done = [], 0
+    while done < episodes:
+        count = min(AT_ONCE, episodes - done)
+        worlds = ImaginedWorld(agent.policy.world, count, horizon, start=start, seed=seed + done, replay=replay)
+        parts += _dreams(agent, worlds, torch.Generator(agent.device).manual_seed(seed + done))
+        done += count
+    origin = f"dreamed by {run.path}, step {agent.num_timesteps}, from {start}"
+    return Recording.stacked(agent.obs_spec, agent.action_spec, parts, env_id=run.config.env.id, origin=origin)
+
+
+@torch.no_grad()
+def _dreams(agent: Any, worlds: ImaginedWorld, generator: torch.Generator) -> list[dict[str, Any]]:
+    """One episode of each world, under Minari's names."""
+    world, controller = worlds.world, agent.policy.controller
+    memory = controller.memory(world, worlds.num_envs)
+    obs = [world.obs.raw(world.decode(worlds.reset()))]
+    steps: list[tuple[np.ndarray, ...]] = []
+    lengths = np.zeros(worlds.num_envs, np.int64)
+    while not lengths.all():
+        action, memory = controller.act(world, worlds.state, memory, False, generator)
+        taken = world.action.decode(world.action.project(action))
+        arrival = worlds.step(worlds.encode(taken))
+        terminated, truncated = arrival.terminated.cpu().numpy(), arrival.truncated.cpu().numpy()
+        obs.append(world.obs.raw(world.decode(arrival.feature)))
+        steps.append((taken, arrival.reward.cpu().numpy(), terminated, truncated))
+        lengths[(lengths == 0) & (terminated | truncated)] = len(steps)
+    columns = [np.stack(column, 1) for column in zip(*steps)]  # [N, H, ...]
+    seen = {name: np.stack([rows[name] for rows in obs], 1) for name in world.obs.keys}
+    names = ("actions", "rewards", "terminations", "truncations")
+    return [
+        {
+            "observations": world.obs.to_env({name: x[i, : n + 1] for name, x in seen.items()}),
+            **{name: column[i, :n] for name, column in zip(names, columns)},
+        }
+        for i, n in enumerate(lengths.tolist())
+    ]
+
+
+# The commands ---------------------------------------------------------------------------------------------------------
+
+
+def summary(found: Recording, source: str, out: str | None = None) -> dict[str, Any]:
+    """What `worldmodel data ... --json` prints."""
+    return {
+        "source": source,
+        "out": out,
+        "env_id": found.env_id,
+        "observation_space": str(found.obs_spec.space),
+        "action_space": str(found.action_spec.space),
+        "episodes": found.episodes,
+        "steps": found.steps,
+        "terminated": int(found.terminated.sum()),
+        "mean_return": float(found.returns.mean()),
+        "std_return": float(found.returns.std()),
+        "mean_length": float(found.lengths.mean()),
+    }
+
+
+def import_data(source: str, out: str | Path, layout: Layout | Mapping[str, Layout] | None = None) -> dict[str, Any]:
+    """Writes the episodes of a source into an NPZ file. Raises ConfigError, CorruptError, MissingExtraError, StorageError."""
+    out = free_name(out)
+    found = recording(source, layout)
+    return summary(found, source, str(found.write(out)))
+
+
+def export_data(
+    source: str,
+    out: str,
+    dreamed: int | None = None,
+    **dreams: Any,
+) -> dict[str, Any]:
+    """Writes a source's episodes, or `dreamed` many of a run, as FILE.npz or "minari:ID". Raises what `import_data` does.
+
+    `dreams` are options of `dreamed_episodes`; None is its default.
+    """
+    dreams = {name: value for name, value in dreams.items() if value is not None}
+    if dreams and dreamed is None:
+        raise ConfigError(f"--{' and --'.join(dreams)} say how to dream, but no dreams were asked for. Add --dreamed N.")
+    to_minari = str(out).startswith(minari.PREFIX)
+    if to_minari:
+        minari.check_free(str(out).removeprefix(minari.PREFIX))
+    else:
+        free_name(out)
+    if dreamed is None:
+        found = recording(source)
+    elif (Path(source) / CONFIG).is_file():
+        found = dreamed_episodes(source, dreamed, **dreams)
+    else:
+        raise ConfigError(f"'{source}' is no run folder, and only a run's agent dreams. Name a run, or leave --dreamed out.")
+    if to_minari:
+        minari.write(str(out).removeprefix(minari.PREFIX), found)
+    else:
+        found.write(out)
+    return summary(found, source, str(out))

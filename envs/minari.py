@@ -1,0 +1,167 @@
+"""Minari's data sets, in and out: https://minari.farama.org. Only sets that lie on this machine; nothing is downloaded.
+
+Spaces become what `FlattenSpaces` makes of the environment, so that a model of the data fits the environment. Only Minari's
+metadata and arrays are read: no environment is made, not even where Minari itself would make one to learn its spaces.
+"""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
+
+from worldmodel.checkpoint import storage
+from worldmodel.envs.extras import install
+from worldmodel.envs.wrappers import Leaf, leaves
+from worldmodel.errors import ConfigError, CorruptError, MissingExtraError, StorageError, UnsupportedSpaceError, did_you_mean
+from worldmodel.recording import Recording
+from worldmodel.spaces import Layout
+
+PREFIX = "minari:"
+
+
+def read(dataset_id: str, layout: Layout | Mapping[str, Layout] | None = None) -> Recording:
+    """The episodes of a local Minari data set. Raises ConfigError (with near names), CorruptError, MissingExtraError."""
+    minari = _minari()
+    name = f"{PREFIX}{dataset_id}"
+    folder = _folder(dataset_id)
+    if not (folder / "data").is_dir():
+        raise _absent(minari, dataset_id)
+    try:
+        about = minari.dataset.minari_storage.MinariStorage.read_raw_metadata(folder / "data")
+        if not {"observation_space", "action_space"} <= about.keys():
+            raise ConfigError(f"{name} says nothing of its spaces. Expected a data set that Minari 0.5 or later wrote.")
+        dataset = minari.load_dataset(dataset_id)
+        found = list(leaves(dataset.observation_space))
+        action = Leaf.of((), dataset.action_space, action=True)
+        single = not isinstance(dataset.observation_space, (spaces.Dict, spaces.Tuple))
+        observation = found[0].outer if single else spaces.Dict({leaf.name: leaf.outer for leaf in found})
+        return Recording.from_episodes(
+            observation,
+            action.outer,
+            _episodes(dataset, found, action, single),
+            layout=layout,
+            env_id=dataset.env_spec.id if dataset.env_spec is not None else None,
+            origin=name,
+        )
+    except (ConfigError, UnsupportedSpaceError, MissingExtraError):
+        raise
+    except ImportError as error:
+        raise _missing() from error
+    except MemoryError as error:
+        raise StorageError(f"{name} does not fit into memory: {error}. Split it with minari.split_dataset.") from error
+    except Exception as error:  # whatever Minari or HDF5 stumble over in a file
+        raise CorruptError(
+            f"{name} in {folder} cannot be read: {type(error).__name__}: {error}. Restore it from a copy, or fetch it again."
+        ) from error
+
+
+def _episodes(dataset: Any, found: list[Leaf], action: Leaf, single: bool) -> Iterator[dict[str, Any]]:
+    for episode in dataset.iterate_episodes():
+        rows = {leaf.name: leaf.rows(episode.observations) for leaf in found}
+        yield {
+            "observations": rows[""] if single else rows,
+            "actions": action.rows(episode.actions),
+            "rewards": episode.rewards,
+            "terminations": episode.terminations,
+            "truncations": episode.truncations,
+        }
+
+
+def check_free(dataset_id: str) -> Path:
+    """The folder for a new data set. Raises ConfigError where the id is malformed or taken, MissingExtraError."""
+    minari = _minari()
+    try:
+        minari.dataset.minari_dataset.parse_dataset_id(dataset_id)
+    except ValueError as error:
+        raise ConfigError(f"'{dataset_id}' is no id of Minari: {error}. Expected words like 'rail/random-v0'.") from error
+    folder = _folder(dataset_id)
+    if folder.exists():
+        raise ConfigError(
+            f"The Minari data set '{dataset_id}' is there already, and is not overwritten. Choose another id, or delete it with "
+            f"`minari delete {dataset_id}`."
+        )
+    return folder
+
+
+def write(dataset_id: str, recording: Recording) -> Path:
+    """A new local Minari data set of these episodes, whole or absent; its folder. Pictures are kept exactly.
+
+    Raises ConfigError where the id is malformed or taken, StorageError, MissingExtraError.
+    """
+    folder, minari = check_free(dataset_id), _minari()
+    from minari.data_collector.episode_buffer import EpisodeBuffer
+
+    # Stacked already: Minari's own way to build them, step by step, needs jax.
+    buffers = [EpisodeBuffer(**recording.episode(number)) for number in range(recording.episodes)]
+    exact = {"jpeg_encoding": False} if "jpeg_encoding" in inspect.signature(minari.create_dataset_from_buffers).parameters else {}
+    try:
+        with storage("write", folder), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that nobody is named as author
+            dataset = minari.create_dataset_from_buffers(
+                dataset_id,
+                buffers,
+                observation_space=recording.obs_spec.space,
+                action_space=recording.action_spec.space,
+                description=recording.origin,
+                **exact,
+            )
+            if recording.env_id is not None:  # given above, Minari would make the environment
+                dataset.storage.update_metadata({"env_spec": _env_spec(recording.env_id).to_json()})
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, ImportError):
+            raise _missing() from error
+        raise
+    return folder
+
+
+def _env_spec(env_id: str) -> EnvSpec:
+    """The registered spec under the id that also says its module; the bare id where nobody registered it here."""
+    known = gym.registry.get(env_id.rpartition(":")[2])
+    if known is None or not isinstance(known.entry_point, str):
+        return EnvSpec(id=env_id)
+    return EnvSpec(id=env_id, entry_point=known.entry_point, max_episode_steps=known.max_episode_steps, kwargs=known.kwargs)
+
+
+def _absent(minari: Any, dataset_id: str) -> ConfigError:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # other data sets may be damaged: no matter here
+        known = list(minari.list_local_datasets())
+    hint = did_you_mean(dataset_id, known)
+    if not known:
+        hint = " There is none."
+    elif not hint.startswith(" Did"):
+        hint = f" There are {len(known)}: {', '.join(known[:5])}{', ...' if len(known) > 5 else ''}."
+    return ConfigError(
+        f"'{PREFIX}{dataset_id}' is not among the Minari data sets in {_folder('')}.{hint} Fetch it with `minari download "
+        f"{dataset_id}`, or say where it lies in the environment variable MINARI_DATASETS_PATH."
+    )
+
+
+def _folder(dataset_id: str) -> Path:
+    from minari.storage.datasets_root_dir import get_dataset_path
+
+    with storage("create", Path("~/.minari")):
+        return Path(get_dataset_path(dataset_id))
+
+
+def _minari() -> Any:
+    try:
+        import h5py  # noqa: F401 (Minari finds out only as it opens a file)
+        import minari
+        import minari.dataset.minari_storage
+    except ImportError as error:
+        raise _missing() from error
+    return minari
+
+
+def _missing() -> MissingExtraError:
+    return MissingExtraError(f"Minari's data sets need the packages 'minari' and 'h5py', but one is missing. {install('data')}")

@@ -9,11 +9,14 @@ _HOMES = {
     "Dreamer": "dreamer",
     "dream": "dreams",
     "Interrupted": "train",
+    "JointWorldModel": "joint",
+    "LatentExtractor": "extractor",
     "RandomAgent": "random",
     "TrainResult": "train",
     "Watch": "watch",
     "WorldModelAlgorithm": "loop",
     "evaluate": "evaluation",
+    "latent_policy_kwargs": "extractor",
 }
 __all__ = sorted(_HOMES)
 

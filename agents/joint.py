@@ -25,13 +25,15 @@ class JointWorldModel(BaseCallback):
     run_or_model  the run, its folder or the model that `latent_policy_kwargs(run, mode="joint")` got
     ratio         world-model updates per real step; default: the run's train.ratio
     rl_gradients  whether the algorithm's own loss changes the encoder too
-    config        what differs from the run's options of `train`, e.g. {"train.lr": 3e-4}; train.average and train.pretrain are 0
+    config        what differs from the run's options of `train`, e.g. {"train.lr": 3e-4}. Unless they are given here,
+                  train.average and train.pretrain are 0, and train.prefill is at most the rows of one batch
     seed          of the replay's windows and the codes that are drawn
 
     The world model's encoder is the critic's (DQN's, PPO's: the policy's) and nobody's copy. An actor with an extractor of its own
     gets a copy after each update, and sends no gradients; target networks follow as SB3 makes them follow. Updates are made
     between SB3's rollouts, so that no rollout is learned from with another encoder than it was made with; the first ones once
-    the replay holds `train.prefill` rows, at most those of one batch.
+    the replay holds `train.prefill` rows. Of a model that was never trained, give `train.prefill` and `train.pretrain`: it is
+    then trained first on what the algorithm did first.
 
     The replay begins empty with each new algorithm object, also after SB3's `load`, whose encoder goes on where it was; decoder,
     dynamics and heads begin as in `run_or_model`. `agent` is the world model's side, as a RandomAgent that takes no steps:
@@ -90,11 +92,12 @@ class JointWorldModel(BaseCallback):
         self._of, self._pending = self.model, 0
 
     def _make_agent(self, world, config: Config) -> RandomAgent:
+        batch = config.train.batch_size * (config.train.burn_in + config.train.batch_length)
         fixed = {"agent": {"kind": "random"}, "model": world.config.model_dump(mode="json")}
-        config = config.override({**fixed, "train.average": 0.0, "train.pretrain": 0}).override(self.config)
-        rows = config.train.batch_size * (config.train.burn_in + config.train.batch_length)
-        wanted = {"train.prefill": min(config.train.prefill, rows)}
-        config = config.override(wanted if self.ratio is None else {**wanted, "train.ratio": self.ratio})
+        fixed |= {"train.average": 0.0, "train.pretrain": 0, "train.prefill": min(config.train.prefill, batch)}
+        if self.ratio is not None:
+            fixed["train.ratio"] = self.ratio
+        config = config.override(fixed).override(self.config)
         agent = RandomAgent("MlpPolicy", None, config=config, seed=self.seed, device=str(self.model.device))
         agent.obs_spec, agent.action_spec = world.obs, world.action
         agent.observation_space, agent.action_space = world.obs.space, world.action.space

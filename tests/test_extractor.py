@@ -385,10 +385,11 @@ def test_what_is_recorded_is_what_the_environment_did(algorithm):
     assert rows.is_terminal.any()
 
 
-@pytest.mark.parametrize("algorithm", [PPO, SAC])
-def test_continuous_actions_are_recorded_as_the_environment_got_them(algorithm):
+@pytest.mark.parametrize(("algorithm", "squash"), [(PPO, False), (PPO, True), (SAC, True)])
+def test_continuous_actions_are_recorded_as_the_environment_got_them(algorithm, squash):
     toy = Toy(VECTOR, PUSH)
-    model, callback = joint(algorithm, DummyVecEnv([lambda: toy]), world_of(action=PUSH), ratio=0.0)
+    options = {"use_sde": True, "kwargs": {"squash_output": True}} if algorithm is PPO and squash else {}
+    model, callback = joint(algorithm, DummyVecEnv([lambda: toy]), world_of(action=PUSH), ratio=0.0, **options)
     model.learn(24, callback=callback)
     rows = stored(callback.agent)
     taken = rows.prev_action[~rows.is_first].flatten().numpy()

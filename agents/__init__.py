@@ -13,6 +13,8 @@ _HOMES = {
     "dreamed_episodes": "exchange",
     "Interrupted": "train",
     "Planner": "planner",
+    "JointWorldModel": "joint",
+    "LatentExtractor": "extractor",
     "RandomAgent": "random",
     "SB3Agent": "sb3",
     "TrainResult": "train",
@@ -20,6 +22,7 @@ _HOMES = {
     "WorldModelAlgorithm": "loop",
     "evaluate": "evaluation",
     "train_in_dream": "in_dream",
+    "latent_policy_kwargs": "extractor",
 }
 __all__ = sorted(_HOMES)
 

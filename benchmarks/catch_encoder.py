@@ -1,0 +1,168 @@
+"""Real steps until Catch is solved from 64x64 pixels: DQN on a pretrained encoder, and DQN on SB3's NatureCNN from scratch.
+
+    python benchmarks/catch_encoder.py                     # both sides, seeds 0 1 2
+    python benchmarks/catch_encoder.py --sides encoder --seeds 0
+    python benchmarks/catch_encoder.py --print             # the table of what is there
+
+Both sides have the same algorithm, hyperparameters (`DQN_OPTIONS`) and observations, two stacked frames: one does not show
+where the ball drifts. The first `learning_starts` steps are random on both. On the encoder's side the world model is
+trained on those very steps when they are taken, `PRETRAIN` updates and none afterwards, so that every step that the encoder
+saw is a real step of the run and counted. Protocol as in control.py: 20 greedy episodes with environment seeds 10000..
+every 500 real steps, solved at the first evaluation whose mean is at least 0.9 and whose confirmation, 20 episodes with seeds
+20000.., is too. Seconds are of training alone. Each run has a process and one thread of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from baselines import Protocol
+from rows import Failed, Load, Rows, call, median, number, options, say, spread, table
+from stable_baselines3 import DQN
+from stable_baselines3.common.callbacks import CallbackList
+from stable_baselines3.common.vec_env import StackedObservations, VecFrameStack
+
+import worldmodel as wm
+from worldmodel.agents import JointWorldModel, latent_policy_kwargs
+from worldmodel.agents.evaluation import FINAL_SEED, evaluate
+from worldmodel.config import Config
+from worldmodel.envs.make import make_vec
+
+SIDES = ("encoder", "naturecnn")
+FRAMES, STEPS, SECONDS = 2, 16_000, 3600
+DQN_OPTIONS: dict[str, Any] = {
+    **{"learning_rate": 5e-4, "batch_size": 64, "buffer_size": 20_000, "learning_starts": 500, "gamma": 0.99},
+    **{"target_update_interval": 100, "train_freq": 1, "gradient_steps": 1},
+    **{"exploration_fraction": 0.3, "exploration_final_eps": 0.1},
+}
+POLICY: dict[str, Any] = {"net_arch": [256]}
+OUTPUT, FINE_TUNED, PRETRAIN = "embedding", True, 600
+WORLD = {"train.batch_size": 8, "train.batch_length": 8}
+
+
+class Stacked:
+    """A policy of stacked frames that stacks them by itself: what `evaluate` takes, whose environments give single ones."""
+
+    def __init__(self, model: DQN, space: Any):
+        self.model, self.space = model, space
+
+    def predict(self, obs: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False) -> tuple:
+        """SB3's; the state is the stack."""
+        if state is None:
+            state = StackedObservations(len(obs), FRAMES, self.space)
+            stack = state.reset(obs)
+        else:
+            stack, _ = state.update(obs, np.asarray(episode_start), [{"terminal_observation": x} for x in obs])
+        return self.model.predict(stack, deterministic=deterministic)[0], state
+
+
+class StackedProtocol(Protocol):
+    """The protocol of all rows, on a policy that wants stacked frames."""
+
+    def measure(self, seed: int) -> list[float]:
+        since = time.perf_counter()
+        try:
+            policy = Stacked(self.model, self.training_env.unwrapped.observation_space)
+            return evaluate(policy, self.config.env, self.config.eval.episodes, seed)[0]
+        finally:
+            self.eval_seconds += time.perf_counter() - since
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """One run of {"side", "seed", "max_steps"}: keys as of `worldmodel train --json`, and encoder_steps."""
+    config, seed = Config.from_recipe("catch", ["agent=random"]), job["seed"]
+    single = make_vec(config.env, 1, seed)
+    venv = VecFrameStack(single, FRAMES)
+    kwargs, callbacks = dict(POLICY), []
+    if job["side"] == "encoder":
+        world = wm.WorldModel.from_spaces(single.observation_space, single.action_space, config.model, seed)
+        kwargs |= latent_policy_kwargs(world, "joint", output=OUTPUT, frames=FRAMES)
+        first = {"train.prefill": DQN_OPTIONS["learning_starts"], "train.pretrain": PRETRAIN}
+        callbacks = [JointWorldModel(world, ratio=0.0, rl_gradients=FINE_TUNED, config={**WORLD, **first}, seed=seed)]
+    model = DQN("CnnPolicy", venv, policy_kwargs=kwargs, seed=seed, device="cpu", **DQN_OPTIONS)
+    protocol = StackedProtocol(config, job["max_steps"], SECONDS)
+    since = time.perf_counter()
+    with Load() as load:
+        model.learn(STEPS, callback=CallbackList([*callbacks, protocol]))
+    wall = time.perf_counter() - since - protocol.eval_seconds
+    final = float(np.mean(protocol.measure(FINAL_SEED)))
+    return {
+        "real_steps": model.num_timesteps,
+        "encoder_steps": DQN_OPTIONS["learning_starts"] if callbacks else 0,
+        "updates": model._n_updates,
+        "encoder_updates": callbacks[0].agent.learner.updates if callbacks else 0,
+        "wall_seconds": wall,
+        "eval_seconds": protocol.eval_seconds,
+        "threshold": protocol.goal,
+        "solved_at": protocol.solved_at,
+        "final_return": final,
+        "evaluations": protocol.evaluations,
+        "stopped": protocol.stopped,
+        "foreign": load.cores,
+    }
+
+
+# All of them ----------------------------------------------------------------------------------------------------------
+
+
+def measure(args: Any, rows: Rows) -> int:
+    """Runs what is missing, one after the other; gives the number of runs that failed."""
+    failed = 0
+    for side in args.sides:
+        for seed in args.seeds:
+            key = {"row": "catch-encoder", "side": side, "seed": seed}
+            if rows.has(key):
+                continue
+            try:
+                row = rows.add(key, call(__file__, {**key, "max_steps": args.max_steps}, 1, 2 * SECONDS), 1)
+            except Failed as error:
+                failed += 1
+                say(f"failed: {side} seed {seed}: {error}")
+                continue
+            say(f"  solved at {row['solved_at']}, final return {row['final_return']:.2f}")
+    return failed
+
+
+def report(rows: Rows) -> str:
+    """One line for each side: medians over seeds, [least..greatest]; then the share of the real steps."""
+    by = {side: [row for row in rows if row["key"].get("row") == "catch-encoder" and row["key"]["side"] == side] for side in SIDES}
+    lines = []
+    for side, found in by.items():
+        solved = [row["solved_at"] for row in found]
+        if found:
+            count = f"{sum(x is not None for x in solved)}/{len(solved)}"
+            returns, seconds = [row["final_return"] for row in found], [row["wall_seconds"] for row in found]
+            lines.append([side, count, spread(solved, 1), found[0]["encoder_steps"], spread(seconds, 1), spread(returns, 2)])
+    head = ["side", "solved", "real steps", "of them the encoder's own", "seconds", "final return"]
+    text = table(head, lines)
+    if all(by.values()):
+        ours, theirs = (median(row["solved_at"] for row in by[side]) for side in SIDES)
+        text += f"\n\nencoder: {number(ours, 1)} real steps, NatureCNN {number(theirs, 1)}"
+        text += f", {ours / theirs:.2f} of them" if max(ours, theirs) < float("inf") else ""
+    return text
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--worker"]:
+        torch.set_num_threads(1)
+        print(json.dumps(run(json.loads(sys.argv[2])), allow_nan=False))
+        return 0
+    parser = options(__doc__)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--max-steps", type=int, default=STEPS, help="ends every run there")
+    parser.add_argument("--print", action="store_true", help="only the table")
+    args = parser.parse_args()
+    rows = Rows("plug_in", args.results, args.again)
+    failed = 0 if args.print else measure(args, rows)
+    print(report(rows))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import gymnasium as gym
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from worldmodel.data import Sampling, State
 from worldmodel.model import WorldModel, tensors
+from worldmodel.spaces import ActionSpec, ObsSpec
 
 
 class Controller(nn.Module):
@@ -102,6 +103,16 @@ class BeliefPolicy(BasePolicy):
 
     def _predict(self, observation: Any, deterministic: bool = False) -> Tensor:
         raise NotImplementedError("A belief is needed: call predict().")
+
+
+@runtime_checkable
+class ActsOnBelief(Protocol):
+    """What diagnostics ask of whatever acts: an algorithm with a world model, or a policy that came out of a dream."""
+
+    policy: BeliefPolicy
+    obs_spec: ObsSpec
+    action_spec: ActionSpec
+    device: torch.device
 
 
 def _wide(mask: Tensor, like: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from worldmodel import pictures
+from worldmodel.agents.belief import ActsOnBelief
 from worldmodel.agents.evaluation import own_randomness
 from worldmodel.agents.held_out import HELD_OUT_SEED, RANDOM, collect
-from worldmodel.agents.loop import WorldModelAlgorithm
 from worldmodel.data import Episodes, Obs, Sampling, State
 from worldmodel.diagnostics.rollouts import OpenLoop, open_loop, roll_out
 from worldmodel.envs.draw import Viewer
@@ -62,7 +62,7 @@ def film(
     return Film(video, signals)
 
 
-def from_nothing(agent: WorldModelAlgorithm, viewer: Viewer, horizon: int, generator: torch.Generator) -> Film:
+def from_nothing(agent: ActsOnBelief, viewer: Viewer, horizon: int, generator: torch.Generator) -> Film:
     """A dream whose first state is drawn from the initial distribution, in which the agent acts greedily."""
     world = agent.policy.world.eval()
     state = world.begin(SAMPLES, Sampling(generator=generator))
@@ -91,7 +91,7 @@ def labels(viewer: Viewer) -> list[str]:
 # Returns --------------------------------------------------------------------------------------------------------------
 
 
-def _act(agent: WorldModelAlgorithm, state: State, steps: int, random: float, generator: torch.Generator):
+def _act(agent: ActsOnBelief, state: State, steps: int, random: float, generator: torch.Generator):
     """(state, feature, reward [N], continue [N]) after each step that the greedy agent takes in its own world model."""
     world, controller = agent.policy.world, agent.policy.controller
     rng = np.random.default_rng(int(torch.randint(2**31, (), generator=generator, device=generator.device)))
@@ -108,7 +108,7 @@ def _act(agent: WorldModelAlgorithm, state: State, steps: int, random: float, ge
 
 
 def returns(
-    agent: WorldModelAlgorithm, episodes: Episodes, generator: torch.Generator, steps: int = 100, random: float = RANDOM
+    agent: ActsOnBelief, episodes: Episodes, generator: torch.Generator, steps: int = 100, random: float = RANDOM
 ) -> tuple[Tensor, Tensor]:
     """(imagined, real) returns [N] of the first `steps` steps of each episode, undiscounted.
 

@@ -181,5 +181,3 @@ def _stacked(rows: Sequence[Any]) -> Any:
     if isinstance(rows[0], dict):
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     return np.stack(rows)
-
-

@@ -86,8 +86,8 @@ def require_spaces(model: Any, venv: VecEnv, env_id: str) -> None:
     actions = ActionSpec.from_space(venv.action_space).to_json()
     shown = {name: (sub.shape, np.dtype(sub.dtype)) for name, sub in named.items()}
     for word, ours, theirs, same in (
-        ("observes", model.observation_space, space, model.obs_spec.store == shown),
-        ("acts in", model.action_space, venv.action_space, model.action_spec.to_json() == actions),
+        ("observes", model.obs_spec.space, space, model.obs_spec.store == shown),
+        ("acts in", model.action_spec.space, venv.action_space, model.action_spec.to_json() == actions),
     ):
         if not same:
             raise ConfigError(

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from stable_baselines3.common.vec_env import VecEnv
 
+from worldmodel.agents.belief import ActsOnBelief
 from worldmodel.agents.evaluation import LIMIT, Abandoned, own_randomness, require_spaces
-from worldmodel.agents.loop import WorldModelAlgorithm, arrivals
+from worldmodel.agents.loop import arrivals
 from worldmodel.data import Batch, Episodes, State
 from worldmodel.envs.make import EnvConfig, make_vec
 from worldmodel.errors import EnvError
@@ -22,7 +23,7 @@ RANDOM = 0.2
 
 
 def collect(
-    agent: WorldModelAlgorithm,
+    agent: ActsOnBelief,
     env: EnvConfig | str,
     episodes: int = 20,
     seed: int = HELD_OUT_SEED,
@@ -49,7 +50,7 @@ def collect(
 
 
 def _first_episodes(
-    agent: WorldModelAlgorithm, venv: VecEnv, steps: int, random: float, rng: np.random.Generator, give_up: Callable[[], bool]
+    agent: ActsOnBelief, venv: VecEnv, steps: int, random: float, rng: np.random.Generator, give_up: Callable[[], bool]
 ) -> Episodes:
     count, spec, codec = venv.num_envs, agent.obs_spec, agent.action_spec
 

@@ -16,9 +16,8 @@ from stable_baselines3.common.vec_env import VecMonitor
 from worldmodel import checkpoint
 from worldmodel.agents.belief import BeliefPolicy
 from worldmodel.agents.dreams import returns
-from worldmodel.agents.evaluation import FINAL_SEED, evaluate
+from worldmodel.agents.evaluation import FINAL_SEED, evaluate, require_spaces
 from worldmodel.agents.held_out import HELD_OUT_SEED, collect
-from worldmodel.agents.loop import as_arrays
 from worldmodel.agents.sb3 import HOMES, SB3Agent, SB3Config, SB3Controller, algorithm_class, globals_from, make_algorithm
 from worldmodel.config import Config
 from worldmodel.envs.imagined import ImaginedVecEnv
@@ -27,6 +26,7 @@ from worldmodel.errors import ConfigError, TrustError
 from worldmodel.model import ModelConfig, WorldModel
 from worldmodel.run import Run
 from worldmodel.spaces import ActionSpec, ObsSpec
+from worldmodel.weights import as_arrays
 
 WORLD, POLICY = "world.zip", "policy.zip"
 """The files of a saved DreamPolicy: ours, without pickle, and SB3's own."""
@@ -128,8 +128,7 @@ class DreamPolicy:
             )
         arrays, state, _ = checkpoint.unpack(folder / WORLD)
         specs = ObsSpec.from_json(state["observation_spec"]), ActionSpec.from_json(state["action_spec"])
-        world = WorldModel(ModelConfig.parse(state["model"]), *specs)
-        world.load_state_dict({name: torch.from_numpy(np.array(x)) for name, x in arrays["world"].items()})
+        world = WorldModel.from_arrays(ModelConfig.parse(state["model"]), *specs, arrays["world"])
         loaded = (algorithm or _class_called(state["algorithm"])).load(folder / POLICY, device=device)
         controller = SB3Controller(loaded, state["sees"], state["noise"])
         policy = cls(world.to(device), controller, EnvConfig.parse(state["env"]), seed=state["seed"])
@@ -214,7 +213,11 @@ def train_in_dream(
         policy, counts = _alternating(algorithm, config, algo_kwargs, seed, device)
     if env is not None:
         policy.env = EnvConfig(id=env) if isinstance(env, str) else env
-    _check_spaces(policy)
+    venv = make_vec(policy.env, 1)
+    try:
+        require_spaces(policy, venv, policy.env.id)
+    finally:
+        venv.close()
     if episodes:
         policy.measure(*counts, episodes=episodes)
     return policy
@@ -243,20 +246,3 @@ def _alternating(algorithm, config: Config, algo_kwargs, seed: int, device: str)
         venv.close()
     policy = DreamPolicy(agent.learner.average, agent.controller, config.env, seed=seed)
     return policy, (agent.num_timesteps, agent.imagined_steps)
-
-
-def _check_spaces(policy: DreamPolicy) -> None:
-    """ConfigError where the environment to act in is not the one that the world was learned from."""
-    venv = make_vec(policy.env, 1)
-    try:
-        for name, space, known in (
-            ("observation", venv.observation_space, policy.world.obs.space),
-            ("action", venv.action_space, policy.world.action.space),
-        ):
-            if space != known:
-                raise ConfigError(
-                    f"The run is of another environment: the {name} space of {policy.env.id} is {space}, and the world model knows "
-                    f"{known}. Pass a run of {policy.env.id}, or another env."
-                )
-    finally:
-        venv.close()

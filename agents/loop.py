@@ -21,7 +21,6 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.utils import get_device, safe_mean
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_wrapper
-from torch import nn
 
 from worldmodel import checkpoint
 from worldmodel.agents.belief import BeliefPolicy, Controller
@@ -29,11 +28,12 @@ from worldmodel.config import Config, load_yaml
 from worldmodel.data import Batch, State, Trace
 from worldmodel.envs.make import as_vec_env
 from worldmodel.errors import ConfigError, EnvError
-from worldmodel.learner import Learner, optimizer_arrays, restore_optimizer
+from worldmodel.learner import Learner
 from worldmodel.model import WorldModel, tensors
 from worldmodel.recipes import combine
 from worldmodel.replay import Replay
 from worldmodel.spaces import ActionSpec, ObsSpec
+from worldmodel.weights import as_arrays, fill, optimizer_arrays, restore_optimizer
 
 
 class WorldModelAlgorithm(BaseAlgorithm):
@@ -407,10 +407,10 @@ class WorldModelAlgorithm(BaseAlgorithm):
 
     def restore(self, arrays: Mapping[str, Mapping[str, np.ndarray]], state: Mapping[str, Any], *, counters: bool = True) -> None:
         """Take over what `content` gave; with `counters`, also steps, random state and the ratio's remainder."""
-        _load(self.learner.average, arrays["world"])
+        fill(self.learner.average, arrays["world"])
         if self.learner.average is not self.world:
-            _load(self.world, _behind("live/", arrays["optim"]))
-        _load(self.controller, arrays["agent"])
+            fill(self.world, _behind("live/", arrays["optim"]))
+        fill(self.controller, arrays["agent"])
         for name, optimizer in self.optimizers_by_name.items():
             restore_optimizer(optimizer, _behind(f"{name}/", arrays["optim"]))
         self._restore_behaviour(state["behaviour"])
@@ -525,21 +525,6 @@ def _stack(observations: list[Any]) -> Any:
     return np.stack(observations)
 
 
-def as_arrays(module: nn.Module) -> dict[str, np.ndarray]:
-    """The parameters and buffers of a module by name."""
-    return {name: x.detach().cpu().numpy() for name, x in module.state_dict().items()}
-
-
 def _behind(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The arrays whose names start with `prefix`, without it."""
     return {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
-
-
-def _load(module: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
-    own = module.state_dict()
-    wrong = sorted(set(own) ^ set(arrays)) or [name for name, x in own.items() if tuple(x.shape) != arrays[name].shape]
-    if wrong:
-        raise ConfigError(
-            f"The saved weights do not fit this config: {', '.join(wrong[:4])}. Use the config that was saved with them."
-        )
-    module.load_state_dict({name: torch.from_numpy(np.array(x)) for name, x in arrays.items()})

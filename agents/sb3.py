@@ -277,5 +277,3 @@ def _at(root: Any, dotted: str) -> Any:
     for name in dotted.split("."):
         root = getattr(root, name)
     return root
-
-

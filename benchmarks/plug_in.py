@@ -36,8 +36,8 @@ import torch
 from control import TASKS, Task, jobs, report, work
 from rows import Failed, Load, Rows, call, number, options, say, spread, table, timed
 
-DYNA = {"ratio": 10, "horizon": 1, "every": 10, "config": {"train.prefill": 300, "train.pretrain": 200, "train.ratio": 1.0}}
-DYNA_UPDATES = 4.0
+DYNA = {"ratio": 10, "horizon": 1, "every": 10, "config": {"train.prefill": 200, "train.pretrain": 200, "train.ratio": 1.0}}
+DYNA_UPDATES = 10.0
 CONTROL = {
     "ppo-cartpole": Task("cartpole", ("agent.kind=sb3", "agent.algo=ppo"), ("ppo",)),
     "sac-pendulum": Task("pendulum", ("agent.kind=sb3", "agent.algo=sac"), ("sac",), matched=10.0),

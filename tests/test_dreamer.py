@@ -21,7 +21,7 @@ from worldmodel.agents.random import RandomAgent
 from worldmodel.data import Batch, Sampling
 from worldmodel.envs.tiny import Chain
 from worldmodel.errors import ConfigError, UnsupportedSpaceError
-from worldmodel.learner import optimizer_arrays
+from worldmodel.weights import optimizer_arrays
 
 # What it takes ---------------------------------------------------------------------------------------------------------
 
@@ -101,8 +101,6 @@ def test_vec_wrappers_that_count_or_stack_are_taken_and_one_that_rescales_is_ref
         small_dreamer(VecNormalize(DummyVecEnv([Chain])))
     with pytest.raises(ConfigError, match="VecNormalize"):
         agent.set_env(VecMonitor(VecNormalize(DummyVecEnv([Chain]))))
-
-
 
 
 def test_bf16_learns():

@@ -13,8 +13,9 @@ from gymnasium import spaces
 from worldmodel import registry
 from worldmodel.data import Batch
 from worldmodel.errors import NumericsError
-from worldmodel.learner import Learner, ScaleConfig, TrainConfig, optimizer_arrays, restore_optimizer
+from worldmodel.learner import Learner, ScaleConfig, TrainConfig
 from worldmodel.model import WorldModel
+from worldmodel.weights import optimizer_arrays, restore_optimizer
 
 
 def make_learner(world: WorldModel | None = None, **options) -> Learner:
@@ -41,7 +42,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def test_every_loss_has_a_scale_and_every_scale_a_loss():
-    world = small_world(latent="gaussian", marginal=small("distribution", "gaussian"))
+    world = small_world(latent="gaussian", marginal=small("distribution", "gaussian"), ensemble=small("ensemble", "standard", members=2))
     learner = make_learner(world)
     batch = learner.prepare(known_batch())
     losses = world.loss(world.trace(batch), batch)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import ctypes
-from collections.abc import Mapping
 from typing import Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -183,21 +181,6 @@ class Learner:
 
     def _bad_gradients(self) -> list[str]:
         return [name for name, p in self.world.named_parameters() if p.grad is not None and not _finite(p.grad)]
-
-
-def optimizer_arrays(optimizer: torch.optim.Optimizer) -> dict[str, np.ndarray]:
-    """The optimiser's state, one array for each parameter and quantity."""
-    state = optimizer.state_dict()["state"]
-    return {f"{i}/{name}": x.detach().cpu().numpy() for i, slot in state.items() for name, x in slot.items()}
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, arrays: Mapping[str, np.ndarray]) -> None:
-    """Take over what `optimizer_arrays` gave."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, x in arrays.items():
-        index, name = key.split("/")
-        state.setdefault(int(index), {})[name] = torch.from_numpy(np.array(x))
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _finite(x: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import gymnasium as gym
@@ -25,6 +25,7 @@ from worldmodel.networks import flatten
 from worldmodel.objectives import ReconstructionConfig
 from worldmodel.registry import build, register
 from worldmodel.spaces import ActionSpec, ObsSpec
+from worldmodel.weights import fill
 
 CLOSED_FORMS = {"categorical": CategoricalConfig(), "gaussian": GaussianConfig()}
 
@@ -99,6 +100,14 @@ class WorldModel(nn.Module):
             torch.manual_seed(seed)
             return cls(config, ObsSpec.from_space(observation_space, layout), ActionSpec.from_space(action_space))
 
+    @classmethod
+    def from_arrays(cls, config: ModelConfig, obs: ObsSpec, action: ActionSpec, arrays: Mapping[str, np.ndarray]) -> WorldModel:
+        """The model of saved weights {name: array}; no random state moves. Raises ConfigError where they do not fit."""
+        with torch.random.fork_rng(devices=[]):
+            world = cls(config, obs, action)
+        fill(world, arrays)
+        return world
+
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
@@ -114,9 +123,7 @@ class WorldModel(nn.Module):
     def begin(self, batch_size: int, sampling: Sampling | None = None) -> State:
         """States from nothing: what the initial distribution p(z_0) draws. Raises ConfigError where the dynamics has none."""
         if not hasattr(self.dynamics, "begin"):
-            raise ConfigError(
-                f"model.dynamics={self.config.dynamics.kind} has no initial distribution. Start from the replay."
-            )
+            raise ConfigError(f"model.dynamics={self.config.dynamics.kind} has no initial distribution. Start from the replay.")
         return self.dynamics.begin(batch_size, sampling or Sampling())
 
     def trace(self, batch: Batch, state: State | None = None, sampling: Sampling | None = None) -> Trace:

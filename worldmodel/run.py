@@ -295,9 +295,8 @@ class Run:
     def world_model(self, step: int | None = None, device: torch.device | str = "cpu") -> WorldModel:
         """The world model of a checkpoint (default: the newest good one), in eval mode."""
         tensors, state, _ = self.read(step)
-        world = WorldModel(self.config.model, ObsSpec.from_json(state["observation"]), ActionSpec.from_json(state["action"]))
-        world.load_state_dict({name: torch.from_numpy(x) for name, x in tensors["world"].items()})
-        return world.to(device).eval()
+        specs = ObsSpec.from_json(state["observation"]), ActionSpec.from_json(state["action"])
+        return WorldModel.from_arrays(self.config.model, *specs, tensors["world"]).to(device).eval()
 
     def agent(self, step: int | None = None, env: Any = None, device: torch.device | str = "cpu") -> Any:
         """The agent of a checkpoint: an SB3 algorithm that predicts at once and learns on after `set_env` (or with `env`)."""

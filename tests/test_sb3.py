@@ -1,0 +1,206 @@
+"""SB3 algorithms learn in the dream by their own learn(), act in reality, and come back from files as they were."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import CHAIN, SMALL_WORLD
+from small_runs import small_train
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.evaluation import evaluate_policy
+from test_imagined import LEARNS
+
+from worldmodel.agents import DreamPolicy, SB3Agent, train_in_dream
+from worldmodel.agents.evaluation import evaluate
+from worldmodel.agents.sb3 import HOMES, algorithm_class, globals_from
+from worldmodel.agents.train import train
+from worldmodel.envs import make_vec
+from worldmodel.errors import ConfigError, MissingExtraError, TrustError
+from worldmodel.run import Run
+
+PENDULUM = {**SMALL_WORLD, "agent": "random", "eval.every": 0, "eval.episodes": 1, "log.tensorboard": False, "checkpoint.every": 0}
+FITS = {name: "pendulum" if name in ("sac", "td3", "tqc") else "chain" for name in HOMES}
+QUICK = {"qrdqn": {"policy_kwargs": {"n_quantiles": 10}}, "tqc": {"policy_kwargs": {"n_quantiles": 5}}}
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory) -> str:
+    """A run that has learned Chain."""
+    folder = tmp_path_factory.mktemp("chain") / "run"
+    small_train(folder, 300, options=LEARNS)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def pendulum(tmp_path_factory) -> str:
+    """A run that knows Pendulum's spaces, and little more."""
+    folder = tmp_path_factory.mktemp("pendulum") / "run"
+    train("Pendulum-v1", steps=60, run_dir=folder, overrides=PENDULUM, device="cpu")
+    return str(folder)
+
+
+# A finished world -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", HOMES)
+def test_each_algorithm_learns_acts_in_reality_and_acts_the_same_once_loaded(name, chain, pendulum, tmp_path):
+    made = algorithm_class(name)
+    before = []
+
+    class Watched(made):
+        def _setup_model(self):
+            super()._setup_model()
+            before.append(torch.cat([p.detach().flatten().clone() for p in self.policy.parameters()]))
+
+    Watched.__name__ = made.__name__
+    run = chain if FITS[name] == "chain" else pendulum
+    policy = train_in_dream(Watched, run, total_timesteps=512, worlds=16, horizon=4, algo_kwargs=QUICK.get(name), episodes=2)
+    after = torch.cat([p.detach().flatten() for p in policy.algorithm.policy.parameters()])
+    assert policy.algorithm._n_updates >= 2 and (after - before[0]).abs().max() > 1e-4
+    assert policy.result.real_steps == 0 and policy.result.imagined_steps >= 512
+    assert policy.result.algorithm == made.__name__ and np.isfinite([policy.result.real_return, policy.result.gap]).all()
+    policy.save(tmp_path / "policy")
+    loaded = DreamPolicy.load(tmp_path / "policy", trust=True)
+    assert loaded.result == policy.result and type(loaded.algorithm) is made
+    venv = make_vec(policy.env, 3, seed=0)
+    obs, state, other = venv.reset(), None, None
+    for _ in range(3):
+        action, state = policy.predict(obs, state, np.zeros(3, bool), deterministic=True)
+        same, other = loaded.predict(obs, other, np.zeros(3, bool), deterministic=True)
+        np.testing.assert_array_equal(action, same)
+        obs = venv.step(action)[0]
+    mean, _ = evaluate_policy(loaded, venv, n_eval_episodes=3, warn=False)
+    assert np.isfinite(mean)
+
+
+@pytest.mark.parametrize("observation", ["latent", "decoded"])
+@pytest.mark.parametrize("name", ["ppo", "dqn"])
+def test_what_was_learned_in_the_dream_alone_is_best_in_reality(name, observation, chain):
+    policy = train_in_dream(name, chain, total_timesteps=8192, worlds=32, horizon=6, observation=observation, episodes=4)
+    assert policy.result.real_return == pytest.approx(0.4) and abs(policy.result.gap) < 0.2, policy.result
+
+
+def test_a_recurrent_policy_remembers_within_an_episode_and_forgets_at_its_start(chain):
+    policy = train_in_dream("recurrent_ppo", chain, total_timesteps=256, worlds=8, horizon=4, episodes=0)
+    obs = make_vec(CHAIN, 2).reset()
+    _, state = policy.predict(obs, None, None, deterministic=True)
+    _, later = policy.predict(obs, state, np.array([False, True]), deterministic=True)
+    names = list(policy.policy.begin(2))
+    h = {name: x for name, x in zip(names, later)}["lstm_h"]
+    first = {name: x for name, x in zip(names, state)}["lstm_h"]
+    assert not np.allclose(h[0], first[0]) and np.allclose(h[1], first[1], atol=1e-6)
+
+
+def test_a_callback_of_sb3_is_asked_at_each_imagined_step(chain):
+    class Count(BaseCallback):
+        calls = 0
+
+        def _on_step(self) -> bool:
+            self.calls += 1
+            return True
+
+    count = Count()
+    train_in_dream(PPO, chain, total_timesteps=512, worlds=32, callback=count, episodes=0)
+    assert count.calls == 512 / 32
+
+
+def test_nothing_of_the_processes_random_states_changes_and_the_same_seed_gives_the_same_policy(chain):
+    torch.manual_seed(3)
+    np.random.seed(3)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    policies = [train_in_dream("dqn", chain, total_timesteps=256, seed=s, episodes=0).algorithm.policy for s in (5, 5, 6)]
+    weights = [torch.cat([p.detach().flatten() for p in policy.parameters()]) for policy in policies]
+    assert torch.equal(before[0], torch.get_rng_state()) and np.array_equal(before[1], np.random.get_state()[1])
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_draws_of_sb3_follow_the_generator():
+    def draw(seed: int):
+        with globals_from(torch.Generator().manual_seed(seed)):
+            return torch.rand(2).tolist(), np.random.rand(2).tolist()
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+# Alternating ------------------------------------------------------------------------------------------------------------
+
+SMALL = {**SMALL_WORLD, "train.batch_size": 2}
+VISITS = {"agent.every": 20, "agent.imagined": 128, "agent.worlds": 8, "agent.horizon": 4}
+
+
+def test_in_rounds_the_policy_collects_the_world_learns_and_the_algorithm_dreams():
+    policy = train_in_dream("ppo", CHAIN, steps=60, rounds=4, total_timesteps=512, worlds=8, horizon=4, overrides=SMALL, episodes=2)
+    assert policy.result.real_steps == 60 and policy.result.imagined_steps == 4 * 128
+    assert policy.world.scaling.count > 60
+
+
+def test_off_policy_experience_of_an_older_world_is_forgotten_unless_it_is_decoded():
+    held = {}
+    for observation in ("latent", "decoded"):
+        config = {**SMALL, **VISITS, "agent.algo": "dqn", "agent.observation": observation}
+        agent = SB3Agent("MlpPolicy", CHAIN, config=config, seed=0, device="cpu")
+        agent.learn(64)
+        held[observation] = agent.algorithm.replay_buffer.size() * 8
+        assert agent.imagined_steps > 128
+    assert held == {"latent": 128, "decoded": agent.imagined_steps}
+
+
+@pytest.mark.parametrize("name", ["ppo", "dqn", "sac"])
+def test_as_an_agent_of_a_run_it_is_saved_without_pickle_and_resumed(name, tmp_path):
+    recipe = CHAIN if name != "sac" else "Pendulum-v1"
+    options = {**SMALL, **VISITS, "agent.kind": "sb3", "agent.algo": name, "eval.every": 0, "eval.episodes": 1}
+    options |= {"log.tensorboard": False}
+    result = train(recipe, steps=40, run_dir=tmp_path / "run", overrides=options, device="cpu")
+    assert result.real_steps == 40 and result.parameters > 0
+    run = Run.open(tmp_path / "run")
+    agent = run.agent()
+    optimizers = [x for x in agent.optimizers_by_name.values() if x.state_dict()["state"]]
+    assert len(optimizers) >= 2 and agent.algorithm.num_timesteps == agent.imagined_steps > 0
+    longer = train(recipe, steps=60, run_dir=tmp_path / "run", overrides=options, device="cpu", resume=True)
+    resumed = Run.open(tmp_path / "run").agent()
+    assert longer.real_steps == 60 and resumed.imagined_steps > agent.imagined_steps
+    assert len(evaluate(resumed, run.config.env, 2)[0]) == 2
+    assert all(file.suffix in (".safetensors", ".json") for file in (tmp_path / "run/checkpoints").rglob("*") if file.is_file())
+
+
+# What does not fit ------------------------------------------------------------------------------------------------------
+
+
+def test_sb3s_file_is_opened_with_trust_alone(chain, tmp_path):
+    train_in_dream("a2c", chain, total_timesteps=256, episodes=0).save(tmp_path / "policy")
+    with pytest.raises(TrustError, match=r"unpickles.*trust=True"):
+        DreamPolicy.load(tmp_path / "policy")
+    with pytest.raises(ConfigError, match=r"holds no world\.zip"):
+        DreamPolicy.load(tmp_path, trust=True)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options", "message"),
+    [
+        ("sac", {}, r"SAC does not fit.*continuous"),
+        ("ppo", {"horizon": 0}, "horizon is 0"),
+        ("ppo", {"rounds": 0}, "rounds is 0"),
+        ("ppo", {"total_timesteps": True}, "total_timesteps is True"),
+        ("ppo", {"rounds": 2}, "a run is a finished world"),
+        ("ppo", {"penalty": 1.0}, r"penalty=1 needs uncertainty"),
+        ("ppo", {"env": "CartPole-v1"}, r"The model observes .*CartPole-v1"),
+        ("ppo", {"algo_kwargs": {"gama": 0.9}}, r"PPO refused its arguments.*gama"),
+        ("trpo", {}, "algo"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_way_out(algorithm, options, message, chain):
+    with pytest.raises(ConfigError, match=message):
+        train_in_dream(algorithm, chain, **{"total_timesteps": 128, "worlds": 8, **options})
+
+
+def test_more_rounds_than_real_steps_are_refused():
+    with pytest.raises(ConfigError, match="50 rounds share 10 real steps"):
+        train_in_dream("ppo", CHAIN, steps=30, rounds=50, total_timesteps=100, overrides=SMALL)
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(HOMES, "tqc", ("sb3_contrib_that_is_absent", "TQC"))
+    with pytest.raises(MissingExtraError, match=r"worldmodel\[contrib\]"):
+        algorithm_class("tqc")

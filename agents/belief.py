@@ -24,9 +24,15 @@ class Controller(nn.Module):
         return State({})
 
     def act(
-        self, world: WorldModel, state: State, memory: State, deterministic: bool, generator: torch.Generator
+        self,
+        world: WorldModel,
+        state: State,
+        memory: State,
+        deterministic: bool,
+        generator: torch.Generator,
+        rows: Mapping[str, np.ndarray] | None = None,
     ) -> tuple[Tensor, State]:
-        """(canonical actions [B, A], memory after them) for the states [B]."""
+        """(canonical actions [B, A], memory after them) for the states [B]; `rows`: what was seen, raw, None in a dream."""
         raise NotImplementedError
 
     def estimate(self, feature: Tensor) -> Tensor | None:
@@ -63,7 +69,7 @@ class BeliefPolicy(BasePolicy):
         state = self.world.observe(belief, tensors(rows, self.world.device), belief["prev_action"], first, sampling)
         start = self.controller.memory(self.world, len(is_first))
         memory = State({name: torch.where(_wide(first, x), x, belief[name]) for name, x in start.items()})
-        action, memory = self.controller.act(self.world, state, memory, deterministic, self.generator)
+        action, memory = self.controller.act(self.world, state, memory, deterministic, self.generator, rows)
         action = self.world.action.project(action)
         return action.cpu().numpy(), State({**state, **memory, "prev_action": action})
 

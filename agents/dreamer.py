@@ -26,7 +26,7 @@ class DreamerController(Controller, ActorCritic):
     """Acts by the actor's draw, or by its mode."""
 
     def act(
-        self, world: WorldModel, state: State, memory: State, deterministic: bool, generator: torch.Generator
+        self, world: WorldModel, state: State, memory: State, deterministic: bool, generator: torch.Generator, rows: Any = None
     ) -> tuple[Tensor, State]:
         policy = self.policy(world.dynamics.feature(state))
         return policy.mode() if deterministic else policy.sample(generator), memory

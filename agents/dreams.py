@@ -143,6 +143,7 @@ def dream(
     *,
     episodes: int = 20,
     device: str = "cpu",
+    trust: bool = False,
     log: Callable[[str], object] = lambda text: None,
 ) -> dict[str, Any]:
     """Open-loop roll-outs of a run's newest checkpoint on fresh episodes; what `worldmodel dream --json` prints.
@@ -151,6 +152,7 @@ def dream(
     horizon   steps that it dreams; horizons that fit into no episode are null
     start     "prior": dreams from nothing, of which there is no truth to be measured against: all errors are null
     out       a .gif or .mp4 of one roll-out; its figure of errors lies beside it as .png
+    trust     the run's agent.path may be opened, where it has one
 
     Raises ConfigError where context or horizon are no numbers of steps, and where the run has no decoder and `out` is given.
     """
@@ -158,7 +160,7 @@ def dream(
         raise ConfigError(f"A dream needs at least 1 row of context and 1 step, not context={context} and horizon={horizon}.")
     run = run if isinstance(run, Run) else Run.open(run)
     out = None if out is None else pictures.checked(Path(out))
-    agent = run.agent(device=device)
+    agent = run.agent(device=device, trust=trust)
     viewer = Viewer(run.config.env.id, agent.obs_spec)
     generator = torch.Generator(agent.device).manual_seed(HELD_OUT_SEED)
     if out is not None and agent.policy.world.decoder is None:

@@ -28,18 +28,20 @@ def dreamed_episodes(
     *,
     start: Literal["replay", "prior"] = "replay",
     seed: int = 0,
+    trust: bool = False,
 ) -> Recording:
     """Episodes that never happened: the run's agent acts, drawing its actions, in its own world model.
 
     horizon  steps after which a dream is truncated; it terminates where the model draws an end
     start    beliefs at recorded rows, or the initial distribution
+    trust    the run's agent.path may be opened, where it has one
 
     Observations are the decoder's means in the environment's own space, rewards the model's means. Raises ConfigError.
     """
     run = run if isinstance(run, Run) else Run.open(run)
     if episodes < 1:
         raise ConfigError(f"{episodes} dreams were asked for; expected at least 1.")
-    agent = run.agent()
+    agent = run.agent(trust=trust)
     replay = run.replay() if start == "replay" else None
     parts, done = [], 0
     while done < episodes:

@@ -18,11 +18,20 @@ from worldmodel.agents.belief import BeliefPolicy
 from worldmodel.agents.dreams import returns
 from worldmodel.agents.evaluation import FINAL_SEED, evaluate, require_spaces
 from worldmodel.agents.held_out import HELD_OUT_SEED, collect
-from worldmodel.agents.sb3 import HOMES, SB3Agent, SB3Config, SB3Controller, algorithm_class, globals_from, make_algorithm
+from worldmodel.agents.sb3 import (
+    HOMES,
+    SB3Agent,
+    SB3Config,
+    SB3Controller,
+    algorithm_class,
+    globals_from,
+    make_algorithm,
+    open_algorithm,
+)
 from worldmodel.config import Config
 from worldmodel.envs.imagined import ImaginedVecEnv
 from worldmodel.envs.make import EnvConfig, make_vec
-from worldmodel.errors import ConfigError, TrustError
+from worldmodel.errors import ConfigError
 from worldmodel.model import ModelConfig, WorldModel
 from worldmodel.run import Run
 from worldmodel.spaces import ActionSpec, ObsSpec
@@ -101,7 +110,7 @@ class DreamPolicy:
             "action_spec": self.world.action.to_json(),
             "env": self.env.model_dump(mode="json"),
             "algorithm": type(self.algorithm).__name__,
-            "sees": "latent" if controller.latent else "decoded",
+            "sees": controller.sees,
             "noise": controller.noise,
             "seed": self.seed,
             "result": asdict(self.result) if self.result is not None else None,
@@ -121,15 +130,11 @@ class DreamPolicy:
         folder = Path(folder)
         if not (folder / WORLD).is_file():
             raise ConfigError(f"'{folder}' holds no {WORLD}. Expected a folder that DreamPolicy.save wrote.")
-        if not trust:
-            raise TrustError(
-                f"{folder / POLICY} is a file of Stable-Baselines3: opening it unpickles, which can run any code. Expected "
-                "trust=True: give it where the file comes from you, or from somebody you trust."
-            )
         arrays, state, _ = checkpoint.unpack(folder / WORLD)
         specs = ObsSpec.from_json(state["observation_spec"]), ActionSpec.from_json(state["action_spec"])
         world = WorldModel.from_arrays(ModelConfig.parse(state["model"]), *specs, arrays["world"])
-        loaded = (algorithm or _class_called(state["algorithm"])).load(folder / POLICY, device=device)
+        algorithm = algorithm or _class_called(state["algorithm"])
+        loaded = open_algorithm(algorithm, folder / POLICY, trust=trust, device=device)
         controller = SB3Controller(loaded, state["sees"], state["noise"])
         policy = cls(world.to(device), controller, EnvConfig.parse(state["env"]), seed=state["seed"])
         policy.result = DreamResult(**state["result"]) if state["result"] is not None else None

@@ -42,6 +42,7 @@ class WorldModelAlgorithm(BaseAlgorithm):
     env     id string, gymnasium environment, VectorEnv or VecEnv (VecNormalize is refused: observations are standardised inside)
     recipe  name or path; without it, the recipe made for the environment's id, else defaults from its spaces
     config  dotted overrides, e.g. {"train.ratio": 1.0} or ["model=vae"]
+    trust   files that options name may be opened although that can run code (agent.path of agent=sb3); they are refused else
     """
 
     kind: ClassVar[str]
@@ -64,8 +65,10 @@ class WorldModelAlgorithm(BaseAlgorithm):
         verbose: int = 0,
         seed: int | None = None,
         device: torch.device | str = "auto",
+        trust: bool = False,
         _init_setup_model: bool = True,
     ):
+        self.trust = trust
         self.config = config if isinstance(config, Config) else self._resolve(recipe, config, env)
         seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
         if isinstance(env, str):
@@ -498,6 +501,13 @@ def arrivals(
     for name, x in to_rows(_stack([infos[i]["terminal_observation"] for i in ended])).items():
         arrived[name][ended] = x
     return arrived, dones & ~truncated
+
+
+def policy_name(spec: ObsSpec) -> str:
+    """SB3's name of a policy for such observations."""
+    if set(spec.keys) != {"obs"}:
+        return "MultiInputPolicy"
+    return "CnnPolicy" if spec.keys["obs"].kind == "image" else "MlpPolicy"
 
 
 class _Attributes:

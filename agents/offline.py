@@ -12,7 +12,7 @@ from collections.abc import Callable
 from stable_baselines3.common.callbacks import BaseCallback
 
 from worldmodel import registry
-from worldmodel.agents.loop import WorldModelAlgorithm
+from worldmodel.agents.loop import WorldModelAlgorithm, policy_name
 from worldmodel.agents.report import SHOWN
 from worldmodel.config import Config
 from worldmodel.envs.sources import recording
@@ -29,13 +29,13 @@ ROWS_AT_ONCE = 4096
 """Rows that the running statistics take in one go."""
 
 
-def make_agent(config: Config, seed: int, device: str = "auto") -> WorldModelAlgorithm:
+def make_agent(config: Config, seed: int, device: str = "auto", trust: bool = False) -> WorldModelAlgorithm:
     """A new agent of the config's kind, its replay filled with `train.data` and its running statistics fitted on that.
 
     Raises ConfigError (the data do not fit one another, the recipe or a batch), UnsupportedSpaceError, StorageError.
     """
     found = _read(config)
-    agent = _of_specs(config, found.obs_spec, found.action_spec, seed, device)
+    agent = _of_specs(config, found.obs_spec, found.action_spec, seed, device, trust)
     agent.replay = Replay(config.train.capacity, found.obs_spec.store, found.action_spec.dim, 1)
     found.fill(agent.replay)
     vectors = {name: found.obs_spec.keys[name] for name in agent.world.scaling.vectors}
@@ -45,7 +45,9 @@ def make_agent(config: Config, seed: int, device: str = "auto") -> WorldModelAlg
     return agent
 
 
-def reopened(run: Run, config: Config, seed: int, device: str = "auto", *, check: bool = False) -> WorldModelAlgorithm:
+def reopened(
+    run: Run, config: Config, seed: int, device: str = "auto", trust: bool = False, *, check: bool = False
+) -> WorldModelAlgorithm:
     """An agent for the checkpoint of a run, whose folder holds the experience: the data need not be there any more.
 
     check  reads them all the same, and raises ConfigError where their spaces are no longer those of the run
@@ -54,7 +56,7 @@ def reopened(run: Run, config: Config, seed: int, device: str = "auto", *, check
     obs_spec, action_spec = ObsSpec.from_json(state["observation"]), ActionSpec.from_json(state["action"])
     if check:
         _read(config).require(obs_spec, action_spec, str(run.path))
-    return _of_specs(config, obs_spec, action_spec, seed, device)
+    return _of_specs(config, obs_spec, action_spec, seed, device, trust)
 
 
 def learn(
@@ -91,11 +93,12 @@ def _log(agent: WorldModelAlgorithm, steps: int, say: Callable[[str], object]) -
     agent.dump_logs()
 
 
-def _of_specs(config: Config, obs_spec: ObsSpec, action_spec: ActionSpec, seed: int, device: str) -> WorldModelAlgorithm:
-    keys = obs_spec.keys
-    policy = "MultiInputPolicy" if set(keys) != {"obs"} else "CnnPolicy" if keys["obs"].kind == "image" else "MlpPolicy"
+def _of_specs(
+    config: Config, obs_spec: ObsSpec, action_spec: ActionSpec, seed: int, device: str, trust: bool
+) -> WorldModelAlgorithm:
     algorithm = registry.part("agent", config.agent.kind)
-    return algorithm.from_specs(policy, obs_spec, action_spec, config=config, seed=seed, device=device)
+    options = {"config": config, "seed": seed, "device": device, "trust": trust}
+    return algorithm.from_specs(policy_name(obs_spec), obs_spec, action_spec, **options)
 
 
 def _read(config: Config) -> Recording:

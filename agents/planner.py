@@ -189,7 +189,7 @@ class PlannerController(DreamerController):
         return State(memory)
 
     def act(
-        self, world: WorldModel, state: State, memory: State, deterministic: bool, generator: torch.Generator
+        self, world: WorldModel, state: State, memory: State, deterministic: bool, generator: torch.Generator, rows: Any = None
     ) -> tuple[Tensor, State]:
         config = self.config.plan
         found = self.search(world, state, memory, generator, config.penalty if deterministic or not config.bonus else -config.bonus)
@@ -327,5 +327,3 @@ def flops(world: WorldModel, controller: PlannerController) -> int:
     with FlopCounterMode(display=False) as counter:
         controller.search(world, world.initial(1), controller.memory(world, 1), generator)
     return counter.get_total_flops()
-
-

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ class RandomController(Controller):
     """Uniform over the action space; `deterministic` changes nothing."""
 
     def act(
-        self, world: WorldModel, state: State, memory: State, deterministic: bool, generator: torch.Generator
+        self, world: WorldModel, state: State, memory: State, deterministic: bool, generator: torch.Generator, rows: Any = None
     ) -> tuple[Tensor, State]:
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
         action = world.action.sample(state.batch_size, np.random.default_rng(seed))

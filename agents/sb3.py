@@ -2,15 +2,18 @@
 
 `SB3Agent` is an agent like any other (`worldmodel train RECIPE agent=sb3 agent.algo=sac`): its policy collects real experience,
 the world model learns from it, and every so many real steps the algorithm's own `learn()` runs in an ImaginedVecEnv over
-the model as it stands. `train_in_dream` (in_dream.py) is the same in one call.
+the model as it stands. `train_in_dream` (in_dream.py) is the same in one call. With `agent.path` a policy that SB3 has saved
+collects and acts as it is, on the environment's own observations, and the world model alone learns.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -27,10 +30,11 @@ from worldmodel.agents.loop import WorldModelAlgorithm
 from worldmodel.config import Frozen, Options
 from worldmodel.data import State
 from worldmodel.envs.imagined import ImaginedVecEnv, look
-from worldmodel.errors import ConfigError, MissingExtraError
+from worldmodel.errors import ConfigError, MissingExtraError, TrustError
 from worldmodel.model import WorldModel
 from worldmodel.registry import register
 from worldmodel.replay import Replay
+from worldmodel.spaces import ActionSpec
 
 HOMES = {
     **{name: ("stable_baselines3", name.upper()) for name in ("ppo", "a2c", "dqn", "sac", "td3")},
@@ -59,6 +63,9 @@ class SB3Config(Frozen):
 
     kind: Literal["sb3"] = "sb3"
     algo: Literal["ppo", "a2c", "dqn", "sac", "td3", "recurrent_ppo", "tqc", "qrdqn"] = Field("ppo", description="the algorithm")
+    path: str | None = Field(
+        None, description="a zip that the algorithm's save() wrote (needs trust): it collects and acts, and learns no more"
+    )
     options: Options = Field({}, description="keyword arguments of its constructor, over those that suit the dream")
     every: int = Field(25, ge=1, description="real steps between visits to the dream")
     imagined: int = Field(4096, ge=1, description="imagined steps of each visit, over all worlds")
@@ -80,6 +87,25 @@ def algorithm_class(name: str) -> type[BaseAlgorithm]:
         raise MissingExtraError(
             f"agent.algo={name} comes with the package '{package}', which is not installed. Install it with: "
             "pip install 'worldmodel[contrib]'"
+        ) from error
+
+
+def open_algorithm(algorithm: type[BaseAlgorithm], path: str | Path, *, trust: bool, device: Any) -> BaseAlgorithm:
+    """What SB3's save() wrote. Raises TrustError without `trust`, ConfigError where there is no such algorithm in the file."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"'{path}' is no file. Expected the zip that {algorithm.__name__}.save() wrote, suffix included.")
+    if not trust:
+        raise TrustError(
+            f"'{path}' is a file of Stable-Baselines3: opening it unpickles, which can run any code. Expected --trust, or "
+            "trust=True: give it where the file comes from you, or from somebody you trust."
+        )
+    try:
+        return algorithm.load(path, device=device)
+    except Exception as error:  # whatever its pickles raise
+        raise ConfigError(
+            f"'{path}' could not be opened as {algorithm.__name__}: {type(error).__name__}: {error}. Expected the zip that its "
+            "save() wrote: check agent.algo, or that the file is whole."
         ) from error
 
 
@@ -120,13 +146,16 @@ def make_algorithm(
 
 
 class SB3Controller(Controller):
-    """Acts by an SB3 policy on the belief's feature, or on what that decodes to."""
+    """Acts by an SB3 policy.
 
-    def __init__(self, algorithm: BaseAlgorithm, observation: str, noise: float = 0.0):
+    sees  "latent": the belief's feature; "decoded": what that decodes to; "real": the observation itself, "decoded" in dreams
+    """
+
+    def __init__(self, algorithm: BaseAlgorithm, sees: str, noise: float = 0.0):
         super().__init__()
         self.policy = algorithm.policy
         self._algorithm = [algorithm]  # in a list: a module would be sought in it, and its networks stand in `policy` already
-        self.latent, self.noise = observation == "latent", noise
+        self.sees, self.noise = sees, noise
         self.lstm = getattr(self.policy, "lstm_hidden_state_shape", None)
 
     @property
@@ -141,9 +170,12 @@ class SB3Controller(Controller):
         return State({"lstm_h": zeros, "lstm_c": zeros.clone(), "under_way": torch.zeros(batch_size, dtype=torch.bool)})
 
     def act(
-        self, world: WorldModel, state: State, memory: State, deterministic: bool, generator: torch.Generator
+        self, world: WorldModel, state: State, memory: State, deterministic: bool, generator: torch.Generator, rows: Any = None
     ) -> tuple[Tensor, State]:
-        seen = look(world, world.dynamics.feature(state), self.latent)
+        if self.sees == "real" and rows is not None:
+            seen = world.obs.to_env(rows)
+        else:
+            seen = look(world, world.dynamics.feature(state), self.sees == "latent")
         carried, first = None, None
         if self.lstm is not None:
             carried = tuple(memory[name].transpose(0, 1).contiguous().numpy() for name in ("lstm_h", "lstm_c"))
@@ -179,6 +211,8 @@ class _Forward(Logger):
 class SB3Agent(WorldModelAlgorithm):
     """An SB3 algorithm that learns in the dream alone, while its policy collects what the world model learns from.
 
+    With `agent.path` the policy of that file collects from the first step on, and does not learn.
+
     algorithm, algo_kwargs  a class and arguments that no config can hold (policy_kwargs with classes, schedules); without them,
                             those of the config
 
@@ -193,6 +227,7 @@ class SB3Agent(WorldModelAlgorithm):
         self._algorithm_class, self._algo_kwargs = algorithm, algo_kwargs
         self._since_visit = 0
         self.imagined_steps = 0
+        self._digest: str | None = None
         super().__init__(*args, **kwargs)
 
     def _make_controller(self) -> SB3Controller:
@@ -200,9 +235,33 @@ class SB3Agent(WorldModelAlgorithm):
         algorithm = self._algorithm_class or algorithm_class(config.algo)
         options = {**config.options, **(self._algo_kwargs or {})}
         with globals_from(torch.Generator().manual_seed(self.seed)):
+            if config.path is not None:
+                return SB3Controller(self._opened(algorithm), "real", config.noise)
             made = make_algorithm(algorithm, self._dream(self.world, None), self.seed, self.device, options)
         made.set_logger(_Forward(lambda: self._logger))
         return SB3Controller(made, config.observation, config.noise)
+
+    def _opened(self, algorithm: type[BaseAlgorithm]) -> BaseAlgorithm:
+        """The algorithm of `agent.path`. ConfigError where it was trained on other spaces."""
+        path = Path(self.config.agent.path)
+        made = open_algorithm(algorithm, path, trust=self.trust, device=self.device)
+        self._digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        try:
+            made.predict(self.obs_spec.to_env({name: np.zeros((1, *shape), t) for name, (shape, t) in self.obs_spec.store.items()}))
+            fits = ActionSpec.from_space(made.action_space).to_json() == self.action_spec.to_json()
+        except (ValueError, KeyError):
+            fits = False
+        if not fits:
+            raise ConfigError(
+                f"The policy in '{path}' was trained on {made.observation_space} and {made.action_space}, but the environment has "
+                f"{self.obs_spec.space} and {self.action_spec.space}. Expected a policy of this environment."
+            )
+        return made
+
+    @property
+    def random_until(self) -> int:
+        """A policy that comes with its skill collects from the first step on."""
+        return 0 if self.config.agent.path is not None else super().random_until
 
     def _dream(self, world: WorldModel, replay: Replay | None) -> VecMonitor:
         """The imagined worlds; without experience they are there for their spaces alone."""
@@ -221,6 +280,8 @@ class SB3Agent(WorldModelAlgorithm):
     def spend(self, steps: int) -> None:
         """The world model's updates, and a visit to the dream where one is due."""
         super().spend(steps)
+        if self.config.agent.path is not None:
+            return
         self._since_visit += steps
         if self._since_visit >= self.config.agent.every:
             self._since_visit = 0
@@ -244,6 +305,8 @@ class SB3Agent(WorldModelAlgorithm):
 
     @property
     def optimizers_by_name(self) -> dict[str, torch.optim.Optimizer]:
+        if self.config.agent.path is not None:
+            return super().optimizers_by_name
         names, _ = self.algorithm._get_torch_save_params()
         own = {name: _at(self.algorithm, name) for name in names if name != "policy"}
         return {**super().optimizers_by_name, **{name: x for name, x in own.items() if isinstance(x, torch.optim.Optimizer)}}
@@ -261,7 +324,8 @@ class SB3Agent(WorldModelAlgorithm):
     def _behaviour_state(self) -> dict[str, Any]:
         given = self._algorithm_class is not None or bool(self._algo_kwargs)
         counts = {"steps": self.algorithm.num_timesteps, "updates": self.algorithm._n_updates}
-        return {**counts, "since_visit": self._since_visit, "imagined": self.imagined_steps, "given": given}
+        counts |= {"since_visit": self._since_visit, "imagined": self.imagined_steps}
+        return {**counts, "given": given, "file": self._digest}
 
     def restore(self, arrays: Mapping[str, Mapping[str, np.ndarray]], state: Mapping[str, Any], *, counters: bool = True) -> None:
         super().restore(arrays, state, counters=counters)
@@ -269,6 +333,10 @@ class SB3Agent(WorldModelAlgorithm):
             x.data.copy_(torch.from_numpy(np.array(arrays["optim"][f"variable/{name}"])))
 
     def _restore_behaviour(self, state: Mapping[str, Any]) -> None:
+        if state["file"] != self._digest:
+            raise ConfigError(
+                f"'{self.config.agent.path}' is another file than the one that this run began with. Bring that one back."
+            )
         self.algorithm.num_timesteps, self.algorithm._n_updates = state["steps"], state["updates"]
         self._since_visit, self.imagined_steps = state["since_visit"], state["imagined"]
 

@@ -17,7 +17,6 @@ import torch
 from pydantic import Field
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import Logger, SummaryWriter, TensorBoardOutputFormat
-from stable_baselines3.common.vec_env import VecEnv
 
 from worldmodel import config as configs
 from worldmodel import registry
@@ -32,7 +31,7 @@ from worldmodel.agents.evaluation import (
     evaluate,
     threshold,
 )
-from worldmodel.agents.loop import WorldModelAlgorithm
+from worldmodel.agents.loop import WorldModelAlgorithm, policy_name
 from worldmodel.agents.report import Bar, Lines
 from worldmodel.agents.watch import Watch
 from worldmodel.config import Config, Frozen
@@ -235,6 +234,7 @@ def train(
     progress: bool = False,
     log: Callable[[str], object] = _log.info,
     data: str | Path | Run | Sequence[str | Path | Run] | None = None,
+    trust: bool = False,
 ) -> TrainResult:
     """Train what a recipe (name, path, gym id or content) describes; everything is kept in a run folder.
 
@@ -247,6 +247,7 @@ def train(
     progress    a progress bar on stderr, else lines for `log`
     data        recorded experience to learn from: .npz files, folders of them, "minari:ID", runs. Then no environment is made:
                 `train.pretrain` updates of the world model, then train.steps * train.ratio of all; nothing is evaluated
+    trust       files that options name may be opened although that can run code: agent.path, a zip of Stable-Baselines3
 
     Exact on resume, on the same device and thread count: weights, optimisers, running statistics, replay (up to the
     checkpoint), counters, the ratio's remainder and all random states. Not exact: the environments. They are reset with
@@ -255,8 +256,8 @@ def train(
     two are equal bit for bit, as far as the environment is determined by its reset seed.
 
     SIGINT, SIGTERM and SIGHUP finish the step, save and raise Interrupted (a KeyboardInterrupt); a second one aborts.
-    Raises ConfigError, UnsupportedSpaceError, MissingExtraError, EnvError (the state is saved first), StorageError and
-    NumericsError (the last good checkpoint stays).
+    Raises ConfigError, UnsupportedSpaceError, MissingExtraError, TrustError, EnvError (the state is saved first), StorageError
+    and NumericsError (the last good checkpoint stays).
     """
     given = _as_mapping(overrides)
     if steps is not None:
@@ -273,7 +274,7 @@ def train(
     threads = torch.get_num_threads()
     try:
         with Signals() as signals:
-            session = _Session(signals, device, keep_newer, progress, log)
+            session = _Session(signals, device, trust, keep_newer, progress, log)
             if resume:
                 return _resumed(session, recipe, run_dir, given, seed)
             return _new(session, recipe, run_dir, given, seed or 0)
@@ -287,6 +288,7 @@ class _Session:
 
     signals: Signals
     device: str
+    trust: bool
     keep_newer: bool
     progress: bool
     log: Callable[[str], object]
@@ -296,7 +298,7 @@ def _new(session: _Session, recipe: Any, run_dir: str | Path | None, given: dict
     config = Config.from_recipe(recipe, given)
     if run_dir is not None:
         runs.refuse_existing(Path(run_dir))
-    agent = make_agent(config, seed, session.device)  # before the folder: what cannot start leaves nothing behind
+    agent = make_agent(config, seed, session.device, session.trust)  # before the folder: what cannot start leaves nothing behind
     try:
         with Run.create(run_dir, config, seed) as run:
             return _go_on(session, run, agent, Progress(overrides=_lasting(given)), seed)
@@ -316,9 +318,9 @@ def _resumed(session: _Session, recipe: Any, run_dir: str | Path | None, given: 
             return TrainResult(**result)
         if config.train.data and run.checkpoints:
             torch.set_num_threads(config.train.threads)
-            agent = offline.reopened(run, config, seed, session.device, check="train.data" in given)
+            agent = offline.reopened(run, config, seed, session.device, session.trust, check="train.data" in given)
         else:
-            agent = make_agent(config, seed, session.device)
+            agent = make_agent(config, seed, session.device, session.trust)
         try:
             state = run.resume(agent, keep_newer=session.keep_newer, log=session.log)
             run.write_config(config)
@@ -403,12 +405,12 @@ def _as_sources(data: Any) -> list[str]:
     return [str(item.path if isinstance(item, Run) else item) for item in given]
 
 
-def make_agent(config: Config, seed: int, device: str = "auto") -> WorldModelAlgorithm:
+def make_agent(config: Config, seed: int, device: str = "auto", trust: bool = False) -> WorldModelAlgorithm:
     """A new agent of the config's kind with its training environments, or with the experience of `train.data` and none."""
     train = config.train
     torch.set_num_threads(train.threads)
     if train.data:
-        return offline.make_agent(config, seed, device)
+        return offline.make_agent(config, seed, device, trust)
     reached, needed = train.steps // config.env.num_envs + 1, train.burn_in + train.batch_length
     if reached < needed:
         raise ConfigError(
@@ -418,17 +420,11 @@ def make_agent(config: Config, seed: int, device: str = "auto") -> WorldModelAlg
     algorithm = registry.part("agent", config.agent.kind)
     venv = as_vec_env(config.env, seed=seed)
     try:
-        return algorithm(_policy_name(venv, config), venv, config=config, seed=seed, device=device)
+        policy = policy_name(ObsSpec.from_space(venv.observation_space, config.env.layout))
+        return algorithm(policy, venv, config=config, seed=seed, device=device, trust=trust)
     except BaseException:
         venv.close()
         raise
-
-
-def _policy_name(venv: VecEnv, config: Config) -> str:
-    keys = ObsSpec.from_space(venv.observation_space, config.env.layout).keys
-    if set(keys) != {"obs"}:
-        return "MultiInputPolicy"
-    return "CnnPolicy" if keys["obs"].kind == "image" else "MlpPolicy"
 
 
 def _go_on(session: _Session, run: Run, agent: WorldModelAlgorithm, progress: Progress, seed: int) -> TrainResult:

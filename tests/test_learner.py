@@ -42,7 +42,8 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def test_every_loss_has_a_scale_and_every_scale_a_loss():
-    world = small_world(latent="gaussian", marginal=small("distribution", "gaussian"), ensemble=small("ensemble", "standard", members=2))
+    parts = {"marginal": small("distribution", "gaussian"), "ensemble": small("ensemble", "standard", members=2)}
+    world = small_world(latent="gaussian", **parts)
     learner = make_learner(world)
     batch = learner.prepare(known_batch())
     losses = world.loss(world.trace(batch), batch)

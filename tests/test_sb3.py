@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,11 +13,13 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from test_imagined import LEARNS
+from typer.testing import CliRunner
 
 from worldmodel.agents import DreamPolicy, SB3Agent, train_in_dream
 from worldmodel.agents.evaluation import evaluate
 from worldmodel.agents.sb3 import HOMES, algorithm_class, globals_from
 from worldmodel.agents.train import train
+from worldmodel.cli import app
 from worldmodel.envs import make_vec
 from worldmodel.errors import ConfigError, MissingExtraError, TrustError
 from worldmodel.run import Run
@@ -163,6 +167,81 @@ def test_as_an_agent_of_a_run_it_is_saved_without_pickle_and_resumed(name, tmp_p
     assert longer.real_steps == 60 and resumed.imagined_steps > agent.imagined_steps
     assert len(evaluate(resumed, run.config.env, 2)[0]) == 2
     assert all(file.suffix in (".safetensors", ".json") for file in (tmp_path / "run/checkpoints").rglob("*") if file.is_file())
+
+
+# A policy from a file ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def right(tmp_path_factory) -> str:
+    """SB3's file of a policy that always walks to the right."""
+    model = PPO("MlpPolicy", make_vec(CHAIN, 1), n_steps=8, batch_size=8, device="cpu", seed=0)
+    with torch.no_grad():
+        model.policy.action_net.bias.copy_(torch.tensor([-40.0, 40.0]))
+    path = tmp_path_factory.mktemp("right") / "ppo.zip"
+    model.save(path)
+    return str(path)
+
+
+COLLECTS = {**SMALL, "agent.kind": "sb3", "agent.algo": "ppo", "eval.every": 0, "eval.episodes": 2, "log.tensorboard": False}
+
+
+def test_a_policy_from_a_file_collects_from_the_first_step_acts_and_does_not_learn(right, tmp_path):
+    options = {**COLLECTS, "agent.path": right}
+    result = train(CHAIN, steps=50, run_dir=tmp_path / "run", overrides=options, device="cpu", trust=True)
+    run = Run.open(tmp_path / "run")
+    agent = run.agent(trust=True)
+    taken = run.replay().stream(0)
+    assert (taken.prev_action[0, ~taken.is_first[0]].argmax(-1) == 1).all() and result.updates > 0
+    before, after = PPO.load(right, device="cpu").policy.state_dict(), agent.algorithm.policy.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before) and agent.imagined_steps == 0
+    obs = make_vec(CHAIN, 2, seed=0).reset()
+    np.testing.assert_array_equal(agent.predict(obs, deterministic=True)[0], [1, 1])
+    longer = train(CHAIN, steps=60, run_dir=tmp_path / "run", overrides=options, device="cpu", trust=True, resume=True)
+    assert longer.real_steps == 60 and longer.updates > result.updates
+
+
+def test_a_policy_from_a_file_sees_what_is_there_and_not_what_the_model_makes_of_it(right):
+    agent = SB3Agent("MlpPolicy", CHAIN, config={**SMALL, "agent.path": right}, seed=0, device="cpu", trust=True)
+    seen, predict = [], agent.algorithm.predict
+    agent.algorithm.predict = lambda obs, *args: (seen.append(np.array(obs)), predict(obs, *args))[1]
+    obs = make_vec(CHAIN, 2, seed=0).reset()
+    agent.predict(obs, deterministic=True)
+    np.testing.assert_array_equal(seen[0], obs)
+
+
+def test_without_trust_a_file_is_not_opened_and_nothing_is_left_behind(right, tmp_path):
+    options = {**COLLECTS, "agent.path": right}
+    with pytest.raises(TrustError, match=r"unpickles.*--trust"):
+        train(CHAIN, steps=50, run_dir=tmp_path / "run", overrides=options, device="cpu")
+    assert not (tmp_path / "run").exists()
+    words = [f"{key}={value}" for key, value in options.items()]
+    result = CliRunner().invoke(app, ["train", CHAIN, *words, "--run", str(tmp_path / "run"), "--steps", "50"])
+    assert result.exit_code == 2 and "--trust" in result.stderr and not (tmp_path / "run").exists()
+    trusted = ["train", CHAIN, *words, "--run", str(tmp_path / "run"), "--steps", "50", "--trust", "--device", "cpu"]
+    assert CliRunner().invoke(app, trusted).exit_code == 0
+    for command in (["eval", "--episodes", "1"], ["dream", "--horizon", "2"], ["info"]):
+        words = [command[0], str(tmp_path / "run"), *command[1:]]
+        assert CliRunner().invoke(app, words).exit_code == 2
+        assert CliRunner().invoke(app, [*words, "--trust"]).exit_code == 0
+
+
+def test_another_file_than_at_first_one_of_another_environment_and_one_that_is_none_are_refused(right, tmp_path):
+    path = tmp_path / "policy.zip"
+    path.write_bytes(Path(right).read_bytes())
+    options = {**COLLECTS, "agent.path": str(path)}
+    train(CHAIN, steps=50, run_dir=tmp_path / "run", overrides=options, device="cpu", trust=True)
+    PPO("MlpPolicy", make_vec(CHAIN, 1), n_steps=8, batch_size=8, device="cpu", seed=1).save(path)
+    with pytest.raises(ConfigError, match="another file than the one that this run began with"):
+        Run.open(tmp_path / "run").agent(trust=True)
+    PPO("MlpPolicy", make_vec("CartPole-v1", 1), n_steps=8, batch_size=8, device="cpu").save(path)
+    with pytest.raises(ConfigError, match=r"was trained on .* but the environment has"):
+        SB3Agent("MlpPolicy", CHAIN, config={**SMALL, "agent.path": str(path)}, device="cpu", trust=True)
+    path.write_bytes(b"no zip")
+    with pytest.raises(ConfigError, match=r"could not be opened as PPO.*check agent\.algo"):
+        SB3Agent("MlpPolicy", CHAIN, config={**SMALL, "agent.path": str(path)}, device="cpu", trust=True)
+    with pytest.raises(ConfigError, match=r"is no file.*suffix included"):
+        SB3Agent("MlpPolicy", CHAIN, config={**SMALL, "agent.path": str(tmp_path / "absent")}, device="cpu", trust=True)
 
 
 # What does not fit ------------------------------------------------------------------------------------------------------

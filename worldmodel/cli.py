@@ -58,6 +58,7 @@ class Device(str, Enum):
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)]
+Trust = Annotated[bool, typer.Option("--trust", help="Open agent.path, a zip of Stable-Baselines3, although that can run code.")]
 
 
 @app.command()
@@ -92,6 +93,7 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest good checkpoint.")] = False,
     keep_newer: Annotated[bool, typer.Option("--keep-newer", help="On resume, keep experience newer than the checkpoint.")] = False,
+    trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -115,6 +117,7 @@ def train(
                 progress=sys.stderr.isatty(),
                 log=_say,
                 data=data or None,
+                trust=trust,
             ).to_json()
         _answer(result, as_json, _show_training)
 
@@ -128,13 +131,14 @@ def evaluate(
     ] = 30_000,
     step: Annotated[int | None, typer.Option(min=0, help="Which checkpoint.", show_default="the newest good one")] = None,
     video: Annotated[Path | None, typer.Option(metavar="FILE.gif|mp4", help="An animation of the first episode.")] = None,
+    trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Let a run's agent act greedily in fresh environments."""
     with _reported(debug):
         with _stdout_kept():
-            result = _evaluate(run, episodes, seed, step, video)
+            result = _evaluate(run, episodes, seed, step, video, trust)
         _answer(result, as_json, _show_evaluation)
 
 
@@ -153,6 +157,7 @@ def dream(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE.gif|mp4", help="An animation of one dream; the figure of errors lies beside it.")
     ] = None,
+    trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -161,7 +166,7 @@ def dream(
         with _stdout_kept():
             from worldmodel.agents.dreams import dream as dream_of
 
-            result = dream_of(run, context, horizon, start.value, out, log=_say)
+            result = dream_of(run, context, horizon, start.value, out, trust=trust, log=_say)
         _answer(result, as_json, _show_dream)
 
 
@@ -211,6 +216,7 @@ def export_data(
         Start | None, typer.Option(help="Dreams begin at recorded rows, or from nothing.", show_default="replay")
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of the dreams' draws.", show_default="0")] = None,
+    trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -219,7 +225,8 @@ def export_data(
         with _stdout_kept():
             from worldmodel.agents import exchange
 
-            result = exchange.export_data(source, out, dreamed, horizon=horizon, start=start.value if start else None, seed=seed)
+            dreams = {"horizon": horizon, "start": start.value if start else None, "seed": seed, "trust": trust or None}
+            result = exchange.export_data(source, out, dreamed, **dreams)
         _answer(result, as_json, _show_pairs)
 
 
@@ -240,13 +247,14 @@ def info(
     run_or_recipe: Annotated[
         str, typer.Argument(metavar="RUN_OR_RECIPE", help="A run folder, a recipe or a Gymnasium id.", show_default=False)
     ],
+    trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Show spaces, parts and size of a run or of a recipe."""
     with _reported(debug):
         with _stdout_kept():
-            result = _info(run_or_recipe)
+            result = _info(run_or_recipe, trust)
         _answer(result, as_json, _show_pairs)
 
 
@@ -268,7 +276,7 @@ def main() -> None:
 # Work -----------------------------------------------------------------------------------------------------------------
 
 
-def _evaluate(path: Path, episodes: int, seed: int, step: int | None, video: Path | None) -> dict[str, Any]:
+def _evaluate(path: Path, episodes: int, seed: int, step: int | None, video: Path | None, trust: bool) -> dict[str, Any]:
     import numpy as np
     import torch
 
@@ -280,7 +288,7 @@ def _evaluate(path: Path, episodes: int, seed: int, step: int | None, video: Pat
         pictures.checked(video)
     run = Run.open(path)
     torch.set_num_threads(run.config.train.threads)
-    agent = run.agent(step)
+    agent = run.agent(step, trust=trust)
     frames: list[np.ndarray] | None = [] if video is not None else None
     returns, lengths = evaluate_agent(agent, run.config.env, episodes, seed, frames=frames)
     if video is not None:
@@ -308,14 +316,14 @@ def _fps(config: Config) -> float:
     return float(getattr(maker, "metadata", {}).get("render_fps") or 30)
 
 
-def _info(name: str) -> dict[str, Any]:
+def _info(name: str, trust: bool) -> dict[str, Any]:
     from worldmodel.agents.train import make_agent
     from worldmodel.config import Config
     from worldmodel.run import Run
 
     if (Path(name) / "config.yaml").is_file() or (os.sep in name and Path(name).is_dir()):
         run = Run.open(name)
-        config, checkpoints, agent = run.config, run.checkpoints, run.agent()
+        config, checkpoints, agent = run.config, run.checkpoints, run.agent(trust=trust)
     else:
         config, checkpoints = Config.from_recipe(name), []
         agent = make_agent(config, 0, "cpu")

@@ -298,10 +298,13 @@ class Run:
         specs = ObsSpec.from_json(state["observation"]), ActionSpec.from_json(state["action"])
         return WorldModel.from_arrays(self.config.model, *specs, tensors["world"]).to(device).eval()
 
-    def agent(self, step: int | None = None, env: Any = None, device: torch.device | str = "cpu") -> Any:
-        """The agent of a checkpoint: an SB3 algorithm that predicts at once and learns on after `set_env` (or with `env`)."""
+    def agent(self, step: int | None = None, env: Any = None, device: torch.device | str = "cpu", *, trust: bool = False) -> Any:
+        """The agent of a checkpoint: an SB3 algorithm that predicts at once and learns on after `set_env` (or with `env`).
+
+        trust: its agent.path, where it has one, may be opened although that can run code. Raises TrustError without.
+        """
         tensors, state, _ = self.read(step)
-        return registry.part("agent", state["agent"]).from_content(tensors, state, env=env, device=device)
+        return registry.part("agent", state["agent"]).from_content(tensors, state, env=env, device=device, trust=trust)
 
     def replay(self, step: int | None = None) -> Replay:
         """The experience that a checkpoint names."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecNormalize, VecTransposeImage, unwrap_vec_wrapper
@@ -16,6 +17,7 @@ from worldmodel.agents.random import RandomAgent
 from worldmodel.config import Config
 from worldmodel.envs.imagined import ImaginedWorld, Source, latent_space, learned_world, part
 from worldmodel.errors import ConfigError
+from worldmodel.model import needs_ensemble
 from worldmodel.replay import Replay
 from worldmodel.spaces import ActionSpec, ObsSpec
 
@@ -29,7 +31,8 @@ class DynaCallback(BaseCallback):
                      what the algorithm meets
     ratio            imagined transitions per real step
     horizon          steps of each roll-out; it begins at the belief about a recorded row and follows the algorithm's own policy
-    every            real steps (of each environment) between roll-outs
+    every            real steps (of each environment) between roll-outs; of a world that learns along none comes before its first
+                     update, behind `train.prefill` rows
     max_uncertainty  a roll-out ends where the ensemble's disagreement is greater (needs model.ensemble.members)
     replay           recorded experience to begin from, where the run's is not meant
     recipe, config   of the world model that learns along: as those of Dreamer, e.g. config={"train.ratio": 1.0}
@@ -57,10 +60,16 @@ class DynaCallback(BaseCallback):
         for name, number in (("horizon", horizon), ("every", every)):
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise ConfigError(f"DynaCallback: {name} is {number!r}; expected a whole number of at least 1.")
-        if not (np.isfinite(ratio) and ratio >= 0):
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not (np.isfinite(ratio) and ratio >= 0):
             raise ConfigError(f"DynaCallback: ratio is {ratio!r}; expected imagined transitions per real step, 0 or more.")
+        if max_uncertainty is not None and not max_uncertainty > 0:
+            raise ConfigError(f"DynaCallback: max_uncertainty is {max_uncertainty!r}; expected a number above 0, or None: nowhere.")
         if world is not None and (recipe is not None or config is not None):
             raise ConfigError("DynaCallback: recipe and config are for a world that learns along. Leave them out, or the world.")
+        if world is None and replay is not None:
+            raise ConfigError("DynaCallback: replay is for a finished world; one that learns along has its own. Leave it out.")
+        if recipe is not None and isinstance(config, Config):
+            raise ConfigError("DynaCallback: a whole Config leaves nothing to a recipe. Give one of them, or only what differs.")
         self.source, self.ratio, self.horizon, self.every = world, float(ratio), horizon, every
         self.max_uncertainty, self.seed, self.recorded = max_uncertainty, seed, replay
         self.recipe, self.config = recipe, config
@@ -80,11 +89,17 @@ class DynaCallback(BaseCallback):
             )
         if unwrap_vec_wrapper(self.training_env, VecNormalize) is not None:
             raise ConfigError("Dyna: VecNormalize is around the environment, and imagined observations are plain. Take it off.")
+        if type(model.replay_buffer) not in (ReplayBuffer, DictReplayBuffer):
+            raise ConfigError(
+                f"Dyna adds single transitions, and {type(model.replay_buffer).__name__} takes neighbours for one episode. Use "
+                "SB3's ReplayBuffer or DictReplayBuffer: n_steps=1, and no HER."
+            )
         if getattr(model.replay_buffer, "optimize_memory_usage", False):
             raise ConfigError("Dyna: with optimize_memory_usage=True a buffer cannot hold single transitions. Leave it out.")
         if self.source is None and self.agent is None:
             self.agent = self._student()
         self.world, run = (self.agent.learner.average, None) if self.agent is not None else learned_world(self.source)
+        needs_ensemble(self.world, "max_uncertainty", self.max_uncertainty)
         self._transposed = None
         seen, wrapper = model.observation_space, unwrap_vec_wrapper(self.training_env, VecTransposeImage)
         if wrapper is not None and self.world.obs.space == wrapper.venv.observation_space:

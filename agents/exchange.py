@@ -50,7 +50,8 @@ def dreamed_episodes(
         parts += _dreams(agent, worlds, torch.Generator(agent.device).manual_seed(seed + done))
         done += count
     origin = f"dreamed by {run.path}, step {agent.num_timesteps}, from {start}"
-    return Recording.stacked(agent.obs_spec, agent.action_spec, parts, env_id=run.config.env.id, origin=origin)
+    said = {"env_id": run.config.env.id, "env_options": run.config.env.options, "origin": origin}
+    return Recording.stacked(agent.obs_spec, agent.action_spec, parts, **said)
 
 
 @torch.no_grad()
@@ -120,7 +121,7 @@ def export_data(
     """
     dreams = {name: value for name, value in dreams.items() if value is not None}
     if dreams and dreamed is None:
-        raise ConfigError(f"--{' and --'.join(dreams)} say how to dream, but no dreams were asked for. Add --dreamed N.")
+        raise ConfigError(f"No dreams were asked for, and --{', --'.join(dreams)} is about dreams alone. Add --dreamed N.")
     to_minari = str(out).startswith(minari.PREFIX)
     if to_minari:
         minari.check_free(str(out).removeprefix(minari.PREFIX))

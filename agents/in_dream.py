@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from worldmodel.agents.belief import BeliefPolicy
 from worldmodel.agents.dreams import returns
 from worldmodel.agents.evaluation import FINAL_SEED, evaluate, require_spaces
 from worldmodel.agents.held_out import HELD_OUT_SEED, collect
+from worldmodel.agents.loop import policy_name
 from worldmodel.agents.sb3 import (
     HOMES,
     SB3Agent,
@@ -33,7 +35,7 @@ from worldmodel.envs.imagined import ImaginedVecEnv
 from worldmodel.envs.make import EnvConfig, make_vec
 from worldmodel.errors import ConfigError
 from worldmodel.model import ModelConfig, WorldModel
-from worldmodel.run import Run
+from worldmodel.run import CONFIG, Run
 from worldmodel.spaces import ActionSpec, ObsSpec
 from worldmodel.weights import as_arrays
 
@@ -65,7 +67,8 @@ class DreamResult:
 class DreamPolicy:
     """A policy from the dream that acts on real observations; `evaluate_policy` takes it as it is.
 
-    algorithm  the SB3 algorithm itself, e.g. to go on with its own `learn()`
+    algorithm  the SB3 algorithm itself. It goes on with its own `learn()` where it has an environment: once loaded it needs one
+               first, e.g. `policy.algorithm.set_env(ImaginedVecEnv(run, 64))`
     world      the world model whose belief it sees
     result     DreamResult, or None before `measure`
     """
@@ -180,52 +183,75 @@ def train_in_dream(
     algo             an algorithm's class (PPO, A2C, DQN, SAC, TD3; RecurrentPPO, TQC, QRDQN with the extra `contrib`), or its name
     world            a Run or run folder: a finished world. Else a recipe or Gymnasium id: in each of `rounds` rounds the policy
                      collects real experience, the world model learns from it, and the algorithm learns in the dream
-    total_timesteps  imagined steps of the algorithm, over all rounds
+    total_timesteps  imagined steps of the algorithm, over all rounds; on-policy ones take whole rollouts of n_steps in each world
     steps            alternating: real steps over all rounds, random ones included (default: the recipe's train.steps)
-    algo_kwargs      arguments of the algorithm, over those that suit imagined worlds
+    algo_kwargs      arguments of the algorithm, e.g. {"policy_kwargs": ..., "n_steps": 32}, over those that suit imagined worlds
     worlds, horizon, start, observation, penalty, max_uncertainty: as those of ImaginedVecEnv
     overrides        alternating: dotted options of the recipe
     env              where the result is measured (default: the environment of the run or recipe)
-    callback         finished world: an SB3 callback for learn()
+    callback         finished world: an SB3 callback for learn(). An EvalCallback sees what the algorithm sees: give it
+                     LatentVecEnv(make_vec(run.config.env), run)
     episodes         of the measurement at the end; 0: none, and `result` stays None
 
     Raises ConfigError for numbers out of range, actions that the algorithm cannot take, and a run of other spaces than `env`.
     """
-    named = {"total_timesteps": total_timesteps, "rounds": rounds, "horizon": horizon, "worlds": worlds}
-    for name, number in named.items():
-        if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
-            raise ConfigError(f"train_in_dream: {name} is {number!r}; expected a whole number of at least 1.")
+    _require_numbers(total_timesteps=total_timesteps, rounds=rounds, horizon=horizon, worlds=worlds, episodes=episodes + 1)
     algorithm = algorithm_class(SB3Config(algo=algo).algo) if isinstance(algo, str) else algo
+    if not (isinstance(algorithm, type) and issubclass(algorithm, BaseAlgorithm)):
+        raise ConfigError(f"train_in_dream: algo is a {type(algo).__name__}; expected an algorithm's class, like PPO, or its name.")
+    for name, given, kinds in (("world", world, Run | str | Path), ("env", env, EnvConfig | str | None)):
+        if not isinstance(given, kinds):
+            raise ConfigError(f"train_in_dream: {name} is a {type(given).__name__}; expected one of {kinds}.")
+    target = EnvConfig(id=env) if isinstance(env, str) else env
     dream = {"horizon": horizon, "start": start, "observation": observation, "penalty": penalty, "max_uncertainty": max_uncertainty}
-    if isinstance(world, Run) or (Path(world) / "config.yaml").is_file():
+    if isinstance(world, Run) or (Path(world) / CONFIG).is_file():
         if rounds != 1 or steps is not None or overrides:
             raise ConfigError(
                 "train_in_dream: a run is a finished world: rounds, steps and overrides have no meaning. Leave them out, or pass "
                 "the name of a recipe, to alternate."
             )
         run = world if isinstance(world, Run) else Run.open(world)
+        state = run.read()[1]
+        specs = ObsSpec.from_json(state["observation"]), ActionSpec.from_json(state["action"])
+        _require_fit(target or run.config.env, *specs)
         policy, counts = _finished(algorithm, run, total_timesteps, worlds, dream, algo_kwargs, callback, seed, device)
     else:
         if callback is not None:
             raise ConfigError("train_in_dream: a callback is for a finished world. To alternate, use SB3Agent and its learn().")
-        base = Config.from_recipe(world, overrides)
-        steps = base.train.steps if steps is None else steps
-        ahead = max(1, steps - base.train.prefill)
-        if rounds > ahead:
-            raise ConfigError(f"train_in_dream: {rounds} rounds share {ahead} real steps behind the random ones. Raise steps.")
-        visits = {"worlds": worlds, "every": ahead // rounds, "imagined": max(1, total_timesteps // rounds)}
-        config = base.override({"agent": {"kind": "sb3", **visits, **dream}, "train.steps": steps})
-        policy, counts = _alternating(algorithm, config, algo_kwargs, seed, device)
-    if env is not None:
-        policy.env = EnvConfig(id=env) if isinstance(env, str) else env
-    venv = make_vec(policy.env, 1)
-    try:
-        require_spaces(policy, venv, policy.env.id)
-    finally:
-        venv.close()
+        visits = {"worlds": worlds, "visits": rounds, "imagined": max(1, total_timesteps // rounds), **dream}
+        config = _in_rounds(Config.from_recipe(str(world), overrides), steps, visits)
+        policy, counts = _alternating(algorithm, config, target, algo_kwargs, seed, device)
+    policy.env = target or policy.env
     if episodes:
         policy.measure(*counts, episodes=episodes)
     return policy
+
+
+def _in_rounds(base: Config, steps: int | None, visits: dict[str, Any]) -> Config:
+    """The recipe's config with an SB3 agent whose visits to the dream share the real steps behind the random ones."""
+    steps, rounds = base.train.steps if steps is None else steps, visits["visits"]
+    ahead = steps - base.train.prefill
+    if rounds > ahead:
+        raise ConfigError(
+            f"train_in_dream: {rounds} rounds need as many real steps behind the {base.train.prefill} random ones "
+            f"(train.prefill), but steps={steps}. Raise steps."
+        )
+    return base.override({"agent": {"kind": "sb3", **visits, "every": ahead // rounds}, "train.steps": steps})
+
+
+def _require_numbers(**named: Any) -> None:
+    for name, number in named.items():
+        if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
+            raise ConfigError(f"train_in_dream: {name} is {number!r}; expected a whole number of at least 1.")
+
+
+def _require_fit(env: EnvConfig, obs: ObsSpec, action: ActionSpec) -> None:
+    """ConfigError where the environment in which the policy is to act has other spaces than the world."""
+    venv = make_vec(env, 1)
+    try:
+        require_spaces(SimpleNamespace(obs_spec=obs, action_spec=action), venv, env.id)
+    finally:
+        venv.close()
 
 
 def _finished(algorithm, run: Run, total: int, worlds: int, dream: dict, algo_kwargs, callback, seed: int, device: str):
@@ -240,14 +266,25 @@ def _finished(algorithm, run: Run, total: int, worlds: int, dream: dict, algo_kw
     return DreamPolicy(world, SB3Controller(made, dream["observation"]), run.config.env, seed=seed), (0, made.num_timesteps)
 
 
-def _alternating(algorithm, config: Config, algo_kwargs, seed: int, device: str):
+def _alternating(algorithm, config: Config, target: EnvConfig | None, algo_kwargs, seed: int, device: str):
     """The same of learning in turns with the world model, in one agent."""
     venv = make_vec(config.env, seed=seed)
     try:
+        specs = ObsSpec.from_space(venv.observation_space, config.env.layout), ActionSpec.from_space(venv.action_space)
+        if target is not None:
+            _require_fit(target, *specs)
         given = {"algorithm": algorithm, "algo_kwargs": dict(algo_kwargs or {})}
-        agent = SB3Agent("MlpPolicy", venv, config=config, seed=seed, device=device, **given)
+        agent = SB3Agent(policy_name(specs[0]), venv, config=config, seed=seed, device=device, **given)
         agent.learn(config.train.steps)
     finally:
         venv.close()
+    if not agent.learner.updates:
+        rows = config.train.burn_in + config.train.batch_length
+        raise ConfigError(
+            f"train_in_dream: {agent.num_timesteps} real steps of {agent.n_envs} environments taught the world model nothing: it "
+            f"begins with {config.train.prefill} rows (train.prefill), {rows} of them from one environment. Raise steps."
+        )
+    while agent.visits < config.agent.visits:  # learning began later than the random steps ended
+        agent.visit(config.agent.imagined)
     policy = DreamPolicy(agent.learner.average, agent.controller, config.env, seed=seed)
     return policy, (agent.num_timesteps, agent.imagined_steps)

@@ -53,6 +53,8 @@ class JointWorldModel(BaseCallback):
         verbose: int = 0,
     ):
         super().__init__(verbose)
+        if ratio is not None and not ratio >= 0:
+            raise ConfigError(f"JointWorldModel: ratio is {ratio!r}; expected updates per real step, 0 or more.")
         self.source, self.ratio, self.rl_gradients, self.config, self.seed = run_or_model, ratio, rl_gradients, config or {}, seed
         self._of: BaseAlgorithm | None = None
         self._pending = 0
@@ -98,12 +100,8 @@ class JointWorldModel(BaseCallback):
         if self.ratio is not None:
             fixed["train.ratio"] = self.ratio
         config = config.override(fixed).override(self.config)
-        agent = RandomAgent("MlpPolicy", None, config=config, seed=self.seed, device=str(self.model.device))
-        agent.obs_spec, agent.action_spec = world.obs, world.action
-        agent.observation_space, agent.action_space = world.obs.space, world.action.space
-        agent.n_envs = self.model.n_envs
-        agent._check_window()
-        agent._setup_model()
+        options = {"num_envs": self.model.n_envs, "config": config, "seed": self.seed, "device": str(self.model.device)}
+        agent = RandomAgent.from_specs("MlpPolicy", world.obs, world.action, **options)
         agent.world.load_state_dict(world.state_dict())
         agent.world.scaling, agent.world.encoder = self.leader.scaling, self.leader.encoder
         if self.leader.posterior_net is not None:
@@ -121,6 +119,13 @@ class JointWorldModel(BaseCallback):
         return True
 
     def _on_rollout_start(self) -> None:
+        self._learn()
+
+    def _on_training_end(self) -> None:
+        self._learn()
+
+    def _learn(self) -> None:
+        """The updates that the steps since the last ones pay for."""
         before = self.agent.learner.updates
         for _ in range(self._pending):
             self.agent.learn_from_replay()

@@ -473,8 +473,8 @@ class WorldModelAlgorithm(BaseAlgorithm):
     @classmethod
     def from_content(cls, arrays, state: Mapping[str, Any], *, env=None, device="auto", **kwargs: Any) -> WorldModelAlgorithm:
         """The agent that `content` described; `env` may be given later with set_env."""
-        if state["agent"] != cls.kind:
-            raise ConfigError(f"The file holds an agent of kind '{state['agent']}', not '{cls.kind}'. Load it with that class.")
+        if state.get("agent") != cls.kind:
+            raise ConfigError(f"The file holds an agent of kind {state.get('agent')!r}, not '{cls.kind}'. Load it with that class.")
         specs = ObsSpec.from_json(state["observation"]), ActionSpec.from_json(state["action"])
         options = {"config": Config.parse(load_yaml(state["config"])), "seed": state["seed"], "device": device, **kwargs}
         agent = cls.from_specs(state["policy"], *specs, num_envs=state["num_envs"], **options)

@@ -13,9 +13,11 @@ policy and a terminal value as in Hansen et al. 2024 (TD-MPC2, algorithm 1).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from pydantic import Field, model_validator
@@ -59,7 +61,10 @@ class PlanConfig(Frozen):
             raise ValueError(f"elites={self.elites} are more than the {self.samples} samples that they are chosen from")
         used = self.proposals + (self.keep if self.method == "icem" else 0)
         if used >= self.samples:
-            raise ValueError(f"proposals and kept elites ({used}) leave none of the {self.samples} samples to be drawn")
+            raise ValueError(
+                f"proposals={self.proposals}{f' and keep={self.keep}' if self.method == 'icem' else ''} leave none of the "
+                f"samples={self.samples} to be drawn: raise samples, or lower them"
+            )
         if self.method == "icem" and self.keep > self.elites:
             raise ValueError(f"keep={self.keep} is more than the {self.elites} elites")
         return self
@@ -179,6 +184,9 @@ class PlannerController(DreamerController):
         """Whether the search uses actor or critic at all."""
         return bool(self.config.plan.proposals or self.config.plan.terminal)
 
+    def estimate(self, feature: Tensor) -> Tensor | None:
+        return super().estimate(feature) if self.learns else None  # a critic that never learns knows nothing
+
     def memory(self, world: WorldModel, batch_size: int) -> State:
         plan, dim, device = self.config.plan, world.action.dim, world.device
         empty = torch.zeros(batch_size, plan.horizon, dim, device=device)
@@ -213,7 +221,7 @@ class PlannerController(DreamerController):
         needs_ensemble(world, "agent.plan.penalty or agent.plan.bonus", penalty)
         shooting = config.method == "random"
         start = uniform(spec, memory["plan"]) if shooting else memory["plan"]
-        law = PlanLaw.around(spec, start, 1e4 if shooting else config.first_std)
+        law = PlanLaw.around(spec, start, config.first_std)
         size = state.batch_size
         rows = state.map(lambda x: x.repeat_interleave(config.samples, 0))  # candidate k of state b is row b * samples + k
         pool: tuple[Tensor, Tensor] | None = None
@@ -315,7 +323,8 @@ class Planner(Dreamer):
         if obs is None:
             self.controller.goal = None
             return
-        batched = {name: x[None] for name, x in obs.items()} if isinstance(obs, dict) else torch.as_tensor(obs)[None].numpy()
+        batched = {k: np.asarray(x)[None] for k, x in obs.items()} if isinstance(obs, Mapping) else np.asarray(obs)[None]
+        self.obs_spec.check(self.obs_spec.to_rows(batched, "the goal"), "the goal")
         self.controller.goal = self.policy.world.encode(batched).mean.flatten()
 
 

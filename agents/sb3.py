@@ -16,13 +16,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import gymnasium as gym
 import numpy as np
 import torch
 from pydantic import Field
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.vec_env import VecEnv, VecMonitor
+from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
+from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecTransposeImage
 from torch import Tensor
 
 from worldmodel.agents.belief import Controller
@@ -34,7 +36,6 @@ from worldmodel.errors import ConfigError, MissingExtraError, TrustError
 from worldmodel.model import WorldModel
 from worldmodel.registry import register
 from worldmodel.replay import Replay
-from worldmodel.spaces import ActionSpec
 
 HOMES = {
     **{name: ("stable_baselines3", name.upper()) for name in ("ppo", "a2c", "dqn", "sac", "td3")},
@@ -45,6 +46,8 @@ HOMES = {
 OFF_POLICY = {"learning_starts": 0, "train_freq": 1, "gradient_steps": 4}
 VALUES = {**OFF_POLICY, "buffer_size": 50_000, "batch_size": 128, "learning_rate": 1e-3, "target_update_interval": 256}
 ON_POLICY = {"n_steps": 16, "gamma": 0.99, "gae_lambda": 0.95}
+OF_DQN = {"exploration_rate", "_n_calls"}
+"""What DQN and its like count besides their steps."""
 FITTING: dict[str, dict[str, Any]] = {
     "PPO": {**ON_POLICY, "batch_size": 256, "n_epochs": 10, "learning_rate": 1e-3, "ent_coef": 1e-3},
     "A2C": {**ON_POLICY, "n_steps": 8, "learning_rate": 1e-3},
@@ -68,6 +71,7 @@ class SB3Config(Frozen):
     )
     options: Options = Field({}, description="keyword arguments of its constructor, over those that suit the dream")
     every: int = Field(25, ge=1, description="real steps between visits to the dream")
+    visits: int | None = Field(None, ge=1, description="most visits; none: to the end of the run")
     imagined: int = Field(4096, ge=1, description="imagined steps of each visit, over all worlds")
     worlds: int = Field(64, ge=1, description="imagined worlds that step together")
     horizon: int = Field(15, ge=1, description="imagined steps after which an episode is truncated")
@@ -110,14 +114,19 @@ def open_algorithm(algorithm: type[BaseAlgorithm], path: str | Path, *, trust: b
 
 
 @contextmanager
-def globals_from(generator: torch.Generator) -> Iterator[None]:
-    """SB3 draws from the process's own random states: in here they follow from `generator`, and outside nothing of it is seen."""
+def globals_from(generator: torch.Generator, algorithm: BaseAlgorithm | None = None) -> Iterator[None]:
+    """SB3 draws from the process's own random states: in here they follow from `generator`, and outside nothing of it is seen.
+
+    So does the action space of `algorithm`, from which DQN draws its random actions.
+    """
     seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
     python, legacy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)
+        if algorithm is not None:
+            algorithm.action_space.seed(seed)
         try:
             yield
         finally:
@@ -132,17 +141,20 @@ def make_algorithm(
     space = dream.observation_space
     image = getattr(space, "shape", None) is not None and len(space.shape) == 3
     kind = "MultiInput" if hasattr(space, "spaces") else "Cnn" if image else "Mlp"
-    policy = f"{kind}{'LstmPolicy' if 'Recurrent' in algorithm.__name__ else 'Policy'}"
-    given = {**FITTING.get(algorithm.__name__, {}), "seed": seed, "device": device, **options}
+    recurrent = any("Recurrent" in c.__name__ for c in algorithm.__mro__)
+    policy = f"{kind}{'LstmPolicy' if recurrent else 'Policy'}"
+    fitting = next((FITTING[c.__name__] for c in algorithm.__mro__ if c.__name__ in FITTING), {})
+    given = {**fitting, "seed": seed, "device": device, **options}
     try:
         return algorithm(given.pop("policy", policy), dream, **given)
-    except AssertionError as error:
-        raise ConfigError(
-            f"{algorithm.__name__} does not fit this environment: {' '.join(str(error).split())} Choose one that does: ppo, a2c or "
-            "recurrent_ppo take any actions, dqn and qrdqn discrete ones, sac, td3 and tqc continuous ones."
-        ) from None
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{algorithm.__name__} refused its arguments: {error} Correct agent.options or algo_kwargs.") from error
+    except (AssertionError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split()).rstrip(".")
+        if "action spaces" in said:
+            raise ConfigError(
+                f"{algorithm.__name__} does not fit this environment: {said}. Choose one that does: ppo, a2c or recurrent_ppo take "
+                "any actions, dqn and qrdqn discrete ones, sac, td3 and tqc continuous ones."
+            ) from None
+        raise ConfigError(f"{algorithm.__name__} refused its arguments: {said}. Correct agent.options or algo_kwargs.") from error
 
 
 class SB3Controller(Controller):
@@ -166,8 +178,9 @@ class SB3Controller(Controller):
         """A recurrent policy's hidden states [B, layers, H], and whether the episode is under way."""
         if self.lstm is None:
             return State({})
-        zeros = torch.zeros(batch_size, self.lstm[0], self.lstm[2])
-        return State({"lstm_h": zeros, "lstm_c": zeros.clone(), "under_way": torch.zeros(batch_size, dtype=torch.bool)})
+        zeros = torch.zeros(batch_size, self.lstm[0], self.lstm[2], device=world.device)
+        under_way = torch.zeros(batch_size, dtype=torch.bool, device=world.device)
+        return State({"lstm_h": zeros, "lstm_c": zeros.clone(), "under_way": under_way})
 
     def act(
         self, world: WorldModel, state: State, memory: State, deterministic: bool, generator: torch.Generator, rows: Any = None
@@ -178,12 +191,12 @@ class SB3Controller(Controller):
             seen = look(world, world.dynamics.feature(state), self.sees == "latent")
         carried, first = None, None
         if self.lstm is not None:
-            carried = tuple(memory[name].transpose(0, 1).contiguous().numpy() for name in ("lstm_h", "lstm_c"))
-            first = ~memory["under_way"].numpy()
-        with globals_from(generator):
+            carried = tuple(memory[name].transpose(0, 1).contiguous().cpu().numpy() for name in ("lstm_h", "lstm_c"))
+            first = ~memory["under_way"].cpu().numpy()
+        with globals_from(generator, self.algorithm):
             action, carried = self.algorithm.predict(seen, carried, first, deterministic)
         if self.lstm is not None:
-            h, c = (torch.as_tensor(x).transpose(0, 1).contiguous() for x in carried)
+            h, c = (torch.as_tensor(x, device=world.device).transpose(0, 1).contiguous() for x in carried)
             memory = State({"lstm_h": h, "lstm_c": c, "under_way": torch.ones_like(memory["under_way"])})
         action = torch.as_tensor(world.action.encode(action), device=world.device)
         if self.noise and not deterministic and world.action.kind == "continuous":
@@ -217,7 +230,7 @@ class SB3Agent(WorldModelAlgorithm):
                             those of the config
 
     Off-policy algorithms on latents begin each visit with an empty buffer: the features of an older world model mean other
-    things. On decoded observations the buffer is kept.
+    things. On decoded observations the buffer is kept, but for a fence or a resume: checkpoints do not hold it.
     """
 
     kind: ClassVar[str] = "sb3"
@@ -226,7 +239,7 @@ class SB3Agent(WorldModelAlgorithm):
     def __init__(self, *args: Any, algorithm: type[BaseAlgorithm] | None = None, algo_kwargs: dict | None = None, **kwargs: Any):
         self._algorithm_class, self._algo_kwargs = algorithm, algo_kwargs
         self._since_visit = 0
-        self.imagined_steps = 0
+        self.imagined_steps = self.visits = 0
         self._digest: str | None = None
         super().__init__(*args, **kwargs)
 
@@ -246,12 +259,7 @@ class SB3Agent(WorldModelAlgorithm):
         path = Path(self.config.agent.path)
         made = open_algorithm(algorithm, path, trust=self.trust, device=self.device)
         self._digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        try:
-            made.predict(self.obs_spec.to_env({name: np.zeros((1, *shape), t) for name, (shape, t) in self.obs_spec.store.items()}))
-            fits = ActionSpec.from_space(made.action_space).to_json() == self.action_spec.to_json()
-        except (ValueError, KeyError):
-            fits = False
-        if not fits:
+        if not (_fits(self.obs_spec.space, made.observation_space) and self.action_spec.space == made.action_space):
             raise ConfigError(
                 f"The policy in '{path}' was trained on {made.observation_space} and {made.action_space}, but the environment has "
                 f"{self.obs_spec.space} and {self.action_spec.space}. Expected a policy of this environment."
@@ -283,21 +291,31 @@ class SB3Agent(WorldModelAlgorithm):
         if self.config.agent.path is not None:
             return
         self._since_visit += steps
-        if self._since_visit >= self.config.agent.every:
-            self._since_visit = 0
+        most = self.config.agent.visits
+        while self._since_visit >= self.config.agent.every and (most is None or self.visits < most):
+            self._since_visit -= self.config.agent.every
             self.visit(self.config.agent.imagined)
 
+    def reopen(self, seed: int) -> None:
+        super().reopen(seed)
+        if isinstance(self.algorithm, OffPolicyAlgorithm) and self.config.agent.path is None:
+            self.algorithm.replay_buffer.reset()
+
     def visit(self, steps: int) -> None:
-        """The algorithm's own learn() for so many imagined steps, in worlds that begin anew with the model as it stands."""
+        """The algorithm's own learn() for so many imagined steps, in worlds that begin anew with the model as it stands.
+
+        Its schedules follow the real steps: what is left of this agent's learn(), not of the visit.
+        """
         algorithm = self.algorithm
         dream = self._dream(self.learner.average, self.replay)
         dream.seed(int(torch.randint(2**31, (), generator=self.generator, device=self.generator.device)))
         algorithm.set_env(dream, force_reset=True)
         if isinstance(algorithm, OffPolicyAlgorithm) and self.config.agent.observation == "latent":
             algorithm.replay_buffer.reset()
-        with globals_from(self.generator):
+        with globals_from(self.generator, algorithm), _progress(algorithm, self._current_progress_remaining):
             before = algorithm.num_timesteps
             algorithm.learn(steps, log_interval=1, reset_num_timesteps=before == 0)
+        self.visits += 1
         self.imagined_steps += algorithm.num_timesteps - before
         self.policy.set_training_mode(False)
 
@@ -324,7 +342,8 @@ class SB3Agent(WorldModelAlgorithm):
     def _behaviour_state(self) -> dict[str, Any]:
         given = self._algorithm_class is not None or bool(self._algo_kwargs)
         counts = {"steps": self.algorithm.num_timesteps, "updates": self.algorithm._n_updates}
-        counts |= {"since_visit": self._since_visit, "imagined": self.imagined_steps}
+        counts |= {"since_visit": self._since_visit, "imagined": self.imagined_steps, "visits": self.visits}
+        counts |= {name: getattr(self.algorithm, name) for name in OF_DQN if hasattr(self.algorithm, name)}
         return {**counts, "given": given, "file": self._digest}
 
     def restore(self, arrays: Mapping[str, Mapping[str, np.ndarray]], state: Mapping[str, Any], *, counters: bool = True) -> None:
@@ -337,8 +356,34 @@ class SB3Agent(WorldModelAlgorithm):
             raise ConfigError(
                 f"'{self.config.agent.path}' is another file than the one that this run began with. Bring that one back."
             )
+        if state["given"] and self._algorithm_class is None and not self._algo_kwargs:
+            raise ConfigError(
+                "This agent was made with an algorithm or algo_kwargs that no file holds. Expected them again: "
+                "SB3Agent.load(path, algorithm=..., algo_kwargs=...)."
+            )
+        for name in OF_DQN & state.keys():
+            setattr(self.algorithm, name, state[name])
+        self.visits = state["visits"]
         self.algorithm.num_timesteps, self.algorithm._n_updates = state["steps"], state["updates"]
         self._since_visit, self.imagined_steps = state["since_visit"], state["imagined"]
+
+
+def _fits(real: gym.Space, trained: gym.Space) -> bool:
+    """Whether a policy that SB3 trained on one space takes observations of another: it has its images transposed."""
+    if isinstance(real, gym.spaces.Dict) and isinstance(trained, gym.spaces.Dict):
+        return real.keys() == trained.keys() and all(_fits(real[name], trained[name]) for name in real)
+    transposed = is_image_space(real) and not is_image_space_channels_first(real)
+    return real == trained or (transposed and VecTransposeImage.transpose_space(real) == trained)
+
+
+@contextmanager
+def _progress(algorithm: BaseAlgorithm, remaining: float) -> Iterator[None]:
+    """SB3 would count the progress of its schedules within each learn(): in here it stands at `remaining`."""
+    algorithm._update_current_progress_remaining = lambda done, total: setattr(algorithm, "_current_progress_remaining", remaining)
+    try:
+        yield
+    finally:
+        del algorithm._update_current_progress_remaining
 
 
 def _at(root: Any, dotted: str) -> Any:

@@ -259,6 +259,11 @@ def train(
     Raises ConfigError, UnsupportedSpaceError, MissingExtraError, TrustError, EnvError (the state is saved first), StorageError
     and NumericsError (the last good checkpoint stays).
     """
+    if not isinstance(recipe, str | Path | Mapping | None):
+        raise ConfigError(
+            f"recipe is a {type(recipe).__name__}; expected a name, a path, a gym id or a mapping. An environment that is an "
+            "object is for Dreamer('MlpPolicy', env)."
+        )
     given = _as_mapping(overrides)
     if steps is not None:
         if given.get("train.steps", steps) != steps:

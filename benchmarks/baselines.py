@@ -203,7 +203,7 @@ def run(
 
 
 def updates_of(model: Any) -> int:
-    """Gradient updates so far: SB3 counts epochs for PPO, updates elsewhere."""
-    if isinstance(model, PPO):
+    """Gradient updates so far: SB3 counts epochs for PPO and RecurrentPPO, updates elsewhere."""
+    if hasattr(model, "n_epochs"):
         return model._n_updates * -(-model.n_steps * model.n_envs // model.batch_size)
     return model._n_updates

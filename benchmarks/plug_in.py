@@ -164,6 +164,8 @@ def gap(job: dict[str, Any]) -> dict[str, Any]:
 
 def algorithm(job: dict[str, Any]) -> dict[str, Any]:
     """One algorithm in a world of 400 real steps: updates, whether its weights moved, real return, and what a loaded one does."""
+    from baselines import updates_of
+
     import worldmodel as wm
     from worldmodel.agents import DreamPolicy, train_in_dream
     from worldmodel.agents.sb3 import algorithm_class
@@ -182,7 +184,6 @@ def algorithm(job: dict[str, Any]) -> dict[str, Any]:
                 super()._setup_model()
                 before.append(torch.cat([p.detach().flatten().clone() for p in self.policy.parameters()]))
 
-        Watched.__name__ = made.__name__
         since = time.perf_counter()
         policy = train_in_dream(Watched, path, total_timesteps=4096, episodes=20)
         seconds = time.perf_counter() - since
@@ -192,7 +193,7 @@ def algorithm(job: dict[str, Any]) -> dict[str, Any]:
         obs = make_vec(policy.env, 16, seed=0).reset()
         same = np.array_equal(policy.predict(obs, deterministic=True)[0], loaded.predict(obs, deterministic=True)[0])
     moved = float((after - before[0]).abs().max())
-    counts = {"updates": policy.algorithm._n_updates, "seconds": seconds, "moved": moved, "loaded acts the same": bool(same)}
+    counts = {"updates": updates_of(policy.algorithm), "seconds": seconds, "moved": moved, "loaded acts the same": bool(same)}
     return {**counts, "real_return": policy.result.real_return, "gap": policy.result.gap}
 
 

@@ -104,7 +104,7 @@ class GymVecEnvAdapter(VecEnv):
                         "there, as of every VectorEnv whose autoreset_mode is SAME_STEP. Correct the environment."
                     )
                 last[i] = _copied(rows[i].pop("final_obs"))
-                rows[i].update(rows[i].pop("final_info", {}))
+                rows[i] = {**rows[i].get("final_info", {})}
             return last
         last = {i: _copied(_row(obs, i)) for i in ended}
         fresh, infos = self._reset_rows(self.vector_env, dones.copy())
@@ -119,7 +119,8 @@ class GymVecEnvAdapter(VecEnv):
         self.vector_env.close()
 
     def get_images(self) -> list[np.ndarray | None]:
-        return list(self.vector_env.render() or [None] * self.num_envs)
+        pictures = self.vector_env.render()
+        return [None] * self.num_envs if pictures is None else list(pictures)
 
     # Single environments: SyncVectorEnv has them, AsyncVectorEnv asks them all, native ones have none ------------------
 

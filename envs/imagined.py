@@ -138,6 +138,8 @@ class ImaginedWorld:
         for name, number in (("num_envs", num_envs), ("horizon", horizon)):
             if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
                 raise ConfigError(f"{name} is {number!r}; expected a whole number of at least 1.")
+        if max_uncertainty is not None and not max_uncertainty > 0:
+            raise ConfigError(f"max_uncertainty is {max_uncertainty!r}; expected a number above 0, or None: nowhere.")
         for name, value, known in (("start", start, ("replay", "prior")), ("observation", observation, ("latent", "decoded"))):
             if value not in known:
                 raise ConfigError(f"{name} is {value!r}; expected one of {known}.{did_you_mean(str(value), known)}")
@@ -402,6 +404,8 @@ class ImaginedVectorEnv(gym.vector.VectorEnv):
         self.action_space = batch_space(self.single_action_space, num_envs)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        if not isinstance(seed, int | np.integer | None):
+            raise ConfigError(f"seed is {seed!r}; expected one number: all worlds draw from one generator.")
         super().reset(seed=seed)
         self.worlds.seed(seed)
         return self.worlds.look(self.worlds.reset()), {}

@@ -47,6 +47,12 @@ class EnvConfig(Frozen):
     action_repeat: int = Field(1, ge=1)
     vectorize: Literal["dummy", "subproc"] = "dummy"
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What makes it another environment than the id alone, as plain data."""
+        named = {"kwargs", "pixels", "max_episode_steps", "action_repeat"}
+        return self.model_dump(mode="json", include=named, exclude_defaults=True)
+
 
 def make_env(config: EnvConfig | str, index: int = 0, seed: int | None = None) -> gym.Env:
     """One environment: checked, limited, repeated, rendered, flat and monitored (in this order, outwards).

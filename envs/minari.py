@@ -80,7 +80,7 @@ def check_free(dataset_id: str) -> Path:
     minari = _minari()
     try:
         minari.dataset.minari_dataset.parse_dataset_id(dataset_id)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # a TypeError where the version is missing
         raise ConfigError(f"'{dataset_id}' is no id of Minari: {error}. Expected words like 'rail/random-v0'.") from error
     folder = _folder(dataset_id)
     if folder.exists():
@@ -113,8 +113,9 @@ def write(dataset_id: str, recording: Recording) -> Path:
                 description=recording.origin,
                 **exact,
             )
-            if recording.env_id is not None:  # given above, Minari would make the environment
-                dataset.storage.update_metadata({"env_spec": _env_spec(recording.env_id).to_json()})
+            spec = _env_spec(recording)
+            if spec is not None:  # given above, Minari would make the environment
+                dataset.storage.update_metadata({"env_spec": spec.to_json()})
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, ImportError):
@@ -123,12 +124,20 @@ def write(dataset_id: str, recording: Recording) -> Path:
     return folder
 
 
-def _env_spec(env_id: str) -> EnvSpec:
-    """The registered spec under the id that also says its module; the bare id where nobody registered it here."""
+def _env_spec(recording: Recording) -> EnvSpec | None:
+    """What makes the environment again; None where that is unknown, or wrappers stood around it that a spec cannot name.
+
+    The registered spec under the id that also says its module; the bare id where nobody registered it here.
+    """
+    env_id, options = recording.env_id, recording.env_options
+    if env_id is None or options is None or options.keys() & {"pixels", "action_repeat"}:
+        return None
     known = gym.registry.get(env_id.rpartition(":")[2])
     if known is None or not isinstance(known.entry_point, str):
-        return EnvSpec(id=env_id)
-    return EnvSpec(id=env_id, entry_point=known.entry_point, max_episode_steps=known.max_episode_steps, kwargs=known.kwargs)
+        return EnvSpec(id=env_id, kwargs=options.get("kwargs", {}), max_episode_steps=options.get("max_episode_steps"))
+    limit = options.get("max_episode_steps", known.max_episode_steps)
+    kwargs = {**known.kwargs, **options.get("kwargs", {})}
+    return EnvSpec(id=env_id, entry_point=known.entry_point, max_episode_steps=limit, kwargs=kwargs)
 
 
 def _absent(minari: Any, dataset_id: str) -> ConfigError:

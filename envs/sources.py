@@ -48,4 +48,5 @@ def recordings(sources: Sequence[str | Path | Run | Recording], layout: Layout |
 def _of_run(run: Run) -> Recording:
     state = run.read()[1]
     obs, action = ObsSpec.from_json(state["observation"]), ActionSpec.from_json(state["action"])
-    return Recording.from_replay(run.replay(), obs, action, env_id=run.config.env.id, origin=str(run.path))
+    env = run.config.env
+    return Recording.from_replay(run.replay(), obs, action, env_id=env.id, origin=str(run.path), env_options=env.options)

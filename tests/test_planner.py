@@ -330,7 +330,7 @@ def test_options_of_the_search_are_found_from_python_and_from_the_command_line(p
     ("options", "message"),
     [
         ({"agent.plan.elites": 99}, "elites=99 are more than the 16 samples"),
-        ({"agent.plan.proposals": 16}, "leave none of the 16 samples"),
+        ({"agent.plan.proposals": 16}, "leave none of the samples=16"),
         ({"agent.plan.method": "icem", "agent.plan.keep": 5}, "keep=5 is more than the 4 elites"),
         ({"agent.plan.horizon": 0}, "agent.plan.horizon"),
         ({"agent.plan.penalty": 1.0}, r"agent.plan.penalty=1 needs uncertainty"),

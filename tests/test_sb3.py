@@ -275,7 +275,7 @@ def test_what_does_not_fit_is_refused_with_the_way_out(algorithm, options, messa
 
 
 def test_more_rounds_than_real_steps_are_refused():
-    with pytest.raises(ConfigError, match="50 rounds share 10 real steps"):
+    with pytest.raises(ConfigError, match="50 rounds need as many real steps behind the 20 random ones"):
         train_in_dream("ppo", CHAIN, steps=30, rounds=50, total_timesteps=100, overrides=SMALL)
 
 

@@ -252,13 +252,13 @@ def _hint(key: str, cls: type[Frozen], root: type[Frozen]) -> str:
     """Where an unknown key may belong: a near sibling, another kind of the same part, or elsewhere in the tree."""
     leaf = key.rpartition(".")[2]
     near = did_you_mean(leaf, cls.model_fields)
-    if near.startswith(" Did"):
-        return near
     known = registry.entries()
     role = next((role for role, _, config in known if config is cls and role != "group"), None)
     kinds = [kind for r, kind, config in known if r == role and leaf in config.model_fields]
     if kinds:
         return f" It is an option of {role} {' and '.join(repr(k) for k in kinds)}."
+    if near.startswith(" Did"):
+        return near
     elsewhere = [row.key for row in describe(root) if row.key.rpartition(".")[2] == leaf]
     return f" Did you mean {' or '.join(repr(k) for k in elsewhere[:3])}?" if elsewhere else near
 

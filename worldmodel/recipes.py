@@ -352,4 +352,7 @@ def _find(recipe: str | Path | Mapping | None, folder: str | Path | None, *, kno
         return {"env": {"id": recipe}}
     ids = [env_id for _, env_id, _ in rows if env_id]
     hint = did_you_mean(recipe, [*files, *ids])
-    raise ConfigError(f"no recipe or environment is called '{recipe}'.{hint} A file ends in .yaml, a gym id in -v0.")
+    raise ConfigError(
+        f"no recipe or environment is called '{recipe}'.{hint} A file ends in .yaml, a gym id in -v0, and a run folder "
+        "holds config.yaml."
+    )

@@ -14,7 +14,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -37,7 +37,7 @@ DEFLATES_TO = 1032
 """Bytes that one compressed byte can stand for: no honest member claims more."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Recording:
     """N whole episodes of S steps in all, in the environment's own form.
 
@@ -50,6 +50,7 @@ class Recording:
     obs_spec, action_spec                    the spaces
     env_id       Gymnasium id, None where nobody said
     origin       where it comes from, for messages and for people
+    env_options  what EnvConfig said besides the id, as far as it differs from the defaults; None where several said several things
 
     Raises ConfigError that names the episode and the step of what does not fit: shapes, NaN, what is no category.
     """
@@ -64,6 +65,7 @@ class Recording:
     action_spec: ActionSpec
     env_id: str | None = None
     origin: str = "the recording"
+    env_options: Mapping[str, Any] | None = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._check_shapes()
@@ -76,6 +78,9 @@ class Recording:
         for name, key in self.obs_spec.keys.items():
             self._check_values(f"observation '{name}'", key, self.obs[name], np.repeat(np.arange(self.episodes), self.lengths + 1))
         self._check_values("the action", self.action_spec.key, self.action, np.repeat(np.arange(self.episodes), self.lengths))
+
+    def __repr__(self) -> str:
+        return f"Recording({self.episodes} episodes, {self.steps} steps, {self.env_id}, from {self.origin})"
 
     # What it holds --------------------------------------------------------------------------------------------------
 
@@ -140,6 +145,7 @@ class Recording:
         *,
         env_id: str | None = None,
         origin: str = "the recording",
+        env_options: Mapping[str, Any] | None = None,
     ) -> Recording:
         """`from_episodes` for spaces that are known in this form already."""
         parts = [_episode(obs_spec, action_spec, episode, f"{origin}: episode {i}") for i, episode in enumerate(episodes)]
@@ -149,11 +155,19 @@ class Recording:
         action, reward, terminated, truncated = map(np.concatenate, columns)
         joined = {name: np.concatenate([rows[name] for rows in obs]) for name in obs_spec.keys}
         lengths = np.array([len(x) for x in columns[1]], np.int64)
-        return cls(joined, action, reward, terminated, truncated, lengths, obs_spec, action_spec, env_id, origin)
+        said = {"env_id": env_id, "origin": origin, "env_options": env_options or {}}
+        return cls(joined, action, reward, terminated, truncated, lengths, obs_spec, action_spec, **said)
 
     @classmethod
     def from_replay(
-        cls, replay: Replay, obs_spec: ObsSpec, action_spec: ActionSpec, *, env_id: str | None = None, origin: str = "the replay"
+        cls,
+        replay: Replay,
+        obs_spec: ObsSpec,
+        action_spec: ActionSpec,
+        *,
+        env_id: str | None = None,
+        origin: str = "the replay",
+        env_options: Mapping[str, Any] | None = None,
     ) -> Recording:
         """The episodes of a replay whose beginning it still holds; one that is still open is cut where it stands."""
         kept = [_whole(replay, stream) for stream in range(replay.num_envs)]
@@ -167,7 +181,8 @@ class Recording:
         closing = np.zeros(len(terminated), bool)
         closing[np.cumsum(lengths) - 1] = True
         action = action_spec.decode(prev_action[~first])
-        return cls(obs, action, reward[~first], terminated, closing & ~terminated, lengths, obs_spec, action_spec, env_id, origin)
+        said = {"env_id": env_id, "origin": origin, "env_options": env_options or {}}
+        return cls(obs, action, reward[~first], terminated, closing & ~terminated, lengths, obs_spec, action_spec, **said)
 
     @classmethod
     def joined(cls, recordings: Sequence[Recording], origin: str | None = None) -> Recording:
@@ -182,13 +197,16 @@ class Recording:
             for name in ("action", "reward", "terminated", "truncated", "lengths")
         }
         obs = {name: np.concatenate([r.obs[name] for r in recordings]) for name in first.obs}
-        ids = {r.env_id for r in recordings}
+        ids = sorted({r.env_id for r in recordings} - {None})
+        if len(ids) > 1:
+            raise ConfigError(f"The recordings are of different environments: {', '.join(ids)}. Expected one: keep them apart.")
         return cls(
             obs=obs,
             **arrays,
             obs_spec=first.obs_spec,
             action_spec=first.action_spec,
-            env_id=first.env_id if len(ids) == 1 else None,
+            env_id=ids[0] if ids else None,
+            env_options=first.env_options if all(r.env_options == first.env_options for r in recordings) else None,
             origin=origin or ", ".join(r.origin for r in recordings),
         )
 
@@ -220,6 +238,7 @@ class Recording:
             "format": FORMAT,
             "version": VERSION,
             "env_id": self.env_id,
+            "env_options": None if self.env_options is None else dict(self.env_options),
             "origin": self.origin,
             "observation": self.obs_spec.to_json(),
             "action": self.action_spec.to_json(),
@@ -294,7 +313,9 @@ def free_name(path: str | Path) -> Path:
     """The path, if a recording may be written there. ConfigError for another suffix, or a name that is taken."""
     path = Path(path)
     if path.suffix.lower() != ".npz":
-        raise ConfigError(f"'{path}': episodes are written as .npz. Give a name that ends in it, or minari:ID for Minari's format.")
+        raise ConfigError(
+            f"'{path}': episodes are written as .npz. Give a name that ends in it; Minari's format is written by `data export`."
+        )
     if path.exists():
         raise ConfigError(f"'{path}' is there already, and is not overwritten. Choose another name, or delete it first.")
     return path
@@ -415,7 +436,7 @@ def _content(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:
         raise CorruptError(f"{path} and its {ABOUT} differ on the arrays {sorted(odd)}. Restore it from a copy.")
     arrays = {name: _array(archive, members[f"{name}.npy"], form, path) for name, form in expected.items()}
     obs = {name: arrays.pop(f"observation/{name}") for name in obs_spec.keys}
-    said = {"env_id": about.get("env_id"), "origin": str(path)}
+    said = {"env_id": about.get("env_id"), "env_options": about.get("env_options", {}), "origin": str(path)}
     return {"obs": obs, **arrays, "obs_spec": obs_spec, "action_spec": action_spec, **said}
 
 
@@ -434,6 +455,8 @@ def _about(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> tuple
             raise ValueError("a space that holds no numbers")
         if not isinstance(about.get("env_id"), str | None):
             raise ValueError("an env_id that is no word")
+        if not isinstance(about.get("env_options"), dict | None):
+            raise ValueError("env_options that are no object")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptError(f"{path}: {ABOUT} is damaged ({error!r}). Restore it from a copy, or export it again.") from error
     return about, obs_spec, action_spec

@@ -11,6 +11,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from test_imagined import LEARNS
 
 from worldmodel.agents import DynaCallback
+from worldmodel.config import Config
 from worldmodel.envs import LatentVecEnv, make_vec
 from worldmodel.errors import ConfigError
 from worldmodel.run import Run
@@ -116,12 +117,28 @@ def test_roll_outs_end_where_the_ensemble_disagrees(chain):
         ({"ratio": float("nan")}, "ratio is nan"),
         ({"horizon": 0}, "horizon is 0"),
         ({"every": True}, "every is True"),
+        ({"max_uncertainty": 0.0}, "max_uncertainty is 0.0"),
         ({"config": {"train.ratio": 1.0}}, "for a world that learns along"),
     ],
 )
 def test_numbers_out_of_range_are_refused(options, message, chain):
     with pytest.raises(ConfigError, match=message):
         DynaCallback(chain, **options)
+
+
+def test_options_that_would_do_nothing_are_refused(chain):
+    with pytest.raises(ConfigError, match="replay is for a finished world"):
+        DynaCallback(replay=chain.replay())
+    with pytest.raises(ConfigError, match="leaves nothing to a recipe"):
+        DynaCallback(recipe="cartpole", config=Config.from_recipe("cartpole"))
+    callback = DynaCallback(config=SMALL_WORLD, max_uncertainty=1.0)
+    with pytest.raises(ConfigError, match="has no ensemble"):  # before the first step, not at the first roll-out
+        dqn().learn(1, callback=callback)
+
+
+def test_buffers_that_take_neighbouring_rows_for_one_episode_are_refused(chain):
+    with pytest.raises(ConfigError, match=r"NStepReplayBuffer takes neighbours.*n_steps=1, and no HER"):
+        dqn(n_steps=3).learn(8, callback=DynaCallback(chain))
 
 
 def test_what_dyna_cannot_fill_is_refused_with_the_way_out(chain):

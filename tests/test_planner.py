@@ -18,7 +18,7 @@ from worldmodel.agents.evaluation import evaluate
 from worldmodel.agents.planner import PlanConfig, PlanLaw, PlannerConfig, PlannerController, coloured, flops, uniform
 from worldmodel.data import Dream, State
 from worldmodel.envs.tiny import Chain
-from worldmodel.errors import ConfigError
+from worldmodel.errors import ConfigError, EnvError
 from worldmodel.model import WorldModel
 from worldmodel.run import Run
 from worldmodel.spaces import ActionSpec
@@ -326,6 +326,28 @@ def test_options_of_the_search_are_found_from_python_and_from_the_command_line(p
     assert Planner("MlpPolicy", CHAIN, config=["agent.plan.method=cem"], device="cpu").config.agent.plan.method == "cem"
 
 
+def test_a_goal_of_another_space_is_refused(planned):
+    agent = planned.agent()
+    for goal in (9, np.zeros(3, np.int64), 0.5):
+        with pytest.raises(EnvError):
+            agent.set_goal(goal)
+    assert agent.controller.goal is None
+
+
+def test_random_shooting_collects_near_the_best_plan_and_not_at_random():
+    world = Bandit(ACTIONS["Box"])
+    made = controller(world, method="random", samples=4000, horizon=2)
+    for deterministic, atol in ((True, 0.25), (False, 0.6)):
+        action, _ = made.act(world, world.state(WANTED["Box"]), made.memory(world, 2), deterministic, generator())
+        torch.testing.assert_close(action, torch.tensor(WANTED["Box"]), rtol=0, atol=atol)
+
+
+def test_a_pure_search_estimates_nothing():
+    world = Bandit(ACTIONS["Box"])
+    assert controller(world).estimate(torch.zeros(2, 3)) is None
+    assert controller(world, terminal=True).estimate(torch.zeros(2, 3)).shape == (2,)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -340,5 +362,3 @@ def test_options_of_the_search_are_found_from_python_and_from_the_command_line(p
 def test_options_that_do_not_fit_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         small_planner(**options)
-
-

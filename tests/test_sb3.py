@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -151,6 +152,94 @@ def test_off_policy_experience_of_an_older_world_is_forgotten_unless_it_is_decod
     assert held == {"latent": 128, "decoded": agent.imagined_steps}
 
 
+class Mine(PPO):
+    """A user's own class."""
+
+
+def test_a_class_derived_from_sb3s_gets_what_suits_the_dream(chain):
+    policy = train_in_dream(Mine, chain, total_timesteps=128, worlds=8, episodes=0)
+    assert (policy.algorithm.n_steps, policy.algorithm.num_timesteps) == (16, 128)
+
+
+@pytest.mark.parametrize(("steps", "rounds", "environments"), [(60, 1, 1), (50, 18, 1), (60, 3, 4), (90, 1, 8)])
+def test_there_are_as_many_rounds_as_were_asked_for(steps, rounds, environments):
+    overrides = {**SMALL, "env.num_envs": environments}
+    options = {"steps": steps, "rounds": rounds, "total_timesteps": 64 * rounds, "worlds": 8, "horizon": 4, "episodes": 1}
+    policy = train_in_dream("dqn", CHAIN, overrides=overrides, **options)
+    assert policy.result.imagined_steps == 64 * rounds
+
+
+def test_rounds_in_a_world_that_has_learned_nothing_are_refused():
+    with pytest.raises(ConfigError, match="taught the world model nothing"):
+        train_in_dream("ppo", CHAIN, steps=24, total_timesteps=64, overrides={**SMALL, "env.num_envs": 8}, episodes=0)
+    with pytest.raises(ConfigError, match="1 rounds need as many real steps"):
+        train_in_dream("ppo", CHAIN, steps=15, total_timesteps=64, overrides=SMALL, episodes=0)
+
+
+def test_schedules_follow_the_real_steps_and_not_each_visit():
+    seen = []
+
+    def rate(remaining: float) -> float:
+        seen.append(remaining)
+        return 1e-3 * remaining
+
+    agent = SB3Agent("MlpPolicy", CHAIN, config={**SMALL, **VISITS}, algo_kwargs={"learning_rate": rate}, seed=0, device="cpu")
+    agent.learn(100)
+    left = sorted(set(seen), reverse=True)
+    assert left[0] == 1 and 0 < left[-1] < 0.2 and len(left) == agent.visits + 1  # SB3 asks once as it is made
+
+
+@pytest.mark.parametrize(("name", "observation"), [("ppo", "latent"), ("dqn", "latent"), ("dqn", "decoded")])
+def test_with_a_fence_a_resumed_run_equals_an_unbroken_one_bit_for_bit(name, observation, tmp_path):
+    options = {**SMALL, **VISITS, "agent.kind": "sb3", "agent.algo": name, "agent.observation": observation, "eval.every": 0}
+    options |= {"eval.episodes": 1, "log.tensorboard": False, "checkpoint.fence": True, "checkpoint.every": 50, "seed": 0}
+    del options["seed"]
+    train(CHAIN, steps=100, run_dir=tmp_path / "whole", overrides=options, device="cpu")
+    train(CHAIN, steps=50, run_dir=tmp_path / "parts", overrides=options, device="cpu")
+    train(CHAIN, steps=100, run_dir=tmp_path / "parts", overrides=options, device="cpu", resume=True)
+    whole, parts = (Run.open(tmp_path / name) for name in ("whole", "parts"))
+    np.testing.assert_array_equal(whole.replay().stream(0).prev_action, parts.replay().stream(0).prev_action)
+    ours, theirs = (run.agent().algorithm.policy.state_dict() for run in (whole, parts))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_what_no_file_holds_must_be_given_again(tmp_path):
+    given = {"algorithm": PPO, "algo_kwargs": {"policy_kwargs": {"activation_fn": torch.nn.ReLU}}}
+    agent = SB3Agent("MlpPolicy", CHAIN, config=SMALL, seed=0, device="cpu", **given)
+    agent.save(tmp_path / "agent")
+    with pytest.raises(ConfigError, match=r"SB3Agent\.load\(path, algorithm="):
+        SB3Agent.load(tmp_path / "agent")
+    loaded = SB3Agent.load(tmp_path / "agent", **given)
+    obs = make_vec(CHAIN, 2, seed=0).reset()
+    np.testing.assert_array_equal(loaded.predict(obs, deterministic=True)[0], agent.predict(obs, deterministic=True)[0])
+
+
+def test_dict_observations_alternate_too():
+    env = gym.spaces.Dict({"a": gym.spaces.Box(-1, 1, (2,), np.float32), "b": gym.spaces.Discrete(3)})
+    gym.register("DictInRounds-v0", lambda: FakeDict(env))
+    policy = train_in_dream("ppo", "DictInRounds-v0", steps=60, total_timesteps=128, worlds=8, overrides=SMALL, episodes=1)
+    assert policy.result.imagined_steps == 128
+
+
+class FakeDict(gym.Env):
+    """Random observations of a Dict space; episodes of ten steps."""
+
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, space: gym.spaces.Dict):
+        self.observation_space = space
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.observation_space.seed(seed)
+        self.left = 10
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        self.left -= 1
+        return self.observation_space.sample(), 0.0, False, self.left == 0, {}
+
+
 @pytest.mark.parametrize("name", ["ppo", "dqn", "sac"])
 def test_as_an_agent_of_a_run_it_is_saved_without_pickle_and_resumed(name, tmp_path):
     recipe = CHAIN if name != "sac" else "Pendulum-v1"
@@ -267,6 +356,9 @@ def test_sb3s_file_is_opened_with_trust_alone(chain, tmp_path):
         ("ppo", {"env": "CartPole-v1"}, r"The model observes .*CartPole-v1"),
         ("ppo", {"algo_kwargs": {"gama": 0.9}}, r"PPO refused its arguments.*gama"),
         ("trpo", {}, "algo"),
+        ("ppo", {"max_uncertainty": 0.0}, "max_uncertainty is 0.0"),
+        ("ppo", {"algo_kwargs": {"batch_size": -1}}, r"PPO refused its arguments.*batch_size"),
+        ("ppo", {"episodes": -1}, "episodes is"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_way_out(algorithm, options, message, chain):

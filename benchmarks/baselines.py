@@ -9,7 +9,7 @@ recipe that it is compared with.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -165,19 +165,22 @@ def run(
     max_steps: int | None,
     max_seconds: float,
     callbacks: Sequence[BaseCallback] = (),
+    options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """One baseline run; the keys are those of `worldmodel train --json`, and `stopped`: "time" where that ended it.
 
     callbacks   asked before the protocol's own
+    options     of the algorithm, over those of the baseline
     """
     if name == "random":
         return run_random(config, seed)
     baseline = BASELINES[config.env.id, name]
-    options = dict(baseline.options)
+    given, options = options or {}, dict(baseline.options)
     if updates_per_step is not None:
         ratio = Fraction(updates_per_step).limit_denominator(64)
         options |= {"train_freq": ratio.denominator, "gradient_steps": ratio.numerator}
         options["learning_starts"] = min(options.get("learning_starts", 100), config.train.prefill)
+    options |= given
     venv = make_vec(config.env, baseline.num_envs, seed)
     try:
         model = baseline.algorithm(baseline.policy, venv, seed=seed, device="cpu", **options)

@@ -36,7 +36,8 @@ import torch
 from control import TASKS, Task, jobs, report, work
 from rows import Failed, Load, Rows, call, number, options, say, spread, table, timed
 
-DYNA = {"ratio": 10, "horizon": 1, "every": 10, "config": {"train.prefill": 200, "train.pretrain": 200, "train.ratio": 1.0}}
+DYNA = {"ratio": 20, "horizon": 15, "every": 10, "config": {"train.prefill": 200, "train.pretrain": 400, "train.ratio": 3.0}}
+DYNA_SAC = {"learning_starts": 200, "buffer_size": 8000}
 DYNA_UPDATES = 10.0
 CONTROL = {
     "ppo-cartpole": Task("cartpole", ("agent.kind=sb3", "agent.algo=ppo"), ("ppo",)),
@@ -57,7 +58,10 @@ TASKS.update(CONTROL)
 
 
 def dyna(job: dict[str, Any]) -> dict[str, Any]:
-    """SAC with the callback, under the baselines' protocol; `updates` are SAC's."""
+    """SAC with the callback, under the baselines' protocol; `updates` are SAC's.
+
+    It learns only once the model does, and its buffer forgets what earlier, worse models imagined.
+    """
     from baselines import run
 
     from worldmodel.agents import DynaCallback
@@ -67,7 +71,7 @@ def dyna(job: dict[str, Any]) -> dict[str, Any]:
     config = Config.from_recipe("pendulum", ["eval.every=100"])
     callback = DynaCallback(seed=job["seed"], **DYNA)
     with Load() as load:
-        result = run(config, "sac", job["seed"], DYNA_UPDATES, job["max_steps"], 60 * job["max_minutes"], [callback])
+        result = run(config, "sac", job["seed"], DYNA_UPDATES, job["max_steps"], 60 * job["max_minutes"], [callback], DYNA_SAC)
     return {**result, "imagined": callback.imagined, "foreign": load.cores}
 
 

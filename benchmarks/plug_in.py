@@ -36,8 +36,8 @@ import torch
 from control import TASKS, Task, jobs, report, work
 from rows import Failed, Load, Rows, call, number, options, say, spread, table, timed
 
-DYNA = {"ratio": 20, "horizon": 15, "every": 10, "config": {"train.prefill": 200, "train.pretrain": 400, "train.ratio": 3.0}}
-DYNA_SAC = {"learning_starts": 200, "buffer_size": 8000}
+DYNA = {"ratio": 150, "horizon": 15, "every": 10, "config": {"train.prefill": 250, "train.pretrain": 300, "train.ratio": 2.0}}
+DYNA_SAC = {"learning_starts": 250, "buffer_size": 30_000}
 DYNA_UPDATES = 10.0
 CONTROL = {
     "ppo-cartpole": Task("cartpole", ("agent.kind=sb3", "agent.algo=ppo"), ("ppo",)),

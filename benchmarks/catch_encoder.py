@@ -10,8 +10,9 @@ trained on those very steps when they are taken, `PRETRAIN` updates and none aft
 saw is a real step of the run and counted. The third side, `cells`, is no picture at all but what perfect perception could give,
 the cells of ball and paddle, one-hot: how fast could DQN learn from an encoder that has nothing left to learn?
 
-Protocol as in control.py: 20 greedy episodes with environment seeds 10000.. every 500 real steps, solved at the first evaluation whose mean is at least 0.9 and whose confirmation, 20 episodes with seeds
-20000.., is too. Seconds are of training alone. Each run has a process and one thread of its own.
+Protocol as in control.py: 20 greedy episodes with environment seeds 10000.. every 500 real steps, solved at the first
+evaluation whose mean is at least 0.9 and whose confirmation, 20 episodes with seeds 20000.., is too. Seconds are of training
+alone. Each run has a process and one thread of its own.
 """
 
 from __future__ import annotations

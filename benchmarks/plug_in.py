@@ -47,7 +47,9 @@ CONTROL = {
     "dyna-pendulum": Task("pendulum", ("agent.kind=random", "eval.every=100"), ("sac",), matched=DYNA_UPDATES),
 }
 SEEDS = {"dyna-pendulum": [0, 1, 2, 3, 4]}
-PENALTIES = (0.0, 1.0, 3.0, 10.0)
+PENALTIES = (0.0, 10.0, 30.0, 100.0)
+GAP_STEPS = 120
+"""Random real steps behind the world of the gap: few, so that there are errors to exploit."""
 SPEED = ["size=medium", "agent.plan.samples=512", "agent.plan.iterations=6", "agent.plan.horizon=3", "agent.plan.elites=64"]
 SPEED += ["agent.plan.proposals=24"]
 OTHER = ("mppi", "gap", "algorithms")
@@ -119,7 +121,7 @@ def mppi(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def gap(job: dict[str, Any]) -> dict[str, Any]:
-    """A pure search over 15 steps in a world learned from 400 random steps of Pendulum: what it expects, and what comes."""
+    """A pure search over 15 steps in a world learned from `GAP_STEPS` random steps of Pendulum: what it expects, and what comes."""
     import worldmodel as wm
     from worldmodel.agents.planner import PlannerConfig, PlannerController
     from worldmodel.data import Sampling
@@ -127,13 +129,14 @@ def gap(job: dict[str, Any]) -> dict[str, Any]:
     from worldmodel.model import tensors
 
     torch.set_num_threads(1)
-    made = {"agent": "random", "model.ensemble.members": 5, "train.prefill": 400, "train.pretrain": 400, "log.tensorboard": False}
+    made = {"agent": "random", "model.ensemble.members": 5}
+    made |= {"train.prefill": GAP_STEPS, "train.pretrain": 200, "log.tensorboard": False}
     made |= {"eval.every": 0, "eval.episodes": 1}
     plan = {"method": "icem", "horizon": 15, "samples": 256, "iterations": 4, "elites": 24, "proposals": 0, "terminal": False}
     expected: dict[float, list[float]] = {penalty: [] for penalty in PENALTIES}
     came: dict[float, list[float]] = {penalty: [] for penalty in PENALTIES}
     with tempfile.TemporaryDirectory() as folder:
-        run = wm.Run.open(wm.train("pendulum", 400, job["seed"], Path(folder) / "run", made, "cpu").run)
+        run = wm.Run.open(wm.train("pendulum", GAP_STEPS, job["seed"], Path(folder) / "run", made, "cpu").run)
         world = run.world_model()
     controller = PlannerController(PlannerConfig(plan=plan), world.feature_dim, world.action)
     generator = torch.Generator().manual_seed(job["seed"])

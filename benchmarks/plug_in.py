@@ -153,7 +153,7 @@ def gap(job: dict[str, Any]) -> dict[str, Any]:
                 for penalty in PENALTIES:
                     found = controller.search(world, state, controller.memory(world, 1), generator, penalty)
                     dream = world.imagine(state, lambda feature, t, best=found.best: best[:, t], 15, Sampling(mode=True))
-                    expected[penalty].append(float(dream.reward.sum()))
+                    expected[penalty].append(float(dream.reward.detach().sum()))
                     copied, total = copy.deepcopy(env), 0.0
                     for planned in found.best[0]:
                         total += float(copied.step(world.action.decode(planned[None])[0])[1])

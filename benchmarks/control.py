@@ -44,6 +44,7 @@ class Task:
     """A recipe, what is changed in it, and the baselines on its environment; `beside` names the task that has them already.
 
     matched   gradient updates of the policy per real step, where they are not the world model's (train.ratio)
+    ours      what our side is called in the rows
     """
 
     recipe: str
@@ -51,6 +52,7 @@ class Task:
     baselines: tuple[str, ...] = ()
     beside: str | None = None
     matched: float | None = None
+    ours: str = OURS
 
 
 TASKS = {
@@ -226,12 +228,12 @@ def comparisons(groups: dict[str, list[dict[str, Any]]]) -> list[str]:
         medians.setdefault((key["task"], options), {})[key["algorithm"]] = median(row["solved_at"] for row in found)
     lines = []
     for (name, options), by in medians.items():
-        beside = TASKS[name].beside if name in TASKS else None
-        others = {a: steps for a, steps in {**by, **medians.get((beside, options), {})}.items() if a != OURS}
-        if OURS not in by or not others:
+        task = TASKS.get(name, Task(name))
+        others = {a: steps for a, steps in {**by, **medians.get((task.beside, options), {})}.items() if a not in (OURS, task.ours)}
+        if task.ours not in by or not others:
             continue
         best = min(others, key=others.get)
-        ours, least = by[OURS], others[best]
+        ours, least = by[task.ours], others[best]
         if max(ours, least) < float("inf"):
             lines.append(f"{name}: {ours / least:.2f} x the real steps of {best}")
         else:

@@ -39,12 +39,13 @@ from rows import Failed, Load, Rows, call, number, options, say, spread, table, 
 DYNA = {"ratio": 150, "horizon": 15, "every": 10, "config": {"train.prefill": 250, "train.pretrain": 300, "train.ratio": 2.0}}
 DYNA_SAC = {"learning_starts": 250, "buffer_size": 30_000}
 DYNA_UPDATES = 10.0
+DYNA_ROW = f"sac + dyna, {DYNA_UPDATES:g} updates/step"
 CONTROL = {
     "ppo-cartpole": Task("cartpole", ("agent.kind=sb3", "agent.algo=ppo"), ("ppo",)),
     "sac-pendulum": Task("pendulum", ("agent.kind=sb3", "agent.algo=sac"), ("sac",), matched=10.0),
     "planner-cartpole": Task("cartpole", ("agent.kind=planner",), beside="ppo-cartpole"),
     "planner-pendulum": Task("pendulum", ("agent.kind=planner",), beside="sac-pendulum"),
-    "dyna-pendulum": Task("pendulum", ("agent.kind=random", "eval.every=100"), ("sac",), matched=DYNA_UPDATES),
+    "dyna-pendulum": Task("pendulum", ("agent.kind=random", "eval.every=100"), ("sac",), matched=DYNA_UPDATES, ours=DYNA_ROW),
 }
 SEEDS = {"dyna-pendulum": [0, 1, 2, 3, 4]}
 PENALTIES = (0.0, 10.0, 30.0, 100.0)
@@ -85,7 +86,7 @@ def real_steps(args: argparse.Namespace, rows: Rows, name: str) -> int:
     asked |= {"max_minutes": args.max_minutes, "verbose": args.verbose}
     for key, job, threads in jobs(argparse.Namespace(**asked)):
         if name == "dyna-pendulum" and key["algorithm"] == "worldmodel":
-            key = {**key, "algorithm": f"sac + dyna, {DYNA_UPDATES:g} updates/step"}
+            key = {**key, "algorithm": DYNA_ROW}
             job = {**key, "row": "dyna"}
         if rows.has(key):
             continue

@@ -193,7 +193,7 @@ def algorithm(job: dict[str, Any]) -> dict[str, Any]:
                 before.append(torch.cat([p.detach().flatten().clone() for p in self.policy.parameters()]))
 
         since = time.perf_counter()
-        policy = train_in_dream(Watched, path, total_timesteps=4096, episodes=20)
+        policy = train_in_dream(Watched, path, total_timesteps=8192, episodes=20)
         seconds = time.perf_counter() - since
         after = torch.cat([p.detach().flatten() for p in policy.algorithm.policy.parameters()])
         policy.save(Path(folder) / "policy")

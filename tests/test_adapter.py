@@ -32,7 +32,7 @@ class Counted(Toy):
 
     def reset(self, *, seed=None, options=None):
         obs, _ = super().reset(seed=seed)
-        return obs, {"episode_number": self.episode, "asked": (options or {}).get("asked", 0)}
+        return obs, {"episode_number": self.episode, "asked": (options or {}).get("asked", 0), "of_reset": True}
 
     def step(self, action):
         obs, _, *rest, _ = super().step(action)
@@ -52,6 +52,7 @@ def play(env, steps: int = 16):
     story = [env.reset()]
     for _ in range(steps):
         obs, rewards, dones, infos = env.step(np.stack([env.action_space.sample() for _ in range(env.num_envs)]))
+        assert not any("of_reset" in info for info in infos)  # a step's info is not the next episode's
         ends = [(i["terminal_observation"], i["TimeLimit.truncated"]) if "terminal_observation" in i else None for i in infos]
         story.append((obs, rewards, dones, ends, [i["steps"] for i in infos]))
     return story

@@ -163,6 +163,13 @@ def test_recordings_of_other_spaces_are_not_joined():
         Recording.joined([one, toy_recording(action=ACTIONS["box"], origin="two")])
 
 
+def test_recordings_of_different_environments_are_not_joined_and_an_unnamed_one_takes_the_others_name(tmp_path):
+    one, two, unnamed = (toy_recording(env_id=name) for name in ("One-v0", "Two-v0", None))
+    with pytest.raises(ConfigError, match=r"different environments: One-v0, Two-v0"):
+        Recording.joined([one, unnamed, two])
+    assert Recording.joined([unnamed, one]).env_id == "One-v0"
+
+
 def spoiled(**changes):
     """The entries of one episode of VECTOR and Discrete(3), some of them changed."""
     episode = toy_recording(episodes=1).episode(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import gymnasium as gym
@@ -116,6 +117,29 @@ def test_a_data_set_that_is_there_is_not_overwritten_and_a_malformed_id_is_refus
         minari.write("toy/random-v0", toy_recording())
     with pytest.raises(ConfigError, match="no id of Minari"):
         minari.write("no id!", toy_recording())
+    with pytest.raises(ConfigError, match="no id of Minari"):
+        minari.write("without-version", toy_recording())
+
+
+def test_a_data_set_makes_the_environment_again_as_it_was_made(tmp_path):
+    import minari as library
+
+    options = {
+        "agent": "random",
+        "eval.every": 0,
+        "env.kwargs": {"map_name": "8x8", "is_slippery": False},
+        "env.max_episode_steps": 20,
+    }
+    small_train(tmp_path / "run", 40, "FrozenLake-v1", options=options)
+    found = sources.recording(tmp_path / "run")
+    assert Recording.read(found.write(tmp_path / "lake.npz")).env_options == found.env_options
+    minari.write("lake/random-v0", found)
+    again = library.load_dataset("lake/random-v0").recover_environment()
+    assert again.observation_space == spaces.Discrete(64) and again.spec.max_episode_steps == 20
+    assert not again.unwrapped.spec.kwargs["is_slippery"]
+    wrapped = dataclasses.replace(found, env_options={"pixels": 64})
+    minari.write("lake/pixels-v0", wrapped)
+    assert library.load_dataset("lake/pixels-v0").env_spec is None  # no spec can name our wrappers
 
 
 def test_a_failed_export_leaves_nothing(monkeypatch, tmp_path):

@@ -188,12 +188,12 @@ class WorldModelAlgorithm(BaseAlgorithm):
     def _round(self, callback: Any, log_interval: int | None) -> bool:
         """One step of every environment, the updates that it pays for, then the callbacks."""
         callback.on_rollout_start()
+        self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)  # before any update reads it
         new_obs, rewards, dones, infos = self._collect()
         self.learn_from_replay()
         self.num_timesteps += self.env.num_envs
         self._episode_num += (ended := int(dones.sum()))
         self._update_info_buffer(infos, dones)
-        self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
         callback.update_locals(locals())
         if not callback.on_step():
             return False

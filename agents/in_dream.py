@@ -211,17 +211,14 @@ def train_in_dream(
                 "the name of a recipe, to alternate."
             )
         run = world if isinstance(world, Run) else Run.open(world)
-        state = run.read()[1]
-        specs = ObsSpec.from_json(state["observation"]), ActionSpec.from_json(state["action"])
-        _require_fit(target or run.config.env, *specs)
-        policy, counts = _finished(algorithm, run, total_timesteps, worlds, dream, algo_kwargs, callback, seed, device)
+        target = target or run.config.env
+        policy, counts = _finished(algorithm, run, target, total_timesteps, worlds, dream, algo_kwargs, callback, seed, device)
     else:
         if callback is not None:
             raise ConfigError("train_in_dream: a callback is for a finished world. To alternate, use SB3Agent and its learn().")
         visits = {"worlds": worlds, "visits": rounds, "imagined": max(1, total_timesteps // rounds), **dream}
         config = _in_rounds(Config.from_recipe(str(world), overrides), steps, visits)
-        policy, counts = _alternating(algorithm, config, target, algo_kwargs, seed, device)
-    policy.env = target or policy.env
+        policy, counts = _alternating(algorithm, config, target or config.env, algo_kwargs, seed, device)
     if episodes:
         policy.measure(*counts, episodes=episodes)
     return policy
@@ -254,25 +251,25 @@ def _require_fit(env: EnvConfig, obs: ObsSpec, action: ActionSpec) -> None:
         venv.close()
 
 
-def _finished(algorithm, run: Run, total: int, worlds: int, dream: dict, algo_kwargs, callback, seed: int, device: str):
+def _finished(algorithm, run: Run, env: EnvConfig, total: int, worlds: int, dream: dict, algo_kwargs, callback, seed, device):
     """(policy, (real steps, imagined steps)) of learning in a run's world as it is."""
     world = run.world_model(device=device)
+    _require_fit(env, world.obs, world.action)
     replay = run.replay() if dream["start"] == "replay" else None
     generator = torch.Generator().manual_seed(seed)
     with globals_from(generator):
         imagined = VecMonitor(ImaginedVecEnv(world, worlds, seed=seed, replay=replay, **dream))
         made = make_algorithm(algorithm, imagined, seed, device, dict(algo_kwargs or {}))
         made.learn(total, callback=callback)
-    return DreamPolicy(world, SB3Controller(made, dream["observation"]), run.config.env, seed=seed), (0, made.num_timesteps)
+    return DreamPolicy(world, SB3Controller(made, dream["observation"]), env, seed=seed), (0, made.num_timesteps)
 
 
-def _alternating(algorithm, config: Config, target: EnvConfig | None, algo_kwargs, seed: int, device: str):
+def _alternating(algorithm, config: Config, env: EnvConfig, algo_kwargs, seed: int, device: str):
     """The same of learning in turns with the world model, in one agent."""
     venv = make_vec(config.env, seed=seed)
     try:
         specs = ObsSpec.from_space(venv.observation_space, config.env.layout), ActionSpec.from_space(venv.action_space)
-        if target is not None:
-            _require_fit(target, *specs)
+        _require_fit(env, *specs)
         given = {"algorithm": algorithm, "algo_kwargs": dict(algo_kwargs or {})}
         agent = SB3Agent(policy_name(specs[0]), venv, config=config, seed=seed, device=device, **given)
         agent.learn(config.train.steps)
@@ -286,5 +283,5 @@ def _alternating(algorithm, config: Config, target: EnvConfig | None, algo_kwarg
         )
     while agent.visits < config.agent.visits:  # learning began later than the random steps ended
         agent.visit(config.agent.imagined)
-    policy = DreamPolicy(agent.learner.average, agent.controller, config.env, seed=seed)
+    policy = DreamPolicy(agent.learner.average, agent.controller, env, seed=seed)
     return policy, (agent.num_timesteps, agent.imagined_steps)

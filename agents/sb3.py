@@ -248,7 +248,7 @@ class SB3Agent(WorldModelAlgorithm):
         algorithm = self._algorithm_class or algorithm_class(config.algo)
         options = {**config.options, **(self._algo_kwargs or {})}
         with globals_from(torch.Generator().manual_seed(self.seed)):
-            if config.path is not None:
+            if self.fixed:
                 return SB3Controller(self._opened(algorithm), "real", config.noise)
             made = make_algorithm(algorithm, self._dream(self.world, None), self.seed, self.device, options)
         made.set_logger(_Forward(lambda: self._logger))
@@ -267,9 +267,14 @@ class SB3Agent(WorldModelAlgorithm):
         return made
 
     @property
+    def fixed(self) -> bool:
+        """Whether the policy comes from a file, and learns no more."""
+        return self.config.agent.path is not None
+
+    @property
     def random_until(self) -> int:
         """A policy that comes with its skill collects from the first step on."""
-        return 0 if self.config.agent.path is not None else super().random_until
+        return 0 if self.fixed else super().random_until
 
     def _dream(self, world: WorldModel, replay: Replay | None) -> VecMonitor:
         """The imagined worlds; without experience they are there for their spaces alone."""
@@ -288,7 +293,7 @@ class SB3Agent(WorldModelAlgorithm):
     def spend(self, steps: int) -> None:
         """The world model's updates, and a visit to the dream where one is due."""
         super().spend(steps)
-        if self.config.agent.path is not None:
+        if self.fixed:
             return
         self._since_visit += steps
         most = self.config.agent.visits
@@ -298,7 +303,7 @@ class SB3Agent(WorldModelAlgorithm):
 
     def reopen(self, seed: int) -> None:
         super().reopen(seed)
-        if isinstance(self.algorithm, OffPolicyAlgorithm) and self.config.agent.path is None:
+        if isinstance(self.algorithm, OffPolicyAlgorithm) and not self.fixed:
             self.algorithm.replay_buffer.reset()
 
     def visit(self, steps: int) -> None:
@@ -323,7 +328,7 @@ class SB3Agent(WorldModelAlgorithm):
 
     @property
     def optimizers_by_name(self) -> dict[str, torch.optim.Optimizer]:
-        if self.config.agent.path is not None:
+        if self.fixed:
             return super().optimizers_by_name
         names, _ = self.algorithm._get_torch_save_params()
         own = {name: _at(self.algorithm, name) for name in names if name != "policy"}

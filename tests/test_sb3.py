@@ -192,8 +192,7 @@ def test_schedules_follow_the_real_steps_and_not_each_visit():
 @pytest.mark.parametrize(("name", "observation"), [("ppo", "latent"), ("dqn", "latent"), ("dqn", "decoded")])
 def test_with_a_fence_a_resumed_run_equals_an_unbroken_one_bit_for_bit(name, observation, tmp_path):
     options = {**SMALL, **VISITS, "agent.kind": "sb3", "agent.algo": name, "agent.observation": observation, "eval.every": 0}
-    options |= {"eval.episodes": 1, "log.tensorboard": False, "checkpoint.fence": True, "checkpoint.every": 50, "seed": 0}
-    del options["seed"]
+    options |= {"eval.episodes": 1, "log.tensorboard": False, "checkpoint.fence": True, "checkpoint.every": 50}
     train(CHAIN, steps=100, run_dir=tmp_path / "whole", overrides=options, device="cpu")
     train(CHAIN, steps=50, run_dir=tmp_path / "parts", overrides=options, device="cpu")
     train(CHAIN, steps=100, run_dir=tmp_path / "parts", overrides=options, device="cpu", resume=True)

@@ -72,7 +72,10 @@ def small_world(
     **parts,
 ) -> WorldModel:
     """A world model of some thousand parameters; `dynamics` holds options of that part, `parts` whole configs."""
-    law, dynamics = small("distribution", latent), {"kind": "rssm", "latent": small("latent", latent), **(dynamics or {})}
+    law, dynamics = (
+        small("distribution", small_latent(latent).family.kind),
+        {"kind": "rssm", "latent": small("latent", latent), **(dynamics or {})},
+    )
     if dynamics["kind"] == "rssm":
         dynamics.setdefault("posterior", "filtering")
     config = {
@@ -205,7 +208,7 @@ def all_weights(agent) -> Tensor:
 
 def sequence(batch: Batch, row: int = 0) -> SimpleNamespace:
     """One sequence of a batch: its fields without their first axis."""
-    fields = {name: x[row] for name, x in vars(batch).items() if name != "obs"}
+    fields = {name: x[row] for name, x in vars(batch).items() if name != "obs" and x is not None}
     return SimpleNamespace(obs={name: x[row] for name, x in batch.obs.items()}, **fields)
 
 

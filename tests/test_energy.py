@@ -103,7 +103,7 @@ def test_with_a_context_f_is_learned_for_each_context():
     context = side.unsqueeze(-1)
     for trainer in ("nce", "cd"):
         law = energy(1, trainer=trainer)
-        law.fit(codes, context, steps=80, lr=2e-2, generator=generator())
+        law.fit(codes, context, steps=150, lr=2e-2, generator=generator())
         right, wrong = (law.log_prob(codes, c) - law.log_z(c, 100)[0] for c in (context, -context))
         base = law.base.log_prob(codes, context)
         assert right.mean() > wrong.mean() + 1 and right.mean() > base.mean() + 0.1

@@ -1,6 +1,6 @@
 """One role, many forms: laws of codes for the slots initial, transition, marginal and decoder."""
 
-from worldmodel.distributions.base import ClosedForm, ConditionalDistribution, Inputs, Latent, Posterior, Source, UndefinedRate
+from worldmodel.distributions.base import ClosedForm, ConditionalDistribution, Inputs, Latent, Posterior, Source, UndefinedRate, likelihood
 from worldmodel.distributions.categorical import (
     Categorical,
     CategoricalConfig,
@@ -8,6 +8,7 @@ from worldmodel.distributions.categorical import (
     CategoricalLatentConfig,
     CategoricalPosterior,
 )
+from worldmodel.distributions.energy import Energy, EnergyConfig
 from worldmodel.distributions.gaussian import Gaussian, GaussianConfig, GaussianLatent, GaussianLatentConfig, GaussianPosterior
 from worldmodel.distributions.point import PointLatent, PointLatentConfig, PointPosterior
 
@@ -19,6 +20,8 @@ __all__ = [
     "CategoricalPosterior",
     "ClosedForm",
     "ConditionalDistribution",
+    "Energy",
+    "EnergyConfig",
     "Gaussian",
     "GaussianConfig",
     "GaussianLatent",
@@ -32,4 +35,5 @@ __all__ = [
     "Posterior",
     "Source",
     "UndefinedRate",
+    "likelihood",
 ]

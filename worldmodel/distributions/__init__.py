@@ -1,6 +1,15 @@
 """One role, many forms: laws of codes for the slots initial, transition, marginal and decoder."""
 
-from worldmodel.distributions.base import ClosedForm, ConditionalDistribution, Inputs, Latent, Posterior, Source, UndefinedRate, likelihood
+from worldmodel.distributions.base import (
+    ClosedForm,
+    ConditionalDistribution,
+    Inputs,
+    Latent,
+    Posterior,
+    Source,
+    UndefinedRate,
+    likelihood,
+)
 from worldmodel.distributions.categorical import (
     Categorical,
     CategoricalConfig,

@@ -85,8 +85,8 @@ class Energy(ConditionalDistribution):
         super().__init__(latent, context_dim)
         if config.trainer == "pcd" and context_dim:
             raise ConfigError(
-                "trainer=pcd keeps chains of one law, but here each context has a law of its own, in which old chains are no draws. "
-                "Use trainer=nce or trainer=cd in the transition; pcd is for the initial and marginal slots."
+                "trainer=pcd keeps chains of one law, but here each context has a law of its own, of which old chains are no "
+                "draws. Use trainer=nce or trainer=cd in the transition; pcd is for the initial and marginal slots."
             )
         self.config = config
         self.base: ConditionalDistribution = build("distribution", config.base, latent, context_dim, source)

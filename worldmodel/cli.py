@@ -203,10 +203,15 @@ def fit_prior(
     """
     with _reported(debug):
         with _stdout_kept():
-            from worldmodel.agents.two_stage import fit_prior as fit
+            import torch
 
+            from worldmodel.agents.two_stage import fit_prior as fit
+            from worldmodel.run import Run
+
+            old = Run.open(run)
+            torch.set_num_threads(old.config.train.threads)
             result = fit(
-                run, kind, slot.value, options=options or [], steps=steps, where=where.value, out=out, trust=trust, log=_say
+                old, kind, slot.value, options=options or [], steps=steps, where=where.value, out=out, trust=trust, log=_say
             )
         _answer(result, as_json, _show_pairs)
 

@@ -43,6 +43,8 @@ SIZES = {
     "classes": 3,
     "free_nats": 0.0,
     "blocks": 1,
+    "heads": 2,
+    "window": 4,
     "posterior_layers": 1,
     "unimix": 0.01,
     "min_std": 0.01,

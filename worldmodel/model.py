@@ -22,6 +22,7 @@ from worldmodel.distributions import (
     GaussianConfig,
     Inputs,
     Posterior,
+    tilted,
 )
 from worldmodel.dynamics import RSSMConfig
 from worldmodel.encoders import EncoderConfig, InputScaling
@@ -151,6 +152,23 @@ class WorldModel(nn.Module):
         if not hasattr(self.dynamics, "begin"):
             raise ConfigError(f"model.dynamics={self.config.dynamics.kind} has no initial distribution. Start from the replay.")
         return self.dynamics.begin(batch_size, sampling or Sampling())
+
+    def begin_where(
+        self, score: Callable[[Tensor], Tensor], batch_size: int, strength: float, sampling: Sampling | None = None
+    ) -> tuple[State, float]:
+        """(states from nothing that score high, effective sample size): draws of p(z_0) exp(strength * score(feature)).
+
+        score   features [N, F] -> [N], such as `heads.reward`
+        """
+        sampling = sampling or Sampling()
+        start = self.begin(1, sampling)
+
+        def states(z: Tensor) -> State:
+            return State({**start.map(lambda x: x.expand(len(z), *x.shape[1:])), "z": z})
+
+        law = self.dynamics.initial_law
+        z, size = tilted(law, lambda z: score(self.dynamics.feature(states(z))), batch_size, strength, sampling)
+        return states(z), size
 
     def trace(self, batch: Batch, state: State | None = None, sampling: Sampling | None = None) -> Trace:
         """One pass over a batch whose `obs` is already on the inner scale (see `inputs`)."""

@@ -28,7 +28,7 @@ from worldmodel.agents.dreamer import Dreamer, DreamerController
 from worldmodel.agents.returns import weights
 from worldmodel.config import Frozen
 from worldmodel.data import Dream, Sampling, State
-from worldmodel.model import WorldModel, needs_ensemble
+from worldmodel.model import WorldModel, cautious, needs_ensemble, needs_marginal
 from worldmodel.registry import register
 from worldmodel.spaces import ActionSpec
 
@@ -273,14 +273,14 @@ class PlannerController(DreamerController):
         return world.imagine(rows, act, plans.shape[2], Sampling(generator=generator, mode=True))
 
     def _value(self, world: WorldModel, dream: Dream, penalty: float) -> Float[Tensor, " N"]:
-        """What each roll-out is worth: rewards less the penalty, each for as much as it is likely to be reached, discounted."""
+        """What each roll-out is worth: rewards less what makes them doubtful, as far as each is likely to be reached, discounted."""
         if self.goal is not None:
             codes = dream.feature[:, 1:, -len(self.goal) :]
             reward, terminal = -(codes - self.goal).square().sum(-1), False
         else:
             reward, terminal = dream.reward, self.config.plan.terminal
         weight = weights(torch.ones_like(reward[:, 0]), self.config.gamma * dream.cont)
-        value = (weight[:, :-1] * (reward - penalty * dream.uncertainty)).sum(1)
+        value = (weight[:, :-1] * cautious(world, reward, dream, penalty, self.config.manifold)).sum(1)
         return value + weight[:, -1] * self.value(dream.feature[:, -1]) if terminal else value
 
     def _weights(self, value: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:
@@ -308,6 +308,7 @@ class Planner(Dreamer):
         plan = self.config.agent.plan
         needs_ensemble(self.world, "agent.plan.penalty", plan.penalty)
         needs_ensemble(self.world, "agent.plan.bonus", plan.bonus)
+        needs_marginal(self.world, "agent.manifold", self.config.agent.manifold)
         return PlannerController(self.config.agent, self.world.feature_dim, self.action_spec)
 
     @property

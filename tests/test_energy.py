@@ -109,6 +109,13 @@ def test_with_a_context_f_is_learned_for_each_context():
         assert right.mean() > wrong.mean() + 1 and right.mean() > base.mean() + 0.1
 
 
+def test_its_measures_say_how_far_the_law_has_left_its_base():
+    x = torch.randn(200, 2, generator=generator())
+    assert energy().measures(x, None) == pytest.approx({"f": 0.0, "effective": 1.0}, abs=1e-5)
+    seen = bowl().measures(0.3 * x, None)
+    assert seen["f"] > 0.3 and seen["effective"] < 0.8
+
+
 def test_persistent_chains_are_saved_with_the_weights_and_move_in_training_alone():
     law, x = energy(trainer="pcd"), torch.randn(20, 2, generator=generator())
     before = law.state_dict()["chains"].clone()

@@ -252,6 +252,13 @@ class Energy(ConditionalDistribution):
                 "Lower its step or train.lr, raise its magnitude, or use trainer=nce, which needs no chains."
             )
 
+    @torch.no_grad()
+    def measures(self, x: Float[Tensor, "N D"], context: Float[Tensor, "N C"] | None) -> dict[str, float]:
+        """f: how far codes are lifted, in nats; effective: share of the base's draws that count in ln Z."""
+        count = self.config.normaliser
+        log_z, size = self.log_z(context, count)
+        return {"f": float((self.tilt(x, context) - log_z).mean()), "effective": float(size.mean() / count)}
+
     def fit(
         self,
         codes: Float[Tensor, "M D"],

@@ -273,7 +273,7 @@ class PlannerController(DreamerController):
         return world.imagine(rows, act, plans.shape[2], Sampling(generator=generator, mode=True))
 
     def _value(self, world: WorldModel, dream: Dream, penalty: float) -> Float[Tensor, " N"]:
-        """What each roll-out is worth: rewards less what makes them doubtful, as far as each is likely to be reached, discounted."""
+        """What each roll-out is worth: rewards less what makes them doubtful, by how likely each is to be reached, discounted."""
         if self.goal is not None:
             codes = dream.feature[:, 1:, -len(self.goal) :]
             reward, terminal = -(codes - self.goal).square().sum(-1), False

@@ -103,7 +103,7 @@ class Learner:
             self.average.scaling = world.scaling  # what was observed is no matter of averaging
         if config.compile:
             for model in {world, self.average}:
-                model.dynamics.gru.compile()
+                model.dynamics.compile_step()
 
     def prepare(self, batch: Batch) -> Batch:
         """A sampled batch on the model's device, its observations canonical and on the inner scale."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -34,6 +34,7 @@ class DynamicsConfig(Frozen):
     deter: int = Field(128, ge=1, description="size of the deterministic carry h")
     units: int = Field(128, ge=1, description="width of the layers around it")
     latent: Part["latent"] = Field(CategoricalLatentConfig(), description="the kind of code z")
+    posterior: Literal["observation"] = Field("observation", description="q(z | x): codes are known without the carry")
     posterior_layers: int = Field(1, ge=1, description="hidden layers of an observation-only posterior")
     free_nats: float = Field(0.1, ge=0, description="rate in nats per step below which the KL is not pushed further down")
 
@@ -100,7 +101,7 @@ class Dynamics(nn.Module, ABC):
         self.posterior_net = net(embed_dim, self.config.units, self.config.posterior_layers, self.latent.parameters)
         return 0
 
-    def posterior(self, embed: Float[Tensor, "*N E"], h: Float[Tensor, "*N D"]) -> Posterior:
+    def posterior(self, embed: Float[Tensor, "*#N E"], h: Float[Tensor, "*#N D"]) -> Posterior:
         """The belief about z from an embedding; `h` is not looked at."""
         return self.latent.belief(self.posterior_net(embed))
 
@@ -219,6 +220,11 @@ class Dynamics(nn.Module, ABC):
         return rate + (rate.mean().clamp_min(floor) - rate.mean())
 
 
+def stacked(steps: list[Carry]) -> Carry:
+    """One carry [B, T, ...] of T carries [B, ...]."""
+    return {name: torch.stack([step[name] for step in steps], 1) for name in steps[0]}
+
+
 class Recurrent(Dynamics):
     """A carry that moves by a cell, one step after the other."""
 
@@ -242,4 +248,4 @@ class Recurrent(Dynamics):
                 carry = {name: x * keep[:, t] for name, x in carry.items()}
             carry = self.cell(projected[:, t], carry)
             steps.append(carry)
-        return {name: torch.stack([step[name] for step in steps], 1) for name in carry}
+        return stacked(steps)

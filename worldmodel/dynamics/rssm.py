@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from worldmodel.data import State
 from worldmodel.distributions import Posterior
-from worldmodel.dynamics.base import Carry, DynamicsConfig, Recurrent
+from worldmodel.dynamics.base import Carry, DynamicsConfig, Recurrent, stacked
 from worldmodel.networks import BlockGRU, linear, offset_linear
 from worldmodel.registry import register
 
@@ -29,11 +29,38 @@ class RSSMConfig(DynamicsConfig):
     kind: Literal["rssm"] = "rssm"
     blocks: int = Field(1, ge=1, description="blocks of the recurrent weights; 1: dense")
     posterior: Literal["filtering", "observation"] = Field("filtering", description="q(z | h, x), or q(z | x) alone")
+    slow: int = Field(0, ge=0, description="size of a second carry that changes every few steps only; 0: none")
+    slow_every: int = Field(4, ge=1, description="steps between its ticks, counted from an episode's first")
+
+
+class SlowLevel(nn.Module):
+    """A carry s that ticks every k-th step, driven by the fast level, and heard by it at every step.
+
+    Source: Saxena et al. 2021 (CW-VAE), section 3, its deterministic path.
+    """
+
+    def __init__(self, size: int, every: int, deter: int, units: int):
+        super().__init__()
+        self.size, self.every = size, every
+        self.below = offset_linear(deter + units, units)
+        self.gru = BlockGRU(units, size)
+        self.heard = linear(size, units, bias=False)
+
+    def forward(
+        self, s: Float[Tensor, "N S"], clock: Float[Tensor, "N 1"], h: Float[Tensor, "N D"], entered: Float[Tensor, "N X"]
+    ) -> tuple[Float[Tensor, "N S"], Float[Tensor, "N 1"]]:
+        """(the next s, the next clock): the clock says for how many steps s has stood; it ticks at 0."""
+        moved = self.gru(self.gru.inputs(nn.functional.silu(self.below(torch.cat([h, entered], -1)))), s)
+        return torch.where(clock < 1, moved, s), torch.where(clock + 1 < self.every, clock + 1, 0.0)
 
 
 @register("dynamics", "rssm", RSSMConfig)
 class RSSM(Recurrent):
-    """A GRU carries what codes and actions leave behind."""
+    """A GRU carries what codes and actions leave behind; with `slow`, beside a second carry that ticks every few steps."""
+
+    def __init__(self, config: RSSMConfig, *parts):
+        super().__init__(config, *parts)
+        self.feature_dim += config.slow
 
     @property
     def entry(self) -> int:
@@ -43,6 +70,8 @@ class RSSM(Recurrent):
         units = self.config.units
         self.bend = nn.SiLU() if self.latent.metric else nn.Sequential(nn.LayerNorm(units), nn.SiLU())
         self.gru = BlockGRU(units, self.config.deter, self.config.blocks)
+        slow = self.config.slow
+        self.slow = SlowLevel(slow, self.config.slow_every, self.config.deter, units) if slow else None
 
     def _make_posterior(self, embed_dim: int) -> int:
         self.filtering = self.config.posterior == "filtering"
@@ -57,7 +86,11 @@ class RSSM(Recurrent):
         return self.config.deter
 
     def initial_carry(self, batch_size: int) -> Carry:
-        return {"h": self.code_in.weight.new_zeros(batch_size, self.config.deter)}
+        sizes = {"h": self.config.deter, **({"slow": self.config.slow, "clock": 1} if self.slow else {})}
+        return {name: self.code_in.weight.new_zeros(batch_size, size) for name, size in sizes.items()}
+
+    def feature(self, state: State) -> Float[Tensor, "*N F"]:
+        return torch.cat([state[name] for name in ("h", "slow", "z") if name in state], -1)
 
     def project(self, entered: Float[Tensor, "*N X"]) -> Float[Tensor, "*N G"]:
         return self.gru.inputs(self.bend(entered))
@@ -65,11 +98,26 @@ class RSSM(Recurrent):
     def cell(self, projected: Float[Tensor, "N G"], carry: Carry) -> Carry:
         return {"h": self.gru(projected, carry["h"])}
 
+    def advance(self, carry: Carry, entered: Float[Tensor, "N X"]) -> Carry:
+        if self.slow is None:
+            return super().advance(carry, entered)
+        slow, clock = self.slow(carry["slow"], carry["clock"], carry["h"], entered)
+        return {**super().advance(carry, entered + self.slow.heard(slow)), "slow": slow, "clock": clock}
+
+    def unroll(self, carry, entered, is_first, generator) -> Carry:
+        if self.slow is None:
+            return super().unroll(carry, entered, is_first, generator)
+        keep, steps = (~is_first).to(entered).unsqueeze(-1), []
+        for t in range(is_first.shape[1]):
+            carry = self.advance({name: x * keep[:, t] for name, x in carry.items()}, entered[:, t])
+            steps.append(carry)
+        return stacked(steps)
+
     def compile_step(self) -> None:
         self.gru.compile()
 
-    def posterior(self, embed: Float[Tensor, "*N E"], h: Float[Tensor, "*N D"]) -> Posterior:
-        """The belief about z from an embedding; `h` is not looked at by an observation-only posterior."""
+    def posterior(self, embed: Float[Tensor, "*#N E"], h: Float[Tensor, "*#N D"]) -> Posterior:
+        """The belief about z from an embedding; `h` is not looked at by an observation-only posterior. Batches may broadcast."""
         if not self.filtering:
             return super().posterior(embed, h)
         raw = self.posterior_out(self.embed_in(embed) + self.carry_in(h))
@@ -83,17 +131,17 @@ class RSSM(Recurrent):
         straight = None if self.embed_out is None else self.embed_out(embed)
         keep = (~is_first).to(embeds).unsqueeze(-1)
         resets = is_first.any(0).tolist()
-        h, z = state["h"], state["z"]
-        hs, zs, parameters = [], [], []
+        carry, z = self._carry(state), state["z"]
+        carries, zs, parameters = [], [], []
         for t in range(is_first.shape[1]):
             if resets[t]:
-                h, z = h * keep[:, t], z * keep[:, t]
-            h = self.gru(self.gru.inputs(self.bend(self.code_in(z) + actions[:, t])), h)
-            raw = self.posterior_out(embeds[:, t] + self.carry_in(h))
+                carry, z = {name: x * keep[:, t] for name, x in carry.items()}, z * keep[:, t]
+            carry = self.advance(carry, self.code_in(z) + actions[:, t])
+            raw = self.posterior_out(embeds[:, t] + self.carry_in(carry["h"]))
             raw = raw if straight is None else raw + straight[:, t]
             belief = self.latent.belief(raw)
             z = belief.mode if noise is None else belief.sample(noise[:, t], sampling.temperature)
-            hs.append(h)
+            carries.append(carry)
             zs.append(z)
             parameters.append(raw)
-        return self.latent.belief(torch.stack(parameters, 1)), torch.stack(zs, 1), {"h": torch.stack(hs, 1)}
+        return self.latent.belief(torch.stack(parameters, 1)), torch.stack(zs, 1), stacked(carries)

@@ -1,0 +1,323 @@
+"""The mathematics of diffusion and of flow matching, as free functions of one signature.
+
+Both take data x to noise by a mixture whose *level* falls to 0 when noise becomes data again:
+
+    edm   x_s = x + s e              s in (0, most)      Karras et al. 2022
+    cfm   x_t = (1 - t) x + t e      t in (0, 1)         Lipman et al. 2023; Tong et al. 2024 (independent coupling)
+
+and both give from a network F the expected data D(x_level; level). Where D is exact, the paths of
+
+    dx / dlevel = (x - D(x; level)) / level
+
+carry noise to data, in either frame; so samplers, guidance and likelihoods are written once. Levels are [N], data
+[N, ...]; data are assumed to have mean 0 and deviation `DATA`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+DATA = 0.5
+"""Deviation that data are scaled to (sigma_data of EDM, table 1)."""
+
+Network = Callable[[Tensor, Tensor], Tensor]
+"""F(scaled x [N, ...], condition on the level [N]) -> [N, ...]."""
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+"""D(x [N, ...], level [N]) -> expected data [N, ...]."""
+
+
+def per_row(level: Float[Tensor, " N"], like: Tensor) -> Tensor:
+    """[N] -> [N, 1, ...], so that it multiplies rows of `like`."""
+    return level.view(-1, *[1] * (like.ndim - 1))
+
+
+@dataclass(frozen=True)
+class Path:
+    """One way from data to noise.
+
+    keep      level -> share of the data that is left in the mixture
+    at        noise beside one unit of data, s = level / keep -> level: by s the levels of all paths can be compared
+    denoised  (network, x, level) -> D
+    weight    level -> factor of ||D - x||^2 in the loss
+    drawn     uniform numbers in (0, 1) -> levels as training draws them
+    grid      steps -> levels [steps + 1] of a sampler, from the most noise to exactly 0
+    """
+
+    keep: Callable[[Tensor], Tensor]
+    at: Callable[[Tensor], Tensor]
+    denoised: Callable[[Network, Tensor, Tensor], Tensor]
+    weight: Callable[[Tensor], Tensor]
+    drawn: Callable[[Tensor], Tensor]
+    grid: Callable[[int], Tensor]
+
+    def mix(self, x: Tensor, noise: Tensor, level: Float[Tensor, " N"]) -> Tensor:
+        return per_row(self.keep(level), x) * x + per_row(level, x) * noise
+
+    def loss(self, network: Network, x: Tensor, noise: Tensor, level: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """weight ||D(mixture) - x||^2, summed over the elements of each row."""
+        error = self.denoised(network, self.mix(x, noise, level), level) - x
+        return self.weight(level) * error.square().flatten(1).sum(-1)
+
+    def start(self, noise: Tensor, level: Tensor) -> Tensor:
+        """What the first level of a grid looks like: noise with the variance of the mixture."""
+        return noise * (level.square() + (self.keep(level) * DATA).square()).sqrt()
+
+
+# Karras et al. 2022, table 1 ---------------------------------------------------------------------------------------------
+
+
+def edm_keep(level: Tensor) -> Tensor:
+    return torch.ones_like(level)
+
+
+def edm_at(ratio: Tensor) -> Tensor:
+    return ratio
+
+
+def edm_denoised(network: Network, x: Tensor, level: Float[Tensor, " N"]) -> Tensor:
+    """c_skip x + c_out F(c_in x; ln(s) / 4): where F = 0, the exact denoiser of N(0, DATA^2)."""
+    s = per_row(level, x)
+    total = s.square() + DATA**2
+    return DATA**2 / total * x + s * DATA * total.rsqrt() * network(total.rsqrt() * x, level.log() / 4)
+
+
+def edm_weight(level: Tensor) -> Tensor:
+    """1 / c_out^2: F has the same error to learn at all levels."""
+    return (level.square() + DATA**2) / (level * DATA).square()
+
+
+def edm_drawn(uniform: Tensor, mean: float, std: float) -> Tensor:
+    """ln s ~ N(mean, std^2)."""
+    return torch.exp(mean + std * torch.special.ndtri(uniform))
+
+
+def edm_grid(steps: int, least: float, most: float, rho: float) -> Float[Tensor, " S"]:
+    """Evenly spaced in s^(1/rho) from `most` to `least` (eq. 5), then 0. One step goes from `most` to 0 at once."""
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64) if steps > 1 else torch.zeros(1, dtype=torch.float64)
+    levels = (most ** (1 / rho) + ramp * (least ** (1 / rho) - most ** (1 / rho))) ** rho
+    return torch.cat([levels, levels.new_zeros(1)]).float()
+
+
+def edm(mean: float = -1.2, std: float = 1.2, least: float = 0.002, most: float = 80.0, rho: float = 7.0) -> Path:
+    """The defaults are those of Karras et al. 2022; DIAMOND (Alonso et al. 2024) samples images with most = 5."""
+    drawn = lambda uniform: edm_drawn(uniform, mean, std)  # noqa: E731
+    return Path(edm_keep, edm_at, edm_denoised, edm_weight, drawn, lambda steps: edm_grid(steps, least, most, rho))
+
+
+# Lipman et al. 2023; Tong et al. 2024, section 3.2 with sigma = 0 --------------------------------------------------------
+
+CFM_MOST = 0.999
+"""Level that stands for pure noise; at 1 the mixture says nothing of the data, and its ratio to them is infinite."""
+
+
+def cfm_keep(level: Tensor) -> Tensor:
+    return 1 - level
+
+
+def cfm_at(ratio: Tensor) -> Tensor:
+    return ratio / (1 + ratio)
+
+
+def cfm_denoised(network: Network, x: Tensor, level: Float[Tensor, " N"]) -> Tensor:
+    """x - t v: the network gives the velocity v = E[e - data | x_t] itself."""
+    return x - per_row(level, x) * network(x, level)
+
+
+def cfm_weight(level: Tensor) -> Tensor:
+    """1 / t^2: the squared error of the velocity."""
+    return level.square().reciprocal()
+
+
+def cfm_drawn(uniform: Tensor) -> Tensor:
+    return uniform.clamp(1e-3, CFM_MOST)
+
+
+def cfm_grid(steps: int) -> Float[Tensor, " S"]:
+    return torch.linspace(CFM_MOST, 0, steps + 1)
+
+
+def cfm() -> Path:
+    return Path(cfm_keep, cfm_at, cfm_denoised, cfm_weight, cfm_drawn, cfm_grid)
+
+
+# Samplers: from `x` at the first level to the last, which is 0 ----------------------------------------------------------
+
+
+def euler(denoise: Denoiser, x: Tensor, levels: Float[Tensor, " S"]) -> Tensor:
+    """First order, one evaluation a step: x' = D + (level' / level) (x - D)."""
+    for now, then in pairwise(levels):
+        expected = denoise(x, now.expand(len(x)))
+        x = expected + then / now * (x - expected)
+    return x
+
+
+def heun(denoise: Denoiser, x: Tensor, levels: Float[Tensor, " S"]) -> Tensor:
+    """Second order, two evaluations a step but one in the last, where the level is 0. Source: Karras et al. 2022, alg. 1."""
+    for now, then in pairwise(levels):
+        slope = (x - denoise(x, now.expand(len(x)))) / now
+        ahead = x + (then - now) * slope
+        if then > 0:
+            slope = (slope + (ahead - denoise(ahead, then.expand(len(x)))) / then) / 2
+            ahead = x + (then - now) * slope
+        x = ahead
+    return x
+
+
+def multistep(denoise: Denoiser, x: Tensor, levels: Float[Tensor, " S"]) -> Tensor:
+    """Second order with one evaluation a step: D goes on as it changed, linearly in ln(level), over the last step.
+
+    Source: Lu et al. 2022 (DPM-Solver++), alg. 2, whose ln(level) is minus half the log signal-to-noise ratio.
+    """
+    last, width = None, None
+    for now, then in pairwise(levels):
+        expected = denoise(x, now.expand(len(x)))
+        ahead = expected
+        if last is not None and then > 0:
+            ahead = expected + (expected - last) * torch.log(now / then) / (2 * width)
+        x = ahead + then / now * (x - ahead)
+        last, width = expected, torch.log(now / then) if then > 0 else None
+    return x
+
+
+SAMPLERS = {"euler": euler, "heun": heun, "multistep": multistep}
+
+
+# Steering ---------------------------------------------------------------------------------------------------------------
+
+
+def contrast(given: Tensor, without: Tensor, strength: float) -> Tensor:
+    """Classifier-free guidance: beyond the expectation given the context, away from the one without.
+
+    Source: Ho and Salimans 2022, eq. 6.
+    """
+    return given + strength * (given - without)
+
+
+def towards(path: Path, denoise: Denoiser, score: Callable[[Tensor], Tensor]) -> Denoiser:
+    """A denoiser for p(x) exp(score(x)): `score` [N, ...] -> [N] is climbed at the expected data, at each level.
+
+    D + Cov(x | x_level) d score / dx, with the covariance that N(0, DATA^2) would have: exact for a linear score of such
+    data, and bounded by DATA^2 where the noise is large. Source of the form: Dhariwal and Nichol 2021, alg. 2; that the
+    gradient is taken at the expected data: Chung et al. 2023, eq. 16.
+    """
+
+    def steered(x: Tensor, level: Tensor) -> Tensor:
+        expected = denoise(x, level)
+        with torch.enable_grad():
+            at = expected.detach().requires_grad_()
+            slope = torch.autograd.grad(score(at).sum(), at)[0]
+        return expected + per_row(gaussian_variance(level / path.keep(level)), x) * slope
+
+    return steered
+
+
+def gaussian_variance(s: Tensor) -> Tensor:
+    """Var(x | x + s e) of data N(0, DATA^2): c_out^2 of EDM."""
+    return (s * DATA).square() / (s.square() + DATA**2)
+
+
+# Likelihood -------------------------------------------------------------------------------------------------------------
+
+
+def in_ratios(path: Path, network: Network) -> Denoiser:
+    """D as a function of x + s e and s, whatever the path."""
+
+    def denoise(x: Tensor, s: Tensor) -> Tensor:
+        level = path.at(s)
+        return path.denoised(network, per_row(path.keep(level), x) * x, level)
+
+    return denoise
+
+
+LEAST, MOST = 0.002, 80.0
+"""Noise between which a likelihood looks at the network; beyond them data are taken for N(0, DATA^2)."""
+
+
+def informative(uniform: Float[Tensor, "*N"]) -> tuple[Float[Tensor, "*N"], float]:
+    """(noise s at which that share of a Gaussian number's information is hidden, all of that information in nats).
+
+    Of N(0, DATA^2) a view through noise s tells ln(1 + DATA^2 / s^2) / 2 nats. Levels even in this measure make every
+    term of `bound` weigh the same.
+    """
+    hidden = [0.5 * math.log1p((DATA / s) ** 2) for s in (LEAST, MOST)]
+    nats = hidden[0] + uniform * (hidden[1] - hidden[0])
+    return DATA / torch.expm1(2 * nats).sqrt(), hidden[0] - hidden[1]
+
+
+def even_looks(levels: int, size: int) -> tuple[Float[Tensor, " K"], Float[Tensor, "K D"], Float[Tensor, " K"]]:
+    """K = 4 size levels looks for `bound`, always the same: (uniform numbers in (0, 1), noise, weights that sum to one).
+
+    At each of the evenly spaced levels the noise points up and down all axes of a turned cross, with the two lengths and
+    weights of a Gauss quadrature: whatever is of third degree in the noise is averaged exactly. As many independent draws,
+    the same for all rows, would leave an error of several tenths of a nat.
+    """
+    generator = torch.Generator().manual_seed(0)
+    axes = torch.linalg.qr(torch.randn(levels, size, size, generator=generator))[0]
+    a = size / 2 + 1  # squared lengths are chi-squared: generalised Laguerre polynomials, of which this is the second's zeros
+    lengths, shares = zip(*[(math.sqrt(2 * (a + sign * math.sqrt(a))), 0.5 - sign * 0.5 / math.sqrt(a)) for sign in (1, -1)])
+    noise = torch.stack([sign * length * axes for length in lengths for sign in (1, -1)], 1)  # [levels, 4, size, size]
+    weights = torch.tensor(shares).repeat_interleave(2).view(1, 4, 1).expand(levels, 4, size) / (2 * size * levels)
+    uniform = ((torch.arange(levels) + 0.5) / levels).repeat_interleave(4 * size)
+    return uniform, noise.flatten(0, 2), weights.flatten()
+
+
+def bound(denoise: Denoiser, x: Float[Tensor, "N D"], s: Float[Tensor, " N"], noise: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
+    """One noisy look at how much better than N(0, DATA^2) the denoiser explains x, in nats per nat of information.
+
+        ln p(x) >= ln N(x; 0, DATA^2) + E_s,e [range * bound],   s and range from `informative`
+
+    This is the evidence bound of the continuous diffusion, minus what it is for Gaussian data, where it holds with
+    equality; the difference has little variance, and is 0 for an untrained EDM network.
+    Source: Kingma et al. 2021 (VDM), eq. 15 and 19; as a difference to a Gaussian: Kong et al. 2023, eq. 9.
+    """
+    ratio = per_row(s, x)
+    noisy = x + ratio * noise
+    total = ratio.square() + DATA**2
+    plain, own = x - noisy * DATA**2 / total, x - denoise(noisy, s)
+    return ((plain.square() - own.square()) / gaussian_variance(ratio)).flatten(1).sum(-1)
+
+
+def gaussian_log_prob(x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N"]:
+    """ln N(x; 0, DATA^2)."""
+    return -0.5 * ((x / DATA).square() + math.log(2 * math.pi * DATA**2)).sum(-1)
+
+
+def ode_log_prob(denoise: Denoiser, x: Float[Tensor, "N D"], steps: int) -> Float[Tensor, " N"]:
+    """ln p(x) of the law whose draws the sampler's ODE would give without error, with the exact trace; D backward passes a step.
+
+    In u = x / sqrt(s^2 + DATA^2) and the angle a = arctan(s / DATA) the ODE is du / da = -F, F = (D - c_skip x) / c_out,
+    and stands still for Gaussian data: d ln p(u) = trace(dF / du) da. Classical Runge-Kutta steps, on EDM's grid.
+    Source: Song et al. 2021, eq. 39; the angle: Lu and Song 2025 (TrigFlow), section 3.
+    """
+    # From the grid of s^(1/7): structures of any size get their share of the steps.
+    angles = torch.atan(edm_grid(steps + 1, LEAST, MOST, 7.0)[:-1].double().flip(0) / DATA).to(x)
+    u, gained = x / math.sqrt(LEAST**2 + DATA**2), x.new_zeros(len(x))
+    for now, then in pairwise(angles):
+        width = then - now
+        slopes = []
+        for share, before in ((0.0, None), (0.5, 0), (0.5, 1), (1.0, 2)):
+            at = u if before is None else u + share * width * slopes[before][0]
+            slopes.append(_motion(denoise, at, now + share * width))
+        for weight, (speed, spread) in zip((1, 2, 2, 1), slopes, strict=True):
+            u, gained = u + weight / 6 * width * speed, gained + weight / 6 * width * spread
+    normal = -0.5 * (u.square() + math.log(2 * math.pi)).sum(-1)
+    return normal + gained - x.shape[-1] * 0.5 * math.log(LEAST**2 + DATA**2)
+
+
+def _motion(denoise: Denoiser, u: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
+    """(du / da, its divergence) at an angle."""
+    s = DATA * torch.tan(angle)
+    root = (s.square() + DATA**2).sqrt()
+    with torch.enable_grad():
+        u = u.detach().requires_grad_()
+        x = u * root
+        speed = (DATA**2 / root.square() * x - denoise(x, s.expand(len(u)))) * root / (s * DATA)
+        columns = [torch.autograd.grad(speed[:, i].sum(), u, retain_graph=True)[0][:, i] for i in range(u.shape[1])]
+    return speed.detach(), torch.stack(columns).sum(0)

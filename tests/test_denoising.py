@@ -93,27 +93,26 @@ def test_the_grid_is_that_of_the_paper():
     assert float(levels[1]) == pytest.approx(one)
 
 
-def test_preconditioning_keeps_inputs_and_targets_of_the_network_at_variance_one():
+@every_path
+def test_preconditioning_keeps_inputs_and_targets_of_the_network_at_variance_one(path):
     """Whatever the level, for data of deviation DATA. Source: Karras et al. 2022, appendix B.6."""
-    path, n = PATHS["edm"], 200_000
+    n = 200_000
     x, noise = (torch.randn(n, 1, generator=generator(seed)) for seed in (0, 1))
-    for level in (0.01, 0.5, 20.0):
-        scaled, condition, loss = seen_by_a_zero_network(path, DATA * x, noise, torch.full((n,), level))
-        assert float(loss.mean()) == pytest.approx(1, rel=0.02)  # with F = 0 the square of F's target
-        assert float(scaled.var()) == pytest.approx(1, rel=0.02)
-        assert float(condition[0]) == pytest.approx(math.log(level) / 4)
+    for level in (0.01, 0.5, 0.97):
+        levels = torch.full((n,), level)
+        mixed = path.mix(DATA * x, noise, levels)
+        skip = path.denoised(lambda scaled, c: torch.zeros_like(scaled), mixed, levels)
+        scaled = path.denoised(lambda scaled, c: scaled, mixed, levels) - skip
+        one = path.denoised(lambda scaled, c: torch.ones_like(scaled), mixed, levels) - skip
+        assert float((scaled / one).var()) == pytest.approx(1, rel=0.02)
+        assert float(((DATA * x - skip) / one).var()) == pytest.approx(1, rel=0.02)
 
 
-def seen_by_a_zero_network(path, x: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(what the network gets, its condition, the loss)."""
-    seen = []
-
-    def network(scaled: Tensor, condition: Tensor) -> Tensor:
-        seen.append((scaled, condition))
-        return torch.zeros_like(scaled)
-
-    loss = path.loss(network, x, noise, level)
-    return *seen[0], loss
+def test_edm_weighs_all_levels_alike():
+    level = torch.tensor([0.01, 0.5, 20.0])
+    x, noise = (torch.randn(100_000, 1, generator=generator(seed)) for seed in (0, 1))
+    losses = [PATHS["edm"].loss(lambda s, c: torch.zeros_like(s), DATA * x, noise, s.expand(100_000)).mean() for s in level]
+    torch.testing.assert_close(torch.stack(losses), torch.ones(3), rtol=0.02, atol=0)
 
 
 def test_levels_of_training_are_log_normal():
@@ -139,10 +138,11 @@ def test_the_loss_is_least_at_the_exact_denoiser(path):
 def test_flow_matching_regresses_on_noise_minus_data():
     path = PATHS["cfm"]
     x, noise, level = torch.ones(1, 2), torch.tensor([[3.0, -1.0]]), torch.tensor([0.25])
-    mixed, condition, loss = seen_by_a_zero_network(path, x, noise, level)
+    network = lambda scaled, t: torch.full_like(scaled, 0.7)  # noqa: E731
+    mixed = path.mix(x, noise, level)
     torch.testing.assert_close(mixed, 0.75 * x + 0.25 * noise)
-    assert condition == 0.25
-    torch.testing.assert_close(loss, (noise - x).square().sum(-1))
+    velocity = (mixed - path.denoised(network, mixed, level)) / 0.25
+    torch.testing.assert_close(path.loss(network, x, noise, level), (velocity - (noise - x)).square().sum(-1))
 
 
 # Steering ---------------------------------------------------------------------------------------------------------------
@@ -209,9 +209,10 @@ def gaussian_scale(s: Tensor, x: Tensor) -> Tensor:
     return per_row(s * DATA / (s**2 + DATA**2).sqrt(), x)
 
 
-def test_the_bound_of_an_untrained_edm_network_is_exactly_a_gaussian():
+@every_path
+def test_the_bound_of_an_untrained_network_is_exactly_a_gaussian(path):
     x = mixture_samples(20)
-    untrained = in_ratios(edm(), lambda x, c: torch.zeros_like(x))
+    untrained = in_ratios(path, lambda x, c: torch.zeros_like(x))
     torch.testing.assert_close(bounds(untrained, x, 4), gaussian_log_prob(x), atol=2e-3, rtol=0)
     torch.testing.assert_close(ode_log_prob(untrained, x, 4), gaussian_log_prob(x), atol=1e-3, rtol=0)
 
@@ -222,10 +223,14 @@ def test_the_likelihood_of_the_ode_is_exact_for_an_exact_denoiser():
 
 
 def test_flow_matching_seen_in_ratios_of_noise_denoises_as_edm_does():
-    """With the network that gives the exact velocity; the views hold the same noise beside the data."""
+    """A view with noise s beside the data, and the mixture at the level that stands for it, tell the same."""
     native, x, s = exact(PATHS["cfm"]), mixture_samples(200), torch.full((200,), 0.7)
-    velocity = lambda mixed, t: (mixed - native(mixed, t)) / per_row(t, mixed)  # noqa: E731
-    torch.testing.assert_close(in_ratios(PATHS["cfm"], velocity)(x, s), exact(PATHS["edm"])(x, s))
+    t = PATHS["cfm"].at(s)
+    torch.testing.assert_close(per_row(1 - t, x) * (x + 0.7), per_row(1 - t, x) * x + per_row(t, x))
+    torch.testing.assert_close(native(per_row(1 - t, x) * x, t), exact(PATHS["edm"])(x, s))
+    network = lambda scaled, t: scaled.sin()  # noqa: E731
+    mixed = per_row(1 - t, x) * x
+    torch.testing.assert_close(in_ratios(PATHS["cfm"], network)(x, s), PATHS["cfm"].denoised(network, mixed, t))
 
 
 def test_levels_of_the_bound_hide_equal_shares_of_information():

@@ -42,17 +42,17 @@ def per_row(level: Float[Tensor, " N"], like: Tensor) -> Tensor:
 class Path:
     """One way from data to noise.
 
-    keep      level -> share of the data that is left in the mixture
-    at        noise beside one unit of data, s = level / keep -> level: by s the levels of all paths can be compared
-    denoised  (network, x, level) -> D
-    weight    level -> factor of ||D - x||^2 in the loss
-    drawn     uniform numbers in (0, 1) -> levels as training draws them
-    grid      steps -> levels [steps + 1] of a sampler, from the most noise to exactly 0
+    keep       level -> share of the data that is left in the mixture
+    at         noise beside one unit of data, s = level / keep -> level: by s the levels of all paths can be compared
+    condition  level -> the number by which the network is told of it
+    weight     level -> factor of ||D - x||^2 in the loss
+    drawn      uniform numbers in (0, 1) -> levels as training draws them
+    grid       steps -> levels [steps + 1] of a sampler, from the most noise to exactly 0
     """
 
     keep: Callable[[Tensor], Tensor]
     at: Callable[[Tensor], Tensor]
-    denoised: Callable[[Network, Tensor, Tensor], Tensor]
+    condition: Callable[[Tensor], Tensor]
     weight: Callable[[Tensor], Tensor]
     drawn: Callable[[Tensor], Tensor]
     grid: Callable[[int], Tensor]
@@ -60,42 +60,43 @@ class Path:
     def mix(self, x: Tensor, noise: Tensor, level: Float[Tensor, " N"]) -> Tensor:
         return per_row(self.keep(level), x) * x + per_row(level, x) * noise
 
+    def denoised(self, network: Network, x: Tensor, level: Float[Tensor, " N"]) -> Tensor:
+        """D = c_skip x + c_out F(c_in x; condition): with F = 0 exact for N(0, DATA^2); F has input and target of variance 1.
+
+        Source: Karras et al. 2022, table 1 and appendix B.6, here for mixtures that keep less than all of the data.
+        """
+        keep, deviation = per_row(self.keep(level), x), per_row(self.deviation(level), x)
+        scaled = x / deviation
+        share = keep * DATA**2 / deviation
+        return share * scaled + per_row(level, x) * DATA / deviation * network(scaled, self.condition(level))
+
+    def deviation(self, level: Tensor) -> Tensor:
+        """Of the mixture."""
+        return (level.square() + (self.keep(level) * DATA).square()).sqrt()
+
     def loss(self, network: Network, x: Tensor, noise: Tensor, level: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
         """weight ||D(mixture) - x||^2, summed over the elements of each row."""
         error = self.denoised(network, self.mix(x, noise, level), level) - x
         return self.weight(level) * error.square().flatten(1).sum(-1)
 
     def start(self, noise: Tensor, level: Tensor) -> Tensor:
-        """What the first level of a grid looks like: noise with the variance of the mixture."""
-        return noise * (level.square() + (self.keep(level) * DATA).square()).sqrt()
+        """What the first level of a grid looks like: noise with the deviation of the mixture."""
+        return noise * self.deviation(level)
 
 
-# Karras et al. 2022, table 1 ---------------------------------------------------------------------------------------------
+def edm(mean: float = -1.2, std: float = 1.2, least: float = 0.002, most: float = 80.0, rho: float = 7.0) -> Path:
+    """ln s ~ N(mean, std^2) in training, weighed so that F has as much to learn at all levels; a grid even in s^(1/rho).
 
-
-def edm_keep(level: Tensor) -> Tensor:
-    return torch.ones_like(level)
-
-
-def edm_at(ratio: Tensor) -> Tensor:
-    return ratio
-
-
-def edm_denoised(network: Network, x: Tensor, level: Float[Tensor, " N"]) -> Tensor:
-    """c_skip x + c_out F(c_in x; ln(s) / 4): where F = 0, the exact denoiser of N(0, DATA^2)."""
-    s = per_row(level, x)
-    total = s.square() + DATA**2
-    return DATA**2 / total * x + s * DATA * total.rsqrt() * network(total.rsqrt() * x, level.log() / 4)
-
-
-def edm_weight(level: Tensor) -> Tensor:
-    """1 / c_out^2: F has the same error to learn at all levels."""
-    return (level.square() + DATA**2) / (level * DATA).square()
-
-
-def edm_drawn(uniform: Tensor, mean: float, std: float) -> Tensor:
-    """ln s ~ N(mean, std^2)."""
-    return torch.exp(mean + std * torch.special.ndtri(uniform))
+    The defaults are those of Karras et al. 2022, table 1; DIAMOND (Alonso et al. 2024) samples images with most = 5.
+    """
+    return Path(
+        keep=torch.ones_like,
+        at=lambda s: s,
+        condition=lambda s: s.log() / 4,
+        weight=lambda s: (s.square() + DATA**2) / (s * DATA).square(),
+        drawn=lambda uniform: torch.exp(mean + std * torch.special.ndtri(uniform)),
+        grid=lambda steps: edm_grid(steps, least, most, rho),
+    )
 
 
 def edm_grid(steps: int, least: float, most: float, rho: float) -> Float[Tensor, " S"]:
@@ -105,46 +106,20 @@ def edm_grid(steps: int, least: float, most: float, rho: float) -> Float[Tensor,
     return torch.cat([levels, levels.new_zeros(1)]).float()
 
 
-def edm(mean: float = -1.2, std: float = 1.2, least: float = 0.002, most: float = 80.0, rho: float = 7.0) -> Path:
-    """The defaults are those of Karras et al. 2022; DIAMOND (Alonso et al. 2024) samples images with most = 5."""
-    drawn = lambda uniform: edm_drawn(uniform, mean, std)  # noqa: E731
-    return Path(edm_keep, edm_at, edm_denoised, edm_weight, drawn, lambda steps: edm_grid(steps, least, most, rho))
+def cfm(most: float = 0.999) -> Path:
+    """Levels even in training and in sampling; the loss is the squared error of the velocity v = (x_t - D) / t against e - x.
 
-
-# Lipman et al. 2023; Tong et al. 2024, section 3.2 with sigma = 0 --------------------------------------------------------
-
-CFM_MOST = 0.999
-"""Level that stands for pure noise; at 1 the mixture says nothing of the data, and its ratio to them is infinite."""
-
-
-def cfm_keep(level: Tensor) -> Tensor:
-    return 1 - level
-
-
-def cfm_at(ratio: Tensor) -> Tensor:
-    return ratio / (1 + ratio)
-
-
-def cfm_denoised(network: Network, x: Tensor, level: Float[Tensor, " N"]) -> Tensor:
-    """x - t v: the network gives the velocity v = E[e - data | x_t] itself."""
-    return x - per_row(level, x) * network(x, level)
-
-
-def cfm_weight(level: Tensor) -> Tensor:
-    """1 / t^2: the squared error of the velocity."""
-    return level.square().reciprocal()
-
-
-def cfm_drawn(uniform: Tensor) -> Tensor:
-    return uniform.clamp(1e-3, CFM_MOST)
-
-
-def cfm_grid(steps: int) -> Float[Tensor, " S"]:
-    return torch.linspace(CFM_MOST, 0, steps + 1)
-
-
-def cfm() -> Path:
-    return Path(cfm_keep, cfm_at, cfm_denoised, cfm_weight, cfm_drawn, cfm_grid)
+    The network gives what v differs by from its form for Gaussian data. `most` stands for pure noise: at 1 the mixture says
+    nothing of the data. Source: Lipman et al. 2023, eq. 9; Tong et al. 2024, section 3.2, without their sigma.
+    """
+    return Path(
+        keep=lambda t: 1 - t,
+        at=lambda s: s / (1 + s),
+        condition=lambda t: t,
+        weight=lambda t: t.square().reciprocal(),
+        drawn=lambda uniform: uniform.clamp(1e-3, most),
+        grid=lambda steps: torch.linspace(most, 0, steps + 1),
+    )
 
 
 # Samplers: from `x` at the first level to the last, which is 0 ----------------------------------------------------------

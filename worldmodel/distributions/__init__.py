@@ -8,6 +8,7 @@ from worldmodel.distributions.categorical import (
     CategoricalLatentConfig,
     CategoricalPosterior,
 )
+from worldmodel.distributions.diffusion import Diffusion, DiffusionConfig
 from worldmodel.distributions.gaussian import Gaussian, GaussianConfig, GaussianLatent, GaussianLatentConfig, GaussianPosterior
 from worldmodel.distributions.point import PointLatent, PointLatentConfig, PointPosterior
 
@@ -19,6 +20,8 @@ __all__ = [
     "CategoricalPosterior",
     "ClosedForm",
     "ConditionalDistribution",
+    "Diffusion",
+    "DiffusionConfig",
     "Gaussian",
     "GaussianConfig",
     "GaussianLatent",

@@ -208,7 +208,7 @@ def all_weights(agent) -> Tensor:
 
 def sequence(batch: Batch, row: int = 0) -> SimpleNamespace:
     """One sequence of a batch: its fields without their first axis."""
-    fields = {name: x[row] for name, x in vars(batch).items() if name != "obs"}
+    fields = {name: x[row] for name, x in vars(batch).items() if name != "obs" and x is not None}
     return SimpleNamespace(obs={name: x[row] for name, x in batch.obs.items()}, **fields)
 
 

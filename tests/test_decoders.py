@@ -14,6 +14,8 @@ from torch.distributions import Bernoulli, Normal, OneHotCategorical
 
 from worldmodel import registry
 from worldmodel.data import Sampling
+from worldmodel.decoders.standard import discrete_logistic, logistic_mean
+from worldmodel.errors import ConfigError
 from worldmodel.spaces import ObsSpec
 
 SPACES = {
@@ -189,3 +191,56 @@ def test_a_decoder_of_the_latent_does_not_see_the_carry(kind):
     assert all(torch.equal(x, decoder.mean(one[:, -LATENT:])[name]) for name, x in decoder.mean(one).items())
     whole = build(kind, MIXED)
     assert not torch.equal(whole.mean(one)["vector"], whole.mean(other)["vector"])
+
+
+# The law of a pixel -----------------------------------------------------------------------------------------------------
+
+GREY = spaces.Box(0, 255, (8, 8, 1), np.uint8)
+
+
+@pytest.mark.parametrize("levels", [2, 6, 256])
+def test_the_probabilities_of_a_logistic_pixels_levels_sum_to_one(levels):
+    middle, scale = torch.tensor([-0.3, 0.2, 0.51, 1.4]).view(-1, 1), torch.tensor([0.05, 0.002, 0.3, 0.1]).view(-1, 1)
+    values = torch.linspace(0, 1, levels).expand(4, levels)
+    nats = discrete_logistic(values, middle, scale, levels)
+    torch.testing.assert_close((-nats).exp().sum(1), torch.ones(4))
+    mean = ((-nats).exp() * values).sum(1)
+    torch.testing.assert_close(logistic_mean(middle, scale).squeeze(1), mean, rtol=0, atol=0.5 / (levels - 1) + 1e-3)
+
+
+@pytest.mark.parametrize("image", ["logistic", "bernoulli"])
+def test_discrete_pixels_are_drawn_as_often_as_their_law_says(image):
+    decoder, n = build("standard", GREY, image=image, levels=5, sigma="learned", min_sigma_image=0.2), 4000
+    decoder.log_std0 = torch.nn.Parameter(torch.full((1,), math.log(0.2)))
+    drawn = decoder.sample(feature(1).expand(n, -1), Sampling(generator=generator()))["obs"].detach()
+    possible = torch.linspace(0, 1, 2 if image == "bernoulli" else 5)
+    seen = torch.stack([(drawn - value).abs().lt(1e-6).float().mean(0) for value in possible])
+    torch.testing.assert_close(seen.sum(0), torch.ones(1, 8, 8))
+    for value, share in zip(possible, seen, strict=True):  # one pixel at a time: the others stay at a level of their own
+        base = torch.zeros(1, 1, 8, 8)
+        probability = -decoder.loss(feature(1), {"obs": base})["observation"].value
+        base[0, 0, 3, 3] = value
+        ratio = (-decoder.loss(feature(1), {"obs": base})["observation"].value - probability).exp()
+        assert float(share[0, 3, 3]) == pytest.approx(float(ratio.detach() * seen[0][0, 3, 3]), abs=0.04)
+    torch.testing.assert_close(decoder.mean(feature(1))["obs"][0].detach(), drawn.mean(0), rtol=0, atol=0.06)
+
+
+def test_bernoulli_refuses_pixels_outside_of_zero_and_one():
+    decoder = build("standard", GREY, image="bernoulli")
+    assert decoder.loss(feature(2), {"obs": torch.rand(2, 1, 8, 8)})["observation"].value.isfinite().all()
+    with pytest.raises(ConfigError, match="image=gaussian"):
+        decoder.loss(feature(2), {"obs": torch.full((2, 1, 8, 8), 1.5)})
+
+
+@pytest.mark.parametrize("image", ["logistic", "bernoulli"])
+def test_a_law_of_pixels_learns_a_picture(image):
+    decoder = build("standard", GREY, image=image, min_sigma_image=0.01).train()
+    x = (torch.rand(1, 1, 8, 8, generator=generator()) < 0.5).float().expand(4, -1, -1, -1)
+    same, optimizer = feature(1).expand(4, -1), torch.optim.Adam(decoder.parameters(), lr=1e-2)
+    for _ in range(150):
+        loss = decoder.loss(same, {"obs": x})["observation"].value.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert float((decoder.mean(same)["obs"] - x).abs().mean().detach()) < 0.12
+    assert float(((decoder.sample(same, Sampling(generator=generator()))["obs"] > 0.5) == (x > 0.5)).float().mean()) > 0.9

@@ -50,6 +50,9 @@ SIZES = {
     "sigma": "fitted",
     "min_sigma": 0.05,
     "min_sigma_image": 0.05,
+    "frames": 4,
+    "refine_depth": 4,
+    "refine_units": 16,
 }
 """Options by name: a part that has one gets this value. A new part is small without being known here, and no test
 depends on a default."""

@@ -122,6 +122,16 @@ def cfm(most: float = 0.999) -> Path:
     )
 
 
+def evenly(count: int, generator: torch.Generator | None, device: torch.device | str) -> Float[Tensor, " N"]:
+    """Numbers in (0, 1), each uniform, that lie evenly together: multiples of the golden ratio behind one random number.
+
+    Rows at the same place of every batch still see all levels. Source of one number for a batch: Kingma et al. 2021, I.1.
+    """
+    first = torch.rand((), generator=generator, device=device, dtype=torch.float64)
+    steps = torch.arange(count, device=device, dtype=torch.float64) * 0.6180339887498949
+    return (first + steps).frac().float().clamp(1e-6, 1 - 1e-6)
+
+
 # Samplers: from `x` at the first level to the last, which is 0 ----------------------------------------------------------
 
 

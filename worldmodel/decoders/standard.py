@@ -140,7 +140,9 @@ class Decoder(nn.Module):
 
     def sample(self, feature: Float[Tensor, "N F"], sampling: Sampling) -> Obs:
         """A drawn observation; `sampling.mode` gives the mean, one-hot categories and whole bits."""
-        out = self.output(feature)
+        return self._draws(self.output(feature), sampling)
+
+    def _draws(self, out: Obs, sampling: Sampling) -> Obs:
         drawn = self._means(out)
         for name, law in self.laws.items():
             x = drawn[name]

@@ -40,6 +40,7 @@ class DiffusionConfig(Frozen):
     drop: float = Field(
         0.0, ge=0, lt=1, description="share of rows trained without their context; above 0 sampling.guidance can act"
     )
+    draws: int = Field(4, ge=1, description="noise levels at which each code is denoised in an update")
     looks: int = Field(4, ge=1, description="noisy looks at each code that estimate the rate in training")
     levels: int = Field(16, ge=1, description="noise levels of log_prob, at each of which it looks 4 times per number of the code")
     memory: float = Field(0.99, ge=0, lt=1, description="share that the running mean and variance of codes keep at each update")
@@ -147,20 +148,21 @@ class Diffusion(ConditionalDistribution):
         sampling: Sampling | None = None,
         rows: Int[Tensor, "*N"] | None = None,
     ) -> dict[str, Loss]:
-        """{"denoise": squared error of the network at one level for each row [*N], summed over the code}."""
+        """{"denoise": squared error of the network, summed over the code, a mean over `draws` levels for each row [*N]}."""
         generator = None if sampling is None else sampling.generator
         codes = x.flatten(0, -2)
         if self.training:
             self.watch(codes)
-        data = (codes - self.mean) / self.unit
-        level = self.path.drawn(evenly(len(data), generator, data.device))
+        draws = self.config.draws
+        data = ((codes - self.mean) / self.unit).repeat(draws, 1)
+        given = None if context is None else context.flatten(0, -2).repeat(draws, 1)
+        level = self.path.drawn(denoising.evenly(len(data), generator, data.device))
         noise = torch.randn(data.shape, generator=generator, device=data.device)
-        given = None if context is None else context.flatten(0, -2)
         dropped = None
         if self.absent is not None:
             dropped = torch.rand(len(data), generator=generator, device=data.device) < self.config.drop
         value = self.path.loss(self._network(given, dropped), data, noise, level)
-        return {"denoise": Loss(value.view(x.shape[:-1]), "score")}
+        return {"denoise": Loss(value.view(draws, *x.shape[:-1]).mean(0), "score")}
 
     def rate(
         self,
@@ -175,7 +177,7 @@ class Diffusion(ConditionalDistribution):
         """An upper bound of KL(posterior || self) in expectation, from `looks` noisy looks at z, differentiable in z."""
         generator = None if sampling is None else sampling.generator
         looks, codes = self.config.looks, z.flatten(0, -2)
-        uniform = evenly(looks * len(codes), generator, codes.device).view(len(codes), looks).T
+        uniform = denoising.evenly(looks * len(codes), generator, codes.device).view(len(codes), looks).T
         noise = torch.randn(looks, *codes.shape, generator=generator, device=codes.device)
         weight = torch.full_like(uniform, 1 / looks)
         given = None if context is None else context.flatten(0, -2)
@@ -245,13 +247,3 @@ class Diffusion(ConditionalDistribution):
             return super().fit(codes, context, **options)
         finally:
             self.train(training)
-
-
-def evenly(count: int, generator: torch.Generator | None, device: torch.device | str) -> Float[Tensor, " N"]:
-    """Numbers in (0, 1), each uniform, that lie evenly together: multiples of the golden ratio behind one random number.
-
-    Rows at the same place of every batch still see all levels. Source of one number for a batch: Kingma et al. 2021, I.1.
-    """
-    first = torch.rand((), generator=generator, device=device, dtype=torch.float64)
-    steps = torch.arange(count, device=device, dtype=torch.float64) * 0.6180339887498949
-    return (first + steps).frac().float().clamp(1e-6, 1 - 1e-6)

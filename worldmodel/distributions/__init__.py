@@ -8,6 +8,7 @@ from worldmodel.distributions.categorical import (
     CategoricalLatentConfig,
     CategoricalPosterior,
 )
+from worldmodel.distributions.diffusion import Diffusion, DiffusionConfig
 from worldmodel.distributions.flow import Flow, FlowConfig
 from worldmodel.distributions.gaussian import Gaussian, GaussianConfig, GaussianLatent, GaussianLatentConfig, GaussianPosterior
 from worldmodel.distributions.hierarchical import Hierarchical, HierarchicalConfig
@@ -24,6 +25,8 @@ __all__ = [
     "ClosedForm",
     "Components",
     "ConditionalDistribution",
+    "Diffusion",
+    "DiffusionConfig",
     "Flow",
     "FlowConfig",
     "Gaussian",

@@ -17,10 +17,11 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import VecTransposeImage
 from torch import Tensor, nn
 
+from worldmodel.distributions import Inputs
 from worldmodel.encoders import InputScaling
 from worldmodel.envs.imagined import Source, learned_world
 from worldmodel.errors import ConfigError, did_you_mean
-from worldmodel.model import CLOSED_FORMS, ModelConfig, WorldModel
+from worldmodel.model import ModelConfig, WorldModel, own_form
 from worldmodel.registry import build
 from worldmodel.run import Run
 from worldmodel.spaces import KeySpec, ObsSpec
@@ -118,7 +119,7 @@ class LatentExtractor(BaseFeaturesExtractor):
         spec, config = ObsSpec.from_json(observation), ModelConfig.parse(dict(model))
         with torch.random.fork_rng(devices=[]):  # the policy's own first weights stay as they would be without us
             encoder = build("encoder", config.encoder, spec)
-            net, latent = _posterior(config, encoder.out_features) if output == "code" else (None, None)
+            net, latent = _posterior(config, encoder) if output == "code" else (None, None)
         super().__init__(observation_space, frames * (latent.size if latent is not None else encoder.out_features))
         self.mode, self.output, self.frames, self.spec, self.latent = mode, output, frames, spec, latent
         self.seen = arrives_as(spec, observation_space, frames, normalize_images)
@@ -309,10 +310,10 @@ def _place(run: Run | None) -> dict[str, Any]:
     return {} if run is None else {"run": str(run.path), "step": run.read()[1]["counters"]["num_timesteps"]}
 
 
-def _posterior(config: ModelConfig, embed_dim: int) -> tuple[nn.Module, Any]:
+def _posterior(config: ModelConfig, encoder: nn.Module) -> tuple[nn.Module, Any]:
     """(embedding -> parameters of the belief, the family of codes) of dynamics whose posterior sees the observation alone."""
-    law = CLOSED_FORMS[config.dynamics.latent.kind].replace(units=config.dynamics.units)
-    dynamics = build("dynamics", config.dynamics, embed_dim, 1, law, law)
+    law = own_form(config)
+    dynamics = build("dynamics", config.dynamics, Inputs({}, encoder.out_features, encoder.forward), 1, law, law)
     return dynamics.posterior_net, dynamics.latent
 
 

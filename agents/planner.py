@@ -282,7 +282,7 @@ class PlannerController(DreamerController):
         """
         if self.goal is not None:
             goal = self.goal.repeat_interleave(len(dream.reward) // len(self.goal), 0).unsqueeze(1)
-            distance = (dream.feature[:, 1:, -self.goal.shape[-1] :] - goal).square().sum(-1)
+            distance = (world.dynamics.code(dream.feature[:, 1:]) - goal).square().sum(-1)
             distance = distance[:, -1] if self.config.plan.goal == "last" else distance.sum(1)
             return -distance - penalty * dream.uncertainty.sum(1)
         weight = weights(torch.ones_like(dream.reward[:, 0]), self.config.gamma * dream.cont)

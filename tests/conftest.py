@@ -72,7 +72,10 @@ def small_world(
     **parts,
 ) -> WorldModel:
     """A world model of some thousand parameters; `dynamics` holds options of that part, `parts` whole configs."""
-    law, dynamics = small("distribution", latent), {"kind": "rssm", "latent": small("latent", latent), **(dynamics or {})}
+    law, dynamics = (
+        small("distribution", small_latent(latent).family.kind),
+        {"kind": "rssm", "latent": small("latent", latent), **(dynamics or {})},
+    )
     if dynamics["kind"] == "rssm":
         dynamics.setdefault("posterior", "filtering")
     config = {

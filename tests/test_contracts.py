@@ -17,7 +17,7 @@ from worldmodel.distributions import ConditionalDistribution, GaussianPosterior,
 from worldmodel.errors import ConfigError
 from worldmodel.model import ModelConfig
 
-LATENTS = registry.kinds("latent")
+LATENTS = [kind for kind in registry.kinds("latent") if not registry.part("latent", kind).certain]
 LAWS = registry.kinds("distribution")
 SLOTS = ("initial", "transition", "marginal")
 PROMISED = {"gaussian": "ITM", "categorical": "IT", "mixture": "ITM", "vamp": "ITM", "flow": "ITM", "energy": "ITM"}

@@ -48,6 +48,7 @@ def rolls() -> Iterator[Roll]:
 
 ROLLS = list(rolls())
 every_dynamics = pytest.mark.parametrize("roll", ROLLS, ids="-".join)
+every_belief = pytest.mark.parametrize("roll", [r for r in ROLLS if r.latent != "point"], ids="-".join)
 
 B, T = 3, 6
 
@@ -84,12 +85,20 @@ def observe(world, state: State, inputs: Inputs, mode: bool = False) -> tuple[St
     return world.dynamics.observe(state, inputs.embed, inputs.prev_action, inputs.is_first, sampling)
 
 
+def rates(trace: Trace) -> dict[str, Tensor]:
+    """The rate and its two sides, by name; nothing for point codes, which have none."""
+    if not trace.losses.keys() & {"dyn", "rep"}:
+        assert trace.rate.isnan().all()
+        return {}
+    return {"rate": trace.rate} | {name: trace.losses[name].value for name in ("dyn", "rep") if name in trace.losses}
+
+
 def numbers(trace: Trace) -> dict[str, Tensor]:
     """All that a trace says, by name, each [B, T, ...]; dicts are walked, for beartype looks at one value only."""
     parameters: list[Tensor] = []
     trace.posterior.map(lambda x: parameters.append(x) or x)
     named = {"embed": trace.embed, "z": trace.z, "h": trace.h, "feature": trace.feature}
-    named |= {f"posterior {i}": x for i, x in enumerate(parameters)} | {f"rate {name}": x for name, x in trace.rates.items()}
+    named |= {f"posterior {i}": x for i, x in enumerate(parameters)} | {f"rate {name}": x for name, x in rates(trace).items()}
     return named | {f"state {name}": x for name, x in trace.states.items()}
 
 
@@ -108,7 +117,9 @@ def test_a_trace_has_the_shapes_that_it_promises(roll):
     size = world.dynamics.latent.size
     assert trace.z.shape == trace.posterior.mean.shape == (B, T, size)
     assert trace.feature.shape == (B, T, world.feature_dim) == (*trace.h.shape[:2], world.dynamics.feature_dim)
-    assert {"rate", "dyn", "rep"} == set(trace.rates) and all(x.shape == (B, T) for x in trace.rates.values())
+    assert ({"dyn", "rep"} <= set(trace.losses)) == (not world.dynamics.latent.certain) and all(
+        x.shape == (B, T) for x in rates(trace).values()
+    )
     assert all(x.shape[:2] == (B, T) and x.dtype == torch.float32 for x in numbers(trace).values())
     assert all(torch.equal(state[name], trace.states[name][:, -1]) for name in state)
     assert {name: x.shape for name, x in state.items()} == {name: x.shape for name, x in world.initial(B).items()}
@@ -190,7 +201,7 @@ def test_the_same_seed_gives_the_same_bits(roll):
             dreamt = world.dynamics.imagine(trace.last, inputs.prev_action[:, 0], sampling)
         runs.append(numbers(trace) | dict(dreamt))
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
-    assert not torch.equal(runs[0]["feature"], runs[2]["feature"])
+    assert torch.equal(runs[0]["feature"], runs[2]["feature"]) == world.dynamics.latent.certain
     assert torch.equal(torch.get_rng_state(), before)
     twins = [torch.cat([p.flatten() for p in roll.world().parameters()]) for _ in range(2)]
     assert torch.equal(*twins)
@@ -209,7 +220,7 @@ def test_a_beginning_is_drawn_from_the_initial_distribution(roll):
     torch.testing.assert_close(state["h"], trace.h[:1, 0].expand(n, -1))  # row 0 begins an episode there
 
 
-@every_dynamics
+@every_belief
 def test_rates_of_first_rows_come_from_the_initial_distribution_and_others_from_the_transition(roll):
     world = roll.world()
     inputs = Inputs.random(world)
@@ -219,30 +230,30 @@ def test_rates_of_first_rows_come_from_the_initial_distribution_and_others_from_
         begun = law.rate(trace.posterior.index(first), trace.z[first], None)
         moved = world.dynamics.transition.rate(trace.posterior.index(~first), trace.z[~first], trace.h[~first])
     for name in ("rate", "dyn", "rep"):
-        torch.testing.assert_close(trace.rates[name][first], begun)
-        torch.testing.assert_close(trace.rates[name][~first], moved)
+        torch.testing.assert_close(rates(trace)[name][first], begun)
+        torch.testing.assert_close(rates(trace)[name][~first], moved)
 
 
-@every_dynamics
+@every_belief
 def test_free_nats_hold_each_row_for_itself_and_leave_the_raw_rate(roll):
     world = roll.world()
     if not (world.dynamics.transition.density == "exact" and hasattr(world.dynamics.transition, "given")):
         pytest.skip("sampled rates are held on the batch mean")
     inputs, state = Inputs.random(world), start_state(world)
-    raw = observe(world, state, inputs)[1].rates["rate"]
+    raw = observe(world, state, inputs)[1].rate
     floor = float(raw.flatten().sort().values[8:10].mean())  # between two rows: at a rate itself the gradient is anybody's
     held = roll.world(free_nats=floor)
     sampling = Sampling(noise=inputs.noise)
     _, trace = held.dynamics.observe(state, inputs.embed.requires_grad_(), inputs.prev_action, inputs.is_first, sampling)
-    torch.testing.assert_close(trace.rates["rate"], raw)
+    torch.testing.assert_close(trace.rate, raw)
     for name in ("dyn", "rep"):
-        torch.testing.assert_close(trace.rates[name], raw.clamp_min(floor))
-        at_floor = trace.rates[name][trace.rates[name] <= floor]
+        torch.testing.assert_close(rates(trace)[name], raw.clamp_min(floor))
+        at_floor = rates(trace)[name][rates(trace)[name] <= floor]
         assert 0 < len(at_floor) < B * T
-        assert not reached(at_floor, embed=inputs.embed) and reached(trace.rates[name], embed=inputs.embed)
+        assert not reached(at_floor, embed=inputs.embed) and reached(rates(trace)[name], embed=inputs.embed)
 
 
-@every_dynamics
+@every_belief
 def test_the_prior_side_trains_the_prior_and_the_other_the_posterior(roll):
     world = roll.world()
     inputs = Inputs.random(world).rows(slice(2, 3)).part(0, 1)  # one step, no reset: no past through which gradients could flow
@@ -250,9 +261,9 @@ def test_the_prior_side_trains_the_prior_and_the_other_the_posterior(roll):
     state = start_state(world).index(slice(2, 3))
     _, trace = world.dynamics.observe(state, embed, inputs.prev_action, inputs.is_first, Sampling(noise=inputs.noise))
     prior = {f"transition.{name}": p for name, p in world.dynamics.transition.named_parameters()}
-    assert reached(trace.rates["dyn"], embed=embed, **prior) == set(prior)
-    assert reached(trace.rates["rep"], embed=embed, **prior) == {"embed"}
-    assert not trace.rates["rate"].requires_grad
+    assert reached(rates(trace)["dyn"], embed=embed, **prior) == set(prior)
+    assert reached(rates(trace)["rep"], embed=embed, **prior) == {"embed"}
+    assert not trace.rate.requires_grad
 
 
 def marginals(latent: str) -> Iterator[str | None]:

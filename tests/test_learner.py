@@ -48,8 +48,8 @@ def test_every_loss_has_a_scale_and_every_scale_a_loss():
     batch = learner.prepare(known_batch())
     losses = world.loss(world.trace(batch), batch)
     scaled = {"cont" if name == "continue" else name for name in losses}
-    of_other_transitions = {"transition"}  # the own loss of forms without an exact density
-    assert scaled | of_other_transitions == set(ScaleConfig.model_fields) and not scaled & of_other_transitions
+    of_other_parts = {"fit"}  # the own losses of forms without an exact density
+    assert scaled | of_other_parts == set(ScaleConfig.model_fields) and not scaled & of_other_parts
 
 
 def test_a_loss_without_a_scale_is_an_error():

@@ -340,7 +340,9 @@ def _info(name: str, trust: bool) -> dict[str, Any]:
 
 def _parts(config: Config) -> dict[str, str | None]:
     """{slot: kind} of everything that the registry chose; None where a slot is empty."""
-    own = getattr(getattr(config.model.dynamics, "latent", None), "kind", None)
+    from worldmodel.model import own_form
+
+    own = own_form(config.model).kind
     parts = {}
     for slot in type(config.model).model_fields:
         value = getattr(config.model, slot)

@@ -9,7 +9,7 @@ state t to state t+1; reward and continue belong to t+1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Literal
@@ -34,6 +34,7 @@ class Batch:
     is_first     [B T]    the row opens an episode: nothing before it counts
     is_last      [B T]    the row closes an episode, by termination or by truncation
     is_terminal  [B T]    the world ended here; never set by truncation
+    row          [B T]    the row's number in the store, the same in every window that holds it; None where no store numbers it
     """
 
     obs: dict[str, Tensor]
@@ -43,6 +44,7 @@ class Batch:
     is_first: Bool[Tensor, "B T"]
     is_last: Bool[Tensor, "B T"]
     is_terminal: Bool[Tensor, "B T"]
+    row: Int[Tensor, "B T"] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -53,7 +55,7 @@ class Batch:
         """The batch with `fn` applied to every tensor."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         obs = {k: fn(v) for k, v in values.pop("obs").items()}
-        return Batch(obs=obs, **{k: fn(v) for k, v in values.items()})
+        return Batch(obs=obs, **{k: v if v is None else fn(v) for k, v in values.items()})
 
     def to(self, device: torch.device | str) -> Batch:
         return self.map(lambda x: x.to(device, non_blocking=True))
@@ -187,8 +189,13 @@ class Trace:
     z          its draw
     h          the deterministic carry, before obs[t] is seen
     feature    what heads, decoders and agents read
-    rates      "rate", "dyn", "rep": KL(posterior || transition or initial) in nats, and the two one-sided losses
+    rate       [B T] KL(posterior || transition or initial) in nats; NaN for point codes, which have none
+    losses     by name: "dyn" and "rep", the two sides of the rate; "fit/<slot>/<term>", what forms without an exact density
+               minimise
+    predict    codes [B T Z] -> the transition's own losses at these codes given h, with gradients into all of it; where an
+               episode opens nothing was predicted
     last       State after the last row
+    states     State of every row [B, T, ...]
     """
 
     embed: Tensor
@@ -196,8 +203,9 @@ class Trace:
     z: Tensor
     h: Tensor
     feature: Tensor
-    rates: dict[str, Tensor]
+    rate: Tensor
     losses: dict[str, Loss]
+    predict: Callable[[Tensor], dict[str, Loss]]
     last: State
     states: State
 

@@ -73,7 +73,7 @@ class Decoder(nn.Module):
         floor = math.log(self.config.min_sigma_image if name in self.images else self.config.min_sigma)
         return getattr(self, f"log_std{self.gaussian.index(name)}").clamp_min(floor)
 
-    def loss(self, feature: Float[Tensor, "N F"], obs: Obs) -> dict[str, Loss]:
+    def loss(self, feature: Float[Tensor, "N F"], obs: Obs, sampling: Sampling | None = None) -> dict[str, Loss]:
         """{"observation": -ln p(obs | feature)} [N]; `obs` on the inner scale."""
         out = self.output(feature)
         total = torch.zeros(feature.shape[0], device=feature.device)

@@ -26,7 +26,7 @@ class ScaleConfig(Frozen):
     dyn: float = Field(1.0, ge=0, description="rate, training the transition and initial distributions")
     rep: float = Field(0.1, ge=0, description="rate, training the posterior")
     marginal: float = Field(1.0, ge=0, description="beta of a VAE: the rate against the marginal")
-    transition: float = Field(1.0, ge=0, description="own loss of a transition without an exact density")
+    fit: float = Field(1.0, ge=0, description="own losses of laws without an exact density, such as denoising")
     ensemble: float = Field(1.0, ge=0, description="squared error of the ensemble's predictions; no gradient leaves the ensemble")
 
 
@@ -115,7 +115,7 @@ class Learner:
         self.world.train()
         with torch.autocast(batch.reward.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             trace, batch = self._trace(self.world, batch, generator)
-            losses = self.world.loss(trace, batch)
+            losses = self.world.loss(trace, batch, Sampling(generator=generator))
             means = {name: term.mean() for name, term in losses.items()}
             total = sum(self.weight(name) * mean for name, mean in means.items())
         self.optimizer.zero_grad(set_to_none=True)
@@ -130,7 +130,9 @@ class Learner:
             else:  # clipping first would spread one NaN over all gradients, and all would be named
                 bad = self._bad_gradients()
         self._step(bad)
-        metrics |= {"rate": float(trace.rates["rate"].mean()), "active_units": self.world.active_units(trace)}
+        metrics["active_units"] = self.world.active_units(trace)
+        if not self.world.dynamics.latent.certain:
+            metrics["rate"] = float(trace.rate.mean())
         return metrics, trace, batch
 
     @torch.no_grad()
@@ -156,7 +158,8 @@ class Learner:
             own.copy_(new)
 
     def weight(self, name: str) -> float:
-        """What a loss counts for at this update."""
+        """What a loss counts for at this update; of "fit/transition/nll" the first word names the scale."""
+        name = name.partition("/")[0]
         scale = getattr(self.config.scales, "cont" if name == "continue" else name)
         if name in ("rep", "marginal") and self.config.warmup:
             scale *= min(1.0, self.updates / self.config.warmup)

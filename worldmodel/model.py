@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from worldmodel.config import Frozen, Part
 from worldmodel.data import Batch, Dream, Loss, Obs, Sampling, State, Trace
 from worldmodel.decoders import DecoderConfig
-from worldmodel.distributions import CategoricalConfig, GaussianConfig, GaussianLatent, Posterior
+from worldmodel.distributions import CategoricalConfig, CategoricalLatent, GaussianConfig, Inputs, Posterior
 from worldmodel.dynamics import RSSMConfig
 from worldmodel.encoders import EncoderConfig, InputScaling
 from worldmodel.ensemble import EnsembleConfig
@@ -23,7 +23,7 @@ from worldmodel.errors import ConfigError
 from worldmodel.heads import HeadsConfig
 from worldmodel.networks import flatten
 from worldmodel.objectives import ReconstructionConfig
-from worldmodel.registry import build, register
+from worldmodel.registry import build, part, register
 from worldmodel.spaces import ActionSpec, ObsSpec
 from worldmodel.weights import fill
 
@@ -47,20 +47,31 @@ class ModelConfig(Frozen):
     ensemble: Part["ensemble"] = EnsembleConfig()
 
     @model_validator(mode="after")
-    def _forms_fit_the_latent(self) -> ModelConfig:
-        latent = self.dynamics.latent.kind
+    def _forms_fit_their_slots(self) -> ModelConfig:
+        codes = build("latent", self.dynamics.latent).family.kind
         for slot in ("transition", "initial", "marginal"):
-            part = getattr(self, slot)
-            if part is not None and part.kind in CLOSED_FORMS and part.kind != latent:
+            form = getattr(self, slot)
+            if form is None:
+                continue
+            law = part("distribution", form.kind)
+            if slot not in law.slots:
                 raise ValueError(
-                    f"model.{slot}.kind={part.kind} does not fit model.dynamics.latent.kind={latent}: make them equal."
+                    f"model.{slot}.kind={form.kind} has no such slot: over latent codes it fills {' and '.join(sorted(law.slots))}."
                 )
-        if self.marginal is not None and self.marginal.kind == "categorical":
-            raise ValueError("model.marginal: a categorical law fills the slots initial and transition only; use gaussian latents.")
+            if codes not in law.latents:
+                raise ValueError(
+                    f"model.{slot}.kind={form.kind} is a law of {' or '.join(sorted(law.latents))} codes and does not fit "
+                    f"model.dynamics.latent.kind={self.dynamics.latent.kind}: change one of them."
+                )
         return self
 
 
 register("group", "model", ModelConfig)(ModelConfig)
+
+
+def own_form(config: ModelConfig) -> Frozen:
+    """The closed form that fills a slot which the config leaves open: the family of the model's own codes."""
+    return CLOSED_FORMS[build("latent", config.dynamics.latent).family.kind].replace(units=config.dynamics.units)
 
 
 class WorldModel(nn.Module):
@@ -69,16 +80,18 @@ class WorldModel(nn.Module):
     def __init__(self, config: ModelConfig, obs: ObsSpec, action: ActionSpec):
         super().__init__()
         self.config, self.obs, self.action = config, obs, action
-        own = CLOSED_FORMS[config.dynamics.latent.kind].replace(units=config.dynamics.units)
+        own = own_form(config)
         self.scaling = InputScaling(config.inputs, obs)
         self.encoder = build("encoder", config.encoder, obs)
-        self.dynamics = build(
-            "dynamics", config.dynamics, self.encoder.out_features, action.dim, config.transition or own, config.initial or own
-        )
+        inputs = Inputs({name: key.shape for name, key in obs.keys.items()}, self.encoder.out_features, self.encoder.forward)
+        self.dynamics = build("dynamics", config.dynamics, inputs, action.dim, config.transition or own, config.initial or own)
         self.feature_dim = self.dynamics.feature_dim
         latent = self.dynamics.latent
-        self.marginal = build("distribution", config.marginal, latent, 0) if config.marginal else None
-        self.objective = build("objective", config.objective, build("decoder", config.decoder, obs, self.feature_dim, latent.size))
+        self.marginal = None
+        if config.marginal is not None:
+            self.marginal = build("distribution", config.marginal, latent.family, 0, self.dynamics.source)
+        decoder = build("decoder", config.decoder, obs, self.feature_dim, latent.size)
+        self.objective = build("objective", config.objective, decoder, self.encoder, self.dynamics, action.dim)
         self.decoder: nn.Module | None = getattr(self.objective, "decoder", None)
         self.heads = build("heads", config.heads, self.feature_dim)
         sizes = self.feature_dim, action.dim, self.encoder.out_features
@@ -131,20 +144,30 @@ class WorldModel(nn.Module):
         batch_size, length = batch.shape
         embed = self.encoder({name: flatten(x) for name, x in batch.obs.items()}).view(batch_size, length, -1)
         state = state if state is not None else self.initial(batch_size)
-        return self.dynamics.observe(state, embed, batch.prev_action, batch.is_first, sampling or Sampling())[1]
+        return self.dynamics.observe(state, embed, batch.prev_action, batch.is_first, sampling or Sampling(), batch.row)[1]
 
-    def loss(self, trace: Trace, batch: Batch) -> dict[str, Loss]:
+    def loss(self, trace: Trace, batch: Batch, sampling: Sampling | None = None) -> dict[str, Loss]:
         """Every term by name, unscaled. "dyn" trains the prior side, "rep" the posterior; both carry free nats."""
-        arrived = ~batch.is_first
-        terms = {"dyn": Loss(trace.rates["dyn"]), "rep": Loss(trace.rates["rep"]), **trace.losses}
-        terms |= self.objective(trace, batch)
-        if self.marginal is not None:
-            terms["marginal"] = Loss(self.marginal.rate(trace.posterior, trace.z, None))
+        arrived, sampling = ~batch.is_first, sampling or Sampling()
+        terms = trace.losses | self.objective(trace, batch, sampling) | self._marginal(trace, sampling, batch.row)
         terms["reward"] = Loss(self.heads.reward_loss(trace.feature, batch.reward), mask=arrived)
         terms["continue"] = Loss(self.heads.cont_loss(trace.feature, 1 - batch.is_terminal.to(trace.feature)), mask=arrived)
         if self.ensemble is not None:
             after = trace.embed[:, 1:]
             terms["ensemble"] = self.ensemble.loss(trace.feature[:, :-1], batch.prev_action[:, 1:], after, arrived[:, 1:])
+        return terms
+
+    def _marginal(self, trace: Trace, sampling: Sampling, rows: Tensor | None) -> dict[str, Loss]:
+        """The rate against the one law of all codes, and what that law itself learns from where the rate does not train it."""
+        law, options = self.marginal, {"sampling": sampling, "rows": rows}
+        if law is None:
+            return {}
+        exact = law.density == "exact"
+        terms = {}
+        if not self.dynamics.latent.certain:
+            terms["marginal"] = Loss(law.rate(trace.posterior, trace.z, None, frozen=not exact, **options))
+        if not exact or self.dynamics.latent.certain:
+            terms |= {f"fit/marginal/{name}": term for name, term in law.loss(trace.z.detach(), None, **options).items()}
         return terms
 
     @torch.no_grad()
@@ -210,7 +233,7 @@ class WorldModel(nn.Module):
 
         Source: Burda et al. 2016, section 5.2 (for Gaussians the variance of the posterior's mean).
         """
-        if isinstance(self.dynamics.latent, GaussianLatent):
+        if not isinstance(self.dynamics.latent, CategoricalLatent):
             return int((trace.posterior.mean.detach().flatten(0, -2).var(0) > threshold).sum())
         probs = trace.posterior.probs.detach().flatten(0, -3)
         average = probs.mean(0, keepdim=True)

@@ -321,6 +321,7 @@ class Replay:
             is_first=torch.from_numpy((flags & FIRST) != 0),
             is_last=torch.from_numpy(is_last),
             is_terminal=torch.from_numpy((flags & TERMINAL) != 0),
+            row=torch.from_numpy(sequence[:, :-1] * self.num_envs + streams[:, None]),
         )
 
     def _windows(self, column: np.ndarray, streams: np.ndarray, starts: np.ndarray, at: np.ndarray, length: int) -> np.ndarray:

@@ -54,7 +54,7 @@ def beliefs(world: WorldModel, episodes: Episodes, most: int = 100) -> Beliefs:
         trace.z[inside],
         trace.h[inside],
         trace.feature[inside],
-        float(trace.rates["rate"][inside].mean()),
+        float(trace.rate[inside].mean()),
         world.active_units(trace),
     )
 

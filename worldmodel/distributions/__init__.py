@@ -1,6 +1,6 @@
 """One role, many forms: laws of codes for the slots initial, transition, marginal and decoder."""
 
-from worldmodel.distributions.base import ClosedForm, ConditionalDistribution, Latent, Posterior
+from worldmodel.distributions.base import ClosedForm, ConditionalDistribution, Inputs, Latent, Posterior, Source, UndefinedRate
 from worldmodel.distributions.categorical import (
     Categorical,
     CategoricalConfig,
@@ -9,6 +9,7 @@ from worldmodel.distributions.categorical import (
     CategoricalPosterior,
 )
 from worldmodel.distributions.gaussian import Gaussian, GaussianConfig, GaussianLatent, GaussianLatentConfig, GaussianPosterior
+from worldmodel.distributions.point import PointLatent, PointLatentConfig, PointPosterior
 
 __all__ = [
     "Categorical",
@@ -23,6 +24,12 @@ __all__ = [
     "GaussianLatent",
     "GaussianLatentConfig",
     "GaussianPosterior",
+    "Inputs",
     "Latent",
+    "PointLatent",
+    "PointLatentConfig",
+    "PointPosterior",
     "Posterior",
+    "Source",
+    "UndefinedRate",
 ]

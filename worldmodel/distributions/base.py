@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from worldmodel.data import Loss, Sampling
+from worldmodel.data import Loss, Obs, Sampling
+
+
+class UndefinedRate(TypeError):
+    """A rate, density or entropy was asked of a belief that is a point."""
 
 
 class Posterior(ABC):
@@ -55,6 +61,10 @@ class Posterior(ABC):
 class Latent(ABC):
     """A family of codes: how large they are, how noise becomes a draw, how a network's output becomes a belief."""
 
+    kind: ClassVar[str]
+    """The name under which configs know it."""
+    certain: ClassVar[bool] = False
+    """Whether beliefs are points: then no rate exists."""
     size: int
     """Z: numbers in a flat code."""
     parameters: int
@@ -62,6 +72,11 @@ class Latent(ABC):
     metric: ClassVar[bool]
     """Whether the size of a code's numbers means something: a network that normalises them away could not go beyond
     what it was trained on."""
+
+    @property
+    def family(self) -> Latent:
+        """The codes over which laws are made: these, but for points, which a law knows as real numbers."""
+        return self
 
     @abstractmethod
     def noise(self, shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device | str) -> Tensor:
@@ -72,9 +87,7 @@ class Latent(ABC):
         """The belief that a network's output stands for."""
 
     @abstractmethod
-    def traverse(
-        self, code: Float[Tensor, " Z"], codes: Float[Tensor, "N Z"], steps: int, width: float
-    ) -> Float[Tensor, "V S Z"]:
+    def traverse(self, code: Float[Tensor, " Z"], codes: Float[Tensor, "N Z"], steps: int, width: float) -> Float[Tensor, "V S Z"]:
         """`code` with one of its V variables moved at a time, over what that variable does in `codes`."""
 
     def draw(self, belief: Posterior, sampling: Sampling, shape: tuple[int, ...], device) -> Float[Tensor, "*N Z"]:
@@ -85,17 +98,55 @@ class Latent(ABC):
         return belief.sample(noise, sampling.temperature)
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a dynamics model is told about the encoder.
+
+    shapes   {key: shape} of a scaled canonical observation
+    size     E: numbers in an embedding
+    encode   observations {key: [N, ...]} -> embeddings [N, E]; a bound method, so that a copied model has its own
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    size: int
+    encode: Callable[[Obs], Tensor]
+
+
+@dataclass(frozen=True)
+class Source:
+    """How the model comes to a belief: for forms whose components are posteriors. It holds bound methods and no module.
+
+    inputs     the encoder's side
+    carry_dim  D: numbers of the carry that the posterior reads beside the embedding; 0 where it reads none
+    posterior  (embedding [*N, E], carry [*N, D]) -> belief about z; a carry of width 0 where it reads none
+    """
+
+    inputs: Inputs
+    carry_dim: int
+    posterior: Callable[[Tensor, Tensor], Posterior]
+
+
 class ConditionalDistribution(nn.Module, ABC):
     """p(x | context) over flat events of size D. `context_dim` 0: unconditional, and `context` is None.
 
+    Every form is built with (config, latent, context_dim, source); only forms whose components are posteriors read the source.
     Readers branch on `density`, never on the class:
-    exact: `log_prob` is normalised; bound: it says which side; unnormalised: up to log Z(context); none: no density.
+    exact: `log_prob` is normalised; bound: it is a lower bound; unnormalised: it is up to ln Z(context); none: no density.
     """
 
     density: ClassVar[Literal["exact", "bound", "unnormalised", "none"]]
+    slots: ClassVar[frozenset[str]]
+    """Where the form may stand: initial, transition, marginal."""
+    latents: ClassVar[frozenset[str]]
+    """The kinds of codes that it is a law of."""
 
     def __init__(self, latent: Latent, context_dim: int):
         super().__init__()
+        if latent.kind not in self.latents:
+            raise TypeError(
+                f"{type(self).__name__} is a law of {' or '.join(sorted(self.latents))} codes, not of {latent.kind} ones: "
+                f"set model.dynamics.latent.kind={min(self.latents)}."
+            )
         self.latent = latent
         self.event_shape = (latent.size,)
         self.context_dim = context_dim
@@ -109,9 +160,19 @@ class ConditionalDistribution(nn.Module, ABC):
         """In nats; what it means is said by `density`."""
 
     def rate(
-        self, posterior: Posterior, z: Float[Tensor, "*N D"], context: Tensor | None, *, frozen: bool = False
+        self,
+        posterior: Posterior,
+        z: Float[Tensor, "*N D"],
+        context: Tensor | None,
+        *,
+        frozen: bool = False,
+        sampling: Sampling | None = None,
+        rows: Tensor | None = None,
     ) -> Float[Tensor, "*N"]:
-        """KL(posterior || self) estimated at z ~ posterior, in nats. `frozen`: no gradient into own parameters or context."""
+        """KL(posterior || self) estimated at z ~ posterior, in nats. `frozen`: no gradient into own parameters or context.
+
+        `rows`: numbers of the rows in the store, which a form made of stored rows needs for leaving each out of its own law.
+        """
         if frozen:
             own = {k: v.detach() for k, v in self.named_parameters()}
             context = None if context is None else context.detach()
@@ -121,16 +182,31 @@ class ConditionalDistribution(nn.Module, ABC):
         return posterior.log_prob(z) - prior
 
     def rates(
-        self, posterior: Posterior, z: Float[Tensor, "*N D"], context: Tensor | None
+        self,
+        posterior: Posterior,
+        z: Float[Tensor, "*N D"],
+        context: Tensor | None,
+        *,
+        sampling: Sampling | None = None,
+        rows: Tensor | None = None,
     ) -> tuple[Float[Tensor, "*N"], Float[Tensor, "*N"]]:
-        """The two one-sided rates: (trains self and the context, trains the posterior). Their values are equal."""
-        return self.rate(posterior.detach(), z.detach(), context), self.rate(posterior, z, context, frozen=True)
+        """The two one-sided rates: (trains self and the context, trains the posterior). Their values are equal.
+
+        Without an exact density the first trains nothing: such a form learns by its own `loss`.
+        """
+        options = {"sampling": sampling, "rows": rows}
+        rep = self.rate(posterior, z, context, frozen=True, **options)
+        if self.density != "exact":
+            return rep.detach(), rep
+        return self.rate(posterior.detach(), z.detach(), context, **options), rep
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         """`log_prob`: so that the module can be called with other parameters."""
         return self.log_prob(x, context)
 
-    def loss(self, x: Float[Tensor, "*N D"], context: Tensor | None) -> dict[str, Loss]:
+    def loss(
+        self, x: Float[Tensor, "*N D"], context: Tensor | None, *, sampling: Sampling | None = None, rows: Tensor | None = None
+    ) -> dict[str, Loss]:
         """What its own parameters minimise: for exact forms the negative log-likelihood."""
         return {"nll": Loss(-self.log_prob(x, context))}
 
@@ -145,18 +221,18 @@ class ConditionalDistribution(nn.Module, ABC):
         generator: torch.Generator | None = None,
     ) -> float:
         """Fit to frozen codes after the fact (two-stage); gives the last loss. Nothing upstream moves."""
-        codes = codes.detach()
+        codes, sampling = codes.detach(), Sampling(generator=generator)
+        context = None if context is None else context.detach()
         trainable = [p for p in self.parameters() if p.requires_grad]
         if not trainable:
-            return float(sum(term.mean() for term in self.loss(codes, context).values()))
+            return float(sum(term.mean() for term in self.loss(codes, context, sampling=sampling).values()))
         optimizer = torch.optim.Adam(trainable, lr=lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         value = torch.zeros(())
         for _ in range(steps):
             rows = torch.randint(len(codes), (min(batch, len(codes)),), generator=generator)
-            value = sum(
-                term.mean() for term in self.loss(codes[rows], None if context is None else context[rows].detach()).values()
-            )
+            given = None if context is None else context[rows]
+            value = sum(term.mean() for term in self.loss(codes[rows], given, sampling=sampling).values())
             optimizer.zero_grad(set_to_none=True)
             value.backward()
             nn.utils.clip_grad_norm_(trainable, 10.0)
@@ -183,10 +259,10 @@ class ClosedForm(ConditionalDistribution):
     def log_prob(self, x: Float[Tensor, "*N D"], context: Tensor | None) -> Float[Tensor, "*N"]:
         return self.given(context).log_prob(x)
 
-    def rate(self, posterior, z, context, *, frozen: bool = False):
+    def rate(self, posterior, z, context, *, frozen: bool = False, sampling=None, rows=None):
         prior = self.given(context)
         return posterior.kl(prior.detach() if frozen else prior)
 
-    def rates(self, posterior, z, context):
+    def rates(self, posterior, z, context, *, sampling=None, rows=None):
         prior = self.given(context)
         return posterior.detach().kl(prior), posterior.kl(prior.detach())

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from worldmodel.config import Frozen
-from worldmodel.distributions.base import ClosedForm, Latent, Posterior
+from worldmodel.distributions.base import ClosedForm, Latent, Posterior, Source
 from worldmodel.networks import MLP
 from worldmodel.registry import register
 
@@ -81,6 +81,7 @@ class CategoricalLatentConfig(Frozen):
 class CategoricalLatent(Latent):
     """probs = (1 - unimix) softmax(logits) + unimix / C: no class is ever impossible, so rates stay bounded."""
 
+    kind = "categorical"
     metric = False
 
     def __init__(self, config: CategoricalLatentConfig):
@@ -114,12 +115,13 @@ class CategoricalConfig(Frozen):
 
 @register("distribution", "categorical", CategoricalConfig)
 class Categorical(ClosedForm):
-    """Slots: initial, transition."""
+    """Independent categorical variables given the context."""
 
-    def __init__(self, config: CategoricalConfig, latent: Latent, context_dim: int):
+    slots = frozenset({"initial", "transition"})
+    latents = frozenset({"categorical"})
+
+    def __init__(self, config: CategoricalConfig, latent: Latent, context_dim: int, source: Source | None = None):
         super().__init__(latent, context_dim)
-        if not isinstance(latent, CategoricalLatent):
-            raise TypeError("A categorical distribution needs categorical latents: set model.dynamics.latent.kind=categorical.")
         if context_dim:
             self.net = MLP(context_dim, config.units, config.layers, latent.parameters)
         else:

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from worldmodel.config import Frozen
-from worldmodel.distributions.base import ClosedForm, Latent, Posterior
+from worldmodel.distributions.base import ClosedForm, Latent, Posterior, Source
 from worldmodel.networks import StraightMLP
 from worldmodel.registry import register
 
@@ -68,6 +68,7 @@ class GaussianLatentConfig(Frozen):
 class GaussianLatent(Latent):
     """std = softplus(raw + ln(e - 1)) + min_std: an untrained network believes about N(0, 1)."""
 
+    kind = "gaussian"
     metric = True
 
     def __init__(self, config: GaussianLatentConfig):
@@ -100,12 +101,13 @@ class GaussianConfig(Frozen):
 
 @register("distribution", "gaussian", GaussianConfig)
 class Gaussian(ClosedForm):
-    """Slots: initial, transition, marginal, decoder."""
+    """Independent normal numbers given the context."""
 
-    def __init__(self, config: GaussianConfig, latent: Latent, context_dim: int):
+    slots = frozenset({"initial", "transition", "marginal"})
+    latents = frozenset({"gaussian"})
+
+    def __init__(self, config: GaussianConfig, latent: Latent, context_dim: int, source: Source | None = None):
         super().__init__(latent, context_dim)
-        if not isinstance(latent, GaussianLatent):
-            raise TypeError("A gaussian distribution needs gaussian latents: set model.dynamics.latent.kind=gaussian.")
         self.standard = config.standard
         if config.standard:
             self.register_buffer("origin", torch.zeros(1, latent.size), persistent=False)

@@ -9,16 +9,18 @@ Source: Hafner et al. 2019 (PlaNet) for the model, 2021 (DreamerV2) for categori
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
 from worldmodel.config import Frozen, Part
 from worldmodel.data import Loss, Sampling, State, Trace
-from worldmodel.distributions import CategoricalLatentConfig, ConditionalDistribution, Posterior
+from worldmodel.distributions import CategoricalLatentConfig, ConditionalDistribution, Inputs, Posterior, Source
 from worldmodel.networks import MLP, BlockGRU, StraightMLP, linear, offset_linear
 from worldmodel.registry import build, register
 
@@ -40,9 +42,9 @@ class RSSMConfig(Frozen):
 class RSSM(nn.Module):
     """Dynamics over [B, T]; owns its posterior, its transition and initial distributions, their rates and free nats."""
 
-    def __init__(self, config: RSSMConfig, embed_dim: int, action_dim: int, transition: Frozen, initial: Frozen):
+    def __init__(self, config: RSSMConfig, inputs: Inputs, action_dim: int, transition: Frozen, initial: Frozen):
         super().__init__()
-        self.config = config
+        self.config, embed_dim = config, inputs.size
         self.latent = build("latent", config.latent)
         units, deter, size = config.units, config.deter, self.latent.size
         self.feature_dim = deter + size
@@ -61,8 +63,9 @@ class RSSM(nn.Module):
         else:
             net = StraightMLP if straight else MLP
             self.posterior_net = net(embed_dim, units, config.posterior_layers, self.latent.parameters)
-        self.transition: ConditionalDistribution = build("distribution", transition, self.latent, deter)
-        self.initial_law: ConditionalDistribution = build("distribution", initial, self.latent, 0)
+        self.source = Source(inputs, deter if self.filtering else 0, self.posterior)
+        self.transition: ConditionalDistribution = build("distribution", transition, self.latent.family, deter, self.source)
+        self.initial_law: ConditionalDistribution = build("distribution", initial, self.latent.family, 0, self.source)
 
     def initial(self, batch_size: int) -> State:
         """The state before the first observation: zeros."""
@@ -72,13 +75,17 @@ class RSSM(nn.Module):
     def feature(self, state: State) -> Float[Tensor, "*N F"]:
         return torch.cat([state["h"], state["z"]], -1)
 
+    def code(self, feature: Float[Tensor, "*N F"]) -> Float[Tensor, "*N Z"]:
+        """The code within a feature."""
+        return feature[..., -self.latent.size :]
+
     def begin(self, batch_size: int, sampling: Sampling) -> State:
         """A state from nothing: an episode's first carry, and a code from the initial distribution."""
         start = self.initial(batch_size)
         h = self._carry(start["h"], start["z"], start["h"].new_zeros(batch_size, self.action_in.in_features))
         return State({"h": h, "z": self.initial_law.sample(None, batch_size, sampling)[:, 0]})
 
-    def posterior(self, embed: Float[Tensor, "N E"], h: Float[Tensor, "N D"]) -> Posterior:
+    def posterior(self, embed: Float[Tensor, "*N E"], h: Float[Tensor, "*N D"]) -> Posterior:
         """The belief about z from an embedding; `h` is not looked at by an observation-only posterior."""
         if not self.filtering:
             return self.latent.belief(self.posterior_net(embed))
@@ -90,6 +97,11 @@ class RSSM(nn.Module):
         h = self._carry(state["h"], state["z"], action)
         return State({"h": h, "z": self.transition.sample(h, 1, sampling)[0]})
 
+    def look(self, state: State, embed: Float[Tensor, "N E"], sampling: Sampling) -> State:
+        """The state with its code replaced by what an observation of the same moment says."""
+        belief = self.posterior(embed, state["h"])
+        return State({**state, "z": self.latent.draw(belief, sampling, embed.shape[:-1], embed.device)})
+
     def observe(
         self,
         state: State,
@@ -97,6 +109,7 @@ class RSSM(nn.Module):
         prev_action: Float[Tensor, "B T A"],
         is_first: Bool[Tensor, "B T"],
         sampling: Sampling,
+        rows: Int[Tensor, "B T"] | None = None,
     ) -> tuple[State, Trace]:
         """The belief after each observation; `is_first` forgets the state. The state returned is the last one."""
         shape = is_first.shape
@@ -108,8 +121,9 @@ class RSSM(nn.Module):
         belief, h, z = scan(state, embed, actions, is_first, noise, sampling.temperature)
         last = State({"h": h[:, -1], "z": z[:, -1]})
         states = State({"h": h, "z": z})
-        rates, losses = self._rates(belief, z, h, is_first)
-        return last, Trace(embed, belief, z, h, self.feature(states), rates, losses, last, states)
+        rate, losses = self._losses(belief, z, h, is_first, sampling, rows)
+        predict = partial(self.transition.loss, context=h, sampling=sampling, rows=rows)
+        return last, Trace(embed, belief, z, h, self.feature(states), rate, losses, predict, last, states)
 
     def _carry(self, h: Tensor, z: Tensor, action: Tensor) -> Tensor:
         return self.gru(self.gru.inputs(self.bend(self.code_in(z) + self.action_in(action))), h)
@@ -149,23 +163,41 @@ class RSSM(nn.Module):
             hs.append(h)
         return belief, torch.stack(hs, 1), z
 
-    def _rates(self, belief: Posterior, z: Tensor, h: Tensor, is_first: Tensor) -> tuple[dict[str, Tensor], dict[str, Loss]]:
-        dyn, rep = self.transition.rates(belief, z, h)
-        losses = {}
-        if self.transition.density != "exact":
-            losses = {"transition": next(iter(self.transition.loss(z.detach(), h).values()))}
-        if is_first.any():
-            first = belief.index(is_first)
-            own, other = self.initial_law.rates(first, z[is_first], None)
+    def _losses(
+        self,
+        belief: Posterior,
+        z: Float[Tensor, "B T Z"],
+        h: Float[Tensor, "B T D"],
+        is_first: Bool[Tensor, "B T"],
+        sampling: Sampling,
+        rows: Int[Tensor, "B T"] | None,
+    ) -> tuple[Float[Tensor, "B T"], dict[str, Loss]]:
+        """(rate, losses): against the transition, and against the initial law where an episode begins."""
+        sampling, begins = replace(sampling, noise=None), bool(is_first.any())
+        first = {"sampling": sampling, "rows": None if rows is None else rows[is_first]}
+        losses = self._own("initial", z[is_first], None, **first) if begins else {}
+        if self.latent.certain:
+            return torch.full_like(z[..., 0], torch.nan), losses
+        dyn, rep = self.transition.rates(belief, z, h, sampling=sampling, rows=rows)
+        if begins:
+            own, other = self.initial_law.rates(belief.index(is_first), z[is_first], None, **first)
             dyn, rep = dyn.masked_scatter(is_first, own), rep.masked_scatter(is_first, other)
-        rates = {"rate": dyn.detach(), "dyn": self._free(dyn), "rep": self._free(rep)}
-        return rates, losses
+        later = ~is_first
+        losses |= self._own("transition", z[later], h[later], sampling=sampling, rows=None if rows is None else rows[later])
+        return dyn.detach(), {"dyn": Loss(self._free(dyn)), "rep": Loss(self._free(rep)), **losses}
+
+    def _own(self, slot: str, z: Float[Tensor, "N Z"], context: Float[Tensor, "N D"] | None, **options) -> dict[str, Loss]:
+        """What a law without an exact density, or of codes without a rate, learns from; nothing of it reaches the codes."""
+        law = self.transition if slot == "transition" else self.initial_law
+        if (law.density == "exact" and not self.latent.certain) or not len(z):
+            return {}
+        return {f"fit/{slot}/{name}": term for name, term in law.loss(z.detach(), context, **options).items()}
 
     def _free(self, rate: Tensor) -> Tensor:
         """Free nats: closed forms per row; a sampled rate on the batch mean, for the mean of a maximum is biased."""
         floor = self.config.free_nats
         if not floor:
             return rate
-        if self.transition.density == "exact" and hasattr(self.transition, "given"):
+        if hasattr(self.transition, "given"):
             return rate.clamp_min(floor)
         return rate + (rate.mean().clamp_min(floor) - rate.mean())

@@ -5,7 +5,7 @@
     python benchmarks/two_rooms.py --updates 1000 train.lr=5e-4      # dotted keys go over the recipe
     python benchmarks/two_rooms.py --print
 
-The recipe two_rooms: 20,000 random actions, each of four environment steps and kept for three on average, reward unseen; then the
+The recipe two_rooms: 25,000 random actions, each of four environment steps and kept for three on average, reward unseen; then the
 world model alone is trained on them. Evaluation: `--episodes` fresh episodes (environment seeds 30000..), start and goal in
 different rooms, the goal known by its picture alone; at each step CEM with coloured noise searches for the least sum of squared
 distances of imagined codes to the goal's. Success is arrival within 4 pixels in 25 actions.
@@ -40,7 +40,7 @@ from worldmodel.objectives import epps_pulley
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "sigreg": {"model.objective.probe": False},
-    "vicreg": {"model.objective.probe": False, "model.objective.anti": "vicreg"},
+    "vicreg": {"model.objective.probe": False, "model.objective.anti": "vicreg", "train.scales.collapse": 4.0},
     "none": {"model.objective.probe": False, "model.objective.anti": "none", "model.objective.inverse": False},
     "hybrid": {"model": "hybrid"},
 }

@@ -140,18 +140,19 @@ class TwoRooms(gym.Env):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
-    side, border, thickness, dot, door = 64, 2, 4, 2.5, 4.0
+    side, border, thickness, dot, door = 64, 2, 4, 2.5, 5.0
     """Pixels: the picture, the outer wall, the wall between the rooms, the dot's radius, half of the door's free width."""
     RADIUS = 4.0
 
     def __init__(self, random_wall: bool = False, speed: float = 2.0, limit: int = 100, render_mode: str | None = None):
-        if not 0 < speed <= 2 * self.door or limit < 1:
-            raise ValueError(f"TwoRooms needs 0 < speed <= {2 * self.door:g} and limit >= 1; got speed {speed}, limit {limit}.")
+        depth = self.thickness + 2 * self.dot
+        if not 0 < speed <= depth or limit < 1:
+            raise ValueError(f"TwoRooms needs 0 < speed <= {depth:g}, the door's depth, and limit >= 1; got {speed} and {limit}.")
         self.random_wall, self.speed, self.limit, self.render_mode = random_wall, speed, limit, render_mode
         self.observation_space = spaces.Box(0, 255, (self.side, self.side, 3), np.uint8)
         self.action_space = spaces.Box(-1, 1, (2,), np.float32)
         self.least, self.most = self.border + self.dot, self.side - self.border - self.dot
-        self.wall, self.gap = self.side / 2, 20.0  # x of the wall's middle, y of the door's
+        self.wall, self.gap = self.side / 2, 16.0  # x of the wall's middle, y of the door's
         self.position = self.goal = np.zeros(2)
         self.steps = 0
 
@@ -211,10 +212,9 @@ class TwoRooms(gym.Env):
         corners = [self.goal]
         for x in (east, west) if side > 0 else (west, east):  # from the goal backwards: the door's two ends
             if (x - self.position[0]) * side > 0 and (self.goal[0] - x) * side > 0:
-                straight = self.position[1] + (corners[0][1] - self.position[1]) * (x - self.position[0]) / (
-                    corners[0][0] - self.position[0]
-                )
-                corners.insert(0, np.array([x, np.clip(straight, self.gap - self.door, self.gap + self.door)]))
+                away = corners[0] - self.position
+                y = self.position[1] + away[1] * (x - self.position[0]) / away[0]
+                corners.insert(0, np.array([x, np.clip(y, self.gap - self.door, self.gap + self.door)]))
         return np.stack(corners)
 
     def _moved(self, position: np.ndarray, velocity: np.ndarray) -> np.ndarray:

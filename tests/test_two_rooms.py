@@ -102,7 +102,7 @@ def test_walls_stop_the_axis_that_runs_into_them():
     assert env.position.tolist() == [env.most, env.most] and east < env.most
 
 
-@pytest.mark.parametrize("options", [{"speed": 9.0}, {"speed": 0.0}, {"limit": 0}])
-def test_a_speed_that_could_leap_the_wall_is_refused(options):
+@pytest.mark.parametrize("options", [{"speed": 10.0}, {"speed": 0.0}, {"limit": 0}])
+def test_a_speed_that_leaps_through_the_door_is_refused(options):
     with pytest.raises(ValueError, match="TwoRooms needs"):
         TwoRooms(**options)

@@ -46,7 +46,7 @@ FLOORS = (
     "data registry recipes checkpoint",
     "config segments spaces pictures",
     "replay networks weights",
-    "distributions recording",
+    "distributions attention recording",
     "encoders decoders heads ensemble",
     "dynamics objectives",
     "model",

@@ -74,7 +74,8 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(config.train.threads)
     with Load() as load:
         if job["algorithm"] == OURS:
-            result = train_ours(job, config)
+            with tempfile.TemporaryDirectory() as folder:
+                result = train_ours(job, config, Path(folder) / "run")
         else:
             from baselines import run
 
@@ -83,8 +84,8 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     return {**result, "foreign": load.cores}
 
 
-def train_ours(job: dict[str, Any], config: Config) -> dict[str, Any]:
-    """`worldmodel.train` in a folder that is thrown away; when time is up it stops as by SIGTERM, and its state counts."""
+def train_ours(job: dict[str, Any], config: Config, path: Path, device: str = "cpu", resume: bool = False) -> dict[str, Any]:
+    """`worldmodel.train` into a folder; when time is up it stops as by SIGTERM, and its state counts."""
     import worldmodel
     from worldmodel.agents import Interrupted
 
@@ -96,19 +97,17 @@ def train_ours(job: dict[str, Any], config: Config) -> dict[str, Any]:
 
     timer = threading.Timer(60 * job["max_minutes"], stop)
     timer.daemon = True
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "run"
-        timer.start()
-        try:
-            log = say if job["verbose"] else _silent
-            done = worldmodel.train(job["recipe"], steps, job["seed"], path, job["overrides"], "cpu", log=log)
-            result = {**done.to_json(), "stopped": None}
-        except Interrupted:
-            if not late.is_set():  # somebody else wants this process to end
-                raise
-            result = {**interrupted(path, config), "stopped": "time"}
-        finally:
-            timer.cancel()
+    timer.start()
+    try:
+        log = say if job["verbose"] else _silent
+        done = worldmodel.train(job["recipe"], steps, job["seed"], path, job["overrides"], device, resume=resume, log=log)
+        result = {**done.to_json(), "stopped": None}
+    except Interrupted:
+        if not late.is_set():  # somebody else wants this process to end
+            raise
+        result = {**interrupted(path, config), "stopped": "time"}
+    finally:
+        timer.cancel()
     return {name: value for name, value in result.items() if name not in ("run", "recipe", "seed", "threads", "env_id")}
 
 

@@ -21,15 +21,17 @@ LATENTS = registry.kinds("latent")
 
 
 class Roll(NamedTuple):
-    """A dynamics with what its posterior may look at, over a kind of code."""
+    """A dynamics with what its posterior may look at, over a kind of code, with or without a level that ticks more slowly."""
 
     dynamics: str
     posterior: str
     latent: str
+    clocks: str = "one clock"
 
     def world(self, **options) -> WorldModel:
         """A world model in eval mode whose random parameters are large enough for every law to have something to say."""
         own = {} if self.posterior == "own" else {"posterior": self.posterior}
+        own |= {"slow": 5} if self.clocks == "two clocks" else {}
         parts = {name: options.pop(name) for name in ("marginal",) if name in options}
         world = small_world(latent=self.latent, dynamics={"kind": self.dynamics, **own, **options}, **parts)
         with torch.random.fork_rng(devices=[]):
@@ -44,6 +46,8 @@ def rolls() -> Iterator[Roll]:
         field = registry.config_class("dynamics", kind).model_fields.get("posterior")
         for posterior, latent in itertools.product(get_args(field.annotation) if field else ["own"], LATENTS):
             yield Roll(kind, posterior, latent)
+            if "slow" in registry.config_class("dynamics", kind).model_fields:
+                yield Roll(kind, posterior, latent, "two clocks")
 
 
 ROLLS = list(rolls())

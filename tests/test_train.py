@@ -149,9 +149,9 @@ def test_a_failing_environment_keeps_what_was_good(tmp_path):
 def test_numbers_that_are_not_finite_end_the_run_with_the_last_good_checkpoint(tmp_path, monkeypatch):
     calls, loss = [], WorldModel.loss
 
-    def ill(self, trace, batch):
+    def ill(self, *args):
         calls.append(None)
-        terms = loss(self, trace, batch)
+        terms = loss(self, *args)
         return terms if len(calls) < 5 else {name: dataclasses.replace(term, value=term.value / 0) for name, term in terms.items()}
 
     monkeypatch.setattr(WorldModel, "loss", ill)

@@ -130,6 +130,7 @@ class Learner:
             else:  # clipping first would spread one NaN over all gradients, and all would be named
                 bad = self._bad_gradients()
         self._step(bad)
+        metrics |= self.world.measures(trace, batch.is_first)
         metrics["active_units"] = self.world.active_units(trace)
         if not self.world.dynamics.latent.certain:
             metrics["rate"] = float(trace.rate.mean())

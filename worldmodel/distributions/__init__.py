@@ -8,8 +8,12 @@ from worldmodel.distributions.categorical import (
     CategoricalLatentConfig,
     CategoricalPosterior,
 )
+from worldmodel.distributions.flow import Flow, FlowConfig
 from worldmodel.distributions.gaussian import Gaussian, GaussianConfig, GaussianLatent, GaussianLatentConfig, GaussianPosterior
+from worldmodel.distributions.hierarchical import Hierarchical, HierarchicalConfig
+from worldmodel.distributions.mixture import Components, Mixture, MixtureConfig
 from worldmodel.distributions.point import PointLatent, PointLatentConfig, PointPosterior
+from worldmodel.distributions.vamp import VampConfig, VampPrior
 
 __all__ = [
     "Categorical",
@@ -18,18 +22,27 @@ __all__ = [
     "CategoricalLatentConfig",
     "CategoricalPosterior",
     "ClosedForm",
+    "Components",
     "ConditionalDistribution",
+    "Flow",
+    "FlowConfig",
     "Gaussian",
     "GaussianConfig",
     "GaussianLatent",
     "GaussianLatentConfig",
     "GaussianPosterior",
+    "Hierarchical",
+    "HierarchicalConfig",
     "Inputs",
     "Latent",
+    "Mixture",
+    "MixtureConfig",
     "PointLatent",
     "PointLatentConfig",
     "PointPosterior",
     "Posterior",
     "Source",
     "UndefinedRate",
+    "VampConfig",
+    "VampPrior",
 ]

@@ -1,14 +1,17 @@
 """The recurrent state-space model: a deterministic carry h and a stochastic code z.
 
-    h_t = GRU(h_{t-1}, z_{t-1}, a_{t-1})
+    h_t = GRU(h_{t-1}, z_{t-1}, a_{t-1}, s_t)
+    s_t = GRU(s_{t-1}, h_{t-1}, z_{t-1}) every k-th step since the episode began, else s_{t-1}: the slow level, where there is one
     posterior   q(z_t | h_t, x_t)  filtering,   or  q(z_t | x_t)  observation: a plain VAE encoder
     transition  p(z_t | h_t),      or the initial distribution p(z_0) where an episode begins
 
-Source: Hafner et al. 2019 (PlaNet) for the model, 2021 (DreamerV2) for categorical codes and the balanced KL.
+Source: Hafner et al. 2019 (PlaNet) for the model, 2021 (DreamerV2) for categorical codes and the balanced KL; Saxena et al. 2021
+(Clockwork VAE), section 3, for levels that tick at their own pace (here the slow one is deterministic).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -35,7 +38,28 @@ class RSSMConfig(Frozen):
     latent: Part["latent"] = Field(CategoricalLatentConfig(), description="the kind of code z")
     posterior: Literal["filtering", "observation"] = Field("filtering", description="q(z | h, x), or q(z | x) alone")
     posterior_layers: int = Field(1, ge=1, description="hidden layers of an observation-only posterior")
+    slow: int = Field(0, ge=0, description="size of a second carry that changes every few steps only; 0: none")
+    slow_every: int = Field(4, ge=1, description="steps between its ticks, counted from an episode's first")
     free_nats: float = Field(0.1, ge=0, description="rate in nats per step below which the KL is not pushed further down")
+
+
+class SlowLevel(nn.Module):
+    """A carry s that ticks every k-th step, driven by the fast level's carry and code, and heard by it at every step."""
+
+    def __init__(self, size: int, every: int, deter: int, code: int, units: int):
+        super().__init__()
+        self.size, self.every = size, every
+        self.below = offset_linear(deter + code, units)
+        self.gru = BlockGRU(units, size)
+        self.heard = linear(size, units, bias=False)
+
+    def forward(
+        self, s: Float[Tensor, "N S"], clock: Float[Tensor, "N 1"], h: Float[Tensor, "N D"], z: Float[Tensor, "N Z"]
+    ) -> tuple[Float[Tensor, "N S"], Float[Tensor, "N 1"]]:
+        """(the next s, the next clock): the clock says for how many steps s has stood; it ticks at 0."""
+        ticks = clock < 1
+        moved = self.gru(self.gru.inputs(nn.functional.silu(self.below(torch.cat([h, z], -1)))), s)
+        return torch.where(ticks, moved, s), torch.where(clock + 1 < self.every, clock + 1, 0.0)
 
 
 @register("dynamics", "rssm", RSSMConfig)
@@ -47,12 +71,13 @@ class RSSM(nn.Module):
         self.config, embed_dim = config, inputs.size
         self.latent = build("latent", config.latent)
         units, deter, size = config.units, config.deter, self.latent.size
-        self.feature_dim = deter + size
+        self.feature_dim = deter + config.slow + size
         self.action_in = linear(action_dim, units, bias=False)
         self.code_in = offset_linear(size, units)
         straight = self.latent.metric
         self.bend = nn.SiLU() if straight else nn.Sequential(nn.LayerNorm(units), nn.SiLU())
         self.gru = BlockGRU(units, deter, config.blocks)
+        self.slow = SlowLevel(config.slow, config.slow_every, deter, size, units) if config.slow else None
         self.filtering = config.posterior == "filtering"
         if self.filtering:
             self.embed_in = linear(embed_dim, units, bias=False)
@@ -69,11 +94,11 @@ class RSSM(nn.Module):
 
     def initial(self, batch_size: int) -> State:
         """The state before the first observation: zeros."""
-        zeros = self.code_in.weight.new_zeros
-        return State({"h": zeros(batch_size, self.config.deter), "z": zeros(batch_size, self.latent.size)})
+        sizes = {"h": self.config.deter, **({"slow": self.config.slow, "clock": 1} if self.slow else {}), "z": self.latent.size}
+        return State({name: self.code_in.weight.new_zeros(batch_size, size) for name, size in sizes.items()})
 
     def feature(self, state: State) -> Float[Tensor, "*N F"]:
-        return torch.cat([state["h"], state["z"]], -1)
+        return torch.cat([state[name] for name in ("h", "slow", "z") if name in state], -1)
 
     def code(self, feature: Float[Tensor, "*N F"]) -> Float[Tensor, "*N Z"]:
         """The code within a feature."""
@@ -82,11 +107,11 @@ class RSSM(nn.Module):
     def begin(self, batch_size: int, sampling: Sampling) -> State:
         """A state from nothing: an episode's first carry, and a code from the initial distribution."""
         start = self.initial(batch_size)
-        h = self._carry(start["h"], start["z"], start["h"].new_zeros(batch_size, self.action_in.in_features))
-        return State({"h": h, "z": self.initial_law.sample(None, batch_size, sampling)[:, 0]})
+        carry = self._move(start, self.action_in(start["h"].new_zeros(batch_size, self.action_in.in_features)))
+        return State({**carry, "z": self.initial_law.sample(None, batch_size, sampling)[:, 0]})
 
-    def posterior(self, embed: Float[Tensor, "*N E"], h: Float[Tensor, "*N D"]) -> Posterior:
-        """The belief about z from an embedding; `h` is not looked at by an observation-only posterior."""
+    def posterior(self, embed: Float[Tensor, "*#N E"], h: Float[Tensor, "*#N D"]) -> Posterior:
+        """The belief about z from an embedding; `h` is not looked at by an observation-only posterior. Batches may broadcast."""
         if not self.filtering:
             return self.latent.belief(self.posterior_net(embed))
         raw = self.posterior_out(self.embed_in(embed) + self.carry_in(h))
@@ -94,8 +119,8 @@ class RSSM(nn.Module):
 
     def imagine(self, state: State, action: Float[Tensor, "N A"], sampling: Sampling) -> State:
         """One step without looking."""
-        h = self._carry(state["h"], state["z"], action)
-        return State({"h": h, "z": self.transition.sample(h, 1, sampling)[0]})
+        carry = self._move(state, self.action_in(action))
+        return State({**carry, "z": self.transition.sample(carry["h"], 1, sampling)[0]})
 
     def look(self, state: State, embed: Float[Tensor, "N E"], sampling: Sampling) -> State:
         """The state with its code replaced by what an observation of the same moment says."""
@@ -118,50 +143,57 @@ class RSSM(nn.Module):
         if not sampling.mode:
             noise = sampling.noise if sampling.noise is not None else self.latent.noise(shape, sampling.generator, embed.device)
         scan = self._filter if self.filtering else self._unroll
-        belief, h, z = scan(state, embed, actions, is_first, noise, sampling.temperature)
-        last = State({"h": h[:, -1], "z": z[:, -1]})
-        states = State({"h": h, "z": z})
+        belief, states = scan(state, embed, actions, is_first, noise, sampling.temperature)
+        last, h, z = states.map(lambda x: x[:, -1]), states["h"], states["z"]
         rate, losses = self._losses(belief, z, h, is_first, sampling, rows)
         predict = partial(self.transition.loss, context=h, sampling=sampling, rows=rows)
         return last, Trace(embed, belief, z, h, self.feature(states), rate, losses, predict, last, states)
 
-    def _carry(self, h: Tensor, z: Tensor, action: Tensor) -> Tensor:
-        return self.gru(self.gru.inputs(self.bend(self.code_in(z) + self.action_in(action))), h)
+    def _move(self, state: Mapping[str, Tensor], action: Float[Tensor, "N U"]) -> dict[str, Tensor]:
+        """The carries one step after a state; `action` as `action_in` gives it."""
+        x, slow = self.code_in(state["z"]) + action, {}
+        if self.slow is not None:
+            slow["slow"], slow["clock"] = self.slow(state["slow"], state["clock"], state["h"], state["z"])
+            x = x + self.slow.heard(slow["slow"])
+        return {"h": self.gru(self.gru.inputs(self.bend(x)), state["h"]), **slow}
 
-    def _filter(self, state, embed, actions, is_first, noise, temperature) -> tuple[Posterior, Tensor, Tensor]:
-        """The posterior sees the carry, so that each step waits for the one before."""
+    def _filter(self, state, embed, actions, is_first, noise, temperature) -> tuple[Posterior, State]:
+        """The posterior sees the carry, so that each step waits for the one before. The belief and the states [B, T, ...]."""
         embeds = self.embed_in(embed)
         straight = None if self.embed_out is None else self.embed_out(embed)
         keep = (~is_first).to(embeds).unsqueeze(-1)
         resets = is_first.any(0).tolist()
-        h, z = state["h"], state["z"]
-        hs, zs, parameters = [], [], []
+        steps, parameters = [], []
         for t in range(is_first.shape[1]):
             if resets[t]:
-                h, z = h * keep[:, t], z * keep[:, t]
-            h = self.gru(self.gru.inputs(self.bend(self.code_in(z) + actions[:, t])), h)
-            raw = self.posterior_out(embeds[:, t] + self.carry_in(h))
+                state = {name: x * keep[:, t] for name, x in state.items()}
+            carry = self._move(state, actions[:, t])
+            raw = self.posterior_out(embeds[:, t] + self.carry_in(carry["h"]))
             raw = raw if straight is None else raw + straight[:, t]
             belief = self.latent.belief(raw)
-            z = belief.mode if noise is None else belief.sample(noise[:, t], temperature)
-            hs.append(h)
-            zs.append(z)
+            state = {**carry, "z": belief.mode if noise is None else belief.sample(noise[:, t], temperature)}
+            steps.append(state)
             parameters.append(raw)
-        return self.latent.belief(torch.stack(parameters, 1)), torch.stack(hs, 1), torch.stack(zs, 1)
+        return self.latent.belief(torch.stack(parameters, 1)), _stack(steps)
 
-    def _unroll(self, state, embed, actions, is_first, noise, temperature) -> tuple[Posterior, Tensor, Tensor]:
-        """The posterior needs no carry, so that all codes are known at once and only the GRU's recurrence is sequential."""
+    def _unroll(self, state, embed, actions, is_first, noise, temperature) -> tuple[Posterior, State]:
+        """The posterior needs no carry, so that all codes are known at once and only the recurrence is sequential."""
         belief = self.latent.belief(self.posterior_net(embed))
         z = belief.mode if noise is None else belief.sample(noise, temperature)
         keep = (~is_first).to(z).unsqueeze(-1)
         resets = is_first.any(0).tolist()
         previous = torch.cat([state["z"].unsqueeze(1), z[:, :-1]], 1) * keep
-        inputs = self.gru.inputs(self.bend(self.code_in(previous) + actions))
-        h, hs = state["h"], []
+        inputs = None if self.slow else self.gru.inputs(self.bend(self.code_in(previous) + actions))
+        carry, steps = {name: x for name, x in state.items() if name != "z"}, []
         for t in range(is_first.shape[1]):
-            h = self.gru(inputs[:, t], h * keep[:, t] if resets[t] else h)
-            hs.append(h)
-        return belief, torch.stack(hs, 1), z
+            if resets[t]:
+                carry = {name: x * keep[:, t] for name, x in carry.items()}
+            if inputs is None:
+                carry = self._move({**carry, "z": previous[:, t]}, actions[:, t])
+            else:
+                carry = {"h": self.gru(inputs[:, t], carry["h"])}
+            steps.append(carry)
+        return belief, State({**_stack(steps), "z": z})
 
     def _losses(
         self,
@@ -201,3 +233,8 @@ class RSSM(nn.Module):
         if hasattr(self.transition, "given"):
             return rate.clamp_min(floor)
         return rate + (rate.mean().clamp_min(floor) - rate.mean())
+
+
+def _stack(steps: list[dict[str, Tensor]]) -> State:
+    """One state [B, T, ...] of T states [B, ...]."""
+    return State({name: torch.stack([step[name] for step in steps], 1) for name in steps[0]})

@@ -58,25 +58,20 @@ def digits():
     return images[order].split(SPLIT)
 
 
-def model(form: str, latents: int, seed: int, overrides: dict[str, Any], units: int = 128, layers: int = 2):
-    """The VAE of one form and seed."""
+def model(form: str, latents: int, seed: int, own: dict[str, Any], train, units: int = 128, layers: int = 2):
+    """The VAE of one form and seed; `own`: options of the law; `train`: what pseudo-inputs begin with."""
     import vae
 
     from worldmodel.networks import MLP
 
-    law = vae.law_config({**FORMS[form], **overrides})
-    likelihood = vae.Logistic(LEVELS)
-    return vae.seeded(
-        seed,
-        lambda: vae.VAE(
-            (1, 8, 8),
-            latents,
-            MLP(64, units, layers, norm=False),
-            MLP(latents, units, layers, 64 * likelihood.outputs, norm=False),
-            likelihood,
-            law,
-        ),
-    )
+    law, likelihood, size = vae.law_config({**FORMS[form], **own}), vae.Logistic(LEVELS), train[0].numel()
+
+    def make():
+        body = MLP(size, units, layers, norm=False)
+        decoder = MLP(latents, units, layers, size * likelihood.outputs, norm=False)
+        return vae.VAE(tuple(train.shape[1:]), latents, body, decoder, likelihood, law)
+
+    return vae.seeded(seed, make, begin=train)
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
@@ -90,9 +85,9 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     train, valid, test = digits()
     if job["form"] == "ppca":
         return ppca(train, test, job)
-    own, shared = _parted(job["overrides"], job["form"])
+    own, shared = parted(job["overrides"], job["form"])
     setup = vae.Setup.parse({"latents": job["latents"], **shared})
-    trained = model(job["form"], job["latents"], job["seed"], own)
+    trained = model(job["form"], job["latents"], job["seed"], own, train)
     with Load() as load:
         found = vae.learn(trained, train, valid, setup, job["seed"])
         weighed = vae.weighed(trained, test, DRAWS, job["seed"])
@@ -112,7 +107,9 @@ def ppca(train, test, job: dict[str, Any]) -> dict[str, Any]:
     decoder = torch.nn.Linear(job["latents"], 64)
     law = vae.law_config(FORMS["gaussian"])
     linear = vae.seeded(job["seed"], lambda: vae.VAE((1, 8, 8), job["latents"], body, decoder, likelihood, law))
-    found = vae.learn(linear, train, train, vae.Setup(latents=job["latents"], lr=1e-2, decay=0.5, epochs=300, patience=300), job["seed"])
+    found = vae.learn(
+        linear, train, train, vae.Setup(latents=job["latents"], lr=1e-2, decay=0.5, epochs=300, patience=300), job["seed"]
+    )
     own = FactorModel(decoder.bias.detach(), decoder.weight.detach(), float(likelihood.log_sigma.detach().exp()))
     generator = torch.Generator().manual_seed(job["seed"])
     weighed = importance(
@@ -128,7 +125,7 @@ def ppca(train, test, job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _parted(overrides: list[str], form: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def parted(overrides: list[str], form: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """`flow.units=32 lr=0.001` as (options of this form's law, options of the set-up)."""
     own, shared = {}, {}
     for text in overrides:
@@ -162,7 +159,7 @@ def summary(group: dict[str, dict[int, dict[str, Any]]]) -> dict[str, dict[str, 
     """Per form {seed: row}: means over its seeds, and the gain over N(0, I) in nats, paired by seed."""
     out: dict[str, dict[str, Any]] = {}
     for form, rows in group.items():
-        means = ("nats", "rate", "distortion", "active", "ess", "seconds", "parameters", "law_parameters", "best_epoch")
+        means = ("nats", "rate", "distortion", "active", "ess", "cpu_seconds", "parameters", "law_parameters", "best_epoch")
         shown = {name: statistics.mean(row[name] for row in rows.values()) for name in means}
         out[form] = {"kind": f"IWAE-{DRAWS}" + (f" of {APART[form]}" if form in APART else ""), "seeds": sorted(rows), **shown}
         for name in ("exact", "gap", "ppca"):
@@ -179,7 +176,9 @@ def targets(found: dict[str, dict[str, Any]], latents: int) -> list[dict[str, An
     hoped = []
     for form, row in found.items():
         if "gain" in row and form not in APART:
-            hoped.append({"target": f"{form} within one standard error of N(0, I) or better", "met": row["gain"] >= -row["gain_se"]})
+            hoped.append(
+                {"target": f"{form} within one standard error of N(0, I) or better", "met": row["gain"] >= -row["gain_se"]}
+            )
         if "gain" in row and form in ("vamp", "flow") and latents == 2:
             hoped.append({"target": f"{form} better by more than one standard error", "met": row["gain"] > row["gain_se"]})
         if "gap" in row:
@@ -205,11 +204,24 @@ def lines(found: dict[str, dict[str, Any]], latents: int) -> list[list[str]]:
         cells = [f"{row[name]:.2f}" for name in ("nats",)] + [gain] + [f"{row[name]:.2f}" for name in ("rate", "distortion")]
         size = f"{number(row['parameters'])} ({number(row['law_parameters'])})"
         out.append([str(latents), form, row["kind"], str(len(row["seeds"])), *cells, f"{row['active']:.1f}", f"{row['ess']:.0f}"])
-        out[-1] += [f"{row['seconds']:.0f}", size]
+        out[-1] += [f"{row['cpu_seconds']:.0f}", size]
     return out
 
 
-HEAD = ["latents", "prior", "kind", "seeds", "nats", "over N(0, I)", "rate", "distortion", "active", "ESS", "seconds", "parameters (law)"]
+HEAD = [
+    "latents",
+    "prior",
+    "kind",
+    "seeds",
+    "nats",
+    "over N(0, I)",
+    "rate",
+    "distortion",
+    "active",
+    "ESS",
+    "cpu s",
+    "parameters (law)",
+]
 
 
 def report(rows: Rows, keys: list[dict[str, Any]] | None) -> dict[str, Any]:
@@ -225,7 +237,9 @@ def report(rows: Rows, keys: list[dict[str, Any]] | None) -> dict[str, Any]:
     for latents, found in out["latents"].items():
         if "ppca" in found:
             row = found["ppca"]
-            say_ppca = f"IWAE {row['nats']:.3f}, exact {row['exact']:.3f} (gap {row['gap']:.3f}), best linear model {row['ppca']:.3f}"
+            say_ppca = (
+                f"IWAE {row['nats']:.3f}, exact {row['exact']:.3f} (gap {row['gap']:.3f}), best linear model {row['ppca']:.3f}"
+            )
             print(f"ppca, {latents} latents, continuous: {say_ppca}")
     for line in out["targets"]:
         print(f"{'met' if line['met'] else 'NOT MET'}: {line['target']} ({line['latents']} latents)")
@@ -235,9 +249,11 @@ def report(rows: Rows, keys: list[dict[str, Any]] | None) -> dict[str, Any]:
 # The command line -------------------------------------------------------------------------------------------------------
 
 
-def parsed() -> tuple[argparse.Namespace, list[str]]:
+def command_line() -> tuple[argparse.Namespace, list[str]]:
     parser = options(__doc__)
-    parser.add_argument("--forms", default="gaussian,mixture,vamp,flow", help=f"of {', '.join([*FORMS, 'ppca'])}; separated by commas")
+    parser.add_argument(
+        "--forms", default="gaussian,mixture,vamp,flow", help=f"of {', '.join([*FORMS, 'ppca'])}; separated by commas"
+    )
     parser.add_argument("--seeds", type=int, default=5, help="how many seeds, from 0 on")
     parser.add_argument("--latents", help="numbers in a code, separated by commas; 2, with --mnist 40")
     parser.add_argument("--mnist", type=Path, metavar="DIR", help="the folder with MNIST's IDX files, plain or .gz")
@@ -256,7 +272,7 @@ def parsed() -> tuple[argparse.Namespace, list[str]]:
 
 
 def main() -> int:
-    args, overrides = parsed()
+    args, overrides = command_line()
     if args.worker:
         print(json.dumps(work(json.loads(args.worker))))
         return 0

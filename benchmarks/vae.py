@@ -155,11 +155,18 @@ def law_config(options: dict[str, Any]) -> Any:
     return registry.config_class("distribution", options["kind"]).parse(options)
 
 
-def seeded(seed: int, make: Callable[[], VAE]) -> VAE:
-    """A model whose first weights come from `seed` alone; the process's own random state stays as it was."""
+def seeded(seed: int, make: Callable[[], VAE], begin: Tensor | None = None) -> VAE:
+    """A model whose first weights come from `seed` alone; the process's own random state stays as it was.
+
+    begin  observations at which a law that is made of some starts (`VampPrior.begin`)
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return make()
+        vae = make()
+    if begin is not None and hasattr(vae.law, "begin"):
+        order = torch.randperm(len(begin), generator=torch.Generator().manual_seed(seed))
+        vae.law.begin({"image": begin[order]})
+    return vae
 
 
 def learn(
@@ -176,10 +183,10 @@ def learn(
     Forms with an exact density learn with the encoder, by their rate. The others learn by their own loss on codes that
     stand still, and their frozen rate trains the encoder.
     """
-    streams, begun = Streams.of(seed), time.perf_counter()
+    streams, begun, cpu = Streams.of(seed), time.perf_counter(), time.process_time()
     optimizer = torch.optim.Adam(vae.parameters(), lr=setup.lr)
     best, kept, at = -math.inf, copy.deepcopy(vae.state_dict()), 0
-    valid = _binarised(valid, torch.Generator().manual_seed(1)) if binary else valid
+    valid = binarised(valid, torch.Generator().manual_seed(1)) if binary else valid
     updates = epoch = 0
     for epoch in range(1, setup.epochs + 1):
         done = max((epoch - 1) / setup.epochs, (time.perf_counter() - begun) / setup.seconds)
@@ -190,16 +197,19 @@ def learn(
             group["lr"] = setup.lr * min(1.0, max(0.01, (1 - done) / setup.decay) if setup.decay else 1.0)
         vae.train()
         for rows in torch.randperm(len(train), generator=streams.rows).split(setup.batch):
-            x = _binarised(train[rows], streams.pixels) if binary else train[rows]
+            x = binarised(train[rows], streams.pixels) if binary else train[rows]
             _update(vae, optimizer, x, rows, beta, setup.clip, streams)
             updates += 1
         elbo = validation(vae, valid, setup.noises)
         if elbo > best and beta == 1:
             best, kept, at = elbo, copy.deepcopy(vae.state_dict()), epoch
-        log(f"epoch {epoch} beta {beta:.2f} validation ELBO {elbo:.3f} best {best:.3f} at {at}, {time.perf_counter() - begun:.0f} s")
+        log(
+            f"epoch {epoch} beta {beta:.2f} validation ELBO {elbo:.3f} best {best:.3f} at {at}, {time.perf_counter() - begun:.0f} s"
+        )
     vae.load_state_dict(kept)
     vae.eval()
-    return {"epochs": epoch, "best_epoch": at, "updates": updates, "validation": best, "seconds": time.perf_counter() - begun}
+    spent = {"seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time() - cpu}
+    return {"epochs": epoch, "best_epoch": at, "updates": updates, "validation": best, **spent}
 
 
 def _update(vae: VAE, optimizer, x: Tensor, rows: Tensor, beta: float, clip: float, streams: Streams) -> None:
@@ -230,7 +240,7 @@ def validation(vae: VAE, x: Tensor, noises: int, chunk: int = 2000) -> float:
     return total / len(x)
 
 
-def _binarised(x: Tensor, generator: torch.Generator) -> Tensor:
+def binarised(x: Tensor, generator: torch.Generator) -> Tensor:
     """Each pixel 1 with its own brightness as the probability."""
     return (torch.rand(x.shape, generator=generator) < x).to(x)
 

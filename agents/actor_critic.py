@@ -16,7 +16,7 @@ from worldmodel.agents.returns import ReturnScale, lambda_return, weights
 from worldmodel.config import Frozen
 from worldmodel.data import Batch, Dream, Sampling, State, Trace
 from worldmodel.errors import ConfigError
-from worldmodel.model import WorldModel, cautious, needs_ensemble, needs_marginal
+from worldmodel.model import WorldModel, doubt, needs_ensemble, needs_marginal
 from worldmodel.networks import MLP, TwoHot
 from worldmodel.spaces import ActionSpec
 
@@ -175,7 +175,7 @@ class ActorCriticLearner:
         logits = self.behaviour.critic(rows[:-1])  # read three times: for the returns, as the baseline, in the critic's loss
         with torch.no_grad():
             value = torch.cat([self.behaviour.two_hot.mean(logits), self.behaviour.value(rows[-1:])]).transpose(0, 1)  # [N, H+1]
-        reward = cautious(self.world, dream.reward, dream, self.config.penalty, self.config.manifold)
+        reward = dream.reward - doubt(self.world, dream, self.config.penalty, self.config.manifold)
         returns = lambda_return(reward, discount, self.behaviour.value(dream.feature) if through else value, self.config.lam)
         scale = self.scale.update(returns)
         gain = returns / scale if through else log_prob * (returns - value[:, :-1]) / scale

@@ -31,7 +31,7 @@ from worldmodel.data import Sampling, State
 from worldmodel.envs.draw import Viewer
 from worldmodel.errors import ConfigError, NumericsError, did_you_mean
 from worldmodel.learner import reuse_memory
-from worldmodel.model import WorldModel, cautious, needs_ensemble, needs_marginal
+from worldmodel.model import WorldModel, doubt, needs_ensemble, needs_marginal
 from worldmodel.replay import Replay
 from worldmodel.run import Run
 
@@ -208,7 +208,7 @@ class ImaginedWorld:
         uncertainty = dream.uncertainty[:, 0]
         if self.max_uncertainty is not None:
             over = over | (uncertainty > self.max_uncertainty)
-        reward = cautious(self.world, dream.reward, dream, self.penalty, self.manifold)[:, 0]
+        reward = reward - doubt(self.world, dream, self.penalty, self.manifold)[:, 0]
         return Arrival(dream.feature[:, 1], reward, terminated, over & ~terminated)
 
     # As arrays ------------------------------------------------------------------------------------------------------

@@ -62,6 +62,7 @@ ALL = [Cell(*names) for names in itertools.product(LAWS, SLOTS, LATENTS)]
 CELLS = [cell for cell in ALL if cell.accepted()]
 REFUSED = [cell for cell in ALL if not cell.accepted()]
 EXACT = [cell for cell in CELLS if registry.part("distribution", cell.law).density == "exact"]
+BOUND = [cell for cell in CELLS if registry.part("distribution", cell.law).density == "bound"]
 UNNORMALISED = [cell for cell in CELLS if registry.part("distribution", cell.law).density == "unnormalised"]
 
 
@@ -203,9 +204,9 @@ def test_a_frozen_rate_trains_the_belief_alone(cell, rate):
     belief = law.latent.belief(parameters)
     z = belief.sample(law.latent.noise((cell.rows(),), generator(), "cpu"))
     inputs = {"belief": parameters, **own_inputs(law, context)}
-    frozen = rate(law, belief, z, context, frozen=True)
+    frozen = rate(law, belief, z, context, frozen=True, sampling=Sampling(generator=generator(1)))
     assert reached(frozen, **inputs) == {"belief"}
-    free = rate(law, belief, z, context)
+    free = rate(law, belief, z, context, sampling=Sampling(generator=generator(1)))
     assert reached(free, **inputs) == set(inputs)
     torch.testing.assert_close(frozen, free)
 
@@ -221,6 +222,33 @@ def test_of_the_two_rates_one_trains_the_law_and_one_the_belief(cell, rates):
     torch.testing.assert_close(dyn, rep)
     assert reached(dyn, **inputs) == (set(inputs) - {"belief"} if law.density == "exact" else set())
     assert reached(rep, **inputs) == {"belief"}
+
+
+@cells(BOUND)
+def test_a_bound_of_a_density_holds_no_more_than_one(cell):
+    law, side = cell.build(), torch.linspace(-8, 8, 33)
+    points = torch.cartesian_prod(*[side] * law.latent.size)
+    mass = law.log_prob(points, None if cell.context() is None else cell.context()[:1].expand(len(points), -1)).exp().sum()
+    assert 0 < float(mass.detach()) * float(side[1] - side[0]) ** law.latent.size < 1.02
+
+
+@cells(BOUND)
+def test_fitted_to_a_gaussian_a_bound_is_below_the_truth(cell):
+    law, mean, std = cell.build(), torch.tensor([2.0, -1.0]), torch.tensor([0.5, 1.5])
+    train, test = (mean + std * torch.randn(500, 2, generator=generator(seed)) for seed in (0, 1))
+    context = torch.zeros(500, CONTEXT) if cell.slot == "transition" else None
+    law.fit(train, context, steps=200, lr=1e-2, generator=generator())
+    truth = torch.distributions.Normal(mean, std).log_prob(test).sum(-1).mean()
+    assert truth - 0.5 < float(law.log_prob(test, context).mean().detach()) < truth
+
+
+@cells(BOUND)
+def test_of_a_bounded_law_the_own_loss_trains_it_and_its_context(cell):
+    law, context, _ = gradient_setting(cell)
+    x = torch.randn(cell.rows(), law.latent.size, generator=generator(5))
+    for term in law.loss(x, context, sampling=Sampling(generator=generator())).values():
+        assert term.value.shape == (cell.rows(),) and term.unit in ("nats", "score")
+        assert reached(term.value, **own_inputs(law, context)) == set(own_inputs(law, context))
 
 
 def gradient_setting(cell: Cell) -> tuple[ConditionalDistribution, Tensor | None, Tensor]:
@@ -289,7 +317,7 @@ def two_clusters(latent: Latent, n: int, seed: int) -> tuple[Tensor, Tensor]:
     return belief.sample(latent.noise((n,), generator(seed + 1), "cpu")), context
 
 
-@cells(EXACT)
+@cells(EXACT + BOUND)
 def test_fitting_two_clusters_improves_what_was_held_out_and_moves_nothing_upstream(cell):
     law = cell.build()
     train, test = (two_clusters(law.latent, 500, seed) for seed in (0, 10))
@@ -301,7 +329,7 @@ def test_fitting_two_clusters_improves_what_was_held_out_and_moves_nothing_upstr
     assert math.isfinite(last) and upstream.grad is None
 
 
-@cells(EXACT)
+@cells(EXACT + BOUND)
 def test_fitting_with_the_same_generator_gives_the_same_bits(cell):
     fitted = []
     for _ in range(2):

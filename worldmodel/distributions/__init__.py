@@ -17,6 +17,7 @@ from worldmodel.distributions.categorical import (
     CategoricalLatentConfig,
     CategoricalPosterior,
 )
+from worldmodel.distributions.diffusion import Diffusion, DiffusionConfig
 from worldmodel.distributions.energy import Energy, EnergyConfig
 from worldmodel.distributions.flow import Flow, FlowConfig
 from worldmodel.distributions.gaussian import Gaussian, GaussianConfig, GaussianLatent, GaussianLatentConfig, GaussianPosterior
@@ -35,6 +36,8 @@ __all__ = [
     "ClosedForm",
     "Components",
     "ConditionalDistribution",
+    "Diffusion",
+    "DiffusionConfig",
     "Energy",
     "EnergyConfig",
     "Flow",

@@ -40,6 +40,10 @@ class Posterior(ABC):
     def log_prob(self, z: Float[Tensor, "*N Z"]) -> Float[Tensor, "*N"]:
         """ln of the normalised density or mass, in nats."""
 
+    def log_prob_each(self, x: Float[Tensor, "*M Z"]) -> Float[Tensor, "*M K"]:
+        """`log_prob` of each code under each of K beliefs [*M K], or [K] with as many ones in front as needed."""
+        return self.log_prob(x.unsqueeze(-2))
+
     @abstractmethod
     def entropy(self) -> Float[Tensor, "*N"]:
         """In nats, summed over the code's variables."""

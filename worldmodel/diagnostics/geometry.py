@@ -86,3 +86,18 @@ def traversal(world: WorldModel, seen: Beliefs, row: int, steps: int = 7, width:
 def interpolation(one: Float[Tensor, " F"], other: Float[Tensor, " F"], steps: int = 9) -> Float[Tensor, "S F"]:
     """Features on the straight line between two; categorical codes pass through mixtures of their categories."""
     return torch.lerp(one, other, torch.linspace(0, 1, steps, device=one.device).unsqueeze(-1))
+
+
+def spherical(one: Float[Tensor, " Z"], other: Float[Tensor, " Z"], steps: int = 9) -> Float[Tensor, "S Z"]:
+    """Codes on the arc between two, whose length goes evenly from one's to the other's.
+
+    Where codes are normal in many dimensions, all lie near a sphere, and the straight line leaves it. Source: Shoemake 1985;
+    White 2016, section 2.1. Codes on one line through 0 have no arc: they get the line.
+    """
+    share = torch.linspace(0, 1, steps, device=one.device).unsqueeze(-1)
+    lengths = one.norm(), other.norm()
+    angle = torch.arccos((one @ other / (lengths[0] * lengths[1]).clamp_min(1e-12)).clamp(-1, 1))
+    if angle.sin() < 1e-4:
+        return torch.lerp(one, other, share)
+    directions = torch.sin((1 - share) * angle) * one / lengths[0] + torch.sin(share * angle) * other / lengths[1]
+    return directions / angle.sin() * torch.lerp(lengths[0], lengths[1], share)

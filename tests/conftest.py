@@ -15,7 +15,7 @@ from torch import Tensor
 torch.set_num_threads(1)
 
 # The rooms whose annotations speak of shapes. The hook must stand before any of them is imported.
-TENSOR_ROOMS = "data networks distributions encoders decoders heads dynamics objectives model learner agents".split()
+TENSOR_ROOMS = "data networks attention distributions encoders decoders heads dynamics objectives model learner agents".split()
 install_import_hook(
     [f"worldmodel.{room}" for room in TENSOR_ROOMS],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",  # an int is a float, as everywhere in Python
@@ -24,7 +24,7 @@ install_import_hook(
 from worldmodel import registry  # noqa: E402
 from worldmodel.config import Frozen  # noqa: E402
 from worldmodel.data import Batch  # noqa: E402
-from worldmodel.distributions import Latent  # noqa: E402
+from worldmodel.distributions import Inputs, Latent, Posterior, Source  # noqa: E402
 from worldmodel.model import WorldModel  # noqa: E402
 from worldmodel.spaces import ActionSpec, ObsSpec  # noqa: E402
 
@@ -43,6 +43,8 @@ SIZES = {
     "classes": 3,
     "free_nats": 0.0,
     "blocks": 1,
+    "heads": 2,
+    "window": 4,
     "posterior_layers": 1,
     "unimix": 0.01,
     "min_std": 0.01,
@@ -53,6 +55,11 @@ SIZES = {
     "frames": 4,
     "refine_depth": 4,
     "refine_units": 16,
+    "components": 5,
+    "top": 1,
+    "transforms": 2,
+    "slow": 0,
+    "slow_every": 3,
 }
 """Options by name: a part that has one gets this value. A new part is small without being known here, and no test
 depends on a default."""
@@ -128,6 +135,36 @@ def generator(seed: int = 0) -> torch.Generator:
 def small_latent(kind: str, **options) -> Latent:
     """A kind of code at a size for tests."""
     return registry.build("latent", small("latent", kind, **options))
+
+
+class SmallEyes(torch.nn.Module):
+    """An encoder of two keys, a vector and an image, and a posterior over its embeddings, always with the same weights."""
+
+    SHAPES = {"vector": (3,), "image": (1, 2, 2)}
+    SIZE = 6
+
+    def __init__(self, latent: Latent, carry_dim: int):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)
+            self.see, self.judge = torch.nn.Linear(7, self.SIZE), torch.nn.Linear(self.SIZE, latent.parameters)
+            self.carry = torch.nn.Linear(carry_dim, latent.parameters, bias=False) if carry_dim else None
+            for layer in (self.see, self.judge):
+                torch.nn.init.orthogonal_(layer.weight, 1.5)
+        self.latent = latent
+
+    def encode(self, obs: dict[str, Tensor]) -> Tensor:
+        return self.see(torch.cat([obs[name].flatten(1) for name in self.SHAPES], -1))
+
+    def posterior(self, embed: Tensor, carry: Tensor) -> Posterior:
+        raw = self.judge(embed)
+        return self.latent.belief(raw if self.carry is None else raw + 0.3 * self.carry(carry))
+
+
+def small_source(latent: Latent, carry_dim: int = 0) -> Source:
+    """What laws made of posteriors are built with; its module is `source.posterior.__self__`."""
+    eyes = SmallEyes(latent, carry_dim)
+    return Source(Inputs(SmallEyes.SHAPES, SmallEyes.SIZE, eyes.encode), carry_dim, eyes.posterior)
 
 
 def assert_near(estimate: Tensor, truth: Tensor, draws: int, spread: Tensor) -> None:

@@ -46,7 +46,7 @@ FLOORS = (
     "data registry recipes checkpoint",
     "config segments spaces pictures",
     "replay networks weights denoising",
-    "distributions recording",
+    "distributions attention recording",
     "encoders decoders heads ensemble",
     "dynamics objectives",
     "model",

@@ -104,7 +104,7 @@ class Learner:
             self.average.scaling = world.scaling  # what was observed is no matter of averaging
         if config.compile:
             for model in {world, self.average}:
-                model.dynamics.gru.compile()
+                model.dynamics.compile_step()
 
     def prepare(self, batch: Batch) -> Batch:
         """A sampled batch on the model's device, its observations canonical and on the inner scale."""
@@ -131,6 +131,7 @@ class Learner:
             else:  # clipping first would spread one NaN over all gradients, and all would be named
                 bad = self._bad_gradients()
         self._step(bad)
+        metrics |= self.world.measures(trace, batch.is_first)
         metrics["active_units"] = self.world.active_units(trace)
         if not self.world.dynamics.latent.certain:
             metrics["rate"] = float(trace.rate.mean())

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from worldmodel.config import Frozen, Part
 from worldmodel.data import Batch, Dream, Loss, Obs, Sampling, State, Trace
 from worldmodel.decoders import DecoderConfig
-from worldmodel.distributions import CategoricalConfig, CategoricalLatent, GaussianConfig, Inputs, Posterior
+from worldmodel.distributions import (
+    CategoricalConfig,
+    CategoricalLatent,
+    ConditionalDistribution,
+    GaussianConfig,
+    Inputs,
+    Posterior,
+)
 from worldmodel.dynamics import RSSMConfig
 from worldmodel.encoders import EncoderConfig, InputScaling
 from worldmodel.ensemble import EnsembleConfig
@@ -52,7 +59,8 @@ class ModelConfig(Frozen):
 
     @model_validator(mode="after")
     def _forms_fit_their_slots(self) -> ModelConfig:
-        codes = build("latent", self.dynamics.latent).family.kind
+        latent = build("latent", self.dynamics.latent)
+        codes = latent.family.kind
         for slot in ("transition", "initial", "marginal"):
             form = getattr(self, slot)
             if form is None:
@@ -66,6 +74,11 @@ class ModelConfig(Frozen):
                 raise ValueError(
                     f"model.{slot}.kind={form.kind} is a law of {' or '.join(sorted(law.latents))} codes and does not fit "
                     f"model.dynamics.latent.kind={self.dynamics.latent.kind}: change one of them."
+                )
+            if law.of_beliefs and latent.certain:
+                raise ValueError(
+                    f"model.{slot}.kind={form.kind} is made of beliefs, and model.dynamics.latent.kind={self.dynamics.latent.kind} "
+                    "has none: change one of them."
                 )
         return self
 
@@ -153,7 +166,30 @@ class WorldModel(nn.Module):
         batch_size, length = batch.shape
         embed = self.encoder({name: flatten(x) for name, x in batch.obs.items()}).view(batch_size, length, -1)
         state = state if state is not None else self.initial(batch_size)
-        return self.dynamics.observe(state, embed, batch.prev_action, batch.is_first, sampling or Sampling(), batch.row)[1]
+        trace = self.dynamics.observe(state, embed, batch.prev_action, batch.is_first, sampling or Sampling(), batch.row)[1]
+        if self.training and batch.row is not None:
+            for law, rows in self._laws(batch.is_first).values():
+                if getattr(law, "remembers", False):
+                    law.remember({name: x[rows] for name, x in batch.obs.items()}, trace.h[rows], batch.row[rows])
+        return trace
+
+    def _laws(self, is_first: Bool[Tensor, "B T"]) -> dict[str, tuple[ConditionalDistribution, Bool[Tensor, "B T"]]]:
+        """{slot: (its law, the rows whose codes it is a law of)} for the slots that are filled."""
+        laws = {
+            "initial": (getattr(self.dynamics, "initial_law", None), is_first),
+            "transition": (self.dynamics.transition, ~is_first),
+            "marginal": (self.marginal, torch.ones_like(is_first)),
+        }
+        return {slot: (law, rows) for slot, (law, rows) in laws.items() if law is not None and rows.any()}
+
+    @torch.no_grad()
+    def measures(self, trace: Trace, is_first: Bool[Tensor, "B T"]) -> dict[str, float]:
+        """{"law/<slot>/<name>": number}: what each law says of itself at the codes of a trace."""
+        out = {}
+        for slot, (law, rows) in self._laws(is_first).items():
+            seen = law.measures(trace.z[rows], trace.h[rows] if slot == "transition" else None)
+            out |= {f"law/{slot}/{name}": value for name, value in seen.items()}
+        return out
 
     def loss(self, trace: Trace, batch: Batch, sampling: Sampling | None = None) -> dict[str, Loss]:
         """Every term by name, unscaled. "dyn" trains the prior side, "rep" the posterior; both carry free nats."""

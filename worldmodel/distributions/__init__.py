@@ -9,8 +9,12 @@ from worldmodel.distributions.categorical import (
     CategoricalPosterior,
 )
 from worldmodel.distributions.diffusion import Diffusion, DiffusionConfig
+from worldmodel.distributions.flow import Flow, FlowConfig
 from worldmodel.distributions.gaussian import Gaussian, GaussianConfig, GaussianLatent, GaussianLatentConfig, GaussianPosterior
+from worldmodel.distributions.hierarchical import Hierarchical, HierarchicalConfig
+from worldmodel.distributions.mixture import Components, Mixture, MixtureConfig
 from worldmodel.distributions.point import PointLatent, PointLatentConfig, PointPosterior
+from worldmodel.distributions.vamp import VampConfig, VampPrior
 
 __all__ = [
     "Categorical",
@@ -19,20 +23,29 @@ __all__ = [
     "CategoricalLatentConfig",
     "CategoricalPosterior",
     "ClosedForm",
+    "Components",
     "ConditionalDistribution",
     "Diffusion",
     "DiffusionConfig",
+    "Flow",
+    "FlowConfig",
     "Gaussian",
     "GaussianConfig",
     "GaussianLatent",
     "GaussianLatentConfig",
     "GaussianPosterior",
+    "Hierarchical",
+    "HierarchicalConfig",
     "Inputs",
     "Latent",
+    "Mixture",
+    "MixtureConfig",
     "PointLatent",
     "PointLatentConfig",
     "PointPosterior",
     "Posterior",
     "Source",
     "UndefinedRate",
+    "VampConfig",
+    "VampPrior",
 ]

@@ -67,6 +67,10 @@ class Latent(ABC):
     """Whether beliefs are points: then no rate exists."""
     size: int
     """Z: numbers in a flat code."""
+    variables: int
+    """Independent variables of a belief: what a code can be cut between."""
+    axis: ClassVar[int]
+    """The axis of a belief's parameters along which its variables lie."""
     parameters: int
     """Numbers that a network must give for one belief."""
     metric: ClassVar[bool]
@@ -85,6 +89,10 @@ class Latent(ABC):
     @abstractmethod
     def belief(self, parameters: Float[Tensor, "*N P"]) -> Posterior:
         """The belief that a network's output stands for."""
+
+    @abstractmethod
+    def part(self, variables: int) -> Latent:
+        """The family of codes with that many variables of the same kind."""
 
     @abstractmethod
     def traverse(self, code: Float[Tensor, " Z"], codes: Float[Tensor, "N Z"], steps: int, width: float) -> Float[Tensor, "V S Z"]:
@@ -118,7 +126,7 @@ class Source:
 
     inputs     the encoder's side
     carry_dim  D: numbers of the carry that the posterior reads beside the embedding; 0 where it reads none
-    posterior  (embedding [*N, E], carry [*N, D]) -> belief about z; a carry of width 0 where it reads none
+    posterior  (embedding [*N, E], carry [*N, D]) -> belief about z; the two broadcast; a carry of width 0 where it reads none
     """
 
     inputs: Inputs
@@ -139,6 +147,8 @@ class ConditionalDistribution(nn.Module, ABC):
     """Where the form may stand: initial, transition, marginal."""
     latents: ClassVar[frozenset[str]]
     """The kinds of codes that it is a law of."""
+    of_beliefs: ClassVar[bool] = False
+    """Whether it is made of the model's own posteriors, which point codes do not have."""
 
     def __init__(self, latent: Latent, context_dim: int):
         super().__init__()
@@ -209,6 +219,10 @@ class ConditionalDistribution(nn.Module, ABC):
     ) -> dict[str, Loss]:
         """What its own parameters minimise: for exact forms the negative log-likelihood."""
         return {"nll": Loss(-self.log_prob(x, context))}
+
+    def measures(self, x: Float[Tensor, "N D"], context: Float[Tensor, "N C"] | None) -> dict[str, float]:
+        """Numbers that show at codes x whether the form is at work as it should be; without gradient. {}: nothing to see."""
+        return {}
 
     def fit(
         self,

@@ -83,6 +83,7 @@ class CategoricalLatent(Latent):
 
     kind = "categorical"
     metric = False
+    axis = -2
 
     def __init__(self, config: CategoricalLatentConfig):
         self.variables, self.classes, self.unimix = config.variables, config.classes, config.unimix
@@ -95,6 +96,9 @@ class CategoricalLatent(Latent):
         logits = parameters.float().unflatten(-1, (self.variables, self.classes))  # rates lose too much in bf16
         probs = torch.softmax(logits, -1)
         return CategoricalPosterior(probs * (1 - self.unimix) + self.unimix / self.classes if self.unimix else probs)
+
+    def part(self, variables: int) -> CategoricalLatent:
+        return CategoricalLatent(CategoricalLatentConfig(variables=variables, classes=self.classes, unimix=self.unimix))
 
     def traverse(self, code, codes, steps, width) -> Tensor:
         """The first S classes of each variable, one after the other; `width` does not matter."""

@@ -70,9 +70,11 @@ class GaussianLatent(Latent):
 
     kind = "gaussian"
     metric = True
+    axis = -1
 
     def __init__(self, config: GaussianLatentConfig):
-        self.size, self.parameters, self.min_std = config.size, 2 * config.size, config.min_std
+        self.size = self.variables = config.size
+        self.parameters, self.min_std = 2 * config.size, config.min_std
 
     def noise(self, shape, generator, device) -> Tensor:
         return torch.randn(*shape, self.size, generator=generator, device=device)
@@ -80,6 +82,9 @@ class GaussianLatent(Latent):
     def belief(self, parameters: Tensor) -> GaussianPosterior:
         mean, raw = parameters.float().chunk(2, -1)  # rates lose too much in bf16
         return GaussianPosterior(mean, F.softplus(raw + math.log(math.e - 1)) + self.min_std)
+
+    def part(self, variables: int) -> GaussianLatent:
+        return GaussianLatent(GaussianLatentConfig(size=variables, min_std=self.min_std))
 
     def traverse(self, code, codes, steps, width) -> Tensor:
         """S evenly spaced values, `width` deviations to both sides of each number's mean."""

@@ -67,9 +67,10 @@ class PointLatent(Latent):
     kind = "point"
     metric = True
     certain = True
+    axis = -1
 
     def __init__(self, config: PointLatentConfig):
-        self.size = self.parameters = config.size
+        self.size = self.parameters = self.variables = config.size
 
     @property
     def family(self) -> Latent:
@@ -80,6 +81,9 @@ class PointLatent(Latent):
 
     def belief(self, parameters: Tensor) -> PointPosterior:
         return PointPosterior(parameters.float())
+
+    def part(self, variables: int) -> PointLatent:
+        return PointLatent(PointLatentConfig(size=variables))
 
     def traverse(self, code, codes, steps, width) -> Tensor:
         return self.family.traverse(code, codes, steps, width)

@@ -1,0 +1,100 @@
+"""Two latent levels in one code: the upper one says what the code is about, the lower one fills it in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from worldmodel.config import Frozen, Part
+from worldmodel.data import Sampling
+from worldmodel.distributions.base import ConditionalDistribution, Latent, Posterior, Source
+from worldmodel.errors import ConfigError
+from worldmodel.registry import build, config_class, register
+
+
+class HierarchicalConfig(Frozen):
+    """Where a code is cut in two, and the form of each level."""
+
+    kind: Literal["hierarchical"] = "hierarchical"
+    top: int = Field(4, ge=1, description="variables of the code that make up the upper level; the others are the lower one")
+    upper: Part["distribution"] | None = Field(None, description="p(z1 | context); none: the latent's own family")
+    lower: Part["distribution"] | None = Field(None, description="p(z2 | context, z1); none: the latent's own family")
+    units: int = Field(128, ge=1, description="width of the networks of levels that are of the latent's own family")
+    layers: int = Field(1, ge=0, description="hidden layers of these networks")
+
+
+@register("distribution", "hierarchical", HierarchicalConfig)
+class Hierarchical(ConditionalDistribution):
+    """p(z1, z2 | c) = p(z1 | c) p(z2 | c, z1), each level of any exact form: given c, a code's variables depend on one another.
+
+    The posterior stays mean-field, q(z1) q(z2), so the rate is the sum of the levels' rates: that of the lower one, in closed form
+    where it has one, given the z1 that was drawn. Its gradient reaches the posterior through z1 too.
+    Source: Soenderby et al. 2016 (Ladder VAE), eq. 1 to 5, for the order from the top down.
+    """
+
+    density = "exact"
+    slots = frozenset({"initial", "transition"})
+    latents = frozenset({"gaussian", "categorical"})
+
+    def __init__(self, config: HierarchicalConfig, latent: Latent, context_dim: int, source: Source | None = None):
+        super().__init__(latent, context_dim)
+        if config.top >= latent.variables:
+            raise ConfigError(
+                f"hierarchical: top={config.top} leaves nothing for the lower level of a code of {latent.variables} variables: "
+                f"at most {latent.variables - 1}."
+            )
+        self.top = config.top
+        own = config_class("distribution", latent.kind)(units=config.units, layers=config.layers)
+        one, two = latent.part(config.top), latent.part(latent.variables - config.top)
+        self.cut = one.size
+        self.upper: ConditionalDistribution = build("distribution", config.upper or own, one, context_dim)
+        self.lower: ConditionalDistribution = build("distribution", config.lower or own, two, context_dim + one.size)
+        for name, level in (("upper", self.upper), ("lower", self.lower)):
+            if level.density != "exact":
+                raise ConfigError(
+                    f"hierarchical: '{getattr(config, name).kind}' has no exact density, so the levels' rates would not add up. "
+                    f"Take another form as {name}."
+                )
+
+    def _below(self, z1: Tensor, context: Tensor | None) -> Tensor:
+        """The lower level's context."""
+        return z1 if context is None else torch.cat([context, z1], -1)
+
+    def sample(self, context: Tensor | None, count: int = 1, sampling: Sampling | None = None) -> Float[Tensor, "K N D"]:
+        """From the top down; options of sampling hold at both levels."""
+        sampling = replace(sampling or Sampling(), noise=None)
+        z1 = self.upper.sample(context, count, sampling)
+        below = self._below(z1, None if context is None else context.expand(count, *context.shape))
+        z2 = self.lower.sample(below.flatten(0, -2), 1, sampling)[0]
+        return torch.cat([z1, z2.view(*z1.shape[:-1], -1)], -1)
+
+    def log_prob(self, x: Float[Tensor, "*N D"], context: Tensor | None) -> Float[Tensor, "*N"]:
+        z1, z2 = x.tensor_split([self.cut], -1)
+        return self.upper.log_prob(z1, context) + self.lower.log_prob(z2, self._below(z1, context))
+
+    def rate(self, posterior, z, context, *, frozen: bool = False, sampling=None, rows=None):
+        if not frozen:
+            return self(z, context, posterior)
+        own = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        return torch.func.functional_call(self, own, (z, None if context is None else context.detach(), posterior))
+
+    def forward(self, x: Tensor, context: Tensor | None, posterior: Posterior | None = None) -> Tensor:
+        """`log_prob`, or with a posterior the rate: so that both can be asked of other parameters."""
+        if posterior is None:
+            return self.log_prob(x, context)
+        z1, z2 = x.tensor_split([self.cut], -1)
+        axis, rest = self.latent.axis, self.latent.variables - self.top
+        q1 = posterior.map(lambda p: p.narrow(axis, 0, self.top))
+        q2 = posterior.map(lambda p: p.narrow(axis, self.top, rest))
+        return self.upper.rate(q1, z1, context) + self.lower.rate(q2, z2, self._below(z1, context))
+
+    def measures(self, x: Float[Tensor, "N D"], context: Float[Tensor, "N C"] | None) -> dict[str, float]:
+        """What each level says, its name in front."""
+        z1, z2 = x.tensor_split([self.cut], -1)
+        levels = {"upper": self.upper.measures(z1, context), "lower": self.lower.measures(z2, self._below(z1, context))}
+        return {f"{level}/{name}": value for level, seen in levels.items() for name, value in seen.items()}

@@ -1,0 +1,146 @@
+"""VampPrior: a mixture of the model's own posteriors at pseudo-inputs, so that the prior is made of what the encoder says."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+
+from worldmodel.config import Frozen
+from worldmodel.data import Obs
+from worldmodel.distributions.base import Latent, Source
+from worldmodel.distributions.mixture import Components, Mixed, network
+from worldmodel.errors import ConfigError
+from worldmodel.registry import register
+
+
+class VampConfig(Frozen):
+    """How many pseudo-inputs there are, and where they live."""
+
+    kind: Literal["vamp"] = "vamp"
+    inputs: Literal["observation", "feature", "exemplar"] = Field(
+        "observation",
+        description="pseudo-inputs are learned observations, learned embeddings, or observations that came (exemplars)",
+    )
+    components: int = Field(32, ge=2, description="pseudo-inputs, each of them a component of the mixture")
+    weights: Literal["equal", "learned"] = Field("equal", description="weights without a context; with one a network gives them")
+    renew: int = Field(8, ge=1, description="exemplars replaced at each update")
+    units: int = Field(128, ge=1, description="width of the network from context to weights")
+    layers: int = Field(1, ge=0, description="hidden layers of that network")
+
+
+@register("distribution", "vamp", VampConfig)
+class VampPrior(Mixed):
+    """p(z | h) = sum_k w_k(h) q(z | u_k, h): the posterior q at K pseudo-inputs u_k. Without a context weights are free or equal.
+
+    observation  u_k are learned observations, seen through the encoder: the paper's
+    feature      u_k are learned embeddings; only the posterior's head is run again, as imagining needs
+    exemplar     u_k are observations of the replay; each is left out of the law of its own row
+
+    A posterior that reads the carry gets the context in its place, or without a context a carry of each pseudo-input's own,
+    learned (exemplar: the one it came with). The components train the encoder wherever the rate trains this law.
+    Source: Tomczak and Welling 2018, eq. 9 to 11; exemplars: Norouzi et al. 2020 (Exemplar VAE), eq. 4 and section 3.
+    """
+
+    of_beliefs = True
+
+    def __init__(self, config: VampConfig, latent: Latent, context_dim: int, source: Source | None = None):
+        super().__init__(latent, context_dim)
+        if source is None:
+            raise ConfigError(
+                "A vamp law is made of a model's own posteriors and was given none. Use it as model.transition, model.initial or "
+                "model.marginal of a model whose codes are beliefs, not within another law; else take distribution 'mixture'."
+            )
+        if context_dim and source.carry_dim not in (0, context_dim):
+            raise ConfigError(
+                f"vamp: its context has {context_dim} numbers, but the posterior reads a carry of {source.carry_dim}. "
+                "Let the posterior look at the observation alone (model.dynamics.posterior=observation), or take 'mixture'."
+            )
+        k, self.source, self.config = config.components, source, config
+        self.inner_carry = 0 if context_dim else source.carry_dim  # numbers of carry that pseudo-inputs bring along
+        exemplar = config.inputs == "exemplar"
+        if config.inputs == "feature":
+            pseudo = {"embed": torch.randn(k, source.inputs.size)}
+        else:
+            shapes = source.inputs.shapes
+            pseudo = {f"input{i}": self._begin(torch.randn(k, *shape), exemplar) for i, shape in enumerate(shapes.values())}
+        if self.inner_carry:
+            pseudo["carry"] = 0.1 * torch.randn(k, self.inner_carry)
+        for name, value in pseudo.items():
+            if exemplar:
+                self.register_buffer(name, value)
+            else:
+                self.register_parameter(name, nn.Parameter(value))
+        if exemplar:
+            self.register_buffer("row", torch.full((k,), -1, dtype=torch.int64))
+            self.register_buffer("oldest", torch.zeros((), dtype=torch.int64))
+        if context_dim:
+            self.net = network(latent, context_dim, config.units, config.layers, k)
+        elif config.weights == "learned":
+            self.logits = nn.Parameter(torch.zeros(1, k))
+
+    @staticmethod
+    def _begin(noise: Tensor, exemplar: bool) -> Tensor:
+        """Vectors as standardised ones are; images around grey: before the sigmoid where they are learned, else behind it."""
+        return torch.sigmoid(noise) if exemplar and noise.ndim == 4 else noise
+
+    def embeddings(self) -> Float[Tensor, "K E"]:
+        """The pseudo-inputs as the posterior is given them."""
+        if self.config.inputs == "feature":
+            return self.embed
+        own = {name: getattr(self, f"input{i}") for i, name in enumerate(self.source.inputs.shapes)}
+        if self.config.inputs == "observation":
+            own = {name: torch.sigmoid(u) if u.ndim == 4 else u for name, u in own.items()}
+        return self.source.inputs.encode(own)
+
+    def components(self, context: Tensor | None, rows: Tensor | None = None) -> Components:
+        """`rows` [*N]: an exemplar of the same row does not count, so that no code is explained by itself."""
+        embed = self.embeddings()
+        if self.context_dim and self.source.carry_dim:
+            embed, carry = embed.expand(*[1] * (context.ndim - 1), -1, -1), context.unsqueeze(-2)
+        else:
+            carry = self.carry if self.inner_carry else embed.new_zeros(len(embed), 0)
+        log_weights = self._log_weights(context, embed)
+        if rows is not None and self.config.inputs == "exemplar":
+            own = rows.unsqueeze(-1) == self.row
+            log_weights = torch.log_softmax(log_weights.masked_fill(own, -torch.inf), -1)
+        return Components(log_weights, self.source.posterior(embed, carry))
+
+    def _log_weights(self, context: Tensor | None, embed: Tensor) -> Float[Tensor, "*N K"]:
+        if self.context_dim:
+            return torch.log_softmax(self.net(context).float(), -1)
+        if self.config.weights == "learned":
+            return torch.log_softmax(self.logits.float(), -1)
+        k = self.config.components
+        return torch.full((1, k), -math.log(k), device=embed.device)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether `remember` does anything."""
+        return self.config.inputs == "exemplar"
+
+    @torch.no_grad()
+    def remember(self, obs: Obs, carry: Float[Tensor, "N D"], rows: Int[Tensor, " N"]) -> None:
+        """Some of these observations, with their carries and row numbers, take the places of the oldest exemplars.
+
+        They are taken at even distances; rows that are exemplars already are passed over.
+        """
+        ordered, at = rows.sort()
+        new = torch.ones_like(ordered, dtype=torch.bool)
+        new[1:] = ordered[1:] != ordered[:-1]
+        at = at[new & ~torch.isin(ordered, self.row)]
+        count = min(self.config.renew, self.config.components, len(at))
+        if not count:
+            return
+        at = at[torch.arange(count, device=at.device) * len(at) // count]
+        places = (self.oldest + torch.arange(count, device=at.device)) % self.config.components
+        for i, name in enumerate(self.source.inputs.shapes):
+            getattr(self, f"input{i}")[places] = obs[name][at]
+        if self.inner_carry:
+            self.carry[places] = carry[at]
+        self.row[places] = rows[at]
+        self.oldest.copy_((self.oldest + count) % self.config.components)

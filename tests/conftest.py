@@ -52,14 +52,14 @@ SIZES = {
     "sigma": "fitted",
     "min_sigma": 0.05,
     "min_sigma_image": 0.05,
-    "frames": 4,
-    "refine_depth": 4,
-    "refine_units": 16,
     "components": 5,
     "top": 1,
     "transforms": 2,
     "slow": 0,
     "slow_every": 3,
+    "frames": 4,
+    "refine_depth": 4,
+    "refine_units": 16,
 }
 """Options by name: a part that has one gets this value. A new part is small without being known here, and no test
 depends on a default."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from worldmodel import registry
 from worldmodel.data import Sampling
-from worldmodel.distributions import ConditionalDistribution, GaussianPosterior, Latent, Posterior
+from worldmodel.distributions import ConditionalDistribution, GaussianPosterior, Latent, Posterior, likelihood
 from worldmodel.errors import ConfigError
 from worldmodel.model import ModelConfig
 
@@ -63,6 +63,7 @@ CELLS = [cell for cell in ALL if cell.accepted()]
 REFUSED = [cell for cell in ALL if not cell.accepted()]
 EXACT = [cell for cell in CELLS if registry.part("distribution", cell.law).density == "exact"]
 BOUND = [cell for cell in CELLS if registry.part("distribution", cell.law).density == "bound"]
+UNNORMALISED = [cell for cell in CELLS if registry.part("distribution", cell.law).density == "unnormalised"]
 
 
 def cells(which: list[Cell]):
@@ -126,6 +127,36 @@ def test_an_exact_law_sums_to_one(cell):
     law = cell.build()
     _, volume, logp = whole_space(law, cell)
     torch.testing.assert_close(logp.exp().mul(volume.unsqueeze(-1)).sum(0), torch.ones(cell.rows()), rtol=0, atol=5e-4)
+
+
+@cells(UNNORMALISED)
+def test_an_unnormalised_law_sums_to_one_after_log_z(cell):
+    law = cell.build()
+    _, volume, logp = whole_space(law, cell)
+    log_z, size = law.log_z(cell.context(), 5000, Sampling(generator=generator()))
+    assert log_z.shape == size.shape == (cell.rows(),) and (size > 500).all()
+    total = (logp - log_z).exp().mul(volume.unsqueeze(-1)).sum(0)
+    torch.testing.assert_close(total, torch.ones(cell.rows()), rtol=0, atol=float(5 / size.min().sqrt()))
+
+
+@cells(UNNORMALISED)
+def test_draws_of_an_unnormalised_law_have_its_moments(cell):
+    law, draws = cell.build(), 5000
+    points, volume, logp = whole_space(law, cell)
+    mass = (logp + volume.log().unsqueeze(-1)).softmax(0)
+    x = law.sample(cell.context(), draws, Sampling(generator=generator())).detach()
+    assert x.shape == (draws, cell.rows(), law.latent.size)
+    for power in (1, 2):
+        assert_near((x**power).mean(0), torch.einsum("sn,sd->nd", mass, points**power), draws, (x**power).std(0))
+
+
+@cells(UNNORMALISED)
+def test_a_likelihood_of_an_unnormalised_law_asks_for_log_z(cell):
+    law, x = cell.build(), torch.zeros(cell.rows(), 2)
+    with pytest.raises(ConfigError, match="log_z"):
+        likelihood(law, x, cell.context())
+    log_z, _ = law.log_z(cell.context())
+    assert torch.equal(likelihood(law, x, cell.context(), log_z), law.log_prob(x, cell.context()) - log_z)
 
 
 @cells(EXACT)

@@ -286,7 +286,9 @@ def test_a_saved_world_is_the_same_world():
 @pytest.mark.parametrize("part", ["encoder", "decoder", "objective", "heads"])
 def test_every_registered_part_builds_into_a_world(part):
     for kind in registry.kinds(part):
-        world = small_world(**{part: small(part, kind)})
+        form = small(part, kind)
+        codes = {"latent": "point", "dynamics": {"posterior": "observation"}} if getattr(form, "points", False) else {}
+        world = small_world(**{part: form}, **codes)
         trace, batch = traced(world, known_batch())
         assert all(term.value.isfinite().all() for term in world.loss(trace, batch).values())
     assert ModelConfig.model_fields[part]

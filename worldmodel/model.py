@@ -82,6 +82,17 @@ class ModelConfig(Frozen):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _predicted_codes_are_points(self) -> ModelConfig:
+        looks = getattr(self.dynamics, "posterior", "observation")
+        if getattr(self.objective, "points", False) and (self.dynamics.latent.kind, looks) != ("point", "observation"):
+            raise ValueError(
+                f"model.objective.kind={self.objective.kind} predicts codes that are points and tell of one observation alone: set "
+                f"model.dynamics.latent.kind=point (now {self.dynamics.latent.kind}) and model.dynamics.posterior=observation "
+                f"(now {looks}), as model=jepa and model=hybrid do."
+            )
+        return self
+
 
 register("group", "model", ModelConfig)(ModelConfig)
 
@@ -194,6 +205,8 @@ class WorldModel(nn.Module):
     def loss(self, trace: Trace, batch: Batch, sampling: Sampling | None = None) -> dict[str, Loss]:
         """Every term by name, unscaled. "dyn" trains the prior side, "rep" the posterior; both carry free nats."""
         arrived, sampling = ~batch.is_first, sampling or Sampling()
+        if self.training and hasattr(self.objective, "follow"):
+            self.objective.follow(self.encoder, self.dynamics)
         terms = trace.losses | self.objective(trace, batch, sampling) | self._marginal(trace, sampling, batch.row)
         terms["reward"] = Loss(self.heads.reward_loss(trace.feature, batch.reward), mask=arrived)
         terms["continue"] = Loss(self.heads.cont_loss(trace.feature, 1 - batch.is_terminal.to(trace.feature)), mask=arrived)

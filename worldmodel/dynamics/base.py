@@ -173,7 +173,7 @@ class Dynamics(nn.Module, ABC):
         states, h = State({**carry, "z": z}), carry["h"]
         last = states.index((slice(None), -1))
         rate, losses = self._losses(belief, z, h, is_first, sampling, rows)
-        predict = partial(self.transition.loss, context=h, sampling=sampling, rows=rows)
+        predict = partial(self._predict, h, is_first, replace(sampling, noise=None), rows)
         return last, Trace(embed, belief, z, h, self.feature(states), rate, losses, predict, last, states)
 
     @staticmethod
@@ -209,6 +209,14 @@ class Dynamics(nn.Module, ABC):
         if (law.density == "exact" and not self.latent.certain) or not len(z):
             return {}
         return {f"fit/{slot}/{name}": term for name, term in law.loss(z.detach(), context, **options).items()}
+
+    def _predict(self, h: Tensor, is_first: Tensor, sampling: Sampling, rows: Tensor | None, z: Tensor) -> dict[str, Loss]:
+        """The transition's own loss at codes [B, T, Z]; it never sees rows that open an episode, whose loss is 0."""
+        later = ~is_first
+        terms = self.transition.loss(z[later], h[later], sampling=sampling, rows=None if rows is None else rows[later])
+        spread = torch.zeros_like(h[..., 0])
+        values = {name: t.value if t.value.ndim == 0 else spread.masked_scatter(later, t.value) for name, t in terms.items()}
+        return {name: Loss(values[name], t.unit, later) for name, t in terms.items()}
 
     def _free(self, rate: Tensor) -> Tensor:
         """Free nats: closed forms per row; a sampled rate on the batch mean, for the mean of a maximum is biased."""

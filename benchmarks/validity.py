@@ -60,7 +60,8 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         replay = run.replay()
         train = replay.sample(64, min(64, min(replay.lengths)), np.random.default_rng(0))
         held_out = collect(agent, run.config.env, data["episodes"], random=1.0)
-    found = measure(agent.policy.world.eval(), train, held_out.rows, job, torch_seed)
+    world = agent.policy.world.eval().requires_grad_(False)
+    found = measure(world, train, held_out.rows, job, torch_seed)
     return {**found, "foreign": load.cores}
 
 

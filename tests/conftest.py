@@ -57,6 +57,9 @@ SIZES = {
     "transforms": 2,
     "slow": 0,
     "slow_every": 3,
+    "frames": 4,
+    "refine_depth": 4,
+    "refine_units": 16,
 }
 """Options by name: a part that has one gets this value. A new part is small without being known here, and no test
 depends on a default."""

@@ -45,7 +45,7 @@ FLOORS = (
     "errors configs",
     "data registry recipes checkpoint",
     "config segments spaces pictures",
-    "replay networks weights",
+    "replay networks weights denoising",
     "distributions attention recording",
     "encoders decoders heads ensemble",
     "dynamics objectives",

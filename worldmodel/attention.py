@@ -63,8 +63,8 @@ class Block(nn.Module):
         return x + self._drop(self.mlp(self.before_mlp(x)), generator), memory
 
     def _drop(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Dropout whose draws come from the caller's generator, as torch's own could not."""
-        if not (self.dropout and self.training):
+        """Dropout whose draws come from the caller's generator, as torch's own could not; without one nothing is dropped."""
+        if not (self.dropout and self.training and generator is not None):
             return x
         keep = torch.rand(x.shape, generator=generator, device=x.device) >= self.dropout
         return x * keep / (1 - self.dropout)
@@ -104,7 +104,7 @@ class CausalTransformer(nn.Module):
 
         memory     [B, M, 2 D] for each layer, as `initial` or the last M rows of what this gave before
         seen       how many tokens before itself each token may see, 0 where a sequence opens; more than M counts as M
-        generator  of dropout, in training
+        generator  of dropout, in training; None: nothing is dropped
         """
         mask, kept = self._mask(seen), []
         for block, past in zip(self.blocks, memory, strict=True):

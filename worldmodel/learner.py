@@ -27,6 +27,7 @@ class ScaleConfig(Frozen):
     rep: float = Field(0.1, ge=0, description="rate, training the posterior")
     marginal: float = Field(1.0, ge=0, description="beta of a VAE: the rate against the marginal")
     fit: float = Field(1.0, ge=0, description="own losses of laws without an exact density, such as denoising")
+    denoise: float = Field(1.0, ge=0, description="own loss of a decoder that draws by diffusion")
     prediction: float = Field(1.0, ge=0, description="of codes from codes (jepa, hybrid)")
     collapse: float = Field(10.0, ge=0, description="what keeps codes apart (jepa, hybrid); independent of the batch's size")
     inverse: float = Field(1.0, ge=0, description="the action told from two codes (jepa, hybrid)")

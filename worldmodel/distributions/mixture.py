@@ -31,7 +31,7 @@ class Components:
 
     def log_prob(self, x: Float[Tensor, "*M Z"]) -> Float[Tensor, "*M"]:
         """In nats. The sum over components stands outside the product over a code's numbers: one component explains all of them."""
-        return torch.logsumexp(self.log_weights + self.beliefs.log_prob(x.unsqueeze(-2)), -1)
+        return torch.logsumexp(self.log_weights + self.beliefs.log_prob_each(x), -1)
 
     def sample(self, latent: Latent, count: int, sampling: Sampling) -> Float[Tensor, "S *N Z"]:
         """A component by its weight, then a draw of it; `temperature` sharpens the weights and narrows the components.
@@ -57,7 +57,7 @@ class Components:
 
     def shares(self, x: Float[Tensor, "*M Z"]) -> Float[Tensor, "*M K"]:
         """How likely each component is to have made x."""
-        return torch.softmax(self.log_weights + self.beliefs.log_prob(x.unsqueeze(-2)), -1)
+        return torch.softmax(self.log_weights + self.beliefs.log_prob_each(x), -1)
 
     def spread(self) -> Float[Tensor, ""]:
         """KL between two different components, in nats, averaged over all pairs; 0 where there is one only."""

@@ -88,6 +88,20 @@ class VampPrior(Mixed):
         """Vectors as standardised ones are; images around grey: before the sigmoid where they are learned, else behind it."""
         return torch.sigmoid(noise) if exemplar and noise.ndim == 4 else noise
 
+    @torch.no_grad()
+    def begin(self, obs: Obs) -> None:
+        """Learned pseudo-inputs start at the first K of these observations, and not at noise. ValueError where there are fewer."""
+        k = self.config.components
+        given = {name: obs[name][:k] for name in self.source.inputs.shapes}
+        if any(len(x) < k for x in given.values()):
+            raise ValueError(f"{k} pseudo-inputs cannot start at {min(map(len, given.values()))} observations. Give more.")
+        if self.config.inputs == "feature":
+            self.embed.copy_(self.source.inputs.encode(given))
+            return
+        for i, x in enumerate(given.values()):
+            learned = x.ndim == 4 and self.config.inputs == "observation"
+            getattr(self, f"input{i}").copy_(torch.logit(x.clamp(0.05, 0.95)) if learned else x)  # finite, and not saturated
+
     def embeddings(self) -> Float[Tensor, "K E"]:
         """The pseudo-inputs as the posterior is given them."""
         if self.config.inputs == "feature":

@@ -1,0 +1,283 @@
+"""A variational autoencoder around any law of codes: its parts, how it learns, and what is measured of it.
+
+The prior is a part of the project, built through the registry as a model builds it; everything else is the same for every
+form. Within a seed all forms begin with the same encoder and decoder and see the same batches and the same noise.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from worldmodel import registry
+from worldmodel.config import Frozen
+from worldmodel.data import Sampling
+from worldmodel.diagnostics.likelihood import Importance, active_units, importance, stacked
+from worldmodel.distributions import GaussianLatent, GaussianLatentConfig, GaussianPosterior, Inputs, Source
+
+
+class Setup(Frozen):
+    """What all forms share."""
+
+    latents: int = Field(2, ge=1, description="numbers in a code")
+    batch: int = Field(100, ge=1, description="observations in an update")
+    lr: float = Field(1e-3, gt=0, description="learning rate of Adam")
+    epochs: int = Field(500, ge=1, description="most passes over the training set")
+    patience: int = Field(50, ge=1, description="epochs without a better validation ELBO after which it ends")
+    warmup: float = Field(0.0, ge=0, le=1, description="share of the schedule in which the rate's weight grows from 0 to 1")
+    decay: float = Field(0.0, ge=0, le=1, description="share of the schedule in which the learning rate falls to 0, at its end")
+    clip: float = Field(100.0, gt=0, description="greatest norm of a gradient")
+    noises: int = Field(4, ge=1, description="draws of each code in the validation ELBO")
+    seconds: float = Field(math.inf, gt=0, allow_inf_nan=True, description="time after which it ends; the schedule follows it")
+
+
+class VAE(nn.Module):
+    """Encoder, law and decoder of observations [N, *shape] in [0, 1].
+
+    body     observations -> [N, E];  head  [N, E] -> parameters of a belief
+    decoder  codes [*N, Z] -> what `likelihood` takes
+    likelihood  (output of the decoder, x [N, *shape]) -> ln p(x|z) [*N]
+    law      config of the prior; made last, so that the others begin alike whatever it is
+    """
+
+    def __init__(self, shape: tuple[int, ...], latents: int, body: nn.Module, decoder: nn.Module, likelihood, law: Any):
+        super().__init__()
+        self.latent = GaussianLatent(GaussianLatentConfig(size=latents))
+        self.body, self.decoder, self.likelihood = body, decoder, likelihood
+        self.head = nn.Linear(body.out_features, self.latent.parameters)
+        source = Source(Inputs({"image": shape}, body.out_features, self.embed), 0, self.posterior)
+        self.law = registry.build("distribution", law, self.latent, 0, source)
+
+    def embed(self, obs: dict[str, Tensor]) -> Tensor:
+        return self.body(obs["image"].flatten(1))
+
+    def posterior(self, embed: Tensor, carry: Tensor | None = None) -> GaussianPosterior:
+        return self.latent.belief(self.head(embed))
+
+    def encode(self, x: Tensor) -> GaussianPosterior:
+        return self.posterior(self.embed({"image": x}))
+
+    def log_likelihood(self, z: Tensor, x: Tensor) -> Tensor:
+        """ln p(x|z) [*N] of codes [*N, Z], the last of *N along x."""
+        return self.likelihood(self.decoder(z), x)
+
+
+class Gated(nn.Module):
+    """(V x + a) sigmoid(W x + b). Source: Dauphin et al. 2017; van den Oord et al. 2016."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.both, self.out_features = nn.Linear(inputs, 2 * outputs), outputs
+        nn.init.kaiming_normal_(self.both.weight)
+        nn.init.zeros_(self.both.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.glu(self.both(x), -1)
+
+
+# Likelihoods ------------------------------------------------------------------------------------------------------------
+
+
+class Logistic:
+    """Each number is one of `levels` evenly spaced ones in [0, 1]: a logistic law cut into bins, the outer two without end.
+
+    The decoder gives a centre and a log scale for each. Source: Salimans et al. 2017 (PixelCNN++), eq. 2, with one component.
+    """
+
+    outputs = 2
+
+    def __init__(self, levels: int):
+        self.levels = levels
+
+    def __call__(self, out: Tensor, x: Tensor) -> Tensor:
+        centre, log_scale = out.unflatten(-1, (-1, 2)).unbind(-1)
+        sharpness, half = (-log_scale.clamp(-6, 1)).exp(), 0.5 / (self.levels - 1)
+        x = x.flatten(1)
+        below, above = (x > half).to(out), (x < 1 - half).to(out)  # whether the bin ends on that side
+        upper, lower = (x - centre + half) * sharpness, (x - centre - half) * sharpness
+        # s(u) - s(l) = s(u) s(-l) (1 - exp(l - u)): no difference of two numbers that are almost the same
+        ends = above * F.logsigmoid(upper) + below * F.logsigmoid(-lower)
+        return (ends + above * below * torch.log(-torch.expm1(-2 * half * sharpness))).sum(-1)
+
+
+class Bernoulli:
+    """Each number is 0 or 1."""
+
+    outputs = 1
+
+    def __call__(self, out: Tensor, x: Tensor) -> Tensor:
+        # ln sigmoid(out) where x is 1 and ln sigmoid(-out) where it is 0: one pass instead of the two of a cross-entropy
+        return -F.softplus(out * (1 - 2 * x.flatten(1))).sum(-1)
+
+
+class Normal(nn.Module):
+    """Each number is normal around the decoder's output, all with one learned deviation."""
+
+    outputs = 1
+
+    def __init__(self, log_sigma: float = -1.0):
+        super().__init__()
+        self.log_sigma = nn.Parameter(torch.tensor(log_sigma))
+
+    def forward(self, out: Tensor, x: Tensor) -> Tensor:
+        away = (x.flatten(1) - out) / self.log_sigma.exp()
+        return (-0.5 * away.square() - self.log_sigma - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+# Learning ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The random numbers of one seed: apart, so that a form that draws noise of its own disturbs nobody's batches."""
+
+    rows: torch.Generator
+    codes: torch.Generator
+    pixels: torch.Generator
+    law: torch.Generator
+
+    @classmethod
+    def of(cls, seed: int) -> Streams:
+        return cls(*(torch.Generator().manual_seed(4 * seed + n) for n in range(4)))
+
+
+def law_config(options: dict[str, Any]) -> Any:
+    """The config of a law from {"kind": ..., option: ...}; ConfigError for a kind or option that does not exist."""
+    return registry.config_class("distribution", options["kind"]).parse(options)
+
+
+def seeded(seed: int, make: Callable[[], VAE], begin: Tensor | None = None) -> VAE:
+    """A model whose first weights come from `seed` alone; the process's own random state stays as it was.
+
+    begin  observations at which a law that is made of some starts (`VampPrior.begin`)
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = make()
+    if begin is not None and hasattr(vae.law, "begin"):
+        order = torch.randperm(len(begin), generator=torch.Generator().manual_seed(seed))
+        vae.law.begin({"image": begin[order]})
+    return vae
+
+
+def learn(
+    vae: VAE,
+    train: Tensor,
+    valid: Tensor,
+    setup: Setup,
+    seed: int,
+    binary: bool = False,
+    log: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Trains until the validation ELBO is no better; leaves the best weights. `binary`: pixels are drawn anew in each batch.
+
+    Forms with an exact density learn with the encoder, by their rate. The others learn by their own loss on codes that
+    stand still, and their frozen rate trains the encoder.
+    """
+    streams, begun, cpu = Streams.of(seed), time.perf_counter(), time.process_time()
+    optimizer = torch.optim.Adam(vae.parameters(), lr=setup.lr)
+    best, kept, at = -math.inf, copy.deepcopy(vae.state_dict()), 0
+    valid = binarised(valid, torch.Generator().manual_seed(1)) if binary else valid
+    updates = epoch = 0
+    for epoch in range(1, setup.epochs + 1):
+        done = max((epoch - 1) / setup.epochs, (time.perf_counter() - begun) / setup.seconds)
+        if done >= 1 or (epoch - at > setup.patience and done > setup.warmup):
+            break
+        beta = min(1.0, done / setup.warmup) if setup.warmup else 1.0
+        for group in optimizer.param_groups:
+            group["lr"] = setup.lr * min(1.0, max(0.01, (1 - done) / setup.decay) if setup.decay else 1.0)
+        vae.train()
+        for rows in torch.randperm(len(train), generator=streams.rows).split(setup.batch):
+            x = binarised(train[rows], streams.pixels) if binary else train[rows]
+            _update(vae, optimizer, x, rows, beta, setup.clip, streams)
+            updates += 1
+        elbo = validation(vae, valid, setup.noises)
+        if elbo > best and beta == 1:
+            best, kept, at = elbo, copy.deepcopy(vae.state_dict()), epoch
+        log(
+            f"epoch {epoch} beta {beta:.2f} validation ELBO {elbo:.3f} best {best:.3f} at {at}, {time.perf_counter() - begun:.0f} s"
+        )
+    vae.load_state_dict(kept)
+    vae.eval()
+    spent = {"seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time() - cpu}
+    return {"epochs": epoch, "best_epoch": at, "updates": updates, "validation": best, **spent}
+
+
+def _update(vae: VAE, optimizer, x: Tensor, rows: Tensor, beta: float, clip: float, streams: Streams) -> None:
+    belief = vae.encode(x)
+    z = belief.sample(vae.latent.noise((len(x),), streams.codes, x.device))
+    exact, sampling = vae.law.density == "exact", Sampling(generator=streams.law)
+    rate = vae.law.rate(belief, z, None, frozen=not exact, sampling=sampling, rows=rows)
+    loss = (beta * rate - vae.log_likelihood(z, x)).mean()
+    if not exact:
+        loss = loss + sum(term.mean() for term in vae.law.loss(z.detach(), None, sampling=sampling, rows=rows).values())
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(vae.parameters(), clip)
+    if torch.isfinite(norm):
+        optimizer.step()
+
+
+@torch.no_grad()
+def validation(vae: VAE, x: Tensor, noises: int, chunk: int = 2000) -> float:
+    """The mean ELBO with the same noise at every call, in nats."""
+    vae.eval()
+    generator, total = torch.Generator().manual_seed(0), 0.0
+    prior = log_prior(vae, draws=1000)
+    for part in x.split(chunk):
+        belief = vae.encode(part)
+        z = belief.sample(vae.latent.noise((noises, len(part)), generator, part.device))
+        total += float((vae.log_likelihood(z, part) + prior(z) - belief.log_prob(z)).mean(0).sum())
+    return total / len(x)
+
+
+def binarised(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Each pixel 1 with its own brightness as the probability."""
+    return (torch.rand(x.shape, generator=generator) < x).to(x)
+
+
+# Measuring --------------------------------------------------------------------------------------------------------------
+
+
+def log_prior(vae: VAE, draws: int) -> Callable[[Tensor], Tensor]:
+    """ln p(z) of codes [*N, Z], normalised, or a bound where the form has no more to give."""
+    if vae.law.density != "unnormalised":
+        return lambda z: vae.law.log_prob(z, None)
+    log_z, _ = vae.law.log_z(None, count=draws, sampling=Sampling(generator=torch.Generator().manual_seed(0)))
+    return lambda z: vae.law.log_prob(z, None) - log_z.squeeze()
+
+
+@torch.no_grad()
+def weighed(vae: VAE, x: Tensor, draws: int, seed: int, rows: int = 500, prior=None) -> Importance:
+    """`draws` importance-weighted draws for each observation, `rows` observations at a time."""
+    generator, prior = torch.Generator().manual_seed(seed), prior or log_prior(vae, 10000)
+    parts = []
+    for part in x.split(rows):
+        likelihood = lambda z, part=part: vae.log_likelihood(z, part)  # noqa: E731
+        parts.append(importance(vae.encode(part), vae.latent, prior, likelihood, draws, generator))
+    return stacked(parts)
+
+
+def figures(vae: VAE, x: Tensor, found: Importance) -> dict[str, Any]:
+    """What a row tells of a trained model, in nats per observation."""
+    with torch.no_grad():
+        mean = vae.encode(x).mean
+    return {
+        "nats": float(found.nats.mean()),
+        "curve": {str(k): nats for k, nats in found.curve().items()},
+        "ess": float(found.ess.median()),
+        "rate": float(found.rate.mean()),
+        "distortion": float(found.distortion.mean()),
+        "active": active_units(mean),
+        "parameters": sum(p.numel() for p in vae.parameters()),
+        "law_parameters": sum(p.numel() for p in vae.law.parameters()),
+    }

@@ -21,6 +21,7 @@ _HOMES = {
     "Watch": "watch",
     "WorldModelAlgorithm": "loop",
     "evaluate": "evaluation",
+    "fit_prior": "two_stage",
     "train_in_dream": "in_dream",
     "latent_policy_kwargs": "extractor",
 }

@@ -181,11 +181,11 @@ class ActorCriticLearner:
 
     def starts(self, trace: Trace, batch: Batch, generator: torch.Generator | None) -> tuple[State, Tensor]:
         """Some or all states of the batch, and 0 for those in which the world has ended."""
-        state = trace.states.detach().map(lambda x: x.flatten(0, 1))
-        alive = (~batch.is_terminal).float().flatten()
+        length, alive = batch.shape[1], (~batch.is_terminal).float().flatten()
+        rows = torch.arange(len(alive), device=alive.device)
         if self.config.starts is not None and self.config.starts < len(alive):
             rows = torch.randperm(len(alive), generator=generator, device=alive.device)[: self.config.starts]
-            state, alive = state.index(rows), alive[rows]
+        state, alive = trace.states.detach().index((rows // length, rows % length)), alive[rows]
         return state, alive
 
     def imagine(self, state: State, generator: torch.Generator | None) -> tuple[Dream, Tensor, Tensor]:

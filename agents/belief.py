@@ -84,7 +84,7 @@ class BeliefPolicy(BasePolicy):
 
         deterministic: the belief's mode and the policy's mode. Without `state` every call is an episode's first.
         """
-        observation, vectorized = self._batched(observation)
+        observation, vectorized = self.batched(observation)
         rows = self.world.obs.to_rows(observation)
         size = len(next(iter(rows.values())))
         belief = self.begin(size)
@@ -96,7 +96,7 @@ class BeliefPolicy(BasePolicy):
         env_action = self.world.action.decode(action)
         return (env_action if vectorized else env_action.squeeze(0)), belief.numpy()
 
-    def _batched(self, observation: Any) -> tuple[Any, bool]:
+    def batched(self, observation: Any) -> tuple[Any, bool]:
         """The observation with a batch axis, and whether it had one."""
         if isinstance(observation, Mapping):
             name, key = next(iter(self.world.obs.keys.items()))

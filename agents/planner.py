@@ -13,11 +13,9 @@ policy and a terminal value as in Hansen et al. 2024 (TD-MPC2, algorithm 1).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from pydantic import Field, model_validator
@@ -54,6 +52,7 @@ class PlanConfig(Frozen):
     keep: int = Field(4, ge=0, description="icem: elites that are kept")
     penalty: float = Field(0.0, ge=0, description="taken off each reward, for each unit of the ensemble's uncertainty")
     bonus: float = Field(0.0, ge=0, description="added instead, while experience is collected: plans that explore")
+    goal: Literal["sum", "last"] = Field("sum", description="distance to a goal: summed over the horizon, or at its end alone")
 
     @model_validator(mode="after")
     def _fits(self) -> PlanConfig:
@@ -177,7 +176,7 @@ class PlannerController(DreamerController):
     """Acts by planning; its memory is the plan of the step before, shifted by one."""
 
     goal: Tensor | None = None
-    """Code [Z] to be reached; None: rewards count."""
+    """Codes [1 Z], or [B Z] of each state, to be reached; None: rewards count."""
 
     @property
     def learns(self) -> bool:
@@ -219,6 +218,8 @@ class PlannerController(DreamerController):
         """The plan for each of the B states; `memory` is what the search begins with, `penalty` weighs uncertainty."""
         config, spec = self.config.plan, world.action
         needs_ensemble(world, "agent.plan.penalty or agent.plan.bonus", penalty)
+        if self.goal is not None and len(self.goal) not in (1, state.batch_size):
+            raise ValueError(f"{len(self.goal)} goals for {state.batch_size} states: set one for all, or one for each.")
         shooting = config.method == "random"
         start = uniform(spec, memory["plan"]) if shooting else memory["plan"]
         law = PlanLaw.around(spec, start, config.first_std)
@@ -273,15 +274,20 @@ class PlannerController(DreamerController):
         return world.imagine(rows, act, plans.shape[2], Sampling(generator=generator, mode=True))
 
     def _value(self, world: WorldModel, dream: Dream, penalty: float) -> Float[Tensor, " N"]:
-        """What each roll-out is worth: rewards less the penalty, each for as much as it is likely to be reached, discounted."""
+        """What each roll-out is worth: rewards less the penalty, each for as much as it is likely to be reached, discounted.
+
+        Towards a goal: the squared distances of codes, less the penalty, undiscounted. The chance that the world has ended
+        does not lower them, or plans would seek the end. Sobal et al. 2025 (PLDM) and Terver et al. 2025 (EB-JEPA), whose
+        ablation has the sum 8 points of success above the last step.
+        """
         if self.goal is not None:
-            codes = dream.feature[:, 1:, -len(self.goal) :]
-            reward, terminal = -(codes - self.goal).square().sum(-1), False
-        else:
-            reward, terminal = dream.reward, self.config.plan.terminal
-        weight = weights(torch.ones_like(reward[:, 0]), self.config.gamma * dream.cont)
-        value = (weight[:, :-1] * (reward - penalty * dream.uncertainty)).sum(1)
-        return value + weight[:, -1] * self.value(dream.feature[:, -1]) if terminal else value
+            goal = self.goal.repeat_interleave(len(dream.reward) // len(self.goal), 0).unsqueeze(1)
+            distance = (world.dynamics.code(dream.feature[:, 1:]) - goal).square().sum(-1)
+            distance = distance[:, -1] if self.config.plan.goal == "last" else distance.sum(1)
+            return -distance - penalty * dream.uncertainty.sum(1)
+        weight = weights(torch.ones_like(dream.reward[:, 0]), self.config.gamma * dream.cont)
+        value = (weight[:, :-1] * (dream.reward - penalty * dream.uncertainty)).sum(1)
+        return value + weight[:, -1] * self.value(dream.feature[:, -1]) if self.config.plan.terminal else value
 
     def _weights(self, value: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:
         """Of the elites in the fit: equal, or with mppi by value, on the scale of their own spread."""
@@ -317,15 +323,16 @@ class Planner(Dreamer):
     def set_goal(self, obs: Any | None) -> None:
         """From now on plan towards this observation, by the distance of codes, instead of for reward; None: for reward again.
 
-        The code is the mean belief about `obs` alone, as at an episode's first step: exact where the posterior looks at
-        nothing else (model.dynamics.posterior=observation), else near it. Raises EnvError for another space.
+        A batch of observations gives each of as many environments a goal of its own. The code is the mean belief about `obs`
+        alone, as at an episode's first step: exact where the posterior looks at nothing else
+        (model.dynamics.posterior=observation), else near it. Raises EnvError for another space.
         """
         if obs is None:
             self.controller.goal = None
             return
-        batched = {k: np.asarray(x)[None] for k, x in obs.items()} if isinstance(obs, Mapping) else np.asarray(obs)[None]
+        batched, _ = self.policy.batched(obs)
         self.obs_spec.check(self.obs_spec.to_rows(batched, "the goal"), "the goal")
-        self.controller.goal = self.policy.world.encode(batched).mean.flatten()
+        self.controller.goal = self.policy.world.encode(batched).mean
 
 
 def flops(world: WorldModel, controller: PlannerController) -> int:

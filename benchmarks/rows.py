@@ -15,6 +15,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-PACKAGES = ("worldmodel", "torch", "numpy", "gymnasium", "stable_baselines3")
+PACKAGES = ("worldmodel", "torch", "numpy", "gymnasium", "stable_baselines3", "zuko")
 QUIET = 0.12
 """Foreign cores up to which a timed sample counts as quiet."""
 
@@ -136,7 +137,8 @@ def call(script: str | Path, job: Mapping[str, Any], threads: int, seconds: floa
 def command(words: Sequence[str], threads: int, seconds: float, **environment: str) -> dict[str, Any]:
     """The object on the last line of a command's stdout; Failed where it has none, fails, or takes longer than `seconds`."""
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), **environment}
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # an exception, on which `run` kills the worker
+    if threading.current_thread() is threading.main_thread():  # an exception, on which `run` kills the worker
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         done = subprocess.run(words, stdout=subprocess.PIPE, text=True, env=env, timeout=seconds)
     except subprocess.TimeoutExpired as error:

@@ -1,8 +1,8 @@
 """Where agents act: real environments, small worlds with known answers, the learned world as an environment,
 and real ones seen through it.
 
-Importing this registers `Catch-v0`, `Chain-v0` and `Imagined-v0` with Gymnasium (use them as `worldmodel.envs:Catch-v0`) and
-loads nothing else: the names below are resolved when they are first used.
+Importing this registers `Catch-v0`, `Chain-v0`, `TwoRooms-v0` and `Imagined-v0` with Gymnasium (use them as
+`worldmodel.envs:Catch-v0`) and loads nothing else: the names below are resolved when they are first used.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ _HOMES = {
     "LatentVecEnv": "latent",
     "RenderObservation": "wrappers",
     "Scene": "draw",
+    "TwoRooms": "tiny",
     "Viewer": "draw",
     "as_vec_env": "make",
     "check_vec_env": "check",
@@ -49,6 +50,7 @@ def __dir__() -> list[str]:
 
 gymnasium.register("Catch-v0", entry_point="worldmodel.envs.tiny:Catch", reward_threshold=0.9)
 gymnasium.register("Chain-v0", entry_point="worldmodel.envs.tiny:Chain", reward_threshold=0.39)
+gymnasium.register("TwoRooms-v0", entry_point="worldmodel.envs.tiny:TwoRooms", reward_threshold=0.9)
 gymnasium.register(
     "Imagined-v0",
     entry_point="worldmodel.envs.imagined:ImaginedEnv",

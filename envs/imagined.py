@@ -93,10 +93,10 @@ class ReplayStarts:
         trace = self.world.trace(batch.with_obs(self.world.inputs(batch.obs)), None, Sampling(generator=generator))
         opened = batch.is_first.cumsum(1) > 0
         known = opened | (torch.arange(length, device=opened.device) >= length // 4)
-        rows = (known & ~batch.is_terminal).flatten()
+        rows = known & ~batch.is_terminal
         if not rows.any():
             raise ConfigError("start='replay': the world ended at every row of the replay. Collect more, or use start='prior'.")
-        return trace.states.map(lambda x: x.flatten(0, 1)[rows])  # [N, ...]
+        return trace.states.index(rows)  # [N, ...]
 
 
 class Arrival(NamedTuple):

@@ -10,7 +10,7 @@ from gymnasium import spaces
 
 CELL = 8
 """Pixels along one side of a grid cell."""
-BACKGROUND, BALL, PADDLE = (16, 16, 32), (255, 208, 64), (64, 192, 255)
+BACKGROUND, BALL, PADDLE, WALL = (16, 16, 32), (255, 208, 64), (64, 192, 255), (128, 128, 144)
 
 
 def paint(frame: np.ndarray, row: int, column: int, colour: tuple[int, int, int]) -> None:
@@ -122,3 +122,110 @@ class Chain(gym.Env):
 
     def _observe(self) -> np.ndarray:
         return np.eye(self.length, dtype=np.float32)[self.position]
+
+
+class TwoRooms(gym.Env):
+    """A dot glides through two rooms with one door between them; it starts in one room, and the goal is in the other.
+
+    Observation  uint8 [64, 64, 3]: walls and dot. The goal is not in it: `goal_image()`, or info["goal_obs"] at the reset
+    Action       Box [-1, 1]^2, velocity (right, down): up to `speed` pixels a step along each axis
+    Motion       walls stop the axis that runs into them, so that the dot slides along; nothing is random
+    Reward       1 on arriving within RADIUS pixels of the goal, else 0
+    End          terminates there; truncates on step `limit`
+    Info         "position" and "goal", pixels (x, y); "is_success" after each step
+
+    Wall and door are always the same, or with `random_wall` drawn at each reset; start and goal are drawn evenly from the
+    two rooms. `way()` is a shortest one; who follows it arrives in every episode, while heading for the goal
+    as if there were no wall gets stuck at the wall in most. Size and idea: Sobal et al. 2025 (PLDM), the two-rooms task.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
+    side, border, thickness, dot, door = 64, 2, 4, 2.5, 5.0
+    """Pixels: the picture, the outer wall, the wall between the rooms, the dot's radius, half of the door's free width."""
+    RADIUS = 4.0
+
+    def __init__(self, random_wall: bool = False, speed: float = 2.0, limit: int = 100, render_mode: str | None = None):
+        depth = self.thickness + 2 * self.dot
+        if not 0 < speed <= depth or limit < 1:
+            raise ValueError(f"TwoRooms needs 0 < speed <= {depth:g}, the door's depth, and limit >= 1; got {speed} and {limit}.")
+        self.random_wall, self.speed, self.limit, self.render_mode = random_wall, speed, limit, render_mode
+        self.observation_space = spaces.Box(0, 255, (self.side, self.side, 3), np.uint8)
+        self.action_space = spaces.Box(-1, 1, (2,), np.float32)
+        self.least, self.most = self.border + self.dot, self.side - self.border - self.dot
+        self.wall, self.gap = self.side / 2, 16.0  # x of the wall's middle, y of the door's
+        self.position = self.goal = np.zeros(2)
+        self.steps = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        if self.random_wall:
+            self.wall, self.gap = self.np_random.uniform((24, 12), (40, 52))
+        places = self.np_random.uniform(self.least, self.most, (2, 2))
+        west, east = self.faces()
+        share = (places[:, 0] - self.least) / (self.most - self.least)
+        places[:, 0] = self.least + share[0] * (west - self.least), east + share[1] * (self.most - east)
+        self.position, self.goal = places[:: self.np_random.choice((-1, 1))].copy()
+        self.steps = 0
+        return self.picture(self.position), {**self._info(), "goal_obs": self.goal_image()}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        velocity = self.speed * np.clip(np.asarray(action, np.float64), -1, 1)
+        self.position = self._moved(self.position, velocity)
+        self.steps += 1
+        reached = self.distance() <= self.RADIUS
+        truncated = self.steps >= self.limit and not reached
+        return self.picture(self.position), float(reached), reached, truncated, {**self._info(), "is_success": reached}
+
+    def render(self) -> np.ndarray | None:
+        return self.picture(self.position) if self.render_mode == "rgb_array" else None
+
+    def faces(self) -> tuple[float, float]:
+        """The x at which the wall stops the dot's middle: from the west, from the east."""
+        half = self.thickness / 2 + self.dot
+        return self.wall - half, self.wall + half
+
+    def distance(self) -> float:
+        """Pixels from the dot to the goal, as the crow flies."""
+        return float(np.linalg.norm(self.goal - self.position))
+
+    def goal_image(self) -> np.ndarray:
+        """The observation of one who has arrived."""
+        return self.picture(self.goal)
+
+    def picture(self, position: np.ndarray) -> np.ndarray:
+        """The observation [64, 64, 3] with the dot at `position`; its rim is smooth, so that parts of a pixel show."""
+        frame = np.empty(self.observation_space.shape, np.uint8)
+        frame[:] = WALL
+        inner = slice(self.border, self.side - self.border)
+        frame[inner, inner] = BACKGROUND
+        middle = np.arange(self.side) + 0.5
+        closed = np.abs(middle - self.gap) > self.door + self.dot
+        frame[np.ix_(closed, np.abs(middle - self.wall) < self.thickness / 2)] = WALL
+        away = np.hypot(middle - position[0], (middle - position[1])[:, None])
+        cover = np.clip(self.dot + 0.5 - away, 0, 1)[:, :, None]
+        return np.rint(frame + cover * (np.array(BALL) - frame)).astype(np.uint8)
+
+    def way(self) -> np.ndarray:
+        """The corners [N, 2] of a shortest way from the dot to the goal, which is the last."""
+        west, east = self.faces()
+        side = np.sign(self.goal[0] - self.position[0])
+        corners = [self.goal]
+        for x in (east, west) if side > 0 else (west, east):  # from the goal backwards: the door's two ends
+            if (x - self.position[0]) * side > 0 and (self.goal[0] - x) * side > 0:
+                away = corners[0] - self.position
+                y = self.position[1] + away[1] * (x - self.position[0]) / away[0]
+                corners.insert(0, np.array([x, np.clip(y, self.gap - self.door, self.gap + self.door)]))
+        return np.stack(corners)
+
+    def _moved(self, position: np.ndarray, velocity: np.ndarray) -> np.ndarray:
+        x, y = position
+        west, east = self.faces()
+        opening = self.gap - self.door, self.gap + self.door
+        x_new = float(np.clip(x + velocity[0], self.least, self.most))
+        if not opening[0] <= y <= opening[1]:
+            x_new = min(x_new, west) if x <= west else max(x_new, east)
+        low, high = opening if west < x_new < east else (self.least, self.most)
+        return np.array([x_new, np.clip(y + velocity[1], low, high)])
+
+    def _info(self) -> dict[str, Any]:
+        return {"position": self.position.copy(), "goal": self.goal.copy()}

@@ -15,7 +15,7 @@ from torch import Tensor
 torch.set_num_threads(1)
 
 # The rooms whose annotations speak of shapes. The hook must stand before any of them is imported.
-TENSOR_ROOMS = "data networks distributions encoders decoders heads dynamics objectives model learner agents".split()
+TENSOR_ROOMS = "data networks attention distributions encoders decoders heads dynamics objectives model learner agents".split()
 install_import_hook(
     [f"worldmodel.{room}" for room in TENSOR_ROOMS],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",  # an int is a float, as everywhere in Python
@@ -43,6 +43,8 @@ SIZES = {
     "classes": 3,
     "free_nats": 0.0,
     "blocks": 1,
+    "heads": 2,
+    "window": 4,
     "posterior_layers": 1,
     "unimix": 0.01,
     "min_std": 0.01,
@@ -55,6 +57,9 @@ SIZES = {
     "transforms": 2,
     "slow": 0,
     "slow_every": 3,
+    "frames": 4,
+    "refine_depth": 4,
+    "refine_units": 16,
 }
 """Options by name: a part that has one gets this value. A new part is small without being known here, and no test
 depends on a default."""

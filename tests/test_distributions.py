@@ -68,3 +68,18 @@ def test_a_standard_gaussian_has_nothing_to_learn_whatever_the_context(context):
     assert not list(law.parameters()) and not law.state_dict()
     torch.testing.assert_close(law.log_prob(torch.zeros(rows, 2), context), torch.full((rows,), -math.log(2 * math.pi)))
     assert law.sample(context, 4, Sampling(generator=generator())).shape == (4, rows, 2)
+
+
+def test_a_fitted_gaussian_learns_its_mean_by_squares_and_its_deviation_from_what_is_left():
+    torch.manual_seed(0)
+    law = registry.build("distribution", small("distribution", "gaussian", std="fitted", layers=0), small_latent("gaussian"), 1)
+    g = generator()
+    context = torch.randn(2000, 1, generator=g)
+    codes = torch.cat([2 * context, -context], 1) + torch.tensor([0.5, 0.1]) * torch.randn(2000, 2, generator=g)
+    law.train().fit(codes, context, steps=300, generator=g)
+    belief = law.eval().given(context)
+    assert (belief.mean - torch.cat([2 * context, -context], 1)).abs().mean() < 0.05
+    assert torch.allclose(belief.std[0], torch.tensor([0.5, 0.1]), rtol=0.1)
+    before = law.variance.clone()
+    law.loss(codes + 9, context)
+    assert torch.equal(law.variance, before)  # outside training nothing is learned

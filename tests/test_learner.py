@@ -43,13 +43,13 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 def test_every_loss_has_a_scale_and_every_scale_a_loss():
     parts = {"marginal": small("distribution", "gaussian"), "ensemble": small("ensemble", "standard", members=2)}
-    world = small_world(latent="gaussian", **parts)
-    learner = make_learner(world)
-    batch = learner.prepare(known_batch())
-    losses = world.loss(world.trace(batch), batch)
-    scaled = {"cont" if name == "continue" else name for name in losses}
-    of_other_parts = {"fit"}  # the own losses of forms without an exact density
-    assert scaled | of_other_parts == set(ScaleConfig.model_fields) and not scaled & of_other_parts
+    predictive = {"latent": "point", "dynamics": {"posterior": "observation"}, "objective": small("objective", "jepa")}
+    scaled = set()
+    for world in (small_world(latent="gaussian", **parts), small_world(**predictive)):
+        batch = make_learner(world).prepare(known_batch())
+        losses = world.loss(world.trace(batch), batch)
+        scaled |= {"cont" if name == "continue" else name.partition("/")[0] for name in losses}
+    assert scaled == set(ScaleConfig.model_fields)
 
 
 def test_a_loss_without_a_scale_is_an_error():

@@ -286,7 +286,19 @@ def test_a_saved_world_is_the_same_world():
 @pytest.mark.parametrize("part", ["encoder", "decoder", "objective", "heads"])
 def test_every_registered_part_builds_into_a_world(part):
     for kind in registry.kinds(part):
-        world = small_world(**{part: small(part, kind)})
+        form = small(part, kind)
+        codes = {"latent": "point", "dynamics": {"posterior": "observation"}} if getattr(form, "points", False) else {}
+        world = small_world(**{part: form}, **codes)
         trace, batch = traced(world, known_batch())
         assert all(term.value.isfinite().all() for term in world.loss(trace, batch).values())
     assert ModelConfig.model_fields[part]
+
+
+def test_rollouts_of_observations_look_at_what_each_step_decodes_to():
+    world = small_world(latent="gaussian", rollouts="observation").eval()
+    start, action = world.begin(3, MODE), torch.zeros(3, 2)
+    dream = world.imagine(start, lambda feature, step: action, 1, MODE)
+    blind = world.dynamics.imagine(start, world.action.project(action), MODE)
+    looked = world.dynamics.look(blind, world.encoder(world.decoder.mean(world.dynamics.feature(blind))), MODE)
+    torch.testing.assert_close(dream.feature[:, 1], world.dynamics.feature(looked))
+    assert not torch.allclose(dream.feature[:, 1], world.dynamics.feature(blind))

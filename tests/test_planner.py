@@ -321,6 +321,30 @@ def test_a_goal_is_reached_by_the_distance_of_codes(planned):
     assert evaluate(agent, planned.config.env, 1)[1] == [4]
 
 
+def test_each_environment_has_a_goal_of_its_own(planned):
+    agent, cells = planned.agent(), np.eye(5, dtype=np.float32)
+    agent.set_goal(cells[[1, 3]])
+    obs, belief, envs = np.stack([cells[0], cells[0]]), None, [Chain(), Chain()]
+    for env in envs:
+        env.reset()
+    for _ in range(3):
+        action, belief = agent.predict(obs, belief, np.zeros(2, bool), deterministic=True)
+        obs = np.stack([env.step(int(a))[0] for env, a in zip(envs, action, strict=True)])
+    assert envs[0].position < 3 == envs[1].position
+    with pytest.raises(ValueError, match="2 goals for 3 states"):
+        agent.predict(cells[:3], None, None)
+
+
+def test_the_end_of_the_world_is_no_way_to_a_goal(planned):
+    agent, cells = planned.agent(), np.eye(5, dtype=np.float32)
+    agent.set_goal(cells[0])
+    ends = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
+    features = torch.zeros(2, 3, agent.world.feature_dim)
+    dream = Dream(torch.zeros(2, 2, 2), torch.zeros(2, 2), ends, torch.zeros(2, 2), features, agent.world.initial(2))
+    value = agent.controller._value(agent.world, dream, 0.0)
+    assert value[0] == value[1] < 0
+
+
 def test_options_of_the_search_are_found_from_python_and_from_the_command_line(planned):
     assert planned.config.agent.plan.samples == 32
     assert Planner("MlpPolicy", CHAIN, config=["agent.plan.method=cem"], device="cpu").config.agent.plan.method == "cem"

@@ -24,6 +24,7 @@ _HOMES = {
     "TrustError": "worldmodel.errors",
     "UnsupportedSpaceError": "worldmodel.errors",
     "WorldModel": "worldmodel.model",
+    "fit_prior": "worldmodel.agents.two_stage",
     "train": "worldmodel.agents.train",
 }
 __all__ = sorted(_HOMES)

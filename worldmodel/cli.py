@@ -170,6 +170,52 @@ def dream(
         _answer(result, as_json, _show_dream)
 
 
+class Slot(str, Enum):
+    """What a form of the prior may fill."""
+
+    initial, transition, marginal = "initial", "transition", "marginal"
+
+
+class Where(str, Enum):
+    """Which codes the initial law is fitted to."""
+
+    start, anywhere = "start", "anywhere"
+
+
+@app.command("fit-prior")
+def fit_prior(
+    run: RunFolder,
+    kind: Annotated[str, typer.Option(metavar="FORM", help="gaussian, mixture, flow, energy, ...", show_default=False)],
+    slot: Annotated[Slot, typer.Option(help="What the form fills.")] = Slot.initial,
+    options: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the form; repeat it.", show_default=False)
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Gradient steps on batches of 256 codes.")] = 2000,
+    where: Annotated[Where, typer.Option(help="For the initial slot: codes that open an episode, or all.")] = Where.start,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The new run.", show_default="RUN-FORM-SLOT")] = None,
+    trust: Trust = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fit another form of the prior to a finished run's codes; a new run holds it, the old one is only read.
+
+    A fifth of the episodes is held out: what the form gains there, in nats, over what filled the slot before.
+    """
+    with _reported(debug):
+        with _stdout_kept():
+            import torch
+
+            from worldmodel.agents.two_stage import fit_prior as fit
+            from worldmodel.run import Run
+
+            old = Run.open(run)
+            torch.set_num_threads(old.config.train.threads)
+            result = fit(
+                old, kind, slot.value, options=options or [], steps=steps, where=where.value, out=out, trust=trust, log=_say
+            )
+        _answer(result, as_json, _show_pairs)
+
+
 class Layout(str, Enum):
     """Where an image has its channels."""
 

@@ -152,6 +152,7 @@ class Sampling:
     steps        refinement steps of iterative samplers
     guidance     strength of conditional guidance
     noise        draws supplied by the caller instead of the generator, shaped as the law asks for
+    score        codes [N, Z] -> [N]: diffusion climbs it at each step, and draws from p(z) exp(score(z)), about
     """
 
     generator: torch.Generator | None = None
@@ -160,6 +161,7 @@ class Sampling:
     steps: int | None = None
     guidance: float = 0.0
     noise: Tensor | None = None
+    score: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)

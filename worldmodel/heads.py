@@ -23,6 +23,7 @@ class HeadsConfig(Frozen):
     layers: int = Field(1, ge=0, description="hidden layers of each head")
     bins: int = Field(127, ge=3, description="bins of the reward's distribution (odd)")
     limit: float = Field(10.0, gt=0, description="greatest symlog reward that the bins reach")
+    gradient: Literal["full", "stop"] = Field("full", description="whether their losses train what is upstream too")
 
 
 @register("heads", "standard", HeadsConfig)
@@ -31,6 +32,7 @@ class Heads(nn.Module):
 
     def __init__(self, config: HeadsConfig, feature_dim: int):
         super().__init__()
+        self.stop = config.gradient == "stop"
         self.two_hot = TwoHot(config.bins, config.limit)
         self.reward_net = MLP(feature_dim, config.units, config.layers, config.bins, scale=0)
         self.cont_net = MLP(feature_dim, config.units, config.layers, 1)
@@ -42,7 +44,10 @@ class Heads(nn.Module):
         return torch.sigmoid(self.cont_net(feature)).squeeze(-1)
 
     def reward_loss(self, feature: Float[Tensor, "*N F"], target: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
-        return self.two_hot.loss(self.reward_net(feature), target)
+        return self.two_hot.loss(self.reward_net(self._read(feature)), target)
 
     def cont_loss(self, feature: Float[Tensor, "*N F"], target: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
-        return F.binary_cross_entropy_with_logits(self.cont_net(feature).float().squeeze(-1), target, reduction="none")
+        return F.binary_cross_entropy_with_logits(self.cont_net(self._read(feature)).float().squeeze(-1), target, reduction="none")
+
+    def _read(self, feature: Tensor) -> Tensor:
+        return feature.detach() if self.stop else feature

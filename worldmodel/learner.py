@@ -27,6 +27,10 @@ class ScaleConfig(Frozen):
     rep: float = Field(0.1, ge=0, description="rate, training the posterior")
     marginal: float = Field(1.0, ge=0, description="beta of a VAE: the rate against the marginal")
     fit: float = Field(1.0, ge=0, description="own losses of laws without an exact density, such as denoising")
+    denoise: float = Field(1.0, ge=0, description="own loss of a decoder that draws by diffusion")
+    prediction: float = Field(1.0, ge=0, description="of codes from codes (jepa, hybrid)")
+    collapse: float = Field(10.0, ge=0, description="what keeps codes apart (jepa, hybrid); independent of the batch's size")
+    inverse: float = Field(1.0, ge=0, description="the action told from two codes (jepa, hybrid)")
     ensemble: float = Field(1.0, ge=0, description="squared error of the ensemble's predictions; no gradient leaves the ensemble")
 
 
@@ -103,7 +107,7 @@ class Learner:
             self.average.scaling = world.scaling  # what was observed is no matter of averaging
         if config.compile:
             for model in {world, self.average}:
-                model.dynamics.gru.compile()
+                model.dynamics.compile_step()
 
     def prepare(self, batch: Batch) -> Batch:
         """A sampled batch on the model's device, its observations canonical and on the inner scale."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Literal
 
 import gymnasium as gym
@@ -52,6 +53,9 @@ class ModelConfig(Frozen):
     objective: Part["objective"] = ReconstructionConfig()
     heads: Part["heads"] = HeadsConfig()
     ensemble: Part["ensemble"] = EnsembleConfig()
+    rollouts: Literal["latent", "observation"] = Field(
+        "latent", description="observation: each imagined step is decoded, by a draw, and encoded again"
+    )
 
     @model_validator(mode="after")
     def _forms_fit_their_slots(self) -> ModelConfig:
@@ -76,6 +80,17 @@ class ModelConfig(Frozen):
                     f"model.{slot}.kind={form.kind} is made of beliefs, and model.dynamics.latent.kind={self.dynamics.latent.kind} "
                     "has none: change one of them."
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _predicted_codes_are_points(self) -> ModelConfig:
+        looks = getattr(self.dynamics, "posterior", "observation")
+        if getattr(self.objective, "points", False) and (self.dynamics.latent.kind, looks) != ("point", "observation"):
+            raise ValueError(
+                f"model.objective.kind={self.objective.kind} predicts codes that are points and tell of one observation alone: set "
+                f"model.dynamics.latent.kind=point (now {self.dynamics.latent.kind}) and model.dynamics.posterior=observation "
+                f"(now {looks}), as model=jepa and model=hybrid do."
+            )
         return self
 
 
@@ -106,6 +121,11 @@ class WorldModel(nn.Module):
         decoder = build("decoder", config.decoder, obs, self.feature_dim, latent.size)
         self.objective = build("objective", config.objective, decoder, self.encoder, self.dynamics, action.dim)
         self.decoder: nn.Module | None = getattr(self.objective, "decoder", None)
+        if self.decoder is None and config.rollouts == "observation":
+            raise ConfigError(
+                f"model.rollouts=observation decodes every step, and model.objective={config.objective.kind} learns no decoder. "
+                "Use model.rollouts=latent, or an objective that reconstructs."
+            )
         self.heads = build("heads", config.heads, self.feature_dim)
         sizes = self.feature_dim, action.dim, self.encoder.out_features
         self.ensemble = build("ensemble", config.ensemble, *sizes) if config.ensemble.members else None
@@ -185,6 +205,8 @@ class WorldModel(nn.Module):
     def loss(self, trace: Trace, batch: Batch, sampling: Sampling | None = None) -> dict[str, Loss]:
         """Every term by name, unscaled. "dyn" trains the prior side, "rep" the posterior; both carry free nats."""
         arrived, sampling = ~batch.is_first, sampling or Sampling()
+        if self.training and hasattr(self.objective, "follow"):
+            self.objective.follow(self.encoder, self.dynamics)
         terms = trace.losses | self.objective(trace, batch, sampling) | self._marginal(trace, sampling, batch.row)
         terms["reward"] = Loss(self.heads.reward_loss(trace.feature, batch.reward), mask=arrived)
         terms["continue"] = Loss(self.heads.cont_loss(trace.feature, 1 - batch.is_terminal.to(trace.feature)), mask=arrived)
@@ -224,12 +246,17 @@ class WorldModel(nn.Module):
     def imagine(
         self, state: State, policy: Callable[[Tensor, int], Tensor], horizon: int, sampling: Sampling | None = None
     ) -> Dream:
-        """Roll forward without looking; `policy(feature, step)` gives canonical actions [B, A], kept as given in the dream."""
+        """Roll forward without looking; `policy(feature, step)` gives canonical actions [B, A], kept as given in the dream.
+
+        With model.rollouts=observation each step is one of observations: decoded by a draw, and looked at.
+        """
         sampling = sampling or Sampling()
         features, actions = [self.dynamics.feature(state)], []
         for step in range(horizon):
             actions.append(policy(features[-1], step))
             state = self.dynamics.imagine(state, self.action.project(actions[-1]), sampling)
+            if self.config.rollouts == "observation":
+                state = self._looked(state, sampling)
             features.append(self.dynamics.feature(state))
         rows = torch.stack(features)  # [H+1, B, F]: time first, so that what follows reads it without a copy
         reward, cont = (head(rows[1:]).transpose(0, 1) for head in (self.heads.reward, self.heads.cont))
@@ -237,6 +264,11 @@ class WorldModel(nn.Module):
         if self.ensemble is not None:
             uncertainty = self.ensemble.disagreement(rows[:-1], self.action.project(torch.stack(actions))).transpose(0, 1)
         return Dream(torch.stack(actions, 1), reward, cont, uncertainty, rows.transpose(0, 1), state)
+
+    def _looked(self, state: State, sampling: Sampling) -> State:
+        """The state after looking at the observation that it would give: what the decoder knows of the world corrects the code."""
+        obs = self.decoder.sample(self.dynamics.feature(state), sampling)
+        return self.dynamics.look(state, self.encoder(obs), replace(sampling, noise=None))
 
     @torch.no_grad()
     def encode(self, obs) -> Posterior:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import copy
+from typing import ClassVar, Literal
 
-from torch import nn
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
 
 from worldmodel.config import Frozen
 from worldmodel.data import Batch, Loss, Sampling, Trace
-from worldmodel.networks import flatten
+from worldmodel.networks import MLP, flatten
 from worldmodel.registry import register
 
 
@@ -31,10 +35,147 @@ class Reconstruction(nn.Module):
         self.autoencoder = dynamics.latent.certain
 
     def forward(self, trace: Trace, batch: Batch, sampling: Sampling) -> dict[str, Loss]:
-        obs = {name: flatten(x) for name, x in batch.obs.items()}
-        terms = self.decoder.loss(flatten(trace.feature), obs, sampling)
-        losses = {name: Loss(term.value.view(batch.shape), term.unit) for name, term in terms.items()}
+        losses = decoded(self.decoder, trace.feature, batch, sampling)
         if self.autoencoder:  # points have no rate that would train the transition
             own = trace.predict(trace.z.detach())
             losses |= {f"fit/transition/{name}": Loss(t.value, t.unit, ~batch.is_first) for name, t in own.items()}
         return losses
+
+
+def decoded(decoder: nn.Module, feature: Float[Tensor, "B T F"], batch: Batch, sampling: Sampling) -> dict[str, Loss]:
+    """What a decoder makes of every row's observation, [B, T]."""
+    terms = decoder.loss(flatten(feature), {name: flatten(x) for name, x in batch.obs.items()}, sampling)
+    return {name: Loss(term.value.view(batch.shape), term.unit) for name, term in terms.items()}
+
+
+# Codes that are predicted, not decoded ---------------------------------------------------------------------------------
+
+
+class PredictiveConfig(Frozen):
+    """What predicts codes from codes, and keeps them apart."""
+
+    points: ClassVar[bool] = True
+    """Needs point codes of single observations."""
+
+    anti: Literal["sigreg", "vicreg", "none"] = Field("sigreg", description="what keeps all codes from becoming one; none: nothing")
+    slices: int = Field(64, ge=1, description="sigreg: random directions of each update")
+    covariance: float = Field(1.75, ge=0, description="vicreg: weight of the covariance beside the variance's 1")
+    inverse: bool = Field(True, description="a perceptron tells the action from the codes before and after it")
+    units: int = Field(128, ge=1, description="width of that perceptron")
+    ema: float = Field(0.0, ge=0, lt=1, description="share that a slow encoder keeps, whose codes are predicted; 0: none")
+
+
+class JepaConfig(PredictiveConfig):
+    """Predict the next code, decode nothing."""
+
+    kind: Literal["jepa"] = "jepa"
+    probe: bool = Field(True, description="a decoder that nothing upstream learns from, so that codes can be seen")
+
+
+@register("objective", "jepa", JepaConfig)
+class Jepa(nn.Module):
+    """Joint-embedding prediction: the code of the next observation is told from what came before it, and nothing is decoded.
+
+    | loss | what | gradient reaches |
+    |---|---|---|
+    | prediction | the transition's own loss at the code that came | encoder (both sides), dynamics, transition |
+    | collapse/sigreg | mean of T / N over random directions (`epps_pulley`) | encoder |
+    | collapse/variance, collapse/covariance | `variance`, `covariance` (vicreg) | encoder |
+    | inverse | half the squared error of the action told from both codes; one-hot: the Brier score | encoder, own parameters |
+    | observation | the probe decoder | the decoder alone |
+
+    Sources: Maes et al. 2026 (LeWM) for prediction and SIGReg without a slow encoder; Sobal et al. 2025 (PLDM) for VICReg and
+    inverse dynamics, without which an encoder may keep only what changes slowly; Assran et al. 2023 (I-JEPA) for `ema`.
+    """
+
+    def __init__(self, config: PredictiveConfig, decoder: nn.Module, encoder: nn.Module, dynamics: nn.Module, action_dim: int):
+        super().__init__()
+        self.config = config
+        self.decoder = decoder if getattr(config, "probe", True) else None
+        self.inverse = MLP(2 * dynamics.latent.size, config.units, 1, action_dim) if config.inverse else None
+        self.slow = copy.deepcopy(nn.ModuleList([encoder, dynamics])).requires_grad_(False) if config.ema else None
+
+    @torch.no_grad()
+    def follow(self, encoder: nn.Module, dynamics: nn.Module) -> None:
+        """The slow encoder takes a step towards the encoder."""
+        if self.slow is not None:
+            live = nn.ModuleList([encoder, dynamics]).parameters()
+            torch._foreach_lerp_(list(self.slow.parameters()), list(live), 1 - self.config.ema)
+
+    def decoded_from(self, feature: Tensor) -> Tensor:
+        """The feature as the decoder gets it."""
+        return feature.detach()
+
+    def forward(self, trace: Trace, batch: Batch, sampling: Sampling) -> dict[str, Loss]:
+        arrived = ~batch.is_first
+        told = list(trace.predict(self._targets(trace, batch)).values())
+        unit = "nats" if all(term.unit == "nats" for term in told) else "score"
+        terms = {"prediction": Loss(sum(term.value for term in told), unit, arrived)}
+        codes = flatten(trace.z).float()
+        if self.config.anti == "sigreg":
+            directions = torch.randn(codes.shape[1], self.config.slices, generator=sampling.generator, device=codes.device)
+            statistic = epps_pulley(codes, directions / directions.norm(dim=0)).mean()
+            terms["collapse/sigreg"] = Loss(statistic / len(codes), "score")
+        elif self.config.anti == "vicreg":
+            terms["collapse/variance"] = Loss(variance(codes), "score")
+            terms["collapse/covariance"] = Loss(self.config.covariance * covariance(codes), "score")
+        if self.inverse is not None:
+            action = self.inverse(torch.cat([trace.z[:, :-1], trace.z[:, 1:]], -1))
+            error = 0.5 * (action - batch.prev_action[:, 1:]).square().sum(-1)
+            terms["inverse"] = Loss(error, "score", arrived[:, 1:])
+        if self.decoder is not None:
+            terms |= decoded(self.decoder, self.decoded_from(trace.feature), batch, sampling)
+        return terms
+
+    def _targets(self, trace: Trace, batch: Batch) -> Float[Tensor, "B T Z"]:
+        """The codes to be predicted, [B, T, Z]."""
+        if self.slow is None:
+            return trace.z
+        encoder, dynamics = self.slow
+        with torch.no_grad():
+            embed = encoder({name: flatten(x) for name, x in batch.obs.items()})
+            return dynamics.posterior(embed, flatten(trace.h)).mean.view(trace.z.shape)
+
+
+class HybridConfig(PredictiveConfig):
+    """Predict the next code, and decode the observation."""
+
+    kind: Literal["hybrid"] = "hybrid"
+    decoder_grad: Literal["full", "stop"] = Field("full", description="whether reconstruction trains what is upstream too")
+
+
+@register("objective", "hybrid", HybridConfig)
+class Hybrid(Jepa):
+    """`Jepa`, and -ln p(obs | feature), which by `decoder_grad` reaches all upstream or the decoder alone."""
+
+    def decoded_from(self, feature: Tensor) -> Tensor:
+        return feature if self.config.decoder_grad == "full" else feature.detach()
+
+
+def epps_pulley(codes: Float[Tensor, "N Z"], directions: Float[Tensor, "Z S"]) -> Float[Tensor, " S"]:
+    """How far codes are from N(0, I) along each direction of unit length: the Epps-Pulley statistic T.
+
+        T = N * integral over t of |phi(t) - exp(-t^2 / 2)|^2 exp(-t^2 / 2),   phi the codes' characteristic function
+
+    by the trapezoidal rule on 17 knots of [0, 3], twice, as the integrand is even. For Gaussian codes E[T] = 1.052
+    whatever N and Z are; where all codes are one point at the origin T = 0.402 N. Source: Epps and Pulley 1983; Balestriero
+    and LeCun 2025 (LeJEPA, SIGReg).
+    """
+    knots = torch.linspace(0, 3, 17, device=codes.device)
+    weight = torch.full_like(knots, 2 * 3 / 16)
+    weight[[0, -1]] /= 2
+    normal = torch.exp(-knots.square() / 2)
+    angle = (codes @ directions).unsqueeze(-1) * knots
+    gap = (angle.cos().mean(0) - normal).square() + angle.sin().mean(0).square()
+    return len(codes) * gap @ (weight * normal)
+
+
+def variance(codes: Float[Tensor, "N Z"]) -> Tensor:
+    """How far the numbers' deviations stay below 1, on average. Source: Bardes et al. 2022 (VICReg), eq. 1 and 2."""
+    return (1 - (codes.var(0) + 1e-4).sqrt()).clamp_min(0).mean()
+
+
+def covariance(codes: Float[Tensor, "N Z"]) -> Tensor:
+    """Squared covariances between different numbers, summed over pairs, per number. Source: Bardes et al. 2022, eq. 3 and 4."""
+    table = (codes - codes.mean(0)).T @ (codes - codes.mean(0)) / (len(codes) - 1)
+    return (table.square().sum() - table.diagonal().square().sum()) / codes.shape[1]

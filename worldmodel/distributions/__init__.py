@@ -1,6 +1,15 @@
 """One role, many forms: laws of codes for the slots initial, transition, marginal and decoder."""
 
-from worldmodel.distributions.base import ClosedForm, ConditionalDistribution, Inputs, Latent, Posterior, Source, UndefinedRate
+from worldmodel.distributions.base import (
+    ClosedForm,
+    ConditionalDistribution,
+    Inputs,
+    Latent,
+    Posterior,
+    Source,
+    UndefinedRate,
+    likelihood,
+)
 from worldmodel.distributions.categorical import (
     Categorical,
     CategoricalConfig,
@@ -8,6 +17,8 @@ from worldmodel.distributions.categorical import (
     CategoricalLatentConfig,
     CategoricalPosterior,
 )
+from worldmodel.distributions.diffusion import Diffusion, DiffusionConfig
+from worldmodel.distributions.energy import Energy, EnergyConfig
 from worldmodel.distributions.flow import Flow, FlowConfig
 from worldmodel.distributions.gaussian import Gaussian, GaussianConfig, GaussianLatent, GaussianLatentConfig, GaussianPosterior
 from worldmodel.distributions.hierarchical import Hierarchical, HierarchicalConfig
@@ -24,6 +35,10 @@ __all__ = [
     "ClosedForm",
     "Components",
     "ConditionalDistribution",
+    "Diffusion",
+    "DiffusionConfig",
+    "Energy",
+    "EnergyConfig",
     "Flow",
     "FlowConfig",
     "Gaussian",
@@ -45,4 +60,5 @@ __all__ = [
     "UndefinedRate",
     "VampConfig",
     "VampPrior",
+    "likelihood",
 ]

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from worldmodel.data import Loss, Obs, Sampling
+from worldmodel.errors import ConfigError
 
 
 class UndefinedRate(TypeError):
@@ -257,6 +258,25 @@ class ConditionalDistribution(nn.Module, ABC):
             optimizer.step()
             schedule.step()
         return float(value.detach())
+
+
+def likelihood(law: ConditionalDistribution, x: Tensor, context: Tensor | None, log_z: Tensor | None = None) -> Tensor:
+    """ln p(x | context) [*N] in nats, normalised, so that forms can be compared; of a bound, the bound.
+
+    log_z   what an unnormalised law's own `log_z` estimated
+    Raises ConfigError where a law is unnormalised and there is none, and where a law has no density.
+    """
+    name = type(law).__name__
+    if law.density == "none":
+        raise ConfigError(f"{name} has no density, and its likelihood was asked for. Use a form that has one, such as flow.")
+    if law.density != "unnormalised":
+        return law.log_prob(x, context)
+    if log_z is None:
+        raise ConfigError(
+            f"{name} gives its density up to a factor Z(context), and its likelihood was asked for. Estimate ln Z with "
+            "law.log_z(context), and see that the effective sample size which comes with it is no small share of its draws."
+        )
+    return law.log_prob(x, context) - log_z
 
 
 class ClosedForm(ConditionalDistribution):

@@ -23,7 +23,7 @@ class FlowConfig(Frozen):
     """Sizes of the flow, and of the network that gives a Gaussian from the context in front of it."""
 
     kind: Literal["flow"] = "flow"
-    transforms: int = Field(3, ge=1, description="spline transforms, one after the other; halves of the code take turns")
+    transforms: int = Field(2, ge=1, description="spline transforms, one after the other; halves of the code take turns")
     bins: int = Field(8, ge=2, description="bins of each spline")
     units: int = Field(64, ge=1, description="width of the networks")
     layers: int = Field(2, ge=1, description="hidden layers of the networks that give the splines")

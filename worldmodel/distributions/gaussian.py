@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from worldmodel.config import Frozen
+from worldmodel.data import Loss
 from worldmodel.distributions.base import ClosedForm, Latent, Posterior, Source
 from worldmodel.networks import StraightMLP
 from worldmodel.registry import register
@@ -115,27 +116,62 @@ class GaussianConfig(Frozen):
     units: int = Field(128, ge=1, description="width of the network from context to parameters")
     layers: int = Field(1, ge=0, description="hidden layers of that network")
     standard: bool = Field(False, description="N(0, I) with nothing to learn, whatever the context")
+    std: Literal["learned", "fitted"] = Field(
+        "learned", description="deviation: the network's, or the size of the mean's errors, which is then trained by their square"
+    )
 
 
 @register("distribution", "gaussian", GaussianConfig)
 class Gaussian(ClosedForm):
-    """Independent normal numbers given the context."""
+    """Independent normal numbers given the context.
+
+    With `std` fitted the mean minimises half the squared error, and the deviation is the running root mean square of the errors:
+    where codes are learned by being predicted, a likelihood would pay for shrinking them.
+    """
 
     slots = frozenset({"initial", "transition", "marginal"})
     latents = frozenset({"gaussian"})
+    RATE = 0.02
+    """How fast the fitted variance follows."""
 
     def __init__(self, config: GaussianConfig, latent: Latent, context_dim: int, source: Source | None = None):
         super().__init__(latent, context_dim)
-        self.standard = config.standard
+        self.standard, self.fitted = config.standard, config.std == "fitted" and not config.standard
+        outputs = latent.size if self.fitted else latent.parameters
+        if self.fitted:
+            self.register_buffer("variance", torch.ones(latent.size))
         if config.standard:
             self.register_buffer("origin", torch.zeros(1, latent.size), persistent=False)
         elif context_dim:
-            self.net = StraightMLP(context_dim, config.units, config.layers, latent.parameters)
+            self.net = StraightMLP(context_dim, config.units, config.layers, outputs)
         else:
-            self.free = nn.Parameter(torch.zeros(1, latent.parameters))
+            self.free = nn.Parameter(torch.zeros(1, outputs))
 
     def given(self, context: Tensor | None) -> GaussianPosterior:
         if self.standard:
             mean = self.origin if context is None else self.origin.expand(*context.shape[:-1], -1)
             return GaussianPosterior(mean, torch.ones_like(mean))
-        return self.latent.belief(self.net(context) if self.context_dim else self.free)
+        raw = self.net(context) if self.context_dim else self.free
+        if not self.fitted:
+            return self.latent.belief(raw)
+        return GaussianPosterior(raw.float(), self.variance.sqrt().clamp_min(self.latent.min_std).expand(raw.shape))
+
+    def rates(self, posterior, z, context, *, sampling=None, rows=None):
+        prior = self.given(context)
+        self._fit((posterior.mean - prior.mean).square() + posterior.std.square())
+        return posterior.detach().kl(prior), posterior.kl(prior.detach())
+
+    def loss(self, x, context, *, sampling=None, rows=None) -> dict[str, Loss]:
+        """The negative log-likelihood, or {"error": half the squared error, summed over the code} where `std` is fitted."""
+        if not self.fitted:
+            return super().loss(x, context, sampling=sampling, rows=rows)
+        error = (x - self.given(context).mean).square()
+        self._fit(error)
+        return {"error": Loss(0.5 * error.sum(-1), "score")}
+
+    @torch.no_grad()
+    def _fit(self, error: Float[Tensor, "*N Z"]) -> None:
+        """Takes squared errors into the fitted variance; those of an update that is not finite leave nothing behind."""
+        if self.fitted and self.training and error.numel():
+            error = error.flatten(0, -2).mean(0)
+            self.variance.lerp_(torch.where(error.isfinite(), error, self.variance), self.RATE)

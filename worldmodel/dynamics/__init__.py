@@ -1,5 +1,17 @@
 """How the world rolls on: h' = f(h, z, a), its posterior and its transition distribution."""
 
+from worldmodel.dynamics.base import Dynamics, DynamicsConfig
+from worldmodel.dynamics.mdn_rnn import MDNRNN, MDNRNNConfig
 from worldmodel.dynamics.rssm import RSSM, RSSMConfig
+from worldmodel.dynamics.transformer import Transformer, TransformerConfig
 
-__all__ = ["RSSM", "RSSMConfig"]
+__all__ = [
+    "MDNRNN",
+    "RSSM",
+    "Dynamics",
+    "DynamicsConfig",
+    "MDNRNNConfig",
+    "RSSMConfig",
+    "Transformer",
+    "TransformerConfig",
+]

@@ -1,0 +1,291 @@
+"""Two-stage priors: another form is fitted to the codes of a finished run, whose encoder and decoder stay as they are.
+
+Source: Ghosh et al. 2020 (RAE), section 4: a density fitted after the fact; Aneja et al. 2021 (NCP-VAE) for an energy.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from worldmodel import checkpoint, registry
+from worldmodel.config import Config
+from worldmodel.data import Sampling
+from worldmodel.distributions import ConditionalDistribution, Gaussian, GaussianConfig, likelihood
+from worldmodel.errors import ConfigError
+from worldmodel.model import WorldModel
+from worldmodel.replay import Replay
+from worldmodel.run import Run, refuse_existing
+from worldmodel.spaces import ActionSpec, ObsSpec
+from worldmodel.weights import as_arrays, fill
+
+SLOTS = ("initial", "transition", "marginal")
+CHUNK = 256
+"""Rows that the filter sees at once."""
+DRAWS = 16
+"""Draws of each belief where an episode gives one row only."""
+HELD_OUT = 0.2
+"""Share of the episodes that no form is fitted to."""
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Draws of the beliefs at R rows of experience.
+
+    code     [R Z]
+    carry    [R D]  before the row was seen: the transition's context
+    first    [R]    the row opens an episode
+    episode  [R]    the number of the row's episode
+    """
+
+    code: Float[Tensor, "R Z"]
+    carry: Float[Tensor, "R D"]
+    first: Bool[Tensor, " R"]
+    episode: Int[Tensor, " R"]
+
+    def index(self, rows: Tensor) -> Codes:
+        return Codes(self.code[rows], self.carry[rows], self.first[rows], self.episode[rows])
+
+
+@torch.no_grad()
+def posterior_codes(world: WorldModel, replay: Replay, generator: torch.Generator) -> Codes:
+    """Every row's code as the filter drew it; rows whose episode's beginning is no longer held are left out.
+
+    A row that opens an episode comes DRAWS times, with as many draws of its belief.
+    """
+    found, episodes = [], 0
+    for number in range(replay.num_envs):
+        if not replay.lengths[number]:
+            continue
+        rows, state = replay.stream(number), None
+        episode = rows.is_first[0].cumsum(0) + episodes
+        for start in range(0, len(episode), CHUNK):
+            part = rows.window(start, min(start + CHUNK, len(episode))).to(world.device)
+            trace = world.trace(part.with_obs(world.inputs(part.obs)), state, Sampling(generator=generator))
+            state = trace.last
+            first = part.is_first[0]
+            own = Codes(trace.z[0], trace.h[0], first, episode[start : start + CHUNK].to(first.device))
+            begun = own.index(own.episode > episodes)
+            opening = own.index(first)
+            for _ in range(DRAWS - 1 if len(opening.code) else 0):
+                belief = trace.posterior.index(part.is_first)
+                shape, device = opening.code.shape[:1], opening.code.device
+                drawn = world.dynamics.latent.draw(belief, Sampling(generator=generator), shape, device)
+                found.append(Codes(drawn, opening.carry, opening.first, opening.episode))
+            found.append(begun)
+        episodes = int(episode[-1])
+    return Codes(*(torch.cat([getattr(part, name) for part in found]) for name in ("code", "carry", "first", "episode")))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """nats [R] of a law at held-out codes, None where it has no density; `effective`: share of the draws that count in ln Z."""
+
+    nats: Float[Tensor, " R"] | None
+    effective: float | None
+
+
+@torch.no_grad()
+def scores(law: ConditionalDistribution, codes: Float[Tensor, "R Z"], context: Tensor | None, generator: torch.Generator) -> Scores:
+    """Normalised log-likelihoods; ln Z of an unnormalised law is estimated, by annealing where weighted draws are too few."""
+    if law.density == "none":
+        return Scores(None, None)
+    parts, effective, sampling, log_z = [], [], Sampling(generator=generator), None
+    if law.density == "unnormalised" and context is None:
+        draws = 10_000
+        log_z, size = law.log_z(None, draws, sampling)
+        if float(size) < draws / 10:
+            draws = 1000
+            log_z, size = law.log_z(None, draws, sampling, ais=True)
+        effective = [size / draws]
+    for start in range(0, len(codes), 1024):
+        rows = slice(start, start + 1024)
+        given = None if context is None else context[rows]
+        if law.density == "unnormalised" and given is not None:
+            log_z, size = law.log_z(given, 200, sampling)
+            effective.append(size / 200)
+        parts.append(likelihood(law, codes[rows], given, log_z))
+    return Scores(torch.cat(parts), float(torch.cat(effective).mean()) if effective else None)
+
+
+def paired(gain: Float[Tensor, " R"], episode: Int[Tensor, " R"]) -> tuple[float, float | None]:
+    """(mean over rows, its standard error over episodes: the rows of one are no independent draws; None for one episode)."""
+    _, which = episode.unique(return_inverse=True)
+    count = torch.zeros(int(which.max()) + 1, dtype=gain.dtype, device=gain.device).index_add(0, which, torch.ones_like(gain))
+    total, mean = torch.zeros_like(count).index_add(0, which, gain), gain.mean()
+    n = len(count)
+    if n < 2:
+        return float(mean), None
+    error = (total - mean * count).square().sum() * n / (n - 1)
+    return float(mean), float(error.sqrt() / count.sum())
+
+
+def law_of(world: WorldModel, slot: str) -> ConditionalDistribution | None:
+    """The law in a slot; None where there is none."""
+    return {"initial": world.dynamics.initial_law, "transition": world.dynamics.transition, "marginal": world.marginal}[slot]
+
+
+def fit_prior(
+    run: Run | str | Path,
+    kind: str,
+    slot: str = "initial",
+    *,
+    options: Mapping[str, Any] | Sequence[str] = (),
+    steps: int = 2000,
+    where: str = "start",
+    lr: float = 2e-3,
+    out: str | Path | None = None,
+    device: str = "cpu",
+    trust: bool = False,
+    log: Callable[[str], object] = lambda text: None,
+) -> dict[str, Any]:
+    """Fits a form to a run's codes, as a new run in which it fills the slot; the JSON of `worldmodel fit-prior`.
+
+    kind, options  the form, and its options: {"units": 64} or ["units=64"]
+    slot           initial, transition (given the carry), or marginal
+    steps, lr      gradient steps on batches of 256 codes, and Adam's learning rate
+    where          for the initial slot: codes that open an episode, or all
+    out            the new run's folder; without: RUN-KIND-SLOT
+
+    A fifth of the episodes is held out: the new form is compared there, in nats, with what filled the slot before (an empty
+    marginal: a standard normal law). The agent and the replay come along. The old run is only read. Raises ConfigError.
+    """
+    run = run if isinstance(run, Run) else Run.open(run)
+    _check(slot, where, steps)
+    target = Path(out) if out is not None else run.path.with_name(f"{run.path.name}-{kind}-{slot}")
+    refuse_existing(target)
+    config = _with_form(run.config, kind, slot, options)
+    tensors, state, manifest = run.read()
+    specs = ObsSpec.from_json(state["observation"]), ActionSpec.from_json(state["action"])
+    old = WorldModel.from_arrays(run.config.model, *specs, tensors["world"]).to(device).eval()
+    new, prefix = _grown(config, specs, tensors["world"], slot, state["seed"])
+    new = new.to(device).eval()
+    generator = torch.Generator(old.device).manual_seed(state["seed"])
+    replay = run.replay()
+    train, held_out = _split(_rows_of(posterior_codes(old, replay, generator), slot, where), generator)
+    log(f"{len(train.code)} codes of {len(train.episode.unique())} episodes; {len(held_out.episode.unique())} episodes held out.")
+    started = time.perf_counter()
+    given = (lambda codes: codes.carry) if slot == "transition" else (lambda codes: None)
+    law_of(new, slot).fit(train.code, given(train), steps=steps, lr=lr, generator=generator)
+    seconds = time.perf_counter() - started
+    before = law_of(old, slot) or Gaussian(GaussianConfig(standard=True), old.dynamics.latent.family, 0).to(device)
+    was, now = (scores(law, held_out.code, given(held_out), generator) for law in (before, law_of(new, slot)))
+    comparable = was.nats is not None and now.nats is not None
+    gain, error = paired(now.nats - was.nats, held_out.episode) if comparable else (None, None)
+    _write(target, config, (tensors, state, manifest), old, new, prefix, replay, trust)
+    return {
+        "run": str(run.path),
+        "out": str(target),
+        "slot": slot,
+        "kind": kind,
+        "density": law_of(new, slot).density,
+        "before": None if law_of(old, slot) is None else _kind(run.config, slot),
+        "nats_before": None if was.nats is None else float(was.nats.mean()),
+        "nats": None if now.nats is None else float(now.nats.mean()),
+        "gain": gain,
+        "standard_error": error,
+        "effective": now.effective,
+        "codes": len(train.code),
+        "held_out_codes": len(held_out.code),
+        "held_out_episodes": len(held_out.episode.unique()),
+        "steps": steps,
+        "seconds": seconds,
+    }
+
+
+def _check(slot: str, where: str, steps: int) -> None:
+    if slot not in SLOTS:
+        raise ConfigError(f"slot is '{slot}'; expected one of {', '.join(SLOTS)}.")
+    if where not in ("start", "anywhere"):
+        raise ConfigError(f"where is '{where}'; expected 'start' or 'anywhere'.")
+    if where == "anywhere" and slot != "initial":
+        raise ConfigError(f"where=anywhere concerns the initial slot only; {slot} reads all rows that it is a law of anyway.")
+    if steps < 1:
+        raise ConfigError(f"steps is {steps}; expected at least 1.")
+
+
+def _kind(config: Config, slot: str) -> str:
+    chosen = getattr(config.model, slot)
+    return config.model.dynamics.latent.kind if chosen is None else chosen.kind
+
+
+def _with_form(config: Config, kind: str, slot: str, options: Mapping[str, Any] | Sequence[str]) -> Config:
+    """The run's config with nothing but this form in the slot."""
+    emptied = config.override({f"model.{slot}": None})
+    if isinstance(options, Mapping):
+        return emptied.override({f"model.{slot}.kind": kind, **{f"model.{slot}.{name}": x for name, x in options.items()}})
+    return emptied.override([f"model.{slot}.kind={kind}", *(f"model.{slot}.{text}" for text in options)])
+
+
+def _grown(config: Config, specs: tuple, arrays: Mapping[str, np.ndarray], slot: str, seed: int) -> tuple[WorldModel, str]:
+    """(the model with a fresh law in the slot and all else as saved, what that law's weights begin with)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        world = WorldModel(config.model, *specs)
+    law = law_of(world, slot)
+    prefix = next(name for name, module in world.named_modules() if module is law) + "."
+    fill(world, as_arrays(world) | {name: x for name, x in arrays.items() if not name.startswith(prefix)})
+    return world, prefix
+
+
+def _rows_of(codes: Codes, slot: str, where: str) -> Codes:
+    """The rows that the slot's law speaks of."""
+    if slot == "transition":
+        return codes.index(~codes.first)
+    return codes.index(codes.first) if slot == "initial" and where == "start" else codes
+
+
+def _split(codes: Codes, generator: torch.Generator) -> tuple[Codes, Codes]:
+    """(to fit, held out), by episode."""
+    episodes = codes.episode.unique()
+    if len(episodes) < 2:
+        raise ConfigError(f"The replay holds {len(episodes)} whole episode(s), and one has to be held out. Train for longer.")
+    order = torch.randperm(len(episodes), generator=generator, device=episodes.device)
+    held_out = torch.isin(codes.episode, episodes[order[: max(min(2, len(order) // 2), math.floor(HELD_OUT * len(order)))]])
+    return codes.index(~held_out), codes.index(held_out)
+
+
+def _write(
+    target: Path,
+    config: Config,
+    content: checkpoint.Content,
+    old: WorldModel,
+    new: WorldModel,
+    prefix: str,
+    replay: Replay,
+    trust: bool,
+) -> None:
+    """The new run: the old checkpoint with the new world, its agent, its optimisers and its replay."""
+    tensors, state, manifest = content
+    own = as_arrays(new.cpu())
+    optim = {k: x for k, x in tensors["optim"].items() if not k.startswith("world/") and not k.startswith(f"live/{prefix}")}
+    if any(name.startswith("live/") for name in optim):
+        optim |= {f"live/{name}": x for name, x in own.items() if name.startswith(prefix)}
+    optim |= _moved(tensors["optim"], *([name for name, _ in world.named_parameters()] for world in (old, new)), prefix)
+    arrays = {**tensors, "world": own, "optim": optim}
+    made = {**state, "config": config.to_yaml()}
+    agent = registry.part("agent", state["agent"]).from_content(arrays, made, device="cpu", trust=trust)
+    agent.replay = replay
+    with Run.create(target, config, state["seed"]) as fresh:
+        fresh.save(agent, manifest["progress"], fenced=bool(manifest.get("fenced")))
+
+
+def _moved(arrays: Mapping[str, np.ndarray], old: list[str], new: list[str], prefix: str) -> dict[str, np.ndarray]:
+    """The optimiser's state under the new numbers of the parameters that stayed."""
+    numbers = {str(old.index(name)): i for i, name in enumerate(new) if name in old and not name.startswith(prefix)}
+    moved = {}
+    for key, x in arrays.items():
+        if key.startswith("world/"):
+            _, number, quantity = key.split("/")
+            if number in numbers:
+                moved[f"world/{numbers[number]}/{quantity}"] = x
+    return moved

@@ -1,0 +1,202 @@
+"""The law of codes that is known by how it denoises: its draws, its bound, its exact likelihood and its steering."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import generator, small_latent
+from test_contracts import two_moons
+from torch import Tensor
+
+from worldmodel.data import Sampling
+from worldmodel.distributions import Diffusion, DiffusionConfig
+
+every_path = pytest.mark.parametrize("path", ["edm", "cfm"])
+
+
+def law(size: int = 2, context: int = 0, **options) -> Diffusion:
+    torch.manual_seed(0)
+    options = {"units": 32, "layers": 2, **options}
+    return Diffusion(DiffusionConfig(**options), small_latent("gaussian", size=size), context).eval()
+
+
+MEAN, STD = torch.tensor([1.0, -3.0]), torch.tensor([0.5, 2.0])
+
+
+def gaussian(n: int, seed: int = 0) -> Tensor:
+    return MEAN + STD * torch.randn(n, 2, generator=generator(seed))
+
+
+def gaussian_log_prob(x: Tensor) -> Tensor:
+    return torch.distributions.Normal(MEAN, STD).log_prob(x).sum(-1)
+
+
+@pytest.fixture(scope="module")
+def fitted() -> dict[str, Diffusion]:
+    """Of each path a law that was fitted to a Gaussian."""
+    laws = {path: law(path=path) for path in ("edm", "cfm")}
+    for one in laws.values():
+        one.fit(gaussian(2000), steps=300, lr=5e-3, generator=generator())
+    return laws
+
+
+@every_path
+def test_the_bound_lies_below_the_truth_and_the_likelihood_of_the_ode_near_it(fitted, path):
+    x = gaussian(500, seed=9)
+    truth, bound = gaussian_log_prob(x).mean(), fitted[path].log_prob(x, None).mean().detach()
+    ode = fitted[path].ode_log_prob(x, None).mean()
+    assert bound < truth
+    assert abs(float(ode - truth)) < 0.1
+    assert float(truth - bound) < 0.2
+
+
+@every_path
+def test_the_bound_is_the_same_each_time(fitted, path):
+    x = gaussian(7)
+    one = fitted[path].log_prob(x, None)
+    assert torch.equal(one, fitted[path].log_prob(x, None))
+    torch.testing.assert_close(one[2:3], fitted[path].log_prob(x[2:3], None), atol=1e-4, rtol=0)
+
+
+@every_path
+def test_the_rate_is_on_average_what_the_bound_says(fitted, path):
+    one = fitted[path]
+    belief = one.latent.belief(torch.randn(64, 4, generator=generator()))
+    z = belief.sample(torch.randn(64, 2, generator=generator(1)))
+    expected = (belief.log_prob(z) - one.log_prob(z, None)).mean()
+    sampled = torch.stack([one.rate(belief, z, None, sampling=Sampling(generator=generator(s))).mean() for s in range(60)])
+    assert float(sampled.mean().detach()) == pytest.approx(float(expected.detach()), abs=0.3)
+
+
+@every_path
+def test_a_frozen_rate_moves_codes_towards_the_law(fitted, path):
+    """Its gradient is that of the negative log-likelihood, on average."""
+    one, z = fitted[path], (MEAN + torch.tensor([0.6, 3.0])).expand(400, 2).clone().requires_grad_()
+    belief = one.latent.belief(torch.zeros(400, 4))
+    rate = one.rate(belief, z, None, frozen=True, sampling=Sampling(generator=generator())) - belief.log_prob(z)
+    slope = torch.autograd.grad(rate.sum(), z)[0].mean(0)
+    torch.testing.assert_close(slope, torch.tensor([0.6, 3.0]) / STD**2, rtol=0.25, atol=0.1)
+
+
+@every_path
+def test_few_steps_draw_what_was_fitted(fitted, path):
+    x = fitted[path].sample(None, 4000, Sampling(generator=generator(), steps=5))[:, 0].detach()
+    torch.testing.assert_close(x.mean(0), MEAN, atol=0.25, rtol=0)
+    torch.testing.assert_close(x.std(0), STD, rtol=0.2, atol=0)
+    many = fitted[path].sample(None, 4000, Sampling(generator=generator(), steps=40))[:, 0].detach()
+    assert ((many.std(0) / STD).log().abs() < (x.std(0) / STD).log().abs() + 0.02).all()
+
+
+def test_two_moons_are_likelier_than_under_a_gaussian_by_the_exact_likelihood():
+    one, train, test = law(units=64), two_moons(2000, 0), two_moons(400, 10)
+    one.fit(train, steps=500, lr=5e-3, generator=generator())
+    best = torch.distributions.Normal(train.mean(0), train.std(0)).log_prob(test).sum(-1).mean()
+    exact, bound = one.ode_log_prob(test, None).mean(), one.log_prob(test, None).mean()
+    assert float(exact - best) > 0.3
+    assert float((bound - best).detach()) > 0.2
+
+
+def test_the_exact_likelihood_integrates_to_one():
+    one = law()
+    one.fit(two_moons(500, 0), steps=100, lr=5e-3, generator=generator())
+    side = torch.linspace(-3, 3, 41)
+    mass = one.ode_log_prob(torch.cartesian_prod(side, side), None).exp().sum() * float(side[1] - side[0]) ** 2
+    assert float(mass) == pytest.approx(1, abs=0.03)
+
+
+# Context ----------------------------------------------------------------------------------------------------------------
+
+
+def contextual(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Codes whose mean is 0.7 times their context, (1, 1) or (-1, -1), with deviation 1."""
+    side = 2.0 * (torch.rand(n, 1, generator=generator(seed)) < 0.5).float() - 1
+    context = side.expand(n, 2).contiguous()
+    return 0.7 * context + torch.randn(n, 2, generator=generator(seed + 1)), context
+
+
+@pytest.fixture(scope="module")
+def guided() -> Diffusion:
+    one = law(context=2, drop=0.2)
+    one.fit(*contextual(2000), steps=400, lr=5e-3, generator=generator())
+    return one
+
+
+def test_guidance_goes_further_in_the_contexts_direction(guided):
+    context = torch.tensor([[1.0, 1.0]])
+    means = [
+        float(guided.sample(context, 2000, Sampling(generator=generator(), guidance=w)).mean().detach()) for w in (0.0, 1.0, 3.0)
+    ]
+    assert means[0] == pytest.approx(0.7, abs=0.15)
+    assert means[0] + 0.1 < means[1] < means[2]
+
+
+def test_guidance_without_training_for_it_is_an_error_that_names_the_option():
+    for context in (0, 2):
+        with pytest.raises(ValueError, match=r"drop=0\.1"):
+            law(context=context, drop=0.1 if context == 0 else 0.0).sample(
+                torch.zeros(1, 2) if context else None, 1, Sampling(guidance=1.0)
+            )
+
+
+def test_draws_climb_a_score(guided):
+    """A slope in the code's own units moves a Gaussian by variance times slope."""
+    context, slope = torch.tensor([[1.0, 1.0]]), torch.tensor([0.8, -0.8])
+    draw = lambda score: guided.sample(context, 3000, Sampling(generator=generator(), steps=20, score=score)).mean((0, 1)).detach()  # noqa: E731
+    moved = draw(lambda z: z @ slope) - draw(None)
+    assert moved[0] > 0.3 and moved[1] < -0.3
+
+
+# Statistics and noise ---------------------------------------------------------------------------------------------------
+
+
+def test_codes_are_standardised_by_statistics_that_stand_still_while_evaluating():
+    one, codes = law(), gaussian(4000)
+    before = copy.deepcopy(one.state_dict())
+    one.loss(codes, None)
+    assert all(torch.equal(x, before[name]) for name, x in one.state_dict().items())
+    one.train()
+    for part in codes.split(40):
+        one.loss(part, None)
+    torch.testing.assert_close(one.mean, MEAN, atol=0.3, rtol=0)
+    torch.testing.assert_close(one.variance.sqrt(), STD, rtol=0.1, atol=0)
+    assert float(((codes - one.mean) / one.unit).std()) == pytest.approx(0.5, rel=0.1)
+
+
+def test_a_number_that_is_not_finite_does_not_stay_in_the_statistics():
+    one = law().train()
+    one.loss(torch.full((4, 2), torch.nan), None)
+    assert one.mean.isfinite().all() and one.variance.isfinite().all()
+
+
+@every_path
+def test_the_same_noise_gives_the_same_code_and_no_noise_the_mode(fitted, path):
+    noise = torch.randn(3, 1, 2, generator=generator())
+    one, same = (fitted[path].sample(None, 3, Sampling(generator=generator(seed), noise=noise)) for seed in (0, 1))
+    assert torch.equal(one, same)
+    mode = fitted[path].sample(None, 1, Sampling(mode=True))
+    assert torch.equal(mode, fitted[path].sample(None, 1, Sampling(noise=0 * noise[:1])))
+
+
+def test_an_untrained_law_is_a_gaussian_of_the_codes_mean_and_deviation():
+    one = law().train()
+    one.watch(gaussian(1000))
+    x = gaussian(50, seed=4)
+    torch.testing.assert_close(
+        one.log_prob(x, None), torch.distributions.Normal(one.mean, one.variance.sqrt()).log_prob(x).sum(-1), atol=5e-3, rtol=0
+    )
+
+
+def test_too_large_a_code_has_no_exact_likelihood():
+    with pytest.raises(ValueError, match="64"):
+        law(size=65).ode_log_prob(torch.zeros(1, 65), None)
+
+
+def test_the_loss_weighs_all_levels_alike_and_is_of_the_size_of_the_code():
+    one = law(size=8).train()
+    loss = one.loss(torch.randn(3000, 8, generator=generator()), None, sampling=Sampling(generator=generator(1)))["denoise"]
+    assert loss.unit == "score" and loss.value.shape == (3000,)
+    assert float(loss.value.mean().detach()) == pytest.approx(8, rel=0.05)
+    assert math.isfinite(float(loss.value.detach().max()))

@@ -1,0 +1,156 @@
+"""Energy-based laws: what only they promise."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import generator, small, small_latent
+from test_contracts import two_moons
+from torch import Tensor, nn
+
+from worldmodel import registry
+from worldmodel.data import Sampling
+from worldmodel.distributions import Energy
+from worldmodel.errors import ConfigError, NumericsError
+
+OPTIONS = {"layers": 2, "steps": 10, "candidates": 64, "buffer": 64, "base": small("distribution", "gaussian")}
+
+
+def energy(context: int = 0, **options) -> Energy:
+    config = small("distribution", "energy", **{**OPTIONS, **options})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return registry.build("distribution", config, small_latent("gaussian"), context)
+
+
+class Bowl(nn.Module):
+    """f = -curve / 2 |u|^2 + slope . u in the base's units u: the law is a Gaussian, and Z is known."""
+
+    curve, slope = 2.0, torch.tensor([1.0, -0.5])
+
+    def forward(self, u: Tensor) -> Tensor:
+        u = u[..., :2]
+        return (-0.5 * self.curve * u.square().sum(-1) + (self.slope * u).sum(-1)).unsqueeze(-1)
+
+    @property
+    def log_z(self) -> float:
+        """ln E exp f under N(0, I) = |slope|^2 / 2 (1 + curve) - ln(1 + curve)."""
+        return float(self.slope.square().sum() / (2 * (1 + self.curve))) - math.log(1 + self.curve)
+
+
+def bowl(**options) -> Energy:
+    law = energy(base=small("distribution", "gaussian", standard=True), **options)
+    law.net = Bowl()
+    law._fixed = generator  # it has no parameters
+    return law
+
+
+@pytest.mark.parametrize("ais", [False, True], ids=["weighted draws", "annealed"])
+def test_the_estimate_of_z_is_within_its_error_of_a_known_one(ais):
+    law = bowl()
+    each = torch.stack([law.log_z(None, 1000, Sampling(generator=generator(seed)), ais=ais)[0] for seed in range(5)])
+    assert abs(float(each.mean()) - Bowl().log_z) < 2 * float(each.std()) / math.sqrt(5) + 1e-3
+
+
+def test_annealing_keeps_the_effective_sample_size_where_weighted_draws_lose_it():
+    law = bowl()
+    law.net.slope = torch.tensor([6.0, -6.0])
+    (_, few), (estimate, many) = law.log_z(None, 300), law.log_z(None, 300, ais=True)
+    assert float(few) < 30 < 150 < float(many)
+    assert abs(float(estimate) - law.net.log_z) < 0.2
+
+
+@pytest.mark.parametrize("sampler", ["langevin", "resampling"])
+def test_draws_have_the_moments_of_a_known_law(sampler):
+    law = bowl(sampler=sampler, steps=30)
+    x = law.sample(None, 8000, Sampling(generator=generator()))[:, 0]
+    torch.testing.assert_close(x.mean(0), Bowl.slope / 3, atol=0.03, rtol=0)
+    torch.testing.assert_close(x.var(0), torch.full((2,), 1 / 3), atol=0.03, rtol=0)
+
+
+def test_the_mode_is_uphill_from_the_base_and_longer_chains_stay_at_the_law():
+    law = bowl(sampler="langevin")
+    mode = law.sample(None, 1, Sampling(mode=True, steps=60))[0, 0]
+    torch.testing.assert_close(mode, Bowl.slope / 3, atol=0.02, rtol=0)
+    spread = [float(law.sample(None, 4000, Sampling(generator=generator(), steps=n)).var()) for n in (20, 100)]
+    assert spread[0] == pytest.approx(spread[1], abs=0.05)
+
+
+def test_an_untrained_energy_is_its_base():
+    law, x = energy(3), torch.randn(5, 2, generator=generator())
+    context = torch.randn(5, 3, generator=generator(1))
+    assert torch.equal(law.log_prob(x, context), law.base.log_prob(x, context))
+    torch.testing.assert_close(law.log_z(context)[0], torch.zeros(5), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("trainer", ["nce", "cd", "pcd"])
+@pytest.mark.parametrize("base", ["gaussian", "standard"])
+def test_every_trainer_beats_a_gaussian_on_two_moons(trainer, base):
+    train, test = two_moons(2000, 0), two_moons(2000, 10)
+    law = energy(trainer=trainer, units=32, base=small("distribution", "gaussian", standard=base == "standard"))
+    law.fit(train, steps=120, lr=2e-2, generator=generator())
+    best_gaussian = torch.distributions.Normal(train.mean(0), train.std(0)).log_prob(test).sum(-1).mean()
+    log_z, size = law.log_z(None, 4000)
+    assert float(law.log_prob(test, None).detach().mean() - log_z - best_gaussian) > 0.3
+    assert float(size) > 400
+
+
+def test_with_a_context_f_is_learned_for_each_context():
+    side, other = ((torch.rand(1000, generator=generator(seed)) < 0.5).float() * 2 - 1 for seed in (0, 1))
+    codes = torch.stack([side, other], -1) + 0.3 * torch.randn(1000, 2, generator=generator(2))
+    context = side.unsqueeze(-1)
+    for trainer in ("nce", "cd"):
+        law = energy(1, trainer=trainer)
+        law.fit(codes, context, steps=150, lr=2e-2, generator=generator())
+        right, wrong = (law.log_prob(codes, c) - law.log_z(c, 100)[0] for c in (context, -context))
+        base = law.base.log_prob(codes, context)
+        assert right.mean() > wrong.mean() + 1 and right.mean() > base.mean() + 0.1
+
+
+def test_persistent_chains_are_saved_with_the_weights_and_move_in_training_alone():
+    law, x = energy(trainer="pcd"), torch.randn(20, 2, generator=generator())
+    before = law.state_dict()["chains"].clone()
+    law.eval().loss(x, None, sampling=Sampling(generator=generator()))
+    assert torch.equal(law.chains, before)
+    law.train().loss(x, None, sampling=Sampling(generator=generator()))
+    assert 0 < int((law.chains != before).any(-1).sum()) <= 20
+
+
+def test_persistent_chains_are_refused_with_a_context():
+    with pytest.raises(ConfigError, match="trainer=nce or trainer=cd"):
+        energy(3, trainer="pcd")
+
+
+@pytest.mark.parametrize("base", ["energy", "categorical"])
+def test_a_base_must_be_an_exact_law_of_such_codes(base):
+    with pytest.raises(ConfigError, match="base=gaussian"):
+        small("distribution", "energy", base={"kind": base})
+
+
+@pytest.mark.parametrize("trainer", ["cd", "pcd"])
+def test_a_gap_between_energies_stops_training_and_says_what_to_change(trainer):
+    law = energy(trainer=trainer, most_gap=5.0)
+    law.net = Bowl()
+    x = torch.tensor([[9.0, 9.0]]).expand(30, 2)
+    with pytest.raises(NumericsError, match=r"most_gap=5 .*step.*magnitude.*trainer=nce"):
+        law.loss(x, None, sampling=Sampling(generator=generator()))
+
+
+def test_chains_that_run_away_stop_training():
+    law = energy(trainer="cd", most_moved=1.0)
+    law.net = Bowl()
+    law.net.slope, law.net.curve = torch.tensor([50.0, 0.0]), 0.0
+    with pytest.raises(NumericsError, match="most_moved=1 "):
+        law.loss(torch.zeros(30, 2), None, sampling=Sampling(generator=generator()))
+
+
+def test_where_the_base_has_no_closed_form_f_reads_codes_in_their_running_units():
+    law = energy(base=small("distribution", "gaussian"))
+    law.framed = False
+    for name in ("centre", "spread", "seen"):
+        law.register_buffer(name, torch.zeros(2) if name != "seen" else torch.zeros(()))
+    law.train().loss(5 + 3 * torch.randn(5000, 2, generator=generator()), None, sampling=Sampling(generator=generator()))
+    torch.testing.assert_close(law.centre, torch.full((2,), 5.0), atol=0.2, rtol=0)
+    torch.testing.assert_close(law.spread, torch.full((2,), 3.0), atol=0.2, rtol=0)

@@ -1,0 +1,182 @@
+"""VampPrior: what only it promises, for pseudo-inputs of every kind."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import SmallEyes, generator, known_batch, reached, small, small_latent, small_source, small_world
+
+from worldmodel import registry
+from worldmodel.distributions import VampPrior
+from worldmodel.errors import ConfigError
+from worldmodel.model import ModelConfig
+
+KINDS = ("observation", "feature", "exemplar")
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def law(kind: str = "observation", context: int = 0, carry: int = 0, seed: int = 0, **options) -> VampPrior:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        latent = small_latent("gaussian")
+        config = small("distribution", "vamp", inputs=kind, **options)
+        return registry.build("distribution", config, latent, context, small_source(latent, carry))
+
+
+def eyes(form: VampPrior) -> SmallEyes:
+    return form.source.posterior.__self__
+
+
+def observations(n: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    return {name: torch.rand(n, *shape, generator=generator(seed)) for name, shape in SmallEyes.SHAPES.items()}
+
+
+def rows(*numbers: int) -> torch.Tensor:
+    return torch.tensor(numbers)
+
+
+@every_kind
+def test_a_component_is_the_posterior_at_a_pseudo_input(kind):
+    form = law(kind)
+    mix, belief = form.components(None), form.source.posterior(form.embeddings(), torch.zeros(5, 0))
+    torch.testing.assert_close(mix.beliefs.mean, belief.mean)
+    x = torch.randn(7, 2, generator=generator())
+    each = torch.stack([belief.index(slice(k, k + 1)).log_prob(x) for k in range(5)])
+    torch.testing.assert_close(form.log_prob(x, None), torch.logsumexp(each, 0) - math.log(5))
+
+
+def test_pseudo_images_stay_between_black_and_white():
+    form, seen = law("observation"), {}
+    form.input1.data.mul_(100)
+    encode = eyes(form).encode
+    watched = replace(form.source.inputs, encode=lambda obs: seen.update(obs) or encode(obs))
+    form.source = replace(form.source, inputs=watched)
+    form.embeddings()
+    assert 0 <= seen["image"].min() < 0.01 and 0.99 < seen["image"].max() <= 1 and seen["vector"].abs().max() > 1
+
+
+@every_kind
+@pytest.mark.parametrize("where", [{}, {"carry": 3}, {"context": 3, "carry": 3}, {"context": 3}], ids=str)
+def test_the_rate_trains_pseudo_inputs_and_encoder_and_a_frozen_one_neither(kind, where):
+    form = law(kind, **where)
+    context = torch.randn(4, 3, generator=generator()) if where.get("context") else None
+    belief = form.latent.belief(torch.randn(4, 4, generator=generator(1)))
+    z = belief.mean.clone()
+    inputs = {f"own {n}": p for n, p in form.named_parameters()} | {f"eyes {n}": p for n, p in eyes(form).named_parameters()}
+    if kind == "feature":
+        inputs = {n: p for n, p in inputs.items() if not n.startswith("eyes see")}
+    assert reached(form.rate(belief, z, context), **inputs) == set(inputs)
+    assert reached(form.rates(belief, z, context)[0], **inputs) == set(inputs)
+    assert not reached(form.rate(belief, z, context, frozen=True), **inputs)
+    assert not reached(form.rates(belief, z, context)[1], **inputs)
+    own = {name for name, _ in form.named_parameters()}
+    pseudo = {"observation": {"input0", "input1"}, "feature": {"embed"}, "exemplar": set()}[kind]
+    assert pseudo <= own and ("carry" in own) == (where == {"carry": 3} and kind != "exemplar")
+
+
+def test_the_weights_are_equal_learned_or_given_by_the_context():
+    assert torch.allclose(law().components(None).log_weights.exp(), torch.tensor(0.2))
+    free = law(weights="learned")
+    free.logits.data[0, 2] = 50
+    assert float(free.components(None).log_weights.detach().exp()[0, 2]) == pytest.approx(1)
+    far = law(context=3).components(torch.tensor([[-9.0] * 3, [9.0] * 3])).log_weights
+    assert (far[0] - far[1]).abs().max() > 0.1
+
+
+# Exemplars -------------------------------------------------------------------------------------------------------------
+
+
+def test_an_exemplar_is_left_out_of_the_law_of_its_own_row_and_of_no_other():
+    form = law("exemplar")
+    form.remember(observations(5), torch.zeros(5, 0), rows(10, 11, 12, 13, 14))
+    belief = eyes(form).posterior(eyes(form).encode(observations(5)), torch.zeros(5, 0))
+    z = belief.mean.detach()
+    order = form.row.argsort()
+    held_out = []
+    for i in range(5):
+        others = [int(k) for k in order if form.row[k] != 10 + i]
+        parts = torch.stack([form.components(None).beliefs.index(k).log_prob(z[i]) for k in others])
+        held_out.append(belief.index(i).log_prob(z[i]) - (torch.logsumexp(parts, 0) - math.log(4)))
+    torch.testing.assert_close(form.rate(belief, z, None, rows=rows(10, 11, 12, 13, 14)), torch.stack(held_out))
+    unseen = form.rate(belief, z, None, rows=rows(90, 91, 92, 93, 94))
+    torch.testing.assert_close(unseen, form.rate(belief, z, None))
+    assert not torch.allclose(unseen, torch.stack(held_out))
+
+
+def test_the_oldest_exemplars_make_room_and_no_row_is_held_twice():
+    form = law("exemplar", renew=2)
+    for start in range(0, 8, 2):
+        form.remember(observations(4, start), torch.zeros(4, 0), rows(start, start + 1, start, start + 1))
+    assert sorted(form.row.tolist()) == [3, 4, 5, 6, 7]
+    before = form.row.clone()
+    form.remember(observations(3), torch.zeros(3, 0), rows(3, 4, 5))
+    assert torch.equal(before, form.row)
+    assert torch.equal(form.input0[form.row == 6][0], observations(4, 6)["vector"][0])
+
+
+def test_exemplars_are_saved_with_the_weights():
+    form, fresh = law("exemplar"), law("exemplar", seed=1)
+    form.remember(observations(5), torch.zeros(5, 0), rows(1, 2, 3, 4, 5))
+    fresh.load_state_dict(form.state_dict())
+    x = torch.randn(3, 2, generator=generator())
+    assert torch.equal(form.log_prob(x, None), fresh.log_prob(x, None)) and torch.equal(form.row, fresh.row)
+
+
+@pytest.mark.parametrize("slot", ["initial", "transition", "marginal"])
+def test_training_shows_each_slot_the_rows_that_it_is_a_law_of_and_eval_shows_none(slot):
+    config = small("distribution", "vamp", inputs="exemplar", renew=5, weights="equal")
+    world = small_world(latent="gaussian", **{slot: config})
+    law = world.marginal if slot == "marginal" else getattr(world.dynamics, "initial_law" if slot == "initial" else slot)
+    batch = known_batch()
+    batch = batch.with_obs(world.inputs(batch.obs))
+    numbered = replace(batch, row=torch.arange(18).view(3, 6))
+    world.eval().trace(numbered)
+    assert (law.row == -1).all()
+    world.train().trace(batch)  # rows that no store numbers
+    assert (law.row == -1).all()
+    world.trace(numbered)
+    held = set(law.row.tolist()) - {-1}
+    first = set(numbered.row[numbered.is_first].tolist())
+    assert held and (held <= first if slot == "initial" else not held & first if slot == "transition" else True)
+    at = int((law.row >= 0).nonzero()[0])
+    key = next(iter(numbered.obs))
+    assert torch.equal(law.input0[at], numbered.obs[key].flatten(0, 1)[law.row[at]])
+
+
+# Its place in a model ---------------------------------------------------------------------------------------------------
+
+
+def test_a_copied_world_asks_its_own_encoder():
+    world = small_world(latent="gaussian", marginal=small("distribution", "vamp"))
+    twin = copy.deepcopy(world)
+    with torch.no_grad():
+        for p in twin.encoder.parameters():
+            p.zero_()
+    assert not torch.equal(world.marginal.embeddings(), twin.marginal.embeddings())
+    assert not any(name.startswith("marginal.source") for name, _ in world.named_parameters())
+
+
+def test_pseudo_inputs_that_are_all_alike_have_no_spread():
+    form = law("feature")
+    assert form.measures(torch.zeros(4, 2), None)["spread"] > 0.1
+    form.embed.data[:] = form.embed.data[:1].clone()
+    assert form.measures(torch.zeros(4, 2), None)["spread"] == pytest.approx(0, abs=1e-5)
+
+
+def test_without_an_encoder_the_error_says_what_to_take_instead():
+    with pytest.raises(ConfigError, match=r"given none.*'mixture'"):
+        registry.build("distribution", small("distribution", "vamp"), small_latent("gaussian"), 0)
+
+
+def test_a_carry_that_the_context_cannot_stand_for_is_refused():
+    with pytest.raises(ConfigError, match=r"dynamics\.posterior=observation"):
+        law(context=3, carry=5)
+
+
+def test_codes_without_beliefs_are_refused_when_the_config_is_read():
+    with pytest.raises(ConfigError, match=r"model\.dynamics\.latent\.kind=point"):
+        ModelConfig.parse({"dynamics": {"latent": {"kind": "point"}}, "marginal": {"kind": "vamp"}})

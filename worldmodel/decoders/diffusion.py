@@ -1,0 +1,197 @@
+"""Decoders that draw: pictures refined by diffusion, and an autoencoder's latents drawn by diffusion.
+
+A mean of many possible pictures is blurred where they differ. These decoders draw one of them instead, in a few steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from worldmodel.data import Loss, Obs, Sampling
+from worldmodel.decoders.standard import Decoder, DecoderConfig
+from worldmodel.decoders.unet import NoiseUNet
+from worldmodel.denoising import DATA, SAMPLERS, Network, edm, evenly
+from worldmodel.distributions import (
+    Diffusion,
+    DiffusionConfig,
+    Gaussian,
+    GaussianConfig,
+    GaussianLatent,
+    GaussianLatentConfig,
+    Posterior,
+)
+from worldmodel.networks import ConvEncoder, NoisePerceptron, StraightMLP, linear
+from worldmodel.registry import register
+from worldmodel.spaces import ObsSpec
+
+
+class DiffusionDecoderConfig(DecoderConfig):
+    """The standard decoder, and networks that refine what it expects."""
+
+    kind: Literal["diffusion"] = "diffusion"
+    gradient: Literal["stop", "full"] = Field("stop", description="whether denoising trains the refiner alone, or the feature too")
+    steps: int = Field(3, ge=1, description="steps of a draw; sampling.steps overrides it")
+    sampler: Literal["multistep", "euler", "heun"] = Field("multistep", description="as of a diffusion law")
+    refine_depth: int = Field(16, ge=1, description="channels of the U-Net that refines pictures")
+    refine_units: int = Field(128, ge=1, description="width of the perceptron that refines vectors")
+    frames: int = Field(64, ge=1, description="pictures of each batch that the U-Net is trained on, drawn at random")
+    most: float = Field(5.0, gt=0, description="noise that a draw starts from, beside data of deviation 0.5")
+    least: float = Field(0.02, gt=0, description="noise of the last step")
+    level_mean: float = Field(-0.4, description="mean of ln(noise) in training")
+    level_std: float = Field(1.2, gt=0, description="its deviation")
+
+
+@register("decoder", "diffusion", DiffusionDecoderConfig)
+class DiffusionDecoder(Decoder):
+    """p(x | feature) as generator and refiner: what the standard decoder expects, and a draw by EDM given that and the feature.
+
+    The expected observation is trained by the ELBO, as ever, and what the refiner sees of it carries no gradient; so the code
+    is the same with and without a refiner, unless gradient=full. What is drawn is the difference to it: of pictures by a U-Net
+    that has the expected picture as more channels, of vectors together by a perceptron; categories and bits are drawn as ever.
+    Source of the form: Pandey et al. 2022 (DiffuseVAE), formulation 1; of the levels: Alonso et al. 2024 (DIAMOND), table 3.
+    """
+
+    def __init__(self, config: DiffusionDecoderConfig, spec: ObsSpec, feature_dim: int, latent_dim: int):
+        super().__init__(config, spec, feature_dim, latent_dim)
+        self.path = edm(config.level_mean, config.level_std, config.least, config.most)
+        shapes = [spec.keys[name].shape for name in self.images]
+        self.unets = nn.ModuleList(NoiseUNet(s[0], s[0], self.inputs, tuple(s[1:]), config.refine_depth) for s in shapes)
+        self.numbers = {name: spec.keys[name].shape[0] for name in self.vectors if spec.keys[name].kind == "vector"}
+        width = sum(self.numbers.values())
+        self.refiner = NoisePerceptron(width, width + self.inputs, config.refine_units, 2) if width else None
+
+    def loss(self, feature: Float[Tensor, "N F"], obs: Obs, sampling: Sampling | None = None) -> dict[str, Loss]:
+        """{"observation": as of the standard decoder, "denoise": squared error of the refiners, a mean over elements} [N]."""
+        out, generator = self.output(feature), None if sampling is None else sampling.generator
+        terms = {"observation": Loss(self._surprise(out, obs))}
+        expected = {name: x.detach() for name, x in self._means(out).items()}
+        seen = feature[..., -self.inputs :]
+        seen = seen.detach() if self.config.gradient == "stop" else seen
+        total = seen.new_zeros(len(seen))
+        some = torch.randperm(len(seen), generator=generator, device=seen.device)[: self.config.frames]
+        for name, unet in zip(self.images, self.unets, strict=True):
+            beside = expected[name][some]
+            error = self._denoise(pictured(unet, beside, seen[some]), PICTURE * (obs[name][some] - beside), generator)
+            total = total.index_add(0, some, error * (len(seen) / len(some)))  # the mean over rows is that of these
+        if self.refiner is not None:
+            beside = self._joined(expected)
+            network = self._numbered(beside, seen)
+            total = total + self._denoise(network, (self._joined(obs) - beside) / self._unit(), generator)
+        return terms | {"denoise": Loss(total, "score")}
+
+    def _denoise(self, network: Network, data: Tensor, generator: torch.Generator | None) -> Float[Tensor, " N"]:
+        level = self.path.drawn(evenly(len(data), generator, data.device))
+        noise = torch.randn(data.shape, generator=generator, device=data.device)
+        return self.path.loss(network, data, noise, level) / data[0].numel()
+
+    def _numbered(self, beside: Tensor, seen: Tensor) -> Network:
+        given = torch.cat([beside, seen], -1)
+        return lambda x, level: self.refiner(x, level, given)
+
+    def _joined(self, obs: Obs) -> Float[Tensor, "N D"]:
+        """All vectors side by side."""
+        return torch.cat([obs[name] for name in self.numbers], -1)
+
+    def _unit(self) -> Float[Tensor, " D"]:
+        """By what vectors differ from what is expected, as the likelihood has it: refined by nothing they are drawn from it."""
+        return torch.cat([self.log_std(name).detach().exp() for name in self.numbers]) / DATA
+
+    def sample(self, feature: Float[Tensor, "N F"], sampling: Sampling) -> Obs:
+        """A draw that follows the ODE from the generator's noise, scaled by the temperature; `sampling.mode`: from none."""
+        out = self.output(feature)
+        drawn, expected = self._draws(out, replace(sampling, temperature=0.0)), self._means(out)
+        seen = feature[..., -self.inputs :]
+        for name, unet in zip(self.images, self.unets, strict=True):
+            beside = expected[name]
+            drawn[name] = (beside + self._draw(pictured(unet, beside, seen), beside, sampling) / PICTURE).clamp(0, 1)
+        if self.refiner is not None:
+            beside = self._joined(expected)
+            draw = beside + self._draw(self._numbered(beside, seen), beside, sampling) * self._unit()
+            drawn |= dict(zip(self.numbers, draw.split(list(self.numbers.values()), -1), strict=True))
+        return drawn
+
+    def _draw(self, network: Network, like: Tensor, sampling: Sampling) -> Tensor:
+        noise = torch.zeros_like(like)
+        if not sampling.mode:
+            noise = sampling.temperature * torch.randn(like.shape, generator=sampling.generator, device=like.device)
+        levels = self.path.grid(sampling.steps or self.config.steps).to(noise)
+        denoise = lambda x, level: self.path.denoised(network, x, level)  # noqa: E731
+        return SAMPLERS[self.config.sampler](denoise, self.path.start(noise, levels[0]), levels)
+
+
+PICTURE = 2.0
+"""Data of the U-Net in one unit of a pixel: errors at edges, of up to 1, are far beyond their deviation over all pixels."""
+
+
+def pictured(unet: NoiseUNet, beside: Tensor, seen: Tensor) -> Network:
+    """The U-Net's F, with the expected picture beside the noisy error."""
+    return lambda x, level: unet(x, level, PICTURE * (beside - 0.5), seen)
+
+
+class LatentDiffusionDecoderConfig(DecoderConfig):
+    """An autoencoder of observations (units, layers and depth are of both its halves), and a law of its latents."""
+
+    kind: Literal["latent_diffusion"] = "latent_diffusion"
+    gradient: Literal["stop", "full"] = Field("full", description="whether denoising trains the law alone, or the feature too")
+    size: int = Field(16, ge=1, description="numbers of the autoencoder's latent")
+    kl: float = Field(1e-6, ge=0, description="weight of the latent's rate against N(0, I): keeps its size bounded, no more")
+    law: DiffusionConfig = Field(DiffusionConfig(layers=3), description="p(latent | feature)")
+
+
+@register("decoder", "latent_diffusion", LatentDiffusionDecoderConfig)
+class LatentDiffusionDecoder(nn.Module):
+    """p(x | feature) by way of latents that belong to the decoder: they are drawn by diffusion given the feature, then decoded.
+
+    The autoencoder knows nothing of the feature, and the feature learns by predicting the autoencoder's latents (gradient=full).
+    Source: Rombach et al. 2022 (LDM), section 3 and appendix G for the weight of the rate.
+    """
+
+    def __init__(self, config: LatentDiffusionDecoderConfig, spec: ObsSpec, feature_dim: int, latent_dim: int):
+        super().__init__()
+        self.config, self.spec = config, spec
+        self.inputs = feature_dim if config.reads == "feature" else latent_dim
+        self.latent = GaussianLatent(GaussianLatentConfig(size=config.size))
+        self.images = [name for name, key in spec.keys.items() if key.kind == "image"]
+        self.vectors = [name for name, key in spec.keys.items() if key.kind != "image"]
+        self.convolutions = nn.ModuleList(ConvEncoder(spec.keys[name].shape, config.depth) for name in self.images)
+        width = sum(spec.keys[name].shape[0] for name in self.vectors)
+        self.perceptron = StraightMLP(width, config.units, config.layers, config.units) if width else None
+        embedded = sum(c.out_features for c in self.convolutions) + (config.units if width else 0)
+        self.belief = linear(embedded, self.latent.parameters)
+        own = {name: getattr(config, name) for name in DecoderConfig.model_fields if name not in ("kind", "reads")}
+        self.autodecoder = Decoder(DecoderConfig(**own), spec, config.size, config.size)
+        self.standard = Gaussian(GaussianConfig(standard=True), self.latent, 0)
+        self.law = Diffusion(config.law, self.latent, self.inputs)
+
+    def _encode(self, obs: Obs) -> Posterior:
+        parts = [conv(obs[name]) for name, conv in zip(self.images, self.convolutions, strict=True)]
+        if self.perceptron is not None:
+            parts.append(self.perceptron(torch.cat([obs[name] for name in self.vectors], -1)))
+        return self.latent.belief(self.belief(torch.cat(parts, -1)))
+
+    def loss(self, feature: Float[Tensor, "N F"], obs: Obs, sampling: Sampling | None = None) -> dict[str, Loss]:
+        """{"observation": of the autoencoder, in nats, no part of the ELBO of the feature; "denoise": of its latents} [N]."""
+        sampling, belief = sampling or Sampling(), self._encode(obs)
+        code = self.latent.draw(belief, sampling, (len(feature),), feature.device)
+        terms = self.autodecoder.loss(code, obs)
+        rate = belief.kl(self.standard.given(None))
+        terms["observation"] = Loss(terms["observation"].value + self.config.kl * rate)
+        seen = feature[..., -self.inputs :]
+        seen = seen.detach() if self.config.gradient == "stop" else seen
+        return terms | self.law.loss(code.detach(), seen, sampling=sampling)
+
+    def mean(self, feature: Float[Tensor, "N F"]) -> Obs:
+        """What the latent decodes to that is expected given the feature: one step of denoising, from no noise."""
+        code = self.law.sample(feature[..., -self.inputs :], 1, Sampling(mode=True, steps=1))[0]
+        return self.autodecoder.mean(code)
+
+    def sample(self, feature: Float[Tensor, "N F"], sampling: Sampling) -> Obs:
+        """What a drawn latent decodes to; the noise that the autoencoder could not explain is not drawn."""
+        code = self.law.sample(feature[..., -self.inputs :], 1, replace(sampling, noise=None, score=None, guidance=0.0))[0]
+        return self.autodecoder.sample(code, replace(sampling, temperature=0.0))

@@ -1,0 +1,196 @@
+"""Observations as independent elements given the feature."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from worldmodel.config import Frozen
+from worldmodel.data import Loss, Obs, Sampling
+from worldmodel.errors import ConfigError
+from worldmodel.networks import ConvDecoder, StraightMLP, negative_log_likelihood
+from worldmodel.registry import register
+from worldmodel.spaces import ObsSpec
+
+
+class DecoderConfig(Frozen):
+    """Gaussian for vectors, categorical and Bernoulli for what is not numbers, a choice for images."""
+
+    kind: Literal["standard"] = "standard"
+    units: int = Field(128, ge=1, description="width of the perceptron for vectors")
+    layers: int = Field(2, ge=0, description="layers of the perceptron for vectors")
+    depth: int = Field(16, ge=1, description="channels of the last but one convolution")
+    reads: Literal["feature", "latent"] = Field("feature", description="the whole feature, or the latent alone as in a plain VAE")
+    image: Literal["gaussian", "logistic", "bernoulli"] = Field(
+        "gaussian", description="law of a pixel: gaussian; logistic: of its discrete levels; bernoulli: black or white"
+    )
+    levels: int = Field(256, ge=2, description="logistic: levels of a pixel, evenly spaced from 0 to 1")
+    sigma: Literal["fitted", "learned"] = Field(
+        "fitted", description="deviation: the error's own size (sigma-VAE), or a free parameter"
+    )
+    min_sigma: float = Field(0.05, gt=0, description="least deviation of vectors, in units of the scaled observation")
+    min_sigma_image: float = Field(0.5, gt=0, description="least deviation of pixels in [0, 1]: below it pictures drown rewards")
+
+
+@register("decoder", "standard", DecoderConfig)
+class Decoder(nn.Module):
+    """p(x | feature), independent over keys and elements; losses are summed over elements, in nats per step.
+
+    laws   {key: law of its elements}, each normalised: nats of densities (gaussian) and of probabilities (all others) are nats of
+           different things, and not to be compared
+
+    A Gaussian with a fixed deviation of 1 makes the posterior collapse; here the deviation is either the running root
+    mean square error (per number of a vector, one per image) or a parameter.
+    Source of `fitted`: Rybkin et al. 2021 (sigma-VAE), eq. 7.
+    """
+
+    def __init__(self, config: DecoderConfig, spec: ObsSpec, feature_dim: int, latent_dim: int):
+        super().__init__()
+        self.config, self.spec = config, spec
+        self.inputs = feature_dim if config.reads == "feature" else latent_dim
+        self.images = [name for name, key in spec.keys.items() if key.kind == "image"]
+        self.vectors = [name for name, key in spec.keys.items() if key.kind != "image"]
+        self.convolutions = nn.ModuleList(ConvDecoder(self.inputs, spec.keys[name].shape, config.depth) for name in self.images)
+        self.widths = [spec.keys[name].shape[0] for name in self.vectors]
+        if self.vectors:
+            self.perceptron = StraightMLP(self.inputs, config.units, config.layers, sum(self.widths))
+        own = {"image": config.image, "vector": "gaussian", "binary": "bernoulli", "categorical": "categorical"}
+        self.laws = {name: own[key.kind] for name, key in spec.keys.items()}
+        self.spread = [name for name, law in self.laws.items() if law in ("gaussian", "logistic")]
+        for i, name in enumerate(self.spread):
+            log_std = torch.zeros(1 if name in self.images else spec.keys[name].shape[0])
+            if config.sigma == "learned":
+                self.register_parameter(f"log_std{i}", nn.Parameter(log_std))
+            else:
+                self.register_buffer(f"log_std{i}", log_std)
+
+    def output(self, feature: Float[Tensor, "N F"]) -> Obs:
+        """Means of Gaussian keys, middles of logistic ones, logits of all others, on the scaled observation's scale."""
+        x = feature[..., -self.inputs :]
+        out = {name: conv(x) for name, conv in zip(self.images, self.convolutions, strict=True)}
+        if self.vectors:
+            out |= dict(zip(self.vectors, self.perceptron(x).split(self.widths, -1), strict=True))
+        return {name: y.float() for name, y in out.items()}  # likelihoods lose too much in bf16
+
+    def log_std(self, name: str) -> Tensor:
+        """ln of the deviation of a Gaussian or logistic key, not below the floor."""
+        floor = math.log(self.config.min_sigma_image if name in self.images else self.config.min_sigma)
+        return getattr(self, f"log_std{self.spread.index(name)}").clamp_min(floor)
+
+    def loss(self, feature: Float[Tensor, "N F"], obs: Obs, sampling: Sampling | None = None) -> dict[str, Loss]:
+        """{"observation": -ln p(obs | feature)} [N]; `obs` on the inner scale.
+
+        Raises ConfigError where image=bernoulli and pixels lie outside [0, 1].
+        """
+        return {"observation": Loss(self._surprise(self.output(feature), obs))}
+
+    def _surprise(self, out: Obs, obs: Obs) -> Float[Tensor, " N"]:
+        """-ln p(obs), given what `output` gave; a training decoder fits its deviations to it."""
+        total = torch.zeros((), device=next(iter(out.values())).device)
+        for name, law in self.laws.items():
+            x, y = obs[name], out[name]
+            if name in self.spread and self.training and self.config.sigma == "fitted":
+                self._fit(name, x, y if law == "gaussian" else y.clamp(0, 1))
+            if law == "categorical":
+                nats = -x * torch.cat([part.log_softmax(-1) for part in y.split(self.spec.keys[name].sizes, -1)], -1)
+            elif law == "bernoulli":
+                if name in self.images:
+                    _within_one(name, x)
+                nats = F.binary_cross_entropy_with_logits(y, x, reduction="none")
+            elif law == "gaussian":
+                nats = negative_log_likelihood(x, y, self._each(name, x).log())
+            else:
+                nats = discrete_logistic(x, y, self._each(name, x) * LOGISTIC, self.config.levels)
+            total = total + nats.flatten(1).sum(-1)
+        return total
+
+    def _each(self, name: str, like: Tensor) -> Tensor:
+        """The deviation of each element of a key, so that it multiplies `like`."""
+        return self.log_std(name).exp().view(1, -1, *[1] * (like.ndim - 2))
+
+    @torch.no_grad()
+    def _fit(self, name: str, x: Tensor, mean: Tensor) -> None:
+        error = (x - mean).square()
+        error = error.mean().view(1) if name in self.images else error.mean(0)
+        log_std = getattr(self, f"log_std{self.spread.index(name)}")
+        # An update that is skipped because of NaN must not leave one behind here.
+        log_std.lerp_(torch.where(error.isfinite(), 0.5 * error.clamp_min(1e-12).log(), log_std), 0.05)
+
+    def mean(self, feature: Float[Tensor, "N F"]) -> Obs:
+        """The expected observation: probabilities for categorical and Bernoulli keys."""
+        return self._means(self.output(feature))
+
+    def _means(self, out: Obs) -> Obs:
+        means = {}
+        for name, y in out.items():
+            if self.laws[name] == "categorical":
+                y = torch.cat([part.softmax(-1) for part in y.split(self.spec.keys[name].sizes, -1)], -1)
+            elif self.laws[name] == "bernoulli":
+                y = torch.sigmoid(y)
+            elif self.laws[name] == "logistic":
+                y = logistic_mean(y, self._each(name, y) * LOGISTIC)
+            means[name] = y
+        return means
+
+    def sample(self, feature: Float[Tensor, "N F"], sampling: Sampling) -> Obs:
+        """A drawn observation; `sampling.mode` gives the mean, one-hot categories and whole bits."""
+        return self._draws(self.output(feature), sampling)
+
+    def _draws(self, out: Obs, sampling: Sampling) -> Obs:
+        drawn = self._means(out)
+        for name, law in self.laws.items():
+            x = drawn[name]
+            draw = None if sampling.mode else torch.rand(x.shape, generator=sampling.generator, device=x.device)
+            if law == "categorical":
+                drawn[name] = _categories(x, self.spec.keys[name].sizes, draw)
+            elif law == "bernoulli" and (draw is not None or name not in self.images):
+                drawn[name] = (x > (0.5 if draw is None else draw)).to(x)
+            elif law == "gaussian" and draw is not None:
+                noise = torch.randn(x.shape, generator=sampling.generator, device=x.device)
+                drawn[name] = x + sampling.temperature * self._each(name, x) * noise
+            elif law == "logistic" and draw is not None:
+                scale, steps = sampling.temperature * self._each(name, x) * LOGISTIC, self.config.levels - 1
+                drawn[name] = ((out[name] + scale * draw.clamp(1e-6, 1 - 1e-6).logit()).clamp(0, 1) * steps).round() / steps
+        return drawn
+
+
+def _categories(probs: Tensor, sizes: tuple[int, ...], draw: Tensor | None) -> Tensor:
+    """One-hot vectors side by side: the likeliest of each group, or those that uniform numbers choose (Gumbel's way)."""
+    scores = probs.log() if draw is None else probs.log() - (-draw.clamp(1e-9, 1 - 1e-7).log()).log()
+    return torch.cat([F.one_hot(part.argmax(-1), part.shape[-1]) for part in scores.split(sizes, -1)], -1).to(probs)
+
+
+LOGISTIC = math.sqrt(3) / math.pi
+"""Scale of a logistic law of deviation 1."""
+
+
+def discrete_logistic(x: Tensor, middle: Tensor, scale: Tensor, levels: int) -> Tensor:
+    """-ln P(x) in nats, of numbers in [0, 1] that were rounded to `levels` even ones; what lies beyond the ends goes to them.
+
+    Source: Salimans et al. 2017 (PixelCNN++), eq. 2, with one component.
+    """
+    half = 0.5 / (levels - 1)
+    x = (x * (levels - 1)).round() / (levels - 1)
+    above, below = (x + half - middle) / scale, (x - half - middle) / scale
+    # sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - exp(a - b)), and nothing of it underflows
+    inside = F.logsigmoid(above) + F.logsigmoid(-below) + torch.log(-torch.expm1(-2 * half / scale))
+    return -torch.where(x <= 0, F.logsigmoid(above), torch.where(x >= 1, F.logsigmoid(-below), inside))
+
+
+def logistic_mean(middle: Tensor, scale: Tensor) -> Tensor:
+    """Mean of a logistic law of which all beyond 0 and 1 is moved there; rounding to levels moves it by less than half of one."""
+    return scale * (F.softplus(middle / scale) - F.softplus((middle - 1) / scale))
+
+
+def _within_one(name: str, x: Tensor) -> None:
+    if bool((x < 0).any() | (x > 1).any()):
+        raise ConfigError(
+            f"model.decoder.image=bernoulli needs pixels in [0, 1], and those of '{name}' go from {float(x.min()):g} to "
+            f"{float(x.max()):g}. Use image=gaussian, or image=logistic for discrete levels."
+        )

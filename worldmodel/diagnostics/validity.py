@@ -1,0 +1,83 @@
+"""Whether what a model invents looks like what is real: nearest-neighbour regions, holes, and how smooth a decoder is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+AT_ONCE = 1 << 24
+"""Distances that are held in memory together."""
+
+
+def nearest(x: Float[Tensor, "N D"], reference: Float[Tensor, "M D"]) -> Float[Tensor, " N"]:
+    """The distance of each row of `x` to the nearest row of `reference`."""
+    rows = max(1, AT_ONCE // max(1, len(reference)))
+    return torch.cat([torch.cdist(part, reference).amin(1) for part in x.split(rows)]) if len(x) else x.new_zeros(0)
+
+
+@dataclass(frozen=True)
+class Region:
+    """Where real observations live: all that is not further from the nearest of them than `radius`.
+
+    reference  [M, D] real observations
+    radius     as far as the given share of other real observations lies from their nearest neighbour among these
+
+    Both sets come from other episodes than anything was fitted on. With more observations the radius shrinks, so that regions
+    are comparable at equal sizes only.
+    """
+
+    reference: Float[Tensor, "M D"]
+    radius: float
+
+    @classmethod
+    def of(cls, reference: Float[Tensor, "M D"], others: Float[Tensor, "N D"], share: float = 0.99) -> Region:
+        """The region around `reference` that holds `share` of `others`. Raises ValueError where one of them is empty."""
+        if not len(reference) or not len(others):
+            raise ValueError(f"A region needs real observations on both sides, not {len(reference)} and {len(others)}.")
+        return cls(reference, float(nearest(others, reference).quantile(share)))
+
+    def holds(self, x: Float[Tensor, "N D"]) -> Bool[Tensor, " N"]:
+        """Whether each row lies in the region: its complement among draws from a prior is the prior's hole mass."""
+        return nearest(x, self.reference) <= self.radius
+
+
+def slope(
+    decode: Callable[[Tensor], Tensor], z: Float[Tensor, "N Z"], *, probes: int = 8, generator: torch.Generator | None = None
+) -> Float[Tensor, " N"]:
+    """Root mean square change of `decode` [N, Z] -> [N, D] per unit step of the code: ||J||_F / sqrt(Z) at each row.
+
+    Hutchinson's estimate with `probes` random signs: E |J v|^2 = ||J||_F^2 for E v v' = I.
+    """
+    total = torch.zeros(len(z), device=z.device)
+    for _ in range(probes):
+        v = torch.randint(0, 2, z.shape, generator=generator, device=z.device).to(z) * 2 - 1
+        _, change = torch.func.jvp(decode, (z,), (v,))
+        total += change.flatten(1).square().sum(1)
+    return (total / probes / z.shape[1]).sqrt()
+
+
+def detour(
+    decode: Callable[[Tensor], Tensor], one: Float[Tensor, "N Z"], other: Float[Tensor, "N Z"], steps: int = 16
+) -> Float[Tensor, " N"]:
+    """Length of the decoded straight line between two codes over the distance of its ends; 1: nothing but the way there."""
+    share = torch.linspace(0, 1, steps + 1, device=one.device).view(-1, 1, 1)
+    path = decode(torch.lerp(one, other, share).flatten(0, 1)).flatten(1).unflatten(0, (steps + 1, len(one)))
+    straight = (path[-1] - path[0]).norm(dim=-1)
+    return path.diff(dim=0).norm(dim=-1).sum(0) / straight.clamp_min(1e-6)
+
+
+def spherical(one: Float[Tensor, "N Z"], other: Float[Tensor, "N Z"], share: float = 0.5) -> Float[Tensor, "N Z"]:
+    """Between two codes along the great circle, lengths interpolated: how codes near N(0, I) lie on a shell.
+
+    Source: Shoemake 1985 (slerp); White 2016 for codes.
+    """
+    lengths = one.norm(dim=-1, keepdim=True), other.norm(dim=-1, keepdim=True)
+    a, b = (x / length.clamp_min(1e-8) for x, length in zip((one, other), lengths))
+    angle = (a * b).sum(-1, keepdim=True).clamp(-1, 1).acos()
+    weights = [torch.sin(w * angle) / torch.sin(angle).clamp_min(1e-6) for w in (1 - share, share)]
+    direction = torch.where(angle < 1e-3, torch.lerp(a, b, share), weights[0] * a + weights[1] * b)
+    return direction * torch.lerp(*lengths, share)

@@ -1,0 +1,249 @@
+"""Diffusion and flow matching over codes: a law known by how it denoises."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+
+from worldmodel import denoising
+from worldmodel.config import Frozen
+from worldmodel.data import Loss, Sampling
+from worldmodel.denoising import DATA
+from worldmodel.distributions.base import ConditionalDistribution, Latent, Posterior, Source
+from worldmodel.networks import NoisePerceptron
+from worldmodel.registry import register
+
+AT_ONCE = 1 << 16
+"""Noisy views that are denoised together by `log_prob`."""
+
+
+class DiffusionConfig(Frozen):
+    """The path to noise, the network that leads back, and how many steps it takes."""
+
+    kind: Literal["diffusion"] = "diffusion"
+    path: Literal["edm", "cfm"] = Field("edm", description="diffusion with EDM's preconditioning, or conditional flow matching")
+    units: int = Field(128, ge=1, description="width of the denoising network")
+    layers: int = Field(2, ge=1, description="its hidden layers")
+    steps: int = Field(4, ge=1, description="steps of a draw; sampling.steps overrides it")
+    sampler: Literal["multistep", "euler", "heun"] = Field(
+        "multistep",
+        description="multistep: second order with one evaluation a step; euler: first order; heun: two evaluations a step",
+    )
+    most: float = Field(5.0, gt=0, description="edm: noise that a draw starts from, beside codes of deviation 0.5")
+    least: float = Field(0.02, gt=0, description="edm: noise of the last step")
+    level_mean: float = Field(-1.2, description="edm: mean of ln(noise) in training")
+    level_std: float = Field(1.8, gt=0, description="edm: its deviation, wide enough for laws that are nearly points")
+    drop: float = Field(
+        0.0, ge=0, lt=1, description="share of rows trained without their context; above 0 sampling.guidance can act"
+    )
+    draws: int = Field(4, ge=1, description="noise levels at which each code is denoised in an update")
+    looks: int = Field(4, ge=1, description="noisy looks at each code that estimate the rate in training")
+    levels: int = Field(16, ge=1, description="noise levels of log_prob, at each of which it looks 4 times per number of the code")
+    memory: float = Field(0.99, ge=0, lt=1, description="share that the running mean and variance of codes keep at each update")
+
+
+@register("distribution", "diffusion", DiffusionConfig)
+class Diffusion(ConditionalDistribution):
+    """p(x | context) by denoising. Slots: initial, transition, marginal.
+
+    Codes are standardised by their running mean and deviation to the deviation that the mathematics expects; the statistics
+    are part of the weights and stand still in eval mode. A draw follows the deterministic ODE from its own noise, so that the
+    same noise gives the same code; temperature scales that noise, and the mode starts from none.
+
+    loss      denoising, all levels weighed alike: own parameters and context
+    rate      the evidence bound, in which levels weigh by their information: what trains the posterior.
+              Source of training the two by different weights: Vahdat et al. 2021 (LSGM), section 3.2
+    log_prob  that bound from a fixed set of looks; `ode_log_prob` is the exact likelihood of the ODE
+    """
+
+    density = "bound"
+    slots = frozenset({"initial", "transition", "marginal"})
+    latents = frozenset({"gaussian"})
+
+    def __init__(self, config: DiffusionConfig, latent: Latent, context_dim: int, source: Source | None = None):
+        super().__init__(latent, context_dim)
+        self.config = config
+        self.path = denoising.cfm()
+        if config.path == "edm":
+            self.path = denoising.edm(config.level_mean, config.level_std, config.least, config.most)
+        self.network = NoisePerceptron(latent.size, context_dim, config.units, config.layers)
+        self.absent = nn.Parameter(torch.zeros(context_dim)) if config.drop and context_dim else None
+        self.register_buffer("mean", torch.zeros(latent.size))
+        self.register_buffer("variance", torch.ones(latent.size))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    # Codes <-> data of deviation DATA
+
+    @property
+    def unit(self) -> Float[Tensor, " D"]:
+        """What one unit of standardised data is in the code."""
+        return self.variance.clamp_min(1e-8).sqrt() / DATA
+
+    @torch.no_grad()
+    def watch(self, codes: Float[Tensor, "N D"]) -> None:
+        """Take codes into the running statistics. The first ones set them: there is nothing to be remembered before."""
+        if len(codes) < 2 or not codes.isfinite().all():  # an update that is skipped because of NaN must not leave one behind
+            return
+        # Until `memory` is reached, the average of all batches so far.
+        share = (1 / (self.seen + 1.0)).clamp_min(1 - self.config.memory)
+        mean = torch.lerp(self.mean, codes.mean(0), share)
+        spread = codes.var(0, correction=0) + (codes.mean(0) - self.mean) * (codes.mean(0) - mean)
+        self.variance.copy_(torch.lerp(self.variance, spread, share))
+        self.mean.copy_(mean)
+        self.seen += 1
+
+    # Network
+
+    def _network(self, context: Tensor | None, dropped: Tensor | None = None) -> denoising.Network:
+        """F given the context [N, C]; `dropped` [N]: rows that do without."""
+        if dropped is not None:
+            context = torch.where(dropped.unsqueeze(-1), self.absent, context)
+        return lambda x, level: self.network(x, level, context)
+
+    def _denoiser(self, context: Tensor | None, sampling: Sampling) -> denoising.Denoiser:
+        """D at the path's levels, steered as `sampling` says."""
+        network, strength = self._network(context), sampling.guidance
+        if strength and self.absent is None:
+            raise ValueError(
+                "Guidance contrasts a draw with one that does without the context, and this law was never trained so. "
+                "Train with drop=0.1 (and a context), or leave sampling.guidance at 0."
+            )
+        if strength:
+            given, without = network, self._network(self.absent.expand_as(context))
+            network = lambda x, level: denoising.contrast(given(x, level), without(x, level), strength)  # noqa: E731
+        denoise = lambda x, level: self.path.denoised(network, x, level)  # noqa: E731
+        if sampling.score is not None:
+            return denoising.towards(self.path, denoise, lambda x: sampling.score(x * self.unit + self.mean))
+        return denoise
+
+    # The contract
+
+    def sample(self, context: Tensor | None, count: int = 1, sampling: Sampling | None = None) -> Float[Tensor, "K N D"]:
+        sampling = sampling or Sampling()
+        if sampling.mode and count > 1:  # not computed side by side, where rows are rounded differently
+            return self.sample(context, 1, sampling).repeat_interleave(count, 0)
+        batch = (1,) if context is None else context.shape[:-1]
+        shape = (count, *batch, self.latent.size)
+        if sampling.mode:
+            noise = self.mean.new_zeros(shape)
+        elif sampling.noise is not None:
+            noise = sampling.noise.expand(shape)
+        else:
+            noise = torch.randn(shape, generator=sampling.generator, device=self.mean.device)
+        levels = self.path.grid(sampling.steps or self.config.steps).to(noise)
+        start = self.path.start(sampling.temperature * noise, levels[0]).reshape(-1, self.latent.size)
+        rows = None if context is None else context.expand(count, *context.shape).flatten(0, -2)
+        x = denoising.SAMPLERS[self.config.sampler](self._denoiser(rows, sampling), start, levels)
+        return (x * self.unit + self.mean).view(shape)
+
+    def loss(
+        self,
+        x: Float[Tensor, "*N D"],
+        context: Tensor | None,
+        *,
+        sampling: Sampling | None = None,
+        rows: Int[Tensor, "*N"] | None = None,
+    ) -> dict[str, Loss]:
+        """{"denoise": squared error of the network, summed over the code, a mean over `draws` levels for each row [*N]}."""
+        generator = None if sampling is None else sampling.generator
+        codes = x.flatten(0, -2)
+        if self.training:
+            self.watch(codes)
+        draws = self.config.draws
+        data = ((codes - self.mean) / self.unit).repeat(draws, 1)
+        given = None if context is None else context.flatten(0, -2).repeat(draws, 1)
+        level = self.path.drawn(denoising.evenly(len(data), generator, data.device))
+        noise = torch.randn(data.shape, generator=generator, device=data.device)
+        dropped = None
+        if self.absent is not None:
+            dropped = torch.rand(len(data), generator=generator, device=data.device) < self.config.drop
+        value = self.path.loss(self._network(given, dropped), data, noise, level)
+        return {"denoise": Loss(value.view(draws, *x.shape[:-1]).mean(0), "score")}
+
+    def rate(
+        self,
+        posterior: Posterior,
+        z: Float[Tensor, "*N D"],
+        context: Tensor | None,
+        *,
+        frozen: bool = False,
+        sampling: Sampling | None = None,
+        rows: Int[Tensor, "*N"] | None = None,
+    ) -> Float[Tensor, "*N"]:
+        """An upper bound of KL(posterior || self) in expectation, from `looks` noisy looks at z, differentiable in z."""
+        generator = None if sampling is None else sampling.generator
+        looks, codes = self.config.looks, z.flatten(0, -2)
+        uniform = denoising.evenly(looks * len(codes), generator, codes.device).view(len(codes), looks).T
+        noise = torch.randn(looks, *codes.shape, generator=generator, device=codes.device)
+        weight = torch.full_like(uniform, 1 / looks)
+        given = None if context is None else context.flatten(0, -2)
+        own = dict(self.named_parameters())
+        if frozen:
+            own, given = {name: p.detach() for name, p in own.items()}, None if given is None else given.detach()
+        # functional_call replaces parameters inside `forward` alone
+        law = torch.func.functional_call(self, own, (codes, given, uniform, noise, weight))
+        return posterior.log_prob(z) - law.view(z.shape[:-1])
+
+    def log_prob(self, x: Float[Tensor, "*N D"], context: Tensor | None) -> Float[Tensor, "*N"]:
+        """A lower bound of ln p(x | context) in nats, but for the error of averaging over a fixed set of looks."""
+        return self(x, context)
+
+    def forward(
+        self,
+        x: Float[Tensor, "*N D"],
+        context: Tensor | None,
+        uniform: Float[Tensor, "K N"] | None = None,
+        noise: Float[Tensor, "K N D"] | None = None,
+        weight: Float[Tensor, "K N"] | None = None,
+    ) -> Float[Tensor, "*N"]:
+        """The bound from given looks at N rows, by default from the fixed ones of `log_prob`."""
+        codes = x.flatten(0, -2)
+        given = None if context is None else context.expand(*x.shape[:-1], -1).flatten(0, -2)
+        if uniform is not None:
+            return self._bound(codes, given, uniform, noise, weight).view(x.shape[:-1])
+        looks = [part.to(codes).unsqueeze(1) for part in denoising.even_looks(self.config.levels, self.latent.size)]
+        parts = []
+        for start in range(0, len(codes), size := max(1, AT_ONCE // len(looks[0]))):
+            rows = slice(start, start + size)
+            own = codes[rows]
+            fixed = [part.expand(-1, len(own), *part.shape[2:]) for part in looks]
+            parts.append(self._bound(own, None if given is None else given[rows], *fixed))
+        return torch.cat(parts).view(x.shape[:-1])
+
+    def _bound(self, codes: Tensor, context: Tensor | None, uniform: Tensor, noise: Tensor, weight: Tensor) -> Float[Tensor, " N"]:
+        data = (codes - self.mean) / self.unit
+        s, nats = denoising.informative(uniform)
+        count = len(s)
+        given = None if context is None else context.expand(count, *context.shape).flatten(0, 1)
+        denoise = denoising.in_ratios(self.path, self._network(given))
+        looked = denoising.bound(denoise, data.expand(count, *data.shape).flatten(0, 1), s.flatten(), noise.flatten(0, 1))
+        gain = nats * (weight * looked.view(s.shape)).sum(0)
+        return denoising.gaussian_log_prob(data) + gain - self.unit.log().sum()
+
+    def ode_log_prob(self, x: Float[Tensor, "*N D"], context: Tensor | None, steps: int = 32) -> Float[Tensor, "*N"]:
+        """ln p(x | context) of the ODE that draws follow, in nats, with the exact trace; no gradient.
+
+        4 size steps backward passes: meant for codes of at most 64 numbers. ValueError beyond.
+        """
+        if self.latent.size > 64:
+            raise ValueError(f"ode_log_prob takes one backward pass per number of a code, and {self.latent.size} are more than 64.")
+        codes = x.detach().flatten(0, -2)
+        given = None if context is None else context.detach().expand(*x.shape[:-1], -1).flatten(0, -2)
+        denoise = denoising.in_ratios(self.path, self._network(given))
+        value = denoising.ode_log_prob(denoise, (codes - self.mean) / self.unit, steps)
+        return value.view(x.shape[:-1]) - self.unit.log().sum()
+
+    def fit(self, codes, context=None, **options) -> float:
+        """As every law's; the statistics are those of all codes, and stand still while the network learns."""
+        self.seen.zero_()
+        self.watch(codes)
+        training = self.training
+        self.eval()
+        try:
+            return super().fit(codes, context, **options)
+        finally:
+            self.train(training)

@@ -1,0 +1,324 @@
+"""Energy-based laws: an exact law, bent by a learned function of the code.
+
+    p(z | c) = base(z | c) exp(f(z, c)) / Z(c)
+
+With f = 0 it is its base, from which it starts. base = N(0, I) is the latent energy-based prior of Pang et al. 2020, a trained
+base the prior of NCP-VAE (Aneja et al. 2021), a Gaussian transition an energy-based dynamics.
+
+| trainer | f learns | from |
+|---|---|---|
+| `nce` | to tell codes from draws of the base; then Z is near 1 | Gutmann and Hyvarinen 2010, eq. 8 |
+| `cd`  | f(code) up, f(end of a chain begun at the code) down | Hinton 2002; Du and Mordatch 2019 (magnitude term) |
+| `pcd` | the same with chains that are never begun anew but for a share | Tieleman 2008 |
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from worldmodel.config import Frozen, Part
+from worldmodel.data import Loss, Sampling
+from worldmodel.distributions.base import ClosedForm, ConditionalDistribution, Latent, Posterior, Source
+from worldmodel.distributions.gaussian import GaussianConfig
+from worldmodel.errors import ConfigError, NumericsError
+from worldmodel.networks import MLP
+from worldmodel.registry import build, part, register
+
+TEMPERATURES = 200
+"""Steps of annealed importance sampling from the base to the law."""
+
+
+class EnergyConfig(Frozen):
+    """A base, the network f, how f learns and how the law is drawn from."""
+
+    kind: Literal["energy"] = "energy"
+    base: Part["distribution"] = Field(GaussianConfig(), description="the exact law that f bends; it learns by its own likelihood")
+    units: int = Field(128, ge=1, description="width of f")
+    layers: int = Field(2, ge=1, description="hidden layers of f")
+    trainer: Literal["nce", "cd", "pcd"] = Field(
+        "nce", description="noise-contrastive estimation, contrastive divergence, or the persistent one (without a context)"
+    )
+    negatives: int = Field(8, ge=1, description="nce: draws of the base for each code")
+    others: int = Field(4, ge=0, description="nce with a context: other rows' contexts from which each code is told apart")
+    magnitude: float = Field(0.001, ge=0, description="weight of f squared, at codes and at chains: keeps energies near 0")
+    buffer: int = Field(1024, ge=1, description="pcd: chains that are kept, and saved with the weights")
+    reinit: float = Field(0.05, ge=0, le=1, description="pcd: share of the chains that begin anew at a draw of the base")
+    sampler: Literal["langevin", "resampling"] = Field(
+        "resampling", description="Langevin chains from draws of the base, or one of `candidates` such draws by its weight"
+    )
+    candidates: int = Field(32, ge=2, description="resampling: draws of the base of which one is taken")
+    steps: int = Field(20, ge=1, description="Langevin steps of a chain: in sampling, in cd and pcd, and uphill to the mode")
+    step: float = Field(0.5, gt=0, description="size of a Langevin step, in deviations of the base")
+    clip: float = Field(10.0, gt=0, description="greatest gradient in a step, per deviation of the base")
+    normaliser: int = Field(32, ge=2, description="draws of the base that estimate ln Z in a rate")
+    most_gap: float = Field(100.0, gt=0, description="cd, pcd: |mean f(codes) - mean f(chains)| at which training has diverged")
+    most_moved: float = Field(20.0, gt=0, description="cd: deviations of the base that chains may move on average until it has")
+
+    @model_validator(mode="after")
+    def _base_is_exact(self) -> EnergyConfig:
+        law = part("distribution", self.base.kind)
+        if law.density != "exact" or not law.latents & Energy.latents:
+            raise ValueError(f"base={self.base.kind} is no exact law of gaussian codes: use one that is, such as base=gaussian.")
+        return self
+
+
+@register("distribution", "energy", EnergyConfig)
+class Energy(ConditionalDistribution):
+    """Residual energy model. `log_prob` is ln base + f, that is ln p + ln Z(c); `log_z` estimates what is missing.
+
+    f sees the code in units of the base, (z - centre) / deviation given the context where the base has a closed form, else of
+    all codes so far. Chains are Metropolis-adjusted, so that longer ones only come nearer to the law.
+    """
+
+    density = "unnormalised"
+    slots = frozenset({"initial", "transition", "marginal"})
+    latents = frozenset({"gaussian"})
+
+    def __init__(self, config: EnergyConfig, latent: Latent, context_dim: int, source: Source | None = None):
+        super().__init__(latent, context_dim)
+        if config.trainer == "pcd" and context_dim:
+            raise ConfigError(
+                "trainer=pcd keeps chains of one law, but here each context has a law of its own, of which old chains are no "
+                "draws. Use trainer=nce or trainer=cd in the transition; pcd is for the initial and marginal slots."
+            )
+        self.config = config
+        self.base: ConditionalDistribution = build("distribution", config.base, latent, context_dim, source)
+        self.net = MLP(latent.size + context_dim, config.units, config.layers, 1, scale=0, norm=False)
+        self.framed = isinstance(self.base, ClosedForm)
+        if not self.framed:
+            self.register_buffer("centre", torch.zeros(latent.size))
+            self.register_buffer("spread", torch.ones(latent.size))
+            self.register_buffer("seen", torch.zeros(()))
+        if config.trainer == "pcd":
+            self.register_buffer("chains", torch.randn(config.buffer, latent.size))
+
+    # The density ----------------------------------------------------------------------------------------------------
+
+    def log_prob(self, x: Float[Tensor, "*N D"], context: Tensor | None) -> Float[Tensor, "*N"]:
+        return self.base.log_prob(x, context) + self.tilt(x, context)
+
+    def tilt(self, x: Float[Tensor, "*N D"], context: Tensor | None) -> Float[Tensor, "*N"]:
+        """f(x, context), in nats."""
+        centre, spread = self._frame(context)
+        seen = (x - centre) / spread
+        if context is not None:
+            seen = torch.cat([seen, context.expand(*seen.shape[:-1], -1)], -1)
+        return self.net(seen).squeeze(-1)
+
+    @torch.no_grad()
+    def log_z(
+        self, context: Float[Tensor, "N C"] | None, count: int = 1000, sampling: Sampling | None = None, *, ais: bool = False
+    ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+        """(ln Z(context) in nats, effective sample size) from `count` weighted draws of the base.
+
+        The estimate lies below the truth on average, so that likelihoods made with it flatter; the more so the smaller the
+        effective sample size. Below a tenth of `count` use `ais`: annealed importance sampling, in which each draw goes
+        from the base to the law by 200 Langevin steps. Without `sampling` the noise is fixed. Source: Neal 2001.
+        """
+        sampling = Sampling(generator=self._fixed()) if sampling is None else Sampling(generator=sampling.generator)
+        z = self.base.sample(context, count, sampling)
+        if not ais:
+            weight = self.tilt(z, context)
+        else:
+            weight = z.new_zeros(z.shape[:-1])
+            for step in range(1, TEMPERATURES + 1):
+                weight = weight + self.tilt(z, context) / TEMPERATURES
+                z = self._langevin(z, context, 1, sampling, step / TEMPERATURES)
+        total = weight.logsumexp(0)
+        return total - math.log(count), (2 * total - (2 * weight).logsumexp(0)).exp()
+
+    def rate(self, posterior: Posterior, z, context, *, frozen: bool = False, sampling=None, rows=None) -> Float[Tensor, "*N"]:
+        """With an estimate of ln Z from `normaliser` draws, which carries no gradient: f learns by its own loss."""
+        given = None if context is None else context.detach().flatten(0, -2)
+        log_z, _ = self.log_z(given, self.config.normaliser, sampling)
+        unnormalised = super().rate(posterior, z, context, frozen=frozen)
+        return unnormalised + (log_z if context is None else log_z.view(context.shape[:-1]))
+
+    # Drawing --------------------------------------------------------------------------------------------------------
+
+    def sample(self, context: Tensor | None, count: int = 1, sampling: Sampling | None = None) -> Float[Tensor, "K N D"]:
+        """Draws with the gradient of the base's draws. Chains have `sampling.steps` steps, else as many as the config says."""
+        sampling = sampling or Sampling()
+        steps = sampling.steps or self.config.steps
+        if sampling.mode:
+            start = self.base.sample(context, 1, sampling)
+            return (start + (self._uphill(start.detach(), context, steps) - start).detach()).expand(count, -1, -1)
+        if self.config.sampler == "langevin":
+            start = self.base.sample(context, count, sampling)
+            return start + (self._langevin(start, context, steps, sampling) - start).detach()
+        pool = self.base.sample(context, count * self.config.candidates, sampling).unflatten(0, (-1, count))  # [M, K, N, D]
+        with torch.no_grad():
+            share = (self.tilt(pool, context) / sampling.temperature**2).softmax(0).cumsum(0)
+            lot = torch.rand(share.shape[1:], generator=sampling.generator, device=share.device)
+            chosen = (share[:-1] < lot).sum(0)
+        return pool.gather(0, chosen[None, ..., None].expand(1, *pool.shape[1:]))[0]
+
+    @torch.no_grad()
+    def _langevin(
+        self, z: Float[Tensor, "*N D"], context: Tensor | None, steps: int, sampling: Sampling, weight: float = 1.0
+    ) -> Float[Tensor, "*N D"]:
+        """Metropolis-adjusted Langevin steps on base exp(weight f); no gradient.
+
+        z' = z + s^2/2 grad ln p(z) + s xi, s = step * deviation of the base. Source: Roberts and Tweedie 1996.
+        """
+        scale = self.config.step * self._frame(context)[1] * sampling.temperature
+        z = z.detach()
+        level, drift = self._slope(z, context, scale, sampling.temperature, weight)
+        for _ in range(steps):
+            noise = torch.randn(z.shape, generator=sampling.generator, device=z.device)
+            proposal = z + drift + scale * noise
+            there, returning = self._slope(proposal, context, scale, sampling.temperature, weight)
+            back = (z - proposal - returning) / scale
+            gain = there - level + 0.5 * (noise.square() - back.square()).sum(-1)
+            taken = torch.rand(gain.shape, generator=sampling.generator, device=z.device).log() < gain
+            level = torch.where(taken, there, level)
+            z, drift = (torch.where(taken.unsqueeze(-1), new, old) for new, old in ((proposal, z), (returning, drift)))
+        return z
+
+    def _uphill(self, z: Tensor, context: Tensor | None, steps: int) -> Tensor:
+        """Gradient ascent without noise; a step that does not lead upwards is not taken, and the next ones are half as long."""
+        scale = self.config.step * self._frame(context)[1].expand_as(z)
+        level, drift = self._slope(z, context, scale)
+        for _ in range(steps):
+            there, onward = self._slope(z + drift, context, scale)
+            taken = (there > level).unsqueeze(-1)
+            z, level = torch.where(taken, z + drift, z), torch.maximum(there, level)
+            drift, scale = torch.where(taken, onward, drift / 4), torch.where(taken, scale, scale / 2)
+        return z
+
+    def _slope(self, z: Tensor, context: Tensor | None, scale: Tensor, temperature: float = 1.0, weight: float = 1.0):
+        """(ln of base exp(weight f) at this temperature [*N], the drift of a Langevin step [*N D]); clipped, without a graph."""
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            wide = None if context is None else context.detach().expand(*z.shape[:-1], -1)
+            level = (self.base.log_prob(z, wide) + weight * self.tilt(z, wide)) / temperature**2
+            (slope,) = torch.autograd.grad(level.sum(), z)
+        return level.detach(), 0.5 * scale * (scale * slope).clamp(-self.config.clip, self.config.clip)
+
+    # Learning -------------------------------------------------------------------------------------------------------
+
+    def loss(
+        self, x: Float[Tensor, "*N D"], context: Tensor | None, *, sampling: Sampling | None = None, rows: Tensor | None = None
+    ) -> dict[str, Loss]:
+        """ "base": its likelihood, in nats; the trainer's term and "magnitude", scores. NumericsError where chains diverge."""
+        sampling = Sampling(generator=None if sampling is None else sampling.generator)
+        if self.training:
+            self._remember(x.detach())
+        high = self.tilt(x, context)
+        if self.config.trainer == "nce":
+            terms, low_squared = self._contrast(x, high, context, sampling)
+        else:
+            low = self.tilt(self._chains(x.detach(), context, sampling), context)
+            low = low if self.config.trainer == "cd" else low.mean()  # chains that persist belong to no row
+            self._watch("codes and chains differ in f", float((high.mean() - low.mean()).detach()), "most_gap")
+            terms, low_squared = {"cd": Loss(low - high, "score")}, low.square()
+        far = 0.5 * self.config.magnitude * (high.square() + low_squared)
+        return {"base": Loss(-self.base.log_prob(x, context)), **terms, "magnitude": Loss(far, "score")}
+
+    def _contrast(
+        self, x: Float[Tensor, "*N D"], high: Float[Tensor, "*N"], context: Tensor | None, sampling: Sampling
+    ) -> tuple[dict[str, Loss], Float[Tensor, "*N"]]:
+        """(loss, mean square of f at draws of the base), f being ln p / base where the logistic loss is least.
+
+        With a context each code is also told apart from itself under other rows' contexts: among (z, c_j), by ln p(z | c_j).
+        Other rows' codes under one context would do as well only if their own density were known: they favour ln p(z | c) / q(z).
+        """
+        few = self.config.negatives
+        rows, given = x.flatten(0, -2), None if context is None else context.flatten(0, -2)
+        with torch.no_grad():
+            noise = self.base.sample(given, few if given is not None else few * len(rows), sampling).view(few, *rows.shape)
+        low = self.tilt(noise, given)
+        told = F.softplus(math.log(few) - high.flatten()) + F.softplus(low - math.log(few)).sum(0)
+        terms = {"nce": Loss(told.view(high.shape), "score")}
+        if given is not None and self.config.others and len(rows) > 1:
+            shift = torch.randint(1, len(rows), (self.config.others, 1), generator=sampling.generator, device=x.device)
+            each = torch.arange(len(rows), device=x.device)
+            them = given[torch.cat([each.unsqueeze(0), (each + shift) % len(rows)])]  # own context first
+            wide = rows.expand(len(them), -1, -1)
+            with torch.no_grad():
+                level = self.base.log_prob(wide, them)
+            own = -(level + self.tilt(wide, them)).log_softmax(0)[0]
+            terms["contexts"] = Loss(own.view(high.shape), "score")
+        return terms, low.square().mean(0).view(high.shape)
+
+    @torch.no_grad()
+    def _chains(self, x: Float[Tensor, "*N D"], context: Tensor | None, sampling: Sampling) -> Float[Tensor, "*M D"]:
+        """Ends of Langevin chains: from the codes, or from where those of earlier updates ended."""
+        steps = self.config.steps
+        if self.config.trainer == "cd":
+            ends = self._langevin(x, context, steps, sampling)
+            moved = ((ends - x) / self._frame(context)[1]).square().mean().sqrt()
+            self._watch("chains moved by", float(moved), "most_moved")
+            return ends
+        count, kept = min(len(x.flatten(0, -2)), len(self.chains)), len(self.chains)
+        rows = torch.randperm(kept, generator=sampling.generator, device=x.device)[:count]
+        anew = torch.rand(count, 1, generator=sampling.generator, device=x.device) < self.config.reinit
+        start = torch.where(anew, self.base.sample(None, count, sampling)[:, 0], self.chains[rows])
+        ends = self._langevin(start, None, steps, sampling)
+        if self.training:
+            self.chains[rows] = ends
+        return ends
+
+    def _watch(self, what: str, value: float, option: str) -> None:
+        limit = getattr(self.config, option)
+        if not abs(value) < limit:  # NaN too
+            raise NumericsError(
+                f"The energy model diverges: {what} {abs(value):.4g}, and {option}={limit:g} is the limit. "
+                "Lower its step or train.lr, raise its magnitude, or use trainer=nce, which needs no chains."
+            )
+
+    def fit(
+        self,
+        codes: Float[Tensor, "M D"],
+        context: Float[Tensor, "M C"] | None = None,
+        *,
+        steps: int = 500,
+        batch: int = 256,
+        lr: float = 1e-3,
+        generator: torch.Generator | None = None,
+    ) -> float:
+        """The base first, by itself; then f, with the base still learning."""
+        options = {"steps": steps, "batch": batch, "lr": lr, "generator": generator}
+        self.base.fit(codes, context, **options)
+        self._remember(codes.detach(), keep=0.0)
+        if self.config.trainer == "pcd":
+            with torch.no_grad():
+                self.chains.copy_(self.base.sample(None, len(self.chains), Sampling(generator=generator))[:, 0])
+        training = self.training
+        try:
+            return super(Energy, self.train()).fit(codes, context, **options)
+        finally:
+            self.train(training)
+
+    # The base's units -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _frame(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(centre, deviation) of the base, [*N D] or broadcast to it."""
+        if not self.framed:
+            return self.centre, self.spread
+        belief = self.base.given(context)
+        return belief.mean, belief.std
+
+    @torch.no_grad()
+    def _remember(self, x: Float[Tensor, "*N D"], keep: float = 0.99) -> None:
+        """Running mean and deviation of the codes, where the base cannot tell its own."""
+        rows = x.flatten(0, -2)
+        if self.framed or len(rows) < 2:
+            return
+        share = max(1 - keep, 1 / (1 + float(self.seen)))
+        self.seen += 1
+        self.centre.lerp_(rows.mean(0), share)
+        self.spread.lerp_(rows.std(0).clamp_min(1e-3), share)
+
+    def _fixed(self) -> torch.Generator:
+        """Noise that is the same at each call."""
+        device = next(self.net.parameters()).device
+        return torch.Generator(device).manual_seed(0)

@@ -1,0 +1,259 @@
+"""What all dynamics share: a code z beside a deterministic carry h, and the laws that tie the two together.
+
+h_t = f(h_{t-1}, z_{t-1}, a_{t-1}),  where an episode begins f(0, 0, 0)
+posterior   q(z_t | x_t): a plain VAE encoder, unless a form says otherwise
+transition  p(z_t | h_t), or the initial distribution p(z_0) where an episode begins
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+
+from worldmodel.config import Frozen, Part
+from worldmodel.data import Loss, Sampling, State, Trace
+from worldmodel.distributions import CategoricalLatentConfig, ConditionalDistribution, Inputs, Posterior, Source
+from worldmodel.networks import MLP, StraightMLP, linear, offset_linear
+from worldmodel.registry import build
+
+Carry = dict[str, Tensor]
+"""What is carried from step to step beside the code: named tensors, batch first, with "h" among them."""
+
+
+class DynamicsConfig(Frozen):
+    """What every dynamics is told: sizes, and the kind of code."""
+
+    kind: str
+    deter: int = Field(128, ge=1, description="size of the deterministic carry h")
+    units: int = Field(128, ge=1, description="width of the layers around it")
+    latent: Part["latent"] = Field(CategoricalLatentConfig(), description="the kind of code z")
+    posterior: Literal["observation"] = Field("observation", description="q(z | x): codes are known without the carry")
+    posterior_layers: int = Field(1, ge=1, description="hidden layers of an observation-only posterior")
+    free_nats: float = Field(0.1, ge=0, description="rate in nats per step below which the KL is not pushed further down")
+
+
+class Dynamics(nn.Module, ABC):
+    """Dynamics over [B, T]; owns its posterior, its transition and initial distributions, their rates and free nats.
+
+    A form says how its carry moves, by `advance` and `unroll`, which must agree. Both read codes and actions as `enter` adds
+    them up, in a width `entry` that the form chooses.
+    """
+
+    separate: ClassVar[bool] = False
+    """Whether the carry learns from codes without shaping them: no gradient goes from it into the codes before."""
+
+    def __init__(self, config: DynamicsConfig, inputs: Inputs, action_dim: int, transition: Frozen, initial: Frozen):
+        super().__init__()
+        self.config = config
+        self.latent = build("latent", config.latent)
+        self.feature_dim = config.deter + self.latent.size
+        self.action_in = linear(action_dim, self.entry, bias=False)
+        self.code_in = offset_linear(self.latent.size, self.entry)
+        self._make_carry()
+        reads = self._make_posterior(inputs.size)
+        self.source = Source(inputs, reads, self.posterior)
+        self.transition: ConditionalDistribution = build("distribution", transition, self.latent.family, config.deter, self.source)
+        self.initial_law: ConditionalDistribution = build("distribution", initial, self.latent.family, 0, self.source)
+
+    # What a form says ----------------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def entry(self) -> int:
+        """X: the width in which code and action are added up."""
+
+    @abstractmethod
+    def _make_carry(self) -> None:
+        """Makes the modules that move the carry."""
+
+    @abstractmethod
+    def initial_carry(self, batch_size: int) -> Carry:
+        """Zeros: nothing came before."""
+
+    @abstractmethod
+    def advance(self, carry: Carry, entered: Float[Tensor, "N X"]) -> Carry:
+        """The carry [N, ...] one step on."""
+
+    @abstractmethod
+    def unroll(
+        self,
+        carry: Carry,
+        entered: Float[Tensor, "B T X"],
+        is_first: Bool[Tensor, "B T"],
+        generator: torch.Generator | None,
+    ) -> Carry:
+        """The carry after each of T steps, [B, T, ...]; `is_first` forgets what came before. `generator` is that of dropout."""
+
+    @abstractmethod
+    def compile_step(self) -> None:
+        """Compiles what is called at each step."""
+
+    def _make_posterior(self, embed_dim: int) -> int:
+        """Makes the posterior's modules; how many numbers of the carry it reads."""
+        net = StraightMLP if self.latent.metric else MLP
+        self.posterior_net = net(embed_dim, self.config.units, self.config.posterior_layers, self.latent.parameters)
+        return 0
+
+    def posterior(self, embed: Float[Tensor, "*#N E"], h: Float[Tensor, "*#N D"]) -> Posterior:
+        """The belief about z from an embedding; `h` is not looked at."""
+        return self.latent.belief(self.posterior_net(embed))
+
+    def scan(
+        self,
+        state: State,
+        embed: Float[Tensor, "B T E"],
+        prev_action: Float[Tensor, "B T A"],
+        is_first: Bool[Tensor, "B T"],
+        noise: Tensor | None,
+        sampling: Sampling,
+    ) -> tuple[Posterior, Float[Tensor, "B T Z"], Carry]:
+        """(beliefs, codes, carries) at each row. The posterior needs no carry, so that all codes are known at once."""
+        belief = self.latent.belief(self.posterior_net(embed))
+        z = belief.mode if noise is None else belief.sample(noise, sampling.temperature)
+        previous = torch.cat([state["z"].unsqueeze(1), z[:, :-1]], 1) * (~is_first).to(z).unsqueeze(-1)
+        entered = self.enter(previous.detach() if self.separate else previous, prev_action)
+        return belief, z, self.unroll(self._carry(state), entered, is_first, sampling.generator)
+
+    # What follows --------------------------------------------------------------------------------------------------------
+
+    def enter(self, z: Float[Tensor, "*N Z"], action: Float[Tensor, "*N A"]) -> Float[Tensor, "*N X"]:
+        """Code and action as the carry reads them."""
+        return self.code_in(z) + self.action_in(action)
+
+    def initial(self, batch_size: int) -> State:
+        """The state before the first observation: zeros."""
+        return State({**self.initial_carry(batch_size), "z": self.code_in.weight.new_zeros(batch_size, self.latent.size)})
+
+    def feature(self, state: State) -> Float[Tensor, "*N F"]:
+        return torch.cat([state["h"], state["z"]], -1)
+
+    def code(self, feature: Float[Tensor, "*N F"]) -> Float[Tensor, "*N Z"]:
+        """The code within a feature."""
+        return feature[..., -self.latent.size :]
+
+    def begin(self, batch_size: int, sampling: Sampling) -> State:
+        """A state from nothing: an episode's first carry, and a code from the initial distribution."""
+        start = self.initial(batch_size)
+        action = start["z"].new_zeros(batch_size, self.action_in.in_features)
+        carry = self.advance(self._carry(start), self.enter(start["z"], action))
+        return State({**carry, "z": self.initial_law.sample(None, batch_size, sampling)[:, 0]})
+
+    def imagine(self, state: State, action: Float[Tensor, "N A"], sampling: Sampling) -> State:
+        """One step without looking."""
+        carry = self.advance(self._carry(state), self.enter(state["z"], action))
+        return State({**carry, "z": self.transition.sample(carry["h"], 1, sampling)[0]})
+
+    def look(self, state: State, embed: Float[Tensor, "N E"], sampling: Sampling) -> State:
+        """The state with its code replaced by what an observation of the same moment says."""
+        belief = self.posterior(embed, state["h"])
+        return State({**state, "z": self.latent.draw(belief, sampling, embed.shape[:-1], embed.device)})
+
+    def observe(
+        self,
+        state: State,
+        embed: Float[Tensor, "B T E"],
+        prev_action: Float[Tensor, "B T A"],
+        is_first: Bool[Tensor, "B T"],
+        sampling: Sampling,
+        rows: Int[Tensor, "B T"] | None = None,
+    ) -> tuple[State, Trace]:
+        """The belief after each observation; `is_first` forgets the state. The state returned is the last one."""
+        noise = None
+        if not sampling.mode:
+            noise = sampling.noise
+            noise = self.latent.noise(is_first.shape, sampling.generator, embed.device) if noise is None else noise
+        belief, z, carry = self.scan(state, embed, prev_action, is_first, noise, sampling)
+        states, h = State({**carry, "z": z}), carry["h"]
+        last = states.index((slice(None), -1))
+        rate, losses = self._losses(belief, z, h, is_first, sampling, rows)
+        predict = partial(self._predict, h, is_first, replace(sampling, noise=None), rows)
+        return last, Trace(embed, belief, z, h, self.feature(states), rate, losses, predict, last, states)
+
+    @staticmethod
+    def _carry(state: State) -> Carry:
+        return {name: x for name, x in state.items() if name != "z"}
+
+    def _losses(
+        self,
+        belief: Posterior,
+        z: Float[Tensor, "B T Z"],
+        h: Float[Tensor, "B T D"],
+        is_first: Bool[Tensor, "B T"],
+        sampling: Sampling,
+        rows: Int[Tensor, "B T"] | None,
+    ) -> tuple[Float[Tensor, "B T"], dict[str, Loss]]:
+        """(rate, losses): against the transition, and against the initial law where an episode begins."""
+        sampling, begins = replace(sampling, noise=None), bool(is_first.any())
+        first = {"sampling": sampling, "rows": None if rows is None else rows[is_first]}
+        losses = self._own("initial", z[is_first], None, **first) if begins else {}
+        if self.latent.certain:
+            return torch.full_like(z[..., 0], torch.nan), losses
+        dyn, rep = self.transition.rates(belief, z, h, sampling=sampling, rows=rows)
+        if begins:
+            own, other = self.initial_law.rates(belief.index(is_first), z[is_first], None, **first)
+            dyn, rep = dyn.masked_scatter(is_first, own), rep.masked_scatter(is_first, other)
+        later = ~is_first
+        losses |= self._own("transition", z[later], h[later], sampling=sampling, rows=None if rows is None else rows[later])
+        return dyn.detach(), {"dyn": Loss(self._free(dyn)), "rep": Loss(self._free(rep)), **losses}
+
+    def _own(self, slot: str, z: Float[Tensor, "N Z"], context: Float[Tensor, "N D"] | None, **options) -> dict[str, Loss]:
+        """What a law without an exact density, or of codes without a rate, learns from; nothing of it reaches the codes."""
+        law = self.transition if slot == "transition" else self.initial_law
+        if (law.density == "exact" and not self.latent.certain) or not len(z):
+            return {}
+        return {f"fit/{slot}/{name}": term for name, term in law.loss(z.detach(), context, **options).items()}
+
+    def _predict(self, h: Tensor, is_first: Tensor, sampling: Sampling, rows: Tensor | None, z: Tensor) -> dict[str, Loss]:
+        """The transition's own loss at codes [B, T, Z]; it never sees rows that open an episode, whose loss is 0."""
+        later = ~is_first
+        terms = self.transition.loss(z[later], h[later], sampling=sampling, rows=None if rows is None else rows[later])
+        spread = torch.zeros_like(h[..., 0])
+        values = {name: t.value if t.value.ndim == 0 else spread.masked_scatter(later, t.value) for name, t in terms.items()}
+        return {name: Loss(values[name], t.unit, later) for name, t in terms.items()}
+
+    def _free(self, rate: Tensor) -> Tensor:
+        """Free nats: closed forms per row; a sampled rate on the batch mean, for the mean of a maximum is biased."""
+        floor = self.config.free_nats
+        if not floor:
+            return rate
+        if hasattr(self.transition, "given"):
+            return rate.clamp_min(floor)
+        return rate + (rate.mean().clamp_min(floor) - rate.mean())
+
+
+def stacked(steps: list[Carry]) -> Carry:
+    """One carry [B, T, ...] of T carries [B, ...]."""
+    return {name: torch.stack([step[name] for step in steps], 1) for name in steps[0]}
+
+
+class Recurrent(Dynamics):
+    """A carry that moves by a cell, one step after the other."""
+
+    @abstractmethod
+    def project(self, entered: Float[Tensor, "*N X"]) -> Float[Tensor, "*N G"]:
+        """The share of the cell's gates that needs no carry."""
+
+    @abstractmethod
+    def cell(self, projected: Float[Tensor, "N G"], carry: Carry) -> Carry:
+        """The next carry."""
+
+    def advance(self, carry: Carry, entered: Float[Tensor, "N X"]) -> Carry:
+        return self.cell(self.project(entered), carry)
+
+    def unroll(self, carry, entered, is_first, generator) -> Carry:
+        projected, keep = self.project(entered), (~is_first).to(entered).unsqueeze(-1)
+        resets = is_first.any(0).tolist()
+        steps: list[Carry] = []
+        for t in range(is_first.shape[1]):
+            if resets[t]:
+                carry = {name: x * keep[:, t] for name, x in carry.items()}
+            carry = self.cell(projected[:, t], carry)
+            steps.append(carry)
+        return stacked(steps)

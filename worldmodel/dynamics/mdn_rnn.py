@@ -1,0 +1,79 @@
+"""The model of "World Models": a VAE's codes, and an LSTM over them that foretells the next one.
+
+    h_t, c_t = LSTM(h_{t-1}, c_{t-1}, z_{t-1}, a_{t-1})
+    posterior   q(z_t | x_t)
+    transition  p(z_t | h_t): a mixture in the paper, any form here
+
+The recurrence learns from the codes as they are and does not shape them: what trains the encoder is the reconstruction, the
+marginal's rate, and what the heads read in a code itself.
+
+Source: Ha and Schmidhuber 2018, sections 2.1 and 2.2; there the codes are learned first and the recurrence after them.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from worldmodel.dynamics.base import Carry, DynamicsConfig, Recurrent
+from worldmodel.networks import linear
+from worldmodel.registry import register
+
+
+class LSTM(nn.Module):
+    """A cell that keeps what its gates, open at first, let pass.
+
+        i, f, o, g = W x + U h
+        c' = sigmoid(f + 1) * c + sigmoid(i) * tanh(g),   h' = sigmoid(o) * tanh(c')
+
+    Source: Hochreiter and Schmidhuber 1997; Gers et al. 2000 for f; Jozefowicz et al. 2015 for the 1 in it.
+    """
+
+    def __init__(self, units: int):
+        super().__init__()
+        self.recurrent = linear(units, 4 * units, bias=False)
+
+    def forward(
+        self, projected: Float[Tensor, "N G"], h: Float[Tensor, "N D"], c: Float[Tensor, "N D"]
+    ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "N D"]]:
+        """(h', c') from W x; G = 4 D."""
+        i, f, o, g = (projected + self.recurrent(h)).to(c.dtype).chunk(4, -1)
+        c = torch.sigmoid(f + 1) * c + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(c), c
+
+
+class MDNRNNConfig(DynamicsConfig):
+    """Sizes, and the kind of code."""
+
+    kind: Literal["mdn_rnn"] = "mdn_rnn"
+
+
+@register("dynamics", "mdn_rnn", MDNRNNConfig)
+class MDNRNN(Recurrent):
+    """An LSTM carries what codes and actions leave behind."""
+
+    separate = True
+
+    @property
+    def entry(self) -> int:
+        return 4 * self.config.deter
+
+    def _make_carry(self) -> None:
+        self.lstm = LSTM(self.config.deter)
+
+    def initial_carry(self, batch_size: int) -> Carry:
+        zeros = self.code_in.weight.new_zeros(batch_size, self.config.deter)
+        return {"h": zeros, "c": zeros}
+
+    def project(self, entered: Float[Tensor, "*N X"]) -> Float[Tensor, "*N G"]:
+        return entered
+
+    def cell(self, projected: Float[Tensor, "N G"], carry: Carry) -> Carry:
+        h, c = self.lstm(projected, carry["h"], carry["c"])
+        return {"h": h, "c": c}
+
+    def compile_step(self) -> None:
+        self.lstm.compile()

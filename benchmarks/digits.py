@@ -64,14 +64,12 @@ def model(form: str, seed: int, own: dict[str, Any], train, setup):
     """The VAE of one form and seed; `own`: options of the law; `train`: what pseudo-inputs begin with."""
     import vae
 
-    from worldmodel.networks import MLP
-
     default = {"top": max(1, setup.latents // 2)} if form == "hierarchical" else {}
     law, likelihood, size = vae.law_config({**FORMS[form], **default, **own}), vae.Logistic(LEVELS), train[0].numel()
 
     def make():
-        body = MLP(size, setup.units, setup.layers, norm=False)
-        decoder = MLP(setup.latents, setup.units, setup.layers, size * likelihood.outputs, norm=False)
+        body = vae.perceptron(size, None, setup)
+        decoder = vae.perceptron(setup.latents, size * likelihood.outputs, setup)
         return vae.VAE(tuple(train.shape[1:]), setup.latents, body, decoder, likelihood, law)
 
     return vae.seeded(seed, make, begin=train)

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from worldmodel.config import Frozen
 from worldmodel.data import Sampling
 from worldmodel.diagnostics.likelihood import Importance, active_units, importance, stacked
 from worldmodel.distributions import GaussianLatent, GaussianLatentConfig, GaussianPosterior, Inputs, Source
+from worldmodel.networks import initialise
 
 
 class Setup(Frozen):
@@ -38,6 +39,9 @@ class Setup(Frozen):
     average: float = Field(0.99, ge=0, lt=1, description="decay of the averaged weights, which are validated and kept; 0: none")
     units: int = Field(128, ge=1, description="width of encoder and decoder")
     layers: int = Field(2, ge=1, description="hidden layers of each")
+    init: Literal["torch", "fan_in"] = Field(
+        "torch", description="first weights: torch's, or those of `networks.initialise`, wider"
+    )
     clip: float = Field(100.0, gt=0, description="greatest norm of a gradient")
     noises: int = Field(4, ge=1, description="draws of each code in the validation ELBO")
     seconds: float = Field(math.inf, gt=0, allow_inf_nan=True, description="time after which it ends; the schedule follows it")
@@ -85,6 +89,16 @@ class Gated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.glu(self.both(x), -1)
+
+
+def perceptron(inputs: int, outputs: int | None, setup: Setup) -> nn.Sequential:
+    """`setup.layers` hidden layers of `setup.units` SiLUs; without `outputs`, the last of them is the output."""
+    widths = [inputs, *[setup.units] * setup.layers]
+    parts = [part for one, two in zip(widths, widths[1:]) for part in (nn.Linear(one, two), nn.SiLU())]
+    parts += [] if outputs is None else [nn.Linear(widths[-1], outputs)]
+    net = nn.Sequential(*parts)
+    net.out_features = outputs or widths[-1]
+    return initialise(net) if setup.init == "fan_in" else net
 
 
 # Likelihoods ------------------------------------------------------------------------------------------------------------
@@ -187,7 +201,7 @@ def learn(
     stand still, and their frozen rate trains the encoder.
     """
     streams, begun, cpu = Streams.of(seed), time.perf_counter(), time.process_time()
-    optimizer = torch.optim.Adam(vae.parameters(), lr=setup.lr)
+    optimizer = torch.optim.Adam(vae.parameters(), lr=setup.lr, fused=True)
     shown = copy.deepcopy(vae) if setup.average else vae
     best, kept, at = -math.inf, copy.deepcopy(vae.state_dict()), 0
     valid = binarised(valid, torch.Generator().manual_seed(1)) if binary else valid

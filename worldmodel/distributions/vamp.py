@@ -35,7 +35,7 @@ class VampConfig(Frozen):
 
 @register("distribution", "vamp", VampConfig)
 class VampPrior(Mixed):
-    """p(z | h) = sum_k w_k(h) q(z | u_k, h): the posterior q at K pseudo-inputs u_k. Without a context weights are free or equal.
+    """p(z | h) = sum_k w_k(h) q(z | u_k, h): the posterior q at K pseudo-inputs u_k. Without context weights are free or equal.
 
     observation  u_k are learned observations, seen through the encoder: the paper's
     feature      u_k are learned embeddings; only the posterior's head is run again, as imagining needs

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -94,7 +95,7 @@ class Gated(nn.Module):
 def perceptron(inputs: int, outputs: int | None, setup: Setup) -> nn.Sequential:
     """`setup.layers` hidden layers of `setup.units` SiLUs; without `outputs`, the last of them is the output."""
     widths = [inputs, *[setup.units] * setup.layers]
-    parts = [part for one, two in zip(widths, widths[1:]) for part in (nn.Linear(one, two), nn.SiLU())]
+    parts = [part for one, two in pairwise(widths) for part in (nn.Linear(one, two), nn.SiLU())]
     parts += [] if outputs is None else [nn.Linear(widths[-1], outputs)]
     net = nn.Sequential(*parts)
     net.out_features = outputs or widths[-1]

@@ -30,6 +30,7 @@ class ActorCriticConfig(Frozen):
     starts: int | None = Field(256, ge=1, description="replayed states that imagination starts from; none: all of the batch")
     gamma: float = Field(0.99, ge=0, le=1, description="discount per step")
     lam: float = Field(0.95, ge=0, le=1, description="lambda of the returns")
+    temperature: float = Field(1.0, gt=0, description="of dreams: above 1 they are less certain than the model, below 1 more so")
     entropy: float = Field(3e-3, ge=0, description="weight of the policy's entropy, in units of the scaled return")
     lr: float = Field(3e-4, gt=0, description="Adam's learning rate for actor and critic")
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
@@ -210,8 +211,9 @@ class ActorCriticLearner:
                 entropies.append(policy.entropy())
             return action
 
+        sampling = Sampling(generator=generator, temperature=self.config.temperature)
         with torch.set_grad_enabled(through):
-            dream = self.world.imagine(state, act, self.config.horizon, Sampling(generator=generator))
+            dream = self.world.imagine(state, act, self.config.horizon, sampling)
         return dream, torch.stack(log_probs, 1), torch.stack(entropies, 1)
 
     def _improve_actor(self, gain: Tensor, entropy: Tensor, weight: Tensor) -> dict[str, float]:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from worldmodel.data import Batch, Episodes, Sampling, State
+from worldmodel.data import Batch, Episodes, Sampling
 from worldmodel.distributions import Posterior
 from worldmodel.model import WorldModel
 
@@ -79,9 +79,8 @@ def traversal(world: WorldModel, seen: Beliefs, row: int, steps: int = 7, width:
     Real numbers go over `width` deviations to both sides of their mean, categories through their classes (the first `steps`).
     """
     moved = world.dynamics.latent.traverse(seen.code[row], seen.code, steps, width)
-    shape = moved.shape[:2]
-    state = State({"h": seen.carry[row].expand(*shape, -1).flatten(0, 1), "z": moved.flatten(0, 1)})
-    return world.dynamics.feature(state).unflatten(0, shape)
+    before = seen.feature[row, : -moved.shape[-1]]  # a feature ends in its code
+    return torch.cat([before.expand(*moved.shape[:2], -1), moved], -1)
 
 
 def interpolation(one: Float[Tensor, " F"], other: Float[Tensor, " F"], steps: int = 9) -> Float[Tensor, "S F"]:

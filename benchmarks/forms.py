@@ -52,8 +52,7 @@ TASKS: dict[str, dict[str, Any]] = {
     },
     "images": {
         "recipe": "two_rooms",
-        "overrides": ["agent=random", "eval.every=0", "eval.episodes=1", "train.prefill=4000", "train.pretrain=200"]
-        + ["train.steps=8000", "train.ratio=0.5"],
+        "overrides": ["agent=random", "eval.every=0", "eval.episodes=1", "train.prefill=4000", "train.pretrain=200", "train.steps=8000", "train.ratio=0.5"],
         "context": 5,
         "horizon": 15,
     },

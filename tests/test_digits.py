@@ -170,6 +170,17 @@ def test_learning_is_the_same_twice_and_keeps_the_best(data):
     assert found[0] == found[1]
 
 
+def test_patience_begins_after_the_warm_up(data):
+    import vae
+    from digits import model
+
+    setup = vae.Setup(units=4, layers=1, epochs=8, warmup=0.7, patience=1, average=0)
+    found = vae.learn(model("gaussian", 0, {}, data[0], setup), data[0][:100], data[1][:50], setup, 0)
+    assert found["best_epoch"] == 8 and math.isfinite(found["validation"])
+    setup = vae.Setup(units=4, layers=1, epochs=8, seconds=1e-6)
+    assert vae.learn(model("gaussian", 0, {}, data[0], setup), data[0], data[1], setup, 0)["updates"] == 0
+
+
 def test_gains_are_paired_by_seed():
     from digits import paired, summary, targets
 

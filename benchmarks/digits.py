@@ -14,7 +14,7 @@ is kept. Test images are scored by IWAE with 1000 draws. `diffusion` puts its OD
 over a normaliser estimated by annealed importance sampling: no bounds in the same sense, and listed apart.
 
 `ppca`: a linear VAE on the same digits as real numbers, whose exact likelihood is known.
-`--mnist DIR`: the VampPrior paper's set-up on MNIST's own files (`mnist.py`), within `--minutes` in all, a thread for each of two forms.
+`--mnist DIR`: the VampPrior paper's set-up on MNIST's own files (`mnist.py`), within `--minutes`, two forms at once.
 `--json`: the last line of stdout is one JSON object.
 """
 
@@ -42,6 +42,8 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 APART = {"energy": "AIS", "diffusion": "ODE"}
 """Forms whose likelihood is no bound of the same kind, and what it comes from."""
+FEWER = {"diffusion": 100}
+"""Draws of forms for which 1000 would take minutes; they are compared at equal draws."""
 LEVELS, SPLIT, DRAWS = 17, (1000, 350, 447), 1000
 
 
@@ -58,18 +60,17 @@ def digits():
     return images[order].split(SPLIT)
 
 
-def model(form: str, latents: int, seed: int, own: dict[str, Any], train, units: int = 128, layers: int = 2):
+def model(form: str, seed: int, own: dict[str, Any], train, setup):
     """The VAE of one form and seed; `own`: options of the law; `train`: what pseudo-inputs begin with."""
     import vae
 
-    from worldmodel.networks import MLP
-
-    law, likelihood, size = vae.law_config({**FORMS[form], **own}), vae.Logistic(LEVELS), train[0].numel()
+    default = {"top": max(1, setup.latents // 2)} if form == "hierarchical" else {}
+    law, likelihood, size = vae.law_config({**FORMS[form], **default, **own}), vae.Logistic(LEVELS), train[0].numel()
 
     def make():
-        body = MLP(size, units, layers, norm=False)
-        decoder = MLP(latents, units, layers, size * likelihood.outputs, norm=False)
-        return vae.VAE(tuple(train.shape[1:]), latents, body, decoder, likelihood, law)
+        body = vae.perceptron(size, None, setup)
+        decoder = vae.perceptron(setup.latents, size * likelihood.outputs, setup)
+        return vae.VAE(tuple(train.shape[1:]), setup.latents, body, decoder, likelihood, law)
 
     return vae.seeded(seed, make, begin=train)
 
@@ -87,11 +88,13 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         return ppca(train, test, job)
     own, shared = parted(job["overrides"], job["form"])
     setup = vae.Setup.parse({"latents": job["latents"], **shared})
-    trained = model(job["form"], job["latents"], job["seed"], own, train)
+    trained = model(job["form"], job["seed"], own, train, setup)
     with Load() as load:
         found = vae.learn(trained, train, valid, setup, job["seed"])
-        weighed = vae.weighed(trained, test, DRAWS, job["seed"])
-    return {**found, **vae.figures(trained, test, weighed), "foreign": load.cores}
+        draws = FEWER.get(job["form"], DRAWS)
+        prior, normaliser = vae.log_prior(trained, finely=True)
+        weighed = vae.weighed(trained, test, draws, job["seed"], prior)
+    return {**found, **vae.figures(trained, test, weighed), **normaliser, "draws": draws, "foreign": load.cores}
 
 
 def ppca(train, test, job: dict[str, Any]) -> dict[str, Any]:
@@ -108,17 +111,22 @@ def ppca(train, test, job: dict[str, Any]) -> dict[str, Any]:
     law = vae.law_config(FORMS["gaussian"])
     linear = vae.seeded(job["seed"], lambda: vae.VAE((1, 8, 8), job["latents"], body, decoder, likelihood, law))
     found = vae.learn(
-        linear, train, train, vae.Setup(latents=job["latents"], lr=1e-2, decay=0.5, epochs=300, patience=300), job["seed"]
+        linear,
+        train,
+        train,
+        vae.Setup(latents=job["latents"], lr=1e-2, decay=0.5, average=0, epochs=300, patience=300),
+        job["seed"],
     )
     own = FactorModel(decoder.bias.detach(), decoder.weight.detach(), float(likelihood.log_sigma.detach().exp()))
     generator = torch.Generator().manual_seed(job["seed"])
     weighed = importance(
-        linear.encode(test), linear.latent, vae.log_prior(linear, 1), lambda z: linear.log_likelihood(z, test), DRAWS, generator
+        linear.encode(test), linear.latent, vae.log_prior(linear)[0], lambda z: linear.log_likelihood(z, test), DRAWS, generator
     )
     exact, best = own.log_prob(test.flatten(1)).mean(), FactorModel.fit(train.flatten(1), job["latents"])
     return {
         **found,
         **vae.figures(linear, test, weighed),
+        "draws": DRAWS,
         "exact": float(exact),
         "gap": float(exact - weighed.nats.double().mean()),
         "ppca": float(best.log_prob(test.flatten(1)).mean()),
@@ -148,8 +156,8 @@ def parted(overrides: list[str], form: str) -> tuple[dict[str, Any], dict[str, A
 
 
 def paired(rows: dict[int, dict[str, Any]], base: dict[int, dict[str, Any]]) -> tuple[float, float] | None:
-    """(mean, standard error) of nats minus those of `base`, over the seeds that both have; None under two of them."""
-    gains = [rows[seed]["nats"] - base[seed]["nats"] for seed in rows if seed in base]
+    """(mean, standard error) of nats minus those of `base` at as many draws, over the seeds of both; None under two of them."""
+    gains = [row["nats"] - base[seed]["curve"][str(row["draws"])] for seed, row in rows.items() if seed in base]
     if len(gains) < 2:
         return None
     return statistics.mean(gains), statistics.stdev(gains) / math.sqrt(len(gains))
@@ -161,8 +169,12 @@ def summary(group: dict[str, dict[int, dict[str, Any]]]) -> dict[str, dict[str, 
     for form, rows in group.items():
         means = ("nats", "rate", "distortion", "active", "ess", "cpu_seconds", "parameters", "law_parameters", "best_epoch")
         shown = {name: statistics.mean(row[name] for row in rows.values()) for name in means}
-        out[form] = {"kind": f"IWAE-{DRAWS}" + (f" of {APART[form]}" if form in APART else ""), "seeds": sorted(rows), **shown}
-        for name in ("exact", "gap", "ppca"):
+        out[form] = {
+            "kind": f"IWAE-{next(iter(rows.values()))['draws']}" + (f" of {APART[form]}" if form in APART else ""),
+            "seeds": sorted(rows),
+            **shown,
+        }
+        for name in ("exact", "gap", "ppca", "log_z", "log_z_ess"):
             if name in next(iter(rows.values())):
                 out[form][name] = statistics.mean(row[name] for row in rows.values())
         gain = paired(rows, group.get("gaussian", {})) if form not in ("gaussian", "ppca") else None
@@ -203,8 +215,8 @@ def lines(found: dict[str, dict[str, Any]], latents: int) -> list[list[str]]:
         gain = f"{row['gain']:+.2f} ± {row['gain_se']:.2f}" if "gain" in row else ""
         cells = [f"{row[name]:.2f}" for name in ("nats",)] + [gain] + [f"{row[name]:.2f}" for name in ("rate", "distortion")]
         size = f"{number(row['parameters'])} ({number(row['law_parameters'])})"
-        out.append([str(latents), form, row["kind"], str(len(row["seeds"])), *cells, f"{row['active']:.1f}", f"{row['ess']:.0f}"])
-        out[-1] += [f"{row['cpu_seconds']:.0f}", size]
+        rest = [f"{row['active']:.1f}", f"{row['ess']:.0f}", f"{row['cpu_seconds']:.0f}", size]
+        out.append([str(latents), form, row["kind"], str(len(row["seeds"])), *cells, *rest])
     return out
 
 
@@ -258,7 +270,7 @@ def command_line() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--latents", help="numbers in a code, separated by commas; 2, with --mnist 40")
     parser.add_argument("--mnist", type=Path, metavar="DIR", help="the folder with MNIST's IDX files, plain or .gz")
     parser.add_argument("--minutes", type=float, default=58, help="with --mnist: for everything together")
-    parser.add_argument("--draws", type=int, default=500, help="with --mnist: draws of IWAE for each test image")
+    parser.add_argument("--draws", type=int, default=1000, help="with --mnist: draws of IWAE for each test image")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     parser.add_argument("--print", action="store_true", help="only the table")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-PACKAGES = ("worldmodel", "torch", "numpy", "gymnasium", "stable_baselines3")
+PACKAGES = ("worldmodel", "torch", "numpy", "gymnasium", "stable_baselines3", "zuko")
 QUIET = 0.12
 """Foreign cores up to which a timed sample counts as quiet."""
 

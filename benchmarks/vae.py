@@ -11,7 +11,8 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from worldmodel.config import Frozen
 from worldmodel.data import Sampling
 from worldmodel.diagnostics.likelihood import Importance, active_units, importance, stacked
 from worldmodel.distributions import GaussianLatent, GaussianLatentConfig, GaussianPosterior, Inputs, Source
+from worldmodel.networks import initialise
 
 
 class Setup(Frozen):
@@ -35,6 +37,12 @@ class Setup(Frozen):
     patience: int = Field(50, ge=1, description="epochs without a better validation ELBO after which it ends")
     warmup: float = Field(0.0, ge=0, le=1, description="share of the schedule in which the rate's weight grows from 0 to 1")
     decay: float = Field(0.0, ge=0, le=1, description="share of the schedule in which the learning rate falls to 0, at its end")
+    average: float = Field(0.99, ge=0, lt=1, description="decay of the averaged weights, which are validated and kept; 0: none")
+    units: int = Field(128, ge=1, description="width of encoder and decoder")
+    layers: int = Field(2, ge=1, description="hidden layers of each")
+    init: Literal["torch", "fan_in"] = Field(
+        "torch", description="first weights: torch's, or those of `networks.initialise`, wider"
+    )
     clip: float = Field(100.0, gt=0, description="greatest norm of a gradient")
     noises: int = Field(4, ge=1, description="draws of each code in the validation ELBO")
     seconds: float = Field(math.inf, gt=0, allow_inf_nan=True, description="time after which it ends; the schedule follows it")
@@ -82,6 +90,16 @@ class Gated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.glu(self.both(x), -1)
+
+
+def perceptron(inputs: int, outputs: int | None, setup: Setup) -> nn.Sequential:
+    """`setup.layers` hidden layers of `setup.units` SiLUs; without `outputs`, the last of them is the output."""
+    widths = [inputs, *[setup.units] * setup.layers]
+    parts = [part for one, two in pairwise(widths) for part in (nn.Linear(one, two), nn.SiLU())]
+    parts += [] if outputs is None else [nn.Linear(widths[-1], outputs)]
+    net = nn.Sequential(*parts)
+    net.out_features = outputs or widths[-1]
+    return initialise(net) if setup.init == "fan_in" else net
 
 
 # Likelihoods ------------------------------------------------------------------------------------------------------------
@@ -184,28 +202,33 @@ def learn(
     stand still, and their frozen rate trains the encoder.
     """
     streams, begun, cpu = Streams.of(seed), time.perf_counter(), time.process_time()
-    optimizer = torch.optim.Adam(vae.parameters(), lr=setup.lr)
+    optimizer = torch.optim.Adam(vae.parameters(), lr=setup.lr, fused=True)
+    shown = copy.deepcopy(vae) if setup.average else vae
     best, kept, at = -math.inf, copy.deepcopy(vae.state_dict()), 0
     valid = binarised(valid, torch.Generator().manual_seed(1)) if binary else valid
     updates = epoch = 0
     for epoch in range(1, setup.epochs + 1):
         done = max((epoch - 1) / setup.epochs, (time.perf_counter() - begun) / setup.seconds)
-        if done >= 1 or (epoch - at > setup.patience and done > setup.warmup):
+        if done >= 1 or epoch - at > setup.patience:
             break
         beta = min(1.0, done / setup.warmup) if setup.warmup else 1.0
         for group in optimizer.param_groups:
             group["lr"] = setup.lr * min(1.0, max(0.01, (1 - done) / setup.decay) if setup.decay else 1.0)
         vae.train()
         for rows in torch.randperm(len(train), generator=streams.rows).split(setup.batch):
+            if time.perf_counter() - begun >= setup.seconds:
+                break
             x = binarised(train[rows], streams.pixels) if binary else train[rows]
             _update(vae, optimizer, x, rows, beta, setup.clip, streams)
             updates += 1
-        elbo = validation(vae, valid, setup.noises)
-        if elbo > best and beta == 1:
-            best, kept, at = elbo, copy.deepcopy(vae.state_dict()), epoch
-        log(
-            f"epoch {epoch} beta {beta:.2f} validation ELBO {elbo:.3f} best {best:.3f} at {at}, {time.perf_counter() - begun:.0f} s"
-        )
+            if shown is not vae:
+                follow(shown, vae, setup.average)
+        elbo = validation(shown, valid, setup.noises)
+        if beta < 1:
+            at = epoch  # patience begins when the rate counts in full
+        elif elbo > best:
+            best, kept, at = elbo, copy.deepcopy(shown.state_dict()), epoch
+        log(f"epoch {epoch} beta {beta:.2f} validation ELBO {elbo:.3f} best {best:.3f}, {time.perf_counter() - begun:.0f} s")
     vae.load_state_dict(kept)
     vae.eval()
     spent = {"seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time() - cpu}
@@ -228,11 +251,19 @@ def _update(vae: VAE, optimizer, x: Tensor, rows: Tensor, beta: float, clip: flo
 
 
 @torch.no_grad()
+def follow(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Takes the model's weights into their exponential average, and its statistics as they are."""
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+    for own, new in zip(average.buffers(), model.buffers()):
+        own.copy_(new)
+
+
+@torch.no_grad()
 def validation(vae: VAE, x: Tensor, noises: int, chunk: int = 2000) -> float:
     """The mean ELBO with the same noise at every call, in nats."""
     vae.eval()
     generator, total = torch.Generator().manual_seed(0), 0.0
-    prior = log_prior(vae, draws=1000)
+    prior, _ = log_prior(vae)
     for part in x.split(chunk):
         belief = vae.encode(part)
         z = belief.sample(vae.latent.noise((noises, len(part)), generator, part.device))
@@ -248,19 +279,26 @@ def binarised(x: Tensor, generator: torch.Generator) -> Tensor:
 # Measuring --------------------------------------------------------------------------------------------------------------
 
 
-def log_prior(vae: VAE, draws: int) -> Callable[[Tensor], Tensor]:
-    """ln p(z) of codes [*N, Z], normalised, or a bound where the form has no more to give."""
-    if vae.law.density != "unnormalised":
-        return lambda z: vae.law.log_prob(z, None)
-    log_z, _ = vae.law.log_z(None, count=draws, sampling=Sampling(generator=torch.Generator().manual_seed(0)))
-    return lambda z: vae.law.log_prob(z, None) - log_z.squeeze()
+def log_prior(vae: VAE, finely: bool = False) -> tuple[Callable[[Tensor], Tensor], dict[str, float]]:
+    """(ln p(z) of codes [*N, Z], normalised; what is to be known of the normaliser where it is estimated).
+
+    `finely`: annealed importance sampling for a normaliser and the ODE for a form with a bound, instead of the cheaper ways.
+    """
+    law = vae.law
+    if law.density == "unnormalised":
+        sampling = Sampling(generator=torch.Generator().manual_seed(0))
+        log_z, ess = law.log_z(None, 2000 if finely else 1000, sampling, **({"ais": True} if finely else {}))
+        normaliser = float(log_z.squeeze())
+        return lambda z: law.log_prob(z, None) - normaliser, {"log_z": normaliser, "log_z_ess": float(ess.squeeze())}
+    if law.density == "bound" and finely and hasattr(law, "ode_log_prob"):
+        return lambda z: law.ode_log_prob(z, None), {}
+    return lambda z: law.log_prob(z, None), {}
 
 
 @torch.no_grad()
-def weighed(vae: VAE, x: Tensor, draws: int, seed: int, rows: int = 500, prior=None) -> Importance:
+def weighed(vae: VAE, x: Tensor, draws: int, seed: int, prior: Callable[[Tensor], Tensor], rows: int = 500) -> Importance:
     """`draws` importance-weighted draws for each observation, `rows` observations at a time."""
-    generator, prior = torch.Generator().manual_seed(seed), prior or log_prior(vae, 10000)
-    parts = []
+    generator, parts = torch.Generator().manual_seed(seed), []
     for part in x.split(rows):
         likelihood = lambda z, part=part: vae.log_likelihood(z, part)  # noqa: E731
         parts.append(importance(vae.encode(part), vae.latent, prior, likelihood, draws, generator))

@@ -1,4 +1,4 @@
-"""How likely data are under a latent-variable model, in nats: importance-weighted bounds, their parts, and an exact model to check them.
+"""How likely data are under a latent-variable model, in nats: importance-weighted bounds, and an exact model to check them.
 
 A bound grows with the number of samples K towards ln p(x), and is to be read with its effective sample size: where few
 of K weights count, it is still far below.
@@ -97,7 +97,7 @@ def stacked(parts: Iterable[Importance]) -> Importance:
 
 
 def active_units(mean: Float[Tensor, "N Z"], least: float = 0.01) -> int:
-    """Numbers of the code whose mean differs between observations: variance above `least`. Source: Burda et al. 2016, section 5.2."""
+    """Numbers of the code whose mean differs between observations, with a variance above `least`. Source: Burda et al. 2016."""
     return int((mean.var(0) > least).sum())
 
 

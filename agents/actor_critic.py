@@ -16,7 +16,7 @@ from worldmodel.agents.returns import ReturnScale, lambda_return, weights
 from worldmodel.config import Frozen
 from worldmodel.data import Batch, Dream, Sampling, State, Trace
 from worldmodel.errors import ConfigError
-from worldmodel.model import WorldModel, needs_ensemble
+from worldmodel.model import WorldModel, doubt, needs_ensemble, needs_marginal
 from worldmodel.networks import MLP, TwoHot
 from worldmodel.spaces import ActionSpec
 
@@ -30,6 +30,7 @@ class ActorCriticConfig(Frozen):
     starts: int | None = Field(256, ge=1, description="replayed states that imagination starts from; none: all of the batch")
     gamma: float = Field(0.99, ge=0, le=1, description="discount per step")
     lam: float = Field(0.95, ge=0, le=1, description="lambda of the returns")
+    temperature: float = Field(1.0, gt=0, description="of dreams: above 1 they are less certain than the model, below 1 more so")
     entropy: float = Field(3e-3, ge=0, description="weight of the policy's entropy, in units of the scaled return")
     lr: float = Field(3e-4, gt=0, description="Adam's learning rate for actor and critic")
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
@@ -38,6 +39,11 @@ class ActorCriticConfig(Frozen):
     slow_weight: float = Field(1.0, ge=0, description="weight of the slow critic's prediction as a second target")
     penalty: float = Field(
         0.0, description="taken off each imagined reward per unit of the ensemble's uncertainty; below 0: a bonus that explores"
+    )
+    manifold: float = Field(
+        0.0,
+        ge=0,
+        description="taken off each imagined reward per nat, and number of the code, that it is less likely than real codes are",
     )
     replay_value: float = Field(0.0, ge=0, description="weight of the critic's loss on replayed, real rewards")
     bins: int = Field(127, ge=3, description="bins of the critic's distribution (odd)")
@@ -153,6 +159,7 @@ class ActorCriticLearner:
     def __init__(self, world: WorldModel, behaviour: ActorCritic):
         self.world, self.behaviour, self.config = world, behaviour, behaviour.config
         needs_ensemble(world, "agent.penalty", self.config.penalty)
+        needs_marginal(world, "agent.manifold", self.config.manifold)
         self.actor_optimizer = torch.optim.Adam(behaviour.actor.parameters(), lr=self.config.lr, eps=self.config.eps)
         self.critic_optimizer = torch.optim.Adam(behaviour.critic.parameters(), lr=self.config.lr, eps=self.config.eps)
         self.scale = ReturnScale()
@@ -169,7 +176,7 @@ class ActorCriticLearner:
         logits = self.behaviour.critic(rows[:-1])  # read three times: for the returns, as the baseline, in the critic's loss
         with torch.no_grad():
             value = torch.cat([self.behaviour.two_hot.mean(logits), self.behaviour.value(rows[-1:])]).transpose(0, 1)  # [N, H+1]
-        reward = dream.reward - self.config.penalty * dream.uncertainty
+        reward = dream.reward - doubt(self.world, dream, self.config.penalty, self.config.manifold)
         returns = lambda_return(reward, discount, self.behaviour.value(dream.feature) if through else value, self.config.lam)
         scale = self.scale.update(returns)
         gain = returns / scale if through else log_prob * (returns - value[:, :-1]) / scale
@@ -204,8 +211,9 @@ class ActorCriticLearner:
                 entropies.append(policy.entropy())
             return action
 
+        sampling = Sampling(generator=generator, temperature=self.config.temperature)
         with torch.set_grad_enabled(through):
-            dream = self.world.imagine(state, act, self.config.horizon, Sampling(generator=generator))
+            dream = self.world.imagine(state, act, self.config.horizon, sampling)
         return dream, torch.stack(log_probs, 1), torch.stack(entropies, 1)
 
     def _improve_actor(self, gain: Tensor, entropy: Tensor, weight: Tensor) -> dict[str, float]:

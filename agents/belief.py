@@ -66,7 +66,8 @@ class BeliefPolicy(BasePolicy):
         self.world.eval()
         first = torch.as_tensor(is_first, dtype=torch.bool, device=self.world.device)
         sampling = Sampling(generator=self.generator, mode=deterministic)
-        state = self.world.observe(belief, tensors(rows, self.world.device), belief["prev_action"], first, sampling)
+        own = State({name: belief[name] for name in self.world.initial(0)})  # the controller's memory is not the world's
+        state = self.world.observe(own, tensors(rows, self.world.device), belief["prev_action"], first, sampling)
         start = self.controller.memory(self.world, len(is_first))
         memory = State({name: torch.where(_wide(first, x), x, belief[name]) for name, x in start.items()})
         action, memory = self.controller.act(self.world, state, memory, deterministic, self.generator, rows)

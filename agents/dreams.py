@@ -15,6 +15,7 @@ from worldmodel import pictures
 from worldmodel.agents.belief import ActsOnBelief
 from worldmodel.agents.evaluation import own_randomness
 from worldmodel.agents.held_out import HELD_OUT_SEED, RANDOM, collect
+from worldmodel.agents.starts import Aim
 from worldmodel.data import Episodes, Obs, Sampling, State
 from worldmodel.diagnostics.rollouts import OpenLoop, open_loop, roll_out
 from worldmodel.envs.draw import Viewer
@@ -62,14 +63,13 @@ def film(
     return Film(video, signals)
 
 
-def from_nothing(agent: ActsOnBelief, viewer: Viewer, horizon: int, generator: torch.Generator) -> Film:
-    """A dream whose first state is drawn from the initial distribution, in which the agent acts greedily."""
+def from_nothing(agent: ActsOnBelief, viewer: Viewer, state: State, horizon: int, generator: torch.Generator) -> Film:
+    """Dreams from states that no observation led to, in which the agent acts greedily; the first one is drawn."""
     world = agent.policy.world.eval()
-    state = world.begin(SAMPLES, Sampling(generator=generator))
     features = [world.dynamics.feature(state)]
     for _, feature, _, _ in _act(agent, state, horizon, 0.0, generator):
         features.append(feature)
-    obs = {name: x.unflatten(0, (SAMPLES, -1)) for name, x in world.decode(torch.stack(features, 1).flatten(0, 1)).items()}
+    obs = {name: x.unflatten(0, (state.batch_size, -1)) for name, x in world.decode(torch.stack(features, 1).flatten(0, 1)).items()}
     video = viewer.frames({name: x[0] for name, x in obs.items()}) if viewer.can_draw else None
     signals = None
     if viewer.names:
@@ -141,6 +141,7 @@ def dream(
     start: Literal["replay", "prior"] = "replay",
     out: str | Path | None = None,
     *,
+    aim: Aim | None = None,
     episodes: int = 20,
     device: str = "cpu",
     trust: bool = False,
@@ -152,6 +153,7 @@ def dream(
     horizon   steps that it dreams; horizons that fit into no episode are null
     start     "prior": dreams from nothing, of which there is no truth to be measured against: all errors are null
     out       a .gif or .mp4 of one roll-out; its figure of errors lies beside it as .png
+    aim       dreams from nothing begin where this is high, however rare such states are
     trust     the run's agent.path may be opened, where it has one
 
     Raises ConfigError where context or horizon are no numbers of steps, and where the run has no decoder and `out` is given.
@@ -163,12 +165,15 @@ def dream(
     agent = run.agent(device=device, trust=trust)
     viewer = Viewer(run.config.env.id, agent.obs_spec)
     generator = torch.Generator(agent.device).manual_seed(HELD_OUT_SEED)
+    if aim is not None and start != "prior":
+        raise ConfigError("Only dreams from nothing can be led: add --start prior (start='prior'), or leave --toward out.")
+    guided = None
     if out is not None and agent.policy.world.decoder is None:
         agent.policy.world.decode(torch.zeros(0, agent.policy.world.feature_dim))  # says why there is nothing to show
     if start == "prior":
         with own_randomness(agent, HELD_OUT_SEED):
-            shown = from_nothing(agent, viewer, horizon, generator) if out is not None else Film(None, None)
-            agent.policy.world.begin(1)  # refuses models without an initial distribution, also where nothing is drawn
+            state, guided = _begin(agent, run, aim, generator)
+            shown = from_nothing(agent, viewer, state, horizon, generator) if out is not None else Film(None, None)
         log("Dreams from the initial distribution: nothing real to compare with, so errors are null.")
         errors = OpenLoop.unknown(context, horizon)
     else:
@@ -191,7 +196,21 @@ def dream(
         "uncertainty": _column(errors.uncertainty),
         "out": None if out is None else str(out),
         "worst": worst(errors, viewer),
+        "guided": guided,
     }
+
+
+def _begin(agent: ActsOnBelief, run: Run, aim: Aim | None, generator: torch.Generator) -> tuple[State, dict[str, Any] | None]:
+    """(states from nothing, how far they were led)."""
+    world, sampling = agent.policy.world.eval(), Sampling(generator=generator)
+    if aim is None:
+        return world.begin(SAMPLES, sampling), None
+    score = aim.score(agent, run)
+    state, size = world.begin_where(score, SAMPLES, aim.strength, sampling)
+    with torch.no_grad():
+        usual, led = (float(score(world.dynamics.feature(s)).mean()) for s in (world.begin(1000, sampling), state))
+    told = {"toward": aim.toward, "strength": aim.strength, "effective": size, "score": led, "score_unguided": usual}
+    return state, told
 
 
 def worst(errors: OpenLoop, viewer: Viewer, at_most: int = 15) -> dict[str, Any] | None:

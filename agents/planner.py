@@ -26,7 +26,7 @@ from worldmodel.agents.dreamer import Dreamer, DreamerController
 from worldmodel.agents.returns import weights
 from worldmodel.config import Frozen
 from worldmodel.data import Dream, Sampling, State
-from worldmodel.model import WorldModel, needs_ensemble
+from worldmodel.model import WorldModel, doubt, needs_ensemble, needs_marginal
 from worldmodel.registry import register
 from worldmodel.spaces import ActionSpec
 
@@ -274,19 +274,20 @@ class PlannerController(DreamerController):
         return world.imagine(rows, act, plans.shape[2], Sampling(generator=generator, mode=True))
 
     def _value(self, world: WorldModel, dream: Dream, penalty: float) -> Float[Tensor, " N"]:
-        """What each roll-out is worth: rewards less the penalty, each for as much as it is likely to be reached, discounted.
+        """What each roll-out is worth: rewards less their doubt, each for as much as it is likely to be reached, discounted.
 
-        Towards a goal: the squared distances of codes, less the penalty, undiscounted. The chance that the world has ended
+        Towards a goal: the squared distances of codes, less the doubt, undiscounted. The chance that the world has ended
         does not lower them, or plans would seek the end. Sobal et al. 2025 (PLDM) and Terver et al. 2025 (EB-JEPA), whose
         ablation has the sum 8 points of success above the last step.
         """
+        doubtful = doubt(world, dream, penalty, self.config.manifold)
         if self.goal is not None:
             goal = self.goal.repeat_interleave(len(dream.reward) // len(self.goal), 0).unsqueeze(1)
             distance = (world.dynamics.code(dream.feature[:, 1:]) - goal).square().sum(-1)
             distance = distance[:, -1] if self.config.plan.goal == "last" else distance.sum(1)
-            return -distance - penalty * dream.uncertainty.sum(1)
+            return -distance - doubtful.sum(1)
         weight = weights(torch.ones_like(dream.reward[:, 0]), self.config.gamma * dream.cont)
-        value = (weight[:, :-1] * (dream.reward - penalty * dream.uncertainty)).sum(1)
+        value = (weight[:, :-1] * (dream.reward - doubtful)).sum(1)
         return value + weight[:, -1] * self.value(dream.feature[:, -1]) if self.config.plan.terminal else value
 
     def _weights(self, value: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:
@@ -314,6 +315,7 @@ class Planner(Dreamer):
         plan = self.config.agent.plan
         needs_ensemble(self.world, "agent.plan.penalty", plan.penalty)
         needs_ensemble(self.world, "agent.plan.bonus", plan.bonus)
+        needs_marginal(self.world, "agent.manifold", self.config.agent.manifold)
         return PlannerController(self.config.agent, self.world.feature_dim, self.action_spec)
 
     @property

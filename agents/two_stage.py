@@ -176,6 +176,8 @@ def fit_prior(
     started = time.perf_counter()
     given = (lambda codes: codes.carry) if slot == "transition" else (lambda codes: None)
     law_of(new, slot).fit(train.code, given(train), steps=steps, lr=lr, generator=generator)
+    if slot == "marginal" and law_of(new, slot).density != "none":
+        new.mark_typical(train.code)
     seconds = time.perf_counter() - started
     before = law_of(old, slot) or Gaussian(GaussianConfig(standard=True), old.dynamics.latent.family, 0).to(device)
     was, now = (scores(law, held_out.code, given(held_out), generator) for law in (before, law_of(new, slot)))
@@ -233,7 +235,8 @@ def _grown(config: Config, specs: tuple, arrays: Mapping[str, np.ndarray], slot:
         world = WorldModel(config.model, *specs)
     law = law_of(world, slot)
     prefix = next(name for name, module in world.named_modules() if module is law) + "."
-    fill(world, as_arrays(world) | {name: x for name, x in arrays.items() if not name.startswith(prefix)})
+    kept = {name: x for name, x in arrays.items() if not name.startswith(prefix) and (slot != "marginal" or name != "marginal_low")}
+    fill(world, as_arrays(world) | kept)
     return world, prefix
 
 
@@ -267,9 +270,10 @@ def _write(
     """The new run: the old checkpoint with the new world, its agent, its optimisers and its replay."""
     tensors, state, manifest = content
     own = as_arrays(new.cpu())
-    optim = {k: x for k, x in tensors["optim"].items() if not k.startswith("world/") and not k.startswith(f"live/{prefix}")}
-    if any(name.startswith("live/") for name in optim):
-        optim |= {f"live/{name}": x for name, x in own.items() if name.startswith(prefix)}
+    changed = (prefix, "marginal_low") if prefix == "marginal." else prefix
+    optim = {k: x for k, x in tensors["optim"].items() if not k.startswith(("world/", "live/"))}
+    if any(k.startswith("live/") for k in tensors["optim"]):
+        optim |= {f"live/{name}": x if name.startswith(changed) else tensors["optim"][f"live/{name}"] for name, x in own.items()}
     optim |= _moved(tensors["optim"], *([name for name, _ in world.named_parameters()] for world in (old, new)), prefix)
     arrays = {**tensors, "world": own, "optim": optim}
     made = {**state, "config": config.to_yaml()}

@@ -7,7 +7,8 @@
     python benchmarks/forms.py --print
 
 cartpole  recipe `cartpole` with model=FORM: a Dreamer in its dream, under the protocol of control.py (20 greedy episodes every
-          250 real steps, confirmed by 20 others); then open loop on fresh episodes as `worldmodel dream` measures it
+          250 real steps, confirmed by 20 others), which goes on to 3,000 real steps so that all models have seen as much; then
+          open loop on fresh episodes as `worldmodel dream` measures it
 images    recipe `two_rooms` (64x64 pixels) with model=FORM, random actions: the world model alone, open loop
 cost      recipe `cartpole` untrained: one update of the world model, one draw of 256 codes from the transition, and dreams of
           256 worlds x 15 steps. Measured alone on the machine
@@ -42,9 +43,20 @@ FORMS = (
 EXTRA = {"diffusion_decoder, seen again": ("diffusion_decoder", ["model.rollouts=observation"])}
 """Rows beside the recipes: what the dream shows is drawn by the diffusion decoder and encoded again at each imagined step."""
 
+ALONE = "train.prefill=4000 train.pretrain=200 train.steps=8000 train.ratio=0.5"
 TASKS: dict[str, dict[str, Any]] = {
-    "cartpole": {"recipe": "cartpole", "overrides": [], "context": 5, "horizon": 15},
-    "images": {"recipe": "two_rooms", "overrides": ["agent=random", "eval.every=0"], "context": 5, "horizon": 15},
+    "cartpole": {
+        "recipe": "cartpole",
+        "overrides": ["train.steps=3000", "eval.stop_when_solved=false"],
+        "context": 5,
+        "horizon": 15,
+    },
+    "images": {
+        "recipe": "two_rooms",
+        "overrides": f"agent=random eval.every=0 eval.episodes=1 {ALONE}".split(),
+        "context": 5,
+        "horizon": 15,
+    },
 }
 WORLDS, HORIZON = 256, 15
 

@@ -31,7 +31,7 @@ from worldmodel.data import Sampling, State
 from worldmodel.envs.draw import Viewer
 from worldmodel.errors import ConfigError, NumericsError, did_you_mean
 from worldmodel.learner import reuse_memory
-from worldmodel.model import WorldModel, needs_ensemble
+from worldmodel.model import WorldModel, doubt, needs_ensemble, needs_marginal
 from worldmodel.replay import Replay
 from worldmodel.run import Run
 
@@ -118,6 +118,7 @@ class ImaginedWorld:
     seed         of the generator; None: a fresh one
     penalty      taken off each reward per unit of the ensemble's uncertainty; below 0: a bonus that explores
     max_uncertainty  an episode is truncated where the ensemble's uncertainty is greater; None: nowhere
+    manifold     taken off each reward per nat, and number of the code, that it is less likely than real codes are
 
     Actions of `step` are canonical tensors; `encode` makes them of the environment's own. Raises ConfigError.
     """
@@ -134,6 +135,7 @@ class ImaginedWorld:
         replay: Replay | None = None,
         penalty: float = 0.0,
         max_uncertainty: float | None = None,
+        manifold: float = 0.0,
     ):
         for name, number in (("num_envs", num_envs), ("horizon", horizon)):
             if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
@@ -146,7 +148,8 @@ class ImaginedWorld:
         self.world, run = learned_world(source)
         needs_ensemble(self.world, "penalty", penalty)
         needs_ensemble(self.world, "max_uncertainty", max_uncertainty)
-        self.penalty, self.max_uncertainty = penalty, max_uncertainty
+        needs_marginal(self.world, "manifold", manifold)
+        self.penalty, self.max_uncertainty, self.manifold = penalty, max_uncertainty, manifold
         if start == "replay" and replay is None:
             if run is None:
                 raise ConfigError(
@@ -205,8 +208,7 @@ class ImaginedWorld:
         uncertainty = dream.uncertainty[:, 0]
         if self.max_uncertainty is not None:
             over = over | (uncertainty > self.max_uncertainty)
-        if self.penalty:
-            reward = reward - self.penalty * uncertainty
+        reward = reward - doubt(self.world, dream, self.penalty, self.manifold)[:, 0]
         return Arrival(dream.feature[:, 1], reward, terminated, over & ~terminated)
 
     # As arrays ------------------------------------------------------------------------------------------------------
@@ -273,6 +275,7 @@ class ImaginedVecEnv(VecEnv):
     replay        recorded experience, where the run's is not meant or there is no run
     penalty       taken off each reward per unit of the ensemble's uncertainty; below 0: a bonus that explores
     max_uncertainty  an episode is truncated where the ensemble's uncertainty is greater; None: nowhere
+    manifold     taken off each reward per nat, and number of the code, that it is less likely than real codes are
 
     What comes out are fresh arrays: SB3 writes into some of them. `render` and `get_images` show what the worlds decode to.
     Raises ConfigError.
@@ -290,8 +293,10 @@ class ImaginedVecEnv(VecEnv):
         replay: Replay | None = None,
         penalty: float = 0.0,
         max_uncertainty: float | None = None,
+        manifold: float = 0.0,
     ):
-        options = {"seed": seed, "replay": replay, "penalty": penalty, "max_uncertainty": max_uncertainty}
+        options = {"seed": seed, "replay": replay, "penalty": penalty, "manifold": manifold}
+        options["max_uncertainty"] = max_uncertainty
         self.worlds = ImaginedWorld(run_or_model, num_envs, horizon, start=start, observation=observation, **options)
         self.rows = [ImaginedRow(self.worlds, i) for i in range(num_envs)]
         super().__init__(num_envs, self.worlds.observation_space, self.worlds.action_space)

@@ -152,14 +152,14 @@ class TwoRooms(gym.Env):
         self.observation_space = spaces.Box(0, 255, (self.side, self.side, 3), np.uint8)
         self.action_space = spaces.Box(-1, 1, (2,), np.float32)
         self.least, self.most = self.border + self.dot, self.side - self.border - self.dot
-        self.wall, self.gap = self.side / 2, 16.0  # x of the wall's middle, y of the door's
+        self._build(self.side / 2, 16.0)
         self.position = self.goal = np.zeros(2)
         self.steps = 0
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         super().reset(seed=seed)
         if self.random_wall:
-            self.wall, self.gap = self.np_random.uniform((24, 12), (40, 52))
+            self._build(*self.np_random.uniform((24, 12), (40, 52)))
         places = self.np_random.uniform(self.least, self.most, (2, 2))
         west, east = self.faces()
         share = (places[:, 0] - self.least) / (self.most - self.least)
@@ -194,16 +194,13 @@ class TwoRooms(gym.Env):
 
     def picture(self, position: np.ndarray) -> np.ndarray:
         """The observation [64, 64, 3] with the dot at `position`; its rim is smooth, so that parts of a pixel show."""
-        frame = np.empty(self.observation_space.shape, np.uint8)
-        frame[:] = WALL
-        inner = slice(self.border, self.side - self.border)
-        frame[inner, inner] = BACKGROUND
-        middle = np.arange(self.side) + 0.5
-        closed = np.abs(middle - self.gap) > self.door + self.dot
-        frame[np.ix_(closed, np.abs(middle - self.wall) < self.thickness / 2)] = WALL
-        away = np.hypot(middle - position[0], (middle - position[1])[:, None])
+        frame = self._rooms.copy()
+        reach = int(self.dot) + 1
+        columns, rows = (slice(max(int(x) - reach, 0), int(x) + reach + 1) for x in position)
+        away = np.hypot(self._middle[columns] - position[0], self._middle[rows, None] - position[1])
         cover = np.clip(self.dot + 0.5 - away, 0, 1)[:, :, None]
-        return np.rint(frame + cover * (np.array(BALL) - frame)).astype(np.uint8)
+        frame[rows, columns] = np.rint(frame[rows, columns] + cover * (np.array(BALL) - frame[rows, columns]))
+        return frame
 
     def way(self) -> np.ndarray:
         """The corners [N, 2] of a shortest way from the dot to the goal, which is the last."""
@@ -216,6 +213,17 @@ class TwoRooms(gym.Env):
                 y = self.position[1] + away[1] * (x - self.position[0]) / away[0]
                 corners.insert(0, np.array([x, np.clip(y, self.gap - self.door, self.gap + self.door)]))
         return np.stack(corners)
+
+    def _build(self, wall: float, gap: float) -> None:
+        """The rooms, with the wall's middle at x = `wall` and the door's at y = `gap`."""
+        self.wall, self.gap = float(wall), float(gap)
+        self._middle = np.arange(self.side) + 0.5  # of each pixel
+        self._rooms = np.empty(self.observation_space.shape, np.uint8)
+        self._rooms[:] = WALL
+        inner = slice(self.border, self.side - self.border)
+        self._rooms[inner, inner] = BACKGROUND
+        closed = np.abs(self._middle - self.gap) > self.door + self.dot
+        self._rooms[np.ix_(closed, np.abs(self._middle - self.wall) < self.thickness / 2)] = WALL
 
     def _moved(self, position: np.ndarray, velocity: np.ndarray) -> np.ndarray:
         x, y = position

@@ -124,6 +124,14 @@ def test_imagination_starts_from_states_of_the_batch_and_where_the_world_has_end
     assert len(set(rows)) == 5 and alive.tolist() == [float(row != 2) for row in rows]
 
 
+def test_a_temperature_spreads_what_is_dreamt():
+    torch.manual_seed(0)
+    world = small_world(latent="gaussian")
+    learners = [ActorCriticLearner(world, ActorCritic(config(temperature=t), world.feature_dim, world.action)) for t in (1.0, 3.0)]
+    features = [learner.imagine(world.initial(500), generator())[0].feature[:, 1, -2:] for learner in learners]
+    torch.testing.assert_close(features[1].std(0), 3 * features[0].std(0), rtol=1e-3, atol=1e-3)
+
+
 def test_nothing_is_learned_from_ended_worlds():
     learner, trace, batch = made(entropy=0.1)
     before = weights_of(learner.behaviour)

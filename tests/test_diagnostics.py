@@ -198,8 +198,9 @@ def test_a_transition_that_is_no_closed_form_has_no_rate_by_variable():
 
 
 @pytest.mark.parametrize("latent", registry.kinds("latent"))
-def test_a_traversal_moves_one_variable_at_a_time(latent):
-    world = small_world(LINE, latent=latent)
+@pytest.mark.parametrize("slow", [0, 5])
+def test_a_traversal_moves_one_variable_at_a_time(latent, slow):
+    world = small_world(LINE, latent=latent, dynamics={"slow": slow})
     seen = beliefs(world, mixed_episodes(LINE))
     moved = traversal(world, seen, 4, steps=3)
     family, own = world.dynamics.latent, seen.feature[4]

@@ -76,7 +76,7 @@ def test_a_fitted_gaussian_learns_its_mean_by_squares_and_its_deviation_from_wha
     g = generator()
     context = torch.randn(2000, 1, generator=g)
     codes = torch.cat([2 * context, -context], 1) + torch.tensor([0.5, 0.1]) * torch.randn(2000, 2, generator=g)
-    law.train().fit(codes, context, steps=300, generator=g)
+    law.train().fit(codes, context, steps=300, lr=0.03, generator=g)
     belief = law.eval().given(context)
     assert (belief.mean - torch.cat([2 * context, -context], 1)).abs().mean() < 0.05
     assert torch.allclose(belief.std[0], torch.tensor([0.5, 0.1]), rtol=0.1)

@@ -43,6 +43,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 def test_every_loss_has_a_scale_and_every_scale_a_loss():
     parts = {"marginal": small("distribution", "gaussian"), "ensemble": small("ensemble", "standard", members=2)}
+    parts["decoder"] = small("decoder", "diffusion")
     predictive = {"latent": "point", "dynamics": {"posterior": "observation"}, "objective": small("objective", "jepa")}
     scaled = set()
     for world in (small_world(latent="gaussian", **parts), small_world(**predictive)):

@@ -70,6 +70,9 @@ def test_a_form_that_fits_gains_nats_over_a_standard_normal(run, tmp_path):
     assert result["before"] is None and result["density"] == "exact"
     assert result["gain"] == pytest.approx(result["nats"] - result["nats_before"], abs=1e-4)
     assert result["gain"] > 2 * result["standard_error"]
+    world, codes = Run.open(tmp_path / "new").world_model(), posterior_codes(run.world_model(), run.replay(), generator()).code
+    below = float((world.marginal.log_prob(codes, None) < world.marginal_low).float().mean())
+    assert below == pytest.approx(0.05, abs=0.04)  # so that agent.manifold can be used in it at once
 
 
 def test_codes_are_the_filters_draws_and_first_rows_come_many_times(run):

@@ -13,6 +13,7 @@ from conftest import SmallEyes, generator, known_batch, reached, small, small_la
 from worldmodel import registry
 from worldmodel.distributions import VampPrior
 from worldmodel.errors import ConfigError
+from worldmodel.learner import Learner, TrainConfig
 from worldmodel.model import ModelConfig
 
 KINDS = ("observation", "feature", "exemplar")
@@ -145,6 +146,19 @@ def test_training_shows_each_slot_the_rows_that_it_is_a_law_of_and_eval_shows_no
     at = int((law.row >= 0).nonzero()[0])
     key = next(iter(numbered.obs))
     assert torch.equal(law.input0[at], numbered.obs[key].flatten(0, 1)[law.row[at]])
+
+
+@every_kind
+@pytest.mark.parametrize("posterior", ["filtering", "observation"])
+def test_a_model_learns_with_a_vamp_law_in_every_slot(kind, posterior):
+    config = small("distribution", "vamp", inputs=kind, renew=2)
+    world = small_world(latent="gaussian", dynamics={"posterior": posterior}, transition=config, initial=config, marginal=config)
+    learner = Learner(world, TrainConfig(burn_in=0, warmup=0, average=0.9))
+    for seed in range(3):
+        batch = replace(known_batch(seed=seed), row=torch.arange(18).view(3, 6) + 18 * seed)
+        metrics, _, _ = learner.update(learner.prepare(batch), generator(seed))
+    assert learner.updates == 3 and {f"law/{slot}/spread" for slot in ("initial", "transition", "marginal")} <= set(metrics)
+    assert all(torch.equal(a, b) for a, b in zip(world.buffers(), learner.average.buffers()))
 
 
 # Its place in a model ---------------------------------------------------------------------------------------------------

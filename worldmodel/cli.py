@@ -148,6 +148,12 @@ class Start(str, Enum):
     replay, prior = "replay", "prior"
 
 
+class Toward(str, Enum):
+    """What dreams from nothing may be led to."""
+
+    reward, value, goal = "reward", "value", "goal"
+
+
 @app.command()
 def dream(
     run: RunFolder,
@@ -157,6 +163,17 @@ def dream(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE.gif|mp4", help="An animation of one dream; the figure of errors lies beside it.")
     ] = None,
+    toward: Annotated[Toward | None, typer.Option(help="Dreams from nothing begin where this is high.", show_default=False)] = None,
+    guidance: Annotated[float, typer.Option(help="How strongly --toward pulls, in nats per unit of its score.")] = 1.0,
+    goal: Annotated[
+        str | None, typer.Option(metavar="EPISODE:STEP", help="For --toward goal: a row of the run's replay.", show_default=False)
+    ] = None,
+    between: Annotated[
+        str | None,
+        typer.Option(
+            metavar="EPISODE:STEP,EPISODE:STEP", help="Instead of a dream: what lies between two rows.", show_default=False
+        ),
+    ] = None,
     trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -164,10 +181,22 @@ def dream(
     """Let a run's world model dream beside fresh real episodes, and measure how far it is off by horizon."""
     with _reported(debug):
         with _stdout_kept():
+            from worldmodel.agents import starts
             from worldmodel.agents.dreams import dream as dream_of
 
-            result = dream_of(run, context, horizon, start.value, out, trust=trust, log=_say)
-        _answer(result, as_json, _show_dream)
+            if between is not None:
+                one, comma, other = between.partition(",")
+                if not comma or out is None:
+                    raise ConfigError("--between wants two moments, EPISODE:STEP,EPISODE:STEP, and --out FILE.gif.")
+                result = starts.between(run, one, other, out, trust=trust)
+            else:
+                aim = None
+                if toward is not None:
+                    aim = starts.Aim(toward.value, guidance, None if goal is None else starts.Moment.parse(goal))
+                elif goal is not None:
+                    raise ConfigError("--goal names where --toward goal leads: add that.")
+                result = dream_of(run, context, horizon, start.value, out, aim=aim, trust=trust, log=_say)
+        _answer(result, as_json, _show_pairs if between is not None else _show_dream)
 
 
 class Slot(str, Enum):

@@ -29,7 +29,7 @@ class ScaleConfig(Frozen):
     fit: float = Field(1.0, ge=0, description="own losses of laws without an exact density, such as denoising")
     denoise: float = Field(1.0, ge=0, description="own loss of a decoder that draws by diffusion")
     prediction: float = Field(1.0, ge=0, description="of codes from codes (jepa, hybrid)")
-    collapse: float = Field(10.0, ge=0, description="what keeps codes apart (jepa, hybrid); independent of the batch's size")
+    collapse: float = Field(5.0, ge=0, description="what keeps codes apart (jepa, hybrid); independent of the batch's size")
     inverse: float = Field(1.0, ge=0, description="the action told from two codes (jepa, hybrid)")
     ensemble: float = Field(1.0, ge=0, description="squared error of the ensemble's predictions; no gradient leaves the ensemble")
 

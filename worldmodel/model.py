@@ -23,6 +23,7 @@ from worldmodel.distributions import (
     GaussianConfig,
     Inputs,
     Posterior,
+    tilted,
 )
 from worldmodel.dynamics import RSSMConfig
 from worldmodel.encoders import EncoderConfig, InputScaling
@@ -35,6 +36,8 @@ from worldmodel.registry import build, part, register
 from worldmodel.spaces import ActionSpec, ObsSpec
 from worldmodel.weights import fill
 
+UNKNOWN = -1e30
+"""A quantile of log-densities before any code was seen: nothing lies below it."""
 CLOSED_FORMS = {"categorical": CategoricalConfig(), "gaussian": GaussianConfig()}
 
 
@@ -118,6 +121,8 @@ class WorldModel(nn.Module):
         self.marginal = None
         if config.marginal is not None:
             self.marginal = build("distribution", config.marginal, latent.family, 0, self.dynamics.source)
+            if self.marginal.density != "none":
+                self.register_buffer("marginal_low", torch.tensor(UNKNOWN))
         decoder = build("decoder", config.decoder, obs, self.feature_dim, latent.size)
         self.objective = build("objective", config.objective, decoder, self.encoder, self.dynamics, action.dim)
         self.decoder: nn.Module | None = getattr(self.objective, "decoder", None)
@@ -172,6 +177,23 @@ class WorldModel(nn.Module):
             raise ConfigError(f"model.dynamics={self.config.dynamics.kind} has no initial distribution. Start from the replay.")
         return self.dynamics.begin(batch_size, sampling or Sampling())
 
+    def begin_where(
+        self, score: Callable[[Tensor], Tensor], batch_size: int, strength: float, sampling: Sampling | None = None
+    ) -> tuple[State, float]:
+        """(states from nothing that score high, effective sample size): draws of p(z_0) exp(strength * score(feature)).
+
+        score   features [N, F] -> [N], such as `heads.reward`
+        """
+        sampling = sampling or Sampling()
+        start = self.begin(1, sampling)
+
+        def states(z: Tensor) -> State:
+            return State({**start.map(lambda x: x.expand(len(z), *x.shape[1:])), "z": z})
+
+        law = self.dynamics.initial_law
+        z, size = tilted(law, lambda z: score(self.dynamics.feature(states(z))), batch_size, strength, sampling)
+        return states(z), size
+
     def trace(self, batch: Batch, state: State | None = None, sampling: Sampling | None = None) -> Trace:
         """One pass over a batch whose `obs` is already on the inner scale (see `inputs`)."""
         batch_size, length = batch.shape
@@ -222,6 +244,9 @@ class WorldModel(nn.Module):
             return {}
         exact = law.density == "exact"
         terms = {}
+        if self.training and law.density != "none":
+            codes = trace.z.detach().flatten(0, -2)
+            self.mark_typical(codes[:: -(-len(codes) // 128)], 0.01)
         if not self.dynamics.latent.certain:
             terms["marginal"] = Loss(law.rate(trace.posterior, trace.z, None, frozen=not exact, **options))
         if not exact or self.dynamics.latent.certain:
@@ -264,6 +289,25 @@ class WorldModel(nn.Module):
         if self.ensemble is not None:
             uncertainty = self.ensemble.disagreement(rows[:-1], self.action.project(torch.stack(actions))).transpose(0, 1)
         return Dream(torch.stack(actions, 1), reward, cont, uncertainty, rows.transpose(0, 1), state)
+
+    def log_density(self, feature: Float[Tensor, "*N F"]) -> Float[Tensor, "*N"]:
+        """ln p of a feature's code under the marginal, in nats; up to a constant where that law is unnormalised.
+
+        Raises ConfigError where there is no marginal, or one without a density.
+        """
+        needs_marginal(self, "log_density", 1.0)
+        return self.marginal.log_prob(self.dynamics.code(feature), None)
+
+    def off_manifold(self, feature: Float[Tensor, "*N F"]) -> Float[Tensor, "*N"]:
+        """Nats per number of the code by which a feature is less likely than 95 % of real codes; 0 where it is not."""
+        return (self.marginal_low - self.log_density(feature)).clamp_min(0) / self.dynamics.latent.size
+
+    @torch.no_grad()
+    def mark_typical(self, codes: Float[Tensor, "N Z"], share: float = 1.0) -> None:
+        """`marginal_low`, the 5 % quantile of real codes' log-density, goes by `share` towards that of these codes."""
+        low = self.marginal.log_prob(codes, None).float().quantile(0.05)
+        known = self.marginal_low > UNKNOWN
+        self.marginal_low.copy_(torch.where(known, self.marginal_low.lerp(low, share), low))
 
     def _looked(self, state: State, sampling: Sampling) -> State:
         """The state after looking at the observation that it would give: what the decoder knows of the world corrects the code."""
@@ -316,6 +360,22 @@ def needs_ensemble(world: WorldModel, name: str, value: float | None) -> None:
             f"{name}={value:g} needs uncertainty, and the world model has no ensemble. Train with model.ensemble.members=5, or "
             "leave it out."
         )
+
+
+def needs_marginal(world: WorldModel, name: str, value: float | None) -> None:
+    """ConfigError where an option that speaks of how likely codes are is set, and the model does not know."""
+    if value and (world.marginal is None or world.marginal.density == "none"):
+        why = "has no marginal" if world.marginal is None else f"has a {world.config.marginal.kind} marginal, without a density"
+        raise ConfigError(
+            f"{name}={value:g} needs a law of all codes, and the world model {why}. Train with model.marginal, or fit one to a "
+            "finished run: worldmodel fit-prior RUN --kind flow --slot marginal."
+        )
+
+
+def doubt(world: WorldModel, dream: Dream, penalty: float, manifold: float) -> Float[Tensor, "B H"]:
+    """What is taken off a dream's rewards: for the ensemble's uncertainty, and for codes unlike real ones."""
+    doubtful = penalty * dream.uncertainty
+    return doubtful + manifold * world.off_manifold(dream.feature[:, 1:]) if manifold else doubtful
 
 
 def tensors(rows: dict[str, np.ndarray], device: torch.device | str = "cpu") -> dict[str, Tensor]:

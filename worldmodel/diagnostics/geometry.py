@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from worldmodel.data import Batch, Episodes, Sampling, State
+from worldmodel.data import Batch, Episodes, Sampling
 from worldmodel.distributions import Posterior
 from worldmodel.model import WorldModel
 
@@ -79,11 +79,25 @@ def traversal(world: WorldModel, seen: Beliefs, row: int, steps: int = 7, width:
     Real numbers go over `width` deviations to both sides of their mean, categories through their classes (the first `steps`).
     """
     moved = world.dynamics.latent.traverse(seen.code[row], seen.code, steps, width)
-    shape = moved.shape[:2]
-    state = State({"h": seen.carry[row].expand(*shape, -1).flatten(0, 1), "z": moved.flatten(0, 1)})
-    return world.dynamics.feature(state).unflatten(0, shape)
+    before = seen.feature[row, : -moved.shape[-1]]  # a feature ends in its code
+    return torch.cat([before.expand(*moved.shape[:2], -1), moved], -1)
 
 
 def interpolation(one: Float[Tensor, " F"], other: Float[Tensor, " F"], steps: int = 9) -> Float[Tensor, "S F"]:
     """Features on the straight line between two; categorical codes pass through mixtures of their categories."""
     return torch.lerp(one, other, torch.linspace(0, 1, steps, device=one.device).unsqueeze(-1))
+
+
+def spherical(one: Float[Tensor, " Z"], other: Float[Tensor, " Z"], steps: int = 9) -> Float[Tensor, "S Z"]:
+    """Codes on the arc between two, whose length goes evenly from one's to the other's.
+
+    Where codes are normal in many dimensions, all lie near a sphere, and the straight line leaves it. Source: Shoemake 1985;
+    White 2016, section 2.1. Codes on one line through 0 have no arc: they get the line.
+    """
+    share = torch.linspace(0, 1, steps, device=one.device).unsqueeze(-1)
+    lengths = one.norm(), other.norm()
+    angle = torch.arccos((one @ other / (lengths[0] * lengths[1]).clamp_min(1e-12)).clamp(-1, 1))
+    if angle.sin() < 1e-4:
+        return torch.lerp(one, other, share)
+    directions = torch.sin((1 - share) * angle) * one / lengths[0] + torch.sin(share * angle) * other / lengths[1]
+    return directions / angle.sin() * torch.lerp(lengths[0], lengths[1], share)

@@ -22,6 +22,7 @@ from worldmodel.distributions.energy import Energy, EnergyConfig
 from worldmodel.distributions.flow import Flow, FlowConfig
 from worldmodel.distributions.gaussian import Gaussian, GaussianConfig, GaussianLatent, GaussianLatentConfig, GaussianPosterior
 from worldmodel.distributions.hierarchical import Hierarchical, HierarchicalConfig
+from worldmodel.distributions.langevin import tilted
 from worldmodel.distributions.mixture import Components, Mixture, MixtureConfig
 from worldmodel.distributions.point import PointLatent, PointLatentConfig, PointPosterior
 from worldmodel.distributions.vamp import VampConfig, VampPrior
@@ -61,4 +62,5 @@ __all__ = [
     "VampConfig",
     "VampPrior",
     "likelihood",
+    "tilted",
 ]

@@ -27,6 +27,7 @@ from worldmodel.config import Frozen, Part
 from worldmodel.data import Loss, Sampling
 from worldmodel.distributions.base import ClosedForm, ConditionalDistribution, Latent, Posterior, Source
 from worldmodel.distributions.gaussian import GaussianConfig
+from worldmodel.distributions.langevin import Level, langevin, uphill
 from worldmodel.errors import ConfigError, NumericsError
 from worldmodel.networks import MLP
 from worldmodel.registry import build, part, register
@@ -149,7 +150,9 @@ class Energy(ConditionalDistribution):
         steps = sampling.steps or self.config.steps
         if sampling.mode:
             start = self.base.sample(context, 1, sampling)
-            return (start + (self._uphill(start.detach(), context, steps) - start).detach()).expand(count, -1, -1)
+            scale = self.config.step * self._frame(context)[1]
+            top = uphill(self._level(context), start.detach(), scale, steps, self.config.clip)
+            return (start + (top - start).detach()).expand(count, -1, -1)
         if self.config.sampler == "langevin":
             start = self.base.sample(context, count, sampling)
             return start + (self._langevin(start, context, steps, sampling) - start).detach()
@@ -160,47 +163,22 @@ class Energy(ConditionalDistribution):
             chosen = (share[:-1] < lot).sum(0)
         return pool.gather(0, chosen[None, ..., None].expand(1, *pool.shape[1:]))[0]
 
-    @torch.no_grad()
     def _langevin(
         self, z: Float[Tensor, "*N D"], context: Tensor | None, steps: int, sampling: Sampling, weight: float = 1.0
     ) -> Float[Tensor, "*N D"]:
-        """Metropolis-adjusted Langevin steps on base exp(weight f); no gradient.
-
-        z' = z + s^2/2 grad ln p(z) + s xi, s = step * deviation of the base. Source: Roberts and Tweedie 1996.
-        """
+        """Langevin steps on base exp(weight f) at the temperature of `sampling`; no gradient."""
         scale = self.config.step * self._frame(context)[1] * sampling.temperature
-        z = z.detach()
-        level, drift = self._slope(z, context, scale, sampling.temperature, weight)
-        for _ in range(steps):
-            noise = torch.randn(z.shape, generator=sampling.generator, device=z.device)
-            proposal = z + drift + scale * noise
-            there, returning = self._slope(proposal, context, scale, sampling.temperature, weight)
-            back = (z - proposal - returning) / scale
-            gain = there - level + 0.5 * (noise.square() - back.square()).sum(-1)
-            taken = torch.rand(gain.shape, generator=sampling.generator, device=z.device).log() < gain
-            level = torch.where(taken, there, level)
-            z, drift = (torch.where(taken.unsqueeze(-1), new, old) for new, old in ((proposal, z), (returning, drift)))
-        return z
+        level = self._level(context, weight, sampling.temperature)
+        return langevin(level, z, scale, steps, sampling.generator, self.config.clip)
 
-    def _uphill(self, z: Tensor, context: Tensor | None, steps: int) -> Tensor:
-        """Gradient ascent without noise; a step that does not lead upwards is not taken, and the next ones are half as long."""
-        scale = self.config.step * self._frame(context)[1].expand_as(z)
-        level, drift = self._slope(z, context, scale)
-        for _ in range(steps):
-            there, onward = self._slope(z + drift, context, scale)
-            taken = (there > level).unsqueeze(-1)
-            z, level = torch.where(taken, z + drift, z), torch.maximum(there, level)
-            drift, scale = torch.where(taken, onward, drift / 4), torch.where(taken, scale, scale / 2)
-        return z
+    def _level(self, context: Tensor | None, weight: float = 1.0, temperature: float = 1.0) -> Level:
+        """ln of base exp(weight f) at a temperature, which is that of deviations."""
 
-    def _slope(self, z: Tensor, context: Tensor | None, scale: Tensor, temperature: float = 1.0, weight: float = 1.0):
-        """(ln of base exp(weight f) at this temperature [*N], the drift of a Langevin step [*N D]); clipped, without a graph."""
-        with torch.enable_grad():
-            z = z.detach().requires_grad_()
+        def level(z: Tensor) -> Tensor:
             wide = None if context is None else context.detach().expand(*z.shape[:-1], -1)
-            level = (self.base.log_prob(z, wide) + weight * self.tilt(z, wide)) / temperature**2
-            (slope,) = torch.autograd.grad(level.sum(), z)
-        return level.detach(), 0.5 * scale * (scale * slope).clamp(-self.config.clip, self.config.clip)
+            return (self.base.log_prob(z, wide) + weight * self.tilt(z, wide)) / temperature**2
+
+        return level
 
     # Learning -------------------------------------------------------------------------------------------------------
 
@@ -273,6 +251,13 @@ class Energy(ConditionalDistribution):
                 f"The energy model diverges: {what} {abs(value):.4g}, and {option}={limit:g} is the limit. "
                 "Lower its step or train.lr, raise its magnitude, or use trainer=nce, which needs no chains."
             )
+
+    @torch.no_grad()
+    def measures(self, x: Float[Tensor, "N D"], context: Float[Tensor, "N C"] | None) -> dict[str, float]:
+        """f: how far codes are lifted, in nats; effective: share of the base's draws that count in ln Z."""
+        count = self.config.normaliser
+        log_z, size = self.log_z(context, count)
+        return {"f": float((self.tilt(x, context) - log_z).mean()), "effective": float(size.mean() / count)}
 
     def fit(
         self,

@@ -131,7 +131,7 @@ class Gaussian(ClosedForm):
 
     slots = frozenset({"initial", "transition", "marginal"})
     latents = frozenset({"gaussian"})
-    RATE = 0.02
+    RATE = 0.05
     """How fast the fitted variance follows."""
 
     def __init__(self, config: GaussianConfig, latent: Latent, context_dim: int, source: Source | None = None):

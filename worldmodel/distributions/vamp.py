@@ -141,20 +141,22 @@ class VampPrior(Mixed):
     def remember(self, obs: Obs, carry: Float[Tensor, "N D"], rows: Int[Tensor, " N"]) -> None:
         """Some of these observations, with their carries and row numbers, take the places of the oldest exemplars.
 
-        They are taken at even distances; rows that are exemplars already are passed over.
+        They are taken at even distances; rows that are exemplars already are passed over. The buffers are replaced and not changed,
+        since a loss that is yet to be differentiated may hold them.
         """
         ordered, at = rows.sort()
-        new = torch.ones_like(ordered, dtype=torch.bool)
-        new[1:] = ordered[1:] != ordered[:-1]
-        at = at[new & ~torch.isin(ordered, self.row)]
+        once = torch.ones_like(ordered, dtype=torch.bool)
+        once[1:] = ordered[1:] != ordered[:-1]
+        at = at[once & ~torch.isin(ordered, self.row)]
         count = min(self.config.renew, self.config.components, len(at))
         if not count:
             return
         at = at[torch.arange(count, device=at.device) * len(at) // count]
         places = (self.oldest + torch.arange(count, device=at.device)) % self.config.components
-        for i, name in enumerate(self.source.inputs.shapes):
-            getattr(self, f"input{i}")[places] = obs[name][at]
+        new = {f"input{i}": obs[name] for i, name in enumerate(self.source.inputs.shapes)} | {"row": rows}
         if self.inner_carry:
-            self.carry[places] = carry[at]
-        self.row[places] = rows[at]
-        self.oldest.copy_((self.oldest + count) % self.config.components)
+            new["carry"] = carry
+        for name, value in new.items():
+            old = getattr(self, name)
+            setattr(self, name, old.index_copy(0, places, value[at].to(old)))
+        self.oldest = (self.oldest + count) % self.config.components

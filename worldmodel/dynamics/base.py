@@ -206,7 +206,7 @@ class Dynamics(nn.Module, ABC):
     def _own(self, slot: str, z: Float[Tensor, "N Z"], context: Float[Tensor, "N D"] | None, **options) -> dict[str, Loss]:
         """What a law without an exact density, or of codes without a rate, learns from; nothing of it reaches the codes."""
         law = self.transition if slot == "transition" else self.initial_law
-        if (law.density == "exact" and not self.latent.certain) or not len(z):
+        if (law.density == "exact" and not self.latent.certain) or not len(z) or not torch.is_grad_enabled():
             return {}
         return {f"fit/{slot}/{name}": term for name, term in law.loss(z.detach(), context, **options).items()}
 
@@ -214,9 +214,11 @@ class Dynamics(nn.Module, ABC):
         """The transition's own loss at codes [B, T, Z]; it never sees rows that open an episode, whose loss is 0."""
         later = ~is_first
         terms = self.transition.loss(z[later], h[later], sampling=sampling, rows=None if rows is None else rows[later])
-        spread = torch.zeros_like(h[..., 0])
-        values = {name: t.value if t.value.ndim == 0 else spread.masked_scatter(later, t.value) for name, t in terms.items()}
-        return {name: Loss(values[name], t.unit, later) for name, t in terms.items()}
+
+        def spread(value: Tensor) -> Tensor:
+            return value.new_zeros(later.shape).masked_scatter(later, value) if value.ndim else value
+
+        return {name: Loss(spread(term.value), term.unit, later) for name, term in terms.items()}
 
     def _free(self, rate: Tensor) -> Tensor:
         """Free nats: closed forms per row; a sampled rate on the batch mean, for the mean of a maximum is biased."""

@@ -1,0 +1,141 @@
+"""Where dreams begin: at recorded moments, between two of them, or where a score is high."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from worldmodel import pictures
+from worldmodel.agents.belief import ActsOnBelief
+from worldmodel.data import Sampling, State
+from worldmodel.diagnostics.geometry import interpolation, spherical
+from worldmodel.envs.draw import Viewer
+from worldmodel.errors import ConfigError
+from worldmodel.model import WorldModel
+from worldmodel.replay import Replay
+from worldmodel.run import Run
+
+TOWARDS = ("reward", "value", "goal")
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A row of a run's replay: `EPISODE:STEP`, both from 0; episodes whose beginning is no longer held do not count."""
+
+    episode: int
+    step: int
+
+    @classmethod
+    def parse(cls, text: str) -> Moment:
+        if not re.fullmatch(r"\d+:\d+", text):
+            raise ConfigError(f"'{text}' names no moment; expected EPISODE:STEP of the run's replay, such as 0:12.")
+        return cls(*map(int, text.split(":")))
+
+
+@torch.no_grad()
+def state_at(world: WorldModel, replay: Replay, moment: Moment) -> State:
+    """The filter's state [1, ...] at a recorded row, noise left out. Raises ConfigError where the replay has no such row."""
+    before = 0
+    for number in range(replay.num_envs):
+        rows = replay.stream(number)
+        first = rows.is_first[0].nonzero().flatten().tolist()
+        if moment.episode < before + len(first):
+            start, *end = first[moment.episode - before :][:2]
+            length = (end[0] if end else rows.is_first.shape[1]) - start
+            if moment.step >= length:
+                raise ConfigError(f"Episode {moment.episode} of the replay has {length} rows, and none of number {moment.step}.")
+            rows = rows.window(start, start + moment.step + 1).to(world.device)
+            return world.trace(rows.with_obs(world.inputs(rows.obs)), None, Sampling(mode=True)).last
+        before += len(first)
+    raise ConfigError(f"The replay holds {before} whole episodes, and none of number {moment.episode}; they are counted from 0.")
+
+
+@dataclass(frozen=True)
+class Aim:
+    """Where guided starts are to lead.
+
+    toward    reward: expected on arriving there; value: the agent's estimate; goal: minus the squared distance of codes
+    strength  what the score is multiplied by, in nats per unit of it
+    goal      for toward=goal, the moment whose code is meant
+    """
+
+    toward: str
+    strength: float = 1.0
+    goal: Moment | None = None
+
+    def __post_init__(self) -> None:
+        if self.toward not in TOWARDS:
+            raise ConfigError(f"toward is '{self.toward}'; expected one of {', '.join(TOWARDS)}.")
+        if (self.toward == "goal") != (self.goal is not None):
+            raise ConfigError("toward=goal and a goal, EPISODE:STEP of the run's replay, belong together: give both or neither.")
+
+    def score(self, agent: ActsOnBelief, run: Run) -> Callable[[Tensor], Tensor]:
+        """Features [N, F] -> [N]."""
+        world = agent.policy.world
+        if self.toward == "reward":
+            return world.heads.reward
+        if self.toward == "value":
+            if agent.policy.controller.estimate(torch.zeros(1, world.feature_dim, device=world.device)) is None:
+                raise ConfigError(
+                    f"toward=value: an agent of kind '{run.config.agent.kind}' estimates no value. Use toward=reward."
+                )
+            return agent.policy.controller.estimate
+        goal = state_at(world, run.replay(), self.goal)["z"]
+        return lambda feature: -(world.dynamics.code(feature) - goal).square().sum(-1)
+
+
+@torch.no_grad()
+def between(
+    run: Run | str | Path, one: str, other: str, out: str | Path, *, steps: int = 25, trust: bool = False
+) -> dict[str, Any]:
+    """A film of what lies between two moments of a run's replay: along the line of codes, and beside it along the arc.
+
+    one, other   EPISODE:STEP
+    out          a .gif or .mp4
+    Gives the JSON of `worldmodel dream --between`. Raises ConfigError.
+    """
+    run = run if isinstance(run, Run) else Run.open(run)
+    out = pictures.checked(Path(out))
+    ends, replay = [Moment.parse(text) for text in (one, other)], run.replay()
+    world = run.agent(trust=trust).policy.world.eval()
+    viewer = Viewer(run.config.env.id, world.obs)
+    features = [world.dynamics.feature(state_at(world, replay, moment))[0] for moment in ends]
+    line, arc = between_features(world, *features, steps)
+    frames = [_drawn(viewer, world, path) for path in (line, arc)]
+    pictures.save(out, np.concatenate(frames, 2), fps=10)  # side by side
+    codes = [world.dynamics.code(path) for path in (line, arc)]
+    return {
+        "run": str(run.path),
+        "between": [one, other],
+        "steps": steps,
+        "distance": float((codes[0][-1] - codes[0][0]).norm()),
+        "line_norm": codes[0].norm(dim=-1).tolist(),
+        "arc_norm": codes[1].norm(dim=-1).tolist(),
+        "out": str(out),
+    }
+
+
+def between_features(
+    world: WorldModel, one: Tensor, other: Tensor, steps: int
+) -> tuple[Float[Tensor, "S F"], Float[Tensor, "S F"]]:
+    """(straight, with codes on an arc): features between two; the carry is on the line in both."""
+    line, size = interpolation(one, other, steps), world.dynamics.latent.size
+    arc = spherical(world.dynamics.code(one), world.dynamics.code(other), steps)
+    return line, torch.cat([line[:, :-size], arc], -1)
+
+
+def _drawn(viewer: Viewer, world: WorldModel, path: Tensor) -> np.ndarray:
+    obs = world.decode(path)
+    if viewer.can_draw:
+        return viewer.frames(obs)
+    words = [word for words in viewer.names.values() for word in words]
+    values = torch.cat([obs[name] for name in viewer.names], -1).cpu().numpy()[None]
+    return pictures.signal_frames(np.full(values.shape[1:], np.nan), values, words, 0)

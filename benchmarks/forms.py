@@ -7,7 +7,7 @@
     python benchmarks/forms.py --print
 
 cartpole  recipe `cartpole` with model=FORM: a Dreamer in its dream, under the protocol of control.py (20 greedy episodes every
-          250 real steps, confirmed by 20 others), which goes on to 3,000 real steps so that all models have seen as much; then
+          250 real steps, confirmed by 20 others), which goes on to 2,500 real steps so that all models have seen as much; then
           open loop on fresh episodes as `worldmodel dream` measures it
 images    recipe `two_rooms` (64x64 pixels) with model=FORM, random actions: the world model alone, open loop
 cost      recipe `cartpole` untrained: one update of the world model, one draw of 256 codes from the transition, and dreams of
@@ -47,7 +47,7 @@ ALONE = "train.prefill=4000 train.pretrain=200 train.steps=8000 train.ratio=0.5"
 TASKS: dict[str, dict[str, Any]] = {
     "cartpole": {
         "recipe": "cartpole",
-        "overrides": ["train.steps=3000", "eval.stop_when_solved=false"],
+        "overrides": ["train.steps=2500", "eval.stop_when_solved=false"],
         "context": 5,
         "horizon": 15,
     },

@@ -43,6 +43,7 @@ FORMS = (
 EXTRA = {"diffusion_decoder, seen again": ("diffusion_decoder", ["model.rollouts=observation"])}
 """Rows beside the recipes: what the dream shows is drawn by the diffusion decoder and encoded again at each imagined step."""
 
+ALONE = "train.prefill=4000 train.pretrain=200 train.steps=8000 train.ratio=0.5"
 TASKS: dict[str, dict[str, Any]] = {
     "cartpole": {
         "recipe": "cartpole",
@@ -52,8 +53,7 @@ TASKS: dict[str, dict[str, Any]] = {
     },
     "images": {
         "recipe": "two_rooms",
-        "overrides": ["agent=random", "eval.every=0", "eval.episodes=1", "train.prefill=4000", "train.pretrain=200"]
-        + ["train.steps=8000", "train.ratio=0.5"],
+        "overrides": f"agent=random eval.every=0 eval.episodes=1 {ALONE}".split(),
         "context": 5,
         "horizon": 15,
     },

@@ -209,24 +209,26 @@ def learn(
     updates = epoch = 0
     for epoch in range(1, setup.epochs + 1):
         done = max((epoch - 1) / setup.epochs, (time.perf_counter() - begun) / setup.seconds)
-        if done >= 1 or (epoch - at > setup.patience and done > setup.warmup):
+        if done >= 1 or epoch - at > setup.patience:
             break
         beta = min(1.0, done / setup.warmup) if setup.warmup else 1.0
         for group in optimizer.param_groups:
             group["lr"] = setup.lr * min(1.0, max(0.01, (1 - done) / setup.decay) if setup.decay else 1.0)
         vae.train()
         for rows in torch.randperm(len(train), generator=streams.rows).split(setup.batch):
+            if time.perf_counter() - begun >= setup.seconds:
+                break
             x = binarised(train[rows], streams.pixels) if binary else train[rows]
             _update(vae, optimizer, x, rows, beta, setup.clip, streams)
             updates += 1
             if shown is not vae:
                 follow(shown, vae, setup.average)
         elbo = validation(shown, valid, setup.noises)
-        if elbo > best and beta == 1:
+        if beta < 1:
+            at = epoch  # patience begins when the rate counts in full
+        elif elbo > best:
             best, kept, at = elbo, copy.deepcopy(shown.state_dict()), epoch
-        log(
-            f"epoch {epoch} beta {beta:.2f} validation ELBO {elbo:.3f} best {best:.3f} at {at}, {time.perf_counter() - begun:.0f} s"
-        )
+        log(f"epoch {epoch} beta {beta:.2f} validation ELBO {elbo:.3f} best {best:.3f}, {time.perf_counter() - begun:.0f} s")
     vae.load_state_dict(kept)
     vae.eval()
     spent = {"seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time() - cpu}

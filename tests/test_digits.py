@@ -128,6 +128,26 @@ def test_discretised_logistic_levels_sum_to_one():
     torch.testing.assert_close(total, torch.zeros(4), atol=1e-4, rtol=0)
 
 
+def test_many_beliefs_are_scored_as_one_by_one():
+    generator = torch.Generator().manual_seed(0)
+    mean, std = torch.randn(1, 200, 10, generator=generator), torch.rand(1, 200, 10, generator=generator) + 0.05
+    many, x = GaussianPosterior(mean, std), torch.randn(4, 3, 10, generator=generator)
+    assert mean.numel() >= GaussianPosterior.MANY
+    torch.testing.assert_close(many.log_prob_each(x), many.log_prob(x.unsqueeze(-2)), atol=1e-2, rtol=1e-5)
+
+
+def test_pseudo_inputs_begin_at_what_is_given(data):
+    import vae
+    from digits import model
+
+    law = model("vamp", 0, {"components": 20}, data[0], vae.Setup(units=8)).law
+    given = data[0][:30]
+    law.begin({"image": given})
+    torch.testing.assert_close(torch.sigmoid(law.input0), given[:20].clamp(0.05, 0.95))
+    with pytest.raises(ValueError, match="20 pseudo-inputs cannot start at 19"):
+        law.begin({"image": given[:19]})
+
+
 # Pairs ------------------------------------------------------------------------------------------------------------------
 
 
@@ -168,6 +188,17 @@ def test_learning_is_the_same_twice_and_keeps_the_best(data):
         assert found[-1] > start
         assert vae.validation(made, valid, setup.noises) == found[-1]
     assert found[0] == found[1]
+
+
+def test_patience_begins_after_the_warm_up(data):
+    import vae
+    from digits import model
+
+    setup = vae.Setup(units=4, layers=1, epochs=8, warmup=0.7, patience=1, average=0)
+    found = vae.learn(model("gaussian", 0, {}, data[0], setup), data[0][:100], data[1][:50], setup, 0)
+    assert found["best_epoch"] == 8 and math.isfinite(found["validation"])
+    setup = vae.Setup(units=4, layers=1, epochs=8, seconds=1e-6)
+    assert vae.learn(model("gaussian", 0, {}, data[0], setup), data[0], data[1], setup, 0)["updates"] == 0
 
 
 def test_gains_are_paired_by_seed():

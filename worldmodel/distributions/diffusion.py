@@ -237,6 +237,15 @@ class Diffusion(ConditionalDistribution):
         value = denoising.ode_log_prob(denoise, (codes - self.mean) / self.unit, steps)
         return value.view(x.shape[:-1]) - self.unit.log().sum()
 
+    @torch.no_grad()
+    def measures(self, x: Float[Tensor, "N D"], context: Tensor | None) -> dict[str, float]:
+        """narrowest, widest: deviation of one number of the standardised codes, in units of the one that is expected.
+
+        1: statistics and codes agree. Far from 1 codes move faster than the statistics follow, or other codes are scored.
+        """
+        deviation = ((x - self.mean) / self.unit).std(0) / DATA
+        return {"narrowest": float(deviation.min()), "widest": float(deviation.max())}
+
     def fit(self, codes, context=None, **options) -> float:
         """As every law's; the statistics are those of all codes, and stand still while the network learns."""
         self.seen.zero_()

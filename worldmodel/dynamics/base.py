@@ -206,7 +206,7 @@ class Dynamics(nn.Module, ABC):
     def _own(self, slot: str, z: Float[Tensor, "N Z"], context: Float[Tensor, "N D"] | None, **options) -> dict[str, Loss]:
         """What a law without an exact density, or of codes without a rate, learns from; nothing of it reaches the codes."""
         law = self.transition if slot == "transition" else self.initial_law
-        if (law.density == "exact" and not self.latent.certain) or not len(z):
+        if (law.density == "exact" and not self.latent.certain) or not len(z) or not torch.is_grad_enabled():
             return {}
         return {f"fit/{slot}/{name}": term for name, term in law.loss(z.detach(), context, **options).items()}
 

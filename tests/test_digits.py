@@ -128,6 +128,26 @@ def test_discretised_logistic_levels_sum_to_one():
     torch.testing.assert_close(total, torch.zeros(4), atol=1e-4, rtol=0)
 
 
+def test_many_beliefs_are_scored_as_one_by_one():
+    generator = torch.Generator().manual_seed(0)
+    mean, std = torch.randn(1, 200, 10, generator=generator), torch.rand(1, 200, 10, generator=generator) + 0.05
+    many, x = GaussianPosterior(mean, std), torch.randn(4, 3, 10, generator=generator)
+    assert mean.numel() >= GaussianPosterior.MANY
+    torch.testing.assert_close(many.log_prob_each(x), many.log_prob(x.unsqueeze(-2)), atol=1e-2, rtol=1e-5)
+
+
+def test_pseudo_inputs_begin_at_what_is_given(data):
+    import vae
+    from digits import model
+
+    law = model("vamp", 0, {"components": 20}, data[0], vae.Setup(units=8)).law
+    given = data[0][:30]
+    law.begin({"image": given})
+    torch.testing.assert_close(torch.sigmoid(law.input0), given[:20].clamp(0.05, 0.95))
+    with pytest.raises(ValueError, match="20 pseudo-inputs cannot start at 19"):
+        law.begin({"image": given[:19]})
+
+
 # Pairs ------------------------------------------------------------------------------------------------------------------
 
 

@@ -104,7 +104,7 @@ def edges(frames: Tensor) -> float:
 class Decoders(nn.Module):
     """An encoder, and the decoders that read the same features."""
 
-    def __init__(self, depth: int):
+    def __init__(self, depth: int, sampler: str):
         super().__init__()
         spec = ObsSpec.from_space(spaces.Box(0, 255, (SIDE, SIDE, 3), np.uint8))
         self.latent = GaussianLatent(GaussianLatentConfig(size=LATENT))
@@ -112,7 +112,9 @@ class Decoders(nn.Module):
         self.belief = nn.Linear(self.encoder.out_features, self.latent.parameters)
         self.prior = Gaussian(GaussianConfig(standard=True), self.latent, 0)
         own = {"depth": depth, "gradient": "stop"}
-        self.diffusion = build("decoder", DiffusionDecoderConfig(refine_depth=depth, frames=BATCH, **own), spec, LATENT, LATENT)
+        self.diffusion = build(
+            "decoder", DiffusionDecoderConfig(refine_depth=depth, frames=BATCH, sampler=sampler, **own), spec, LATENT, LATENT
+        )
         self.drawn = build("decoder", LatentDiffusionDecoderConfig(**own), spec, LATENT, LATENT)
 
     def feature(self, frames: Tensor, generator: torch.Generator):
@@ -160,7 +162,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     generator = torch.Generator(device).manual_seed(job["seed"])
     (seen, states), (unseen, truth) = (tuple(x.to(device) for x in episodes(*which)) for which in ((0, TRAIN), (1000, TEST)))
     seen, states, deviation = seen.flatten(0, 1), states.flatten(0, 1), states.flatten(0, 1).std(0)
-    probe, decoders = Probe().to(device), Decoders(job["depth"]).to(device)
+    probe, decoders = Probe().to(device), Decoders(job["depth"], job["sampler"]).to(device)
     since = time.perf_counter()
     with Load() as load:
         error = lambda rows: (probe(seen[rows]) - states[rows] / deviation).square().mean()  # noqa: E731
@@ -214,18 +216,18 @@ def report(rows: Rows) -> str:
     """One line for each kind of picture, device and number of updates: medians over seeds, [least..greatest]."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["device_name"], row["key"]["updates"], row["key"]["depth"]), []).append(row)
+        groups.setdefault((row["device_name"], row["key"]["updates"], row["key"]["depth"], row["key"]["sampler"]), []).append(row)
     lines = []
-    for (device, updates, depth), found in groups.items():
+    for (device, updates, depth, sampler), found in groups.items():
         lines.append(
-            ["real", device, updates, depth, len(found), "1", spread([r["pictures"]["real"]["frechet"] for r in found]), "", ""]
+            ["real", device, updates, depth, "", len(found), "1", spread([r["pictures"]["real"]["frechet"] for r in found]), "", ""]
         )
         for name in PICTURES:
             cells = {key: [row["pictures"][name][key] for row in found] for key in ("sharpness", "frechet", "frames_per_second")}
             ratio = [row["pictures"][name]["probe_error"] / row["pictures"]["vae"]["probe_error"] for row in found]
             shown = [spread(cells["sharpness"]), spread(cells["frechet"]), spread(ratio), spread(cells["frames_per_second"])]
-            lines.append([name, device, updates, depth, len(found), *shown])
-    return table(["pictures", "device", "updates", "depth", "seeds", "sharpness", "frechet", "probe", "frames/s"], lines)
+            lines.append([name, device, updates, depth, sampler if "diffusion" in name else "", len(found), *shown])
+    return table(["pictures", "device", "updates", "depth", "sampler", "seeds", "sharpness", "frechet", "probe", "frames/s"], lines)
 
 
 def main() -> int:
@@ -240,6 +242,7 @@ def main() -> int:
     parser.add_argument("--updates", type=int, default=3000, help=f"of {BATCH} frames each")
     parser.add_argument("--probe-updates", type=int, default=1000)
     parser.add_argument("--depth", type=int, default=8, help="channels of encoder, decoders and U-Net")
+    parser.add_argument("--sampler", choices=("multistep", "euler", "heun"), default="multistep", help="of the refiner")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="all rows as one JSON list instead of the table")
     parser.add_argument("--print", action="store_true", help="only the table")
@@ -247,7 +250,7 @@ def main() -> int:
     rows, failed = Rows("fidelity", args.results, args.again), 0
     for seed in [] if args.print else args.seeds:
         key = {"row": "fidelity", "seed": seed, "device": args.device, "updates": args.updates, "depth": args.depth}
-        key |= {"probe_updates": args.probe_updates}
+        key |= {"probe_updates": args.probe_updates, "sampler": args.sampler}
         if rows.has(key):
             continue
         try:

@@ -1,6 +1,6 @@
 """How sharp decoded pictures are, and how true: a VAE's decoder against decoders that draw by diffusion, on the same features.
 
-    python benchmarks/fidelity.py                                   # seeds 0 1 2, some 20 minutes each on one thread
+    python benchmarks/fidelity.py                                   # seeds 0 1 2, some 15 minutes each on one thread
     python benchmarks/fidelity.py --device cuda --updates 10000
     python benchmarks/fidelity.py --print                           # the table of what is there
 
@@ -199,7 +199,7 @@ def _in_parts(decoders: Decoders, feature: Tensor, generator: torch.Generator) -
     parts: dict[str, list[Tensor]] = {name: [] for name in PICTURES}
     for part in feature.split(256):
         for name, decode in decoders.pictures(part, generator).items():
-            parts[name].append(decode())
+            parts[name].append((decode().clamp(0, 1) * 255).round() / 255)  # as frames are kept
     return parts
 
 
@@ -237,7 +237,7 @@ def main() -> int:
     parser = options(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--updates", type=int, default=1500, help=f"of {BATCH} frames each")
+    parser.add_argument("--updates", type=int, default=3000, help=f"of {BATCH} frames each")
     parser.add_argument("--probe-updates", type=int, default=1000)
     parser.add_argument("--depth", type=int, default=8, help="channels of encoder, decoders and U-Net")
     parser.add_argument("--threads", type=int, default=1)

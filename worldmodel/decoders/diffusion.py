@@ -42,7 +42,7 @@ class DiffusionDecoderConfig(DecoderConfig):
     refine_units: int = Field(128, ge=1, description="width of the perceptron that refines vectors")
     frames: int = Field(64, ge=1, description="pictures of each batch that the U-Net is trained on, drawn at random")
     most: float = Field(5.0, gt=0, description="noise that a draw starts from, beside data of deviation 0.5")
-    least: float = Field(0.02, gt=0, description="noise of the last step")
+    least: float = Field(0.05, gt=0, description="noise of the last step")
     level_mean: float = Field(-0.4, description="mean of ln(noise) in training")
     level_std: float = Field(1.2, gt=0, description="its deviation")
 
@@ -62,6 +62,8 @@ class DiffusionDecoder(Decoder):
         self.path = edm(config.level_mean, config.level_std, config.least, config.most)
         shapes = [spec.keys[name].shape for name in self.images]
         self.unets = nn.ModuleList(NoiseUNet(s[0], s[0], self.inputs, tuple(s[1:]), config.refine_depth) for s in shapes)
+        for i in range(len(self.images)):
+            self.register_buffer(f"difference{i}", torch.ones(()))
         self.numbers = {name: spec.keys[name].shape[0] for name in self.vectors if spec.keys[name].kind == "vector"}
         width = sum(self.numbers.values())
         self.refiner = NoisePerceptron(width, width + self.inputs, config.refine_units, 2) if width else None
@@ -75,9 +77,12 @@ class DiffusionDecoder(Decoder):
         seen = seen.detach() if self.config.gradient == "stop" else seen
         total = seen.new_zeros(len(seen))
         some = torch.randperm(len(seen), generator=generator, device=seen.device)[: self.config.frames]
-        for name, unet in zip(self.images, self.unets, strict=True):
+        for i, (name, unet) in enumerate(zip(self.images, self.unets, strict=True)):
             beside = expected[name][some]
-            error = self._denoise(pictured(unet, beside, seen[some]), PICTURE * (obs[name][some] - beside), generator)
+            difference = obs[name][some] - beside
+            if self.training:
+                self._follow(i, difference)
+            error = self._denoise(pictured(unet, beside, seen[some]), difference / self._picture_unit(i), generator)
             total = total.index_add(0, some, error * (len(seen) / len(some)))  # the mean over rows is that of these
         if self.refiner is not None:
             beside = self._joined(expected)
@@ -89,6 +94,15 @@ class DiffusionDecoder(Decoder):
         level = self.path.drawn(evenly(len(data), generator, data.device))
         noise = torch.randn(data.shape, generator=generator, device=data.device)
         return self.path.loss(network, data, noise, level) / data[0].numel()
+
+    @torch.no_grad()
+    def _follow(self, i: int, difference: Tensor) -> None:
+        """The running root mean square of what pictures differ by from what is expected; never that of a NaN."""
+        size, known = difference.square().mean().sqrt(), getattr(self, f"difference{i}")
+        known.lerp_(torch.where(size.isfinite(), size, known), 0.05)
+
+    def _picture_unit(self, i: int) -> Tensor:
+        return getattr(self, f"difference{i}").clamp_min(1e-3) / DATA
 
     def _numbered(self, beside: Tensor, seen: Tensor) -> Network:
         given = torch.cat([beside, seen], -1)
@@ -107,9 +121,10 @@ class DiffusionDecoder(Decoder):
         out = self.output(feature)
         drawn, expected = self._draws(out, replace(sampling, temperature=0.0)), self._means(out)
         seen = feature[..., -self.inputs :]
-        for name, unet in zip(self.images, self.unets, strict=True):
+        for i, (name, unet) in enumerate(zip(self.images, self.unets, strict=True)):
             beside = expected[name]
-            drawn[name] = (beside + self._draw(pictured(unet, beside, seen), beside, sampling) / PICTURE).clamp(0, 1)
+            draw = self._draw(pictured(unet, beside, seen), beside, sampling)
+            drawn[name] = (beside + draw * self._picture_unit(i)).clamp(0, 1)
         if self.refiner is not None:
             beside = self._joined(expected)
             draw = beside + self._draw(self._numbered(beside, seen), beside, sampling) * self._unit()
@@ -125,13 +140,9 @@ class DiffusionDecoder(Decoder):
         return SAMPLERS[self.config.sampler](denoise, self.path.start(noise, levels[0]), levels)
 
 
-PICTURE = 2.0
-"""Data of the U-Net in one unit of a pixel: errors at edges, of up to 1, are far beyond their deviation over all pixels."""
-
-
 def pictured(unet: NoiseUNet, beside: Tensor, seen: Tensor) -> Network:
     """The U-Net's F, with the expected picture beside the noisy error."""
-    return lambda x, level: unet(x, level, PICTURE * (beside - 0.5), seen)
+    return lambda x, level: unet(x, level, 2 * beside - 1, seen)
 
 
 class LatentDiffusionDecoderConfig(DecoderConfig):

@@ -53,6 +53,7 @@ class NoiseUNet(nn.Module):
         self.widen = nn.ModuleList(nn.Conv2d(b, a, 3, 1, 1) for a, b in pairwise(widths))
         self.down = nn.ModuleList(Block(width, condition) for width in widths)
         self.up = nn.ModuleList(Block(width, condition) for width in widths[:-1])
+        self.gate = linear(condition, channels, scale=0)
         self.leave = nn.Sequential(nn.GroupNorm(1, widths[0]), nn.SiLU(), nn.Conv2d(widths[0], 4 * channels, 3, 1, 1))
         for part in (self.enter, self.narrow, self.widen):
             initialise(part)
@@ -72,6 +73,8 @@ class NoiseUNet(nn.Module):
         if self.feature_in is not None:
             condition = condition + self.feature_in(feature)
         condition = F.silu(condition)
+        # Where nothing differs from what is beside, all of x is noise: to take it off means to copy x, which norms would blur.
+        straight = self.gate(condition).unsqueeze(-1).unsqueeze(-1) * x
         x = x if beside is None else torch.cat([x, beside], 1)
         height, width = self.size
         x = F.pad(x, (0, -width % self.multiple, 0, -height % self.multiple), mode="replicate")
@@ -82,4 +85,4 @@ class NoiseUNet(nn.Module):
             kept.append(x)
         for i in reversed(range(len(self.up))):
             x = self.up[i](kept[i] + F.interpolate(self.widen[i](x), scale_factor=2, mode="nearest"), condition)
-        return F.pixel_shuffle(self.leave(x), 2)[..., :height, :width]
+        return straight + F.pixel_shuffle(self.leave(x), 2)[..., :height, :width]

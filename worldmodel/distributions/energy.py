@@ -32,7 +32,7 @@ from worldmodel.errors import ConfigError, NumericsError
 from worldmodel.networks import MLP
 from worldmodel.registry import build, part, register
 
-TEMPERATURES = 200
+TEMPERATURES = 100
 """Steps of annealed importance sampling from the base to the law."""
 
 
@@ -121,7 +121,7 @@ class Energy(ConditionalDistribution):
 
         The estimate lies below the truth on average, so that likelihoods made with it flatter; the more so the smaller the
         effective sample size. Below a tenth of `count` use `ais`: annealed importance sampling, in which each draw goes
-        from the base to the law by 200 Langevin steps. Without `sampling` the noise is fixed. Source: Neal 2001.
+        from the base to the law by 100 Langevin steps. Without `sampling` the noise is fixed. Source: Neal 2001.
         """
         sampling = Sampling(generator=self._fixed()) if sampling is None else Sampling(generator=sampling.generator)
         z = self.base.sample(context, count, sampling)

@@ -189,7 +189,7 @@ class Dynamics(nn.Module, ABC):
         sampling: Sampling,
         rows: Int[Tensor, "B T"] | None,
     ) -> tuple[Float[Tensor, "B T"], dict[str, Loss]]:
-        """(rate, losses): against the transition, and against the initial law where an episode begins; each sees its own rows only."""
+        """(rate, losses) against the transition, and where an episode begins against the initial law; each sees its own rows."""
         sampling, certain, losses = replace(sampling, noise=None), self.latent.certain, {}
         rate, dyn, rep = (torch.zeros_like(z[..., 0]) for _ in range(3))
         for slot, law, where, context in (

@@ -17,11 +17,12 @@ from worldmodel import ConfigError, Run, fit_prior
 from worldmodel.agents.dreams import dream
 from worldmodel.agents.evaluation import evaluate
 from worldmodel.agents.train import train
-from worldmodel.agents.two_stage import paired, posterior_codes
+from worldmodel.agents.two_stage import _rows_of, paired, posterior_codes
 from worldmodel.cli import app
 
 GAUSSIAN = {name: value for name, value in OPTIONS.items() if not name.startswith("model.dynamics.latent")}
 GAUSSIAN |= {"model.dynamics.latent.kind": "gaussian", "model.dynamics.latent.size": 3, "train.average": 0.9}
+GAUSSIAN |= {"train.lr": 1e-2, "train.ratio": 1.0}  # so that codes are far from normal after 80 steps
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,17 @@ def test_codes_are_the_filters_draws_and_first_rows_come_many_times(run):
     assert int(codes.first.sum()) == 16 * firsts and int((~codes.first).sum()) == batch.is_first.numel() - firsts
     assert len(codes.episode.unique()) == firsts
     assert len(codes.code[codes.first].unique(dim=0)) == 16 * firsts
+
+
+def test_only_the_law_of_first_rows_is_shown_them_many_times(run):
+    codes, rows = posterior_codes(run.world_model(), run.replay(), generator()), run.replay().stream(0)
+    held, firsts = rows.is_first.numel(), int(rows.is_first.sum())
+    counts = {
+        slot: len(_rows_of(codes, *slot).row) for slot in (("marginal", "start"), ("initial", "anywhere"), ("initial", "start"))
+    }
+    assert counts == {("marginal", "start"): held, ("initial", "anywhere"): held, ("initial", "start"): 16 * firsts}
+    assert sorted(_rows_of(codes, "marginal", "start").row.tolist()) == rows.row[0].tolist()
+    assert len(_rows_of(codes, "transition", "start").row) == held - firsts
 
 
 def test_the_error_of_a_gain_is_that_of_episodes_and_not_of_rows():

@@ -180,6 +180,7 @@ def fit_prior(
     log(f"{len(train.code)} codes of {len(train.episode.unique())} episodes; {len(held_out.episode.unique())} episodes held out.")
     started = time.perf_counter()
     given = (lambda codes: codes.carry) if slot == "transition" else (lambda codes: None)
+    _begin(law_of(new, slot), old, replay, train, generator)
     law_of(new, slot).fit(train.code, given(train), steps=steps, lr=lr, generator=generator)
     if slot == "marginal" and law_of(new, slot).density != "none":
         new.mark_typical(train.code)
@@ -250,6 +251,27 @@ def _rows_of(codes: Codes, slot: str, where: str) -> Codes:
     if slot == "transition":
         return codes.index(~codes.first)
     return codes.index(codes.first if slot == "initial" and where == "start" else ~codes.again)
+
+
+def _begin(law: ConditionalDistribution, world: WorldModel, replay: Replay, codes: Codes, generator: torch.Generator) -> None:
+    """A law that is made of observations starts at some rows of the codes; others have nothing to begin with."""
+    if not hasattr(law, "begin"):
+        return
+    codes, count = codes.index(~codes.again), law.config.components
+    if len(codes.row) < count:
+        raise ConfigError(
+            f"A law of {count} pseudo-inputs begins at as many rows, and there are {len(codes.row)} that its slot is a law of. "
+            f"Choose fewer with components={len(codes.row)}, or train for longer."
+        )
+    codes = codes.index(torch.randperm(len(codes.row), generator=generator, device=codes.row.device)[:count].sort().values)
+    found = []
+    for number in range(replay.num_envs):
+        if replay.lengths[number]:
+            rows = replay.stream(number)
+            wanted = torch.isin(rows.row[0], codes.row.cpu())
+            found.append({name: x[0, wanted].to(world.device) for name, x in rows.obs.items()})
+    raw = {name: torch.cat([part[name] for part in found]) for name in found[0]}
+    law.begin(world.inputs(raw), codes.carry, codes.row)
 
 
 def _split(codes: Codes, generator: torch.Generator) -> tuple[Codes, Codes]:

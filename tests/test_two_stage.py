@@ -97,6 +97,25 @@ def test_only_the_law_of_first_rows_is_shown_them_many_times(run):
     assert len(_rows_of(codes, "transition", "start").row) == held - firsts
 
 
+@pytest.mark.parametrize("inputs", ["observation", "feature", "exemplar"])
+def test_pseudo_inputs_begin_at_rows_of_the_replay(run, inputs, tmp_path):
+    options = {"inputs": inputs, "components": 4}
+    result = fit_prior(run, "vamp", "marginal", options=options, steps=1, lr=1e-9, out=tmp_path / "new")
+    world, rows = Run.open(tmp_path / "new").world_model(), run.replay().stream(0)
+    assert math.isfinite(result["gain"])
+    embeddings = world.encoder(world.inputs(rows.obs | {"obs": rows.obs["obs"][0]}))
+    assert torch.cdist(world.marginal.embeddings(), embeddings).amin(1).max() < 1e-3
+    if inputs == "exemplar":
+        at = torch.searchsorted(rows.row[0], world.marginal.row)
+        torch.testing.assert_close(world.marginal.embeddings(), embeddings[at])
+
+
+def test_more_pseudo_inputs_than_rows_are_refused_with_how_many_there_are(run, tmp_path):
+    with pytest.raises(ConfigError, match=r"components=\d+, or train"):
+        fit_prior(run, "vamp", options={"inputs": "exemplar", "components": 500}, out=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_the_error_of_a_gain_is_that_of_episodes_and_not_of_rows():
     rng = torch.Generator().manual_seed(0)
     each = torch.randn(200, generator=rng).double()

@@ -83,3 +83,17 @@ def test_a_fitted_gaussian_learns_its_mean_by_squares_and_its_deviation_from_wha
     before = law.variance.clone()
     law.loss(codes + 9, context)
     assert torch.equal(law.variance, before)  # outside training nothing is learned
+
+
+def test_a_fit_draws_its_batches_where_the_codes_are(monkeypatch):
+    law = registry.build("distribution", small("distribution", "gaussian"), small_latent("gaussian"), 0)
+    places, randint = [], torch.randint
+
+    def drawn(*args, **options):
+        places.append(options.get("device"))
+        return randint(*args, **options)
+
+    monkeypatch.setattr(torch, "randint", drawn)
+    codes = torch.randn(9, law.latent.size, generator=generator())
+    law.fit(codes, steps=2, generator=generator())
+    assert places == [codes.device] * 2

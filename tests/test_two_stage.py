@@ -116,6 +116,16 @@ def test_more_pseudo_inputs_than_rows_are_refused_with_how_many_there_are(run, t
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("slot", ["initial", "transition"])
+def test_a_run_with_a_slow_encoder_gets_another_law_too(slot, tmp_path):
+    options = {k: v for k, v in OPTIONS.items() if ".latent" not in k}
+    options |= {"model": "jepa", "model.dynamics.latent.size": 3, "model.objective.ema": 0.9}
+    train(CHAIN, steps=60, run_dir=tmp_path / "old", overrides=options, device="cpu")
+    fit_prior(tmp_path / "old", "mixture", slot, options={"components": 2}, steps=5, out=tmp_path / "new")
+    assert getattr(Run.open(tmp_path / "new").config.model, slot).kind == "mixture"
+    assert train(None, steps=70, run_dir=tmp_path / "new", resume=True, device="cpu").real_steps == 70
+
+
 def test_the_error_of_a_gain_is_that_of_episodes_and_not_of_rows():
     rng = torch.Generator().manual_seed(0)
     each = torch.randn(200, generator=rng).double()

@@ -116,13 +116,19 @@ class Jepa(nn.Module):
         self.config = config
         self.decoder = decoder if getattr(config, "probe", True) else None
         self.inverse = MLP(2 * dynamics.latent.size, config.units, 1, action_dim) if config.inverse else None
-        self.slow = copy.deepcopy(nn.ModuleList([encoder, dynamics])).requires_grad_(False) if config.ema else None
+        self.latent = dynamics.latent
+        self.slow = copy.deepcopy(self._of_codes(encoder, dynamics)).requires_grad_(False) if config.ema else None
+
+    @staticmethod
+    def _of_codes(encoder: nn.Module, dynamics: nn.Module) -> nn.ModuleList:
+        """All that a code depends on: no carry and no law."""
+        return nn.ModuleList([encoder, dynamics.posterior_net])
 
     @torch.no_grad()
     def follow(self, encoder: nn.Module, dynamics: nn.Module) -> None:
         """The slow encoder takes a step towards the encoder."""
         if self.slow is not None:
-            live = nn.ModuleList([encoder, dynamics]).parameters()
+            live = self._of_codes(encoder, dynamics).parameters()
             torch._foreach_lerp_(list(self.slow.parameters()), list(live), 1 - self.config.ema)
 
     def decoded_from(self, feature: Tensor) -> Tensor:
@@ -154,10 +160,10 @@ class Jepa(nn.Module):
         """The codes to be predicted, [B, T, Z]."""
         if self.slow is None:
             return trace.z
-        encoder, dynamics = self.slow
+        encoder, posterior = self.slow
         with torch.no_grad():
             embed = encoder({name: flatten(x) for name, x in batch.obs.items()})
-            return dynamics.posterior(embed, flatten(trace.h)).mean.view(trace.z.shape)
+            return self.latent.belief(posterior(embed)).mean.view(trace.z.shape)
 
 
 class HybridConfig(PredictiveConfig):

@@ -319,9 +319,7 @@ class WorldModel(nn.Module):
         """The belief about z from single observations [N, ...] in the environment's own form, as at an episode's first step."""
         rows = {name: torch.as_tensor(x, device=self.device) for name, x in self.obs.to_rows(obs).items()}
         embed = self.encoder(self.inputs(rows))
-        start = self.initial(len(embed))
-        h = self.dynamics.imagine(start, embed.new_zeros(len(embed), self.action.dim), Sampling(mode=True))["h"]
-        return self.dynamics.posterior(embed, h)
+        return self.dynamics.posterior(embed, self.dynamics.first_carry(len(embed))["h"])
 
     @torch.no_grad()
     def decode(self, feature: Float[Tensor, "N F"]) -> Obs:

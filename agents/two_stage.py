@@ -241,7 +241,11 @@ def _grown(config: Config, specs: tuple, arrays: Mapping[str, np.ndarray], slot:
         world = WorldModel(config.model, *specs)
     law = law_of(world, slot)
     prefix = next(name for name, module in world.named_modules() if module is law) + "."
-    kept = {name: x for name, x in arrays.items() if not name.startswith(prefix) and (slot != "marginal" or name != "marginal_low")}
+    kept = {
+        name: x
+        for name, x in arrays.items()
+        if not name.startswith(prefix) and (slot != "marginal" or not name.startswith("marginal_"))
+    }
     fill(world, as_arrays(world) | kept)
     return world, prefix
 
@@ -297,7 +301,7 @@ def _write(
     """The new run: the old checkpoint with the new world, its agent, its optimisers and its replay."""
     tensors, state, manifest = content
     own = as_arrays(new.cpu())
-    changed = (prefix, "marginal_low") if prefix == "marginal." else prefix
+    changed = (prefix, "marginal_") if prefix == "marginal." else prefix
     optim = {k: x for k, x in tensors["optim"].items() if not k.startswith(("world/", "live/"))}
     if any(k.startswith("live/") for k in tensors["optim"]):
         optim |= {f"live/{name}": x if name.startswith(changed) else tensors["optim"][f"live/{name}"] for name, x in own.items()}

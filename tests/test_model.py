@@ -124,6 +124,12 @@ def test_a_belief_from_one_observation_is_that_of_an_episodes_first_step(trained
     torch.testing.assert_close(belief.mode, state["z"])
 
 
+def test_a_belief_from_one_observation_draws_nothing_from_the_transition(trained, monkeypatch):
+    world, _ = trained
+    monkeypatch.setattr(type(world.dynamics.transition), "sample", None)
+    assert world.encode(np.eye(5, dtype=np.float32)).mode.shape[0] == 5
+
+
 # Targets and masks -----------------------------------------------------------------------------------------------------
 
 

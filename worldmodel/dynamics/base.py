@@ -138,12 +138,15 @@ class Dynamics(nn.Module, ABC):
         """The code within a feature."""
         return feature[..., -self.latent.size :]
 
-    def begin(self, batch_size: int, sampling: Sampling) -> State:
-        """A state from nothing: an episode's first carry, and a code from the initial distribution."""
+    def first_carry(self, batch_size: int) -> Carry:
+        """An episode's first carry, f(0, 0, 0)."""
         start = self.initial(batch_size)
         action = start["z"].new_zeros(batch_size, self.action_in.in_features)
-        carry = self.advance(self._carry(start), self.enter(start["z"], action))
-        return State({**carry, "z": self.initial_law.sample(None, batch_size, sampling)[:, 0]})
+        return self.advance(self._carry(start), self.enter(start["z"], action))
+
+    def begin(self, batch_size: int, sampling: Sampling) -> State:
+        """A state from nothing: an episode's first carry, and a code from the initial distribution."""
+        return State({**self.first_carry(batch_size), "z": self.initial_law.sample(None, batch_size, sampling)[:, 0]})
 
     def imagine(self, state: State, action: Float[Tensor, "N A"], sampling: Sampling) -> State:
         """One step without looking."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,22 +45,26 @@ class Codes:
     carry    [R D]  before the row was seen: the transition's context
     first    [R]    the row opens an episode
     episode  [R]    the number of the row's episode
+    row      [R]    the row's number in the store
+    again    [R]    one more draw of a row that is here already
     """
 
     code: Float[Tensor, "R Z"]
     carry: Float[Tensor, "R D"]
     first: Bool[Tensor, " R"]
     episode: Int[Tensor, " R"]
+    row: Int[Tensor, " R"]
+    again: Bool[Tensor, " R"]
 
     def index(self, rows: Tensor) -> Codes:
-        return Codes(self.code[rows], self.carry[rows], self.first[rows], self.episode[rows])
+        return Codes(**{x.name: getattr(self, x.name)[rows] for x in fields(self)})
 
 
 @torch.no_grad()
 def posterior_codes(world: WorldModel, replay: Replay, generator: torch.Generator) -> Codes:
     """Every row's code as the filter drew it; rows whose episode's beginning is no longer held are left out.
 
-    A row that opens an episode comes DRAWS times, with as many draws of its belief.
+    A row that opens an episode comes DRAWS times, with as many draws of its belief; all but one are marked as `again`.
     """
     found, episodes = [], 0
     for number in range(replay.num_envs):
@@ -73,17 +77,18 @@ def posterior_codes(world: WorldModel, replay: Replay, generator: torch.Generato
             trace = world.trace(part.with_obs(world.inputs(part.obs)), state, Sampling(generator=generator))
             state = trace.last
             first = part.is_first[0]
-            own = Codes(trace.z[0], trace.h[0], first, episode[start : start + CHUNK].to(first.device))
+            numbers = episode[start : start + CHUNK].to(first.device), part.row[0]
+            own = Codes(trace.z[0], trace.h[0], first, *numbers, torch.zeros_like(first))
             begun = own.index(own.episode > episodes)
             opening = own.index(first)
             for _ in range(DRAWS - 1 if len(opening.code) else 0):
                 belief = trace.posterior.index(part.is_first)
                 shape, device = opening.code.shape[:1], opening.code.device
                 drawn = world.dynamics.latent.draw(belief, Sampling(generator=generator), shape, device)
-                found.append(Codes(drawn, opening.carry, opening.first, opening.episode))
+                found.append(replace(opening, code=drawn, again=torch.ones_like(opening.again)))
             found.append(begun)
         episodes = int(episode[-1])
-    return Codes(*(torch.cat([getattr(part, name) for part in found]) for name in ("code", "carry", "first", "episode")))
+    return Codes(**{x.name: torch.cat([getattr(part, x.name) for part in found]) for x in fields(Codes)})
 
 
 @dataclass(frozen=True)
@@ -175,6 +180,7 @@ def fit_prior(
     log(f"{len(train.code)} codes of {len(train.episode.unique())} episodes; {len(held_out.episode.unique())} episodes held out.")
     started = time.perf_counter()
     given = (lambda codes: codes.carry) if slot == "transition" else (lambda codes: None)
+    _begin(law_of(new, slot), old, replay, train, generator)
     law_of(new, slot).fit(train.code, given(train), steps=steps, lr=lr, generator=generator)
     if slot == "marginal" and law_of(new, slot).density != "none":
         new.mark_typical(train.code)
@@ -235,16 +241,41 @@ def _grown(config: Config, specs: tuple, arrays: Mapping[str, np.ndarray], slot:
         world = WorldModel(config.model, *specs)
     law = law_of(world, slot)
     prefix = next(name for name, module in world.named_modules() if module is law) + "."
-    kept = {name: x for name, x in arrays.items() if not name.startswith(prefix) and (slot != "marginal" or name != "marginal_low")}
+    kept = {
+        name: x
+        for name, x in arrays.items()
+        if not name.startswith(prefix) and (slot != "marginal" or not name.startswith("marginal_"))
+    }
     fill(world, as_arrays(world) | kept)
     return world, prefix
 
 
 def _rows_of(codes: Codes, slot: str, where: str) -> Codes:
-    """The rows that the slot's law speaks of."""
+    """The rows that the slot's law speaks of, each once; where only episodes' first rows count, with all their draws."""
     if slot == "transition":
         return codes.index(~codes.first)
-    return codes.index(codes.first) if slot == "initial" and where == "start" else codes
+    return codes.index(codes.first if slot == "initial" and where == "start" else ~codes.again)
+
+
+def _begin(law: ConditionalDistribution, world: WorldModel, replay: Replay, codes: Codes, generator: torch.Generator) -> None:
+    """A law that is made of observations starts at some rows of the codes; others have nothing to begin with."""
+    if not hasattr(law, "begin"):
+        return
+    codes, count = codes.index(~codes.again), law.config.components
+    if len(codes.row) < count:
+        raise ConfigError(
+            f"A law of {count} pseudo-inputs begins at as many rows, and there are {len(codes.row)} that its slot is a law of. "
+            f"Choose fewer with components={len(codes.row)}, or train for longer."
+        )
+    codes = codes.index(torch.randperm(len(codes.row), generator=generator, device=codes.row.device)[:count].sort().values)
+    found = []
+    for number in range(replay.num_envs):
+        if replay.lengths[number]:
+            rows = replay.stream(number)
+            wanted = torch.isin(rows.row[0], codes.row.cpu())
+            found.append({name: x[0, wanted].to(world.device) for name, x in rows.obs.items()})
+    raw = {name: torch.cat([part[name] for part in found]) for name in found[0]}
+    law.begin(world.inputs(raw), codes.carry, codes.row)
 
 
 def _split(codes: Codes, generator: torch.Generator) -> tuple[Codes, Codes]:
@@ -270,7 +301,7 @@ def _write(
     """The new run: the old checkpoint with the new world, its agent, its optimisers and its replay."""
     tensors, state, manifest = content
     own = as_arrays(new.cpu())
-    changed = (prefix, "marginal_low") if prefix == "marginal." else prefix
+    changed = (prefix, "marginal_") if prefix == "marginal." else prefix
     optim = {k: x for k, x in tensors["optim"].items() if not k.startswith(("world/", "live/"))}
     if any(k.startswith("live/") for k in tensors["optim"]):
         optim |= {f"live/{name}": x if name.startswith(changed) else tensors["optim"][f"live/{name}"] for name, x in own.items()}

@@ -92,7 +92,7 @@ def measure(world, train, held_out, job: dict[str, Any], generator: torch.Genera
         out[f"midpoint, {name}"] = float(region.holds(decode(middle)).float().mean())
     out["detour"] = float(detour(decode, one[:256], other[:256]).median())
     for form in ("N(0, I)", *job["forms"]):
-        z, nats = draws(world, form, fitted["z"], codes, generator)
+        z, nats = draws(world, form, fitted, codes, generator)
         out[form] = {
             "valid": float(region.holds(decode(z)).float().mean()),
             "slope": float(slope(decode, z, generator=generator).quantile(0.95)) / max(steep, 1e-9),
@@ -102,7 +102,7 @@ def measure(world, train, held_out, job: dict[str, Any], generator: torch.Genera
 
 
 def codes_of(world, rows, generator: torch.Generator) -> dict[str, Any]:
-    """Drawn codes, their means and the scaled observations of raw rows [B, T], flat."""
+    """Drawn codes, their means, the carries before them and the scaled observations of raw rows [B, T], flat."""
     from worldmodel.data import Sampling
     from worldmodel.networks import flatten
 
@@ -110,11 +110,12 @@ def codes_of(world, rows, generator: torch.Generator) -> dict[str, Any]:
     batch = rows.with_obs(world.inputs(rows.obs))
     with torch.no_grad():
         trace = world.trace(batch, None, Sampling(generator=generator))
-    return {"z": flatten(trace.z), "mean": flatten(trace.posterior.mean), "obs": {k: flatten(x) for k, x in batch.obs.items()}}
+    found = {"z": trace.z, "mean": trace.posterior.mean, "carry": trace.h}
+    return {**{k: flatten(x) for k, x in found.items()}, "obs": {k: flatten(x) for k, x in batch.obs.items()}}
 
 
-def draws(world, form: str, codes, test, generator: torch.Generator) -> tuple[torch.Tensor, float | None]:
-    """(draws [N, Z] of a form fitted to `codes`, nats by which it explains `test` better than N(0, I))."""
+def draws(world, form: str, fitted, test, generator: torch.Generator) -> tuple[torch.Tensor, float | None]:
+    """(draws [N, Z] of a form fitted to what `codes_of` gave, nats by which it explains `test` better than N(0, I))."""
     from worldmodel import registry
     from worldmodel.data import Sampling
 
@@ -124,7 +125,10 @@ def draws(world, form: str, codes, test, generator: torch.Generator) -> tuple[to
     if form == "N(0, I)":
         return normal.sample(None, DRAWS, Sampling(generator=generator))[:, 0], None
     law = registry.build("distribution", registry.config_class("distribution", form)(), latent, 0, world.dynamics.source)
-    law.fit(codes, steps=FIT_STEPS, generator=generator)
+    if hasattr(law, "begin"):
+        some = torch.randperm(len(fitted["z"]), generator=generator)[: law.config.components]
+        law.begin({name: x[some] for name, x in fitted["obs"].items()}, fitted["carry"][some])
+    law.fit(fitted["z"], steps=FIT_STEPS, generator=generator)
     law.eval()
     z = law.sample(None, DRAWS, Sampling(generator=generator))[:, 0].detach()
     if law.density != "exact":

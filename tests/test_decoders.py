@@ -311,6 +311,13 @@ def test_denoising_reaches_the_feature_only_where_it_may(kind, gradient):
     assert likelihood and own and not likelihood & own, "the refiner moves nothing that the likelihood trains"
 
 
+@pytest.mark.parametrize(("kind", "unit"), [("diffusion", "nats"), ("latent_diffusion", "score")])
+def test_only_what_belongs_to_the_elbo_is_in_nats(kind, unit):
+    picture, vector = either(4)
+    terms = trained(kind, steps=1).loss(feature(4), {"picture": picture, "vector": vector}, Sampling(generator=generator()))
+    assert {name: term.unit for name, term in terms.items()} == {"observation": unit, "denoise": "score"}
+
+
 def test_the_expected_observation_is_that_of_the_standard_decoder():
     one, other = build("standard", BOTH), build("diffusion", BOTH)
     other.load_state_dict(one.state_dict(), strict=False)

@@ -182,6 +182,7 @@ def test_the_slow_encoder_follows_and_its_codes_are_what_is_predicted():
     assert all(torch.allclose(x, torch.full_like(x, 0.1), atol=1e-5) for x in moved[:count])
     assert not any(x.any() for x in moved[count:])
     assert not torch.allclose(terms["prediction"].value, trace.predict(trace.z)["error"].value)
+    assert len(moved) == count + len(list(world.dynamics.posterior_net.parameters()))  # the carry and its laws have no slow copy
     assert not any(name.startswith("objective.slow") for name in parts_reached(world, terms["prediction"].mean()))
     losses(world.eval(), known_batch())
     assert torch.equal(moved[0] + start[0], next(world.objective.slow.parameters()))

@@ -71,6 +71,12 @@ def test_training_follows_the_quantile_and_evaluation_leaves_it():
     world.loss(trace, batch)
     seen = world.marginal.log_prob(trace.z.flatten(0, 1), None).quantile(0.05)
     torch.testing.assert_close(world.marginal_low, seen)
+    asked = []
+    world.mark_typical = lambda codes, share: asked.append(len(codes))
+    for _ in range(100):
+        world.loss(trace, batch)
+    assert asked == [18, 18]  # at the 51st update and the 101st: a likelihood may cost more than all else
+    del world.mark_typical
     world.mark_typical(torch.full((20, 2), 10.0), 0.01)
     far = world.marginal.log_prob(torch.full((1, 2), 10.0), None)[0]
     torch.testing.assert_close(world.marginal_low, seen.lerp(far, 0.01))

@@ -125,6 +125,12 @@ def test_a_belief_from_one_observation_is_that_of_an_episodes_first_step(trained
     torch.testing.assert_close(belief.mode, state["z"])
 
 
+def test_a_belief_from_one_observation_draws_nothing_from_the_transition(trained, monkeypatch):
+    world, _ = trained
+    monkeypatch.setattr(type(world.dynamics.transition), "sample", None)
+    assert world.encode(np.eye(5, dtype=np.float32)).mode.shape[0] == 5
+
+
 # Targets and masks -----------------------------------------------------------------------------------------------------
 
 
@@ -288,6 +294,8 @@ def test_a_saved_world_is_the_same_world():
 def test_every_registered_part_builds_into_a_world(part):
     for kind in registry.kinds(part):
         form = small(part, kind)
+        if getattr(form, "pixels", False):  # takes one picture, and no other parts: tests/test_pixels.py
+            continue
         codes = {"latent": "point", "dynamics": {"posterior": "observation"}} if getattr(form, "points", False) else {}
         world = small_world(**{part: form}, **codes)
         trace, batch = traced(world, known_batch())

@@ -109,6 +109,11 @@ def test_dreams_toward_reward_value_and_goal_say_how_far_they_were_led(run, tmp_
         (["--start", "prior", "--toward", "goal"], "belong together"),
         (["--between", "0:0,0:3"], "--out"),
         (["--between", "0:0", "--out", "x.gif"], "two moments"),
+        (["--start", "prior", "--guidance", "3"], "--toward pulls"),
+        (["--between", "0:0,0:3", "--out", "x.gif", "--toward", "reward", "--guidance", "1"], "--toward, --guidance"),
+        (["--between", "0:0,0:3", "--out", "x.gif", "--goal", "0:1"], "--goal"),
+        (["--between", "0:0,0:3", "--out", "x.gif", "--start", "replay"], "--start"),
+        (["--between", "0:0,0:3", "--out", "x.gif", "--context", "5", "--horizon", "50"], "--context, --horizon"),
     ],
 )
 def test_options_that_do_not_go_together_say_what_is_missing(run, words, part):

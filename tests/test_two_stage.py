@@ -17,11 +17,12 @@ from worldmodel import ConfigError, Run, fit_prior
 from worldmodel.agents.dreams import dream
 from worldmodel.agents.evaluation import evaluate
 from worldmodel.agents.train import train
-from worldmodel.agents.two_stage import paired, posterior_codes
+from worldmodel.agents.two_stage import _rows_of, paired, posterior_codes
 from worldmodel.cli import app
 
 GAUSSIAN = {name: value for name, value in OPTIONS.items() if not name.startswith("model.dynamics.latent")}
 GAUSSIAN |= {"model.dynamics.latent.kind": "gaussian", "model.dynamics.latent.size": 3, "train.average": 0.9}
+GAUSSIAN |= {"train.lr": 1e-2, "train.ratio": 1.0}  # so that codes are far from normal after 80 steps
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,46 @@ def test_codes_are_the_filters_draws_and_first_rows_come_many_times(run):
     assert int(codes.first.sum()) == 16 * firsts and int((~codes.first).sum()) == batch.is_first.numel() - firsts
     assert len(codes.episode.unique()) == firsts
     assert len(codes.code[codes.first].unique(dim=0)) == 16 * firsts
+
+
+def test_only_the_law_of_first_rows_is_shown_them_many_times(run):
+    codes, rows = posterior_codes(run.world_model(), run.replay(), generator()), run.replay().stream(0)
+    held, firsts = rows.is_first.numel(), int(rows.is_first.sum())
+    counts = {
+        slot: len(_rows_of(codes, *slot).row) for slot in (("marginal", "start"), ("initial", "anywhere"), ("initial", "start"))
+    }
+    assert counts == {("marginal", "start"): held, ("initial", "anywhere"): held, ("initial", "start"): 16 * firsts}
+    assert sorted(_rows_of(codes, "marginal", "start").row.tolist()) == rows.row[0].tolist()
+    assert len(_rows_of(codes, "transition", "start").row) == held - firsts
+
+
+@pytest.mark.parametrize("inputs", ["observation", "feature", "exemplar"])
+def test_pseudo_inputs_begin_at_rows_of_the_replay(run, inputs, tmp_path):
+    options = {"inputs": inputs, "components": 4}
+    result = fit_prior(run, "vamp", "marginal", options=options, steps=1, lr=1e-9, out=tmp_path / "new")
+    world, rows = Run.open(tmp_path / "new").world_model(), run.replay().stream(0)
+    assert math.isfinite(result["gain"])
+    embeddings = world.encoder(world.inputs(rows.obs | {"obs": rows.obs["obs"][0]}))
+    assert torch.cdist(world.marginal.embeddings(), embeddings).amin(1).max() < 1e-3
+    if inputs == "exemplar":
+        at = torch.searchsorted(rows.row[0], world.marginal.row)
+        torch.testing.assert_close(world.marginal.embeddings(), embeddings[at])
+
+
+def test_more_pseudo_inputs_than_rows_are_refused_with_how_many_there_are(run, tmp_path):
+    with pytest.raises(ConfigError, match=r"components=\d+, or train"):
+        fit_prior(run, "vamp", options={"inputs": "exemplar", "components": 500}, out=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("slot", ["initial", "transition"])
+def test_a_run_with_a_slow_encoder_gets_another_law_too(slot, tmp_path):
+    options = {k: v for k, v in OPTIONS.items() if ".latent" not in k}
+    options |= {"model": "jepa", "model.dynamics.latent.size": 3, "model.objective.ema": 0.9}
+    train(CHAIN, steps=60, run_dir=tmp_path / "old", overrides=options, device="cpu")
+    fit_prior(tmp_path / "old", "mixture", slot, options={"components": 2}, steps=5, out=tmp_path / "new")
+    assert getattr(Run.open(tmp_path / "new").config.model, slot).kind == "mixture"
+    assert train(None, steps=70, run_dir=tmp_path / "new", resume=True, device="cpu").real_steps == 70
 
 
 def test_the_error_of_a_gain_is_that_of_episodes_and_not_of_rows():

@@ -108,6 +108,17 @@ def test_an_exemplar_is_left_out_of_the_law_of_its_own_row_and_of_no_other():
     assert not torch.allclose(unseen, torch.stack(held_out))
 
 
+def test_exemplars_begin_with_their_rows_and_carries_and_are_left_out_of_their_own_laws():
+    form, given = law("exemplar", carry=3), observations(7)
+    carry = torch.randn(7, 3, generator=generator())
+    form.begin(given, carry, torch.arange(20, 27))
+    assert form.row.tolist() == [20, 21, 22, 23, 24] and torch.equal(form.carry, carry[:5])
+    weights = form.components(None, rows(22, 99)).log_weights.exp()
+    torch.testing.assert_close(weights[0], torch.tensor([0.25, 0.25, 0.0, 0.25, 0.25]))
+    form.begin(given)
+    assert (form.row == -1).all()
+
+
 def test_the_oldest_exemplars_make_room_and_no_row_is_held_twice():
     form = law("exemplar", renew=2)
     for start in range(0, 8, 2):

@@ -157,14 +157,20 @@ class Toward(str, Enum):
 @app.command()
 def dream(
     run: RunFolder,
-    context: Annotated[int, typer.Option(min=1, help="Observations that the model sees before it dreams.")] = 5,
-    horizon: Annotated[int, typer.Option(min=1, help="Steps that it dreams.")] = 50,
-    start: Annotated[Start, typer.Option(help="Fresh real episodes, or the initial distribution: from nothing.")] = Start.replay,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Observations that the model sees before it dreams.", show_default="5")
+    ] = None,
+    horizon: Annotated[int | None, typer.Option(min=1, help="Steps that it dreams.", show_default="50")] = None,
+    start: Annotated[
+        Start | None, typer.Option(help="Fresh real episodes, or the initial distribution: from nothing.", show_default="replay")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE.gif|mp4", help="An animation of one dream; the figure of errors lies beside it.")
     ] = None,
     toward: Annotated[Toward | None, typer.Option(help="Dreams from nothing begin where this is high.", show_default=False)] = None,
-    guidance: Annotated[float, typer.Option(help="How strongly --toward pulls, in nats per unit of its score.")] = 1.0,
+    guidance: Annotated[
+        float | None, typer.Option(help="How strongly --toward pulls, in nats per unit of its score.", show_default="1.0")
+    ] = None,
     goal: Annotated[
         str | None, typer.Option(metavar="EPISODE:STEP", help="For --toward goal: a row of the run's replay.", show_default=False)
     ] = None,
@@ -188,14 +194,31 @@ def dream(
                 one, comma, other = between.partition(",")
                 if not comma or out is None:
                     raise ConfigError("--between wants two moments, EPISODE:STEP,EPISODE:STEP, and --out FILE.gif.")
+                of_dreams = {
+                    "context": context,
+                    "horizon": horizon,
+                    "start": start,
+                    "toward": toward,
+                    "guidance": guidance,
+                    "goal": goal,
+                }
+                if extra := [f"--{name}" for name, value in of_dreams.items() if value is not None]:
+                    raise ConfigError(
+                        f"--between shows no dream, which {', '.join(extra)} would be of: leave out one or the other."
+                    )
                 result = starts.between(run, one, other, out, trust=trust)
             else:
                 aim = None
                 if toward is not None:
-                    aim = starts.Aim(toward.value, guidance, None if goal is None else starts.Moment.parse(goal))
+                    strength = 1.0 if guidance is None else guidance
+                    aim = starts.Aim(toward.value, strength, None if goal is None else starts.Moment.parse(goal))
                 elif goal is not None:
                     raise ConfigError("--goal names where --toward goal leads: add that.")
-                result = dream_of(run, context, horizon, start.value, out, aim=aim, trust=trust, log=_say)
+                elif guidance is not None:
+                    raise ConfigError("--guidance says how strongly --toward pulls: add that.")
+                given = {"context": context, "horizon": horizon, "start": start.value if start else None}
+                given = {name: value for name, value in given.items() if value is not None}
+                result = dream_of(run, **given, out=out, aim=aim, trust=trust, log=_say)
         _answer(result, as_json, _show_pairs if between is not None else _show_dream)
 
 

@@ -38,6 +38,9 @@ from worldmodel.weights import fill
 
 UNKNOWN = -1e30
 """A quantile of log-densities before any code was seen: nothing lies below it."""
+MARK_EVERY, MARK_CODES, MARK_SHARE = 50, 64, 0.2
+"""Updates between two looks at how likely real codes are, the codes looked at, and how far their quantile is followed: a look
+costs a likelihood, which a diffusion takes a hundred times as long for as for an update of the rest."""
 CLOSED_FORMS = {"categorical": CategoricalConfig(), "gaussian": GaussianConfig()}
 
 
@@ -89,6 +92,23 @@ class ModelConfig(Frozen):
             )
         return self
 
+    @model_validator(mode="after")
+    def _pictures_have_their_own_parts(self) -> ModelConfig:
+        parts = {name: getattr(self, name) for name in ("encoder", "dynamics", "objective")}
+        own = {name for name, part in parts.items() if getattr(part, "pixels", False)}
+        if not own:
+            return self
+        if len(own) < len(parts):
+            said = ", ".join(f"model.{name}.kind={part.kind}" for name, part in parts.items())
+            raise ValueError(f"pictures are predicted by parts that go together, and these are {said}: set all three to pixels.")
+        for slot in ("transition", "initial", "marginal"):
+            if getattr(self, slot) is not None:
+                raise ValueError(
+                    f"model.{slot}.kind={getattr(self, slot).kind} is a law of codes, and model.dynamics.kind=pixels has a "
+                    "denoiser of pictures in its place: leave it out, or use other dynamics."
+                )
+        return self
+
 
 register("group", "model", ModelConfig)(ModelConfig)
 
@@ -116,6 +136,7 @@ class WorldModel(nn.Module):
             self.marginal = build("distribution", config.marginal, latent.family, 0, self.dynamics.source)
             if self.marginal.density != "none":
                 self.register_buffer("marginal_low", torch.tensor(UNKNOWN))
+                self.register_buffer("marginal_age", torch.tensor(0))
         decoder = build("decoder", config.decoder, obs, self.feature_dim, latent.size)
         self.objective = build("objective", config.objective, decoder, self.encoder, self.dynamics, action.dim)
         self.decoder: nn.Module | None = getattr(self.objective, "decoder", None)
@@ -238,8 +259,10 @@ class WorldModel(nn.Module):
         exact = law.density == "exact"
         terms = {}
         if self.training and law.density != "none":
-            codes = trace.z.detach().flatten(0, -2)
-            self.mark_typical(codes[:: -(-len(codes) // 128)], 0.01)
+            if not int(self.marginal_age) % MARK_EVERY:
+                codes = trace.z.detach().flatten(0, -2)
+                self.mark_typical(codes[:: -(-len(codes) // MARK_CODES)], MARK_SHARE)
+            self.marginal_age += 1
         if not self.dynamics.latent.certain:
             terms["marginal"] = Loss(law.rate(trace.posterior, trace.z, None, frozen=not exact, **options))
         if not exact or self.dynamics.latent.certain:
@@ -312,9 +335,7 @@ class WorldModel(nn.Module):
         """The belief about z from single observations [N, ...] in the environment's own form, as at an episode's first step."""
         rows = {name: torch.as_tensor(x, device=self.device) for name, x in self.obs.to_rows(obs).items()}
         embed = self.encoder(self.inputs(rows))
-        start = self.initial(len(embed))
-        h = self.dynamics.imagine(start, embed.new_zeros(len(embed), self.action.dim), Sampling(mode=True))["h"]
-        return self.dynamics.posterior(embed, h)
+        return self.dynamics.posterior(embed, self.dynamics.first_carry(len(embed))["h"])
 
     @torch.no_grad()
     def decode(self, feature: Float[Tensor, "N F"]) -> Obs:

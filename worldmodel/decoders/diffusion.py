@@ -187,12 +187,12 @@ class LatentDiffusionDecoder(nn.Module):
         return self.latent.belief(self.belief(torch.cat(parts, -1)))
 
     def loss(self, feature: Float[Tensor, "N F"], obs: Obs, sampling: Sampling | None = None) -> dict[str, Loss]:
-        """{"observation": of the autoencoder, in nats, no part of the ELBO of the feature; "denoise": of its latents} [N]."""
+        """{"observation": of the autoencoder, a score: no part of the feature's ELBO; "denoise": of its latents} [N]."""
         sampling, belief = sampling or Sampling(), self._encode(obs)
         code = self.latent.draw(belief, sampling, (len(feature),), feature.device)
         terms = self.autodecoder.loss(code, obs)
         rate = belief.kl(self.standard.given(None))
-        terms["observation"] = Loss(terms["observation"].value + self.config.kl * rate)
+        terms["observation"] = Loss(terms["observation"].value + self.config.kl * rate, "score")
         seen = feature[..., -self.inputs :]
         seen = seen.detach() if self.config.gradient == "stop" else seen
         return terms | self.law.loss(code.detach(), seen, sampling=sampling)

@@ -266,12 +266,12 @@ class ConditionalDistribution(nn.Module, ABC):
         context = None if context is None else context.detach()
         trainable = [p for p in self.parameters() if p.requires_grad]
         if not trainable:
-            return float(sum(term.mean() for term in self.loss(codes, context, sampling=sampling).values()))
+            return float(sum(term.mean() for term in self.loss(codes, context, sampling=sampling).values()).detach())
         optimizer = torch.optim.Adam(trainable, lr=lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         value = torch.zeros(())
         for _ in range(steps):
-            rows = torch.randint(len(codes), (min(batch, len(codes)),), generator=generator)
+            rows = torch.randint(len(codes), (min(batch, len(codes)),), generator=generator, device=codes.device)
             given = None if context is None else context[rows]
             value = sum(term.mean() for term in self.loss(codes[rows], given, sampling=sampling).values())
             optimizer.zero_grad(set_to_none=True)

@@ -44,14 +44,17 @@ class GaussianPosterior(Posterior):
         return -(0.5 * ((z - self.mean_) / self.std).square() + self.std.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
 
     def log_prob_each(self, x: Tensor) -> Tensor:
-        """By matrix products where there are many numbers and no rows: 10 times faster at K = 500, Z = 40, within 0.01 nat."""
-        mean, std = self.mean_, self.std
+        """By matrix products where there are many numbers and no rows.
+
+        In double precision, which autocast leaves alone too: the squares cancel, and narrow components would be off by nats.
+        """
+        mean, std = self.mean_.double(), self.std.double()
         if mean.shape[:-2].numel() != 1 or mean.shape[-2:].numel() < self.MANY:
             return super().log_prob_each(x)
         mean, std = mean.reshape(mean.shape[-2:]), std.reshape(std.shape[-2:])
-        precision = std**-2
+        precision, x = std**-2, x.double()
         distance = x.square() @ precision.T - 2 * x @ (mean * precision).T + (mean.square() * precision).sum(-1)
-        return -0.5 * distance - (std.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
+        return (-0.5 * distance - (std.log() + 0.5 * math.log(2 * math.pi)).sum(-1)).to(self.mean_)
 
     def entropy(self) -> Tensor:
         return (self.std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)

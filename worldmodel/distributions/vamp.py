@@ -89,12 +89,20 @@ class VampPrior(Mixed):
         return torch.sigmoid(noise) if exemplar and noise.ndim == 4 else noise
 
     @torch.no_grad()
-    def begin(self, obs: Obs) -> None:
-        """Learned pseudo-inputs start at the first K of these observations, and not at noise. ValueError where there are fewer."""
+    def begin(self, obs: Obs, carry: Float[Tensor, "N D"] | None = None, rows: Int[Tensor, " N"] | None = None) -> None:
+        """Pseudo-inputs start at the first K of these observations, and not at noise, with their carries where they bring some.
+
+        rows   the observations' row numbers, so that exemplars are left out of the law of their own rows; without: of none
+        Raises ValueError where there are fewer than K.
+        """
         k = self.config.components
         given = {name: obs[name][:k] for name in self.source.inputs.shapes}
         if any(len(x) < k for x in given.values()):
             raise ValueError(f"{k} pseudo-inputs cannot start at {min(map(len, given.values()))} observations. Give more.")
+        if self.inner_carry and carry is not None:
+            self.carry.copy_(carry[:k])
+        if self.remembers:
+            self.row.copy_(torch.full_like(self.row, -1) if rows is None else rows[:k])
         if self.config.inputs == "feature":
             self.embed.copy_(self.source.inputs.encode(given))
             return

@@ -277,7 +277,7 @@ class PlannerController(DreamerController):
         """What each roll-out is worth: rewards less their doubt, each for as much as it is likely to be reached, discounted.
 
         Towards a goal: the squared distances of codes, less the doubt, undiscounted. The chance that the world has ended
-        does not lower them, or plans would seek the end. Sobal et al. 2025 (PLDM) and Terver et al. 2025 (EB-JEPA), whose
+        does not lower them, or plans would seek the end. Sobal et al. 2025 (PLDM) and EB-JEPA (arXiv 2602.03604), whose
         ablation has the sum 8 points of success above the last step.
         """
         doubtful = doubt(world, dream, penalty, self.config.manifold)

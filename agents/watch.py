@@ -28,6 +28,8 @@ HORIZONS = (1, 2, 3, 5, 10, 15, 30, 50)
 """Horizons whose errors are scalars, as far as they are measured."""
 FILM, POINTS, VARIABLES = 40, 300, 8
 """Steps of the film, points of the projector, variables of the code that are traversed."""
+LONG = 1024
+"""Numbers beyond which a code is no list of variables, but a picture: none of them is moved, and the projector leaves it out."""
 
 
 class Watch(BaseCallback):
@@ -125,7 +127,8 @@ class Watch(BaseCallback):
         self._returns(episodes, generator, step)
         seen = beliefs(world, episodes)
         self._codes(viewer, seen, step)
-        self._points(viewer, seen)
+        if seen.code.shape[-1] <= LONG:
+            self._points(viewer, seen)
         self.writer.flush()
 
     # What is shown ------------------------------------------------------------------------------------------------
@@ -179,8 +182,9 @@ class Watch(BaseCallback):
         if world.decoder is None:
             return
         rows, order = len(seen.step), order[:VARIABLES]
-        moved = traversal(world, seen, rows // 2)[order]
-        self._strips("latent/traversal", viewer, moved, [f"z{i}" for i in order], "One variable of the code moved", step)
+        if seen.code.shape[-1] <= LONG:
+            moved = traversal(world, seen, rows // 2)[order]
+            self._strips("latent/traversal", viewer, moved, [f"z{i}" for i in order], "One variable of the code moved", step)
         ends = torch.linspace(0, rows - 1, 6).long().view(3, 2).tolist()
         paths = torch.stack([interpolation(seen.feature[a], seen.feature[b]) for a, b in ends])
         self._strips("latent/interpolation", viewer, paths, ["a", "b", "c"], "Between two beliefs", step)

@@ -10,6 +10,7 @@ decoder are trained as a VAE; on the very same features, without any gradient in
 of `latent_diffusion` are trained beside it. Measured on the test frames' features:
 
     sharpness  mean gradient of the pictures over that of the real frames: 1 is right, less is blurred, more is noisy
+    contours   the same of its square (Tenengrad: Krotkov 1987), in which faint grain on flat ground hardly counts and edges do
     frechet    Frechet distance to the real frames in the features of a state probe, a small CNN that tells a frame's state and
                was trained on real training frames alone; `real` is the distance between two halves of the test frames' episodes
     probe      error of the probe's state on the picture over that on the VAE's picture (root mean square, in deviations)
@@ -91,11 +92,12 @@ def frechet(one: Tensor, other: Tensor) -> float:
     return float((one.mean(0) - other.mean(0)).square().sum() + first.trace() + second.trace() - 2 * root)
 
 
-def edges(frames: Tensor) -> float:
-    """Mean length of the gradient of brightness."""
+def edges(frames: Tensor) -> tuple[float, float]:
+    """(mean length, mean squared length) of the gradient of brightness."""
     grey = frames.mean(1)
     across, down = grey[:, :-1, 1:] - grey[:, :-1, :-1], grey[:, 1:, :-1] - grey[:, :-1, :-1]
-    return float((across.square() + down.square()).sqrt().mean())
+    squares = across.square() + down.square()
+    return float(squares.sqrt().mean()), float(squares.mean())
 
 
 # One seed -------------------------------------------------------------------------------------------------------------
@@ -184,7 +186,7 @@ def measure(decoders: Decoders, probe: Probe, unseen: Tensor, truth: Tensor, gen
     out: dict[str, Any] = {"real": {"frechet": frechet(*halves), "probe_error": wrong(real)}}
     for name, frames in made.items():
         out[name] = {
-            "sharpness": edges(frames) / edges(real),
+            **{name: own / true for name, own, true in zip(("sharpness", "contours"), edges(frames), edges(real), strict=True)},
             "frechet": frechet(features, probe.features(frames)),
             "probe_error": wrong(frames),
             "pixel_error": float((frames - real).square().mean().sqrt()),
@@ -217,17 +219,29 @@ def report(rows: Rows) -> str:
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["device_name"], row["key"]["updates"], row["key"]["depth"], row["key"]["sampler"]), []).append(row)
-    lines = []
+    lines, kinds = [], ("sharpness", "contours", "frechet", "frames_per_second")
     for (device, updates, depth, sampler), found in groups.items():
         lines.append(
-            ["real", device, updates, depth, "", len(found), "1", spread([r["pictures"]["real"]["frechet"] for r in found]), "", ""]
+            [
+                "real",
+                device,
+                updates,
+                depth,
+                "",
+                len(found),
+                "1",
+                "1",
+                spread([r["pictures"]["real"]["frechet"] for r in found]),
+                "",
+                "",
+            ]
         )
         for name in PICTURES:
-            cells = {key: [row["pictures"][name][key] for row in found] for key in ("sharpness", "frechet", "frames_per_second")}
+            cells = {key: [row["pictures"][name][key] for row in found if key in row["pictures"][name]] for key in kinds}
             ratio = [row["pictures"][name]["probe_error"] / row["pictures"]["vae"]["probe_error"] for row in found]
-            shown = [spread(cells["sharpness"]), spread(cells["frechet"]), spread(ratio), spread(cells["frames_per_second"])]
+            shown = [*(spread(cells[key]) for key in kinds[:3]), spread(ratio), spread(cells["frames_per_second"])]
             lines.append([name, device, updates, depth, sampler if "diffusion" in name else "", len(found), *shown])
-    return table(["pictures", "device", "updates", "depth", "sampler", "seeds", "sharpness", "frechet", "probe", "frames/s"], lines)
+    return table(["pictures", "device", "updates", "depth", "sampler", "seeds", *kinds[:3], "probe", "frames/s"], lines)
 
 
 def main() -> int:

@@ -25,7 +25,7 @@ from worldmodel.data import Sampling
 from worldmodel.diagnostics.likelihood import Importance, importance, stacked
 from worldmodel.distributions import GaussianLatent, GaussianLatentConfig, GaussianPosterior, Inputs, Source
 from worldmodel.model import active_units
-from worldmodel.networks import initialise
+from worldmodel.networks import MLP
 
 
 class Setup(Frozen):
@@ -41,9 +41,7 @@ class Setup(Frozen):
     average: float = Field(0.99, ge=0, lt=1, description="decay of the averaged weights, which are validated and kept; 0: none")
     units: int = Field(128, ge=1, description="width of encoder and decoder")
     layers: int = Field(2, ge=1, description="hidden layers of each")
-    init: Literal["torch", "fan_in"] = Field(
-        "torch", description="first weights: torch's, or those of `networks.initialise`, wider"
-    )
+    init: Literal["torch", "offset"] = Field("torch", description="first weights: torch's, or those of `networks.MLP`")
     clip: float = Field(100.0, gt=0, description="greatest norm of a gradient")
     noises: int = Field(4, ge=1, description="draws of each code in the validation ELBO")
     seconds: float = Field(math.inf, gt=0, allow_inf_nan=True, description="time after which it ends; the schedule follows it")
@@ -95,12 +93,13 @@ class Gated(nn.Module):
 
 def perceptron(inputs: int, outputs: int | None, setup: Setup) -> nn.Sequential:
     """`setup.layers` hidden layers of `setup.units` SiLUs; without `outputs`, the last of them is the output."""
+    if setup.init == "offset":
+        return MLP(inputs, setup.units, setup.layers, outputs, norm=False)
     widths = [inputs, *[setup.units] * setup.layers]
     parts = [part for one, two in pairwise(widths) for part in (nn.Linear(one, two), nn.SiLU())]
-    parts += [] if outputs is None else [nn.Linear(widths[-1], outputs)]
-    net = nn.Sequential(*parts)
+    net = nn.Sequential(*parts, *([] if outputs is None else [nn.Linear(widths[-1], outputs)]))
     net.out_features = outputs or widths[-1]
-    return initialise(net) if setup.init == "fan_in" else net
+    return net
 
 
 # Likelihoods ------------------------------------------------------------------------------------------------------------

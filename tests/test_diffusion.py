@@ -162,7 +162,7 @@ def test_codes_are_standardised_by_statistics_that_stand_still_while_evaluating(
         one.loss(part, None)
     torch.testing.assert_close(one.mean, MEAN, atol=0.3, rtol=0)
     torch.testing.assert_close(one.variance.sqrt(), STD, rtol=0.1, atol=0)
-    assert float(((codes - one.mean) / one.unit).std()) == pytest.approx(0.5, rel=0.1)
+    assert float(((codes - one.mean) / one.whitening(None)[1]).std()) == pytest.approx(0.5, rel=0.1)
     seen = one.measures(codes, None), one.measures(3 * codes, None)
     assert seen[0]["narrowest"] == pytest.approx(1, rel=0.1) and seen[1]["widest"] == pytest.approx(3, rel=0.1)
 

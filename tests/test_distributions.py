@@ -85,6 +85,23 @@ def test_a_fitted_gaussian_learns_its_mean_by_squares_and_its_deviation_from_wha
     assert torch.equal(law.variance, before)  # outside training nothing is learned
 
 
+def test_a_deviation_is_fitted_by_every_way_in_which_the_law_learns():
+    def fresh():
+        config = small("distribution", "gaussian", std="fitted")
+        return registry.build("distribution", config, small_latent("gaussian"), 0).train()
+
+    x = 3 * torch.randn(500, 2, generator=generator())
+    belief = GaussianPosterior(x, torch.full_like(x, 0.1))
+    still, ways = fresh(), {name: fresh() for name in ("rate", "rates", "loss", "fit")}
+    ways["rate"].rate(belief, x, None)
+    ways["rates"].rates(belief, x, None)
+    ways["loss"].loss(x, None)
+    ways["fit"].eval().fit(x, steps=1, generator=generator())
+    assert {name for name, law in ways.items() if (law.variance > 1.2).all()} == set(ways)
+    assert (ways["fit"].variance - 9).abs().max() < 2
+    still.rate(belief, x, None, frozen=True)
+    still.requires_grad_(False).rate(belief, x, None)
+    assert torch.equal(still.variance, torch.ones(2))
 def test_a_fit_draws_its_batches_where_the_codes_are(monkeypatch):
     law = registry.build("distribution", small("distribution", "gaussian"), small_latent("gaussian"), 0)
     places, randint = [], torch.randint

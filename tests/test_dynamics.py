@@ -42,7 +42,10 @@ class Roll(NamedTuple):
 
 
 def rolls() -> Iterator[Roll]:
+    """All but `pixels`, whose codes are pictures: it keeps what laws concern it in tests/test_pixels.py."""
     for kind in registry.kinds("dynamics"):
+        if "latent" not in registry.config_class("dynamics", kind).model_fields:
+            continue
         field = registry.config_class("dynamics", kind).model_fields.get("posterior")
         for posterior, latent in itertools.product(get_args(field.annotation) if field else ["own"], LATENTS):
             yield Roll(kind, posterior, latent)

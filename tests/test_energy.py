@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import generator, small, small_latent
+from conftest import generator, known_batch, small, small_latent, small_world
 from test_contracts import two_moons
 from torch import Tensor, nn
 
@@ -14,6 +14,7 @@ from worldmodel import registry
 from worldmodel.data import Sampling
 from worldmodel.distributions import Energy
 from worldmodel.errors import ConfigError, NumericsError
+from worldmodel.learner import Learner, TrainConfig
 
 OPTIONS = {"layers": 2, "steps": 10, "candidates": 64, "buffer": 64, "base": small("distribution", "gaussian")}
 
@@ -160,3 +161,52 @@ def test_where_the_base_has_no_closed_form_f_reads_codes_in_their_running_units(
     law.train().loss(5 + 3 * torch.randn(5000, 2, generator=generator()), None, sampling=Sampling(generator=generator()))
     torch.testing.assert_close(law.centre, torch.full((2,), 5.0), atol=0.2, rtol=0)
     torch.testing.assert_close(law.spread, torch.full((2,), 3.0), atol=0.2, rtol=0)
+
+
+def running(base: str = "mixture") -> Energy:
+    """An energy over a base without a closed form."""
+    return energy(base=small("distribution", base), units=8, negatives=2, normaliser=4).train()
+
+
+@pytest.mark.parametrize("base", ["gaussian", "fitted", "mixture", "flow", "hierarchical"])
+@pytest.mark.parametrize("slot", ["initial", "transition", "marginal"])
+def test_a_model_learns_with_an_energy_over_every_base_in_every_slot(base, slot):
+    inner = {"std": "fitted"} if base == "fitted" else {}
+    law = small(
+        "distribution", "energy", base=small("distribution", "gaussian" if inner else base, **inner), negatives=2, normaliser=4
+    )
+    world = small_world(latent="gaussian", **{slot: law})
+    learner = Learner(world, TrainConfig(burn_in=0, warmup=0))
+    for seed in range(2):
+        learner.update(learner.prepare(known_batch(seed=seed)), generator(seed))
+    assert learner.updates == 2
+
+
+@pytest.mark.parametrize("base", ["gaussian", "hierarchical"])
+def test_a_base_with_statistics_of_its_own_keeps_them_in_training(base):
+    inner = (
+        {"kind": "gaussian", "std": "fitted"}
+        if base == "gaussian"
+        else {"kind": "hierarchical", "top": 1, "upper": {"kind": "flow"}}
+    )
+    law = energy(base=inner, negatives=2).train()
+    before = {name: x.clone() for name, x in law.base.named_buffers()}
+    law.loss(torch.full((3, 2), 50.0) + torch.eye(3, 2), None, sampling=Sampling(generator=generator()))
+    assert before and all(not torch.equal(x, before[name]) for name, x in law.base.named_buffers())
+
+
+def test_its_measures_hold_those_of_the_base():
+    assert "base/outside" in running("flow").measures(torch.randn(5, 2, generator=generator()), None)
+
+
+def test_codes_that_are_not_finite_leave_the_running_units_as_they_are():
+    law = running()
+    law.loss(torch.tensor([[1.0, torch.nan], [1.0, 2.0]]), None, sampling=Sampling(generator=generator()))
+    assert torch.equal(law.centre, torch.zeros(2)) and torch.equal(law.spread, torch.ones(2))
+
+
+def test_training_after_a_fit_hardly_moves_the_units_that_were_fitted():
+    law = running()
+    law.fit(5 + torch.randn(200, 2, generator=generator()), steps=1, generator=generator())
+    law.loss(100 + torch.randn(200, 2, generator=generator()), None, sampling=Sampling(generator=generator()))
+    torch.testing.assert_close(law.centre, torch.full((2,), 5.95), atol=0.3, rtol=0)

@@ -110,6 +110,19 @@ def test_fitting_whitens_by_all_codes_and_leaves_the_flow_in_training():
     assert form.training and form.outside(codes(), None) == 0
 
 
+def test_codes_that_are_not_finite_leave_the_whitening_as_it_is():
+    form = law().train()
+    form.loss(torch.tensor([[1.0, torch.nan], [1.0, 2.0]]), None)
+    assert torch.equal(form.mean, torch.zeros(2)) and torch.equal(form.variance, torch.ones(2)) and int(form.batches) == 0
+
+
+def test_training_after_a_fit_hardly_moves_the_whitening_that_was_fitted():
+    form = law().train()
+    form.fit(codes(), steps=1, generator=generator())
+    form.loss(codes(shift=130.0), None)
+    torch.testing.assert_close(form.mean, codes(shift=31.0).mean(0), atol=0.1, rtol=0)
+
+
 @pytest.mark.filterwarnings("error")
 def test_codes_beyond_the_splines_are_reported_with_what_to_do():
     form = law()

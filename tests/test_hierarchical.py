@@ -90,3 +90,26 @@ def test_what_cannot_be_two_levels_is_refused(options, said):
 def test_a_level_of_another_kind_of_code_is_refused():
     with pytest.raises(TypeError, match=r"model\.dynamics\.latent\.kind"):
         law("gaussian", lower={"kind": "categorical"})
+
+
+def test_each_level_is_fitted_as_it_is_by_itself():
+    form = law(upper={"kind": "flow"}, lower={"kind": "gaussian", "std": "fitted"})
+    codes = 50 + torch.randn(300, 3, generator=generator())
+    form.fit(codes, steps=20, generator=generator())
+    z1, z2 = codes.tensor_split([1], -1)
+    assert form.upper.outside(z1, None) == 0
+    torch.testing.assert_close(form.lower.variance, (z2 - form.lower.given(z1).mean).square().mean(0))
+
+
+def test_training_lets_each_level_keep_its_statistics_and_a_frozen_rate_does_not():
+    form = law(upper={"kind": "flow"}, lower={"kind": "gaussian", "std": "fitted"}).train()
+    belief = form.latent.belief(torch.zeros(20, 6))
+    z = 50 + torch.randn(20, 3, generator=generator())
+    seen = {name: x.clone() for name, x in form.named_buffers()}
+    form.rate(belief, z, None, frozen=True)
+    assert all(torch.equal(x, seen[name]) for name, x in form.named_buffers())
+    for learn in (lambda: form.loss(z, None), lambda: form.rate(belief, 2 * z, None)):
+        learn()
+        moved = dict(form.named_buffers())
+        assert not any(torch.equal(moved[name], seen[name]) for name in ("upper.mean", "lower.variance"))
+        seen = {name: x.clone() for name, x in moved.items()}

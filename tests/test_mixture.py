@@ -110,3 +110,13 @@ def test_categorical_components_make_variables_depend_on_one_another():
 def test_a_mixture_of_nothing_is_refused():
     with pytest.raises(ConfigError, match="components"):
         law(components=0)
+
+
+def test_many_narrow_components_are_scored_as_well_as_few():
+    latent = small_latent("gaussian", size=8)
+    raw = torch.cat([3 * torch.randn(200, 8, generator=generator()), torch.full((200, 8), -20.0)], -1)  # deviations of 0.01
+    beliefs = latent.belief(raw)
+    x = beliefs.mean[:50] + 0.01 * torch.randn(50, 8, generator=generator(1))
+    each = torch.stack([beliefs.index(slice(k, k + 1)).log_prob(x) for k in range(200)], -1)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(beliefs.log_prob_each(x), each, rtol=1e-4, atol=1e-3)

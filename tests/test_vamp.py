@@ -130,6 +130,13 @@ def test_the_oldest_exemplars_make_room_and_no_row_is_held_twice():
     assert torch.equal(form.input0[form.row == 6][0], observations(4, 6)["vector"][0])
 
 
+def test_an_observation_that_is_not_finite_is_no_exemplar():
+    form, seen = law("exemplar"), observations(3)
+    seen["vector"][1, 0] = torch.nan
+    form.remember(seen, torch.zeros(3, 0), rows(1, 2, 3))
+    assert set(form.row.tolist()) == {-1, 1, 3} and form.input0.isfinite().all()
+
+
 def test_exemplars_are_saved_with_the_weights():
     form, fresh = law("exemplar"), law("exemplar", seed=1)
     form.remember(observations(5), torch.zeros(5, 0), rows(1, 2, 3, 4, 5))

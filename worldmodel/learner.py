@@ -149,8 +149,10 @@ class Learner:
         """(trace, the rows behind the burn-in, which it covers)."""
         sampling, state = Sampling(generator=generator), None
         if self.config.burn_in:
-            with torch.no_grad():
-                state = world.trace(batch.window(0, self.config.burn_in), None, sampling).last
+            training = world.training
+            with torch.no_grad():  # in eval mode: rows that only warm up a state move no running statistics
+                state = world.eval().trace(batch.window(0, self.config.burn_in), None, sampling).last
+            world.train(training)
             batch = batch.window(self.config.burn_in)
         return world.trace(batch, state, sampling), batch
 

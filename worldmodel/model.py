@@ -99,6 +99,23 @@ class ModelConfig(Frozen):
             )
         return self
 
+    @model_validator(mode="after")
+    def _pictures_have_their_own_parts(self) -> ModelConfig:
+        parts = {name: getattr(self, name) for name in ("encoder", "dynamics", "objective")}
+        own = {name for name, part in parts.items() if getattr(part, "pixels", False)}
+        if not own:
+            return self
+        if len(own) < len(parts):
+            said = ", ".join(f"model.{name}.kind={part.kind}" for name, part in parts.items())
+            raise ValueError(f"pictures are predicted by parts that go together, and these are {said}: set all three to pixels.")
+        for slot in ("transition", "initial", "marginal"):
+            if getattr(self, slot) is not None:
+                raise ValueError(
+                    f"model.{slot}.kind={getattr(self, slot).kind} is a law of codes, and model.dynamics.kind=pixels has a "
+                    "denoiser of pictures in its place: leave it out, or use other dynamics."
+                )
+        return self
+
 
 register("group", "model", ModelConfig)(ModelConfig)
 

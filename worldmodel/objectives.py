@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from worldmodel.config import Frozen
 from worldmodel.data import Batch, Loss, Sampling, Trace
+from worldmodel.decoders import PixelReader
 from worldmodel.networks import MLP, flatten
 from worldmodel.registry import register
 
@@ -36,16 +37,38 @@ class Reconstruction(nn.Module):
 
     def forward(self, trace: Trace, batch: Batch, sampling: Sampling) -> dict[str, Loss]:
         losses = decoded(self.decoder, trace.feature, batch, sampling)
-        if self.autoencoder:  # points have no rate that would train the transition
-            own = trace.predict(trace.z.detach())
-            losses |= {f"fit/transition/{name}": Loss(t.value, t.unit, ~batch.is_first) for name, t in own.items()}
-        return losses
+        return losses | fitted(trace, batch) if self.autoencoder else losses  # points have no rate that would train the transition
 
 
 def decoded(decoder: nn.Module, feature: Float[Tensor, "B T F"], batch: Batch, sampling: Sampling) -> dict[str, Loss]:
     """What a decoder makes of every row's observation, [B, T]."""
     terms = decoder.loss(flatten(feature), {name: flatten(x) for name, x in batch.obs.items()}, sampling)
     return {name: Loss(term.value.view(batch.shape), term.unit) for name, term in terms.items()}
+
+
+def fitted(trace: Trace, batch: Batch) -> dict[str, Loss]:
+    """The transition's own losses at codes that it does not shape; where an episode opens there is none."""
+    own = trace.predict(trace.z.detach())
+    return {f"fit/transition/{name}": Loss(term.value, term.unit, ~batch.is_first) for name, term in own.items()}
+
+
+class PixelObjectiveConfig(Frozen):
+    """Pictures are predicted as they are."""
+
+    pixels: ClassVar[bool] = True
+    kind: Literal["pixels"] = "pixels"
+
+
+@register("objective", "pixels", PixelObjectiveConfig)
+class PixelObjective(nn.Module):
+    """The transition's own loss at the picture that came. Nothing is decoded: what `model.decoder` says is not used."""
+
+    def __init__(self, config: PixelObjectiveConfig, decoder: nn.Module, encoder: nn.Module, dynamics: nn.Module, action_dim: int):
+        super().__init__()
+        self.decoder = PixelReader(dynamics.name, dynamics.shape)
+
+    def forward(self, trace: Trace, batch: Batch, sampling: Sampling) -> dict[str, Loss]:
+        return fitted(trace, batch)
 
 
 # Codes that are predicted, not decoded ---------------------------------------------------------------------------------

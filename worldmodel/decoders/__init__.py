@@ -6,6 +6,7 @@ from worldmodel.decoders.diffusion import (
     LatentDiffusionDecoder,
     LatentDiffusionDecoderConfig,
 )
+from worldmodel.decoders.pixels import PixelReader
 from worldmodel.decoders.standard import Decoder, DecoderConfig
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "DiffusionDecoderConfig",
     "LatentDiffusionDecoder",
     "LatentDiffusionDecoderConfig",
+    "PixelReader",
 ]

@@ -14,7 +14,7 @@ from worldmodel.config import Frozen
 from worldmodel.data import Loss, Sampling
 from worldmodel.denoising import DATA
 from worldmodel.distributions.base import ConditionalDistribution, Latent, Posterior, Source
-from worldmodel.networks import NoisePerceptron
+from worldmodel.networks import NoisePerceptron, StraightMLP
 from worldmodel.registry import register
 
 AT_ONCE = 1 << 16
@@ -38,7 +38,11 @@ class DiffusionConfig(Frozen):
     level_mean: float = Field(-1.2, description="edm: mean of ln(noise) in training")
     level_std: float = Field(1.8, gt=0, description="edm: its deviation, wide enough for laws that are nearly points")
     drop: float = Field(
-        0.0, ge=0, lt=1, description="share of rows trained without their context; above 0 sampling.guidance can act"
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of rows trained without their context, so that sampling.guidance can act; codes are then standardised "
+        "by all of them, as without a context",
     )
     draws: int = Field(4, ge=1, description="noise levels at which each code is denoised in an update")
     looks: int = Field(4, ge=1, description="noisy looks at each code that estimate the rate in training")
@@ -50,11 +54,13 @@ class DiffusionConfig(Frozen):
 class Diffusion(ConditionalDistribution):
     """p(x | context) by denoising. Slots: initial, transition, marginal.
 
-    Codes are standardised by their running mean and deviation to the deviation that the mathematics expects; the statistics
-    are part of the weights and stand still in eval mode. A draw follows the deterministic ODE from its own noise, so that the
-    same noise gives the same code; temperature scales that noise, and the mode starts from none.
+    Codes are standardised to the deviation that the mathematics expects: without a context by their running mean and deviation,
+    which are part of the weights and stand still in eval mode; with one by a Gaussian mean(h), std(h) that learns from its own
+    likelihood, since a transition is far narrower than all codes together, and a network that has to find mean(h) at every level
+    rolls out badly. A draw follows the deterministic ODE from its own noise, so that the same noise gives the same code;
+    temperature scales that noise, and the mode starts from none.
 
-    loss      denoising, all levels weighed alike: own parameters and context
+    loss      denoising, all levels weighed alike, and with a context the Gaussian's nats: own parameters and context
     rate      the evidence bound, in which levels weigh by their information: what trains the posterior.
               Source of training the two by different weights: Vahdat et al. 2021 (LSGM), section 3.2
     log_prob  that bound from a fixed set of looks; `ode_log_prob` is the exact likelihood of the ODE
@@ -72,16 +78,20 @@ class Diffusion(ConditionalDistribution):
             self.path = denoising.edm(config.level_mean, config.level_std, config.least, config.most)
         self.network = NoisePerceptron(latent.size, context_dim, config.units, config.layers)
         self.absent = nn.Parameter(torch.zeros(context_dim)) if config.drop and context_dim else None
+        framed = context_dim and not config.drop
+        self.frame = StraightMLP(context_dim, config.units, 1, latent.parameters) if framed else None
         self.register_buffer("mean", torch.zeros(latent.size))
         self.register_buffer("variance", torch.ones(latent.size))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
     # Codes <-> data of deviation DATA
 
-    @property
-    def unit(self) -> Float[Tensor, " D"]:
-        """What one unit of standardised data is in the code."""
-        return self.variance.clamp_min(1e-8).sqrt() / DATA
+    def whitening(self, context: Tensor | None) -> tuple[Float[Tensor, "*N D"], Float[Tensor, "*N D"]]:
+        """(mean, what one unit of standardised data is in the code), for each row or for all."""
+        if self.frame is None:
+            return self.mean, self.variance.clamp_min(1e-8).sqrt() / DATA
+        belief = self.latent.belief(self.frame(context))
+        return belief.mean, belief.std / DATA
 
     @torch.no_grad()
     def watch(self, codes: Float[Tensor, "N D"]) -> None:
@@ -104,7 +114,7 @@ class Diffusion(ConditionalDistribution):
             context = torch.where(dropped.unsqueeze(-1), self.absent, context)
         return lambda x, level: self.network(x, level, context)
 
-    def _denoiser(self, context: Tensor | None, sampling: Sampling) -> denoising.Denoiser:
+    def _denoiser(self, context: Tensor | None, sampling: Sampling, mean: Tensor, unit: Tensor) -> denoising.Denoiser:
         """D at the path's levels, steered as `sampling` says."""
         network, strength = self._network(context), sampling.guidance
         if strength and self.absent is None:
@@ -117,7 +127,7 @@ class Diffusion(ConditionalDistribution):
             network = lambda x, level: denoising.contrast(given(x, level), without(x, level), strength)  # noqa: E731
         denoise = lambda x, level: self.path.denoised(network, x, level)  # noqa: E731
         if sampling.score is not None:
-            return denoising.towards(self.path, denoise, lambda x: sampling.score(x * self.unit + self.mean))
+            return denoising.towards(self.path, denoise, lambda x: sampling.score(x * unit + mean))
         return denoise
 
     # The contract
@@ -137,8 +147,9 @@ class Diffusion(ConditionalDistribution):
         levels = self.path.grid(sampling.steps or self.config.steps).to(noise)
         start = self.path.start(sampling.temperature * noise, levels[0]).reshape(-1, self.latent.size)
         rows = None if context is None else context.expand(count, *context.shape).flatten(0, -2)
-        x = denoising.SAMPLERS[self.config.sampler](self._denoiser(rows, sampling), start, levels)
-        return (x * self.unit + self.mean).view(shape)
+        mean, unit = self.whitening(rows)
+        x = denoising.SAMPLERS[self.config.sampler](self._denoiser(rows, sampling, mean, unit), start, levels)
+        return (x * unit + mean).view(shape)
 
     def loss(
         self,
@@ -148,21 +159,28 @@ class Diffusion(ConditionalDistribution):
         sampling: Sampling | None = None,
         rows: Int[Tensor, "*N"] | None = None,
     ) -> dict[str, Loss]:
-        """{"denoise": squared error of the network, summed over the code, a mean over `draws` levels for each row [*N]}."""
+        """{"denoise": squared error of the network, summed over the code, a mean over `draws` levels for each row [*N]};
+        with a context also {"frame": -ln of the Gaussian in front, in nats}, which the denoiser does not move."""
         generator = None if sampling is None else sampling.generator
         codes = x.flatten(0, -2)
-        if self.training:
+        given, terms = None if context is None else context.flatten(0, -2), {}
+        if self.frame is not None:
+            nats = -self.latent.belief(self.frame(given)).log_prob(codes)
+            terms["frame"] = Loss(nats.view(x.shape[:-1]))
+        elif self.training:
             self.watch(codes)
+        with torch.no_grad():
+            mean, unit = self.whitening(given)
         draws = self.config.draws
-        data = ((codes - self.mean) / self.unit).repeat(draws, 1)
-        given = None if context is None else context.flatten(0, -2).repeat(draws, 1)
+        data = ((codes - mean) / unit).repeat(draws, 1)
+        given = None if given is None else given.repeat(draws, 1)
         level = self.path.drawn(denoising.evenly(len(data), generator, data.device))
         noise = torch.randn(data.shape, generator=generator, device=data.device)
         dropped = None
         if self.absent is not None:
             dropped = torch.rand(len(data), generator=generator, device=data.device) < self.config.drop
         value = self.path.loss(self._network(given, dropped), data, noise, level)
-        return {"denoise": Loss(value.view(draws, *x.shape[:-1]).mean(0), "score")}
+        return {"denoise": Loss(value.view(draws, *x.shape[:-1]).mean(0), "score"), **terms}
 
     def rate(
         self,
@@ -215,14 +233,15 @@ class Diffusion(ConditionalDistribution):
         return torch.cat(parts).view(x.shape[:-1])
 
     def _bound(self, codes: Tensor, context: Tensor | None, uniform: Tensor, noise: Tensor, weight: Tensor) -> Float[Tensor, " N"]:
-        data = (codes - self.mean) / self.unit
+        mean, unit = self.whitening(context)
+        data = (codes - mean) / unit
         s, nats = denoising.informative(uniform)
         count = len(s)
         given = None if context is None else context.expand(count, *context.shape).flatten(0, 1)
         denoise = denoising.in_ratios(self.path, self._network(given))
         looked = denoising.bound(denoise, data.expand(count, *data.shape).flatten(0, 1), s.flatten(), noise.flatten(0, 1))
         gain = nats * (weight * looked.view(s.shape)).sum(0)
-        return denoising.gaussian_log_prob(data) + gain - self.unit.log().sum()
+        return denoising.gaussian_log_prob(data) + gain - unit.log().sum(-1)
 
     def ode_log_prob(self, x: Float[Tensor, "*N D"], context: Tensor | None, steps: int = 32) -> Float[Tensor, "*N"]:
         """ln p(x | context) of the ODE that draws follow, in nats, with the exact trace; no gradient.
@@ -234,8 +253,10 @@ class Diffusion(ConditionalDistribution):
         codes = x.detach().flatten(0, -2)
         given = None if context is None else context.detach().expand(*x.shape[:-1], -1).flatten(0, -2)
         denoise = denoising.in_ratios(self.path, self._network(given))
-        value = denoising.ode_log_prob(denoise, (codes - self.mean) / self.unit, steps)
-        return value.view(x.shape[:-1]) - self.unit.log().sum()
+        with torch.no_grad():
+            mean, unit = self.whitening(given)
+        value = denoising.ode_log_prob(denoise, (codes - mean) / unit, steps) - unit.log().sum(-1)
+        return value.view(x.shape[:-1])
 
     @torch.no_grad()
     def measures(self, x: Float[Tensor, "N D"], context: Tensor | None) -> dict[str, float]:
@@ -243,13 +264,20 @@ class Diffusion(ConditionalDistribution):
 
         1: statistics and codes agree. Far from 1 codes move faster than the statistics follow, or other codes are scored.
         """
-        deviation = ((x - self.mean) / self.unit).std(0) / DATA
+        if len(x) < 2:
+            return {}
+        mean, unit = self.whitening(context)
+        deviation = ((x - mean) / unit).std(0) / DATA
         return {"narrowest": float(deviation.min()), "widest": float(deviation.max())}
 
     def fit(self, codes, context=None, **options) -> float:
         """As every law's; the statistics are those of all codes, and stand still while the network learns."""
-        self.seen.zero_()
-        self.watch(codes)
+        if self.frame is None:
+            self.seen.zero_()
+            self.watch(codes)
+            self.seen.fill_(
+                round(1 / (1 - self.config.memory))
+            )  # as many batches as the average remembers: later ones move it slowly
         training = self.training
         self.eval()
         try:

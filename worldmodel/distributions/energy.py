@@ -81,6 +81,8 @@ class Energy(ConditionalDistribution):
     density = "unnormalised"
     slots = frozenset({"initial", "transition", "marginal"})
     latents = frozenset({"gaussian"})
+    RATE = 0.01
+    """How fast the running mean and deviation follow."""
 
     def __init__(self, config: EnergyConfig, latent: Latent, context_dim: int, source: Source | None = None):
         super().__init__(latent, context_dim)
@@ -185,10 +187,11 @@ class Energy(ConditionalDistribution):
     def loss(
         self, x: Float[Tensor, "*N D"], context: Tensor | None, *, sampling: Sampling | None = None, rows: Tensor | None = None
     ) -> dict[str, Loss]:
-        """ "base": its likelihood, in nats; the trainer's term and "magnitude", scores. NumericsError where chains diverge."""
+        """ "base/...": what the base learns from; the trainer's term and "magnitude", scores. NumericsError where chains diverge."""
         sampling = Sampling(generator=None if sampling is None else sampling.generator)
         if self.training:
             self._remember(x.detach())
+        options = {"sampling": sampling, "rows": rows}
         high = self.tilt(x, context)
         if self.config.trainer == "nce":
             terms, low_squared = self._contrast(x, high, context, sampling)
@@ -198,7 +201,8 @@ class Energy(ConditionalDistribution):
             self._watch("codes and chains differ in f", float((high.mean() - low.mean()).detach()), "most_gap")
             terms, low_squared = {"cd": Loss(low - high, "score")}, low.square()
         far = 0.5 * self.config.magnitude * (high.square() + low_squared)
-        return {"base": Loss(-self.base.log_prob(x, context)), **terms, "magnitude": Loss(far, "score")}
+        base = {f"base/{name}": term for name, term in self.base.loss(x, context, **options).items()}
+        return {**base, **terms, "magnitude": Loss(far, "score")}
 
     def _contrast(
         self, x: Float[Tensor, "*N D"], high: Float[Tensor, "*N"], context: Tensor | None, sampling: Sampling
@@ -254,10 +258,11 @@ class Energy(ConditionalDistribution):
 
     @torch.no_grad()
     def measures(self, x: Float[Tensor, "N D"], context: Float[Tensor, "N C"] | None) -> dict[str, float]:
-        """f: how far codes are lifted, in nats; effective: share of the base's draws that count in ln Z."""
+        """f: how far codes are lifted, in nats; effective: share of the base's draws that count in ln Z; base/...: its own."""
         count = self.config.normaliser
         log_z, size = self.log_z(context, count)
-        return {"f": float((self.tilt(x, context) - log_z).mean()), "effective": float(size.mean() / count)}
+        base = {f"base/{name}": value for name, value in self.base.measures(x, context).items()}
+        return {"f": float((self.tilt(x, context) - log_z).mean()), "effective": float(size.mean() / count), **base}
 
     def fit(
         self,
@@ -272,7 +277,10 @@ class Energy(ConditionalDistribution):
         """The base first, by itself; then f, with the base still learning."""
         options = {"steps": steps, "batch": batch, "lr": lr, "generator": generator}
         self.base.fit(codes, context, **options)
-        self._remember(codes.detach(), keep=0.0)
+        if not self.framed:
+            self.seen.zero_()
+            self._remember(codes.detach())
+            self.seen.fill_(1 / self.RATE)  # what comes later moves the units of all these codes no faster than in training
         if self.config.trainer == "pcd":
             with torch.no_grad():
                 self.chains.copy_(self.base.sample(None, len(self.chains), Sampling(generator=generator))[:, 0])
@@ -293,15 +301,18 @@ class Energy(ConditionalDistribution):
         return belief.mean, belief.std
 
     @torch.no_grad()
-    def _remember(self, x: Float[Tensor, "*N D"], keep: float = 0.99) -> None:
-        """Running mean and deviation of the codes, where the base cannot tell its own."""
+    def _remember(self, x: Float[Tensor, "*N D"]) -> None:
+        """Running mean and deviation of the codes, where the base cannot tell its own.
+
+        The buffers are replaced and not changed, since a rate that is yet to be differentiated may hold them.
+        """
         rows = x.flatten(0, -2)
-        if self.framed or len(rows) < 2:
+        if self.framed or len(rows) < 2 or not rows.isfinite().all():  # an update that is skipped must leave nothing behind
             return
-        share = max(1 - keep, 1 / (1 + float(self.seen)))
+        share = max(self.RATE, 1 / (1 + float(self.seen)))
         self.seen += 1
-        self.centre.lerp_(rows.mean(0), share)
-        self.spread.lerp_(rows.std(0).clamp_min(1e-3), share)
+        self.centre = self.centre.lerp(rows.mean(0), share)
+        self.spread = self.spread.lerp(rows.std(0).clamp_min(1e-3), share)
 
     def _fixed(self) -> torch.Generator:
         """Noise that is the same at each call."""

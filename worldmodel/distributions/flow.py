@@ -110,17 +110,20 @@ class Flow(ConditionalDistribution):
         if not self.context_dim:
             self.mean.copy_(codes.detach().mean(0))
             self.variance.copy_(codes.detach().var(0))
-            self.batches += 1
+            self.batches.fill_(round(1 / self.RATE))  # what comes later moves them no faster than in training
         self.eval()
-        value = super().fit(codes, context, **options)
-        self.train(training)
-        return value
+        try:
+            return super().fit(codes, context, **options)
+        finally:
+            self.train(training)
 
     @torch.no_grad()
     def _follow(self, x: Tensor) -> None:
         """Takes codes into the running statistics, after they were scored; nothing moves in eval mode or in frozen weights."""
         x = x.detach().flatten(0, -2).float()
         if self.context_dim or not self.training or len(x) < 2 or not next(self.parameters()).requires_grad:
+            return
+        if not x.isfinite().all():  # an update that is skipped must leave nothing behind
             return
         self.batches += 1
         rate = max(self.RATE, 1 / int(self.batches))

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from worldmodel.config import Frozen, Part
-from worldmodel.data import Sampling
+from worldmodel.data import Loss, Sampling
 from worldmodel.distributions.base import ConditionalDistribution, Latent, Posterior, Source
 from worldmodel.errors import ConfigError
 from worldmodel.registry import build, config_class, register
@@ -92,6 +92,18 @@ class Hierarchical(ConditionalDistribution):
         q1 = posterior.map(lambda p: p.narrow(axis, 0, self.top))
         q2 = posterior.map(lambda p: p.narrow(axis, self.top, rest))
         return self.upper.rate(q1, z1, context) + self.lower.rate(q2, z2, self._below(z1, context))
+
+    def loss(self, x, context, *, sampling=None, rows=None) -> dict[str, Loss]:
+        """What each level minimises, its name in front."""
+        (z1, z2), options = x.tensor_split([self.cut], -1), {"sampling": sampling, "rows": rows}
+        levels = {"upper": self.upper.loss(z1, context, **options)}
+        levels["lower"] = self.lower.loss(z2, self._below(z1, context), **options)
+        return {f"{level}/{name}": term for level, terms in levels.items() for name, term in terms.items()}
+
+    def fit(self, codes, context=None, **options) -> float:
+        """The upper level and then the lower one, each as it is fitted by itself: neither learns from the other."""
+        z1, z2 = codes.detach().tensor_split([self.cut], -1)
+        return self.upper.fit(z1, context, **options) + self.lower.fit(z2, self._below(z1, context), **options)
 
     def measures(self, x: Float[Tensor, "N D"], context: Float[Tensor, "N C"] | None) -> dict[str, float]:
         """What each level says, its name in front."""

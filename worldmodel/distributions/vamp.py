@@ -149,13 +149,15 @@ class VampPrior(Mixed):
     def remember(self, obs: Obs, carry: Float[Tensor, "N D"], rows: Int[Tensor, " N"]) -> None:
         """Some of these observations, with their carries and row numbers, take the places of the oldest exemplars.
 
-        They are taken at even distances; rows that are exemplars already are passed over. The buffers are replaced and not changed,
+        They are taken at even distances; rows that are exemplars already, or not finite, are passed over. The buffers are replaced and not changed,
         since a loss that is yet to be differentiated may hold them.
         """
         ordered, at = rows.sort()
         once = torch.ones_like(ordered, dtype=torch.bool)
         once[1:] = ordered[1:] != ordered[:-1]
         at = at[once & ~torch.isin(ordered, self.row)]
+        for x in (*(obs[name] for name in self.source.inputs.shapes), carry):
+            at = at[x[at].flatten(1).isfinite().all(1)]
         count = min(self.config.renew, self.config.components, len(at))
         if not count:
             return

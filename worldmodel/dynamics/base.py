@@ -192,26 +192,27 @@ class Dynamics(nn.Module, ABC):
         sampling: Sampling,
         rows: Int[Tensor, "B T"] | None,
     ) -> tuple[Float[Tensor, "B T"], dict[str, Loss]]:
-        """(rate, losses): against the transition, and against the initial law where an episode begins."""
-        sampling, begins = replace(sampling, noise=None), bool(is_first.any())
-        first = {"sampling": sampling, "rows": None if rows is None else rows[is_first]}
-        losses = self._own("initial", z[is_first], None, **first) if begins else {}
-        if self.latent.certain:
-            return torch.full_like(z[..., 0], torch.nan), losses
-        dyn, rep = self.transition.rates(belief, z, h, sampling=sampling, rows=rows)
-        if begins:
-            own, other = self.initial_law.rates(belief.index(is_first), z[is_first], None, **first)
-            dyn, rep = dyn.masked_scatter(is_first, own), rep.masked_scatter(is_first, other)
-        later = ~is_first
-        losses |= self._own("transition", z[later], h[later], sampling=sampling, rows=None if rows is None else rows[later])
-        return dyn.detach(), {"dyn": Loss(self._free(dyn)), "rep": Loss(self._free(rep)), **losses}
-
-    def _own(self, slot: str, z: Float[Tensor, "N Z"], context: Float[Tensor, "N D"] | None, **options) -> dict[str, Loss]:
-        """What a law without an exact density, or of codes without a rate, learns from; nothing of it reaches the codes."""
-        law = self.transition if slot == "transition" else self.initial_law
-        if (law.density == "exact" and not self.latent.certain) or not len(z) or not torch.is_grad_enabled():
-            return {}
-        return {f"fit/{slot}/{name}": term for name, term in law.loss(z.detach(), context, **options).items()}
+        """(rate, losses) against the transition, and where an episode begins against the initial law; each sees its own rows."""
+        sampling, certain, losses = replace(sampling, noise=None), self.latent.certain, {}
+        rate, dyn, rep = (torch.zeros_like(z[..., 0]) for _ in range(3))
+        for slot, law, where, context in (
+            ("transition", self.transition, ~is_first, h),
+            ("initial", self.initial_law, is_first, None),
+        ):
+            if not where.any():
+                continue
+            context, options = None if context is None else context[where], {"sampling": sampling}
+            options["rows"] = None if rows is None else rows[where]
+            if not certain:
+                own, other = law.rates(belief.index(where), z[where], context, **options)
+                rate = rate.masked_scatter(where, own.detach())
+                dyn, rep = dyn.masked_scatter(where, self._free(law, own)), rep.masked_scatter(where, self._free(law, other))
+            # Points have no rate: what the transition learns from is the objective's matter.
+            if torch.is_grad_enabled() and ((certain and slot == "initial") or (not certain and law.density != "exact")):
+                losses |= {f"fit/{slot}/{name}": term for name, term in law.loss(z[where].detach(), context, **options).items()}
+        if certain:
+            return torch.full_like(rate, torch.nan), losses
+        return rate, {"dyn": Loss(dyn), "rep": Loss(rep), **losses}
 
     def _predict(self, h: Tensor, is_first: Tensor, sampling: Sampling, rows: Tensor | None, z: Tensor) -> dict[str, Loss]:
         """The transition's own loss at codes [B, T, Z]; it never sees rows that open an episode, whose loss is 0."""
@@ -223,12 +224,12 @@ class Dynamics(nn.Module, ABC):
 
         return {name: Loss(spread(term.value), term.unit, later) for name, term in terms.items()}
 
-    def _free(self, rate: Tensor) -> Tensor:
+    def _free(self, law: ConditionalDistribution, rate: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
         """Free nats: closed forms per row; a sampled rate on the batch mean, for the mean of a maximum is biased."""
         floor = self.config.free_nats
         if not floor:
             return rate
-        if hasattr(self.transition, "given"):
+        if hasattr(law, "given"):
             return rate.clamp_min(floor)
         return rate + (rate.mean().clamp_min(floor) - rate.mean())
 

@@ -128,7 +128,8 @@ def between_features(
 ) -> tuple[Float[Tensor, "S F"], Float[Tensor, "S F"]]:
     """(straight, with codes on an arc): features between two; the carry is on the line in both."""
     line, size = interpolation(one, other, steps), world.dynamics.latent.size
-    arc = spherical(world.dynamics.code(one), world.dynamics.code(other), steps)
+    share = torch.linspace(0, 1, steps, device=one.device).unsqueeze(-1)
+    arc = spherical(world.dynamics.code(one), world.dynamics.code(other), share)
     return line, torch.cat([line[:, :-size], arc], -1)
 
 

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from worldmodel import registry
 from worldmodel.config import Frozen
 from worldmodel.data import Sampling
-from worldmodel.diagnostics.likelihood import Importance, active_units, importance, stacked
+from worldmodel.diagnostics.likelihood import Importance, importance, stacked
 from worldmodel.distributions import GaussianLatent, GaussianLatentConfig, GaussianPosterior, Inputs, Source
+from worldmodel.model import active_units
 from worldmodel.networks import MLP
 
 

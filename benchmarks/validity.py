@@ -67,7 +67,9 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 
 def measure(world, train, held_out, job: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
     """Everything about one model; the same draws' noise for each form."""
-    from worldmodel.diagnostics.validity import Region, detour, nearest, slope, spherical
+    from worldmodel.diagnostics.geometry import spherical
+    from worldmodel.diagnostics.validity import Region, detour, nearest, slope
+    from worldmodel.model import active_units
 
     def decode(z):
         return torch.cat([x.flatten(1) for x in world.decoder.mean(z).values()], 1)
@@ -83,12 +85,12 @@ def measure(world, train, held_out, job: dict[str, Any], generator: torch.Genera
         "error": float((rebuilt - truth[half:]).square().mean().sqrt()),
         "radius": region.radius,
         "codes": {"valid": float(region.holds(decode(codes[:DRAWS])).float().mean())},
-        "active": int((held["mean"].var(0) > 0.01).sum()),
+        "active": active_units(held["mean"]),
         "deviation": float(codes.std(0).mean()),
         "apart": float(nearest(codes, held["z"][:half]).median()),
     }
     one, other = codes[:DRAWS], codes[pairs][:DRAWS]
-    for name, middle in (("line", torch.lerp(one, other, 0.5)), ("circle", spherical(one, other))):
+    for name, middle in (("line", torch.lerp(one, other, 0.5)), ("circle", spherical(one, other, 0.5))):
         out[f"midpoint, {name}"] = float(region.holds(decode(middle)).float().mean())
     out["detour"] = float(detour(decode, one[:256], other[:256]).median())
     for form in ("N(0, I)", *job["forms"]):

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from worldmodel.diagnostics.likelihood import FactorModel, Importance, active_units, importance, stacked
+from worldmodel.diagnostics.likelihood import FactorModel, Importance, importance, stacked
 from worldmodel.distributions import GaussianLatent, GaussianLatentConfig, GaussianPosterior
 from worldmodel.errors import ConfigError
+from worldmodel.model import active_units
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 

@@ -78,11 +78,17 @@ def test_a_moment_is_the_filters_state_at_that_row(run):
 
 def test_the_arc_keeps_the_length_that_the_line_loses():
     one, other = torch.tensor([2.0, 0.0, 0.0]), torch.tensor([0.0, 2.0, 0.0])
-    arc = spherical(one, other, 5)
+    arc = spherical(one, other, torch.linspace(0, 1, 5).unsqueeze(-1))
     torch.testing.assert_close(arc.norm(dim=-1), torch.full((5,), 2.0))
     torch.testing.assert_close(arc[2], torch.tensor([2**0.5, 2**0.5, 0.0]))
-    torch.testing.assert_close(spherical(one, -one, 3)[1], torch.zeros(3))  # no arc: the line
-    torch.testing.assert_close(spherical(one, 3 * one, 3)[1], 2 * one)
+
+
+def test_pairs_without_an_arc_get_the_line_and_others_beside_them_their_arc():
+    one = torch.tensor([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0]])
+    other = torch.tensor([[-2.0, 0.0], [6.0, 0.0], [0.0, 2.0]])
+    middle = torch.tensor([[0.0, 0.0], [4.0, 0.0], [2**0.5, 2**0.5]])
+    torch.testing.assert_close(spherical(one, other, 0.5), middle)
+    assert spherical(torch.zeros(2), other, 0.5).isfinite().all()
 
 
 def test_what_lies_between_begins_and_ends_at_the_moments(run):

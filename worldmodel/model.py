@@ -360,11 +360,16 @@ class WorldModel(nn.Module):
         Source: Burda et al. 2016, section 5.2 (for Gaussians the variance of the posterior's mean).
         """
         if not isinstance(self.dynamics.latent, CategoricalLatent):
-            return int((trace.posterior.mean.detach().flatten(0, -2).var(0) > threshold).sum())
+            return active_units(trace.posterior.mean.detach().flatten(0, -2), threshold)
         probs = trace.posterior.probs.detach().flatten(0, -3)
         average = probs.mean(0, keepdim=True)
         gain = (probs * (probs.clamp_min(1e-12).log() - average.clamp_min(1e-12).log())).sum(-1).mean(0)
         return int((gain > threshold).sum())
+
+
+def active_units(mean: Float[Tensor, "N Z"], least: float = 0.01) -> int:
+    """Numbers of the code whose mean differs between observations, with a variance above `least`. Source: Burda et al. 2016."""
+    return int((mean.var(0) > least).sum())
 
 
 def needs_ensemble(world: WorldModel, name: str, value: float | None) -> None:

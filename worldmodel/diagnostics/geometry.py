@@ -88,16 +88,16 @@ def interpolation(one: Float[Tensor, " F"], other: Float[Tensor, " F"], steps: i
     return torch.lerp(one, other, torch.linspace(0, 1, steps, device=one.device).unsqueeze(-1))
 
 
-def spherical(one: Float[Tensor, " Z"], other: Float[Tensor, " Z"], steps: int = 9) -> Float[Tensor, "S Z"]:
-    """Codes on the arc between two, whose length goes evenly from one's to the other's.
+def spherical(
+    one: Float[Tensor, "*#N Z"], other: Float[Tensor, "*#N Z"], share: float | Float[Tensor, "*#N 1"]
+) -> Float[Tensor, "*N Z"]:
+    """Codes on the arc from one to the other, `share` of the way, whose length goes evenly from one's to the other's.
 
     Where codes are normal in many dimensions, all lie near a sphere, and the straight line leaves it. Source: Shoemake 1985;
     White 2016, section 2.1. Codes on one line through 0 have no arc: they get the line.
     """
-    share = torch.linspace(0, 1, steps, device=one.device).unsqueeze(-1)
-    lengths = one.norm(), other.norm()
-    angle = torch.arccos((one @ other / (lengths[0] * lengths[1]).clamp_min(1e-12)).clamp(-1, 1))
-    if angle.sin() < 1e-4:
-        return torch.lerp(one, other, share)
-    directions = torch.sin((1 - share) * angle) * one / lengths[0] + torch.sin(share * angle) * other / lengths[1]
-    return directions / angle.sin() * torch.lerp(lengths[0], lengths[1], share)
+    lengths = one.norm(dim=-1, keepdim=True), other.norm(dim=-1, keepdim=True)
+    a, b = (x / length.clamp_min(1e-12) for x, length in zip((one, other), lengths, strict=True))
+    angle = torch.arccos((a * b).sum(-1, keepdim=True).clamp(-1, 1))
+    direction = (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / angle.sin().clamp_min(1e-4)
+    return torch.where(angle.sin() < 1e-4, torch.lerp(one, other, share), direction * torch.lerp(*lengths, share))

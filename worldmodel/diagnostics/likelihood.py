@@ -96,11 +96,6 @@ def stacked(parts: Iterable[Importance]) -> Importance:
     )
 
 
-def active_units(mean: Float[Tensor, "N Z"], least: float = 0.01) -> int:
-    """Numbers of the code whose mean differs between observations, with a variance above `least`. Source: Burda et al. 2016."""
-    return int((mean.var(0) > least).sum())
-
-
 @dataclass(frozen=True)
 class FactorModel:
     """x = mean + weight z + sigma e with z, e ~ N(0, I): a VAE whose ln p(x) is known.

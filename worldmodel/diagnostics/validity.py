@@ -68,16 +68,3 @@ def detour(
     path = decode(torch.lerp(one, other, share).flatten(0, 1)).flatten(1).unflatten(0, (steps + 1, len(one)))
     straight = (path[-1] - path[0]).norm(dim=-1)
     return path.diff(dim=0).norm(dim=-1).sum(0) / straight.clamp_min(1e-6)
-
-
-def spherical(one: Float[Tensor, "N Z"], other: Float[Tensor, "N Z"], share: float = 0.5) -> Float[Tensor, "N Z"]:
-    """Between two codes along the great circle, lengths interpolated: how codes near N(0, I) lie on a shell.
-
-    Source: Shoemake 1985 (slerp); White 2016 for codes.
-    """
-    lengths = one.norm(dim=-1, keepdim=True), other.norm(dim=-1, keepdim=True)
-    a, b = (x / length.clamp_min(1e-8) for x, length in zip((one, other), lengths))
-    angle = (a * b).sum(-1, keepdim=True).clamp(-1, 1).acos()
-    weights = [torch.sin(w * angle) / torch.sin(angle).clamp_min(1e-6) for w in (1 - share, share)]
-    direction = torch.where(angle < 1e-3, torch.lerp(a, b, share), weights[0] * a + weights[1] * b)
-    return direction * torch.lerp(*lengths, share)

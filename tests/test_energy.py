@@ -210,3 +210,15 @@ def test_training_after_a_fit_hardly_moves_the_units_that_were_fitted():
     law.fit(5 + torch.randn(200, 2, generator=generator()), steps=1, generator=generator())
     law.loss(100 + torch.randn(200, 2, generator=generator()), None, sampling=Sampling(generator=generator()))
     torch.testing.assert_close(law.centre, torch.full((2,), 5.95), atol=0.3, rtol=0)
+
+
+@pytest.mark.parametrize("sampler", ["langevin", "resampling"])
+def test_the_callers_noise_is_no_matter_to_a_law_that_chooses_or_refines(sampler):
+    law, noise = energy(sampler=sampler), torch.zeros(3, 1, 2)
+    draws = [law.sample(None, 3, Sampling(generator=generator(), noise=given)) for given in (None, noise)]
+    assert torch.equal(*draws)
+
+
+def test_a_base_made_of_beliefs_is_refused_and_told_why():
+    with pytest.raises(ConfigError, match=r"made of the encoder's beliefs.*base=mixture"):
+        small("distribution", "energy", base="vamp")

@@ -68,6 +68,14 @@ def test_other_seeds_give_other_flows_and_the_same_seed_the_same():
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
+@every_shape
+def test_the_callers_noise_is_the_draw(context, size):
+    form, g = law(context, size, bend=0.4), given(context)
+    noise = torch.randn(3, 4 if context else 1, size, generator=generator())
+    drawn = form.sample(g, 3, Sampling(noise=noise, generator=generator(99)))
+    assert torch.equal(drawn, form.sample(g, 3, Sampling(generator=generator())))
+
+
 # Whitening -------------------------------------------------------------------------------------------------------------
 
 

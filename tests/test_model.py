@@ -9,6 +9,7 @@ from conftest import TWO_ACTIONS, VECTOR, generator, known_batch, small, small_w
 from gymnasium import spaces
 
 from worldmodel import registry
+from worldmodel.config import Config
 from worldmodel.data import Batch, Dream, Sampling
 from worldmodel.envs.tiny import Chain
 from worldmodel.errors import ConfigError, UnsupportedSpaceError
@@ -310,3 +311,50 @@ def test_rollouts_of_observations_look_at_what_each_step_decodes_to():
     looked = world.dynamics.look(blind, world.encoder(world.decoder.mean(world.dynamics.feature(blind))), MODE)
     torch.testing.assert_close(dream.feature[:, 1], world.dynamics.feature(looked))
     assert not torch.allclose(dream.feature[:, 1], world.dynamics.feature(blind))
+
+
+@pytest.mark.parametrize(
+    ("codes", "model", "said"),
+    [
+        ("gaussian", {"transition": {"kind": "hierarchical", "top": 99}}, r"model\.transition\.top=99.*at most 2"),
+        (
+            "gaussian",
+            {"initial": {"kind": "hierarchical", "top": 1, "upper": "categorical"}},
+            r"model\.initial\.upper\.kind=categorical.*latent\.kind=gaussian",
+        ),
+        (
+            "gaussian",
+            {"transition": {"kind": "hierarchical", "top": 1, "lower": "vamp"}},
+            r"model\.transition\.lower\.kind=vamp .*mixture",
+        ),
+        (
+            "gaussian",
+            {"transition": {"kind": "hierarchical", "top": 1, "lower": {"kind": "hierarchical", "top": 2}}},
+            r"model\.transition\.lower\.top=2 .*at most 1",
+        ),
+        (
+            "categorical",
+            {"transition": {"kind": "hierarchical", "top": 1, "upper": "diffusion"}},
+            r"upper\.kind=diffusion has no exact",
+        ),
+        ("gaussian", {"transition": {"kind": "energy", "trainer": "pcd"}}, r"model\.transition\.trainer=pcd.*trainer=nce"),
+        (
+            "gaussian",
+            {"marginal": {"kind": "energy", "base": {"kind": "hierarchical", "top": 3}}},
+            r"model\.marginal\.base\.top=3 .*at most 2",
+        ),
+        ("point", {"transition": {"kind": "energy", "base": "vamp"}}, "base=vamp is made of the encoder's beliefs"),
+        ("gaussian", {"marginal": {"kind": "diffusion", "drop": 0.1}}, r"model\.marginal\.drop=0\.1.*leave it at 0"),
+        ("point", {"objective": {"kind": "jepa", "probe": False}, "rollouts": "observation"}, r"model\.objective\.probe=true"),
+    ],
+)
+def test_a_part_that_cannot_work_is_refused_when_the_config_is_read_and_told_by_its_key(codes, model, said):
+    size = {"variables": 3} if codes == "categorical" else {"size": 3}
+    with pytest.raises(ConfigError, match=said):
+        Config.from_recipe({"model": {"dynamics": {"latent": {"kind": codes, **size}, "posterior": "observation"}, **model}})
+
+
+def test_laws_within_laws_are_accepted_where_they_work():
+    within = {"kind": "hierarchical", "top": 2, "upper": {"kind": "hierarchical", "top": 1, "lower": "flow"}}
+    model = {"transition": {"kind": "diffusion", "drop": 0.1}, "initial": within, "marginal": {"kind": "energy", "base": within}}
+    assert ModelConfig.parse({"dynamics": {"latent": {"kind": "gaussian", "size": 3}}, **model}).initial.upper.top == 1

@@ -151,7 +151,8 @@ class Sampling:
     temperature  scales the spread of what is drawn (1: as learned)
     steps        refinement steps of iterative samplers
     guidance     strength of conditional guidance
-    noise        draws supplied by the caller instead of the generator, shaped as the law asks for
+    noise        standard draws by the caller instead of the generator's, shaped as the law asks for; laws that choose or refine
+                 (mixture, vamp, hierarchical, energy) need other ones, and take theirs from the generator all the same
     score        codes [N, Z] -> [N]: diffusion climbs it at each step, and draws from p(z) exp(score(z)), about
     """
 

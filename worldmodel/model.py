@@ -66,26 +66,19 @@ class ModelConfig(Frozen):
     @model_validator(mode="after")
     def _forms_fit_their_slots(self) -> ModelConfig:
         latent = build("latent", self.dynamics.latent)
-        codes = latent.family.kind
         for slot in ("transition", "initial", "marginal"):
             form = getattr(self, slot)
-            if form is None:
-                continue
-            law = part("distribution", form.kind)
-            if slot not in law.slots:
-                raise ValueError(
-                    f"model.{slot}.kind={form.kind} has no such slot: over latent codes it fills {' and '.join(sorted(law.slots))}."
-                )
-            if codes not in law.latents:
-                raise ValueError(
-                    f"model.{slot}.kind={form.kind} is a law of {' or '.join(sorted(law.latents))} codes and does not fit "
-                    f"model.dynamics.latent.kind={self.dynamics.latent.kind}: change one of them."
-                )
-            if law.of_beliefs and latent.certain:
-                raise ValueError(
-                    f"model.{slot}.kind={form.kind} is made of beliefs, and model.dynamics.latent.kind={self.dynamics.latent.kind} "
-                    "has none: change one of them."
-                )
+            if form is not None:
+                part("distribution", form.kind).check(form, latent, slot, f"model.{slot}")
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_looked_at_can_be_decoded(self) -> ModelConfig:
+        if self.rollouts == "observation" and not getattr(self.objective, "probe", True):
+            raise ValueError(
+                "model.rollouts=observation decodes every step, and model.objective.probe=false leaves no decoder. "
+                "Use model.rollouts=latent or model.objective.probe=true."
+            )
         return self
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from worldmodel.config import Frozen
 from worldmodel.data import Loss, Obs, Sampling
 from worldmodel.errors import ConfigError
 
@@ -165,6 +166,27 @@ class ConditionalDistribution(nn.Module, ABC):
         self.latent = latent
         self.event_shape = (latent.size,)
         self.context_dim = context_dim
+
+    @classmethod
+    def check(cls, config: Frozen, latent: Latent, slot: str, where: str) -> None:
+        """ConfigError where such a form cannot be the law of a model's codes in a slot; `where` is the key of its config.
+
+        Asked when a config is read, of laws within laws too, whose slot is "transition" where they have a context.
+        """
+        if slot not in cls.slots:
+            raise ConfigError(
+                f"{where}.kind={config.kind} has no such slot: over latent codes it fills {' and '.join(sorted(cls.slots))}."
+            )
+        if latent.family.kind not in cls.latents:
+            raise ConfigError(
+                f"{where}.kind={config.kind} is a law of {' or '.join(sorted(cls.latents))} codes and does not fit "
+                f"model.dynamics.latent.kind={latent.kind}: change one of them."
+            )
+        if cls.of_beliefs and latent.certain:
+            raise ConfigError(
+                f"{where}.kind={config.kind} is made of beliefs, and model.dynamics.latent.kind={latent.kind} has none: "
+                "change one of them."
+            )
 
     @abstractmethod
     def sample(self, context: Tensor | None, count: int = 1, sampling: Sampling | None = None) -> Float[Tensor, "K N D"]:

@@ -14,6 +14,7 @@ from worldmodel.config import Frozen
 from worldmodel.data import Loss, Sampling
 from worldmodel.denoising import DATA
 from worldmodel.distributions.base import ConditionalDistribution, Latent, Posterior, Source
+from worldmodel.errors import ConfigError
 from worldmodel.networks import NoisePerceptron, StraightMLP
 from worldmodel.registry import register
 
@@ -83,6 +84,15 @@ class Diffusion(ConditionalDistribution):
         self.register_buffer("mean", torch.zeros(latent.size))
         self.register_buffer("variance", torch.ones(latent.size))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    @classmethod
+    def check(cls, config: DiffusionConfig, latent: Latent, slot: str, where: str) -> None:
+        super().check(config, latent, slot, where)
+        if config.drop and slot != "transition":
+            raise ConfigError(
+                f"{where}.drop={config.drop:g} is the share of rows that do without their context, and no row has one here: leave "
+                "it at 0, or set it in the transition."
+            )
 
     # Codes <-> data of deviation DATA
 

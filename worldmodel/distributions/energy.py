@@ -15,6 +15,7 @@ base the prior of NCP-VAE (Aneja et al. 2021), a Gaussian transition an energy-b
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -67,6 +68,11 @@ class EnergyConfig(Frozen):
         law = part("distribution", self.base.kind)
         if law.density != "exact" or not law.latents & Energy.latents:
             raise ValueError(f"base={self.base.kind} is no exact law of gaussian codes: use one that is, such as base=gaussian.")
+        if law.of_beliefs:
+            raise ValueError(
+                f"base={self.base.kind} is made of the encoder's beliefs, which an energy's base, trained by codes alone, must not "
+                "reach: use base=mixture, or the form itself without an energy."
+            )
         return self
 
 
@@ -86,11 +92,7 @@ class Energy(ConditionalDistribution):
 
     def __init__(self, config: EnergyConfig, latent: Latent, context_dim: int, source: Source | None = None):
         super().__init__(latent, context_dim)
-        if config.trainer == "pcd" and context_dim:
-            raise ConfigError(
-                "trainer=pcd keeps chains of one law, but here each context has a law of its own, of which old chains are no "
-                "draws. Use trainer=nce or trainer=cd in the transition; pcd is for the initial and marginal slots."
-            )
+        self.check(config, latent, "transition" if context_dim else "initial", "energy")
         self.config = config
         self.base: ConditionalDistribution = build("distribution", config.base, latent, context_dim, source)
         self.net = MLP(latent.size + context_dim, config.units, config.layers, 1, scale=0, norm=False)
@@ -101,6 +103,17 @@ class Energy(ConditionalDistribution):
             self.register_buffer("seen", torch.zeros(()))
         if config.trainer == "pcd":
             self.register_buffer("chains", torch.randn(config.buffer, latent.size))
+
+    @classmethod
+    def check(cls, config: EnergyConfig, latent: Latent, slot: str, where: str) -> None:
+        super().check(config, latent, slot, where)
+        if config.trainer == "pcd" and slot == "transition":
+            raise ConfigError(
+                f"{where}.trainer=pcd keeps chains of one law, but here each context has a law of its own, of which old chains are "
+                "no draws. Use trainer=nce or trainer=cd in the transition; pcd is for the initial and marginal slots."
+            )
+        inner = "transition" if slot == "transition" else "initial"
+        part("distribution", config.base.kind).check(config.base, latent, inner, f"{where}.base")
 
     # The density ----------------------------------------------------------------------------------------------------
 
@@ -148,7 +161,7 @@ class Energy(ConditionalDistribution):
 
     def sample(self, context: Tensor | None, count: int = 1, sampling: Sampling | None = None) -> Float[Tensor, "K N D"]:
         """Draws with the gradient of the base's draws. Chains have `sampling.steps` steps, else as many as the config says."""
-        sampling = sampling or Sampling()
+        sampling = replace(sampling or Sampling(), noise=None)
         steps = sampling.steps or self.config.steps
         if sampling.mode:
             start = self.base.sample(context, 1, sampling)
@@ -187,7 +200,7 @@ class Energy(ConditionalDistribution):
     def loss(
         self, x: Float[Tensor, "*N D"], context: Tensor | None, *, sampling: Sampling | None = None, rows: Tensor | None = None
     ) -> dict[str, Loss]:
-        """ "base/...": what the base learns from; the trainer's term and "magnitude", scores. NumericsError where chains diverge."""
+        """ "base/...": the base's own terms; the trainer's and "magnitude", scores. NumericsError where chains diverge."""
         sampling = Sampling(generator=None if sampling is None else sampling.generator)
         if self.training:
             self._remember(x.detach())

@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from worldmodel.config import Frozen
+from worldmodel.data import Sampling
 from worldmodel.distributions.base import ConditionalDistribution, Latent, Source
 from worldmodel.distributions.gaussian import GaussianPosterior
 from worldmodel.networks import StraightMLP
@@ -87,10 +88,13 @@ class Flow(ConditionalDistribution):
         """`temperature` scales the noise; `mode` is the image of the noise's centre, which need not be the most likely code."""
         frame = self.whitening(context)
         shape = (count, *frame.mean.shape[:-1])
-        noise = frame.mean.new_zeros(*shape, self.latent.size)
-        if sampling is None or not sampling.mode:
-            generator, temperature = (None, 1.0) if sampling is None else (sampling.generator, sampling.temperature)
-            noise = self.latent.noise(shape, generator, noise.device) * temperature
+        sampling = sampling or Sampling()
+        if sampling.mode:
+            noise = frame.mean.new_zeros(*shape, self.latent.size)
+        elif sampling.noise is not None:
+            noise = sampling.noise.expand(*shape, -1) * sampling.temperature
+        else:
+            noise = self.latent.noise(shape, sampling.generator, frame.mean.device) * sampling.temperature
         return frame.mean + frame.std * self.splines(context).inv(noise)
 
     def rate(self, posterior, z, context, *, frozen: bool = False, sampling=None, rows=None):

@@ -14,7 +14,7 @@ from worldmodel.config import Frozen, Part
 from worldmodel.data import Loss, Sampling
 from worldmodel.distributions.base import ConditionalDistribution, Latent, Posterior, Source
 from worldmodel.errors import ConfigError
-from worldmodel.registry import build, config_class, register
+from worldmodel.registry import build, config_class, part, register
 
 
 class HierarchicalConfig(Frozen):
@@ -43,23 +43,39 @@ class Hierarchical(ConditionalDistribution):
 
     def __init__(self, config: HierarchicalConfig, latent: Latent, context_dim: int, source: Source | None = None):
         super().__init__(latent, context_dim)
-        if config.top >= latent.variables:
-            raise ConfigError(
-                f"hierarchical: top={config.top} leaves nothing for the lower level of a code of {latent.variables} variables: "
-                f"at most {latent.variables - 1}."
-            )
+        self.check(config, latent, "transition" if context_dim else "initial", "hierarchical")
         self.top = config.top
         own = config_class("distribution", latent.kind)(units=config.units, layers=config.layers)
         one, two = latent.part(config.top), latent.part(latent.variables - config.top)
         self.cut = one.size
         self.upper: ConditionalDistribution = build("distribution", config.upper or own, one, context_dim)
         self.lower: ConditionalDistribution = build("distribution", config.lower or own, two, context_dim + one.size)
-        for name, level in (("upper", self.upper), ("lower", self.lower)):
-            if level.density != "exact":
+
+    @classmethod
+    def check(cls, config: HierarchicalConfig, latent: Latent, slot: str, where: str) -> None:
+        super().check(config, latent, slot, where)
+        rest = latent.variables - config.top
+        if rest < 1:
+            raise ConfigError(
+                f"{where}.top={config.top} leaves nothing for the lower level of a code of {latent.variables} variables: "
+                f"at most {latent.variables - 1}."
+            )
+        for name, size, inner in (("upper", config.top, slot), ("lower", rest, "transition")):
+            level = getattr(config, name)
+            if level is None:
+                continue
+            law = part("distribution", level.kind)
+            if law.density != "exact":
                 raise ConfigError(
-                    f"hierarchical: '{getattr(config, name).kind}' has no exact density, so the levels' rates would not add up. "
-                    f"Take another form as {name}."
+                    f"{where}.{name}.kind={level.kind} has no exact density, so the levels' rates would not add up: "
+                    "take another form."
                 )
+            if law.of_beliefs:
+                raise ConfigError(
+                    f"{where}.{name}.kind={level.kind} is made of beliefs about whole codes, and a level is a part of one: "
+                    "take another form, such as mixture."
+                )
+            law.check(level, latent.part(size), inner, f"{where}.{name}")
 
     def _below(self, z1: Tensor, context: Tensor | None) -> Tensor:
         """The lower level's context."""

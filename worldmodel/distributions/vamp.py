@@ -149,8 +149,8 @@ class VampPrior(Mixed):
     def remember(self, obs: Obs, carry: Float[Tensor, "N D"], rows: Int[Tensor, " N"]) -> None:
         """Some of these observations, with their carries and row numbers, take the places of the oldest exemplars.
 
-        They are taken at even distances; rows that are exemplars already, or not finite, are passed over. The buffers are replaced and not changed,
-        since a loss that is yet to be differentiated may hold them.
+        They are taken at even distances; rows that are exemplars already, or not finite, are passed over. The buffers are replaced
+        and not changed, since a loss that is yet to be differentiated may hold them.
         """
         ordered, at = rows.sort()
         once = torch.ones_like(ordered, dtype=torch.bool)

@@ -187,15 +187,15 @@ class LatentDiffusionDecoder(nn.Module):
         return self.latent.belief(self.belief(torch.cat(parts, -1)))
 
     def loss(self, feature: Float[Tensor, "N F"], obs: Obs, sampling: Sampling | None = None) -> dict[str, Loss]:
-        """{"observation": of the autoencoder, a score: no part of the feature's ELBO; "denoise": of its latents} [N]."""
+        """{"observation": of the autoencoder; "denoise/...": of its latents' law} [N]: scores, no part of the feature's ELBO."""
         sampling, belief = sampling or Sampling(), self._encode(obs)
         code = self.latent.draw(belief, sampling, (len(feature),), feature.device)
-        terms = self.autodecoder.loss(code, obs)
+        surprise = self.autodecoder.loss(code, obs)["observation"].value
         rate = belief.kl(self.standard.given(None))
-        terms["observation"] = Loss(terms["observation"].value + self.config.kl * rate, "score")
         seen = feature[..., -self.inputs :]
         seen = seen.detach() if self.config.gradient == "stop" else seen
-        return terms | self.law.loss(code.detach(), seen, sampling=sampling)
+        terms = {f"denoise/{name}": term.value for name, term in self.law.loss(code.detach(), seen, sampling=sampling).items()}
+        return {name: Loss(value, "score") for name, value in {"observation": surprise + self.config.kl * rate, **terms}.items()}
 
     def mean(self, feature: Float[Tensor, "N F"]) -> Obs:
         """What the latent decodes to that is expected given the feature: one step of denoising, from no noise."""

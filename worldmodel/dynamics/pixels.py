@@ -112,6 +112,12 @@ class Pixels(nn.Module):
     def _entered(self, summary: Float[Tensor, "*N U"], action: Float[Tensor, "*N A"]) -> Float[Tensor, "*N G"]:
         return self.gru.inputs(self.bend(self.summary_in(summary) + self.action_in(action)))
 
+    def first_carry(self, batch_size: int) -> dict[str, Tensor]:
+        """An episode's first carry: no picture and no action came before."""
+        start = self.initial(batch_size)
+        action = start["h"].new_zeros(batch_size, self.action_dim)
+        return {"h": self.gru(self._entered(start["summary"], action), start["h"])}
+
     # The verbs -----------------------------------------------------------------------------------------------------------
 
     def imagine(self, state: State, action: Float[Tensor, "N A"], sampling: Sampling) -> State:

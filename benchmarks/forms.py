@@ -182,7 +182,8 @@ def _row(key: dict[str, Any], args: argparse.Namespace, rows: Rows) -> int:
             task = TASKS[key["task"]]
             name = f"{key['task']}-{key['form']}-s{key['seed']}".replace(", ", "-").replace(" ", "-")
             job = {**task, "seed": key["seed"], "device": args.device, "path": str(args.runs / name), "verbose": args.verbose}
-            job["overrides"] = [f"model={model}", *more, *task["overrides"], *args.overrides]
+            given = [f"model={model}", *more, *task["overrides"], *args.overrides]
+            job["overrides"] = list({option.partition("=")[0]: option for option in given}.values())  # later ones count
             job |= {"max_steps": args.max_steps, "max_minutes": args.max_minutes}
             found = call(__file__, job, 1, 90 * args.max_minutes + 600)
         rows.add(key, found, threads=1)

@@ -24,8 +24,10 @@ FORMS = {
     "transformer": [("dynamics.kind", "rssm")],
     "dreamer": [("dynamics.latent", {"kind": "gaussian", "size": 8})],
     "gaussian": [("dynamics.latent", {"kind": "categorical"})],
+    "diamond": [],
 }
-"""What makes a recipe, and what would stand there otherwise; those that are not named have their form in both slots of the code."""
+"""What makes a recipe, and what would stand there otherwise; those that are not named have their form in both slots of the code.
+diamond has no codes in which a Gaussian could stand, and needs pictures: see test_pixels.py."""
 
 
 def swaps(recipe: str) -> list[tuple[str, object]]:

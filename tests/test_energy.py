@@ -222,3 +222,10 @@ def test_the_callers_noise_is_no_matter_to_a_law_that_chooses_or_refines(sampler
 def test_a_base_made_of_beliefs_is_refused_and_told_why():
     with pytest.raises(ConfigError, match=r"made of the encoder's beliefs.*base=mixture"):
         small("distribution", "energy", base="vamp")
+
+
+def test_looking_at_an_energy_moves_no_random_state():
+    law = registry.build("distribution", small("distribution", "energy"), small_latent("gaussian"), 0)
+    x, before = torch.randn(9, law.latent.size, generator=generator()), torch.get_rng_state()
+    assert law.measures(x, None) == law.measures(x, None)
+    assert torch.equal(torch.get_rng_state(), before)

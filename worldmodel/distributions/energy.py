@@ -273,7 +273,8 @@ class Energy(ConditionalDistribution):
     def measures(self, x: Float[Tensor, "N D"], context: Float[Tensor, "N C"] | None) -> dict[str, float]:
         """f: how far codes are lifted, in nats; effective: share of the base's draws that count in ln Z; base/...: its own."""
         count = self.config.normaliser
-        log_z, size = self.log_z(context, count)
+        looks = Sampling(generator=torch.Generator(x.device).manual_seed(0))  # what is only looked at moves no random state
+        log_z, size = self.log_z(context, count, looks)
         base = {f"base/{name}": value for name, value in self.base.measures(x, context).items()}
         return {"f": float((self.tilt(x, context) - log_z).mean()), "effective": float(size.mean() / count), **base}
 

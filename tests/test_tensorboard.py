@@ -7,6 +7,7 @@ import io
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -242,6 +243,7 @@ def test_a_resumed_run_hides_what_it_repeats(tmp_path):
             writer.add_scalar("loss", step, step)
             tensorboard.image(writer, "film", picture(seed=step), step)
         writer.add_scalar("late", 1.0, 5)
+    time.sleep(1.1)  # file names count seconds, and within one a counter that sorts as text
     with SummaryWriter(str(tmp_path), purge_step=3, filename_suffix=".b") as writer:
         for step in range(3, 5):
             writer.add_scalar("loss", 10 * step, step)

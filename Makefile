@@ -1,5 +1,6 @@
 # make demo   train a world model and an agent inside it on CartPole        (SEED=0, RUN=runs/demo, ARGS="key=value ...")
 # make test   the tests     (ARGS="tests/test_replay.py -k ends", WORKERS=2)
+# make reliability   every fault of the catalogue, as often as docs/reliability.md says: kills, full disks, damage   (ARGS="-k kill")
 # make lint   ruff
 # make bench  the measured tables; rows that are there already are not measured again     (ARGS="--print")
 # make screenshots   pictures of TensorBoard for the docs, of RUN; wants Debian's packages chromium and chromium-driver
@@ -19,7 +20,7 @@ STAMP := $(VENV)/.installed
 # One thread per worker: two threads of torch under any other load can be slower than one by orders of magnitude.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: help venv demo test lint bench screenshots clean
+.PHONY: help venv demo test reliability lint bench screenshots clean
 .DELETE_ON_ERROR:
 
 help:
@@ -82,6 +83,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+reliability: $(STAMP)
+	RELIABILITY=full $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) tests/reliability $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

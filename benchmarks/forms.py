@@ -40,7 +40,7 @@ FORMS = (
     "gaussian dreamer vae vamp mixture flow hierarchical energy latent_diffusion diffusion_decoder jepa hybrid world_models_2018 "
     "transformer"
 ).split()
-EXTRA = {"diffusion_decoder, seen again": ("diffusion_decoder", ["model.rollouts=observation"])}
+EXTRA = {"diffusion_decoder seen again": ("diffusion_decoder", ["model.rollouts=observation"])}
 """Rows beside the recipes: what the dream shows is drawn by the diffusion decoder and encoded again at each imagined step."""
 
 ALONE = "train.prefill=4000 train.pretrain=200 train.steps=8000 train.ratio=0.5"

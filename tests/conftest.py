@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
+import pytest
 import torch
 from gymnasium import spaces
 from jaxtyping import install_import_hook
@@ -255,3 +256,31 @@ def sequence(batch: Batch, row: int = 0) -> SimpleNamespace:
 def stored(agent) -> SimpleNamespace:
     """All rows that an agent with one environment has stored, in order."""
     return sequence(agent.replay.sample(1, agent.replay.lengths[0], np.random.default_rng(0)))
+
+
+# What was survived ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def figure(record_property):
+    """`figure("R1", "12 stops, 0 losses differ")` prints a line of the catalogue when all tests are through."""
+
+    def note(identity: str, text: str) -> None:
+        record_property(f"figure {identity}", text)
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """The figures of the reliability tests, and what was left out for want of a tool."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]
+    found = [
+        (name.removeprefix("figure "), text) for r in reports for name, text in r.user_properties if name.startswith("figure ")
+    ]
+    left_out = [r for r in terminalreporter.getreports("skipped") if "left out: " in str(r.longrepr)]
+    if found or left_out:
+        terminalreporter.section("reliability")
+    for identity, text in sorted(found):
+        terminalreporter.line(f"{identity:4} {text}")
+    for report in left_out:
+        terminalreporter.line(f"left out: {report.nodeid}: {str(report.longrepr[2]).partition('left out: ')[2]}")

@@ -23,6 +23,7 @@ from stable_baselines3.common.utils import get_device, safe_mean
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_wrapper
 
 from worldmodel import checkpoint
+from worldmodel.agents import experience
 from worldmodel.agents.belief import BeliefPolicy, Controller
 from worldmodel.config import Config, load_yaml
 from worldmodel.data import Batch, State, Trace
@@ -46,6 +47,8 @@ class WorldModelAlgorithm(BaseAlgorithm):
     """
 
     kind: ClassVar[str]
+    replay_folder: pathlib.Path | None = None
+    """Where a run keeps experience; None outside of a run."""
     improves: bool = True
     """Whether an update also improves the controller, on states of the averaged model."""
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
@@ -205,7 +208,7 @@ class WorldModelAlgorithm(BaseAlgorithm):
     def open_streams(self, obs: Any) -> None:
         """Episodes begin: open ones end as by truncation, and the first observation of each environment goes into the replay."""
         if self.replay is None:
-            self.replay = Replay(self.config.train.capacity, self.obs_spec.store, self.action_spec.dim, self.n_envs)
+            self.replay = experience.new_replay(self)
         elif self.replay.num_envs != self.n_envs:
             raise ConfigError(
                 f"The replay was collected with {self.replay.num_envs} environments, the new VecEnv has {self.n_envs}. "
@@ -216,6 +219,12 @@ class WorldModelAlgorithm(BaseAlgorithm):
         self._store_first(self._rows(obs), np.arange(self.n_envs))
         self._belief = self.policy.begin(self.n_envs)
         self._last_episode_starts = np.ones(self.n_envs, bool)
+
+    def adopt(self, folder: pathlib.Path, log: Callable[[str], object]) -> None:
+        """Begins with the experience that lies in a folder, as far as it is intact."""
+        self.replay = experience.new_replay(self)
+        self.replay.adopt(folder, log)
+        experience.fit_scaling(self)
 
     def reopen(self, seed: int) -> None:
         """Open episodes end as by truncation, and new ones begin in environments seeded with seed, seed + 1, ..."""

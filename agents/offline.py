@@ -12,12 +12,12 @@ from collections.abc import Callable
 from stable_baselines3.common.callbacks import BaseCallback
 
 from worldmodel import registry
+from worldmodel.agents.experience import fit_scaling
 from worldmodel.agents.loop import WorldModelAlgorithm, policy_name
 from worldmodel.agents.report import SHOWN
 from worldmodel.config import Config
 from worldmodel.envs.sources import recording
 from worldmodel.errors import ConfigError
-from worldmodel.model import tensors
 from worldmodel.recording import Recording
 from worldmodel.replay import Replay
 from worldmodel.run import Run
@@ -25,8 +25,6 @@ from worldmodel.spaces import ActionSpec, ObsSpec
 
 LOG_STEPS = 50
 """Steps of the schedule between log entries: there are no episodes to count."""
-ROWS_AT_ONCE = 4096
-"""Rows that the running statistics take in one go."""
 
 
 def make_agent(config: Config, seed: int, device: str = "auto", trust: bool = False) -> WorldModelAlgorithm:
@@ -34,14 +32,13 @@ def make_agent(config: Config, seed: int, device: str = "auto", trust: bool = Fa
 
     Raises ConfigError (the data do not fit one another, the recipe or a batch), UnsupportedSpaceError, StorageError.
     """
+    if config.train.replay == "disk":
+        raise ConfigError("train.data is learned from in memory; train.replay=disk is for an environment's experience. Drop one.")
     found = _read(config)
     agent = _of_specs(config, found.obs_spec, found.action_spec, seed, device, trust)
     agent.replay = Replay(config.train.capacity, found.obs_spec.store, found.action_spec.dim, 1)
     found.fill(agent.replay)
-    vectors = {name: found.obs_spec.keys[name] for name in agent.world.scaling.vectors}
-    for start in range(0, len(agent.replay) if vectors else 0, ROWS_AT_ONCE):
-        rows = tensors({name: found.obs[name][start : start + ROWS_AT_ONCE] for name in vectors}, agent.device)
-        agent.world.scaling.update({name: key.canonical(rows[name]) for name, key in vectors.items()})
+    fit_scaling(agent)
     return agent
 
 

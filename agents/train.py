@@ -165,6 +165,8 @@ class Keeper(BaseCallback):
             self.save(fenced=self.config.checkpoint.fence)
             if self.config.checkpoint.fence and not self.recorded and goes_on and step < self.config.train.steps:
                 self.model.reopen(env_seed(self.seed, step))
+        elif (flush := self.config.checkpoint.flush) and step // flush > (step - self.model.n_envs) // flush and not self.recorded:
+            self.run.flush(self.model)
         return goes_on
 
     def evaluate_if_due(self) -> bool:
@@ -437,6 +439,7 @@ def _go_on(session: _Session, run: Run, agent: WorldModelAlgorithm, progress: Pr
     config = run.config
     report = (Bar if session.progress else Lines)(session.log, config.train.steps)
     keeper = Keeper(run, progress, session.signals, report, seed)
+    agent.replay_folder = run.replay_folder
     agent.set_logger(_logger(run, agent.num_timesteps))
     keeper.init_callback(agent)
     watch = _watch(config, session.signals)

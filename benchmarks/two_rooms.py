@@ -42,7 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sigreg": {"model.objective.probe": False},
     "vicreg": {"model.objective.probe": False, "model.objective.anti": "vicreg", "train.scales.collapse": 4.0},
     "none": {"model.objective.probe": False, "model.objective.anti": "none", "model.objective.inverse": False},
-    "hybrid": {"model": "hybrid"},
+    "hybrid": {"model": "hybrid", "train.scales.collapse": 10.0, "train.scales.inverse": 30.0},  # as sigreg, beside nats
 }
 PLAIN = ("random", "straight")
 FRAMES = 4

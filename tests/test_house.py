@@ -44,8 +44,9 @@ FOLDERS = {
 
 FLOORS = (
     "errors configs",
-    "data registry recipes checkpoint",
+    "data registry recipes checkpoint ends",
     "config segments spaces pictures",
+    "spool",
     "replay networks weights denoising",
     "distributions attention recording",
     "encoders decoders heads ensemble",

@@ -16,7 +16,7 @@ from test_recording import toy_recording
 from test_train import assert_equal_runs
 
 from worldmodel import tensorboard
-from worldmodel.agents import offline
+from worldmodel.agents import experience, offline
 from worldmodel.agents.evaluation import evaluate
 from worldmodel.agents.held_out import collect
 from worldmodel.agents.train import Interrupted, _as_sources, train
@@ -93,7 +93,7 @@ def test_the_run_folder_is_like_any_other(walks, tmp_path):
 
 
 def test_running_statistics_are_those_of_the_data(walks, tmp_path, monkeypatch):
-    monkeypatch.setattr(offline, "ROWS_AT_ONCE", 17)
+    monkeypatch.setattr(experience, "ROWS_AT_ONCE", 17)
     world = Run.open(learn(tmp_path / "run", walks, steps=1, options={"model.inputs": "standardise"}).run).world_model()
     obs = Recording.read(walks).obs["obs"]
     mean, deviation = world.scaling.statistics(0, torch.zeros((), dtype=torch.float64))

@@ -50,6 +50,12 @@ class TrainConfig(Frozen):
     batch_length: int = Field(32, ge=2, description="steps in a sequence")
     burn_in: int = Field(0, ge=0, description="steps before each sequence that only warm up its state, without gradient")
     capacity: int = Field(200_000, ge=1, description="steps that the replay holds")
+    replay: Literal["memory", "disk"] = Field(
+        "memory", description="where its observations lie; disk: in the run folder, so that capacity may exceed the memory"
+    )
+    replay_gib: float | None = Field(
+        None, gt=0, description="GiB that the replay holds at most, if that is less than capacity; its oldest steps make room"
+    )
     newest: float = Field(0.0, ge=0, le=1, description="share of sequences that are the newest experience")
     ends: float = Field(0.25, ge=0, le=1, description="share of sequences chosen so that an episode ends in them")
     lr: float = Field(1e-3, gt=0, description="Adam's learning rate for the world model")

@@ -20,7 +20,9 @@ import torch
 
 from worldmodel import checkpoint, segments
 from worldmodel.data import Batch
+from worldmodel.ends import Ends
 from worldmodel.errors import CorruptError, StorageError
+from worldmodel.spool import Spool
 
 _log = logging.getLogger(__name__)
 
@@ -31,31 +33,6 @@ SLICE_BYTES = 1024
 """Rows of at least this size are copied as one slice per window: there, memcpy beats gathering row by row."""
 
 
-class Ends:
-    """Sorted sequence numbers of one stream's is_last rows, dropped from the front as they are evicted."""
-
-    def __init__(self) -> None:
-        self._at: list[int] = []
-        self._from = 0
-
-    def __len__(self) -> int:
-        return len(self._at) - self._from
-
-    def __getitem__(self, i: int) -> int:
-        """The i-th oldest, i >= 0."""
-        return self._at[self._from + i]
-
-    def append(self, sequence: int) -> None:
-        self._at.append(sequence)
-
-    def drop_before(self, sequence: int) -> None:
-        while self._from < len(self._at) and self._at[self._from] < sequence:
-            self._from += 1
-        if self._from > 256 and 2 * self._from > len(self._at):  # so that dropping costs O(1) per row on average
-            del self._at[: self._from]
-            self._from = 0
-
-
 class Replay:
     """Holds the newest `capacity // num_envs` rows of every stream.
 
@@ -63,11 +40,22 @@ class Replay:
     obs         {key: (shape of one row, dtype)}, the raw dtype of the environment
     action_dim  A, the canonical action's size
     num_envs    number of streams
+    folder      observations lie there, in the segments that `save` writes, and only those that no segment holds yet, at most
+                segments.MAX_BYTES of them, are in memory; None: all of them are
+    writable    False: `folder` is another process's, and no row can be added
 
     Memory is reserved at once but touched only as rows arrive; `nbytes` is what a full store takes.
     """
 
-    def __init__(self, capacity: int, obs: Mapping[str, tuple[Sequence[int], object]], action_dim: int, num_envs: int) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        obs: Mapping[str, tuple[Sequence[int], object]],
+        action_dim: int,
+        num_envs: int,
+        folder: Path | None = None,
+        writable: bool = True,
+    ) -> None:
         if num_envs < 1 or capacity < num_envs:
             raise ValueError(f"Replay needs room for one step of each of {num_envs} environments, but its capacity is {capacity}.")
         if not obs:
@@ -80,12 +68,17 @@ class Replay:
             if dtype.kind not in "biuf":
                 raise ValueError(f"Replay cannot store observation '{key}' of dtype {dtype}: only numbers and booleans.")
         rows = self.size * self.num_envs
-        self._obs = {k: np.empty((rows, *shape), dtype) for k, (shape, dtype) in self.obs_spec.items()}
+        in_memory = self.obs_spec if folder is None else {}
+        self._obs = {k: np.empty((rows, *shape), dtype) for k, (shape, dtype) in in_memory.items()}
         self._prev_action = np.empty((rows, self.action_dim), np.float32)
         self._reward = np.empty(rows, np.float32)
         self._flags = np.empty(rows, np.uint8)
         self._next = np.zeros(self.num_envs, np.int64)  # sequence number of the row that each stream gets next
         self._ends = [Ends() for _ in range(self.num_envs)]
+        self._spool: Spool | None = None
+        if folder is not None:
+            spec = {f"obs/{k}": column for k, column in self.obs_spec.items()}
+            self._spool = Spool(Path(folder), spec, self.num_envs, min(self.size, self._rows_a_segment), writable)
 
     # What is held ---------------------------------------------------------------------------------------------------
 
@@ -116,7 +109,12 @@ class Replay:
     @property
     def nbytes(self) -> int:
         """Bytes of memory of the full store."""
-        return sum(column.nbytes for column in self._columns.values())
+        return sum(column.nbytes for column in self._columns.values()) + (self._spool.nbytes if self._spool else 0)
+
+    @property
+    def _rows_a_segment(self) -> int:
+        """Rows of each stream that a segment of the greatest size takes."""
+        return max(1, segments.MAX_BYTES // max(1, row_bytes(self.obs_spec, self.action_dim) * self.num_envs))
 
     @property
     def _held(self) -> np.ndarray:
@@ -124,6 +122,7 @@ class Replay:
 
     @property
     def _columns(self) -> dict[str, np.ndarray]:
+        """What lies in memory as rings."""
         obs = {f"obs/{k}": v for k, v in self._obs.items()}
         return {**obs, "prev_action": self._prev_action, "reward": self._reward, "flags": self._flags}
 
@@ -151,6 +150,9 @@ class Replay:
         if n == 0:
             return
         rows = self._checked(n, obs, prev_action, reward, is_first, is_last, is_terminal)
+        if self._spool is not None:
+            self._make_room()
+            self._spool.put(where, self._next[where], rows)
         at = where * self.size + self._next[where] % self.size
         for name, column in self._columns.items():
             column[at] = rows[name]
@@ -175,6 +177,14 @@ class Replay:
         self._check_streams(np.array([stream]))
         n = len(reward)
         rows = self._checked(n, obs, prev_action, reward, is_first, is_last, is_terminal)
+        if self._spool is not None:  # a segment may fill up at any of them
+            for i in range(n):
+                one = (
+                    {k: np.asarray(x)[i : i + 1] for k, x in obs.items()},
+                    *(np.asarray(x)[i : i + 1] for x in (prev_action, reward, is_first, is_last, is_terminal)),
+                )
+                self.add(*one, streams=[stream])
+            return
         none = {name: column[:0] for name, column in self._columns.items()}
         stops = self._next + n * (np.arange(self.num_envs) == stream)
         header = segments.Header(0, tuple(self._next.tolist()), tuple(stops.tolist()))
@@ -201,6 +211,17 @@ class Replay:
             "flags": (FIRST * first + LAST * last + TERMINAL * terminal).astype(np.uint8),
         }
 
+    def _make_room(self) -> None:
+        """Writes the rows that wait for a segment once no more of them fit; where the disk is full, more of them may wait."""
+        if not self._spool.is_full(self._next):
+            return
+        try:
+            self.save(self._spool.folder)
+        except StorageError as error:
+            if not (self._spool.writable and self._spool.grow()):
+                raise
+            _log.warning("The replay could not be written; its rows wait in memory: %s", error)
+
     def _check_streams(self, where: np.ndarray) -> None:
         if where.ndim != 1 or len(set(where.tolist())) != len(where):
             raise ValueError(f"Replay takes one row per stream and call, but the streams were {where.tolist()}.")
@@ -216,6 +237,11 @@ class Replay:
             if rows[key].dtype != dtype and not np.can_cast(rows[key].dtype, dtype, "same_kind"):
                 raise ValueError(f"Replay got observation '{key}' of dtype {rows[key].dtype}, expected {dtype}.")
 
+    def adopt(self, folder: Path, log: Callable[[str], object] = _log.warning) -> None:
+        """Takes over what lies in a folder without marks, as far as it is intact and without a hole; this replay must be empty."""
+        self._load_newer(Path(folder), 0, True, log)
+        self._close_cut()
+
     def cut(self) -> None:
         """Closes the open episode of every stream, as a truncation does: its newest row is_last, and not is_terminal.
 
@@ -229,6 +255,11 @@ class Replay:
         if not self._flags[at] & LAST:
             self._flags[at] |= LAST
             self._ends[stream].append(sequence)
+
+    def observations(self, stream: int, start: int, stop: int) -> dict[str, np.ndarray]:
+        """{key: [stop - start, ...]} of the rows of one stream that come start.. after its oldest."""
+        oldest = int(self._next[stream]) - self.lengths[stream]
+        return {key: self._rows(f"obs/{key}", stream, oldest + start, oldest + stop) for key in self.obs_spec}
 
     # Out ------------------------------------------------------------------------------------------------------------
 
@@ -314,7 +345,7 @@ class Replay:
         action = taken[:, 1:].copy()
         action[is_last | (sequence[:, 1:] == self._next[streams][:, None])] = 0
         return Batch(
-            obs={k: torch.from_numpy(self._windows(v, streams, starts, at, length)) for k, v in self._obs.items()},
+            obs={k: torch.from_numpy(self._windows(k, streams, starts, at, length)) for k in self.obs_spec},
             action=torch.from_numpy(action),
             prev_action=torch.from_numpy(taken[:, :-1].copy()),
             reward=torch.from_numpy(self._reward[at[:, :-1]]),
@@ -324,8 +355,11 @@ class Replay:
             row=torch.from_numpy(sequence[:, :-1] * self.num_envs + streams[:, None]),
         )
 
-    def _windows(self, column: np.ndarray, streams: np.ndarray, starts: np.ndarray, at: np.ndarray, length: int) -> np.ndarray:
-        """[B, length, ...] of one column; `at` [B, length + 1] are the rows' places."""
+    def _windows(self, key: str, streams: np.ndarray, starts: np.ndarray, at: np.ndarray, length: int) -> np.ndarray:
+        """[B, length, ...] of one observation; `at` [B, length + 1] are the rows' places in a ring."""
+        if self._spool is not None:
+            return self._spool.windows(f"obs/{key}", streams, starts, length)
+        column = self._obs[key]
         if column.dtype.itemsize * int(np.prod(column.shape[1:])) < SLICE_BYTES:
             return column[at[:, :-1]]
         out = np.empty((len(streams), length, *column.shape[1:]), column.dtype)
@@ -336,34 +370,43 @@ class Replay:
             out[b, before:] = ring[: length - before]
         return out
 
-
     # On disk --------------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path, since: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Writes the rows that `since` does not cover as new segments and returns the marks: JSON that `load` takes.
 
-        since  marks of an earlier save of this replay into this folder, or None: everything held is written.
+        since  marks of an earlier save of this replay into this folder, or None: everything held is written. A replay that
+               lies in `folder` knows by itself what is there
         Marks name the segments that hold what the replay holds now; a checkpoint keeps them, and so commits the rows.
         Nothing is deleted here (see `sweep`), so that a kill or a full disk leaves earlier marks loadable.
         Raises StorageError where the disk is full or not writable.
         """
         folder = Path(folder)
+        spool = self._spool
+        if spool is not None:
+            if folder != spool.folder or not spool.writable:
+                raise StorageError(f"This replay lies in {spool.folder}, where its run writes it. It cannot be saved to {folder}.")
+            since = {"rows": spool.sealed.tolist(), "segments": spool.named, **self._identity()}
         checkpoint.make_folder(folder)
         taken = segments.numbers(folder)
         named = self._named_by(since) if since is not None else []
-        if since is None or not {number for number, _ in named} <= set(taken):  # the folder was emptied meanwhile
+        emptied = since is None or not {number for number, _ in named} <= set(taken)
+        if emptied and spool is None:
             since, named = {"rows": [0] * self.num_envs}, []
         named = self._without_evicted(folder, named)
+        if spool is not None:
+            spool.keep(named)
 
         low = np.maximum(np.array(since["rows"], np.int64), self._next - self._held)
         columns, missing = self._column_spec, self._next - low
-        each = max(1, segments.MAX_BYTES // max(1, segments.row_bytes(columns) * self.num_envs))
         number = max([*taken, *(n for n, _ in named)], default=0)
-        for done in range(0, int(missing.max()), each):
+        for done in range(0, int(missing.max()), self._rows_a_segment):
             number += 1
-            starts, stops = (low + np.minimum(missing, upto) for upto in (done, done + each))
+            starts, stops = (low + np.minimum(missing, upto) for upto in (done, done + self._rows_a_segment))
             header = segments.Header(number, tuple(starts.tolist()), tuple(stops.tolist()))
             named.append([number, segments.write(folder, header, columns, self._rows)])
+            if spool is not None:
+                spool.hold(segments.sealed(folder, number, columns, self.num_envs))
         if missing.any():
             checkpoint.sync_folder(folder)
         return {"rows": self._next.tolist(), "segments": named, **self._identity()}
@@ -376,15 +419,17 @@ class Replay:
         *,
         keep_newer: bool = False,
         log: Callable[[str], object] = _log.warning,
+        on_disk: bool = False,
+        writable: bool = True,
     ) -> Replay:
-        """The replay as it was when `marks` were made.
+        """The replay as it was when `marks` were made; with `on_disk`, its observations stay where they are (`writable`: as above).
 
         Rows saved later belong to a future that the checkpoint does not know: they are dropped, or kept with
         `keep_newer`, as far as they are intact; both is told to `log`. CorruptError names the file and the offset
         of damage to any row that the marks name.
         """
         folder = Path(folder)
-        replay = cls._from_identity(marks)
+        replay = cls._from_identity(marks, folder if on_disk else None, writable)
         try:
             rows, named = np.array(marks["rows"], np.int64), [(int(n), int(seal)) for n, seal in marks["segments"]]
         except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -412,7 +457,8 @@ class Replay:
 
     @property
     def _column_spec(self) -> segments.Columns:
-        return {name: (column.shape[1:], column.dtype) for name, column in self._columns.items()}
+        obs = {f"obs/{k}": column for k, column in self.obs_spec.items()}
+        return {**obs, **{k: (x.shape[1:], x.dtype) for k, x in self._columns.items() if k not in obs}}
 
     def _identity(self) -> dict[str, Any]:
         """What marks say about the replay that they are of."""
@@ -420,10 +466,10 @@ class Replay:
         return {"capacity": self.capacity, "num_envs": self.num_envs, "action_dim": self.action_dim, "obs": obs}
 
     @classmethod
-    def _from_identity(cls, marks: Mapping[str, Any]) -> Replay:
+    def _from_identity(cls, marks: Mapping[str, Any], folder: Path | None, writable: bool) -> Replay:
         try:
             obs = {k: (shape, np.dtype(dtype).newbyteorder("=")) for k, (shape, dtype) in marks["obs"].items()}
-            return cls(marks["capacity"], obs, marks["action_dim"], marks["num_envs"])
+            return cls(marks["capacity"], obs, marks["action_dim"], marks["num_envs"], folder, writable)
         except MemoryError as error:
             raise StorageError(f"The replay's {marks['capacity']} steps do not fit into memory: {error}.") from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -450,10 +496,14 @@ class Replay:
         return named
 
     def _rows(self, name: str, stream: int, start: int, stop: int) -> np.ndarray:
+        if self._spool is not None and name in self._spool.spec:
+            return self._spool.windows(name, np.array([stream]), np.array([start]), stop - start)[0]
         return self._columns[name][stream * self.size + np.arange(start, stop) % self.size]
 
     def _append(self, header: segments.Header, streams: list[dict[str, np.ndarray]]) -> None:
-        """Puts a segment's rows at their sequence numbers."""
+        """Puts a segment's rows at their sequence numbers; on disk, its observations stay where they are."""
+        if self._spool is not None:
+            self._spool.hold(segments.sealed(self._spool.folder, header.number, self._column_spec, self.num_envs))
         for stream, (start, stop) in enumerate(zip(header.starts, header.stops)):
             kept = max(start, stop - self.size)
             at = stream * self.size + np.arange(kept, stop) % self.size
@@ -476,32 +526,26 @@ class Replay:
                 self._ends[stream].append(sequence)
 
     def _load_newer(self, folder: Path, after: int, keep: bool, log: Callable[[str], object]) -> None:
-        """Looks at the segments behind the marks: tells of what is dropped, or appends the newest unbroken timeline."""
-        chain: list[segments.Header] = []
-        for number in segments.numbers(folder):
-            if number <= after:
-                continue
-            try:
-                header = segments.read_header(folder, number, self._column_spec, self.num_envs)
-            except CorruptError as error:
-                log(f"A newer replay segment is ignored: {error}")
-                continue
-            reached = [self.added_by_stream, *(h.stops for h in chain)]
-            if header.starts in reached:  # a later file that starts further back is a retry: it replaces what it repeats
-                chain = [*chain[: reached.index(header.starts)], header]
-        count = sum(h.rows for h in chain)
+        """Tells of what lies behind the marks and is dropped, or appends it as far as it is intact."""
+        chain = segments.timeline(folder, after, self.added_by_stream, self._column_spec, log)
         if not keep:
-            if count:
-                log(f"Replay: {count} steps newer than the checkpoint are dropped.")
+            if chain:
+                log(f"Replay: {sum(h.rows for h in chain)} steps newer than the checkpoint are dropped.")
             return
-        for i, header in enumerate(chain):
+        count = 0
+        for header in chain:
             try:
                 self._append(*segments.read(folder, header.number, self._column_spec, self.num_envs))
             except CorruptError as error:
-                count = sum(h.rows for h in chain[:i])
                 log(f"A newer replay segment and all behind it are ignored: {error}")
                 break
-        log(f"Replay: {count} steps newer than the checkpoint are kept.")
+            count += header.rows
+        log(f"Replay: {count} steps {'newer than the checkpoint' if after else 'without a checkpoint'} are kept.")
+
+
+def row_bytes(obs: Mapping[str, tuple[Sequence[int], object]], action_dim: int) -> int:
+    """Bytes of one row: observation, action, reward and flags."""
+    return sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in obs.values()) + 4 * action_dim + 4 + 1
 
 
 def _rounded(x: float, rng: np.random.Generator) -> int:

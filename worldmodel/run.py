@@ -25,7 +25,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from worldmodel import checkpoint, registry
+from worldmodel import checkpoint, registry, segments
 from worldmodel.config import Config, Frozen
 from worldmodel.distributions import Posterior
 from worldmodel.errors import ConfigError, CorruptError, NumericsError, StorageError, did_you_mean
@@ -40,6 +40,8 @@ except ImportError:  # Windows: two writers are not kept apart there
     fcntl = None
 
 CONFIG, RESULT, LOCK = "config.yaml", "result.json", ".lock"
+LOOKS = 3
+"""Times that a reader looks for a checkpoint whose files the writer is not deleting just then."""
 DISTRIBUTIONS = ("worldmodel", "torch", "numpy", "gymnasium", "stable-baselines3", "safetensors")
 
 
@@ -48,6 +50,9 @@ class CheckpointConfig(Frozen):
     """When the state is saved. At the start and at the end it always is."""
 
     every: int = Field(5000, ge=0, description="real steps between checkpoints; 0: only at the end")
+    flush: int = Field(
+        1000, ge=0, description="real steps after which new experience is on the disk at the latest (for --keep-newer); 0: as every"
+    )
     keep: int = Field(2, ge=1, description="newest checkpoints that stay")
     fence: bool = Field(
         False, description="each checkpoint truncates open episodes and reseeds, so that a resumed run equals an unbroken one"
@@ -65,6 +70,7 @@ class Algorithm(Protocol):
 
     def content(self) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]: ...
     def restore(self, arrays: Mapping[str, Mapping[str, np.ndarray]], state: Mapping[str, Any]) -> None: ...
+    def adopt(self, folder: Path, log: Callable[[str], object]) -> None: ...
 
 
 class Run:
@@ -170,7 +176,7 @@ class Run:
             return path
         tensors, state = algorithm.content()
         _check_finite(state, "state")
-        marks = algorithm.replay.save(self.path / "replay", self._marks) if algorithm.replay is not None else None
+        marks = algorithm.replay.save(self.replay_folder, self._marks) if algorithm.replay is not None else None
         manifest = {
             "replay": marks,
             "fenced": fenced,
@@ -184,9 +190,19 @@ class Run:
         self._marks = marks
         if fenced or not self.config.checkpoint.fence:  # an unfenced one does not replace the fence that a resume starts from
             checkpoint.prune(folder, self.config.checkpoint.keep)
-        if marks is not None:
-            Replay.sweep(self.path / "replay", [m for s in checkpoint.steps(folder) if (m := self._marks_of(s)) is not None])
+        self._sweep_replay()
         return path
+
+    def flush(self, algorithm: Algorithm) -> None:
+        """Writes the experience that is not on the disk yet, so that a kill costs no more of it. A checkpoint alone commits it."""
+        self._marks = algorithm.replay.save(self.replay_folder, self._marks)
+        self._sweep_replay()
+
+    def _sweep_replay(self) -> None:
+        """Deletes the segments that neither a checkpoint names nor the replay as it was written last."""
+        if self._marks is not None:
+            named = [self._marks_of(step) for step in self.checkpoints]
+            Replay.sweep(self.replay_folder, [self._marks, *(marks for marks in named if marks is not None)])
 
     def resume(self, algorithm: Algorithm, *, keep_newer: bool, log: Callable[[str], object]) -> dict[str, Any] | None:
         """Restores the newest good checkpoint, its replay and all counters; its `progress`, or None where there is none.
@@ -198,6 +214,7 @@ class Run:
         if found is None and self.checkpoints:
             raise self._all_damaged()
         if found is None:
+            self._resume_experience(algorithm, log)
             return None
         step, path = found
         if self.config.checkpoint.fence:
@@ -207,14 +224,22 @@ class Run:
         algorithm.restore(tensors, state)
         marks = manifest["replay"]
         if marks is not None:
-            algorithm.replay = Replay.load(self.path / "replay", marks, keep_newer=keep_newer, log=log)
+            on_disk = self.config.train.replay == "disk"
+            algorithm.replay = Replay.load(self.replay_folder, marks, keep_newer=keep_newer, log=log, on_disk=on_disk)
             self._marks = marks
+        elif keep_newer:  # the first checkpoint, made before there was any
+            self._resume_experience(algorithm, log)
         spent = checkpoint.read_manifest(found[1])["progress"]
         if found[0] != step:
             log(f"checkpoint.fence: back to real step {step}; the {found[0] - step} steps behind it are made again.")
             for newer in [s for s in checkpoint.steps(folder) if s > step]:
                 checkpoint.discard(folder / f"step-{newer:012d}")
         return {**manifest["progress"], **{k: spent[k] for k in ("wall_seconds", "eval_seconds")}}
+
+    def _resume_experience(self, algorithm: Algorithm, log: Callable[[str], object]) -> None:
+        """Where no checkpoint names any, the experience that was written is taken over all the same."""
+        if segments.numbers(self.replay_folder):
+            algorithm.adopt(self.replay_folder, log)
 
     def _same_spaces(self, algorithm: Algorithm, state: Mapping[str, Any]) -> None:
         now = {"observation": algorithm.obs_spec.to_json(), "action": algorithm.action_spec.to_json(), "num_envs": algorithm.n_envs}
@@ -306,12 +331,24 @@ class Run:
         tensors, state, _ = self.read(step)
         return registry.part("agent", state["agent"]).from_content(tensors, state, env=env, device=device, trust=trust)
 
+    @property
+    def replay_folder(self) -> Path:
+        return self.path / "replay"
+
     def replay(self, step: int | None = None) -> Replay:
-        """The experience that a checkpoint names."""
-        marks = self.read(step)[2]["replay"]
-        if marks is None:
-            raise ConfigError(f"'{self.path}' holds no experience yet. Train it first, or resume it with --resume.")
-        return Replay.load(self.path / "replay", marks)
+        """The experience that a checkpoint names, to be read; also while another process goes on writing the run.
+
+        With train.replay=disk it lies in the folder, and what the writer evicts later is a CorruptError: open it again then.
+        """
+        for _ in range(LOOKS):
+            marks = self.read(step)[2]["replay"]
+            if marks is None:
+                raise ConfigError(f"'{self.path}' holds no experience yet. Train it first, or resume it with --resume.")
+            try:
+                return Replay.load(self.replay_folder, marks, on_disk=self.config.train.replay == "disk", writable=False)
+            except CorruptError as error:  # a writer may have replaced the checkpoint, and deleted what it alone named
+                damage = error
+        raise damage
 
     @cached_property
     def _world(self) -> WorldModel:

@@ -51,6 +51,16 @@ class Header:
         return sum(self.stops) - sum(self.starts)
 
 
+@dataclass(frozen=True)
+class Sealed:
+    """A segment whose rows are read where they lie; `offsets` are of the first byte of each block (stream, column)."""
+
+    path: Path
+    header: Header
+    seal: int
+    offsets: dict[tuple[int, str], int]
+
+
 def path_of(folder: Path, number: int) -> Path:
     return Path(folder) / f"segment-{number:09d}.bin"
 
@@ -130,6 +140,57 @@ def read(
         if seal is not None and found != seal:
             raise CorruptError(f"{path} is not the file that the checkpoint names (seal {found}, expected {seal}, at offset {at}).")
     return header, streams
+
+
+def timeline(folder: Path, after: int, reached: tuple[int, ...], columns: Columns, log: Callable[[str], object]) -> list[Header]:
+    """Headers of the segments behind number `after` that go on from the sequence numbers `reached`, without a hole.
+
+    A later file that starts further back is a retry: it replaces what it repeats. Where nothing was reached yet, the first
+    file may start anywhere: what came before it was evicted.
+    """
+    chain: list[Header] = []
+    for number in numbers(folder):
+        if number <= after:
+            continue
+        try:
+            header = read_header(folder, number, columns, len(reached))
+        except CorruptError as error:
+            log(f"A newer replay segment is ignored: {error}")
+            continue
+        known = [reached, *(h.stops for h in chain)]
+        if header.starts in known:
+            chain = [*chain[: known.index(header.starts)], header]
+        elif not chain and not any(reached):
+            chain = [header]
+    return chain
+
+
+def sealed(folder: Path, number: int, columns: Columns, num_streams: int) -> Sealed:
+    """A segment's header, seal and where its blocks lie, by what `write` laid down; nothing else of it is read."""
+    path = path_of(folder, number)
+    with _opened(path) as file:
+        header, _ = _header(file, path, number, columns, num_streams)
+        at, offsets = file.tell(), {}
+        for stream, (start, stop) in enumerate(zip(header.starts, header.stops)):
+            for name, (shape, dtype) in columns.items():
+                if start < stop:
+                    offsets[stream, name] = at
+                    at += (stop - start) * prod(shape) * dtype.itemsize + 4
+        file.seek(at)
+        return Sealed(path, header, _UINT.unpack(_take(file, 4))[0], offsets)
+
+
+def read_rows(segment: Sealed, name: str, stream: int, start: int, out: np.ndarray) -> None:
+    """Fills `out` with rows from sequence number `start` on. Their bytes are not compared with the block's CRC: `read` does that.
+
+    Plain reads, no memory map: where a file shrinks or a disk fails, an error comes and no signal.
+    """
+    data = out.reshape(-1).view(np.uint8).data
+    at = segment.offsets[stream, name] + (start - segment.header.starts[stream]) * (out.nbytes // max(1, len(out)))
+    with _opened(segment.path) as file:
+        file.seek(at)
+        if file.readinto(data) != len(data):
+            raise EOFError
 
 
 def delete(folder: Path, which: list[int]) -> None:

@@ -120,3 +120,21 @@ def test_many_narrow_components_are_scored_as_well_as_few():
     each = torch.stack([beliefs.index(slice(k, k + 1)).log_prob(x) for k in range(200)], -1)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(beliefs.log_prob_each(x), each, rtol=1e-4, atol=1e-3)
+
+
+def test_over_mirrored_draws_a_sampled_rate_moves_the_mean_as_the_closed_form_does():
+    """Drawn alone, z pulls the mean towards itself; of z and its mirror image only the belief's mean is left."""
+    narrow = law(components=1)
+    belief = GaussianPosterior(torch.tensor([[0.3, -0.2]]), torch.tensor([[0.5, 0.2]]))
+    z = belief.sample(torch.tensor([[1.3, -0.7]]))
+    gradients = {}
+    for name, codes in (("one", (z,)), ("both", narrow.antithetic(belief, z))):
+        rates = [narrow.rates(belief, code, None)[0] for code in codes]
+        gradients[name] = torch.autograd.grad(sum(rates).sum() / len(rates), narrow.raw)[0][0, :2]
+    closed = torch.autograd.grad(belief.kl(narrow.components(None).beliefs).sum(), narrow.raw)[0][0, :2]
+    torch.testing.assert_close(gradients["both"], closed)
+    assert (gradients["one"] - closed).abs().max() > 0.1
+    assert registry.build("distribution", small("distribution", "gaussian"), small_latent("gaussian"), 0).antithetic(belief, z) == (
+        z,
+    )
+    assert small_latent("categorical").belief(torch.zeros(1, 6)).mirror(torch.zeros(1, 6)) is None

@@ -264,7 +264,9 @@ class WorldModel(nn.Module):
                 self.mark_typical(codes[:: -(-len(codes) // MARK_CODES)], MARK_SHARE)
             self.marginal_age += 1
         if not self.dynamics.latent.certain:
-            terms["marginal"] = Loss(law.rate(trace.posterior, trace.z, None, frozen=not exact, **options))
+            codes = law.antithetic(trace.posterior, trace.z)
+            both = [law.rate(trace.posterior, code, None, frozen=not exact, **options) for code in codes]
+            terms["marginal"] = Loss(sum(both) / len(both))
         if not exact or self.dynamics.latent.certain:
             terms |= {f"fit/marginal/{name}": term for name, term in law.loss(trace.z.detach(), None, **options).items()}
         return terms

@@ -45,6 +45,10 @@ class Posterior(ABC):
         """`log_prob` of each code under each of K beliefs [*M K], or [K] with as many ones in front as needed."""
         return self.log_prob(x.unsqueeze(-2))
 
+    def mirror(self, z: Float[Tensor, "*N Z"]) -> Float[Tensor, "*N Z"] | None:
+        """The draw on the other side of the mean, which is as likely; None where the family has no such thing."""
+        return None
+
     @abstractmethod
     def entropy(self) -> Float[Tensor, "*N"]:
         """In nats, summed over the code's variables."""
@@ -237,6 +241,14 @@ class ConditionalDistribution(nn.Module, ABC):
             return rep.detach(), rep
         return self.rate(posterior.detach(), z.detach(), context, **options), rep
 
+    def antithetic(self, posterior: Posterior, z: Float[Tensor, "*N D"]) -> tuple[Tensor, ...]:
+        """What a rate is averaged over: z and its mirror image in the belief, so that what is linear in the noise cancels.
+
+        A law that is told single draws follows their noise, and dreams of it drift. Source: Hammersley and Morton 1956.
+        """
+        mirror = posterior.mirror(z)
+        return (z,) if mirror is None else (z, mirror)
+
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         """`log_prob`: so that the module can be called with other parameters."""
         return self.log_prob(x, context)
@@ -318,6 +330,9 @@ class ClosedForm(ConditionalDistribution):
 
     def log_prob(self, x: Float[Tensor, "*N D"], context: Tensor | None) -> Float[Tensor, "*N"]:
         return self.given(context).log_prob(x)
+
+    def antithetic(self, posterior, z):
+        return (z,)  # no rate depends on it
 
     def rate(self, posterior, z, context, *, frozen: bool = False, sampling=None, rows=None):
         prior = self.given(context)

@@ -40,6 +40,9 @@ class GaussianPosterior(Posterior):
     def sample(self, noise: Tensor, temperature: float = 1.0) -> Tensor:
         return torch.addcmul(self.mean_, self.std * temperature, noise)
 
+    def mirror(self, z):
+        return 2 * self.mean - z
+
     def log_prob(self, z: Tensor) -> Tensor:
         return -(0.5 * ((z - self.mean_) / self.std).square() + self.std.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
 

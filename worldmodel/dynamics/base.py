@@ -204,7 +204,9 @@ class Dynamics(nn.Module, ABC):
             context, options = None if context is None else context[where], {"sampling": sampling}
             options["rows"] = None if rows is None else rows[where]
             if not certain:
-                own, other = law.rates(belief.index(where), z[where], context, **options)
+                here = belief.index(where)
+                both = [law.rates(here, code, context, **options) for code in law.antithetic(here, z[where])]
+                own, other = (sum(side) / len(both) for side in zip(*both, strict=True))
                 rate = rate.masked_scatter(where, own.detach())
                 dyn, rep = dyn.masked_scatter(where, self._free(law, own)), rep.masked_scatter(where, self._free(law, other))
             # Points have no rate: what the transition learns from is the objective's matter.

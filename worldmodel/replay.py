@@ -336,7 +336,6 @@ class Replay:
             out[b, before:] = ring[: length - before]
         return out
 
-
     # On disk --------------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path, since: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -363,7 +362,11 @@ class Replay:
             number += 1
             starts, stops = (low + np.minimum(missing, upto) for upto in (done, done + each))
             header = segments.Header(number, tuple(starts.tolist()), tuple(stops.tolist()))
-            named.append([number, segments.write(folder, header, columns, self._rows)])
+            try:
+                named.append([number, segments.write(folder, header, columns, self._rows)])
+            except StorageError:  # a retry writes all of them anew: on a full disk the first ones must not be in its way
+                segments.delete(folder, [n for n, _ in named if n not in taken])
+                raise
         if missing.any():
             checkpoint.sync_folder(folder)
         return {"rows": self._next.tolist(), "segments": named, **self._identity()}

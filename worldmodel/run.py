@@ -49,6 +49,7 @@ class CheckpointConfig(Frozen):
 
     every: int = Field(5000, ge=0, description="real steps between checkpoints; 0: only at the end")
     keep: int = Field(2, ge=1, description="newest checkpoints that stay")
+    failures: int = Field(3, ge=1, description="saves in a row that fail, as on a full disk, at which the run stops")
     fence: bool = Field(
         False, description="each checkpoint truncates open episodes and reseeds, so that a resumed run equals an unbroken one"
     )
@@ -171,6 +172,7 @@ class Run:
         tensors, state = algorithm.content()
         _check_finite(state, "state")
         marks = algorithm.replay.save(self.path / "replay", self._marks) if algorithm.replay is not None else None
+        self._marks = marks  # these rows are on the disk, whatever becomes of the rest; a retry need not write them again
         manifest = {
             "replay": marks,
             "fenced": fenced,
@@ -181,7 +183,6 @@ class Run:
             "progress": dict(progress),
         }
         path = checkpoint.write(folder, algorithm.num_timesteps, tensors, state, manifest)
-        self._marks = marks
         if fenced or not self.config.checkpoint.fence:  # an unfenced one does not replace the fence that a resume starts from
             checkpoint.prune(folder, self.config.checkpoint.keep)
         if marks is not None:
@@ -250,10 +251,24 @@ class Run:
         except CorruptError:
             return None
 
+    @property
+    def checkpoint_bytes(self) -> int:
+        """What the newest checkpoint takes on the disk; 0 where there is none."""
+        found = self.manifest()
+        return sum(entry["size"] for entry in found["files"].values()) if found else 0
+
+    @property
+    def replay_bytes(self) -> int:
+        """What the replay takes on the disk."""
+        folder = self.path / "replay"
+        with checkpoint.storage("read", folder):
+            return sum(p.stat().st_size for p in folder.iterdir()) if folder.is_dir() else 0
+
     def write_result(self, result: Mapping[str, Any] | None) -> None:
         """Replaces result.json at once or not at all; None deletes it: the run goes on."""
         if result is None:
-            (self.path / RESULT).unlink(missing_ok=True)
+            with checkpoint.storage("delete", file := self.path / RESULT):
+                file.unlink(missing_ok=True)
         else:
             _replace(self.path / RESULT, checkpoint.dump_json(dict(result)))
 

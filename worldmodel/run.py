@@ -14,8 +14,9 @@ import os
 import platform
 import re
 import socket
-from collections.abc import Callable, Mapping
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache, cached_property
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, Protocol
@@ -93,8 +94,8 @@ class Run:
             refuse_existing(path)
             checkpoint.make_folder(path)
         run = cls(path, config)
-        run._take_lock()
-        run.write_config(config)
+        with run._locked():
+            run.write_config(config)
         return run
 
     @classmethod
@@ -109,13 +110,23 @@ class Run:
             text = file.read_text(encoding="utf-8")
         run = cls(path, Config.from_yaml(text, str(file)))
         if write:
-            run._take_lock()
-            checkpoint.sweep(run.path)
-            if (run.path / "checkpoints").is_dir():
-                checkpoint.sweep(run.path / "checkpoints")
+            with run._locked():
+                pass
         return run
 
     # One writer -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Locks and sweeps the folder; where that or the block fails, the lock is free again."""
+        self._take_lock()
+        try:
+            for folder in ("", "checkpoints", "replay", "projector"):
+                checkpoint.sweep(self.path / folder)
+            yield
+        except BaseException:
+            self.close()
+            raise
 
     def _take_lock(self) -> None:
         """Locks the folder for this process. The system frees the lock when the process ends, however it ends."""
@@ -126,8 +137,9 @@ class Run:
             if fcntl is not None:
                 with checkpoint.storage("lock", file):
                     self._lock_or_refuse(handle, file)
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"pid {os.getpid()} on host {socket.gethostname()}\n".encode(), 0)
+            with checkpoint.storage("write", file):
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, f"pid {os.getpid()} on host {socket.gethostname()}\n".encode(), 0)
         except BaseException:
             os.close(handle)
             raise
@@ -186,7 +198,7 @@ class Run:
         if fenced or not self.config.checkpoint.fence:  # an unfenced one does not replace the fence that a resume starts from
             checkpoint.prune(folder, self.config.checkpoint.keep)
         if marks is not None:
-            Replay.sweep(self.path / "replay", [m for s in checkpoint.steps(folder) if (m := self._marks_of(s)) is not None])
+            self._sweep_replay()
         return path
 
     def resume(self, algorithm: Algorithm, *, keep_newer: bool, log: Callable[[str], object]) -> dict[str, Any] | None:
@@ -245,11 +257,13 @@ class Run:
             return False
         return True
 
-    def _marks_of(self, step: int) -> Mapping[str, Any] | None:
+    def _sweep_replay(self) -> None:
+        """Deletes the rows that no checkpoint names; none while a manifest cannot be read: it may name them, and be read later."""
         try:
-            return checkpoint.read_manifest(self.path / "checkpoints" / f"step-{step:012d}").get("replay")
+            manifests = [checkpoint.read_manifest(self.path / "checkpoints" / f"step-{step:012d}") for step in self.checkpoints]
         except CorruptError:
-            return None
+            return
+        Replay.sweep(self.path / "replay", [m["replay"] for m in manifests if m.get("replay") is not None])
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -349,7 +363,8 @@ def refuse_existing(path: Path) -> None:
     """ConfigError where a new run may not begin: the folder is there and holds something."""
     if (path / CONFIG).exists():
         raise ConfigError(f"'{path}' holds a run already. Continue it with --resume (resume=True), or choose another --run.")
-    if path.is_dir() and any(name.name != LOCK for name in path.iterdir()):
+    # a run that was killed before its config was there has left at most these two
+    if path.is_dir() and any(entry.name != LOCK and not entry.name.startswith(".tmp-") for entry in path.iterdir()):
         raise ConfigError(f"'{path}' is there already and is no run folder. Choose another --run; nothing in it is overwritten.")
 
 
@@ -366,8 +381,9 @@ def latest_default(config: Config, seed: int) -> Path:
     return max(numbered)[1]
 
 
+@cache
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that numbers depend on."""
+    """Versions of Python and of the packages that numbers depend on, as this process found them."""
     found = {"python": platform.python_version()}
     for name in DISTRIBUTIONS:
         try:

@@ -145,6 +145,15 @@ class Run:
             raise
         self._lock = handle
 
+    def _still_there(self) -> None:
+        """StorageError where the folder was deleted, moved or replaced: writing would begin another one, which is no run."""
+        file = self.path / LOCK
+        with checkpoint.storage("write", file):
+            if self._lock is not None and not (file.exists() and os.path.samestat(os.fstat(self._lock), os.stat(file))):
+                raise StorageError(
+                    f"{self.path} is no longer the folder that was opened: it was deleted, moved or replaced meanwhile."
+                )
+
     def _lock_or_refuse(self, handle: int, file: Path) -> None:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -177,6 +186,7 @@ class Run:
         fenced  the algorithm begins new episodes behind it: what follows depends on this checkpoint alone
         A step that is committed already is left as it is. Raises StorageError, NumericsError; earlier checkpoints stay.
         """
+        self._still_there()
         folder = self.path / "checkpoints"
         path = folder / f"step-{algorithm.num_timesteps:012d}"
         if algorithm.num_timesteps in checkpoint.steps(folder) and self._is_intact(path):
@@ -280,6 +290,7 @@ class Run:
 
     def write_result(self, result: Mapping[str, Any] | None) -> None:
         """Replaces result.json at once or not at all; None deletes it: the run goes on."""
+        self._still_there()
         if result is None:
             with checkpoint.storage("delete", file := self.path / RESULT):
                 file.unlink(missing_ok=True)

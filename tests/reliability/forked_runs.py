@@ -33,6 +33,8 @@ from worldmodel.run import Run
 
 STEPS, SEED = 80, 0
 FENCE = {"checkpoint.fence": True, "env.num_envs": 2, "train.average": 0.9, "train.ratio": 0.3}
+SAVE = 0.02
+"""About how many seconds a save takes."""
 SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
 HANG = 60.0
 """Seconds after which a training counts as hung; a signal's own limit is in `signals`."""
@@ -94,7 +96,7 @@ class Life:
 
     def __init__(self, folder: Path, options: dict[str, Any]):
         self.started, (read, write) = time.monotonic(), os.pipe()
-        self.acknowledged, self._pipe = -1, read
+        self.heard, self._pipe = "", read
         self.pid = os.fork()
         if self.pid == 0:
             os.close(read)
@@ -106,9 +108,10 @@ class Life:
         save = Run.save
 
         def told(self, algorithm, *args, fenced=False, **kwargs):
+            os.write(pipe, b"begins ")
             path = save(self, algorithm, *args, fenced=fenced, **kwargs)
             if fenced or not self.config.checkpoint.fence:
-                os.write(pipe, f"{algorithm.num_timesteps}\n".encode())
+                os.write(pipe, f"{algorithm.num_timesteps} ".encode())
             return path
 
         Run.save = told
@@ -133,8 +136,22 @@ class Life:
             os.close(fd)
         status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         with os.fdopen(self._pipe) as pipe:
-            self.acknowledged = max([-1, *map(int, pipe.read().split())])
+            self.heard += pipe.read()
         return status
+
+    def begins(self, saves: int) -> bool:
+        """Waits for the beginning of so many saves; False where the child ends before."""
+        while self.heard.count("begins") < saves:
+            part = os.read(self._pipe, 4096)
+            if not part:
+                return False
+            self.heard += part.decode()
+        return True
+
+    @property
+    def acknowledged(self) -> int:
+        """The last step that the child knows to be committed; -1 where it knows of none."""
+        return max([-1, *(int(word) for word in self.heard.split() if word != "begins")])
 
 
 def ended(life: Life) -> int:
@@ -192,12 +209,13 @@ class Trial:
 
 
 def kills(trial: Trial, count: int, rng: random.Random) -> dict[str, int]:
-    """SIGKILL at random moments of runs, up to three in each."""
+    """SIGKILL at random moments of runs, half of them within a save, up to three in each."""
     while trial.counts["struck"] < count:
         folder = trial.place / f"run-{trial.counts['runs']}"
         for _ in range(rng.randint(1, 3)):
             life = Life(folder, trial.options)
-            status = life.wait(rng.uniform(0, 0.6 * trial.seconds))
+            within = rng.random() < 0.5 and life.begins(rng.randint(1, 3))
+            status = life.wait(rng.uniform(0, SAVE if within else 0.6 * trial.seconds))
             if status is None:
                 os.kill(life.pid, signal.SIGKILL)
                 status = life.wait(HANG)

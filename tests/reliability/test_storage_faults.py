@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import stores
-from catalogue import needs_program, times
+from catalogue import needs, needs_program, times
 from faults import strikes
+from small_runs import small_train
+from test_checkpoint import forked
 
-from worldmodel import checkpoint
+from worldmodel import checkpoint, segments, tensorboard
+from worldmodel.agents.train import Keeper
 from worldmodel.errors import CorruptError, StorageError
+from worldmodel.replay import Replay
 from worldmodel.run import Run
 
 FINE, REFUSED, ODD = 0, 10, 11
@@ -156,3 +168,199 @@ def test_a_read_that_fails_names_the_file(tmp_path, figure):
         seen.append(struck.status)
     assert seen.count(REFUSED) > 5
     figure("R4", f"{len(seen)} read errors while a run is opened: {seen.count(REFUSED)} named, 0 taken for other content")
+
+
+def test_a_manifest_that_cannot_be_read_for_once_costs_no_rows(tmp_path):
+    """Teeth: a sweep that takes it for one without rows deletes those that it alone names."""
+    runs = stores.Runs(tmp_path)
+    with Run.open(runs.template, write=True) as run:
+        run.config = run.config.override({"checkpoint.keep": 2})
+        with pytest.MonkeyPatch.context() as patch:
+            old, read = run.path / "checkpoints" / "step-000000000001", checkpoint.read_manifest
+
+            def fails(path: Path):
+                if path == old:
+                    raise CorruptError(f"{path} cannot be read")
+                return read(path)
+
+            patch.setattr(checkpoint, "read_manifest", fails)
+            run.save(runs.algorithm(2), {})
+    for step in (1, 2):
+        assert stores.same_rows(run.replay(step), stores.replay_of(step))
+
+
+# R6: the disk is full -----------------------------------------------------------------------------------------------------
+
+
+class Full:
+    """A disk of some megabytes; `fill` leaves nothing of it, `free` gives it back."""
+
+    def __init__(self, path: Path):
+        self.path, self.filler = path, path / "filler"
+
+    def fill(self, *_: object) -> None:
+        with open(self.filler, "wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(4096))
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+
+    def free(self, *_: object) -> None:
+        self.filler.unlink()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(place)], capture_output=True, check=False)
+    needs(mounted.returncode == 0, "the right to mount a tmpfs")
+    yield Full(place)
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def at_steps(patch: pytest.MonkeyPatch, acts: dict[int, Callable[[Any], object]]) -> None:
+    """Does something to a training, with its model, when it has reached a real step, before anything is saved there."""
+    on_step = Keeper._on_step
+
+    def step(self) -> bool:
+        acts.get(self.model.num_timesteps, lambda model: None)(self.model)
+        return on_step(self)
+
+    patch.setattr(Keeper, "_on_step", step)
+
+
+LOGGED = {"log.tensorboard": True, "log.every": 1, "log.pictures": 0, "eval.every": 0}
+
+
+def test_a_full_disk_stops_saving_and_not_training(small_disk, monkeypatch, figure):
+    """Teeth: with the save's error let through, or TensorBoard's own writer in place of ours, the run dies at step 40."""
+    said: list[str] = []
+
+    def act() -> bool:  # in a child: a disk that is written through a memory map would kill it by SIGBUS
+        at_steps(monkeypatch, {30: small_disk.fill, 31: write_much, 70: small_disk.free})
+        return small_train(small_disk.path / "run", 100, options=LOGGED, log=said.append).real_steps == 100 and told(said)
+
+    forked(act)
+    run = Run.open(small_disk.path / "run")
+    assert run.checkpoints == [80, 100] and run.replay().added >= 100 and run.result["real_steps"] == 100
+    scalars = tensorboard.read(run.path).scalars
+    assert scalars["checkpoint/failed"][-1][1] == 2
+    steps = [step for step, _ in scalars["world/loss/reward"]]
+    assert any(30 < step < 70 for step in steps) and max(steps) > 70  # what waited in memory was written
+    assert "x" * 10_000 in tensorboard.read(run.path).texts["much"][0][1]
+    figure("R6", "2 checkpoints on a full disk: 0 runs that end, 0 SIGBUS, all scalars written and the next checkpoint saved")
+
+
+def write_much(model: Any) -> None:
+    """More than the room that is left in the last page of the event file."""
+    model.logger.output_formats[0].writer.add_text("much", "x" * 10_000, model.num_timesteps)
+
+
+def told(said: list[str]) -> bool:
+    failed = [text for text in said if text.startswith("The checkpoint at real step") and "Free some disk space" in text]
+    return [text.split()[5] for text in failed] == ["40", "60"] and any("waits in memory" in text for text in said)
+
+
+@pytest.mark.parametrize(("limit", "reached"), [(1, 40), (2, 60), (3, 80)])
+def test_a_disk_that_stays_full_ends_the_run_with_the_last_good_checkpoint(small_disk, monkeypatch, limit, reached):
+    seen: list[int] = []
+
+    def act() -> bool:
+        at_steps(
+            monkeypatch,
+            {30: small_disk.fill, **{step: lambda model: seen.append(model.num_timesteps) for step in (40, 60, 80, 100)}},
+        )
+        try:
+            small_train(small_disk.path / "run", 120, options={**LOGGED, "checkpoint.failures": limit})
+        except StorageError as error:
+            return error.exit_code == 4 and seen[-1] == reached and "No space left on device" in str(error)
+        return False
+
+    forked(act)
+    assert Run.open(small_disk.path / "run").checkpoints == [0, 20]
+    small_disk.free()
+    assert small_train(small_disk.path / "run", 120, options=LOGGED | {"checkpoint.failures": limit}, resume=True).real_steps == 120
+
+
+def test_the_last_save_must_succeed(small_disk, monkeypatch):
+    def act() -> bool:
+        at_steps(monkeypatch, {50: small_disk.fill})
+        with pytest.raises(StorageError, match="No space left on device"):
+            small_train(small_disk.path / "run", 50, options=LOGGED)
+        return True
+
+    forked(act)
+    assert Run.open(small_disk.path / "run").result is None
+
+
+def test_a_small_disk_is_told_at_the_start_in_numbers(small_disk):
+    said: list[str] = []
+    small_train(small_disk.path / "small", 20, options={"train.capacity": 600_000}, log=said.append)
+    assert re.search(r"has 8 MB left, but 2 more checkpoints of 0 MB and \d\d MB of replay may come", "\n".join(said))
+    said.clear()
+    small_train(small_disk.path / "fits", 20, log=said.append)
+    assert not any("MB left" in text for text in said)
+
+
+def test_a_save_of_rows_that_fails_half_way_leaves_its_room_to_the_next_try(small_disk, monkeypatch):
+    """Teeth: where the first segments stay, what is freed is not enough."""
+    monkeypatch.setattr(segments, "MAX_BYTES", 1 << 20)
+    replay = Replay(10_000, {"obs": ((512,), np.uint8)}, 1, 1)
+    n = 10_000
+    flags = (np.arange(n) % 100 == 0, np.arange(n) % 100 == 99, np.zeros(n, bool))
+    replay.extend({"obs": np.ones((n, 512), np.uint8)}, np.zeros((n, 1)), np.zeros(n), *flags)
+    blocker = small_disk.path / "blocker"
+    blocker.write_bytes(bytes(4 << 20))
+    with pytest.raises(StorageError, match="Free some disk space"):
+        replay.save(small_disk.path / "replay")
+    assert not list((small_disk.path / "replay").iterdir())
+    blocker.unlink()
+    assert Replay.load(small_disk.path / "replay", replay.save(small_disk.path / "replay")).added == n
+
+
+# R7: the folder is gone, or nothing may be written ------------------------------------------------------------------------
+
+
+def test_a_run_whose_folder_is_gone_or_read_only_does_not_end_well(small_disk, monkeypatch, figure):
+    """Teeth: a save that swallowed the error would let the run end with a result."""
+    folder = small_disk.path / "run"
+
+    def lock_up(
+        *_: object,
+    ) -> None:  # a view of the folder over it: the disk itself cannot become read-only while the run has it open
+        for options in (["--bind", str(folder), str(folder)], ["-o", "remount,bind,ro", str(folder)]):
+            subprocess.run(["mount", *options], check=True)
+
+    for at, act in ((30, lock_up), (50, lambda model: shutil.rmtree(folder)), (50, lock_up)):
+        with monkeypatch.context() as patch, pytest.raises(StorageError) as error:
+            at_steps(patch, {at: act})
+            small_train(folder, 50, options=LOGGED)
+        assert str(folder) in str(error.value) and error.value.exit_code == 4
+        subprocess.run(["umount", "-l", str(folder)], capture_output=True, check=False)
+        assert not (folder / "result.json").exists()
+        shutil.rmtree(folder, ignore_errors=True)
+    figure("R7", "a run folder read-only or deleted at 3 moments: 0 runs that end without an error")
+
+
+# R10, R11 -----------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_newest_is_said_by_numbers_and_not_by_the_clock(tmp_path, figure):
+    """Teeth: by the time of change the oldest one would be taken and the newest ones deleted."""
+    paths = [checkpoint.write(tmp_path, step, stores.ARRAYS[1], {"step": step}) for step in (9, 10, 11)]
+    for path, days in zip(paths, (1, 0, -1)):
+        for file in (*path.iterdir(), path):
+            os.utime(file, (time.time() + 86_400 * days,) * 2)
+    assert checkpoint.newest(tmp_path)[0] == 11
+    assert checkpoint.prune(tmp_path, keep=1) == [10, 9]
+    runs = stores.Runs(tmp_path / "run")
+    with Run.open(runs.template, write=True) as run:
+        run._marks = run.manifest()["replay"]
+        run.config = run.config.override({"checkpoint.keep": 2})
+        run.save(runs.algorithm(2), {})
+        for file in (run.path / "replay").iterdir():
+            os.utime(file, (0, 0))
+    assert stores.same_rows(run.replay(), stores.replay_of(2))
+    figure("R10", "clocks that jump by a day: order by number in checkpoints and replay")

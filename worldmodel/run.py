@@ -232,6 +232,10 @@ class Run:
         if marks is not None:
             algorithm.replay = Replay.load(self.path / "replay", marks, keep_newer=keep_newer, log=log)
             self._marks = marks
+        before, now = manifest.get("versions", {}), versions()
+        changed = [f"{name} {old} -> {now.get(name, 'none')}" for name, old in before.items() if now.get(name) != old]
+        if changed:
+            log(f"Saved with other versions, so the numbers may differ from an unbroken run's: {', '.join(changed)}.")
         spent = checkpoint.read_manifest(found[1])["progress"]
         if found[0] != step:
             log(f"checkpoint.fence: back to real step {step}; the {found[0] - step} steps behind it are made again.")

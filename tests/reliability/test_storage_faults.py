@@ -22,8 +22,9 @@ from small_runs import small_train
 from test_checkpoint import forked
 
 from worldmodel import checkpoint, segments, tensorboard
+from worldmodel import run as runs
 from worldmodel.agents.train import Keeper
-from worldmodel.errors import CorruptError, StorageError
+from worldmodel.errors import ConfigError, CorruptError, StorageError
 from worldmodel.replay import Replay
 from worldmodel.run import Run
 
@@ -364,3 +365,18 @@ def test_what_is_newest_is_said_by_numbers_and_not_by_the_clock(tmp_path, figure
             os.utime(file, (0, 0))
     assert stores.same_rows(run.replay(), stores.replay_of(2))
     figure("R10", "clocks that jump by a day: order by number in checkpoints and replay")
+
+
+def test_a_resume_under_other_conditions_lists_each_of_them(tmp_path, monkeypatch, figure):
+    """Teeth: each part that is compared is changed here, and what is not said of it is missed."""
+    small_train(tmp_path / "run", 20, options={"train.threads": 1})
+    with pytest.raises(ConfigError) as refusal:
+        small_train(tmp_path / "run", 10, options={"train.threads": 2, "train.batch_size": 4}, resume=True, seed=3)
+    for part in ("train.threads: 1 -> 2", "train.batch_size: 3 -> 4", "seed: 0 -> 3", "train.steps: 20 -> 10"):
+        assert part in str(refusal.value)
+    said: list[str] = []
+    monkeypatch.setattr(runs, "versions", lambda: {**versions, "torch": "1.0"})
+    versions = Run.open(tmp_path / "run").manifest()["versions"]
+    small_train(tmp_path / "run", 30, resume=True, log=said.append)
+    assert any(f"torch {versions['torch']} -> 1.0" in text for text in said)
+    figure("R11", "a resume with other options, seed, steps, threads and versions: each named with its old and new value")

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from worldmodel.errors import ConfigError
-from worldmodel.model import tensors
+from worldmodel.learner import TrainConfig
+from worldmodel.model import WorldModel, tensors
 from worldmodel.replay import Replay, row_bytes
-
-if TYPE_CHECKING:
-    from worldmodel.agents.loop import WorldModelAlgorithm
+from worldmodel.spaces import ActionSpec, ObsSpec
 
 ROWS_AT_ONCE = 4096
 """Rows that the running statistics take in one go."""
 
 
-def new_replay(agent: WorldModelAlgorithm) -> Replay:
+def new_replay(train: TrainConfig, obs: ObsSpec, action: ActionSpec, streams: int, folder: Path | None) -> Replay:
     """An empty one. ConfigError where it would not fit into the memory, or holds no sequence, or there is no folder for it."""
-    train, obs, streams = agent.config.train, agent.obs_spec.store, agent.n_envs
-    capacity, each = train.capacity, row_bytes(obs, agent.action_spec.dim)
+    capacity, each = train.capacity, row_bytes(obs.store, action.dim)
     if train.replay_gib is not None:
         capacity = min(capacity, int(train.replay_gib * 2**30) // each)
     needed = streams * (train.burn_in + train.batch_length)
@@ -29,27 +27,27 @@ def new_replay(agent: WorldModelAlgorithm) -> Replay:
             f"{needed}. Raise train.capacity (now {train.capacity}) and train.replay_gib (now {train.replay_gib})."
         )
     if train.replay == "disk":
-        if agent.replay_folder is None:
+        if folder is None:
             raise ConfigError(
                 "train.replay=disk keeps experience in a run folder, and there is none here. Train with `worldmodel train` or "
                 "worldmodel.agents.train, or leave it at train.replay=memory."
             )
-        return Replay(capacity, obs, agent.action_spec.dim, streams, agent.replay_folder)
+        return Replay(capacity, obs.store, action.dim, streams, folder)
     if capacity * each > (there := _memory()):
         raise ConfigError(
             f"The replay would take {capacity * each / 2**30:.1f} GiB ({capacity:,} steps of {each:,} bytes), and this machine has "
             f"{there / 2**30:.1f}. Lower train.capacity, set train.replay_gib, or keep it on the disk with train.replay=disk."
         )
-    return Replay(capacity, obs, agent.action_spec.dim, streams)
+    return Replay(capacity, obs.store, action.dim, streams)
 
 
-def fit_scaling(agent: WorldModelAlgorithm) -> None:
+def fit_scaling(world: WorldModel, replay: Replay) -> None:
     """The running statistics take in all that the replay holds."""
-    vectors = {name: agent.obs_spec.keys[name] for name in agent.world.scaling.vectors}
-    for stream, held in enumerate(agent.replay.lengths if vectors else ()):
+    vectors = {name: world.obs.keys[name] for name in world.scaling.vectors}
+    for stream, held in enumerate(replay.lengths if vectors else ()):
         for start in range(0, held, ROWS_AT_ONCE):
-            rows = tensors(agent.replay.observations(stream, start, min(held, start + ROWS_AT_ONCE)), agent.device)
-            agent.world.scaling.update({name: key.canonical(rows[name]) for name, key in vectors.items()})
+            rows = tensors(replay.observations(stream, start, min(held, start + ROWS_AT_ONCE)), world.device)
+            world.scaling.update({name: key.canonical(rows[name]) for name, key in vectors.items()})
 
 
 def _memory() -> float:

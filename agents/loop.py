@@ -208,7 +208,7 @@ class WorldModelAlgorithm(BaseAlgorithm):
     def open_streams(self, obs: Any) -> None:
         """Episodes begin: open ones end as by truncation, and the first observation of each environment goes into the replay."""
         if self.replay is None:
-            self.replay = experience.new_replay(self)
+            self.replay = self._new_replay()
         elif self.replay.num_envs != self.n_envs:
             raise ConfigError(
                 f"The replay was collected with {self.replay.num_envs} environments, the new VecEnv has {self.n_envs}. "
@@ -222,9 +222,12 @@ class WorldModelAlgorithm(BaseAlgorithm):
 
     def adopt(self, folder: pathlib.Path, log: Callable[[str], object]) -> None:
         """Begins with the experience that lies in a folder, as far as it is intact."""
-        self.replay = experience.new_replay(self)
+        self.replay = self._new_replay()
         self.replay.adopt(folder, log)
-        experience.fit_scaling(self)
+        experience.fit_scaling(self.world, self.replay)
+
+    def _new_replay(self) -> Replay:
+        return experience.new_replay(self.config.train, self.obs_spec, self.action_spec, self.n_envs, self.replay_folder)
 
     def reopen(self, seed: int) -> None:
         """Open episodes end as by truncation, and new ones begin in environments seeded with seed, seed + 1, ..."""

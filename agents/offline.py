@@ -38,7 +38,7 @@ def make_agent(config: Config, seed: int, device: str = "auto", trust: bool = Fa
     agent = _of_specs(config, found.obs_spec, found.action_spec, seed, device, trust)
     agent.replay = Replay(config.train.capacity, found.obs_spec.store, found.action_spec.dim, 1)
     found.fill(agent.replay)
-    fit_scaling(agent)
+    fit_scaling(agent.world, agent.replay)
     return agent
 
 

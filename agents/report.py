@@ -1,12 +1,18 @@
-"""What a person sees while a run trains: a progress bar where there is a terminal, plain lines elsewhere."""
+"""What a person sees while a run trains: a progress bar where there is a terminal, plain lines elsewhere, and TensorBoard."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.logger import TensorBoardOutputFormat
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from torch.utils.tensorboard.writer import FileWriter, SummaryWriter
+
+from worldmodel.tensorboard import EventFile
 
 SHOWN = {"world/loss/observation": "obs", "world/loss/reward": "reward"}
 """Logged losses that the bar shows, under short names."""
@@ -83,3 +89,35 @@ class Bar(Lines):
 
     def close(self) -> None:
         self._bar.stop()
+
+
+class Scalars(TensorBoardOutputFormat):
+    """SB3's TensorBoard format in a folder that may hold an earlier part of the run: points behind `step` are hidden.
+
+    A disk that is full or gone does not end the run: it is told to `warn`.
+    """
+
+    def __init__(self, folder: Path, step: int, warn: Callable[[str], object]):
+        self.writer = _Writer(EventFile(folder, warn), step + 1 if step else None)
+        self._is_closed = False
+
+
+class _Writer(SummaryWriter):
+    """torch's writer over a given event file."""
+
+    def __init__(self, file: EventFile, purge_step: int | None):
+        self._file = file
+        super().__init__(log_dir=file.get_logdir(), purge_step=purge_step)
+
+    def _get_file_writer(self) -> FileWriter:
+        if self.file_writer is None:
+            self.file_writer = _FileWriter(self._file)
+            self.all_writers = {self.log_dir: self.file_writer}
+            if self.purge_step is not None:
+                self.file_writer.add_event(Event(session_log=SessionLog(status=SessionLog.START)), self.purge_step)
+        return self.file_writer
+
+
+class _FileWriter(FileWriter):
+    def __init__(self, file: EventFile):  # not the base's, which would open a file of its own
+        self.event_writer = file

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import signal
 import threading
 import time
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from pydantic import Field
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
-from stable_baselines3.common.logger import Logger, SummaryWriter, TensorBoardOutputFormat
+from stable_baselines3.common.logger import Logger
 
 from worldmodel import config as configs
 from worldmodel import registry
@@ -32,11 +33,11 @@ from worldmodel.agents.evaluation import (
     threshold,
 )
 from worldmodel.agents.loop import WorldModelAlgorithm, policy_name
-from worldmodel.agents.report import Bar, Lines
+from worldmodel.agents.report import Bar, Lines, Scalars
 from worldmodel.agents.watch import Watch
 from worldmodel.config import Config, Frozen
 from worldmodel.envs.make import as_vec_env
-from worldmodel.errors import ConfigError, EnvError
+from worldmodel.errors import ConfigError, EnvError, StorageError
 from worldmodel.registry import register
 from worldmodel.run import Run
 from worldmodel.spaces import ObsSpec
@@ -145,15 +146,19 @@ class Progress:
 class Keeper(BaseCallback):
     """Evaluates, confirms, checkpoints and stops; asked after every round of real steps."""
 
-    def __init__(self, run: Run, progress: Progress, signals: Signals, report: Lines, seed: int):
+    def __init__(
+        self, run: Run, progress: Progress, signals: Signals, report: Lines, seed: int, warn: Callable[[str], object] = _log.warning
+    ):
         super().__init__()
         self.run, self.config, self.seed = run, run.config, seed
-        self.progress, self.signals, self.report = progress, signals, report
+        self.progress, self.signals, self.report, self.warn = progress, signals, report, warn
         self.recorded = bool(self.config.train.data)  # then there is no environment
         self.goal = self.config.eval.threshold if self.recorded else threshold(self.config.eval, self.config.env.id)
         self._clock: float | None = None
+        self._failed = self._failed_in_a_row = 0
 
     def _on_training_start(self) -> None:
+        self._look_at_the_disk()
         self._clock = time.perf_counter()
         self.report.start(self.model)
 
@@ -162,11 +167,11 @@ class Keeper(BaseCallback):
         step, every = self.model.num_timesteps, self.config.checkpoint.every
         goes_on = self.evaluate_if_due() and not self.signals
         if every and step // every > (step - self.model.n_envs) // every:
-            self.save(fenced=self.config.checkpoint.fence)
+            self.save_on_the_way(fenced=self.config.checkpoint.fence)
             if self.config.checkpoint.fence and not self.recorded and goes_on and step < self.config.train.steps:
                 self.model.reopen(env_seed(self.seed, step))
         elif (flush := self.config.checkpoint.flush) and step // flush > (step - self.model.n_envs) // flush and not self.recorded:
-            self.run.flush(self.model)
+            self._flush()
         return goes_on
 
     def evaluate_if_due(self) -> bool:
@@ -218,6 +223,42 @@ class Keeper(BaseCallback):
         self.tick()
         self.run.save(self.model, asdict(self.progress), fenced=fenced)
 
+    def save_on_the_way(self, fenced: bool = False) -> None:
+        """`save`, where a disk that says no is told, and tried again at the next checkpoint, but not for ever."""
+        limit = self.config.checkpoint.failures
+        try:
+            self.save(fenced)
+            self._failed_in_a_row = 0
+        except StorageError as error:
+            self._failed += 1
+            self._failed_in_a_row += 1
+            if self._failed_in_a_row >= limit:
+                raise
+            self.warn(
+                f"The checkpoint at {_step(self.model)} could not be saved ({self._failed_in_a_row} in a row; at {limit} the run "
+                f"stops): {error} Training goes on; the next try is {self.config.checkpoint.every} steps later."
+            )
+        self.model.logger.record("checkpoint/failed", self._failed)
+
+    def _flush(self) -> None:
+        """The experience so far goes to the disk; where that cannot be, the next checkpoint says whether it is for long."""
+        try:
+            self.run.flush(self.model)
+        except StorageError as error:
+            self.warn(f"The experience at {_step(self.model)} could not be written: {error}")
+
+    def _look_at_the_disk(self) -> None:
+        """Warns where less is free than what the run may still write."""
+        free, keep = shutil.disk_usage(self.run.path).free, self.config.checkpoint.keep
+        moments = 0 if self.model.learner.updates else 8 * self.model.parameter_count  # Adam's two, from the first update on
+        size, written = self.run.checkpoint_bytes + moments, self.run.replay_bytes
+        rows = max(0, self.model.replay.disk_bytes - written)
+        if free < keep * size + rows:
+            self.warn(
+                f"The disk of {self.run.path} has {free / 1e6:.0f} MB left, but {keep} more checkpoints of {size / 1e6:.0f} MB and "
+                f"{rows / 1e6:.0f} MB of replay may come. Free some space, or lower checkpoint.keep or train.capacity."
+            )
+
 
 def env_seed(seed: int, step: int) -> int:
     """Seed of the first environment from a checkpoint on; environment i gets this + i."""
@@ -234,7 +275,7 @@ def train(
     resume: bool = False,
     keep_newer: bool = False,
     progress: bool = False,
-    log: Callable[[str], object] = _log.info,
+    log: Callable[[str], object] | None = None,
     data: str | Path | Run | Sequence[str | Path | Run] | None = None,
     trust: bool = False,
 ) -> TrainResult:
@@ -247,6 +288,7 @@ def train(
     resume      goes on from the newest good checkpoint; the result of a finished run is given back
     keep_newer  on resume, keeps replay rows that are newer than the checkpoint
     progress    a progress bar on stderr, else lines for `log`
+    log         gets these lines and warnings; without it they go to Python's logging, as info and as warnings
     data        recorded experience to learn from: .npz files, folders of them, "minari:ID", runs. Then no environment is made:
                 `train.pretrain` updates of the world model, then train.steps * train.ratio of all; nothing is evaluated
     trust       files that options name may be opened although that can run code: agent.path, a zip of Stable-Baselines3
@@ -281,7 +323,7 @@ def train(
     threads = torch.get_num_threads()
     try:
         with Signals() as signals:
-            session = _Session(signals, device, trust, keep_newer, progress, log)
+            session = _Session(signals, device, trust, keep_newer, progress, log or _log.info, log or _log.warning)
             if resume:
                 return _resumed(session, recipe, run_dir, given, seed)
             return _new(session, recipe, run_dir, given, seed or 0)
@@ -299,6 +341,7 @@ class _Session:
     keep_newer: bool
     progress: bool
     log: Callable[[str], object]
+    warn: Callable[[str], object]
 
 
 def _new(session: _Session, recipe: Any, run_dir: str | Path | None, given: dict[str, Any], seed: int) -> TrainResult:
@@ -438,9 +481,10 @@ def _go_on(session: _Session, run: Run, agent: WorldModelAlgorithm, progress: Pr
     """From where the agent is to the end of the run."""
     config = run.config
     report = (Bar if session.progress else Lines)(session.log, config.train.steps)
-    keeper = Keeper(run, progress, session.signals, report, seed)
     agent.replay_folder = run.replay_folder
-    agent.set_logger(_logger(run, agent.num_timesteps))
+    keeper = Keeper(run, progress, session.signals, report, seed, session.warn)
+    outputs = [Scalars(run.path, agent.num_timesteps, session.warn)] if config.log.tensorboard else []
+    agent.set_logger(Logger(str(run.path), outputs))
     keeper.init_callback(agent)
     watch = _watch(config, session.signals)
     callback = keeper if watch is None else CallbackList([keeper, watch])
@@ -503,15 +547,3 @@ def _finished(run: Run, agent: WorldModelAlgorithm, keeper: Keeper, seed: int) -
     )
     run.write_result(result.to_json())
     return result
-
-
-class _Scalars(TensorBoardOutputFormat):
-    """SB3's TensorBoard format in a folder that may hold an earlier part of the run: points behind `step` are hidden."""
-
-    def __init__(self, folder: Path, step: int):
-        self.writer = SummaryWriter(log_dir=str(folder), purge_step=step + 1 if step else None)
-        self._is_closed = False
-
-
-def _logger(run: Run, step: int) -> Logger:
-    return Logger(str(run.path), [_Scalars(run.path, step)] if run.config.log.tensorboard else [])

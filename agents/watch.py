@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from worldmodel.diagnostics.geometry import Beliefs, beliefs, interpolation, tra
 from worldmodel.diagnostics.rollouts import OpenLoop, open_loop
 from worldmodel.envs.draw import Viewer
 from worldmodel.envs.make import EnvConfig
-from worldmodel.errors import ConfigError
+from worldmodel.errors import ConfigError, StorageError
 
 HORIZONS = (1, 2, 3, 5, 10, 15, 30, 50)
 """Horizons whose errors are scalars, as far as they are measured."""
@@ -30,6 +31,7 @@ FILM, POINTS, VARIABLES = 40, 300, 8
 """Steps of the film, points of the projector, variables of the code that are traversed."""
 LONG = 1024
 """Numbers beyond which a code is no list of variables, but a picture: none of them is moved, and the projector leaves it out."""
+_log = logging.getLogger(__name__)
 
 
 class Watch(BaseCallback):
@@ -216,4 +218,7 @@ class Watch(BaseCallback):
             metadata["value"] = [round(x, 4) for x in value.tolist()]
         obs = self.model.obs_spec.canonical({name: x[chosen, 0] for name, x in seen.rows.obs.items()})
         thumbnails = viewer.frames(obs) if viewer.can_draw else None
-        tensorboard.projector(Path(self.writer.log_dir), seen.belief.mean[chosen].cpu().numpy(), metadata, thumbnails)
+        try:
+            tensorboard.projector(Path(self.writer.log_dir), seen.belief.mean[chosen].cpu().numpy(), metadata, thumbnails)
+        except StorageError as error:  # a picture is not worth a run; its checkpoints will say more
+            _log.warning("The projector's points are left out: %s", error)

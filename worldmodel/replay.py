@@ -77,8 +77,8 @@ class Replay:
         self._ends = [Ends() for _ in range(self.num_envs)]
         self._spool: Spool | None = None
         if folder is not None:
-            spec = {f"obs/{k}": column for k, column in self.obs_spec.items()}
-            self._spool = Spool(Path(folder), spec, self.num_envs, min(self.size, self._rows_a_segment), writable)
+            room = min(self.size, self._rows_a_segment)
+            self._spool = Spool(folder, {f"obs/{k}": x for k, x in self.obs_spec.items()}, self.num_envs, room, writable)
 
     # What is held ---------------------------------------------------------------------------------------------------
 
@@ -110,6 +110,11 @@ class Replay:
     def nbytes(self) -> int:
         """Bytes of memory of the full store."""
         return sum(column.nbytes for column in self._columns.values()) + (self._spool.nbytes if self._spool else 0)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of all rows of a full store in its folder."""
+        return self.capacity * row_bytes(self.obs_spec, self.action_dim)
 
     @property
     def _rows_a_segment(self) -> int:
@@ -179,11 +184,8 @@ class Replay:
         rows = self._checked(n, obs, prev_action, reward, is_first, is_last, is_terminal)
         if self._spool is not None:  # a segment may fill up at any of them
             for i in range(n):
-                one = (
-                    {k: np.asarray(x)[i : i + 1] for k, x in obs.items()},
-                    *(np.asarray(x)[i : i + 1] for x in (prev_action, reward, is_first, is_last, is_terminal)),
-                )
-                self.add(*one, streams=[stream])
+                one = [np.asarray(x)[i : i + 1] for x in (prev_action, reward, is_first, is_last, is_terminal)]
+                self.add({k: np.asarray(x)[i : i + 1] for k, x in obs.items()}, *one, streams=[stream])
             return
         none = {name: column[:0] for name, column in self._columns.items()}
         stops = self._next + n * (np.arange(self.num_envs) == stream)
@@ -381,8 +383,7 @@ class Replay:
         Nothing is deleted here (see `sweep`), so that a kill or a full disk leaves earlier marks loadable.
         Raises StorageError where the disk is full or not writable.
         """
-        folder = Path(folder)
-        spool = self._spool
+        folder, spool = Path(folder), self._spool
         if spool is not None:
             if folder != spool.folder or not spool.writable:
                 raise StorageError(f"This replay lies in {spool.folder}, where its run writes it. It cannot be saved to {folder}.")
@@ -404,7 +405,12 @@ class Replay:
             number += 1
             starts, stops = (low + np.minimum(missing, upto) for upto in (done, done + self._rows_a_segment))
             header = segments.Header(number, tuple(starts.tolist()), tuple(stops.tolist()))
-            named.append([number, segments.write(folder, header, columns, self._rows)])
+            try:
+                named.append([number, segments.write(folder, header, columns, self._rows)])
+            except StorageError:  # a retry writes all of them anew: on a full disk the first ones must not be in its way
+                if spool is None:
+                    segments.delete(folder, [n for n, _ in named if n not in taken])
+                raise
             if spool is not None:
                 spool.hold(segments.sealed(folder, number, columns, self.num_envs))
         if missing.any():

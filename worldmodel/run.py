@@ -14,8 +14,9 @@ import os
 import platform
 import re
 import socket
-from collections.abc import Callable, Mapping
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache, cached_property
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, Protocol
@@ -54,6 +55,7 @@ class CheckpointConfig(Frozen):
         1000, ge=0, description="real steps after which new experience is on the disk at the latest (for --keep-newer); 0: as every"
     )
     keep: int = Field(2, ge=1, description="newest checkpoints that stay")
+    failures: int = Field(3, ge=1, description="saves in a row that fail, as on a full disk, at which the run stops")
     fence: bool = Field(
         False, description="each checkpoint truncates open episodes and reseeds, so that a resumed run equals an unbroken one"
     )
@@ -98,8 +100,8 @@ class Run:
             refuse_existing(path)
             checkpoint.make_folder(path)
         run = cls(path, config)
-        run._take_lock()
-        run.write_config(config)
+        with run._locked():
+            run.write_config(config)
         return run
 
     @classmethod
@@ -114,13 +116,23 @@ class Run:
             text = file.read_text(encoding="utf-8")
         run = cls(path, Config.from_yaml(text, str(file)))
         if write:
-            run._take_lock()
-            checkpoint.sweep(run.path)
-            if (run.path / "checkpoints").is_dir():
-                checkpoint.sweep(run.path / "checkpoints")
+            with run._locked():
+                pass
         return run
 
     # One writer -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Locks and sweeps the folder; where that or the block fails, the lock is free again."""
+        self._take_lock()
+        try:
+            for folder in ("", "checkpoints", "replay", "projector"):
+                checkpoint.sweep(self.path / folder)
+            yield
+        except BaseException:
+            self.close()
+            raise
 
     def _take_lock(self) -> None:
         """Locks the folder for this process. The system frees the lock when the process ends, however it ends."""
@@ -131,12 +143,22 @@ class Run:
             if fcntl is not None:
                 with checkpoint.storage("lock", file):
                     self._lock_or_refuse(handle, file)
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"pid {os.getpid()} on host {socket.gethostname()}\n".encode(), 0)
+            with checkpoint.storage("write", file):
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, f"pid {os.getpid()} on host {socket.gethostname()}\n".encode(), 0)
         except BaseException:
             os.close(handle)
             raise
         self._lock = handle
+
+    def _still_there(self) -> None:
+        """StorageError where the folder was deleted, moved or replaced: writing would begin another one, which is no run."""
+        file = self.path / LOCK
+        with checkpoint.storage("write", file):
+            if self._lock is not None and not (file.exists() and os.path.samestat(os.fstat(self._lock), os.stat(file))):
+                raise StorageError(
+                    f"{self.path} is no longer the folder that was opened: it was deleted, moved or replaced meanwhile."
+                )
 
     def _lock_or_refuse(self, handle: int, file: Path) -> None:
         try:
@@ -170,6 +192,7 @@ class Run:
         fenced  the algorithm begins new episodes behind it: what follows depends on this checkpoint alone
         A step that is committed already is left as it is. Raises StorageError, NumericsError; earlier checkpoints stay.
         """
+        self._still_there()
         folder = self.path / "checkpoints"
         path = folder / f"step-{algorithm.num_timesteps:012d}"
         if algorithm.num_timesteps in checkpoint.steps(folder) and self._is_intact(path):
@@ -177,6 +200,7 @@ class Run:
         tensors, state = algorithm.content()
         _check_finite(state, "state")
         marks = algorithm.replay.save(self.replay_folder, self._marks) if algorithm.replay is not None else None
+        self._marks = marks  # these rows are on the disk, whatever becomes of the rest; a retry need not write them again
         manifest = {
             "replay": marks,
             "fenced": fenced,
@@ -187,7 +211,6 @@ class Run:
             "progress": dict(progress),
         }
         path = checkpoint.write(folder, algorithm.num_timesteps, tensors, state, manifest)
-        self._marks = marks
         if fenced or not self.config.checkpoint.fence:  # an unfenced one does not replace the fence that a resume starts from
             checkpoint.prune(folder, self.config.checkpoint.keep)
         self._sweep_replay()
@@ -199,10 +222,17 @@ class Run:
         self._sweep_replay()
 
     def _sweep_replay(self) -> None:
-        """Deletes the segments that neither a checkpoint names nor the replay as it was written last."""
-        if self._marks is not None:
-            named = [self._marks_of(step) for step in self.checkpoints]
-            Replay.sweep(self.replay_folder, [self._marks, *(marks for marks in named if marks is not None)])
+        """Deletes the segments that neither a checkpoint names nor the replay as it was written last.
+
+        None while a manifest cannot be read: it may name them, and be read later.
+        """
+        if self._marks is None:
+            return
+        try:
+            manifests = [checkpoint.read_manifest(self.path / "checkpoints" / f"step-{step:012d}") for step in self.checkpoints]
+        except CorruptError:
+            return
+        Replay.sweep(self.replay_folder, [self._marks, *(m["replay"] for m in manifests if m.get("replay") is not None)])
 
     def resume(self, algorithm: Algorithm, *, keep_newer: bool, log: Callable[[str], object]) -> dict[str, Any] | None:
         """Restores the newest good checkpoint, its replay and all counters; its `progress`, or None where there is none.
@@ -229,6 +259,10 @@ class Run:
             self._marks = marks
         elif keep_newer:  # the first checkpoint, made before there was any
             self._resume_experience(algorithm, log)
+        before, now = manifest.get("versions", {}), versions()
+        changed = [f"{name} {old} -> {now.get(name, 'none')}" for name, old in before.items() if now.get(name) != old]
+        if changed:
+            log(f"Saved with other versions, so the numbers may differ from an unbroken run's: {', '.join(changed)}.")
         spent = checkpoint.read_manifest(found[1])["progress"]
         if found[0] != step:
             log(f"checkpoint.fence: back to real step {step}; the {found[0] - step} steps behind it are made again.")
@@ -269,16 +303,25 @@ class Run:
             return False
         return True
 
-    def _marks_of(self, step: int) -> Mapping[str, Any] | None:
-        try:
-            return checkpoint.read_manifest(self.path / "checkpoints" / f"step-{step:012d}").get("replay")
-        except CorruptError:
-            return None
+    @property
+    def checkpoint_bytes(self) -> int:
+        """What the newest checkpoint takes on the disk; 0 where there is none."""
+        found = self.manifest()
+        return sum(entry["size"] for entry in found["files"].values()) if found else 0
+
+    @property
+    def replay_bytes(self) -> int:
+        """What the replay takes on the disk."""
+        folder = self.path / "replay"
+        with checkpoint.storage("read", folder):
+            return sum(p.stat().st_size for p in folder.iterdir()) if folder.is_dir() else 0
 
     def write_result(self, result: Mapping[str, Any] | None) -> None:
         """Replaces result.json at once or not at all; None deletes it: the run goes on."""
+        self._still_there()
         if result is None:
-            (self.path / RESULT).unlink(missing_ok=True)
+            with checkpoint.storage("delete", file := self.path / RESULT):
+                file.unlink(missing_ok=True)
         else:
             _replace(self.path / RESULT, checkpoint.dump_json(dict(result)))
 
@@ -371,7 +414,8 @@ def refuse_existing(path: Path) -> None:
     """ConfigError where a new run may not begin: the folder is there and holds something."""
     if (path / CONFIG).exists():
         raise ConfigError(f"'{path}' holds a run already. Continue it with --resume (resume=True), or choose another --run.")
-    if path.is_dir() and any(name.name != LOCK for name in path.iterdir()):
+    # a run that was killed before its config was there has left at most these two
+    if path.is_dir() and any(entry.name != LOCK and not entry.name.startswith(".tmp-") for entry in path.iterdir()):
         raise ConfigError(f"'{path}' is there already and is no run folder. Choose another --run; nothing in it is overwritten.")
 
 
@@ -388,8 +432,9 @@ def latest_default(config: Config, seed: int) -> Path:
     return max(numbered)[1]
 
 
+@cache
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that numbers depend on."""
+    """Versions of Python and of the packages that numbers depend on, as this process found them."""
     found = {"python": platform.python_version()}
     for name in DISTRIBUTIONS:
         try:

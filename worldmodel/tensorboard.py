@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import os
 import re
+import socket
 import struct
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +28,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from worldmodel.checkpoint import storage
-from worldmodel.errors import ConfigError, CorruptError, did_you_mean
+from worldmodel.errors import ConfigError, CorruptError, StorageError, did_you_mean
 from worldmodel.pictures import write
 
 if TYPE_CHECKING:
@@ -48,8 +51,54 @@ LAYOUT = {
 
 _TEXT_SUFFIX = "/text_summary"  # torch appends it to a text's tag
 _LANE, _ALL_ONES = 256, 0xFFFFFFFF
+_files = itertools.count()
 
 # Writing --------------------------------------------------------------------------------------------------------------
+
+
+class EventFile:
+    """An event file that outlives a full disk: what finds no room waits in memory and is written once there is some.
+
+    It stands in for TensorBoard's EventFileWriter, whose thread ends at the first error and takes the run with it.
+
+    warn  gets one line when writing begins to fail
+    """
+
+    FLUSH_BYTES, WAITING_BYTES = 1 << 20, 64 << 20
+
+    def __init__(self, folder: Path, warn: Callable[[str], object]):
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_files)}"
+        self.path, self._warn = Path(folder) / name, warn
+        self._waiting, self._failing = bytearray(), False
+        self.add_event(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self.flush()
+
+    def add_event(self, event: Event) -> None:
+        body = event.SerializeToString()
+        length = struct.pack("<Q", len(body))
+        record = length + struct.pack("<I", _masked_of_length(length)) + body + struct.pack("<I", _masked(body))
+        if len(self._waiting) + len(record) <= self.WAITING_BYTES or not self._failing:
+            self._waiting += record
+        if len(self._waiting) >= self.FLUSH_BYTES and not self._failing:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what waits. A part that is written stays: the rest of its record follows at the next flush."""
+        try:
+            with storage("write", self.path), open(self.path, "ab", buffering=0) as file:
+                while self._waiting:
+                    del self._waiting[: file.write(self._waiting)]
+            self._failing = False
+        except StorageError as error:
+            if not self._failing:
+                self._warn(f"{error} What is logged waits in memory, up to {self.WAITING_BYTES >> 20} MiB.")
+            self._failing = True
+
+    def close(self) -> None:
+        self.flush()
+
+    def get_logdir(self) -> str:
+        return str(self.path.parent)
 
 
 def image(writer: SummaryWriter, tag: str, encoded: bytes, step: int) -> None:

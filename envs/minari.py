@@ -31,7 +31,7 @@ def read(dataset_id: str, layout: Layout | Mapping[str, Layout] | None = None) -
     """The episodes of a local Minari data set. Raises ConfigError (with near names), CorruptError, MissingExtraError."""
     minari = _minari()
     name = f"{PREFIX}{dataset_id}"
-    folder = _folder(dataset_id)
+    folder = _folder(_well_formed(dataset_id))
     if not (folder / "data").is_dir():
         raise _absent(minari, dataset_id)
     try:
@@ -77,12 +77,7 @@ def _episodes(dataset: Any, found: list[Leaf], action: Leaf, single: bool) -> It
 
 def check_free(dataset_id: str) -> Path:
     """The folder for a new data set. Raises ConfigError where the id is malformed or taken, MissingExtraError."""
-    minari = _minari()
-    try:
-        minari.dataset.minari_dataset.parse_dataset_id(dataset_id)
-    except (ValueError, TypeError) as error:  # a TypeError where the version is missing
-        raise ConfigError(f"'{dataset_id}' is no id of Minari: {error}. Expected words like 'rail/random-v0'.") from error
-    folder = _folder(dataset_id)
+    folder = _folder(_well_formed(dataset_id))
     if folder.exists():
         raise ConfigError(
             f"The Minari data set '{dataset_id}' is there already, and is not overwritten. Choose another id, or delete it with "
@@ -153,6 +148,15 @@ def _absent(minari: Any, dataset_id: str) -> ConfigError:
         f"'{PREFIX}{dataset_id}' is not among the Minari data sets in {_folder('')}.{hint} Fetch it with `minari download "
         f"{dataset_id}`, or say where it lies in the environment variable MINARI_DATASETS_PATH."
     )
+
+
+def _well_formed(dataset_id: str) -> str:
+    """The id, unless Minari could not have given it: another one may lead out of Minari's folder."""
+    try:
+        _minari().dataset.minari_dataset.parse_dataset_id(dataset_id)
+    except (ValueError, TypeError) as error:  # a TypeError where the version is missing
+        raise ConfigError(f"'{dataset_id}' is no id of Minari: {error}. Expected words like 'rail/random-v0'.") from error
+    return dataset_id
 
 
 def _folder(dataset_id: str) -> Path:

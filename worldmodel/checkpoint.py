@@ -278,15 +278,23 @@ def steps(parent: Path) -> list[int]:
         return sorted(int(m[1]) for e in entries if (m := _STEP.fullmatch(e.name)) and e.is_dir())
 
 
-def newest(parent: Path, log: Callable[[str], object] = _log.warning) -> tuple[int, Path] | None:
-    """(step, path) of the highest step that verifies; every damaged one that is passed over is told to `log`."""
+def intact(parent: Path, log: Callable[[str], object] = _log.warning) -> Iterator[tuple[int, Path]]:
+    """(step, path) of the checkpoints that verify, newest first; every damaged one that is passed over is told to `log`."""
     for step in reversed(steps(parent)):
         path = Path(parent) / f"step-{step:012d}"
         damage = _damage(path)
         if damage is None:
-            return step, path
-        log(f"Checkpoint of step {step} is skipped: {damage}")
-    return None
+            yield step, path
+        else:
+            log(f"Checkpoint of step {step} is skipped: {damage}")
+
+
+def newest(parent: Path, log: Callable[[str], object] = _log.warning) -> tuple[int, Path] | None:
+    """(step, path) of the highest step that verifies; `log` is told which ones are damaged and how many steps that costs."""
+    found = next(intact(parent, log), None)
+    if found is not None and (lost := steps(parent)[-1] - found[0]) > 0:
+        log(f"Step {found[0]} is the newest that verifies: {lost} steps behind it are lost.")
+    return found
 
 
 def verify(path: Path) -> dict:
@@ -417,6 +425,8 @@ def unpack(path: Path) -> Content:
     """
     path = Path(path)
     with storage("read", path):
+        if path.exists() and not path.is_file():  # opening a FIFO would wait for ever
+            raise CorruptError(f"{path} is no regular file.")
         try:
             with zipfile.ZipFile(path) as archive:
                 members = _members(archive, path)

@@ -9,6 +9,7 @@ manifest names them. No file points at the latest checkpoint: it is the newest o
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import math
 import os
 import platform
@@ -40,6 +41,7 @@ except ImportError:  # Windows: two writers are not kept apart there
     fcntl = None
 
 CONFIG, RESULT, LOCK = "config.yaml", "result.json", ".lock"
+_log = logging.getLogger(__name__)
 DISTRIBUTIONS = ("worldmodel", "torch", "numpy", "gymnasium", "stable-baselines3", "safetensors")
 
 
@@ -119,14 +121,15 @@ class Run:
     def _take_lock(self) -> None:
         """Locks the folder for this process. The system frees the lock when the process ends, however it ends."""
         file = self.path / LOCK
-        with checkpoint.storage("write", file):
-            handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        with checkpoint.storage("write", file):  # not through a link, which may lead out of a stranger's run
+            handle = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
         try:
             if fcntl is not None:
                 with checkpoint.storage("lock", file):
                     self._lock_or_refuse(handle, file)
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"pid {os.getpid()} on host {socket.gethostname()}\n".encode(), 0)
+            with checkpoint.storage("write", file):
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, f"pid {os.getpid()} on host {socket.gethostname()}\n".encode(), 0)
         except BaseException:
             os.close(handle)
             raise
@@ -191,30 +194,53 @@ class Run:
     def resume(self, algorithm: Algorithm, *, keep_newer: bool, log: Callable[[str], object]) -> dict[str, Any] | None:
         """Restores the newest good checkpoint, its replay and all counters; its `progress`, or None where there is none.
 
-        With checkpoint.fence it is the newest fenced one, and what was saved behind it is deleted: it will be made again.
+        A checkpoint is good where its own files and its replay are whole; with checkpoint.fence it is a fenced one. How many
+        steps that costs is told to `log`. Intact ones behind it are deleted: they will be made again.
         """
-        folder = self.path / "checkpoints"
-        found = checkpoint.newest(folder, log)
-        if found is None and self.checkpoints:
-            raise self._all_damaged()
-        if found is None:
+        if not self.checkpoints:
             return None
-        step, path = found
-        if self.config.checkpoint.fence:
-            step, path = self._newest_fence()
+        folder, last = self.path / "checkpoints", self.checkpoints[-1]
+        step, path, replay = self._newest_whole(log, keep_newer=keep_newer, fenced=self.config.checkpoint.fence)
         tensors, state, manifest = checkpoint.read(path)
         self._same_spaces(algorithm, state)
         algorithm.restore(tensors, state)
-        marks = manifest["replay"]
-        if marks is not None:
-            algorithm.replay = Replay.load(self.path / "replay", marks, keep_newer=keep_newer, log=log)
-            self._marks = marks
-        spent = checkpoint.read_manifest(found[1])["progress"]
-        if found[0] != step:
-            log(f"checkpoint.fence: back to real step {step}; the {found[0] - step} steps behind it are made again.")
-            for newer in [s for s in checkpoint.steps(folder) if s > step]:
-                checkpoint.discard(folder / f"step-{newer:012d}")
+        if replay is not None:
+            algorithm.replay, self._marks = replay, manifest["replay"]
+        behind = [newer for newer, _ in checkpoint.intact(folder, log=lambda text: None) if newer > step]
+        spent = checkpoint.read_manifest(folder / f"step-{max([step, *behind]):012d}")["progress"]
+        if last != step:
+            log(f"Back to step {step}: the {last - step} steps saved behind it are lost, and will be made again.")
+        for newer in behind:
+            checkpoint.discard(folder / f"step-{newer:012d}")
         return {**manifest["progress"], **{k: spent[k] for k in ("wall_seconds", "eval_seconds")}}
+
+    def _newest_whole(
+        self, log: Callable[[str], object], *, keep_newer: bool = False, fenced: bool = False
+    ) -> tuple[int, Path, Replay | None]:
+        """(step, path, replay) of the newest checkpoint whose files and replay are whole; what is passed over is told to `log`."""
+        damage: CorruptError | None = None
+        for step, path in checkpoint.intact(self.path / "checkpoints", log):
+            manifest = checkpoint.read_manifest(path)
+            if fenced and not manifest.get("fenced"):
+                continue
+            try:
+                marks = manifest["replay"]
+                replay = None if marks is None else Replay.load(self.path / "replay", marks, keep_newer=keep_newer, log=log)
+            except CorruptError as error:
+                log(f"Checkpoint of step {step} is skipped, as its replay is damaged: {error}")
+                damage = damage or error
+            else:
+                return step, path, replay
+        if damage is not None:
+            raise CorruptError(
+                f"No checkpoint of {self.path} has a whole replay: {damage} Its weights are whole: evaluate them, or "
+                "restore that file."
+            ) from damage
+        if fenced and any(self._is_intact(self.path / "checkpoints" / f"step-{step:012d}") for step in self.checkpoints):
+            raise CorruptError(
+                f"{self.path} has no intact fenced checkpoint left. Restore the folder from a copy, or start a new run."
+            )
+        raise self._all_damaged()
 
     def _same_spaces(self, algorithm: Algorithm, state: Mapping[str, Any]) -> None:
         now = {"observation": algorithm.obs_spec.to_json(), "action": algorithm.action_spec.to_json(), "num_envs": algorithm.n_envs}
@@ -224,13 +250,6 @@ class Run:
                     f"The environment's '{name}' is no longer the one that {self.path} was made with: {state[name]} -> {value}. "
                     "Restore the environment, or start a new run."
                 )
-
-    def _newest_fence(self) -> tuple[int, Path]:
-        for step in reversed(checkpoint.steps(self.path / "checkpoints")):
-            path = self.path / "checkpoints" / f"step-{step:012d}"
-            if self._is_intact(path) and checkpoint.verify(path).get("fenced"):
-                return step, path
-        raise CorruptError(f"{self.path} has no intact fenced checkpoint left. Restore the folder from a copy, or start a new run.")
 
     def _all_damaged(self) -> CorruptError:
         return CorruptError(
@@ -307,11 +326,15 @@ class Run:
         return registry.part("agent", state["agent"]).from_content(tensors, state, env=env, device=device, trust=trust)
 
     def replay(self, step: int | None = None) -> Replay:
-        """The experience that a checkpoint names."""
+        """The experience that a checkpoint names; without `step`, of the newest one whose experience is whole."""
         marks = self.read(step)[2]["replay"]
-        if marks is None:
+        if step is None:
+            replay = self._newest_whole(_log.warning)[2]
+        else:
+            replay = None if marks is None else Replay.load(self.path / "replay", marks)
+        if replay is None:
             raise ConfigError(f"'{self.path}' holds no experience yet. Train it first, or resume it with --resume.")
-        return Replay.load(self.path / "replay", marks)
+        return replay
 
     @cached_property
     def _world(self) -> WorldModel:

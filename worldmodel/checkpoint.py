@@ -211,8 +211,8 @@ def _check_manifest(data: bytes, where: Path | str) -> dict:
     return manifest
 
 
-def _decode(manifest: dict, get: Callable[[str], bytes]) -> Content:
-    """(tensors, state, manifest) from bytes that the manifest vouches for."""
+def _decode(manifest: dict, get: Callable[[str], bytes], where: str) -> Content:
+    """(tensors, state, manifest) from bytes that the manifest vouches for; `where` stands before a file's name in messages."""
     tensors = {}
     for name in manifest["files"]:
         if name == STATE:
@@ -220,8 +220,8 @@ def _decode(manifest: dict, get: Callable[[str], bytes]) -> Content:
         try:
             tensors[name.removesuffix(".safetensors")] = _load_arrays(get(name))
         except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise CorruptError(f"{name} is no safetensors file of numbers: {error}.") from error
-    return tensors, parse_json(get(STATE), STATE), manifest
+            raise CorruptError(f"{where}{name} is no safetensors file of numbers: {error}.") from error
+    return tensors, parse_json(get(STATE), where + STATE), manifest
 
 
 def _load_arrays(data: bytes) -> Arrays:
@@ -310,7 +310,7 @@ def read(path: Path) -> Content:
     """(tensors, state, manifest) of a checkpoint; the bytes that are parsed are those that were verified."""
     path = Path(path)
     manifest = read_manifest(path)
-    return _decode(manifest, lambda name: _check(path / name, manifest["files"][name], keep=True))
+    return _decode(manifest, lambda name: _check(path / name, manifest["files"][name], keep=True), f"{path}{os.sep}")
 
 
 def read_manifest(path: Path) -> dict:
@@ -434,7 +434,7 @@ def unpack(path: Path) -> Content:
                 odd = members.keys() ^ {MANIFEST, *manifest["files"]}
                 if odd:
                     raise CorruptError(f"{path} and its manifest differ on the members {sorted(odd)}.")
-                return _decode(manifest, lambda name: _member(archive, members[name], manifest["files"][name], path))
+                return _decode(manifest, lambda name: _member(archive, members[name], manifest["files"][name], path), f"{path}:")
         except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, UnicodeDecodeError) as error:
             raise CorruptError(f"{path} is no intact zip: {error}. Restore it from a copy.") from error
 

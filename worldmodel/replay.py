@@ -336,7 +336,6 @@ class Replay:
             out[b, before:] = ring[: length - before]
         return out
 
-
     # On disk --------------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path, since: Mapping[str, Any] | None = None) -> dict[str, Any]:

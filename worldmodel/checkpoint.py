@@ -220,7 +220,7 @@ def _decode(manifest: dict, get: Callable[[str], bytes], where: str) -> Content:
         try:
             tensors[name.removesuffix(".safetensors")] = _load_arrays(get(name))
         except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise CorruptError(f"{where}{name} is no safetensors file of numbers: {error}.") from error
+            raise CorruptError(f"{where}{name} is no safetensors file of numbers: {error}. Use an older checkpoint.") from error
     return tensors, parse_json(get(STATE), where + STATE), manifest
 
 
@@ -450,7 +450,9 @@ def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]
                 "A zip that another library saved needs that library."
             )
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 0x1:
-            raise CorruptError(f"{path}: the member {info.filename!r} is compressed or encrypted; this library stores plainly.")
+            raise CorruptError(
+                f"{path}: the member {info.filename!r} is compressed or encrypted. Expected a zip of this library's save()."
+            )
     if len(set(names)) != len(names):
         raise CorruptError(f"{path} has two members of one name.")
     if MANIFEST not in names:

@@ -105,10 +105,14 @@ class Run:
         file = path / CONFIG
         if not file.is_file():
             near = did_you_mean(path.name, _runs_in(path.parent)) if not path.exists() else ""
-            raise ConfigError(f"'{path}' is no run folder: it has no {CONFIG}.{near if near.startswith(' Did') else ''}")
+            hint = near if near.startswith(" Did") else " Expected the folder of a run, as `worldmodel train` names it."
+            raise ConfigError(f"'{path}' is no run folder: it has no {CONFIG}.{hint}")
         with checkpoint.storage("read", file):
-            text = file.read_text(encoding="utf-8")
-        run = cls(path, Config.from_yaml(text, str(file)))
+            data = file.read_bytes()
+        try:
+            run = cls(path, Config.from_yaml(data.decode(), str(file)))
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{file}: cannot be read ({error}). Expected a YAML file in UTF-8.") from None
         if write:
             run._take_lock()
             checkpoint.sweep(run.path)

@@ -105,19 +105,19 @@ def lie(rng: random.Random, files: Files, foreign: Files) -> Files:
     }
 
 
-def tried(read: Callable[[], bytes], whole: bytes, named: str) -> str:
+def tried(read: Callable[[], bytes], whole: bytes, named: str, refusals: tuple = (StorageError,)) -> str:
     """What comes of reading: "identical" or "refused", which is allowed, or what is not."""
     try:
         found = read()
-    except StorageError as error:  # CorruptError, or a newer schema's
+    except refusals as error:  # CorruptError, or a newer schema's
         return "refused" if named in str(error) else f"not named: {error}"
     except Exception as error:
         return f"other: {type(error).__name__}: {error}"[:200]
     return "identical" if found == whole else "different"
 
 
-def in_child(act: Callable[[], Counter]) -> Counter:
-    """`act` in a process whose memory cannot grow beyond HEADROOM."""
+def in_child(act: Callable[[], Counter], headroom: int = HEADROOM) -> Counter:
+    """`act` in a process whose memory cannot grow by more than `headroom`."""
     import resource
 
     ours, theirs = os.pipe()
@@ -125,7 +125,7 @@ def in_child(act: Callable[[], Counter]) -> Counter:
     if pid == 0:
         try:
             pages = int(Path("/proc/self/statm").read_text().split()[0])
-            limit = pages * resource.getpagesize() + HEADROOM
+            limit = pages * resource.getpagesize() + headroom
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
             os.write(theirs, json.dumps(act()).encode())
             os._exit(0)

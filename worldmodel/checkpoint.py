@@ -98,7 +98,10 @@ def make_folder(path: Path) -> None:
         if path.is_dir():
             return
         make_folder(path.parent)
-        path.mkdir(exist_ok=True)
+        try:
+            path.mkdir(exist_ok=True)
+        except ValueError as error:  # NUL, or half a character
+            raise OSError(errno.EINVAL, f"no folder can have this name ({error})") from error
         sync_folder(path.parent)
 
 

@@ -103,7 +103,9 @@ class Run:
         """The run in a folder. ConfigError where there is none; with `write`, StorageError where another process writes."""
         path = Path(path)
         file = path / CONFIG
-        if not file.is_file():
+        with checkpoint.storage("read", file):
+            there = file.is_file()
+        if not there:
             near = did_you_mean(path.name, _runs_in(path.parent)) if not path.exists() else ""
             hint = near if near.startswith(" Did") else " Expected the folder of a run, as `worldmodel train` names it."
             raise ConfigError(f"'{path}' is no run folder: it has no {CONFIG}.{hint}")
@@ -359,9 +361,11 @@ class Run:
 
 def refuse_existing(path: Path) -> None:
     """ConfigError where a new run may not begin: the folder is there and holds something."""
-    if (path / CONFIG).exists():
+    with checkpoint.storage("read", path):
+        run, taken = (path / CONFIG).exists(), path.is_dir() and any(name.name != LOCK for name in path.iterdir())
+    if run:
         raise ConfigError(f"'{path}' holds a run already. Continue it with --resume (resume=True), or choose another --run.")
-    if path.is_dir() and any(name.name != LOCK for name in path.iterdir()):
+    if taken:
         raise ConfigError(f"'{path}' is there already and is no run folder. Choose another --run; nothing in it is overwritten.")
 
 

@@ -7,6 +7,7 @@ metadata and arrays are read: no environment is made, not even where Minari itse
 from __future__ import annotations
 
 import inspect
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -89,9 +90,15 @@ def check_free(dataset_id: str) -> Path:
 def write(dataset_id: str, recording: Recording) -> Path:
     """A new local Minari data set of these episodes, whole or absent; its folder. Pictures are kept exactly.
 
-    Raises ConfigError where the id is malformed or taken, StorageError, MissingExtraError.
+    Raises ConfigError where the id is malformed or taken or HDF5 has no name for a key, StorageError, MissingExtraError.
     """
     folder, minari = check_free(dataset_id), _minari()
+    for name in recording.obs:
+        if not re.fullmatch("[^/\0\ud800-\udfff]+", name) or name == ".":
+            raise ConfigError(
+                f"The observation key {name!r} cannot name an array of HDF5, where '/' makes groups. Expected no '/', NUL or half "
+                "a character, and not '.' alone: rename it with a wrapper, or export to an .npz file."
+            )
     from minari.data_collector.episode_buffer import EpisodeBuffer
 
     # Stacked already: Minari's own way to build them, step by step, needs jax.

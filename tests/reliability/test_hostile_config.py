@@ -25,7 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from worldmodel import checkpoint, tensorboard
 from worldmodel.config import Config, describe
-from worldmodel.envs import sources
+from worldmodel.envs import minari, sources
 from worldmodel.errors import ConfigError, StorageError, UnsupportedSpaceError
 from worldmodel.recipes import load_yaml
 from worldmodel.recording import Recording
@@ -211,6 +211,23 @@ def test_keys_of_observations_are_kept_or_refused_and_write_no_other_file(tmp_pa
     every()
     assert not outside(root) and [path.name for path in root.iterdir()] == ["replay"]
     figure("S3", f"keys of Dict spaces, in recordings and replays: {told(counts)}; 0 other files")
+
+
+def test_keys_of_observations_are_kept_by_minari_or_refused(tmp_path, monkeypatch, figure):
+    """Teeth: without the check, a key with a slash makes a data set that cannot be read."""
+    (root := tmp_path / "here").mkdir()
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(root / "minari"))
+    counts: Counter = Counter()
+
+    def kept(number: int, name: str) -> None:
+        recording = recorded(name)
+        minari.write(f"toy/set-v{number}", recording)
+        assert minari.read(f"toy/set-v{number}").obs.keys() == recording.obs.keys()
+
+    for number, name in enumerate([*ATTACKS, "a/b", "a\0b", "\ud800", "/abs", "\n", "plain"]):
+        tallied(counts, lambda number=number, name=name: kept(number, name), (ConfigError,))
+    assert not outside(root) and [path.name for path in root.iterdir()] == ["minari"]
+    figure("S3", f"keys of Dict spaces, in Minari's data sets: {told(counts)}; 0 other files")
 
 
 def test_keys_of_observations_make_a_model_that_is_saved_and_read_or_are_refused(tmp_path, figure):

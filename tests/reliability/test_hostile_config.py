@@ -260,11 +260,11 @@ def test_files_of_a_checkpoint_and_data_sets_of_minari_stay_in_their_folders(tmp
     @hostile(times(100, 1_000))
     def every(name: str) -> None:
         tallied(counts, lambda: sources.recording(f"minari:{name}"))
-        content = {name: {"a": np.ones(1)}}, {}
+        before, content = counts["taken"], ({name: {"a": np.ones(1)}}, {})
         tallied(counts, lambda: checkpoint.pack(root / "a.zip", 1, *content), (*NAMED, ValueError))
+        assert counts["taken"] == before or re.fullmatch("[a-z][a-z0-9_-]*", name)
 
     every()
-    assert not counts["taken"]  # none of them is made of small letters, digits, '_' and '-' alone
     for name in ("../elsewhere/set-v0", str(tmp_path / "elsewhere" / "set-v0")):
         with pytest.raises(ConfigError, match="is no id of Minari"):
             sources.recording(f"minari:{name}")
@@ -295,11 +295,12 @@ def two_edits_away(word: str) -> list[str]:
 
 
 def test_no_unknown_key_is_ignored_and_nearly_every_typing_mistake_is_understood(figure):
-    asked, right = Counter(), Counter()
+    """Each third mistake in every run: tests/test_config.py makes all single ones. Teeth: with `extra="ignore"` none is refused."""
+    asked, right, each = Counter(), Counter(), times(3, 1)
     for cls in every_config_class():
         for key in cls.model_fields:
             for edits, typos in ((1, one_edit_away(key)), (2, two_edits_away(key))):
-                for typo in typos:
+                for typo in typos[::each]:
                     if typo in cls.model_fields:
                         continue
                     with pytest.raises(ConfigError) as caught:

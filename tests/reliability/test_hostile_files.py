@@ -183,6 +183,7 @@ print(*loaders)
 
 
 def test_no_carrier_runs_code_wherever_it_is_opened(shelf, figure):
+    """Teeth: without the refusal in `open_algorithm` the hook sees pickles, and canaries are there."""
     rows = opened(shelf, "carriers")
     found = faults(rows)
     assert not found, f"{len(found)} of {len(rows)}:\n" + "\n".join(found[:40])
@@ -275,7 +276,8 @@ def test_archives_write_nothing_and_do_not_blow_up(shelf, tmp_path, monkeypatch,
     assert list((inside / "teeth").iterdir())
 
 
-def test_what_is_no_regular_file_is_refused_and_waited_for_by_nobody(shelf, tmp_path):
+def test_what_is_no_regular_file_is_refused_and_waited_for_by_nobody(tmp_path):
+    """Teeth: without the check in `checkpoint.unpack` this test never ends."""
     os.mkfifo(tmp_path / "pipe.zip")
     os.mkfifo(tmp_path / "pipe.npz")
     for act in (Dreamer.load, Recording.read):

@@ -295,7 +295,7 @@ def two_edits_away(word: str) -> list[str]:
 
 
 def test_no_unknown_key_is_ignored_and_nearly_every_typing_mistake_is_understood(figure):
-    """Each third mistake in every run: tests/test_config.py makes all single ones. Teeth: with `extra="ignore"` none is refused."""
+    """Each third mistake in every run: tests/test_config.py makes all single ones. Teeth: the rule in `Frozen`."""
     asked, right, each = Counter(), Counter(), times(3, 1)
     for cls in every_config_class():
         for key in cls.model_fields:

@@ -7,6 +7,7 @@ metadata and arrays are read: no environment is made, not even where Minari itse
 from __future__ import annotations
 
 import inspect
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -31,7 +32,7 @@ def read(dataset_id: str, layout: Layout | Mapping[str, Layout] | None = None) -
     """The episodes of a local Minari data set. Raises ConfigError (with near names), CorruptError, MissingExtraError."""
     minari = _minari()
     name = f"{PREFIX}{dataset_id}"
-    folder = _folder(dataset_id)
+    folder = _folder(_well_formed(dataset_id))
     if not (folder / "data").is_dir():
         raise _absent(minari, dataset_id)
     try:
@@ -77,12 +78,7 @@ def _episodes(dataset: Any, found: list[Leaf], action: Leaf, single: bool) -> It
 
 def check_free(dataset_id: str) -> Path:
     """The folder for a new data set. Raises ConfigError where the id is malformed or taken, MissingExtraError."""
-    minari = _minari()
-    try:
-        minari.dataset.minari_dataset.parse_dataset_id(dataset_id)
-    except (ValueError, TypeError) as error:  # a TypeError where the version is missing
-        raise ConfigError(f"'{dataset_id}' is no id of Minari: {error}. Expected words like 'rail/random-v0'.") from error
-    folder = _folder(dataset_id)
+    folder = _folder(_well_formed(dataset_id))
     if folder.exists():
         raise ConfigError(
             f"The Minari data set '{dataset_id}' is there already, and is not overwritten. Choose another id, or delete it with "
@@ -94,9 +90,15 @@ def check_free(dataset_id: str) -> Path:
 def write(dataset_id: str, recording: Recording) -> Path:
     """A new local Minari data set of these episodes, whole or absent; its folder. Pictures are kept exactly.
 
-    Raises ConfigError where the id is malformed or taken, StorageError, MissingExtraError.
+    Raises ConfigError where the id is malformed or taken or HDF5 has no name for a key, StorageError, MissingExtraError.
     """
     folder, minari = check_free(dataset_id), _minari()
+    for name in recording.obs:
+        if not re.fullmatch("[^/\0\ud800-\udfff]+", name) or name == ".":
+            raise ConfigError(
+                f"The observation key {name!r} cannot name an array of HDF5, where '/' makes groups. Expected no '/', NUL or half "
+                "a character, and not '.' alone: rename it with a wrapper, or export to an .npz file."
+            )
     from minari.data_collector.episode_buffer import EpisodeBuffer
 
     # Stacked already: Minari's own way to build them, step by step, needs jax.
@@ -153,6 +155,15 @@ def _absent(minari: Any, dataset_id: str) -> ConfigError:
         f"'{PREFIX}{dataset_id}' is not among the Minari data sets in {_folder('')}.{hint} Fetch it with `minari download "
         f"{dataset_id}`, or say where it lies in the environment variable MINARI_DATASETS_PATH."
     )
+
+
+def _well_formed(dataset_id: str) -> str:
+    """The id, unless Minari could not have given it: another one may lead out of Minari's folder."""
+    try:
+        _minari().dataset.minari_dataset.parse_dataset_id(dataset_id)
+    except (ValueError, TypeError) as error:  # a TypeError where the version is missing
+        raise ConfigError(f"'{dataset_id}' is no id of Minari: {error}. Expected words like 'rail/random-v0'.") from error
+    return dataset_id
 
 
 def _folder(dataset_id: str) -> Path:

@@ -178,7 +178,7 @@ def test_every_file_and_every_name_is_forced_to_the_disk_before_it_counts(tmp_pa
 
 
 def outcome(path: Path) -> str:
-    """"same" or the error's text; any other content or error fails the test."""
+    """ "same" or the error's text; any other content or error fails the test."""
     try:
         found = checkpoint.read(path)
     except CorruptError as error:
@@ -349,7 +349,8 @@ def test_the_newest_is_the_highest_step_that_verifies_and_what_is_skipped_is_sai
     (paths[1] / "manifest.json").write_bytes(b"")
     assert checkpoint.newest(tmp_path, said.append) == (900, paths[0])
     pattern = r"Checkpoint of step (\d+) is skipped: .*(world\.safetensors|manifest\.json) is"
-    assert [re.match(pattern, s)[1] for s in said] == ["1200", "1000"]
+    assert [re.match(pattern, s)[1] for s in said[:2]] == ["1200", "1000"]
+    assert said[2:] == ["Step 900 is the newest that verifies: 300 steps behind it are lost."]
     for path in (paths[0], paths[2]):
         (path / "state.json").unlink()
     assert checkpoint.newest(tmp_path, said.append) is None

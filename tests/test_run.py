@@ -85,7 +85,7 @@ def test_what_is_no_run_is_refused_with_the_nearest_name(tmp_path, config):
     Run.create(tmp_path / "cartpole-s0", config, 0).close()
     with pytest.raises(ConfigError, match="Did you mean 'cartpole-s0'"):
         Run.open(tmp_path / "cartpole-so")
-    with pytest.raises(ConfigError, match=r"has no config.yaml\.$"):
+    with pytest.raises(ConfigError, match=r"has no config.yaml\. Expected the folder of a run"):
         Run.open(tmp_path)
 
 

@@ -98,7 +98,10 @@ def make_folder(path: Path) -> None:
         if path.is_dir():
             return
         make_folder(path.parent)
-        path.mkdir(exist_ok=True)
+        try:
+            path.mkdir(exist_ok=True)
+        except ValueError as error:  # NUL, or half a character
+            raise OSError(errno.EINVAL, f"no folder can have this name ({error})") from error
         sync_folder(path.parent)
 
 
@@ -211,8 +214,8 @@ def _check_manifest(data: bytes, where: Path | str) -> dict:
     return manifest
 
 
-def _decode(manifest: dict, get: Callable[[str], bytes]) -> Content:
-    """(tensors, state, manifest) from bytes that the manifest vouches for."""
+def _decode(manifest: dict, get: Callable[[str], bytes], where: str) -> Content:
+    """(tensors, state, manifest) from bytes that the manifest vouches for; `where` stands before a file's name in messages."""
     tensors = {}
     for name in manifest["files"]:
         if name == STATE:
@@ -220,8 +223,8 @@ def _decode(manifest: dict, get: Callable[[str], bytes]) -> Content:
         try:
             tensors[name.removesuffix(".safetensors")] = _load_arrays(get(name))
         except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise CorruptError(f"{name} is no safetensors file of numbers: {error}.") from error
-    return tensors, parse_json(get(STATE), STATE), manifest
+            raise CorruptError(f"{where}{name} is no safetensors file of numbers: {error}. Use an older checkpoint.") from error
+    return tensors, parse_json(get(STATE), where + STATE), manifest
 
 
 def _load_arrays(data: bytes) -> Arrays:
@@ -278,15 +281,23 @@ def steps(parent: Path) -> list[int]:
         return sorted(int(m[1]) for e in entries if (m := _STEP.fullmatch(e.name)) and e.is_dir())
 
 
-def newest(parent: Path, log: Callable[[str], object] = _log.warning) -> tuple[int, Path] | None:
-    """(step, path) of the highest step that verifies; every damaged one that is passed over is told to `log`."""
+def intact(parent: Path, log: Callable[[str], object] = _log.warning) -> Iterator[tuple[int, Path]]:
+    """(step, path) of the checkpoints that verify, newest first; every damaged one that is passed over is told to `log`."""
     for step in reversed(steps(parent)):
         path = Path(parent) / f"step-{step:012d}"
         damage = _damage(path)
         if damage is None:
-            return step, path
-        log(f"Checkpoint of step {step} is skipped: {damage}")
-    return None
+            yield step, path
+        else:
+            log(f"Checkpoint of step {step} is skipped: {damage}")
+
+
+def newest(parent: Path, log: Callable[[str], object] = _log.warning) -> tuple[int, Path] | None:
+    """(step, path) of the highest step that verifies; `log` is told which ones are damaged and how many steps that costs."""
+    found = next(intact(parent, log), None)
+    if found is not None and (lost := steps(parent)[-1] - found[0]) > 0:
+        log(f"Step {found[0]} is the newest that verifies: {lost} steps behind it are lost.")
+    return found
 
 
 def verify(path: Path) -> dict:
@@ -302,7 +313,7 @@ def read(path: Path) -> Content:
     """(tensors, state, manifest) of a checkpoint; the bytes that are parsed are those that were verified."""
     path = Path(path)
     manifest = read_manifest(path)
-    return _decode(manifest, lambda name: _check(path / name, manifest["files"][name], keep=True))
+    return _decode(manifest, lambda name: _check(path / name, manifest["files"][name], keep=True), f"{path}{os.sep}")
 
 
 def read_manifest(path: Path) -> dict:
@@ -417,6 +428,8 @@ def unpack(path: Path) -> Content:
     """
     path = Path(path)
     with storage("read", path):
+        if path.exists() and not path.is_file():  # opening a FIFO would wait for ever
+            raise CorruptError(f"{path} is no regular file.")
         try:
             with zipfile.ZipFile(path) as archive:
                 members = _members(archive, path)
@@ -424,7 +437,7 @@ def unpack(path: Path) -> Content:
                 odd = members.keys() ^ {MANIFEST, *manifest["files"]}
                 if odd:
                     raise CorruptError(f"{path} and its manifest differ on the members {sorted(odd)}.")
-                return _decode(manifest, lambda name: _member(archive, members[name], manifest["files"][name], path))
+                return _decode(manifest, lambda name: _member(archive, members[name], manifest["files"][name], path), f"{path}:")
         except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, UnicodeDecodeError) as error:
             raise CorruptError(f"{path} is no intact zip: {error}. Restore it from a copy.") from error
 
@@ -440,7 +453,9 @@ def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]
                 "A zip that another library saved needs that library."
             )
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 0x1:
-            raise CorruptError(f"{path}: the member {info.filename!r} is compressed or encrypted; this library stores plainly.")
+            raise CorruptError(
+                f"{path}: the member {info.filename!r} is compressed or encrypted. Expected a zip of this library's save()."
+            )
     if len(set(names)) != len(names):
         raise CorruptError(f"{path} has two members of one name.")
     if MANIFEST not in names:

@@ -11,6 +11,7 @@ is compared with what the spaces and lengths imply before anything is allocated.
 from __future__ import annotations
 
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,7 +33,7 @@ from worldmodel.spaces import ActionSpec, KeySpec, Layout, ObsSpec
 
 FORMAT, VERSION = "worldmodel-episodes", 1
 ABOUT = "episodes.json"
-MAX_MEMBERS = 4096
+MAX_MEMBERS, MAX_KEY = 4096, 1000
 DEFLATES_TO = 1032
 """Bytes that one compressed byte can stand for: no honest member claims more."""
 
@@ -232,8 +233,10 @@ class Recording:
     # Files ----------------------------------------------------------------------------------------------------------
 
     def write(self, path: str | Path) -> Path:
-        """One NPZ file, whole or absent. ConfigError where the name is taken or no .npz; StorageError."""
+        """One NPZ file, whole or absent. ConfigError where the name is taken or no .npz, or a key is none; StorageError."""
         path = free_name(path)
+        for name in self.obs:
+            _check_key(name)
         about = {
             "format": FORMAT,
             "version": VERSION,
@@ -319,6 +322,17 @@ def free_name(path: str | Path) -> Path:
     if path.exists():
         raise ConfigError(f"'{path}' is there already, and is not overwritten. Choose another name, or delete it first.")
     return path
+
+
+def _check_key(name: str) -> None:
+    """ConfigError for a key that no member of a zip can be called after, or whose member would lead out of a folder."""
+    nameable = "\0" not in name and not re.search("[\ud800-\udfff]", name) and len(name) <= MAX_KEY
+    if not nameable or ".." in re.split(r"[/\\]", name):
+        shown = repr(name if len(name) <= 40 else name[:40] + "...")
+        raise ConfigError(
+            f"The observation key {shown} cannot name an array of an NPZ file. Expected at most {MAX_KEY} characters, none of them "
+            "NUL or half a character, and no '..' between slashes: rename it with a wrapper."
+        )
 
 
 # Episodes -------------------------------------------------------------------------------------------------------------

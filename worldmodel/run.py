@@ -9,6 +9,7 @@ manifest names them. No file points at the latest checkpoint: it is the newest o
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import math
 import os
 import platform
@@ -43,6 +44,7 @@ except ImportError:  # Windows: two writers are not kept apart there
 CONFIG, RESULT, LOCK = "config.yaml", "result.json", ".lock"
 LOOKS = 3
 """Times that a reader looks for a checkpoint whose files the writer is not deleting just then."""
+_log = logging.getLogger(__name__)
 DISTRIBUTIONS = ("worldmodel", "torch", "numpy", "gymnasium", "stable-baselines3", "safetensors")
 
 
@@ -109,12 +111,18 @@ class Run:
         """The run in a folder. ConfigError where there is none; with `write`, StorageError where another process writes."""
         path = Path(path)
         file = path / CONFIG
-        if not file.is_file():
-            near = did_you_mean(path.name, _runs_in(path.parent)) if not path.exists() else ""
-            raise ConfigError(f"'{path}' is no run folder: it has no {CONFIG}.{near if near.startswith(' Did') else ''}")
         with checkpoint.storage("read", file):
-            text = file.read_text(encoding="utf-8")
-        run = cls(path, Config.from_yaml(text, str(file)))
+            there = file.is_file()
+        if not there:
+            near = did_you_mean(path.name, _runs_in(path.parent)) if not path.exists() else ""
+            hint = near if near.startswith(" Did") else " Expected the folder of a run, as `worldmodel train` names it."
+            raise ConfigError(f"'{path}' is no run folder: it has no {CONFIG}.{hint}")
+        with checkpoint.storage("read", file):
+            data = file.read_bytes()
+        try:
+            run = cls(path, Config.from_yaml(data.decode(), str(file)))
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{file}: cannot be read ({error}). Expected a YAML file in UTF-8.") from None
         if write:
             with run._locked():
                 pass
@@ -137,8 +145,8 @@ class Run:
     def _take_lock(self) -> None:
         """Locks the folder for this process. The system frees the lock when the process ends, however it ends."""
         file = self.path / LOCK
-        with checkpoint.storage("write", file):
-            handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        with checkpoint.storage("write", file):  # not through a link, which may lead out of a stranger's run
+            handle = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
         try:
             if fcntl is not None:
                 with checkpoint.storage("lock", file):
@@ -237,43 +245,66 @@ class Run:
     def resume(self, algorithm: Algorithm, *, keep_newer: bool, log: Callable[[str], object]) -> dict[str, Any] | None:
         """Restores the newest good checkpoint, its replay and all counters; its `progress`, or None where there is none.
 
-        With checkpoint.fence it is the newest fenced one, and what was saved behind it is deleted: it will be made again.
+        A checkpoint is good where its own files and its replay are whole; with checkpoint.fence it is a fenced one. How many
+        steps that costs is told to `log`. Intact ones behind it are deleted: they will be made again.
         """
-        folder = self.path / "checkpoints"
-        found = checkpoint.newest(folder, log)
-        if found is None and self.checkpoints:
-            raise self._all_damaged()
-        if found is None:
+        if not self.checkpoints:
             self._resume_experience(algorithm, log)
             return None
-        step, path = found
-        if self.config.checkpoint.fence:
-            step, path = self._newest_fence()
+        folder, last = self.path / "checkpoints", self.checkpoints[-1]
+        step, path, replay = self._newest_whole(log, keep_newer=keep_newer, fenced=self.config.checkpoint.fence, writable=True)
         tensors, state, manifest = checkpoint.read(path)
         self._same_spaces(algorithm, state)
         algorithm.restore(tensors, state)
-        marks = manifest["replay"]
-        if marks is not None:
-            on_disk = self.config.train.replay == "disk"
-            algorithm.replay = Replay.load(self.replay_folder, marks, keep_newer=keep_newer, log=log, on_disk=on_disk)
-            self._marks = marks
+        if replay is not None:
+            algorithm.replay, self._marks = replay, manifest["replay"]
         elif keep_newer:  # the first checkpoint, made before there was any
             self._resume_experience(algorithm, log)
         before, now = manifest.get("versions", {}), versions()
         changed = [f"{name} {old} -> {now.get(name, 'none')}" for name, old in before.items() if now.get(name) != old]
         if changed:
             log(f"Saved with other versions, so the numbers may differ from an unbroken run's: {', '.join(changed)}.")
-        spent = checkpoint.read_manifest(found[1])["progress"]
-        if found[0] != step:
-            log(f"checkpoint.fence: back to real step {step}; the {found[0] - step} steps behind it are made again.")
-            for newer in [s for s in checkpoint.steps(folder) if s > step]:
-                checkpoint.discard(folder / f"step-{newer:012d}")
+        behind = [newer for newer, _ in checkpoint.intact(folder, log=lambda text: None) if newer > step]
+        spent = checkpoint.read_manifest(folder / f"step-{max([step, *behind]):012d}")["progress"]
+        if last != step:
+            log(f"Back to step {step}: the {last - step} steps saved behind it are lost, and will be made again.")
+        for newer in behind:
+            checkpoint.discard(folder / f"step-{newer:012d}")
         return {**manifest["progress"], **{k: spent[k] for k in ("wall_seconds", "eval_seconds")}}
 
     def _resume_experience(self, algorithm: Algorithm, log: Callable[[str], object]) -> None:
         """Where no checkpoint names any, the experience that was written is taken over all the same."""
         if segments.numbers(self.replay_folder):
             algorithm.adopt(self.replay_folder, log)
+
+    def _newest_whole(
+        self, log: Callable[[str], object], *, keep_newer: bool = False, fenced: bool = False, writable: bool = False
+    ) -> tuple[int, Path, Replay | None]:
+        """(step, path, replay) of the newest checkpoint whose files and replay are whole; what is passed over is told to `log`."""
+        damage: CorruptError | None = None
+        for step, path in checkpoint.intact(self.path / "checkpoints", log):
+            manifest = checkpoint.read_manifest(path)
+            if fenced and not manifest.get("fenced"):
+                continue
+            try:
+                return step, path, self._load_replay(manifest["replay"], keep_newer=keep_newer, log=log, writable=writable)
+            except CorruptError as error:
+                log(f"Checkpoint of step {step} is skipped, as its replay is damaged: {error}")
+                damage = damage or error
+        if damage is not None:
+            raise CorruptError(
+                f"No checkpoint of {self.path} has a whole replay: {damage} Its weights are whole: evaluate them, or "
+                "restore that file."
+            ) from damage
+        if fenced and any(self._is_intact(self.path / "checkpoints" / f"step-{step:012d}") for step in self.checkpoints):
+            raise CorruptError(
+                f"{self.path} has no intact fenced checkpoint left. Restore the folder from a copy, or start a new run."
+            )
+        raise self._all_damaged()
+
+    def _load_replay(self, marks: Mapping[str, Any] | None, **options: Any) -> Replay | None:
+        on_disk = self.config.train.replay == "disk"
+        return None if marks is None else Replay.load(self.replay_folder, marks, on_disk=on_disk, **options)
 
     def _same_spaces(self, algorithm: Algorithm, state: Mapping[str, Any]) -> None:
         now = {"observation": algorithm.obs_spec.to_json(), "action": algorithm.action_spec.to_json(), "num_envs": algorithm.n_envs}
@@ -283,13 +314,6 @@ class Run:
                     f"The environment's '{name}' is no longer the one that {self.path} was made with: {state[name]} -> {value}. "
                     "Restore the environment, or start a new run."
                 )
-
-    def _newest_fence(self) -> tuple[int, Path]:
-        for step in reversed(checkpoint.steps(self.path / "checkpoints")):
-            path = self.path / "checkpoints" / f"step-{step:012d}"
-            if self._is_intact(path) and checkpoint.verify(path).get("fenced"):
-                return step, path
-        raise CorruptError(f"{self.path} has no intact fenced checkpoint left. Restore the folder from a copy, or start a new run.")
 
     def _all_damaged(self) -> CorruptError:
         return CorruptError(
@@ -379,19 +403,22 @@ class Run:
         return self.path / "replay"
 
     def replay(self, step: int | None = None) -> Replay:
-        """The experience that a checkpoint names, to be read; also while another process goes on writing the run.
+        """The experience that a checkpoint names; without `step`, of the newest one whose experience is whole.
 
-        With train.replay=disk it lies in the folder, and what the writer evicts later is a CorruptError: open it again then.
+        For reading, also while another process goes on writing the run. With train.replay=disk it lies in the folder, and what
+        the writer evicts later is a CorruptError: open it again then.
         """
-        for _ in range(LOOKS):
+        for look in range(LOOKS):
             marks = self.read(step)[2]["replay"]
-            if marks is None:
-                raise ConfigError(f"'{self.path}' holds no experience yet. Train it first, or resume it with --resume.")
             try:
-                return Replay.load(self.replay_folder, marks, on_disk=self.config.train.replay == "disk", writable=False)
-            except CorruptError as error:  # a writer may have replaced the checkpoint, and deleted what it alone named
-                damage = error
-        raise damage
+                replay = self._newest_whole(_log.warning)[2] if step is None else self._load_replay(marks, writable=False)
+                break
+            except CorruptError:  # a writer may have replaced the checkpoint, and deleted what it alone named
+                if look == LOOKS - 1:
+                    raise
+        if replay is None:
+            raise ConfigError(f"'{self.path}' holds no experience yet. Train it first, or resume it with --resume.")
+        return replay
 
     @cached_property
     def _world(self) -> WorldModel:
@@ -412,10 +439,13 @@ class Run:
 
 def refuse_existing(path: Path) -> None:
     """ConfigError where a new run may not begin: the folder is there and holds something."""
-    if (path / CONFIG).exists():
+    with checkpoint.storage("read", path):
+        run = (path / CONFIG).exists()
+        # a run that was killed before its config was there has left at most these two
+        taken = path.is_dir() and any(entry.name != LOCK and not entry.name.startswith(".tmp-") for entry in path.iterdir())
+    if run:
         raise ConfigError(f"'{path}' holds a run already. Continue it with --resume (resume=True), or choose another --run.")
-    # a run that was killed before its config was there has left at most these two
-    if path.is_dir() and any(entry.name != LOCK and not entry.name.startswith(".tmp-") for entry in path.iterdir()):
+    if taken:
         raise ConfigError(f"'{path}' is there already and is no run folder. Choose another --run; nothing in it is overwritten.")
 
 

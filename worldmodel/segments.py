@@ -229,20 +229,22 @@ def _header(file: BinaryIO, path: Path, number: int, columns: Columns, num_strea
     found = zlib.crc32(said, zlib.crc32(length))
     if _UINT.pack(found) != crc:
         raise CorruptError(f"{path} is damaged at offset {len(MAGIC)}: its header's CRC differs.")
-    value = parse_json(said, path)
+    at = f"at offset {len(MAGIC) + 8}"
+    value = parse_json(said, f"{path}, {at},")
     if value.get("version") != VERSION:
-        raise CorruptError(f"{path} has format version {value.get('version')}; this version reads {VERSION}.")
+        raise CorruptError(f"{path} has, {at}, format version {value.get('version')}; this version reads {VERSION}.")
     if value.get("number") != number or value.get("columns") != columns_to_json(columns):
-        raise CorruptError(f"{path} holds segment {value.get('number')} of a replay with other columns, or was renamed.")
+        number = value.get("number")
+        raise CorruptError(f"{path} says, {at}, that it is segment {number} of a replay with other columns; or it was renamed.")
     streams = value.get("streams")
     if not isinstance(streams, list) or len(streams) != num_streams or not all(map(_is_range, streams)):
-        raise CorruptError(f"{path} does not hold {num_streams} streams as its header should say.")
+        raise CorruptError(f"{path} does not hold {num_streams} streams, as its header {at} should say.")
     header = Header(number, tuple(a for a, _ in streams), tuple(b for _, b in streams))
     blocks = len(columns) * sum(a < b for a, b in streams)
     implied = file.tell() + header.rows * row_bytes(columns) + 4 * blocks + 4
     size = path.stat().st_size
     if size != implied:
-        raise CorruptError(f"{path} has {size} bytes, but its header implies {implied}: it was cut off or added to.")
+        raise CorruptError(f"{path} has {size} bytes, but its header implies {implied}: it differs at offset {min(size, implied)}.")
     return header, found
 
 

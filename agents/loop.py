@@ -27,6 +27,7 @@ from worldmodel.agents.belief import BeliefPolicy, Controller
 from worldmodel.config import Config, load_yaml
 from worldmodel.data import Batch, State, Trace
 from worldmodel.envs.make import as_vec_env
+from worldmodel.envs.restarts import Restarts, restarted
 from worldmodel.errors import ConfigError, EnvError
 from worldmodel.learner import Learner
 from worldmodel.model import WorldModel, tensors
@@ -142,7 +143,7 @@ class WorldModelAlgorithm(BaseAlgorithm):
         self.generator = torch.Generator(device=self.device).manual_seed(self.seed + 1)
         self.rng = np.random.default_rng(self.seed)
         self.replay: Replay | None = None
-        self._credit = 0.0
+        self._credit, self._restarts = 0.0, 0
         self._belief: State | None = None
         self._updates_due = 0
 
@@ -256,7 +257,10 @@ class WorldModelAlgorithm(BaseAlgorithm):
         return new_obs, rewards, dones, infos
 
     def record(self, env_action: np.ndarray, new_obs: Any, rewards: np.ndarray, dones: np.ndarray, infos: list[dict]) -> None:
-        """What a step of the VecEnv brought goes into the replay, whoever took it; EnvError, and nothing of it, if any is ill."""
+        """What a step of the VecEnv brought goes into the replay, whoever took it; EnvError, and nothing of it, if any is ill.
+
+        Of an environment that was made anew the episode is cut where it was, and the fresh one's first observation stored.
+        """
         action = self.action_spec.encode(env_action)  # what the environment got, exactly
         if not np.isfinite(rewards).all():
             env = int(np.flatnonzero(~np.isfinite(rewards))[0])
@@ -265,7 +269,12 @@ class WorldModelAlgorithm(BaseAlgorithm):
             )
         following = self._rows(new_obs)
         arrived, terminal = arrivals(following, dones, infos, self._rows)
-        self._store(arrived, action, rewards, np.zeros(len(dones), bool), dones, terminal)
+        lost = restarted(infos)
+        self.replay.cut(np.flatnonzero(lost).tolist())
+        if not lost.all():
+            here = np.flatnonzero(~lost)
+            arrived = {name: x[here] for name, x in arrived.items()}
+            self._store(arrived, action[here], rewards[here], np.zeros(len(here), bool), dones[here], terminal[here], here)
         if dones.any():
             ended = np.flatnonzero(dones)
             self._store_first({name: x[ended] for name, x in following.items()}, ended)
@@ -324,12 +333,20 @@ class WorldModelAlgorithm(BaseAlgorithm):
         if self.ep_info_buffer:
             self.logger.record("rollout/ep_rew_mean", safe_mean([info["r"] for info in self.ep_info_buffer]))
             self.logger.record("rollout/ep_len_mean", safe_mean([info["l"] for info in self.ep_info_buffer]))
+        if self.restarts:
+            self.logger.record("env/restarts", self.restarts)
         self.logger.record("time/episodes", self._episode_num, exclude="tensorboard")
         self.logger.record("time/fps", int((self.num_timesteps - self._num_timesteps_at_start) / seconds))
         self.logger.record("time/time_elapsed", int(seconds), exclude="tensorboard")
         self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.dump(step=self.num_timesteps)
+
+    @property
+    def restarts(self) -> int:
+        """Environments that failed and were made anew, those before a resume included."""
+        here = getattr(self.env, "restarts", None)
+        return self._restarts + (here.count if isinstance(here, Restarts) else 0)
 
     @property
     def parameter_count(self) -> int:
@@ -390,6 +407,7 @@ class WorldModelAlgorithm(BaseAlgorithm):
                 "n_updates": self._n_updates,
                 "updates": self.learner.updates,
                 "skipped": self.learner.skipped,
+                "restarts": self.restarts,
                 "credit": self._credit,
             },
             "rng": self.rng.bit_generator.state,
@@ -428,6 +446,7 @@ class WorldModelAlgorithm(BaseAlgorithm):
         self.rng.bit_generator.state = copy.deepcopy(dict(state["rng"]))
         count = state["counters"]
         self.num_timesteps, self._episode_num, self._n_updates = count["num_timesteps"], count["episodes"], count["n_updates"]
+        self._restarts = count.get("restarts", 0)
         self.learner.updates, self.learner.skipped, self._credit = count["updates"], count["skipped"], float(count["credit"])
 
     def save(self, path: str | pathlib.Path | io.BufferedIOBase, exclude: Any = None, include: Any = None) -> None:

@@ -42,14 +42,14 @@ class ReportFaults(gym.Wrapper):
                 return self.env.reset(seed=seed, options=options)
             except Exception as error:
                 report = _report(error)
-        return self.observation_space.sample(), report
+        return blank(self.observation_space), report
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         try:
             return self.env.step(action)
         except Exception as error:
             self._fault = _report(error)
-            return self.observation_space.sample(), 0.0, False, True, dict(self._fault)
+            return blank(self.observation_space), 0.0, False, True, dict(self._fault)
 
 
 class Restarts:
@@ -156,6 +156,13 @@ class LocalVecEnv(Renewing, DummyVecEnv):
 def restarted(infos: Sequence[Mapping[str, Any]]) -> np.ndarray:
     """Which environments [N] were made anew in this step, so that nothing of it happened there."""
     return np.array([RESTARTED in info for info in infos], bool)
+
+
+def blank(space: gym.Space) -> Any:
+    """An observation that stands where there is none."""
+    if isinstance(space, gym.spaces.Dict):
+        return {key: blank(sub) for key, sub in space.items()}
+    return np.zeros(space.shape, space.dtype)
 
 
 def _report(error: Exception) -> dict[str, Any]:

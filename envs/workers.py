@@ -13,7 +13,7 @@ from typing import Any
 import gymnasium as gym
 from stable_baselines3.common.vec_env import SubprocVecEnv
 
-from worldmodel.envs.restarts import FAULT, Renewing, Restarts
+from worldmodel.envs.restarts import FAULT, Renewing, Restarts, blank
 from worldmodel.errors import EnvError
 
 PATIENCE = 5.0
@@ -59,9 +59,9 @@ class Line:
         message = f"environment {self.index}, episode {self.episode}, step {self.steps}: {self._fate()}"
         report = {FAULT: ("EnvError", message)}
         if self.command == "step":
-            return self.space.sample(), 0.0, True, report, {}
+            return blank(self.space), 0.0, True, report, {}
         if self.command == "reset":
-            return self.space.sample(), report
+            return blank(self.space), report
         raise EnvError(message)
 
     def _fate(self) -> str:

@@ -133,7 +133,7 @@ def test_the_stored_action_is_the_one_that_the_environment_got(figure):
 
 
 def test_what_a_policy_wants_beyond_the_bounds_is_stored_as_what_it_got():
-    """Teeth: without the clip in `decode` the environment gets 2.4; without `encode` of what it got, 6 is stored."""
+    """Teeth: without the bounds in `decode` the environment gets 2.4; without `encode` of what it got, 6 is stored."""
     space = spaces.Box(-0.4, 0.4, (2,), np.float32)
     env = Toy(VECTOR, space)
     agent = small_dreamer(env, **NO_UPDATES)

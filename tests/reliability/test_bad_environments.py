@@ -180,6 +180,7 @@ def ill_rows(folder: Path) -> int:
         except EnvError:
             ill += 1
         first, last, terminal, rewards = (x[0].numpy() for x in (rows.is_first, rows.is_last, rows.is_terminal, rows.reward))
+        ill += int((~first & ~(rewards > 0)).sum())  # no real step has a reward of 0
         ill += int((~np.isfinite(rewards)).sum()) + int((first[1:] & ~last[:-1]).sum()) + int((last[:-1] & ~first[1:]).sum())
         ill += int((terminal & (rewards < 1) & (opened.config.env.kwargs["name"] != "ends at once")).sum())
         if opened.config.env.kwargs["name"] == "one buffer for all":
@@ -218,8 +219,8 @@ def test_bad_environments_work_or_are_named_and_leave_nothing_ill(tmp_path, figu
 
 
 def test_with_restarts_a_failure_is_a_truncation_and_is_counted(tmp_path, figure, capfd, caplog):
-    """Teeth: a `cut` that does not name the stream closes the sibling's episode too; a step stored in spite of its mark is one row
-    more, whose reward is 0."""
+    """Teeth: a `cut` that does not name the stream closes the sibling's episode too; a step stored in spite of its mark is a
+    row whose reward is 0."""
     from worldmodel.run import Run
 
     failed = [name for name in BAD if failing(name)][:: times(3, 1)]

@@ -60,9 +60,22 @@ def make(index: int) -> gym.Env:
     return ReportFaults(CheckedEnv(Mortal(), index))
 
 
+MADE: list[WorkerVecEnv] = []
+
+
+@pytest.fixture(autouse=True)
+def kill_what_a_failed_test_leaves():
+    yield
+    for process in [process for venv in MADE for process in venv.processes]:
+        if process.is_alive():
+            process.kill()
+    MADE.clear()
+
+
 def workers(start_method: str = "fork", timeout: float = TIMEOUT, restarts: Restarts | None = None) -> WorkerVecEnv:
     made = WorkerVecEnv([partial(make, i) for i in range(3)], start_method, timeout=timeout, restarts=restarts)
     made.seed(5)
+    MADE.append(made)
     return made
 
 

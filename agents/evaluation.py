@@ -15,6 +15,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from worldmodel.config import Frozen
 from worldmodel.envs.make import EnvConfig, find_spec, make_vec
+from worldmodel.envs.restarts import restarted
 from worldmodel.errors import ConfigError, EnvError
 from worldmodel.registry import register
 from worldmodel.spaces import ActionSpec
@@ -109,9 +110,10 @@ def _first_episodes(
             frames.append(_picture(venv))
         action, state = model.predict(obs, state=state, episode_start=starts, deterministic=True)
         obs, _, starts, infos = venv.step(action)
-        for i in np.flatnonzero(starts & running):
+        ended = starts & running & ~restarted(infos)  # an episode whose environment failed is played again
+        for i in np.flatnonzero(ended):
             returns[i], lengths[i] = float(infos[i]["episode"]["r"]), int(infos[i]["episode"]["l"])
-        running &= ~starts
+        running &= ~ended
         if not running.any():
             return returns, lengths
     raise EnvError(f"An evaluation episode did not end within {LIMIT} steps. Set env.max_episode_steps.")

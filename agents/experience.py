@@ -1,9 +1,13 @@
-"""An agent's experience: a replay of the size and at the place that the config says, and what is fitted on it."""
+"""An agent's experience: a replay of the size and at the place that the config says, and what goes into it."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from worldmodel.errors import ConfigError
 from worldmodel.learner import TrainConfig
@@ -48,6 +52,29 @@ def fit_scaling(world: WorldModel, replay: Replay) -> None:
         for start in range(0, held, ROWS_AT_ONCE):
             rows = tensors(replay.observations(stream, start, min(held, start + ROWS_AT_ONCE)), world.device)
             world.scaling.update({name: key.canonical(rows[name]) for name, key in vectors.items()})
+
+
+def arrivals(
+    following: dict[str, np.ndarray], dones: np.ndarray, infos: list[dict], to_rows: Callable[[Any], dict[str, np.ndarray]]
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """(the rows [N, ...] that a VecEnv's step arrived at, where the world ended [N]) from the rows that come after a reset.
+
+    SB3 resets at once, and hands an episode's last observation over in `terminal_observation`.
+    """
+    ended = np.flatnonzero(dones)
+    truncated = np.array([bool(info.get("TimeLimit.truncated", False)) for info in infos])
+    if not len(ended):
+        return following, dones & ~truncated
+    arrived = {name: x.copy() for name, x in following.items()}
+    for name, x in to_rows(_stack([infos[i]["terminal_observation"] for i in ended])).items():
+        arrived[name][ended] = x
+    return arrived, dones & ~truncated
+
+
+def _stack(observations: list[Any]) -> Any:
+    if isinstance(observations[0], Mapping):
+        return {name: np.stack([obs[name] for obs in observations]) for name in observations[0]}
+    return np.stack(observations)
 
 
 def _memory() -> float:

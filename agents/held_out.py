@@ -11,9 +11,10 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from worldmodel.agents.belief import ActsOnBelief
 from worldmodel.agents.evaluation import LIMIT, Abandoned, own_randomness, require_spaces
-from worldmodel.agents.loop import arrivals
+from worldmodel.agents.experience import arrivals
 from worldmodel.data import Batch, Episodes, State
 from worldmodel.envs.make import EnvConfig, make_vec
+from worldmodel.envs.restarts import restarted
 from worldmodel.errors import EnvError
 
 HELD_OUT_SEED = 40_000
@@ -75,7 +76,8 @@ def _first_episodes(
         rows = to_rows(obs)
         arrived, terminal = arrivals(rows, starts, infos, to_rows)
         taken.append((arrived, action, reward, starts, terminal))
-        lengths[(lengths == 0) & starts] = len(taken)
+        ended = (lengths == 0) & starts
+        lengths[ended] = len(taken) - restarted(infos)[ended]  # of a step in which an environment failed nothing is real
     if steps == LIMIT and not lengths.all():
         raise EnvError(f"A held-out episode did not end within {LIMIT} steps. Set env.max_episode_steps.")
     return _episodes(taken, np.where(lengths, lengths, len(taken)))

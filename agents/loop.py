@@ -23,11 +23,12 @@ from stable_baselines3.common.utils import get_device, safe_mean
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_wrapper
 
 from worldmodel import checkpoint
-from worldmodel.agents import experience
 from worldmodel.agents.belief import BeliefPolicy, Controller
+from worldmodel.agents.experience import arrivals, fit_scaling, new_replay
 from worldmodel.config import Config, load_yaml
 from worldmodel.data import Batch, State, Trace
 from worldmodel.envs.make import as_vec_env
+from worldmodel.envs.restarts import Restarts, restarted
 from worldmodel.errors import ConfigError, EnvError
 from worldmodel.learner import Learner
 from worldmodel.model import WorldModel, tensors
@@ -145,7 +146,7 @@ class WorldModelAlgorithm(BaseAlgorithm):
         self.generator = torch.Generator(device=self.device).manual_seed(self.seed + 1)
         self.rng = np.random.default_rng(self.seed)
         self.replay: Replay | None = None
-        self._credit = 0.0
+        self._credit, self._restarts = 0.0, 0
         self._belief: State | None = None
         self._updates_due = 0
 
@@ -224,10 +225,10 @@ class WorldModelAlgorithm(BaseAlgorithm):
         """Begins with the experience that lies in a folder, as far as it is intact."""
         self.replay = self._new_replay()
         self.replay.adopt(folder, log)
-        experience.fit_scaling(self.world, self.replay)
+        fit_scaling(self.world, self.replay)
 
     def _new_replay(self) -> Replay:
-        return experience.new_replay(self.config.train, self.obs_spec, self.action_spec, self.n_envs, self.replay_folder)
+        return new_replay(self.config.train, self.obs_spec, self.action_spec, self.n_envs, self.replay_folder)
 
     def reopen(self, seed: int) -> None:
         """Open episodes end as by truncation, and new ones begin in environments seeded with seed, seed + 1, ..."""
@@ -268,7 +269,10 @@ class WorldModelAlgorithm(BaseAlgorithm):
         return new_obs, rewards, dones, infos
 
     def record(self, env_action: np.ndarray, new_obs: Any, rewards: np.ndarray, dones: np.ndarray, infos: list[dict]) -> None:
-        """What a step of the VecEnv brought goes into the replay, whoever took it; EnvError, and nothing of it, if any is ill."""
+        """What a step of the VecEnv brought goes into the replay, whoever took it; EnvError, and nothing of it, if any is ill.
+
+        Of an environment that was made anew the episode is cut where it was, and the fresh one's first observation stored.
+        """
         action = self.action_spec.encode(env_action)  # what the environment got, exactly
         if not np.isfinite(rewards).all():
             env = int(np.flatnonzero(~np.isfinite(rewards))[0])
@@ -277,7 +281,12 @@ class WorldModelAlgorithm(BaseAlgorithm):
             )
         following = self._rows(new_obs)
         arrived, terminal = arrivals(following, dones, infos, self._rows)
-        self._store(arrived, action, rewards, np.zeros(len(dones), bool), dones, terminal)
+        lost = restarted(infos)
+        self.replay.cut(np.flatnonzero(lost).tolist())
+        if not lost.all():
+            here = np.flatnonzero(~lost)
+            arrived = {name: x[here] for name, x in arrived.items()}
+            self._store(arrived, action[here], rewards[here], np.zeros(len(here), bool), dones[here], terminal[here], here)
         if dones.any():
             ended = np.flatnonzero(dones)
             self._store_first({name: x[ended] for name, x in following.items()}, ended)
@@ -336,12 +345,20 @@ class WorldModelAlgorithm(BaseAlgorithm):
         if self.ep_info_buffer:
             self.logger.record("rollout/ep_rew_mean", safe_mean([info["r"] for info in self.ep_info_buffer]))
             self.logger.record("rollout/ep_len_mean", safe_mean([info["l"] for info in self.ep_info_buffer]))
+        if self.restarts:
+            self.logger.record("env/restarts", self.restarts)
         self.logger.record("time/episodes", self._episode_num, exclude="tensorboard")
         self.logger.record("time/fps", int((self.num_timesteps - self._num_timesteps_at_start) / seconds))
         self.logger.record("time/time_elapsed", int(seconds), exclude="tensorboard")
         self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.dump(step=self.num_timesteps)
+
+    @property
+    def restarts(self) -> int:
+        """Environments that failed and were made anew, those before a resume included."""
+        here = getattr(self.env, "restarts", None)
+        return self._restarts + (here.count if isinstance(here, Restarts) else 0)
 
     @property
     def parameter_count(self) -> int:
@@ -402,6 +419,7 @@ class WorldModelAlgorithm(BaseAlgorithm):
                 "n_updates": self._n_updates,
                 "updates": self.learner.updates,
                 "skipped": self.learner.skipped,
+                "restarts": self.restarts,
                 "credit": self._credit,
             },
             "rng": self.rng.bit_generator.state,
@@ -440,6 +458,7 @@ class WorldModelAlgorithm(BaseAlgorithm):
         self.rng.bit_generator.state = copy.deepcopy(dict(state["rng"]))
         count = state["counters"]
         self.num_timesteps, self._episode_num, self._n_updates = count["num_timesteps"], count["episodes"], count["n_updates"]
+        self._restarts = count.get("restarts", 0)
         self.learner.updates, self.learner.skipped, self._credit = count["updates"], count["skipped"], float(count["credit"])
 
     def save(self, path: str | pathlib.Path | io.BufferedIOBase, exclude: Any = None, include: Any = None) -> None:
@@ -498,23 +517,6 @@ class WorldModelAlgorithm(BaseAlgorithm):
         return agent
 
 
-def arrivals(
-    following: dict[str, np.ndarray], dones: np.ndarray, infos: list[dict], to_rows: Callable[[Any], dict[str, np.ndarray]]
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """(the rows [N, ...] that a VecEnv's step arrived at, where the world ended [N]) from the rows that come after a reset.
-
-    SB3 resets at once, and hands an episode's last observation over in `terminal_observation`.
-    """
-    ended = np.flatnonzero(dones)
-    truncated = np.array([bool(info.get("TimeLimit.truncated", False)) for info in infos])
-    if not len(ended):
-        return following, dones & ~truncated
-    arrived = {name: x.copy() for name, x in following.items()}
-    for name, x in to_rows(_stack([infos[i]["terminal_observation"] for i in ended])).items():
-        arrived[name][ended] = x
-    return arrived, dones & ~truncated
-
-
 def policy_name(spec: ObsSpec) -> str:
     """SB3's name of a policy for such observations."""
     if set(spec.keys) != {"obs"}:
@@ -539,12 +541,6 @@ def _zip_path(path: Any) -> pathlib.Path:
     """SB3's rule: a name without suffix gets `.zip`."""
     path = pathlib.Path(path)
     return path if path.suffix else path.with_suffix(".zip")
-
-
-def _stack(observations: list[Any]) -> Any:
-    if isinstance(observations[0], Mapping):
-        return {name: np.stack([obs[name] for obs in observations]) for name in observations[0]}
-    return np.stack(observations)
 
 
 def _behind(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

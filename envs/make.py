@@ -17,7 +17,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor
 from worldmodel.config import Frozen
 from worldmodel.envs.adapter import GymVecEnvAdapter
 from worldmodel.envs.extras import missing_extra, register_for
-from worldmodel.envs.workers import ReportFaults, WorkerVecEnv
+from worldmodel.envs.restarts import LocalVecEnv, ReportFaults, Restarts
+from worldmodel.envs.workers import WorkerVecEnv
 from worldmodel.envs.wrappers import ActionRepeat, CheckedEnv, FlattenSpaces, RenderObservation
 from worldmodel.errors import ConfigError, EnvError, did_you_mean
 from worldmodel.registry import register
@@ -26,26 +27,35 @@ from worldmodel.spaces import Layout
 
 @register("group", "env")
 class EnvConfig(Frozen):
-    """Which environment, and how it is seen.
+    """Which environment, how it is seen, and what happens where it fails."""
 
-    id                 Gymnasium id, "module:Name-v0" imports the module first
-    kwargs             for the environment's constructor
-    num_envs           copies that step together
-    layout             of image-shaped observations where the shape leaves it open; by key for Dict spaces
-    pixels             observe the rendered picture, this many pixels a side, instead of the observation
-    max_episode_steps  truncates there; None: the limit that the environment is registered with
-    action_repeat      environment steps per action; the step limit counts environment steps
-    vectorize          all copies in this process, or one process each
-    """
-
-    id: str
-    kwargs: dict[str, Any] = {}
-    num_envs: int = Field(1, ge=1)
-    layout: Layout | dict[str, Layout] | None = None
-    pixels: int | None = Field(None, ge=8)
-    max_episode_steps: int | None = Field(None, ge=1)
-    action_repeat: int = Field(1, ge=1)
-    vectorize: Literal["dummy", "subproc"] = "dummy"
+    id: str = Field(description='Gymnasium id, "module:Name-v0" imports the module first')
+    kwargs: dict[str, Any] = Field({}, description="for the environment's constructor")
+    num_envs: int = Field(1, ge=1, description="copies that step together")
+    layout: Layout | dict[str, Layout] | None = Field(
+        None, description="of image-shaped observations where the shape leaves it open; by key for Dict spaces"
+    )
+    pixels: int | None = Field(
+        None, ge=8, description="observe the rendered picture, this many pixels a side, instead of the observation"
+    )
+    max_episode_steps: int | None = Field(
+        None, ge=1, description="truncates there; null: the limit that the environment is registered with"
+    )
+    action_repeat: int = Field(1, ge=1, description="environment steps per action; the step limit counts environment steps")
+    vectorize: Literal["dummy", "subproc"] = Field("dummy", description="all copies in this process, or one process each")
+    timeout: float | None = Field(
+        60.0,
+        gt=0,
+        description="seconds that a step or a reset may take before it is an error; null: for ever. With env.vectorize=subproc "
+        "only: in this process nothing can interrupt an environment",
+    )
+    restarts: int = Field(
+        0,
+        ge=0,
+        description="how often, within env.restart_window, an environment that fails is made anew, its episode truncated before "
+        "the failed step; all copies count together. 0: the first failure ends the run, its state saved",
+    )
+    restart_window: float = Field(300.0, gt=0, description="seconds after which a restart no longer counts")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -75,15 +85,22 @@ def make_env(config: EnvConfig | str, index: int = 0, seed: int | None = None) -
 
 
 def make_vec(config: EnvConfig | str, num_envs: int | None = None, seed: int | None = None) -> VecEnv:
-    """SB3 VecEnv of num_envs (default: the config's) such environments; number i is seeded with seed + i."""
+    """SB3 VecEnv of num_envs (default: the config's) such environments; number i is seeded with seed + i.
+
+    With `restarts` one that fails is made anew; the infos of that step hold `worldmodel.restarted`, as restarts.py says.
+    """
     config = EnvConfig(id=config) if isinstance(config, str) else config
     count = config.num_envs if num_envs is None else num_envs
     if count < 1:
         raise ConfigError(f"env.num_envs is {count}; expected at least 1.")
+    reporting = [partial(_make_reporting, config, index, seed) for index in range(count)]
+    restarts = Restarts(config.restarts, config.restart_window)
     if config.vectorize == "subproc":
         # A worker cannot say why its environment could not be made: find out here.
         make_env(config).close()
-        venv: VecEnv = WorkerVecEnv([partial(_make_worker, config, index, seed) for index in range(count)])
+        venv: VecEnv = WorkerVecEnv(reporting, timeout=config.timeout, restarts=restarts)
+    elif config.restarts:
+        venv = LocalVecEnv(reporting, restarts)
     else:
         venv = DummyVecEnv([partial(make_env, config, index, seed) for index in range(count)])
     if seed is not None:
@@ -141,7 +158,7 @@ def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
     raise ConfigError(f"env.id '{env_id}' is not registered with Gymnasium.{hint}")
 
 
-def _make_worker(config: EnvConfig, index: int, seed: int | None) -> gym.Env:
+def _make_reporting(config: EnvConfig, index: int, seed: int | None) -> gym.Env:
     return ReportFaults(make_env(config, index, seed))
 
 

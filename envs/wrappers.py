@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -15,6 +16,8 @@ from PIL import Image
 from worldmodel.envs.extras import missing_extra
 from worldmodel.errors import ConfigError, EnvError, UnsupportedSpaceError
 from worldmodel.spaces import FLOAT32_MAX, ObsSpec
+
+_log = logging.getLogger(__name__)
 
 
 class CheckedEnv(gym.Wrapper):
@@ -64,6 +67,13 @@ class CheckedEnv(gym.Wrapper):
 
     def render(self) -> Any:
         return self._call("render", self.env.render)
+
+    def close(self) -> None:
+        """What is wrong then is said and no error: it would hide what the environment was closed for."""
+        try:
+            self._call("close", self.env.close)
+        except EnvError as error:
+            _log.warning("%s", error)
 
     def _call(self, name: str, function: Any) -> Any:
         try:

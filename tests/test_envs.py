@@ -441,7 +441,8 @@ class Moody(gym.Env):
 if __name__ == "__main__":
     gym.register("Moody-v0", Moody)
     from worldmodel.envs import make
-    from worldmodel.envs.workers import ReportFaults, WorkerVecEnv
+    from worldmodel.envs.restarts import ReportFaults
+    from worldmodel.envs.workers import WorkerVecEnv
     from worldmodel.envs.wrappers import CheckedEnv
     from functools import partial
     build = lambda i: ReportFaults(CheckedEnv(Moody(), i))
@@ -461,7 +462,7 @@ if __name__ == "__main__":
     fine, nan, gone, same = json.loads(done.stdout.splitlines()[-1])
     assert fine == "fine" and same
     assert nan.startswith("environment 1, episode 1, step 2: observation 'obs' holds NaN")
-    assert "environment 0 (exit code 9) is gone" in gone
+    assert gone.startswith("environment 0, episode 1, step 3: its process is gone (exit code 9)")
 
 
 def test_importing_the_environments_loads_neither_torch_nor_sb3():

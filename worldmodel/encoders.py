@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from worldmodel.config import Frozen
 from worldmodel.data import Obs
-from worldmodel.errors import ConfigError
+from worldmodel.errors import ConfigError, UnsupportedSpaceError
 from worldmodel.networks import MLP, ConvEncoder, as_code, symexp, symlog
 from worldmodel.registry import register
-from worldmodel.spaces import ObsSpec
+from worldmodel.spaces import KeySpec, ObsSpec
 
 
 class InputScaling(nn.Module):
@@ -80,6 +80,14 @@ class InputScaling(nn.Module):
         return out
 
 
+def convolution(key: KeySpec, depth: int) -> ConvEncoder:
+    """What sees the pictures of a key; UnsupportedSpaceError where they are too small for that."""
+    try:
+        return ConvEncoder(key.shape, depth)
+    except ValueError as error:
+        raise UnsupportedSpaceError(f"The observation space at '{key.name}' ({key.space}): {error}") from None
+
+
 class EncoderConfig(Frozen):
     """A convolution for each image, one perceptron for everything else, and that itself, put side by side."""
 
@@ -97,7 +105,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.images = [name for name, key in spec.keys.items() if key.kind == "image"]
         self.vectors = [name for name, key in spec.keys.items() if key.kind != "image"]
-        self.convolutions = nn.ModuleList(ConvEncoder(spec.keys[name].shape, config.depth) for name in self.images)
+        self.convolutions = nn.ModuleList(convolution(spec.keys[name], config.depth) for name in self.images)
         self.out_features = sum(c.out_features for c in self.convolutions)
         if self.vectors:
             width = sum(spec.keys[name].shape[0] for name in self.vectors)
@@ -141,7 +149,7 @@ class PixelEncoder(nn.Module):
                 "such as model=gaussian, or an environment of pictures."
             )
         ((self.name, key),) = spec.keys.items()
-        self.convolution = ConvEncoder(key.shape, config.depth)
+        self.convolution = convolution(key, config.depth)
         self.perceptron = MLP(self.convolution.out_features, config.units, config.layers)
         self.out_features = self.perceptron.out_features + math.prod(key.shape)
 

@@ -185,7 +185,7 @@ def halvings(size: tuple[int, int], smallest: int = 4) -> list[tuple[int, int]]:
         sizes.append((sizes[-1][0] // 2, sizes[-1][1] // 2))
     if len(sizes) == 1:
         raise ValueError(
-            f"An image of {size[0]}x{size[1]} pixels is too small for a convolution: 8x8 is the least; declare layout=vector."
+            f"An image of {size[0]}x{size[1]} pixels is too small for a convolution: 8x8 is the least. Declare env.layout=vector."
         )
     return sizes
 

@@ -244,12 +244,12 @@ class Replay:
         self._load_newer(Path(folder), 0, True, log)
         self._close_cut()
 
-    def cut(self) -> None:
-        """Closes the open episode of every stream, as a truncation does: its newest row is_last, and not is_terminal.
+    def cut(self, streams: Sequence[int] | None = None) -> None:
+        """Closes the open episodes of these streams (None: of all) as a truncation does: the newest row is_last, not is_terminal.
 
         For environments that cannot go on from where they were; the next row of each stream must open an episode.
         """
-        for stream in np.flatnonzero(self._next).tolist():
+        for stream in np.flatnonzero(self._next).tolist() if streams is None else streams:
             self._close(stream, int(self._next[stream]) - 1)
 
     def _close(self, stream: int, sequence: int) -> None:

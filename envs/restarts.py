@@ -1,0 +1,173 @@
+"""Environments that failed, and new ones in their place.
+
+An environment in `ReportFaults` tells of its errors instead of raising them. A VecEnv of such environments makes a fresh one in
+place of one that failed, as often as its `Restarts` allow, and raises the error after that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
+from stable_baselines3.common.vec_env.patch_gym import _patch_env
+
+from worldmodel.errors import EnvError, MissingExtraError
+
+_log = logging.getLogger(__name__)
+
+FAULT = "worldmodel.fault"
+"""The info key under which an environment reports an error: (class name, message)."""
+RESTARTED = "worldmodel.restarted"
+"""The info key of a step in which an environment failed and was made anew: the error's message. Nothing of that step is real."""
+ERRORS: dict[str, type[Exception]] = {"EnvError": EnvError, "MissingExtraError": MissingExtraError}
+
+
+class ReportFaults(gym.Wrapper):
+    """An error ends as a report in the info. The reset that VecEnvs make after a failed step repeats it, and touches nothing."""
+
+    _fault: dict[str, Any] | None = None
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        report, self._fault = self._fault, None
+        if report is None:
+            try:
+                return self.env.reset(seed=seed, options=options)
+            except Exception as error:
+                report = _report(error)
+        return blank(self.observation_space), report
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        try:
+            return self.env.step(action)
+        except Exception as error:
+            self._fault = _report(error)
+            return blank(self.observation_space), 0.0, False, True, dict(self._fault)
+
+
+class Restarts:
+    """How often environments may be made anew: `limit` times within `window` seconds, over all of a VecEnv; `count` were."""
+
+    def __init__(self, limit: int = 0, window: float = 300.0):
+        self.limit, self.window, self.count = limit, window, 0
+        self._times: deque[float] = deque()
+
+    def spend(self, error: Exception) -> None:
+        """One more for this error; raises it where none is left, and where a new environment would be no better."""
+        now = time.monotonic()
+        while self._times and now - self._times[0] > self.window:
+            self._times.popleft()
+        if isinstance(error, MissingExtraError) or not self.limit:
+            raise error
+        if len(self._times) >= self.limit:
+            raise EnvError(f"{error} It was made anew {self.limit} times within {self.window:g} s, as env.restarts allows.")
+        self._times.append(now)
+        self.count += 1
+        _log.warning("%s It is made anew: restart %d.", error, self.count)
+
+
+class Renewing(VecEnv):
+    """What a VecEnv of environments in ReportFaults has besides: fresh ones in place of those that failed.
+
+    A step in which one failed has not happened: its info holds RESTARTED and nothing else of the environment, and for SB3 the
+    episode is truncated at its last good observation, with reward 0. Where an episode ended well and only the next one could not
+    begin, the step stands as it is. The fresh environment is reset with a seed that follows from the VecEnv's, its number and
+    how many there were before it.
+    """
+
+    restarts: Restarts
+    _base: int | None = None
+
+    def _made_anew(self, index: int, seed: int | None) -> tuple[Any, dict[str, Any]]:
+        """What the reset of a fresh environment with this number gives. Raises EnvError."""
+        raise NotImplementedError
+
+    def seed(self, seed: int | None = None) -> Sequence[int | None]:
+        seeds = super().seed(seed)
+        self._base, self._failures = seeds[0], [0] * self.num_envs
+        return seeds
+
+    def reset(self) -> VecEnvObs:
+        obs = super().reset()
+        self.reset_infos = list(self.reset_infos)
+        for i, info in enumerate(self.reset_infos):
+            if FAULT in info:
+                self._put(obs, i, *self._begin_anew(i, info[FAULT]))
+        self._last = obs
+        return obs
+
+    def step_wait(self) -> VecEnvStepReturn:
+        obs, rewards, dones, infos = super().step_wait()
+        infos, self.reset_infos = list(infos), list(self.reset_infos)
+        for i, info in enumerate(infos):
+            if FAULT in info:
+                infos[i] = {RESTARTED: info[FAULT][1], "TimeLimit.truncated": True, "terminal_observation": _row(self._last, i)}
+                rewards[i], dones[i] = 0, True
+                self._put(obs, i, *self._begin_anew(i, info[FAULT]))
+            elif dones[i] and FAULT in self.reset_infos[i]:
+                self._put(obs, i, *self._begin_anew(i, self.reset_infos[i][FAULT]))
+        self._last = obs
+        return obs, rewards, dones, infos
+
+    def _begin_anew(self, index: int, fault: tuple[str, str] | None) -> tuple[Any, dict[str, Any]]:
+        while fault is not None:
+            name, message = fault
+            self.restarts.spend(ERRORS.get(name, EnvError)(message))
+            self._failures[index] += 1
+            seed = None
+            if self._base is not None:
+                seed = int(np.random.SeedSequence([self._base, index, self._failures[index]]).generate_state(1)[0])
+            try:
+                obs, info = self._made_anew(index, seed)
+                fault = info.get(FAULT)
+            except EnvError as error:
+                fault = ("EnvError", str(error))
+        return obs, info
+
+    def _put(self, obs: VecEnvObs, index: int, first: Any, info: dict[str, Any]) -> None:
+        """The first observation of an episode into those of all environments."""
+        for into, value in [(obs[key], first[key]) for key in obs] if isinstance(obs, Mapping) else [(obs, first)]:
+            into[index] = value
+        self.reset_infos[index] = info
+
+
+class LocalVecEnv(Renewing, DummyVecEnv):
+    """SB3's DummyVecEnv of environments that are made anew; `env_fns` make them in ReportFaults."""
+
+    def __init__(self, env_fns: Sequence[Callable[[], gym.Env]], restarts: Restarts):
+        self.restarts, self._env_fns = restarts, list(env_fns)
+        self._failures = [0] * len(self._env_fns)
+        super().__init__(self._env_fns)
+
+    def _made_anew(self, index: int, seed: int | None) -> tuple[Any, dict[str, Any]]:
+        with contextlib.suppress(Exception):  # what is broken need not close
+            self.envs[index].close()
+        self.envs[index] = _patch_env(self._env_fns[index]())
+        return self.envs[index].reset(seed=seed)
+
+
+def restarted(infos: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Which environments [N] were made anew in this step, so that nothing of it happened there."""
+    return np.array([RESTARTED in info for info in infos], bool)
+
+
+def blank(space: gym.Space) -> Any:
+    """An observation that stands where there is none."""
+    if isinstance(space, gym.spaces.Dict):
+        return {key: blank(sub) for key, sub in space.items()}
+    return np.zeros(space.shape, space.dtype)
+
+
+def _report(error: Exception) -> dict[str, Any]:
+    return {FAULT: (type(error).__name__, str(error) if type(error).__name__ in ERRORS else f"{type(error).__name__}: {error}")}
+
+
+def _row(obs: VecEnvObs, index: int) -> Any:
+    return {key: x[index].copy() for key, x in obs.items()} if isinstance(obs, Mapping) else obs[index].copy()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from worldmodel.config import Frozen
 from worldmodel.data import Obs
-from worldmodel.errors import ConfigError
+from worldmodel.errors import ConfigError, NumericsError
 from worldmodel.networks import MLP, ConvEncoder, as_code, symexp, symlog
 from worldmodel.registry import register
 from worldmodel.spaces import ObsSpec
@@ -38,9 +38,16 @@ class InputScaling(nn.Module):
 
     @torch.no_grad()
     def update(self, obs: Obs) -> None:
-        """Take new observations [N, D] into the running statistics. Source: Chan et al. 1979 (parallel variance)."""
+        """Take new observations [N, D] into the running statistics. Source: Chan et al. 1979 (parallel variance).
+
+        NumericsError where one is not finite: it would never leave them again. Then nothing is taken in.
+        """
         if not self.vectors:
             return
+        if ill := [name for name in self.vectors if not obs[name].isfinite().all()]:
+            raise NumericsError(
+                f"Observation '{ill[0]}' is not finite, so it was kept out of the statistics. Check what it comes from."
+            )
         added = next(iter(obs.values())).shape[0]
         total = self.count + added
         for i, name in enumerate(self.vectors):

@@ -72,7 +72,7 @@ class InputScaling(nn.Module):
 
     def forward(self, obs: Obs) -> Obs:
         """Canonical observations on the inner scale."""
-        return self._each(obs, symlog, lambda x, mean, std: ((x - mean) / std).clamp(-20, 20))
+        return self._each(obs, symlog, _standardised)
 
     def inverse(self, obs: Obs) -> Obs:
         """From the inner scale to canonical observations."""
@@ -85,6 +85,11 @@ class InputScaling(nn.Module):
         for i, name in enumerate(self.vectors):
             out[name] = log(obs[name]) if self.kind == "symlog" else affine(obs[name], *self.statistics(i, obs[name]))
         return out
+
+
+def _standardised(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Within 20 deviations; what is not finite is NaN, lest an infinity pass for 20."""
+    return torch.where(x.isfinite(), ((x - mean) / std).clamp(-20, 20), torch.nan)
 
 
 class EncoderConfig(Frozen):

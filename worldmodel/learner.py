@@ -161,7 +161,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         metrics = {f"loss/{name}": float(mean.detach()) for name, mean in means.items()}
         bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-        if bad:
+        if bad or not _finite(batch.reward):  # an infinite one would pass for the greatest that the heads can code
             bad = self._causes(batch) + bad
         else:
             total.backward()
@@ -217,10 +217,10 @@ class Learner:
         return scale
 
     def _causes(self, batch: Batch) -> list[str]:
-        """What went into losses that are not finite and is not finite itself."""
-        seen = [f"observation '{name}'" for name, x in batch.obs.items() if not _finite(x)]
-        rewards = [] if _finite(batch.reward) else ["the rewards"]
-        return seen + rewards + ill_weights(self.world)
+        """What goes into the losses and is not finite."""
+        seen = {f"observation '{name}'": x for name, x in batch.obs.items()}
+        inputs = {**seen, "reward": batch.reward, "action": batch.prev_action}
+        return [name for name, x in inputs.items() if not _finite(x)] + ill_weights(self.world)
 
 
 def ill_weights(module: nn.Module) -> list[str]:

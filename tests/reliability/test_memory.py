@@ -129,7 +129,7 @@ def cycle(job: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("vectorize", ["dummy", "subproc"][: times(1, 2)])
 def test_agents_that_are_closed_leave_nothing_behind(vectorize, figure):
-    """Teeth: a list of all agents."""
+    """Teeth: a list that keeps all agents."""
     seen = in_child(__file__, {"what": "cycle", "vectorize": vectorize}, MALLOC_ARENA_MAX="2")["seen"]
     assert len({(look["fds"], look["threads"]) for look in seen[1:]}) == 1
     more = max(look["VmRSS"] for look in seen[2:]) / seen[1]["VmRSS"] - 1
@@ -249,12 +249,12 @@ def most_bytes(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[int]:
 
 @pytest.mark.parametrize("place", ["memory", "disk"])
 def test_ten_times_the_capacity_take_little_more_of_the_disk_than_one(tmp_path, monkeypatch, figure, place):
-    """Teeth: a run that sweeps at its checkpoints only, or a replay that names evicted segments."""
+    """Checkpoints at a tenth, experience at a twentieth of the capacity. Teeth: marks that go on naming evicted segments."""
     capacity, row = 400, 256 * 4 + 2 * 4 + 4 + 1
     monkeypatch.setattr(segments, "MAX_BYTES", capacity * row // 20)
     monkeypatch.setattr("os.fsync", lambda handle: None)  # what is tested is how much is there, not when it is safe
     options = {"agent": "random", "train.replay": place, "train.capacity": capacity, "train.prefill": 10**5, "eval.every": 0}
-    options |= {"eval.episodes": 1, "checkpoint.every": capacity // 20, "checkpoint.flush": capacity // 20}
+    options |= {"eval.episodes": 1, "checkpoint.every": capacity // 10, "checkpoint.flush": capacity // 20}
     found = most_bytes(monkeypatch, tmp_path / "run")
     small_train(tmp_path / "run", 10 * capacity, f"{__name__}:Long-v0", options=options)
     assert Run.open(tmp_path / "run").replay().added > 10 * capacity

@@ -178,7 +178,7 @@ def test_every_file_and_every_name_is_forced_to_the_disk_before_it_counts(tmp_pa
 
 
 def outcome(path: Path) -> str:
-    """ "same" or the error's text; any other content or error fails the test."""
+    """"same" or the error's text; any other content or error fails the test."""
     try:
         found = checkpoint.read(path)
     except CorruptError as error:

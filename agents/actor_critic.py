@@ -16,6 +16,7 @@ from worldmodel.agents.returns import ReturnScale, lambda_return, weights
 from worldmodel.config import Frozen
 from worldmodel.data import Batch, Dream, Sampling, State, Trace
 from worldmodel.errors import ConfigError
+from worldmodel.learner import Skips, clip_gradients, ill_weights
 from worldmodel.model import WorldModel, doubt, needs_ensemble, needs_marginal
 from worldmodel.networks import MLP, TwoHot
 from worldmodel.spaces import ActionSpec
@@ -163,6 +164,8 @@ class ActorCriticLearner:
         self.actor_optimizer = torch.optim.Adam(behaviour.actor.parameters(), lr=self.config.lr, eps=self.config.eps)
         self.critic_optimizer = torch.optim.Adam(behaviour.critic.parameters(), lr=self.config.lr, eps=self.config.eps)
         self.scale = ReturnScale()
+        self.updates = 0
+        self.skips = Skips(" of actor and critic", "Look at the sizes of rewards, or lower agent.lr.")
 
     def update(self, trace: Trace, batch: Batch, generator: torch.Generator | None = None) -> dict[str, float]:
         """Imagine from the batch's states, then one step of the actor and one of the critic; metrics."""
@@ -180,11 +183,13 @@ class ActorCriticLearner:
         returns = lambda_return(reward, discount, self.behaviour.value(dream.feature) if through else value, self.config.lam)
         scale = self.scale.update(returns)
         gain = returns / scale if through else log_prob * (returns - value[:, :-1]) / scale
-        metrics = self._improve_actor(gain, entropy, weight[:, :-1])
+        actor_loss = -(weight[:, :-1] * (gain + self.config.entropy * entropy)).mean()
         critic_loss = (weight[:, :-1].transpose(0, 1) * self._value_loss(rows[:-1], logits, returns.transpose(0, 1))).mean()
-        metrics |= self._improve_critic(critic_loss, trace, batch)
-        metrics |= {"dream/return": float(returns.detach()[:, 0].mean()), "train/return_scale": self.scale.value}
-        return metrics
+        if self.config.replay_value:
+            critic_loss = critic_loss + self.config.replay_value * self._replay_value_loss(trace, batch)
+        metrics = self._descend(actor_loss, critic_loss)
+        metrics |= {"train/entropy": float(entropy.detach().mean()), "train/return_scale": self.scale.value}
+        return metrics | {"dream/return": float(returns.detach()[:, 0].mean())}
 
     def starts(self, trace: Trace, batch: Batch, generator: torch.Generator | None) -> tuple[State, Tensor]:
         """Some or all states of the batch, and 0 for those in which the world has ended."""
@@ -216,23 +221,28 @@ class ActorCriticLearner:
             dream = self.world.imagine(state, act, self.config.horizon, sampling)
         return dream, torch.stack(log_probs, 1), torch.stack(entropies, 1)
 
-    def _improve_actor(self, gain: Tensor, entropy: Tensor, weight: Tensor) -> dict[str, float]:
-        loss = -(weight * (gain + self.config.entropy * entropy)).mean()
-        norm = _descend(self.actor_optimizer, loss, self.config.clip)
-        return {
-            "train/actor_loss": float(loss.detach()),
-            "train/entropy": float(entropy.detach().mean()),
-            "train/actor_gradient_norm": norm,
+    def _descend(self, actor_loss: Tensor, critic_loss: Tensor) -> dict[str, float]:
+        """One clipped step of both; where a loss or a gradient is not finite, of neither."""
+        steps = {
+            "actor": (self.behaviour.actor, self.actor_optimizer, actor_loss),
+            "critic": (self.behaviour.critic, self.critic_optimizer, critic_loss),
         }
-
-    def _improve_critic(self, loss: Tensor, trace: Trace, batch: Batch) -> dict[str, float]:
-        if self.config.replay_value:
-            loss = loss + self.config.replay_value * self._replay_value_loss(trace, batch)
-        norm = _descend(self.critic_optimizer, loss, self.config.clip)
-        with torch.no_grad():
-            for slow, fast in zip(self.behaviour.slow.parameters(), self.behaviour.critic.parameters(), strict=True):
-                slow.lerp_(fast, self.config.slow)
-        return {"train/critic_loss": float(loss.detach()), "train/critic_gradient_norm": norm}
+        metrics, bad = {}, []
+        for name, (part, optimizer, loss) in steps.items():
+            optimizer.zero_grad(set_to_none=True)  # the critic's own: a gradient through the model comes through it, too
+            loss.backward()
+            norm, ill = clip_gradients(part, self.config.clip)
+            metrics |= {f"train/{name}_loss": float(loss.detach()), f"train/{name}_gradient_norm": norm}
+            ill = ill if loss.isfinite() else [*ill_weights(part), "loss"]
+            bad += [f"{name}.{where}" for where in ill]
+        self.updates += 1
+        if self.skips.allow(self.updates, bad):
+            self.actor_optimizer.step()
+            self.critic_optimizer.step()
+            with torch.no_grad():
+                for slow, fast in zip(self.behaviour.slow.parameters(), self.behaviour.critic.parameters(), strict=True):
+                    slow.lerp_(fast, self.config.slow)
+        return metrics
 
     def _value_loss(self, feature: Tensor, logits: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy with the target, and with what the slow critic predicts."""
@@ -260,13 +270,3 @@ class ActorCriticLearner:
             target = torch.stack(returns[::-1], 1)
         inside = (~batch.is_last[:, :-1]).float()
         return (inside * self._value_loss(feature[:, :-1], self.behaviour.critic(feature[:, :-1]), target)).mean()
-
-
-def _descend(optimizer: torch.optim.Optimizer, loss: Tensor, clip: float) -> float:
-    """One clipped step; gives the gradient's norm. A non-finite gradient changes nothing."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
-    if norm.isfinite():
-        optimizer.step()
-    return float(norm)

@@ -62,7 +62,9 @@ class Dreamer(WorldModelAlgorithm):
         return {**super().optimizers_by_name, "actor": self.behaviour.actor_optimizer, "critic": self.behaviour.critic_optimizer}
 
     def _behaviour_state(self) -> dict[str, Any]:
-        return {"return_low": self.behaviour.scale.low, "return_high": self.behaviour.scale.high}
+        scale = self.behaviour.scale
+        return {"return_low": scale.low, "return_high": scale.high, "updates": self.behaviour.updates}
 
     def _restore_behaviour(self, state: Mapping[str, Any]) -> None:
         self.behaviour.scale.low, self.behaviour.scale.high = state["return_low"], state["return_high"]
+        self.behaviour.updates = state.get("updates", 0)  # checkpoints of 0.1.0 do not count them

@@ -459,7 +459,7 @@ class WorldModelAlgorithm(BaseAlgorithm):
         count = state["counters"]
         self.num_timesteps, self._episode_num, self._n_updates = count["num_timesteps"], count["episodes"], count["n_updates"]
         self._restarts = count.get("restarts", 0)
-        self.learner.updates, self.learner.skipped, self._credit = count["updates"], count["skipped"], float(count["credit"])
+        self.learner.updates, self.learner.skips.count, self._credit = count["updates"], count["skipped"], float(count["credit"])
 
     def save(self, path: str | pathlib.Path | io.BufferedIOBase, exclude: Any = None, include: Any = None) -> None:
         """One zip of stored safetensors, JSON and manifest, with nothing in it that could run code. The replay stays out."""

@@ -213,7 +213,8 @@ def test_the_loss_that_a_broken_parameter_spoils_is_named_after_three_updates_in
     for _ in range(2):
         metrics = step(learner)
         assert [name for name, value in metrics.items() if not np.isfinite(value)] == ["loss/reward"]
-    with pytest.raises(NumericsError, match=r"not finite: loss/reward; 3 updates in a row.*lower train\.lr"):
+    where = r"heads\.reward_net\.\d+\.bias, loss/reward"
+    with pytest.raises(NumericsError, match=rf"Update 3: not finite: {where}; 3 updates in a row.*lower train\.lr"):
         step(learner)
     assert (learner.updates, learner.skipped) == (0, 3)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from worldmodel.config import Frozen
 from worldmodel.data import Obs
-from worldmodel.errors import ConfigError, UnsupportedSpaceError
+from worldmodel.errors import ConfigError, NumericsError, UnsupportedSpaceError
 from worldmodel.networks import MLP, ConvEncoder, as_code, symexp, symlog
 from worldmodel.registry import register
 from worldmodel.spaces import KeySpec, ObsSpec
@@ -38,9 +38,16 @@ class InputScaling(nn.Module):
 
     @torch.no_grad()
     def update(self, obs: Obs) -> None:
-        """Take new observations [N, D] into the running statistics. Source: Chan et al. 1979 (parallel variance)."""
+        """Take new observations [N, D] into the running statistics. Source: Chan et al. 1979 (parallel variance).
+
+        NumericsError where one is not finite: it would never leave them again. Then nothing is taken in.
+        """
         if not self.vectors:
             return
+        if ill := [name for name in self.vectors if not obs[name].isfinite().all()]:
+            raise NumericsError(
+                f"Observation '{ill[0]}' is not finite, so it was kept out of the statistics. Check what it comes from."
+            )
         added = next(iter(obs.values())).shape[0]
         total = self.count + added
         for i, name in enumerate(self.vectors):
@@ -65,7 +72,7 @@ class InputScaling(nn.Module):
 
     def forward(self, obs: Obs) -> Obs:
         """Canonical observations on the inner scale."""
-        return self._each(obs, symlog, lambda x, mean, std: ((x - mean) / std).clamp(-20, 20))
+        return self._each(obs, symlog, _standardised)
 
     def inverse(self, obs: Obs) -> Obs:
         """From the inner scale to canonical observations."""
@@ -86,6 +93,11 @@ def convolution(key: KeySpec, depth: int) -> ConvEncoder:
         return ConvEncoder(key.shape, depth)
     except ValueError as error:
         raise UnsupportedSpaceError(f"The observation space at '{key.name}' ({key.space}): {error}") from None
+
+
+def _standardised(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Within 20 deviations; what is not finite is NaN, lest an infinity pass for 20."""
+    return torch.where(x.isfinite(), ((x - mean) / std).clamp(-20, 20), torch.nan)
 
 
 class EncoderConfig(Frozen):

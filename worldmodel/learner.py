@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import math
 from typing import Literal
 
 import torch
@@ -87,6 +88,35 @@ def reuse_memory() -> bool:
     return all([mallopt(name, value) == 1 for name, value in wishes.items()])
 
 
+class Skips:
+    """Updates that were not applied because a number in them was not finite. Three in a row raise NumericsError.
+
+    what    whose updates: "" or words behind "Update 7"
+    remedy  what may help
+    """
+
+    PATIENCE = 3
+
+    def __init__(self, what: str, remedy: str):
+        self.what, self.remedy = what, remedy
+        self.count = 0
+        self.in_a_row = 0
+
+    def allow(self, update: int, bad: list[str]) -> bool:
+        """Whether this update may be applied; `bad` names what in it is not finite."""
+        if not bad:
+            self.in_a_row = 0
+            return True
+        self.count += 1
+        self.in_a_row += 1
+        if self.in_a_row >= self.PATIENCE:
+            raise NumericsError(
+                f"Update {update}{self.what}: not finite: {', '.join(bad[:5])}; {self.PATIENCE} updates in a row were skipped. "
+                f"Finite numbers were expected. {self.remedy}"
+            )
+        return False
+
+
 class Learner:
     """Owns the optimiser of a world model; `update` is the one gradient step.
 
@@ -94,10 +124,9 @@ class Learner:
     average  the exponential average of its weights over updates, which predicts better than any single one and is what
              everybody else looks at; `world` itself where train.average is 0
 
-    Three updates in a row with a non-finite loss or gradient raise NumericsError; single ones are skipped and counted.
+    An update with a non-finite loss or gradient changes no weight, and is counted in `skips`.
     """
 
-    PATIENCE = 3
     MEASURE_EVERY = 10
     """Updates between two looks at what the laws say of themselves, which can cost as much as a loss."""
 
@@ -105,8 +134,7 @@ class Learner:
         self.world, self.config = world, config
         self.optimizer = torch.optim.Adam(world.parameters(), lr=config.lr, eps=config.eps)
         self.updates = 0
-        self.skipped = 0
-        self._skipped_in_a_row = 0
+        self.skips = Skips("", "Look at the sizes of observations and rewards, or lower train.lr.")
         if config.reuse_memory:
             reuse_memory()
         self.average = world
@@ -132,22 +160,29 @@ class Learner:
             total = sum(self.weight(name) * mean for name, mean in means.items())
         self.optimizer.zero_grad(set_to_none=True)
         metrics = {f"loss/{name}": float(mean.detach()) for name, mean in means.items()}
-        bad = [name for name, value in metrics.items() if not torch.tensor(value).isfinite()]
-        if not bad:
+        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if bad or not _finite(batch.reward):  # an infinite one would pass for the greatest that the heads can code
+            bad = self._causes(batch) + bad
+        else:
             total.backward()
-            norm = nn.utils.get_total_norm([p.grad for p in self.world.parameters() if p.grad is not None])
-            metrics["gradient_norm"] = float(norm)
-            if norm.isfinite():
-                nn.utils.clip_grads_with_norm_(self.world.parameters(), self.config.clip, norm)
-            else:  # clipping first would spread one NaN over all gradients, and all would be named
-                bad = self._bad_gradients()
-        self._step(bad)
+            norm, bad = clip_gradients(self.world, self.config.clip)
+            metrics["gradient_norm"] = norm
+        if self.skips.allow(self.updates + self.skips.count + 1, bad):
+            self.optimizer.step()
+            self.updates += 1
+            if self.average is not self.world:
+                self._follow()
         if self.updates % self.MEASURE_EVERY == 1:
             metrics |= self.world.measures(trace, batch.is_first)
         metrics["active_units"] = self.world.active_units(trace)
         if not self.world.dynamics.latent.certain:
             metrics["rate"] = float(trace.rate.mean())
         return metrics, trace, batch
+
+    @property
+    def skipped(self) -> int:
+        """Updates that were not applied."""
+        return self.skips.count
 
     @torch.no_grad()
     def averaged_trace(self, batch: Batch, generator: torch.Generator | None = None) -> Trace:
@@ -181,25 +216,27 @@ class Learner:
             scale *= min(1.0, self.updates / self.config.warmup)
         return scale
 
-    def _step(self, bad: list[str]) -> None:
-        if not bad:
-            self.optimizer.step()
-            self.updates += 1
-            self._skipped_in_a_row = 0
-            if self.average is not self.world:
-                self._follow()
-            return
-        self.skipped += 1
-        self._skipped_in_a_row += 1
-        if self._skipped_in_a_row >= self.PATIENCE:
-            raise NumericsError(
-                f"Update {self.updates + self.skipped}: not finite: {', '.join(bad[:5])}; "
-                f"{self.PATIENCE} updates in a row were skipped. "
-                "Finite numbers were expected. Look at the sizes of observations and rewards, or lower train.lr."
-            )
+    def _causes(self, batch: Batch) -> list[str]:
+        """What goes into the losses and is not finite."""
+        seen = {f"observation '{name}'": x for name, x in batch.obs.items()}
+        inputs = {**seen, "reward": batch.reward, "action": batch.prev_action}
+        return [name for name, x in inputs.items() if not _finite(x)] + ill_weights(self.world)
 
-    def _bad_gradients(self) -> list[str]:
-        return [name for name, p in self.world.named_parameters() if p.grad is not None and not _finite(p.grad)]
+
+def ill_weights(module: nn.Module) -> list[str]:
+    """Names of the parameters that are not finite."""
+    return [name for name, p in module.named_parameters() if not _finite(p)]
+
+
+def clip_gradients(module: nn.Module, greatest: float) -> tuple[float, list[str]]:
+    """(the norm of the gradient as it was, the parameters where it is not finite); clipped where all of it is."""
+    norm = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+    if norm.isfinite():
+        nn.utils.clip_grads_with_norm_(module.parameters(), greatest, norm)
+        return float(norm), []
+    # Clipping first would spread one NaN over all gradients, and all would be named.
+    bad = [name for name, p in module.named_parameters() if p.grad is not None and not _finite(p.grad)]
+    return float(norm), bad or ["gradient_norm"]  # finite numbers may have squares that are not
 
 
 def _finite(x: Tensor) -> bool:

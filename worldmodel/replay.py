@@ -445,6 +445,7 @@ class Replay:
             header, streams = segments.read(folder, number, replay._column_spec, replay.num_envs, seal)
             low = np.where(np.array(header.starts) == replay._next, low, header.starts)
             replay._append(header, streams)
+            del streams  # before the next segment is read
         if rows.shape != low.shape or (replay._next != rows).any() or (low > rows - replay._held).any():
             raise CorruptError(f"{folder} does not hold the rows that the checkpoint names: segments are missing from its marks.")
         replay._load_newer(folder, max((n for n, _ in named), default=0), keep_newer, log)

@@ -434,7 +434,6 @@ class Replay:
         `keep_newer`, as far as they are intact; both is told to `log`. CorruptError names the file and the offset
         of damage to any row that the marks name.
         """
-        folder = Path(folder)
         replay = cls._from_identity(marks, folder if on_disk else None, writable)
         try:
             rows, named = np.array(marks["rows"], np.int64), [(int(n), int(seal)) for n, seal in marks["segments"]]
@@ -550,9 +549,9 @@ class Replay:
         log(f"Replay: {count} steps {'newer than the checkpoint' if after else 'without a checkpoint'} are kept.")
 
 
-def row_bytes(obs: Mapping[str, tuple[Sequence[int], object]], action_dim: int) -> int:
+def row_bytes(obs: Mapping[str, tuple[Sequence[int], Any]], action_dim: int) -> int:
     """Bytes of one row: observation, action, reward and flags."""
-    return sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in obs.values()) + 4 * action_dim + 4 + 1
+    return segments.row_bytes({k: (tuple(shape), np.dtype(dtype)) for k, (shape, dtype) in obs.items()}) + 4 * action_dim + 5
 
 
 def _rounded(x: float, rng: np.random.Generator) -> int:

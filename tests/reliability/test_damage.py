@@ -313,8 +313,7 @@ def test_a_damaged_replay_is_refused_with_file_and_offset_or_read_bit_for_bit(tm
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A run of 50 steps with checkpoints at 40 and 50; the newest names a segment that the other one does not."""
-    small_train(tmp_path_factory.mktemp("trained") / "run", 50)
-    return tmp_path_factory.getbasetemp() / "trained0" / "run"
+    return Path(small_train(tmp_path_factory.mktemp("trained") / "run", 50).run)
 
 
 @pytest.fixture

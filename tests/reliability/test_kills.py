@@ -167,7 +167,7 @@ def forgetful(patch: pytest.MonkeyPatch, item: str) -> None:
         return {**resume(self, *args, **kwargs), **({"evaluations": []} if item == "evaluations" else {"evaluated": 0})}
 
     if item == "replay":
-        patch.setattr(Replay, "load", lambda *args, **kwargs: Replay._from_identity(load(*args, **kwargs)._identity()))
+        patch.setattr(Replay, "load", lambda *args, **kwargs: Replay._from_identity(load(*args, **kwargs)._identity(), None, True))
         patch.setattr(
             Run, "resume", lambda self, *args, **kwargs: [resume(self, *args, **kwargs), setattr(self, "_marks", None)][0]
         )

@@ -248,11 +248,16 @@ class Keeper(BaseCallback):
             self.warn(f"The experience at {_step(self.model)} could not be written: {error}")
 
     def _look_at_the_disk(self) -> None:
-        """Warns where less is free than what the run may still write."""
+        """Says what the replay may take, and warns where less of the disk is free than what the run may still write."""
         free, keep = shutil.disk_usage(self.run.path).free, self.config.checkpoint.keep
         moments = 0 if self.model.learner.updates else 8 * self.model.parameter_count  # Adam's two, from the first update on
         size, written = self.run.checkpoint_bytes + moments, self.run.replay_bytes
-        rows = max(0, self.model.replay.disk_bytes - written)
+        replay = self.model.replay
+        rows = max(0, replay.disk_bytes - written)
+        self.report.say(
+            f"The replay holds {replay.capacity:,} steps at most: {replay.nbytes / 1e6:,.1f} MB of memory, "
+            f"{replay.disk_bytes / 1e6:,.1f} MB of disk."
+        )
         if free < keep * size + rows:
             self.warn(
                 f"The disk of {self.run.path} has {free / 1e6:.0f} MB left, but {keep} more checkpoints of {size / 1e6:.0f} MB and "

@@ -251,7 +251,7 @@ def test_numerics_have_their_code(command, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Learner, "update", ill)
     code, out, err = command("train", CHAIN, *words(), "--run", tmp_path / "run")
-    assert (code, out, err) == (5, "", "error: three updates in a row were skipped\n")
+    assert (code, out, err.splitlines()[-1]) == (5, "", "error: three updates in a row were skipped")
 
 
 def test_debug_shows_where_an_error_came_from(command):

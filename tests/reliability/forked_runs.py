@@ -1,7 +1,9 @@
 """Trainings that end badly, forked from a process that has warmed up: torch's imports and first update cost more than a run.
 
-    python forked_runs.py kills FOLDER COUNT FENCE|NONE      SIGKILL at random moments, up to three in a run
-    python forked_runs.py signals FOLDER COUNT FENCE|NONE    SIGINT, SIGTERM, SIGHUP at random moments; some get a second one
+    python forked_runs.py kills FOLDER COUNT KIND      SIGKILL at random moments, up to three in a run
+    python forked_runs.py signals FOLDER COUNT KIND    SIGINT, SIGTERM, SIGHUP at random moments; some get a second one
+
+KIND: fence, disk (with a fence, and the replay on the disk) or none.
 
 Prints one JSON object of counts. A forked training tells of each commit through a pipe, and of each update in a file.
 """
@@ -32,7 +34,8 @@ from worldmodel.agents.train import Interrupted
 from worldmodel.run import Run
 
 STEPS, SEED = 80, 0
-FENCE = {"checkpoint.fence": True, "env.num_envs": 2, "train.average": 0.9, "train.ratio": 0.3}
+FENCE = {"checkpoint.fence": True, "checkpoint.flush": 7, "env.num_envs": 2, "train.average": 0.9, "train.ratio": 0.3}
+KINDS = {"fence": FENCE, "disk": {**FENCE, "train.replay": "disk"}, "none": {**FENCE, "checkpoint.fence": False}}
 SAVE = 0.02
 """About how many seconds a save takes."""
 SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
@@ -181,9 +184,8 @@ def committed(folder: Path, fence: bool) -> int:
 class Trial:
     """The unbroken run, and the counts of what differs from it."""
 
-    def __init__(self, place: Path, fence: bool):
-        self.place, self.fence = place, fence
-        self.options = {**FENCE, "checkpoint.fence": fence}
+    def __init__(self, place: Path, options: dict[str, Any]):
+        self.place, self.options, self.fence = place, options, options["checkpoint.fence"]
         place.mkdir(parents=True, exist_ok=True)
         small_train(place / "warm", STEPS, "Nervous-v0", options=self.options)  # torch's first update takes seconds
         folder, started = place / "unbroken", time.monotonic()
@@ -259,7 +261,7 @@ def signals(trial: Trial, count: int, rng: random.Random, limit: float = 5.0) ->
 if __name__ == "__main__":
     torch.set_num_threads(1)
     ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)  # orphans of the children become ours, to be counted
-    kind, place, count, fence = sys.argv[1:]
+    fault, place, count, kind = sys.argv[1:]
     assert Nervous.steps == 0
-    act = {"kills": kills, "signals": signals}[kind]
-    print(json.dumps(act(Trial(Path(place), fence == "FENCE"), int(count), random.Random(SEED))))
+    act = {"kills": kills, "signals": signals}[fault]
+    print(json.dumps(act(Trial(Path(place), KINDS[kind]), int(count), random.Random(SEED))))

@@ -196,9 +196,9 @@ def test_each_item_of_the_saved_state_is_missed_when_a_resume_forgets_it(unbroke
 # R2 -----------------------------------------------------------------------------------------------------------------------
 
 
-def counted(kind: str, place: Path, count: int, fence: bool) -> dict[str, int]:
+def counted(fault: str, place: Path, count: int, kind: str) -> dict[str, int]:
     """What a process of its own counts, so that its forks are of no process that pytest shares."""
-    words = [sys.executable, forked_runs.__file__, kind, str(place), str(count), "FENCE" if fence else "NONE"]
+    words = [sys.executable, forked_runs.__file__, fault, str(place), str(count), kind]
     done = subprocess.run(words, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -208,11 +208,11 @@ def wrong(counts: dict[str, int]) -> dict[str, int]:
     return {name: n for name, n in counts.items() if n and name not in ("runs", "struck", "twice")}
 
 
-@pytest.mark.parametrize("fence", [True, False])
-def test_a_run_that_is_killed_at_any_moment_goes_on_from_what_it_had_committed(tmp_path, figure, fence):
+@pytest.mark.parametrize(("kind", "quick", "all_of_them"), [("fence", 20, 150), ("disk", 10, 100), ("none", 10, 50)])
+def test_a_run_that_is_killed_at_any_moment_goes_on_from_what_it_had_committed(tmp_path, figure, kind, quick, all_of_them):
     """Teeth: told of a commit before it was written, it loses steps; written in place, it does not open or starts over."""
-    counts = counted("kills", tmp_path, times(30, 250) if fence else times(10, 50), fence)
+    counts = counted("kills", tmp_path, times(quick, all_of_them), kind)
     assert not wrong(counts), counts
-    same = f", {counts['losses differ']} losses and {counts['differ']} final states that differ" if fence else " (no fence)"
+    same = f", {counts['losses differ']} losses and {counts['differ']} final states that differ" if kind != "none" else ""
     text = f"{counts['struck']} kills in {counts['runs']} runs: {counts['do not open']} that do not open"
-    figure("R2", f"{text}, {counts['steps lost']} committed steps lost{same}")
+    figure("R2", f"{kind}: {text}, {counts['steps lost']} committed steps lost{same}")

@@ -281,6 +281,8 @@ class Run:
         self, log: Callable[[str], object], *, keep_newer: bool = False, fenced: bool = False, writable: bool = False
     ) -> tuple[int, Path, Replay | None]:
         """(step, path, replay) of the newest checkpoint whose files and replay are whole; what is passed over is told to `log`."""
+        if not self.checkpoints:
+            raise self._none_yet()
         damage: CorruptError | None = None
         for step, path in checkpoint.intact(self.path / "checkpoints", log):
             manifest = checkpoint.read_manifest(path)
@@ -314,6 +316,9 @@ class Run:
                     f"The environment's '{name}' is no longer the one that {self.path} was made with: {state[name]} -> {value}. "
                     "Restore the environment, or start a new run."
                 )
+
+    def _none_yet(self) -> ConfigError:
+        return ConfigError(f"'{self.path}' holds no checkpoint yet. Train it first, or go on with --resume.")
 
     def _all_damaged(self) -> CorruptError:
         return CorruptError(
@@ -378,7 +383,7 @@ class Run:
             if found is None and self.checkpoints:
                 raise self._all_damaged()
             if found is None:
-                raise ConfigError(f"'{self.path}' holds no checkpoint yet. Train it first, or go on with --resume.")
+                raise self._none_yet()
             return checkpoint.read(found[1])
         if step not in self.checkpoints:
             raise ConfigError(f"'{self.path}' has no checkpoint of step {step}, only of {self.checkpoints}. Choose one of them.")
@@ -409,9 +414,11 @@ class Run:
         the writer evicts later is a CorruptError: open it again then.
         """
         for look in range(LOOKS):
-            marks = self.read(step)[2]["replay"]
             try:
-                replay = self._newest_whole(_log.warning)[2] if step is None else self._load_replay(marks, writable=False)
+                if step is None:
+                    replay = self._newest_whole(_log.warning)[2]
+                else:
+                    replay = self._load_replay(self.read(step)[2]["replay"], writable=False)
                 break
             except CorruptError:  # a writer may have replaced the checkpoint, and deleted what it alone named
                 if look == LOOKS - 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,17 +20,15 @@ ROWS_AT_ONCE = 4096
 """Rows that the running statistics take in one go."""
 
 
+def steps_held(train: TrainConfig, obs: ObsSpec, action: ActionSpec) -> int:
+    """Steps that the replay holds at most: train.capacity, or what train.replay_gib has room for."""
+    most = math.inf if train.replay_gib is None else train.replay_gib * 2**30 // row_bytes(obs.store, action.dim)
+    return int(min(train.capacity, most))
+
+
 def new_replay(train: TrainConfig, obs: ObsSpec, action: ActionSpec, streams: int, folder: Path | None) -> Replay:
-    """An empty one. ConfigError where it would not fit into the memory, or holds no sequence, or there is no folder for it."""
-    capacity, each = train.capacity, row_bytes(obs.store, action.dim)
-    if train.replay_gib is not None:
-        capacity = min(capacity, int(train.replay_gib * 2**30) // each)
-    needed = streams * (train.burn_in + train.batch_length)
-    if capacity < needed:
-        raise ConfigError(
-            f"The replay would hold {capacity} steps (of {each:,} bytes), but a sequence of each of {streams} environments needs "
-            f"{needed}. Raise train.capacity (now {train.capacity}) and train.replay_gib (now {train.replay_gib})."
-        )
+    """An empty one. ConfigError where it would not fit into the memory, or there is no folder for it."""
+    capacity, each = steps_held(train, obs, action), row_bytes(obs.store, action.dim)
     if train.replay == "disk":
         if folder is None:
             raise ConfigError(

@@ -24,7 +24,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_wr
 
 from worldmodel import checkpoint
 from worldmodel.agents.belief import BeliefPolicy, Controller
-from worldmodel.agents.experience import arrivals, fit_scaling, new_replay
+from worldmodel.agents.experience import arrivals, fit_scaling, new_replay, steps_held
 from worldmodel.config import Config, load_yaml
 from worldmodel.data import Batch, State, Trace
 from worldmodel.envs.make import as_vec_env
@@ -122,11 +122,13 @@ class WorldModelAlgorithm(BaseAlgorithm):
     def _check_window(self) -> None:
         """ConfigError where the replay can never hold one sequence: nothing would be learned, and nobody told."""
         train = self.config.train
-        kept, needed = train.capacity // self.n_envs, train.burn_in + train.batch_length
+        held, needed = steps_held(train, self.obs_spec, self.action_spec), train.burn_in + train.batch_length
+        kept = held // self.n_envs
         if kept < needed:
+            also = "" if train.replay_gib is None else f" and train.replay_gib (now {train.replay_gib})"
             raise ConfigError(
                 f"The replay keeps {kept} steps of each of {self.n_envs} environments, but one sequence needs {needed}. "
-                f"Raise train.capacity (now {train.capacity}), or lower train.batch_length (now {train.batch_length})."
+                f"Raise train.capacity (now {train.capacity}){also}, or lower train.batch_length (now {train.batch_length})."
             )
 
     # Building -------------------------------------------------------------------------------------------------------

@@ -12,14 +12,13 @@ from collections.abc import Callable
 from stable_baselines3.common.callbacks import BaseCallback
 
 from worldmodel import registry
-from worldmodel.agents.experience import fit_scaling
+from worldmodel.agents.experience import fit_scaling, new_replay, steps_held
 from worldmodel.agents.loop import WorldModelAlgorithm, policy_name
 from worldmodel.agents.report import SHOWN
 from worldmodel.config import Config
 from worldmodel.envs.sources import recording
 from worldmodel.errors import ConfigError
 from worldmodel.recording import Recording
-from worldmodel.replay import Replay
 from worldmodel.run import Run
 from worldmodel.spaces import ActionSpec, ObsSpec
 
@@ -36,7 +35,7 @@ def make_agent(config: Config, seed: int, device: str = "auto", trust: bool = Fa
         raise ConfigError("train.data is learned from in memory; train.replay=disk is for an environment's experience. Drop one.")
     found = _read(config)
     agent = _of_specs(config, found.obs_spec, found.action_spec, seed, device, trust)
-    agent.replay = Replay(config.train.capacity, found.obs_spec.store, found.action_spec.dim, 1)
+    agent.replay = new_replay(config.train, found.obs_spec, found.action_spec, 1, None)
     found.fill(agent.replay)
     fit_scaling(agent.world, agent.replay)
     return agent
@@ -111,10 +110,10 @@ def _read(config: Config) -> Recording:
             f"{found.origin} has {found.steps} steps in {found.episodes} episodes, {rows} rows with their first observations, but "
             f"one sequence needs {needed}. Add more with --data, or lower train.batch_length (now {train.batch_length})."
         )
-    if rows > train.capacity:
+    if rows > (kept := steps_held(train, found.obs_spec, found.action_spec)):
         raise ConfigError(
-            f"{found.origin} has {rows} rows, but the replay keeps {train.capacity}. Raise train.capacity to {rows} or more, as "
-            "far as memory allows, or train on fewer sources."
+            f"{found.origin} has {rows} rows, but the replay keeps {kept}. Raise train.capacity to {rows} or more, as "
+            "far as memory and train.replay_gib allow, or train on fewer sources."
         )
     return found
 

@@ -215,7 +215,7 @@ def test_a_run_without_a_checkpoint_begins_anew_with_its_experience(tmp_path):
 def test_a_replay_that_fits_nowhere_is_refused_with_what_to_change(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="keeps experience in a run folder"):
         Dreamer("MlpPolicy", CHAIN, config={"train.replay": "disk"}, seed=0, device="cpu").learn(10)
-    with pytest.raises(ConfigError, match=r"holds? \d+ steps \(of 33 bytes\)"):
+    with pytest.raises(ConfigError, match=r"keeps 3 steps .*train\.replay_gib \(now 1e-07\)"):
         small_train(tmp_path / "a", 60, options={"train.replay_gib": 1e-7})
     monkeypatch.setattr("worldmodel.agents.experience._memory", lambda: 1000.0)
     with pytest.raises(ConfigError, match=r"would take 0.0 GiB .* train.replay=disk"):
@@ -234,3 +234,9 @@ def test_recorded_data_are_not_learned_from_on_the_disk(tmp_path):
     small_train(tmp_path / "a", 60)
     with pytest.raises(ConfigError, match=r"train\.data is learned from in memory"):
         small_train(tmp_path / "b", 60, data=tmp_path / "a", options={"train.replay": "disk"})
+
+
+def test_recorded_data_that_exceed_the_limit_are_refused(tmp_path):
+    small_train(tmp_path / "a", 60)
+    with pytest.raises(ConfigError, match=r"the replay keeps 40\. Raise train\.capacity .* train\.replay_gib allow"):
+        small_train(tmp_path / "b", 60, data=tmp_path / "a", options={"train.replay_gib": 40 * 33 / 2**30})

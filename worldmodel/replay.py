@@ -412,7 +412,7 @@ class Replay:
                     segments.delete(folder, [n for n, _ in named if n not in taken])
                 raise
             if spool is not None:
-                spool.hold(segments.sealed(folder, number, columns, self.num_envs))
+                spool.hold(segments.sealed(folder, number, columns, self.num_envs), self._next)
         if missing.any():
             checkpoint.sync_folder(folder)
         return {"rows": self._next.tolist(), "segments": named, **self._identity()}
@@ -509,7 +509,7 @@ class Replay:
     def _append(self, header: segments.Header, streams: list[dict[str, np.ndarray]]) -> None:
         """Puts a segment's rows at their sequence numbers; on disk, its observations stay where they are."""
         if self._spool is not None:
-            self._spool.hold(segments.sealed(self._spool.folder, header.number, self._column_spec, self.num_envs))
+            self._spool.hold(segments.sealed(self._spool.folder, header.number, self._column_spec, self.num_envs), self._next)
         for stream, (start, stop) in enumerate(zip(header.starts, header.stops)):
             kept = max(start, stop - self.size)
             at = stream * self.size + np.arange(kept, stop) % self.size

@@ -64,13 +64,16 @@ class Spool:
         for name, column in self._waiting.items():
             column[streams, at] = rows[name]
 
-    def hold(self, segment: segments.Sealed) -> None:
-        """From now on the rows of this segment, which follow those before it, are read from there."""
-        gone = np.array(segment.header.stops) - self.sealed
-        for column in self._waiting.values():
-            for stream, n in enumerate(gone.tolist()):
-                column[stream, : max(0, column.shape[1] - n)] = column[stream, n:].copy()
-        self.sealed = self.sealed + gone
+    def hold(self, segment: segments.Sealed, following: np.ndarray) -> None:
+        """From now on the rows of this segment, which follow those before it, are read from there.
+
+        following  [S] sequence number of each stream's next row: those from the segment's end up to there go on waiting
+        """
+        stops = np.array(segment.header.stops)
+        for stream, (gone, left) in enumerate(zip((stops - self.sealed).tolist(), np.maximum(following - stops, 0).tolist())):
+            for column in self._waiting.values():
+                column[stream, :left] = column[stream, gone : gone + left]
+        self.sealed = stops
         self.named.append([segment.header.number, segment.seal])
         self._held.append(segment)
         self._sort()

@@ -157,6 +157,9 @@ class Keeper(BaseCallback):
         self._clock: float | None = None
         self._failed = self._failed_in_a_row = 0
 
+    def _init_callback(self) -> None:
+        self.model.go_on = lambda: not self.signals
+
     def _on_training_start(self) -> None:
         self._look_at_the_disk()
         self._clock = time.perf_counter()
@@ -166,8 +169,8 @@ class Keeper(BaseCallback):
         self.report.step(self.model)
         step, every = self.model.num_timesteps, self.config.checkpoint.every
         goes_on = self.evaluate_if_due() and not self.signals
-        if every and step // every > (step - self.model.n_envs) // every:
-            self.save_on_the_way(fenced=self.config.checkpoint.fence)
+        if self.progress.evaluated == step or (every and step // every > (step - self.model.n_envs) // every):
+            self.save_on_the_way(fenced=self.config.checkpoint.fence and not self.model.owes)
             if self.config.checkpoint.fence and not self.recorded and goes_on and step < self.config.train.steps:
                 self.model.reopen(env_seed(self.seed, step))
         elif (flush := self.config.checkpoint.flush) and step // flush > (step - self.model.n_envs) // flush and not self.recorded:
@@ -497,10 +500,12 @@ def _go_on(session: _Session, run: Run, agent: WorldModelAlgorithm, progress: Pr
         keeper.save(fenced=config.checkpoint.fence and agent.num_timesteps == 0)
         if keeper.evaluate_if_due() and agent.num_timesteps < config.train.steps and not session.signals:
             if config.train.data:
-                offline.learn(agent, config.train.steps, callback, report.say, lambda: bool(session.signals))
+                offline.learn(agent, config.train.steps, callback, report.say)
             else:
                 agent.reopen(env_seed(seed, agent.num_timesteps))
                 agent.learn(config.train.steps - agent.num_timesteps, callback, config.log.every, reset_num_timesteps=False)
+        elif agent.owes and not session.signals:  # a signal came among the updates of the last step
+            agent.pay()
         keeper.save()
         if session.signals:
             raise _interrupted(session, run, agent)

@@ -37,7 +37,6 @@ from worldmodel.replay import Replay
 from worldmodel.spaces import ActionSpec, ObsSpec
 from worldmodel.weights import as_arrays, fill, optimizer_arrays, restore_optimizer
 
-
 LOG_STEPS = 500
 """Real steps after which a log entry is due where no episode has ended."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import signal
 import threading
@@ -29,6 +30,7 @@ from worldmodel.agents.evaluation import (
     FINAL_SEED,
     Abandoned,
     EvalConfig,
+    cut_at,
     evaluate,
     threshold,
 )
@@ -162,6 +164,11 @@ class Keeper(BaseCallback):
 
     def _on_training_start(self) -> None:
         self._look_at_the_disk()
+        if not self.recorded and math.isfinite(limit := cut_at(self.model.env, self.config.eval.max_steps)):
+            self.report.say(
+                f"Episodes of evaluations are cut after {limit:,} steps: {self.config.env.id} "
+                "may have no limit of its own. eval.max_steps sets another."
+            )
         self._clock = time.perf_counter()
         self.report.start(self.model)
 
@@ -208,7 +215,8 @@ class Keeper(BaseCallback):
         self.tick()
         started = time.perf_counter()
         try:
-            return evaluate(self.model, self.config.env, episodes, seed, give_up=lambda: bool(self.signals))[0]
+            most = self.config.eval.max_steps
+            return evaluate(self.model, self.config.env, episodes, seed, max_steps=most, give_up=lambda: bool(self.signals))[0]
         finally:
             self.progress.eval_seconds += time.perf_counter() - started
             if self._clock is not None:
@@ -419,7 +427,7 @@ def _agreed(run: Run, manifest: Mapping[str, Any], recipe: Any, given: dict[str,
     """The run's config, perhaps with more steps. ConfigError that lists every other difference from what is asked for now."""
     before = manifest.get("progress", {}).get("overrides", {})
     asked = Config.from_recipe(recipe, {**before, **given}) if recipe is not None else run.config.override(given)
-    differs = [row for row in configs.differences(run.config, asked) if row[0] != "train.steps"]
+    differs = [row for row in configs.differences(run.config, asked) if row[0] != "train.steps" and not row[0].startswith("eval.")]
     if seed is not None and seed != manifest.get("seed", seed):
         differs.append(("seed", manifest["seed"], seed))
     steps = given.get("train.steps", run.config.train.steps)
@@ -428,10 +436,11 @@ def _agreed(run: Run, manifest: Mapping[str, Any], recipe: Any, given: dict[str,
     if differs:
         lines = "\n".join(f"  {key}: {old} -> {new}" for key, old, new in differs)
         raise ConfigError(
-            f"{run.path} was made with other options, and on resume only --steps may change, and only grow:\n{lines}\n"
+            f"{run.path} was made with other options; on resume only eval.* and --steps may change, and steps only grow:\n{lines}\n"
             "Leave them out, or start a new run with another --run."
         )
-    return run.config.override({"train.steps": steps})
+    evaluation = {key: value for key, value in given.items() if key.partition(".")[0] == "eval"}
+    return run.config.override({**evaluation, "train.steps": steps})
 
 
 def _as_mapping(overrides: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Any]:

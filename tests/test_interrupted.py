@@ -167,3 +167,14 @@ def test_logs_come_where_no_episode_ends_and_at_the_end(tmp_path):
     events = EventAccumulator(str(tmp_path / "Dreamer_1")).Reload()
     steps = [event.step for event in events.Scalars("world/loss/reward")]
     assert loop.LOG_STEPS in steps and max(steps) == loop.LOG_STEPS + 20
+
+
+def test_a_checkpoint_comes_at_each_evaluation_and_an_untrained_one_is_named(tmp_path, capsys):
+    from worldmodel.agents.dreams import dream
+
+    small_train(tmp_path / "run", 60, options={"checkpoint.every": 0, "checkpoint.keep": 9})
+    assert Run.open(tmp_path / "run").checkpoints == [0, 25, 50, 60]
+    small_train(tmp_path / "new", 12, options={"eval.every": 0})
+    said = []
+    assert dream(tmp_path / "new", 1, 2, log=said.append)["step"] == 12
+    assert any("step 12: untrained" in line for line in said)

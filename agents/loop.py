@@ -33,6 +33,9 @@ from worldmodel.recipes import combine
 from worldmodel.replay import Replay
 from worldmodel.spaces import ActionSpec, ObsSpec
 
+LOG_STEPS = 500
+"""Real steps after which a log entry is due where no episode has ended."""
+
 
 class WorldModelAlgorithm(SavedAlgorithm):
     """Base of Dreamer and its like: a world model learned from the replay, and a controller that acts on its beliefs.
@@ -46,6 +49,8 @@ class WorldModelAlgorithm(SavedAlgorithm):
     kind: ClassVar[str]
     replay_folder: pathlib.Path | None = None
     """Where a run keeps experience; None outside of a run."""
+    go_on: Callable[[], bool] = staticmethod(lambda: True)
+    """Asked between updates: where it says no they end, and what is left of them stays owed. A run asks for signals there."""
     improves: bool = True
     """Whether an update also improves the controller, on states of the averaged model."""
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
@@ -146,7 +151,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
         self.replay: Replay | None = None
         self._credit, self._restarts = 0.0, 0
         self._belief: State | None = None
-        self._updates_due = 0
+        self._logged_at = 0
 
     def _make_controller(self) -> Controller:
         raise NotImplementedError
@@ -171,7 +176,11 @@ class WorldModelAlgorithm(SavedAlgorithm):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> WorldModelAlgorithm:
-        """Collect `total_timesteps` real steps and learn from them; SB3's signature. `log_interval`: episodes between log lines."""
+        """Collect `total_timesteps` real steps and learn from them; SB3's signature.
+
+        `log_interval`: episodes between log lines, of which there is one at the end too, and at least one in LOG_STEPS steps.
+        Whatever ends it early, an exception anywhere included, the next `learn` begins new episodes, and open ones are cut.
+        """
         if self.env is None:
             raise ConfigError(f"{type(self).__name__} has no environment to learn in. Call set_env(env) first.")
         fresh = reset_num_timesteps or self._last_obs is None  # when SB3 resets the environments, as after set_env
@@ -180,10 +189,17 @@ class WorldModelAlgorithm(SavedAlgorithm):
         )
         if fresh or self.replay is None or self._belief is None:
             self.open_streams(self._last_obs)
-        callback.on_training_start(locals(), globals())
-        goes_on = True
-        while goes_on and self.num_timesteps < total_timesteps:
-            goes_on = self._round(callback, log_interval)
+        self._logged_at = self.num_timesteps
+        try:
+            callback.on_training_start(locals(), globals())
+            goes_on = True
+            while goes_on and self.num_timesteps < total_timesteps:
+                goes_on = self._round(callback, log_interval)
+        except BaseException:  # perhaps between the environments' step and the replay: what comes next does not follow
+            self._last_obs = None
+            raise
+        if log_interval is not None and self._logged_at < self.num_timesteps:
+            self.dump_logs()
         callback.on_training_end()
         return self
 
@@ -192,15 +208,18 @@ class WorldModelAlgorithm(SavedAlgorithm):
         callback.on_rollout_start()
         self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)  # before any update reads it
         new_obs, rewards, dones, infos = self._collect()
-        self.learn_from_replay()
         self.num_timesteps += self.env.num_envs
+        self.learn_from_replay()
         self._episode_num += (ended := int(dones.sum()))
         self._update_info_buffer(infos, dones)
         callback.update_locals(locals())
         if not callback.on_step():
             return False
         callback.on_rollout_end()
-        if ended and log_interval is not None and self._episode_num // log_interval > (self._episode_num - ended) // log_interval:
+        if log_interval is not None and (
+            self._episode_num // log_interval > (self._episode_num - ended) // log_interval
+            or self.num_timesteps - self._logged_at >= LOG_STEPS
+        ):
             self.dump_logs()
         return True
 
@@ -302,21 +321,33 @@ class WorldModelAlgorithm(SavedAlgorithm):
 
     def learn_from_replay(self) -> None:
         """The updates that the step just taken pays for; the first ones once the prefill is there."""
+        if self._is_ready:
+            self.spend(self.n_envs)
+
+    @property
+    def _is_ready(self) -> bool:
         train = self.config.train
         rows = train.burn_in + train.batch_length
-        if self.replay.added < train.prefill or max(self.replay.lengths) < rows:
-            return
-        if self.learner.updates == 0:
-            for _ in range(train.pretrain):
-                self.update(improve=False)
-        self.spend(self.n_envs)
+        return self.replay is not None and self.replay.added >= train.prefill and max(self.replay.lengths) >= rows
+
+    @property
+    def owes(self) -> bool:
+        """Whether updates that are paid for have not been made, as where `go_on` ended them."""
+        return self._is_ready and (self.learner.updates < self.config.train.pretrain or self._credit >= 1)
 
     def spend(self, steps: int) -> None:
         """The updates that so many steps pay for; what is left over counts towards the next."""
         self._credit += self.config.train.ratio * steps
-        while self._credit >= 1:
-            self._credit -= 1
-            self.update()
+        self.pay()
+
+    def pay(self) -> bool:
+        """The updates that are owed: what is left of `train.pretrain`, then the ratio's. False where `go_on` ended them."""
+        while (first := self.learner.updates < self.config.train.pretrain) or self._credit >= 1:
+            if not self.go_on():
+                return False
+            self._credit -= not first
+            self.update(improve=not first)
+        return True
 
     def update(self, improve: bool = True) -> dict[str, float]:
         """One gradient step of the world model and, with `improve`, of the controller; the metrics are logged."""
@@ -351,6 +382,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
         self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.dump(step=self.num_timesteps)
+        self._logged_at = self.num_timesteps
 
     @property
     def restarts(self) -> int:

@@ -380,6 +380,7 @@ def _evaluate(path: Path, episodes: int, seed: int, step: int | None, video: Pat
 
     from worldmodel import pictures
     from worldmodel.agents.evaluation import evaluate as evaluate_agent
+    from worldmodel.agents.evaluation import tell_untrained
     from worldmodel.run import Run
 
     if video is not None:
@@ -387,8 +388,9 @@ def _evaluate(path: Path, episodes: int, seed: int, step: int | None, video: Pat
     run = Run.open(path)
     torch.set_num_threads(run.config.train.threads)
     agent = run.agent(step, trust=trust)
+    tell_untrained(agent, _say)
     frames: list[np.ndarray] | None = [] if video is not None else None
-    returns, lengths = evaluate_agent(agent, run.config.env, episodes, seed, frames=frames)
+    returns, lengths = evaluate_agent(agent, run.config.env, episodes, seed, max_steps=run.config.eval.max_steps, frames=frames)
     if video is not None:
         pictures.save(video, np.stack(frames), _fps(run.config))
     return {
@@ -524,7 +526,7 @@ def _show_dream(result: Mapping[str, Any]) -> None:
     _table(shown, tuple(columns), digits=4)
     worst = result["worst"] or {}
     told = {f"worst at horizon {worst['horizon']}": f"{worst['name']}: {worst['observation']:.3f}"} if worst else {}
-    _show_pairs({**{key: result[key] for key in ("env_id", "run", "context", "out")}, **told})
+    _show_pairs({**{key: result[key] for key in ("env_id", "run", "step", "context", "out")}, **told})
 
 
 def _show_pairs(result: Mapping[str, Any]) -> None:

@@ -50,9 +50,9 @@ DISTRIBUTIONS = ("worldmodel", "torch", "numpy", "gymnasium", "stable-baselines3
 
 @register("group", "checkpoint")
 class CheckpointConfig(Frozen):
-    """When the state is saved. At the start and at the end it always is."""
+    """When the state is saved. At the start, at each evaluation and at the end it always is."""
 
-    every: int = Field(5000, ge=0, description="real steps between checkpoints; 0: only at the end")
+    every: int = Field(5000, ge=0, description="real steps between checkpoints besides those of evaluations; 0: no others")
     flush: int = Field(
         1000, ge=0, description="real steps after which new experience is on the disk at the latest (for --keep-newer); 0: as every"
     )
@@ -203,9 +203,11 @@ class Run:
         self._still_there()
         folder = self.path / "checkpoints"
         path = folder / f"step-{algorithm.num_timesteps:012d}"
-        if algorithm.num_timesteps in checkpoint.steps(folder) and self._is_intact(path):
-            return path
         tensors, state = algorithm.content()
+        if algorithm.num_timesteps in checkpoint.steps(folder) and self._is_intact(path):
+            if checkpoint.read(path)[1]["counters"]["n_updates"] >= state["counters"]["n_updates"]:
+                return path
+            checkpoint.discard(path)  # saved while updates were still owed
         _check_finite(state, "state")
         marks = algorithm.replay.save(self.replay_folder, self._marks) if algorithm.replay is not None else None
         self._marks = marks  # these rows are on the disk, whatever becomes of the rest; a retry need not write them again

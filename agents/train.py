@@ -297,6 +297,7 @@ def train(
 ) -> TrainResult:
     """Train what a recipe (name, path, gym id or content) describes; everything is kept in a run folder.
 
+    recipe      with resume also a run folder, whose recipe and options it goes on with
     steps       real steps of the whole run (default: the recipe's train.steps); on resume it may grow
     seed        of environments, weights and draws (default 0; on resume the run's own)
     run_dir     default runs/<recipe>-s<seed>, with a number behind it if that exists
@@ -336,6 +337,7 @@ def train(
         given["train.data"] = sources
     if seed is not None and seed < 0:
         raise ConfigError(f"seed is {seed}; expected at least 0.")
+    recipe, run_dir = runs.run_first(recipe, run_dir, resume)
     threads = torch.get_num_threads()
     try:
         with Signals() as signals:
@@ -540,7 +542,8 @@ def _watch(config: Config, signals: Signals) -> Watch | None:
 
 def _interrupted(session: _Session, run: Run, agent: WorldModelAlgorithm) -> Interrupted:
     name = signal.Signals(session.signals.received).name
-    text = f"{name}: stopped at {_step(agent)}, saved in {run.path}. Go on with --resume."
+    command = run.resume_command(session.device, session.trust)
+    text = f"{name}: stopped at {_step(agent)}, saved in {run.path}. Go on with:\n  {command}"
     return Interrupted(session.signals.received, text)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from functools import partial
 from typing import Any, Literal
@@ -143,8 +144,8 @@ def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
             if absent is not None:
                 raise absent from error
             raise ConfigError(
-                f"env.id '{env_id}': the module '{module}' could not be imported ({error}). Expected an installed module that "
-                "registers the environment."
+                f"env.id '{env_id}': the module '{module}' could not be imported ({error}). Expected an installed module "
+                f"that registers the environment, or {module.replace('.', '/')}.py in the current folder, {os.getcwd()}."
             ) from error
     if name not in gym.registry:
         register_for(name)

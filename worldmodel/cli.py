@@ -40,7 +40,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-
 data_app = typer.Typer(
     help="Recorded experience: into NPZ files, out of runs, to Minari and from it.",
     no_args_is_help=True,
@@ -64,7 +63,7 @@ Trust = Annotated[bool, typer.Option("--trust", help="Open agent.path, a zip of 
 @app.command()
 def train(
     recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE_OR_GYM_ID", help="A recipe's name, a YAML file or a Gymnasium id.", show_default=False)
+        str, typer.Argument(metavar="RECIPE_OR_GYM_ID", help="Recipe, YAML file, gym id; a run (--resume).", show_default=False)
     ],
     overrides: Annotated[
         list[str] | None,
@@ -367,7 +366,10 @@ def recipes(as_json: Json = False, debug: Debug = False) -> None:
 
 
 def main() -> None:
-    """The console script."""
+    """The console script. Modules beside the user are found, as with `python -m`; what is installed goes before them."""
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)
     app()
 
 

@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -442,8 +443,31 @@ class Run:
         feature = torch.as_tensor(feature, dtype=torch.float32, device=self._world.device)
         return self._world.obs.raw(self._world.decode(feature))
 
+    def resume_command(self, device: str = "auto", trust: bool = False) -> str:
+        """The whole command that goes on with this run in the current folder, for a shell."""
+        words = ["worldmodel", "train", str(self.path), "--resume"]
+        words += ["--device", device] if device in ("cpu", "cuda") else []
+        return shlex.join(words + (["--trust"] if trust else []))
+
     def __repr__(self) -> str:
         return f"Run('{self.path}')"
+
+
+def _holds_run(path: Path) -> bool:
+    """Whether the folder is a run's."""
+    with checkpoint.storage("read", path):
+        return (path / CONFIG).is_file()
+
+
+def run_first(recipe: Any, run_dir: str | Path | None, resume: bool) -> tuple[Any, str | Path | None]:
+    """(recipe, run folder) where a run folder may stand in the recipe's place; then there is no recipe to compare with."""
+    if not isinstance(recipe, str | Path) or not _holds_run(Path(recipe)):
+        return recipe, run_dir
+    if not resume:
+        raise ConfigError(f"'{recipe}' is a run folder, not a recipe. Go on with it: add --resume (resume=True).")
+    if run_dir is not None and Path(run_dir).resolve() != Path(recipe).resolve():
+        raise ConfigError(f"'{recipe}' and --run '{run_dir}' are two run folders. Name the one to go on with.")
+    return None, recipe
 
 
 def refuse_existing(path: Path) -> None:

@@ -175,8 +175,8 @@ class Learner:
         if self.updates % self.MEASURE_EVERY == 1:
             metrics |= self.world.measures(trace, batch.is_first)
         metrics["active_units"] = self.world.active_units(trace)
-        if not self.world.dynamics.latent.certain:
-            metrics["rate"] = float(trace.rate.mean())
+        if "dyn" in losses:
+            metrics["rate"] = metrics["loss/dyn"]
         return metrics, trace, batch
 
     @property

@@ -213,7 +213,7 @@ class WorldModel(nn.Module):
         batch_size, length = batch.shape
         embed = self.encoder({name: flatten(x) for name, x in batch.obs.items()}).view(batch_size, length, -1)
         state = state if state is not None else self.initial(batch_size)
-        trace = self.dynamics.observe(state, embed, batch.prev_action, batch.is_first, sampling or Sampling(), batch.row)[1]
+        trace = self.dynamics.observe(state, embed, batch.prev_action, batch.is_first, sampling or Sampling())[1]
         if self.training and batch.row is not None:
             for law, rows in self._laws(batch.is_first).values():
                 if getattr(law, "remembers", False):
@@ -239,11 +239,12 @@ class WorldModel(nn.Module):
         return out
 
     def loss(self, trace: Trace, batch: Batch, sampling: Sampling | None = None) -> dict[str, Loss]:
-        """Every term by name, unscaled. "dyn" trains the prior side, "rep" the posterior; both carry free nats."""
+        """Every term by name, unscaled. "dyn" trains the prior side, "rep" the posterior, where the rate exceeds the free nats."""
         arrived, sampling = ~batch.is_first, sampling or Sampling()
         if self.training and hasattr(self.objective, "follow"):
             self.objective.follow(self.encoder, self.dynamics)
-        terms = trace.losses | self.objective(trace, batch, sampling) | self._marginal(trace, sampling, batch.row)
+        terms = self.dynamics.losses(trace, batch, sampling) | self.objective(trace, batch, sampling, self.dynamics)
+        terms |= self._marginal(trace, sampling, batch.row)
         terms["reward"] = Loss(self.heads.reward_loss(trace.feature, batch.reward), mask=arrived)
         terms["continue"] = Loss(self.heads.cont_loss(trace.feature, 1 - batch.is_terminal.to(trace.feature)), mask=arrived)
         if self.ensemble is not None:

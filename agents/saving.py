@@ -124,14 +124,20 @@ class SavedAlgorithm(BaseAlgorithm):
         self.learner.updates, self.learner.skips.count, self._credit = count["updates"], count["skipped"], float(count["credit"])
 
     def save(self, path: str | pathlib.Path | io.BufferedIOBase, exclude: Any = None, include: Any = None) -> None:
-        """One zip of stored safetensors, JSON and manifest, with nothing in it that could run code. The replay stays out."""
+        """One zip of stored safetensors, JSON and manifest, with nothing in it that could run code; `path` may be an open stream.
+
+        The replay stays out.
+        """
         arrays, state = self.content()
-        checkpoint.pack(_zip_path(path), self.num_timesteps, arrays, state, {"agent": self.kind})
+        if hasattr(path, "write"):
+            checkpoint.pack_into(path, self.num_timesteps, arrays, state, {"agent": self.kind})
+        else:
+            checkpoint.pack(_zip_path(path), self.num_timesteps, arrays, state, {"agent": self.kind})
 
     @classmethod
     def load(
         cls,
-        path: str | pathlib.Path,
+        path: str | pathlib.Path | io.BufferedIOBase,
         env: str | gym.Env | VecEnv | None = None,
         device: torch.device | str = "auto",
         custom_objects: Any = None,
@@ -139,9 +145,9 @@ class SavedAlgorithm(BaseAlgorithm):
         force_reset: bool = True,
         **kwargs: Any,
     ) -> SavedAlgorithm:
-        """The agent of a zip that `save` wrote, or of a run folder (its newest good checkpoint)."""
-        path = pathlib.Path(path)
-        if path.is_dir():
+        """The agent of a zip that `save` wrote, by path or as a stream, or of a run folder (its newest good checkpoint)."""
+        if not hasattr(path, "read") and pathlib.Path(path).is_dir():
+            path = pathlib.Path(path)
             found = checkpoint.newest(path / "checkpoints")
             if found is None:
                 raise ConfigError(f"'{path}' holds no checkpoint that verifies. Expected a run folder or a zip written by save().")
@@ -184,8 +190,10 @@ class _Attributes:
         self.__dict__.update(values)
 
 
-def _zip_path(path: Any) -> pathlib.Path:
-    """SB3's rule: a name without suffix gets `.zip`."""
+def _zip_path(path: Any) -> pathlib.Path | io.BufferedIOBase:
+    """SB3's rule: a name without suffix gets `.zip`; a stream stays what it is."""
+    if hasattr(path, "read"):
+        return path
     path = pathlib.Path(path)
     return path if path.suffix else path.with_suffix(".zip")
 

@@ -133,6 +133,18 @@ def as_vec_env(
     return venv
 
 
+def id_of(env: gym.Env | gym.vector.VectorEnv | VecEnv | None) -> str | None:
+    """The Gymnasium id of an environment, or the one of all that a VecEnv steps; None where it is not known."""
+    specs = [getattr(env, "spec", None)]
+    if isinstance(env, VecEnv):
+        try:
+            specs = env.get_attr("spec")
+        except (AttributeError, NotImplementedError):  # made by no registry, as an imagined world
+            return None
+    ids = {getattr(spec, "id", None) for spec in specs}
+    return ids.pop() if len(ids) == 1 else None
+
+
 def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
     """The registered spec of an id, importing what registers it. Raises ConfigError with the nearest registered ids."""
     module, _, name = env_id.rpartition(":")

@@ -322,3 +322,8 @@ def test_the_package_says_its_version():
     import worldmodel
 
     assert worldmodel.__version__ == importlib.metadata.version("worldmodel")
+
+
+def test_the_version_is_that_of_the_package(command):
+    code, out, _ = command("--version")
+    assert (code, out.strip()) == (0, importlib.metadata.version("worldmodel"))

@@ -60,6 +60,15 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", 
 Trust = Annotated[bool, typer.Option("--trust", help="Open agent.path, a zip of Stable-Baselines3, although that can run code.")]
 
 
+@app.callback(invoke_without_command=True)
+def about(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    """World models for Gymnasium and Stable-Baselines3."""
+    if version:
+        import worldmodel
+
+        print(worldmodel.__version__)
+
+
 @app.command()
 def train(
     recipe: Annotated[

@@ -21,6 +21,7 @@ from worldmodel.envs.restarts import restarted
 from worldmodel.errors import ConfigError, EnvError
 from worldmodel.registry import register
 from worldmodel.spaces import ActionSpec
+from worldmodel.weights import cpu_randomness
 
 EVALUATION_SEED, CONFIRMATION_SEED, FINAL_SEED = 10_000, 20_000, 30_000
 """Environment seeds of the first episode of an evaluation, of its confirmation, and of the final return."""
@@ -157,7 +158,7 @@ def own_randomness(model: Any, seed: int) -> Iterator[None]:
     own = generator if isinstance(generator, torch.Generator) else None
     before = own.get_state() if own is not None else None
     python, legacy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
+    with cpu_randomness():
         if own is not None:
             own.manual_seed(seed)
         try:

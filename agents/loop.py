@@ -24,7 +24,7 @@ from worldmodel.agents.experience import arrivals, fit_scaling, new_replay, step
 from worldmodel.agents.saving import SavedAlgorithm
 from worldmodel.config import Config
 from worldmodel.data import Batch, State, Trace
-from worldmodel.envs.make import as_vec_env
+from worldmodel.envs.make import as_vec_env, id_of
 from worldmodel.envs.restarts import Restarts, restarted
 from worldmodel.errors import ConfigError, EnvError
 from worldmodel.learner import Learner
@@ -32,6 +32,7 @@ from worldmodel.model import WorldModel, tensors
 from worldmodel.recipes import combine
 from worldmodel.replay import Replay
 from worldmodel.spaces import ActionSpec, ObsSpec
+from worldmodel.weights import cpu_randomness
 
 LOG_STEPS = 500
 """Real steps after which a log entry is due where no episode has ended."""
@@ -94,13 +95,20 @@ class WorldModelAlgorithm(SavedAlgorithm):
             support_multi_env=True,
             seed=seed,
         )
+        if verbose and not isinstance(config, Config):
+            print(f"Recipe: {self.config.recipe or 'none was made for this environment; defaults from its spaces'}")
         self.policy_name = policy
         if env is not None and _init_setup_model:
             self._check_window()
             self._setup_model()
 
     def _resolve(self, recipe: Any, overrides: Any, env: Any) -> Config:
-        env_id = env if isinstance(env, str) else getattr(getattr(env, "spec", None), "id", None)
+        if isinstance(config := overrides, Mapping) and "recipe" in config:
+            raise ConfigError(
+                f"config={{'recipe': {config['recipe']!r}}} names a recipe, and config holds only what differs from one. "
+                f"Use recipe={config['recipe']!r} beside config."
+            )
+        env_id = env if isinstance(env, str) else id_of(env)
         overrides = overrides if overrides is not None else []
         said = combine(overrides)[1].get("agent", {})
         if not isinstance(said, str) and "kind" not in said:  # else options of this kind would be unknown ones of the recipe's
@@ -140,8 +148,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
             raise ConfigError(f"CnnPolicy needs an image, but the observations are {self.observation_space}. Use MlpPolicy.")
         if self.policy_name == "MultiInputPolicy" and self.obs_spec.single:
             raise ConfigError(f"MultiInputPolicy needs a Dict, but the observations are {self.observation_space}. Use MlpPolicy.")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+        with cpu_randomness(self.seed):
             self.world = WorldModel(self.config.model, self.obs_spec, self.action_spec).to(self.device)
             self.controller = self._make_controller().to(self.device)
         self.learner = Learner(self.world, self.config.train)

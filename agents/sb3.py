@@ -37,6 +37,7 @@ from worldmodel.errors import ConfigError, MissingExtraError, TrustError
 from worldmodel.model import WorldModel
 from worldmodel.registry import register
 from worldmodel.replay import Replay
+from worldmodel.weights import cpu_randomness
 
 HOMES = {
     **{name: ("stable_baselines3", name.upper()) for name in ("ppo", "a2c", "dqn", "sac", "td3")},
@@ -122,8 +123,7 @@ def globals_from(generator: torch.Generator, algorithm: BaseAlgorithm | None = N
     """
     seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
     python, legacy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with cpu_randomness(seed):
         random.seed(seed)
         np.random.seed(seed)
         if algorithm is not None:

@@ -34,7 +34,7 @@ from worldmodel.networks import flatten
 from worldmodel.objectives import ReconstructionConfig
 from worldmodel.registry import build, part, register
 from worldmodel.spaces import ActionSpec, ObsSpec
-from worldmodel.weights import fill
+from worldmodel.weights import cpu_randomness, fill
 
 UNKNOWN = -1e30
 """A quantile of log-densities before any code was seen: nothing lies below it."""
@@ -127,7 +127,7 @@ class WorldModel(nn.Module):
         own = own_form(config)
         self.scaling = InputScaling(config.inputs, obs)
         self.encoder = build("encoder", config.encoder, obs)
-        inputs = Inputs({name: key.shape for name, key in obs.keys.items()}, self.encoder.out_features, self.encoder.forward)
+        inputs = Inputs({name: key.shape for name, key in obs.keys.items()}, self.encoder.out_features, self._embed)
         self.dynamics = build("dynamics", config.dynamics, inputs, action.dim, config.transition or own, config.initial or own)
         self.feature_dim = self.dynamics.feature_dim
         latent = self.dynamics.latent
@@ -161,17 +161,20 @@ class WorldModel(nn.Module):
         """A new model for a pair of Gymnasium spaces. Raises UnsupportedSpaceError, ConfigError."""
         if not isinstance(config, ModelConfig):
             config = ModelConfig.parse(config or {})
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with cpu_randomness(seed):
             return cls(config, ObsSpec.from_space(observation_space, layout), ActionSpec.from_space(action_space))
 
     @classmethod
     def from_arrays(cls, config: ModelConfig, obs: ObsSpec, action: ActionSpec, arrays: Mapping[str, np.ndarray]) -> WorldModel:
         """The model of saved weights {name: array}; no random state moves. Raises ConfigError where they do not fit."""
-        with torch.random.fork_rng(devices=[]):
+        with cpu_randomness():
             world = cls(config, obs, action)
         fill(world, arrays)
         return world
+
+    def _embed(self, obs: Obs) -> Float[Tensor, "N E"]:
+        """What the encoder of the moment makes of scaled observations: the one in use may be another than at first."""
+        return self.encoder(obs)
 
     @property
     def device(self) -> torch.device:

@@ -185,7 +185,8 @@ class WorldModelAlgorithm(SavedAlgorithm):
     ) -> WorldModelAlgorithm:
         """Collect `total_timesteps` real steps and learn from them; SB3's signature.
 
-        `log_interval`: episodes between log lines, of which there is one at the end too, and at least one in LOG_STEPS steps.
+        `log_interval`: episodes between log lines, of which there is one at the end too, unless a callback stops it, and at least
+        one in LOG_STEPS steps.
         Whatever ends it early, an exception anywhere included, the next `learn` begins new episodes, and open ones are cut.
         """
         if self.env is None:
@@ -205,7 +206,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
         except BaseException:  # perhaps between the environments' step and the replay: what comes next does not follow
             self._last_obs = None
             raise
-        if log_interval is not None and self._logged_at < self.num_timesteps:
+        if goes_on and log_interval is not None and self._logged_at < self.num_timesteps:
             self.dump_logs()
         callback.on_training_end()
         return self

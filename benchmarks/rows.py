@@ -126,7 +126,7 @@ def _hash(root: Path = HERE.parent) -> str:
 
 def stale(row: Mapping[str, Any]) -> bool:
     """Whether other code than this tree's made the row, or nobody knows which."""
-    return row["where"].get("code") != code()
+    return row.get("where", {}).get("code") != code()
 
 
 def marked(text: object, rows: Iterable[Mapping[str, Any]]) -> str:

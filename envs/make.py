@@ -204,3 +204,10 @@ def _explain(error: Exception, config: EnvConfig, index: int) -> None:
         f"environment {index}: '{config.id}' could not be made: it raised {type(error).__name__}: {error}. "
         "Correct the environment or env.kwargs."
     ) from error
+
+
+def frames_per_second(env_id: str) -> float:
+    """At what rate the class of an environment wants its pictures shown; 30 where it does not say."""
+    entry = find_spec(env_id).entry_point
+    maker = gym.envs.registration.load_env_creator(entry) if isinstance(entry, str) else entry
+    return float(getattr(maker, "metadata", {}).get("render_fps") or 30)

@@ -392,6 +392,7 @@ def _evaluate(path: Path, episodes: int, seed: int, step: int | None, video: Pat
     from worldmodel import pictures
     from worldmodel.agents.evaluation import evaluate as evaluate_agent
     from worldmodel.agents.evaluation import tell_untrained
+    from worldmodel.envs.make import frames_per_second
     from worldmodel.run import Run
 
     if video is not None:
@@ -403,7 +404,7 @@ def _evaluate(path: Path, episodes: int, seed: int, step: int | None, video: Pat
     frames: list[np.ndarray] | None = [] if video is not None else None
     returns, lengths = evaluate_agent(agent, run.config.env, episodes, seed, max_steps=run.config.eval.max_steps, frames=frames)
     if video is not None:
-        pictures.save(video, np.stack(frames), _fps(run.config))
+        pictures.save(video, np.stack(frames), frames_per_second(run.config.env.id))
     return {
         "env_id": run.config.env.id,
         "run": str(run.path),
@@ -415,16 +416,6 @@ def _evaluate(path: Path, episodes: int, seed: int, step: int | None, video: Pat
         "returns": returns,
         "lengths": lengths,
     }
-
-
-def _fps(config: Config) -> float:
-    import gymnasium
-
-    from worldmodel.envs.make import find_spec
-
-    entry = find_spec(config.env.id).entry_point
-    maker = gymnasium.envs.registration.load_env_creator(entry) if isinstance(entry, str) else entry
-    return float(getattr(maker, "metadata", {}).get("render_fps") or 30)
 
 
 def _info(name: str, trust: bool) -> dict[str, Any]:

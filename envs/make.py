@@ -134,14 +134,12 @@ def as_vec_env(
 
 
 def id_of(env: gym.Env | gym.vector.VectorEnv | VecEnv | None) -> str | None:
-    """The Gymnasium id of an environment, or the one of all that a VecEnv steps; None where it is not known."""
-    specs = [getattr(env, "spec", None)]
-    if isinstance(env, VecEnv):
-        try:
-            specs = env.get_attr("spec")
-        except (AttributeError, NotImplementedError):  # made by no registry, as an imagined world
-            return None
-    ids = {getattr(spec, "id", None) for spec in specs}
+    """The Gymnasium id of an environment, or the one of all that a VecEnv steps; None where it is not known.
+
+    Environments in processes of their own are not asked: a spec that cannot be pickled would end the process.
+    """
+    held = getattr(env.unwrapped, "envs", ()) if isinstance(env, VecEnv) else [env]
+    ids = {getattr(getattr(one, "spec", None), "id", None) for one in held}
     return ids.pop() if len(ids) == 1 else None
 
 

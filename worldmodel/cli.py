@@ -64,9 +64,9 @@ Trust = Annotated[bool, typer.Option("--trust", help="Open agent.path, a zip of 
 def about(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     """World models for Gymnasium and Stable-Baselines3."""
     if version:
-        import worldmodel
+        import importlib.metadata
 
-        print(worldmodel.__version__)
+        print(importlib.metadata.version("worldmodel"))
 
 
 @app.command()

@@ -221,15 +221,15 @@ class WorldModelAlgorithm(SavedAlgorithm):
         self._episode_num += (ended := int(dones.sum()))
         self._update_info_buffer(infos, dones)
         callback.update_locals(locals())
-        if not callback.on_step():
-            return False
-        callback.on_rollout_end()
+        goes_on = callback.on_step()
+        if goes_on:
+            callback.on_rollout_end()
         if log_interval is not None and (
             self._episode_num // log_interval > (self._episode_num - ended) // log_interval
             or self.num_timesteps - self._logged_at >= LOG_STEPS
         ):
             self.dump_logs()
-        return True
+        return goes_on
 
     def open_streams(self, obs: Any) -> None:
         """Episodes begin: open ones end as by truncation, and the first observation of each environment goes into the replay."""

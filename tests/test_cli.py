@@ -164,8 +164,8 @@ def test_eval_repeats_the_final_return_and_writes_an_animation(command, trained,
             gif.seek(i)
             frames.append(gif.info["duration"])
         assert gif.size == (40, 8) and sum(frames) == 250 * value["lengths"][0]
-    older = only_object(command("eval", folder, "--episodes", 1, "--step", 20, "--seed", 7, "--json")[1])
-    assert (older["step"], older["seed"]) == (20, 7)
+    older = only_object(command("eval", folder, "--episodes", 1, "--step", 25, "--seed", 7, "--json")[1])
+    assert (older["step"], older["seed"]) == (25, 7)
 
 
 def test_eval_refuses_other_films(command, trained, tmp_path):
@@ -182,7 +182,7 @@ def test_a_missing_extra_is_named(command, tmp_path, monkeypatch):
 
 def test_info_describes_a_run_and_a_recipe(command, trained):
     of_run = only_object(command("info", trained[0], "--json")[1])
-    assert list(of_run) == INFO_KEYS and of_run["checkpoints"] == [20, 40] and of_run["env_id"] == CHAIN
+    assert list(of_run) == INFO_KEYS and of_run["checkpoints"] == [25, 40] and of_run["env_id"] == CHAIN
     assert of_run["parameters"] == trained[1].parameters and of_run["parts"]["dynamics"] == "rssm"
     assert of_run["action_space"] == "Discrete(2)"
     of_recipe = only_object(command("info", CHAIN, "--json")[1])

@@ -199,14 +199,16 @@ class Run:
         """Commits the algorithm, its replay and `progress` (JSON) as the checkpoint of its step; then deletes old ones.
 
         fenced  the algorithm begins new episodes behind it: what follows depends on this checkpoint alone
-        A step that is committed already is left as it is. Raises StorageError, NumericsError; earlier checkpoints stay.
+        A step that is committed already is left as it is, unless updates were still owed to it. Raises StorageError, NumericsError;
+        earlier checkpoints stay.
         """
         self._still_there()
         folder = self.path / "checkpoints"
         path = folder / f"step-{algorithm.num_timesteps:012d}"
         tensors, state = algorithm.content()
+        updates = state.get("counters", {}).get("n_updates", 0)
         if algorithm.num_timesteps in checkpoint.steps(folder) and self._is_intact(path):
-            if checkpoint.read(path)[1]["counters"]["n_updates"] >= state["counters"]["n_updates"]:
+            if checkpoint.read_manifest(path).get("updates", updates) >= updates:
                 return path
             checkpoint.discard(path)  # saved while updates were still owed
         _check_finite(state, "state")
@@ -216,6 +218,7 @@ class Run:
             "replay": marks,
             "fenced": fenced,
             "seed": state["seed"],
+            "updates": updates,
             "threads": torch.get_num_threads(),
             "versions": versions(),
             "config": self.config.model_dump(mode="json"),

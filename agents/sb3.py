@@ -119,7 +119,8 @@ def open_algorithm(algorithm: type[BaseAlgorithm], path: str | Path, *, trust: b
 def globals_from(generator: torch.Generator, algorithm: BaseAlgorithm | None = None) -> Iterator[None]:
     """SB3 draws from the process's own random states: in here they follow from `generator`, and outside nothing of it is seen.
 
-    So does the action space of `algorithm`, from which DQN draws its random actions.
+    So does the action space of `algorithm`, from which DQN draws its random actions. CUDA's generators are left as the user seeded
+    them: what an algorithm of SB3 draws on a GPU follows from those.
     """
     seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
     python, legacy = random.getstate(), np.random.get_state()

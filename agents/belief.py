@@ -12,8 +12,9 @@ from stable_baselines3.common.policies import BasePolicy
 from torch import Tensor, nn
 
 from worldmodel.data import Sampling, State
+from worldmodel.errors import EnvError
 from worldmodel.model import WorldModel, tensors
-from worldmodel.spaces import ActionSpec, ObsSpec
+from worldmodel.spaces import ActionSpec, KeySpec, ObsSpec
 
 
 class Controller(nn.Module):
@@ -76,7 +77,7 @@ class BeliefPolicy(BasePolicy):
 
     def predict(
         self,
-        observation: np.ndarray | np.generic | int | Mapping[str, Any],
+        observation: Any,
         state: tuple[np.ndarray, ...] | None = None,
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
@@ -84,9 +85,12 @@ class BeliefPolicy(BasePolicy):
         """SB3's predict: `state` is the belief as a tuple of arrays; None, or `episode_start`, forgets the past.
 
         deterministic: the belief's mode and the policy's mode. Without `state` every call is an episode's first.
+        observation: lists and other kinds of numbers are taken as the space's own, where it can represent them.
+        EnvError for an observation that training would refuse: not finite, of another shape, of no category.
         """
         observation, vectorized = self.batched(observation)
         rows = self.world.obs.to_rows(observation)
+        self.world.obs.check(rows, "predict")  # a number that is not finite would stay in the belief
         size = len(next(iter(rows.values())))
         belief = self.begin(size)
         first = np.ones(size, bool)
@@ -98,14 +102,18 @@ class BeliefPolicy(BasePolicy):
         return (env_action if vectorized else env_action.squeeze(0)), belief.numpy()
 
     def batched(self, observation: Any) -> tuple[Any, bool]:
-        """The observation with a batch axis, and whether it had one."""
+        """The observation with a batch axis, and whether it had one. EnvError for what `reset` returns as a whole."""
+        if isinstance(observation, tuple) and len(observation) == 2 and isinstance(observation[1], Mapping):
+            raise EnvError("predict got (observation, info), which is what reset() returns. Give it the observation: reset()[0].")
         if isinstance(observation, Mapping):
+            keys = self.world.obs.keys
+            observation = {k: _as_declared(v, keys[k]) if k in keys else v for k, v in observation.items()}
             name, key = next(iter(self.world.obs.keys.items()))
             if np.ndim(observation[name]) > len(key.raw_shape):
                 return observation, True
             return {k: np.asarray(v)[None] for k, v in observation.items()}, False
         key = next(iter(self.world.obs.keys.values()))
-        observation = np.asarray(observation)
+        observation = _as_declared(observation, key)
         return (observation, True) if observation.ndim > len(key.raw_shape) else (observation[None], False)
 
     def _predict(self, observation: Any, deterministic: bool = False) -> Tensor:
@@ -120,6 +128,16 @@ class ActsOnBelief(Protocol):
     obs_spec: ObsSpec
     action_spec: ActionSpec
     device: torch.device
+
+
+def _as_declared(x: Any, key: KeySpec) -> np.ndarray:
+    """Numbers in the dtype that the space declares, where nothing but digits is lost; unchanged where more would be."""
+    x = np.asarray(x)
+    if x.dtype == key.raw_dtype or x.dtype.kind not in "biuf":
+        return x
+    with np.errstate(invalid="ignore"):
+        declared = x.astype(key.raw_dtype)
+    return declared if np.can_cast(x.dtype, key.raw_dtype, "same_kind") or np.array_equal(declared, x) else x
 
 
 def _wide(mask: Tensor, like: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from worldmodel import pictures
 from worldmodel.agents.belief import ActsOnBelief
-from worldmodel.agents.evaluation import own_randomness
+from worldmodel.agents.evaluation import own_randomness, tell_untrained
 from worldmodel.agents.held_out import HELD_OUT_SEED, RANDOM, collect
 from worldmodel.agents.starts import Aim
 from worldmodel.data import Episodes, Obs, Sampling, State
@@ -163,6 +163,7 @@ def dream(
     run = run if isinstance(run, Run) else Run.open(run)
     out = None if out is None else pictures.checked(Path(out))
     agent = run.agent(device=device, trust=trust)
+    tell_untrained(agent, log)
     viewer = Viewer(run.config.env.id, agent.obs_spec)
     generator = torch.Generator(agent.device).manual_seed(HELD_OUT_SEED)
     if aim is not None and start != "prior":
@@ -177,7 +178,7 @@ def dream(
         log("Dreams from the initial distribution: nothing real to compare with, so errors are null.")
         errors = OpenLoop.unknown(context, horizon)
     else:
-        fresh = collect(agent, run.config.env, episodes)
+        fresh = collect(agent, run.config.env, episodes, steps=run.config.eval.max_steps)
         errors = open_loop(agent.policy.world, fresh, context, horizon, samples=SAMPLES, generator=generator)
         _tell_what_does_not_fit(errors, fresh, log)
         shown = film(agent.policy.world, viewer, fresh, context, horizon, generator) if out is not None else Film(None, None)
@@ -186,6 +187,7 @@ def dream(
     return {
         "env_id": run.config.env.id,
         "run": str(run.path),
+        "step": agent.num_timesteps,
         "context": context,
         "horizons": errors.horizons,
         "observation": _column(errors.error()),

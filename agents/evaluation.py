@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium import spaces
+from gymnasium.wrappers import TimeLimit
 from pydantic import Field
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -19,11 +21,12 @@ from worldmodel.envs.restarts import restarted
 from worldmodel.errors import ConfigError, EnvError
 from worldmodel.registry import register
 from worldmodel.spaces import ActionSpec
+from worldmodel.weights import cpu_randomness
 
 EVALUATION_SEED, CONFIRMATION_SEED, FINAL_SEED = 10_000, 20_000, 30_000
 """Environment seeds of the first episode of an evaluation, of its confirmation, and of the final return."""
-LIMIT = 100_000
-"""Steps after which an episode counts as one that never ends."""
+LIMIT = 1000
+"""Steps after which an episode is cut where neither eval.max_steps nor the environment limits it."""
 
 
 @register("group", "eval")
@@ -33,6 +36,9 @@ class EvalConfig(Frozen):
     every: int = Field(250, ge=0, description="real steps between evaluations; 0: only at the end")
     episodes: int = Field(20, ge=1, description="episodes of one evaluation")
     threshold: float | None = Field(None, description="mean return that counts as solved; none: the environment's reward_threshold")
+    max_steps: int | None = Field(
+        None, ge=1, description="steps after which an episode is cut; none: the environment's limit, or 1000 where it has none"
+    )
     stop_when_solved: bool = Field(False, description="ends the run at the first confirmed evaluation that reaches the threshold")
 
 
@@ -51,12 +57,14 @@ def evaluate(
     episodes: int = 20,
     seed: int = EVALUATION_SEED,
     *,
+    max_steps: int | None = None,
     give_up: Callable[[], bool] = lambda: False,
     frames: list[np.ndarray] | None = None,
 ) -> tuple[list[float], list[int]]:
     """(returns, lengths) of greedy episodes, one for each environment seed from `seed` on.
 
     model    anything with SB3's `predict(obs, state, episode_start, deterministic)`, SB3's own algorithms included
+    max_steps  cuts longer episodes; None: LIMIT where the environment has no limit of its own
     give_up  asked at every step; raises Abandoned as soon as it says yes
     frames   receives the rendered pictures of the first episode, which needs an environment that renders
 
@@ -73,9 +81,15 @@ def evaluate(
         venv = make_vec(config, episodes, seed)
         try:
             require_spaces(model, venv, config.id)
-            return _first_episodes(model, venv, give_up, frames)
+            return _first_episodes(model, venv, cut_at(venv, max_steps), give_up, frames)
         finally:
             venv.close()
+
+
+def tell_untrained(agent: Any, log: Callable[[str], object]) -> None:
+    """Says so where no update has been made: what such an agent does or dreams means nothing."""
+    if agent.learner.updates == 0:
+        log(f"step {agent.num_timesteps}: untrained. No update of the world model has been made yet: what comes is noise.")
 
 
 def require_spaces(model: Any, venv: VecEnv, env_id: str) -> None:
@@ -97,26 +111,37 @@ def require_spaces(model: Any, venv: VecEnv, env_id: str) -> None:
             )
 
 
+def cut_at(venv: VecEnv, max_steps: int | None) -> float:
+    """Steps after which an episode in these environments is cut, infinite where they have a limit of their own."""
+    if max_steps is not None:
+        return max_steps
+    return math.inf if all(venv.env_is_wrapped(TimeLimit)) else LIMIT
+
+
 def _first_episodes(
-    model: Any, venv: VecEnv, give_up: Callable[[], bool], frames: list[np.ndarray] | None
+    model: Any, venv: VecEnv, limit: float, give_up: Callable[[], bool], frames: list[np.ndarray] | None
 ) -> tuple[list[float], list[int]]:
     count = venv.num_envs
     returns, lengths = [0.0] * count, [0] * count
     obs, state, starts, running = venv.reset(), None, np.ones(count, bool), np.ones(count, bool)
-    for _ in range(LIMIT):
+    so_far, taken = np.zeros(count), np.zeros(count, np.int64)
+    while True:
         if give_up():
             raise Abandoned
         if frames is not None and running[0]:
             frames.append(_picture(venv))
         action, state = model.predict(obs, state=state, episode_start=starts, deterministic=True)
-        obs, _, starts, infos = venv.step(action)
+        obs, rewards, starts, infos = venv.step(action)
+        so_far, taken = so_far + rewards, taken + 1
         ended = starts & running & ~restarted(infos)  # an episode whose environment failed is played again
         for i in np.flatnonzero(ended):
             returns[i], lengths[i] = float(infos[i]["episode"]["r"]), int(infos[i]["episode"]["l"])
         running &= ~ended
+        for i in np.flatnonzero(running & (taken >= limit) & ~starts):
+            returns[i], lengths[i], running[i] = float(so_far[i]), int(taken[i]), False
         if not running.any():
             return returns, lengths
-    raise EnvError(f"An evaluation episode did not end within {LIMIT} steps. Set env.max_episode_steps.")
+        so_far[starts] = taken[starts] = 0
 
 
 def _picture(venv: VecEnv) -> np.ndarray:
@@ -133,7 +158,7 @@ def own_randomness(model: Any, seed: int) -> Iterator[None]:
     own = generator if isinstance(generator, torch.Generator) else None
     before = own.get_state() if own is not None else None
     python, legacy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
+    with cpu_randomness():
         if own is not None:
             own.manual_seed(seed)
         try:

@@ -25,6 +25,7 @@ from worldmodel.model import ModelConfig, WorldModel, own_form
 from worldmodel.registry import build
 from worldmodel.run import Run
 from worldmodel.spaces import KeySpec, ObsSpec
+from worldmodel.weights import cpu_randomness
 
 MODES, OUTPUTS = ("frozen", "finetune", "joint"), ("code", "embedding")
 
@@ -117,7 +118,7 @@ class LatentExtractor(BaseFeaturesExtractor):
         normalize_images: bool = True,
     ):
         spec, config = ObsSpec.from_json(observation), ModelConfig.parse(dict(model))
-        with torch.random.fork_rng(devices=[]):  # the policy's own first weights stay as they would be without us
+        with cpu_randomness():  # the policy's own first weights stay as they would be without us
             encoder = build("encoder", config.encoder, spec)
             net, latent = _posterior(config, encoder) if output == "code" else (None, None)
         super().__init__(observation_space, frames * (latent.size if latent is not None else encoder.out_features))

@@ -6,8 +6,6 @@ world-model batch. Evaluation, checkpoints and stopping are SB3 callbacks.
 
 from __future__ import annotations
 
-import copy
-import io
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,18 +14,17 @@ from typing import Any, ClassVar
 import gymnasium as gym
 import numpy as np
 import torch
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.utils import get_device, safe_mean
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_wrapper
 
-from worldmodel import checkpoint
 from worldmodel.agents.belief import BeliefPolicy, Controller
 from worldmodel.agents.experience import arrivals, fit_scaling, new_replay, steps_held
-from worldmodel.config import Config, load_yaml
+from worldmodel.agents.saving import SavedAlgorithm
+from worldmodel.config import Config
 from worldmodel.data import Batch, State, Trace
-from worldmodel.envs.make import as_vec_env
+from worldmodel.envs.make import as_vec_env, id_of
 from worldmodel.envs.restarts import Restarts, restarted
 from worldmodel.errors import ConfigError, EnvError
 from worldmodel.learner import Learner
@@ -35,10 +32,13 @@ from worldmodel.model import WorldModel, tensors
 from worldmodel.recipes import combine
 from worldmodel.replay import Replay
 from worldmodel.spaces import ActionSpec, ObsSpec
-from worldmodel.weights import as_arrays, fill, optimizer_arrays, restore_optimizer
+from worldmodel.weights import cpu_randomness
+
+LOG_STEPS = 500
+"""Real steps after which a log entry is due where no episode has ended."""
 
 
-class WorldModelAlgorithm(BaseAlgorithm):
+class WorldModelAlgorithm(SavedAlgorithm):
     """Base of Dreamer and its like: a world model learned from the replay, and a controller that acts on its beliefs.
 
     env     id string, gymnasium environment, VectorEnv or VecEnv (VecNormalize is refused: observations are standardised inside)
@@ -50,6 +50,8 @@ class WorldModelAlgorithm(BaseAlgorithm):
     kind: ClassVar[str]
     replay_folder: pathlib.Path | None = None
     """Where a run keeps experience; None outside of a run."""
+    go_on: Callable[[], bool] = staticmethod(lambda: True)
+    """Asked between updates: where it says no they end, and what is left of them stays owed. A run asks for signals there."""
     improves: bool = True
     """Whether an update also improves the controller, on states of the averaged model."""
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
@@ -93,13 +95,20 @@ class WorldModelAlgorithm(BaseAlgorithm):
             support_multi_env=True,
             seed=seed,
         )
+        if verbose and not isinstance(config, Config):
+            print(f"Recipe: {self.config.recipe or 'none was made for this environment; defaults from its spaces'}")
         self.policy_name = policy
         if env is not None and _init_setup_model:
             self._check_window()
             self._setup_model()
 
     def _resolve(self, recipe: Any, overrides: Any, env: Any) -> Config:
-        env_id = env if isinstance(env, str) else getattr(getattr(env, "spec", None), "id", None)
+        if isinstance(config := overrides, Mapping) and "recipe" in config:
+            raise ConfigError(
+                f"config={{'recipe': {config['recipe']!r}}} names a recipe, and config holds only what differs from one. "
+                f"Use recipe={config['recipe']!r} beside config."
+            )
+        env_id = env if isinstance(env, str) else id_of(env)
         overrides = overrides if overrides is not None else []
         said = combine(overrides)[1].get("agent", {})
         if not isinstance(said, str) and "kind" not in said:  # else options of this kind would be unknown ones of the recipe's
@@ -139,8 +148,7 @@ class WorldModelAlgorithm(BaseAlgorithm):
             raise ConfigError(f"CnnPolicy needs an image, but the observations are {self.observation_space}. Use MlpPolicy.")
         if self.policy_name == "MultiInputPolicy" and self.obs_spec.single:
             raise ConfigError(f"MultiInputPolicy needs a Dict, but the observations are {self.observation_space}. Use MlpPolicy.")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+        with cpu_randomness(self.seed):
             self.world = WorldModel(self.config.model, self.obs_spec, self.action_spec).to(self.device)
             self.controller = self._make_controller().to(self.device)
         self.learner = Learner(self.world, self.config.train)
@@ -150,7 +158,7 @@ class WorldModelAlgorithm(BaseAlgorithm):
         self.replay: Replay | None = None
         self._credit, self._restarts = 0.0, 0
         self._belief: State | None = None
-        self._updates_due = 0
+        self._logged_at = 0
 
     def _make_controller(self) -> Controller:
         raise NotImplementedError
@@ -175,7 +183,12 @@ class WorldModelAlgorithm(BaseAlgorithm):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> WorldModelAlgorithm:
-        """Collect `total_timesteps` real steps and learn from them; SB3's signature. `log_interval`: episodes between log lines."""
+        """Collect `total_timesteps` real steps and learn from them; SB3's signature.
+
+        `log_interval`: episodes between log lines, of which there is one at the end too, unless a callback stops it, and at least
+        one in LOG_STEPS steps.
+        Whatever ends it early, an exception anywhere included, the next `learn` begins new episodes, and open ones are cut.
+        """
         if self.env is None:
             raise ConfigError(f"{type(self).__name__} has no environment to learn in. Call set_env(env) first.")
         fresh = reset_num_timesteps or self._last_obs is None  # when SB3 resets the environments, as after set_env
@@ -184,10 +197,17 @@ class WorldModelAlgorithm(BaseAlgorithm):
         )
         if fresh or self.replay is None or self._belief is None:
             self.open_streams(self._last_obs)
-        callback.on_training_start(locals(), globals())
-        goes_on = True
-        while goes_on and self.num_timesteps < total_timesteps:
-            goes_on = self._round(callback, log_interval)
+        self._logged_at = self.num_timesteps
+        try:
+            callback.on_training_start(locals(), globals())
+            goes_on = True
+            while goes_on and self.num_timesteps < total_timesteps:
+                goes_on = self._round(callback, log_interval)
+        except BaseException:  # perhaps between the environments' step and the replay: what comes next does not follow
+            self._last_obs = None
+            raise
+        if goes_on and log_interval is not None and self._logged_at < self.num_timesteps:
+            self.dump_logs()
         callback.on_training_end()
         return self
 
@@ -196,17 +216,20 @@ class WorldModelAlgorithm(BaseAlgorithm):
         callback.on_rollout_start()
         self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)  # before any update reads it
         new_obs, rewards, dones, infos = self._collect()
-        self.learn_from_replay()
         self.num_timesteps += self.env.num_envs
+        self.learn_from_replay()
         self._episode_num += (ended := int(dones.sum()))
         self._update_info_buffer(infos, dones)
         callback.update_locals(locals())
-        if not callback.on_step():
-            return False
-        callback.on_rollout_end()
-        if ended and log_interval is not None and self._episode_num // log_interval > (self._episode_num - ended) // log_interval:
+        goes_on = callback.on_step()
+        if goes_on:
+            callback.on_rollout_end()
+        if log_interval is not None and (
+            self._episode_num // log_interval > (self._episode_num - ended) // log_interval
+            or self.num_timesteps - self._logged_at >= LOG_STEPS
+        ):
             self.dump_logs()
-        return True
+        return goes_on
 
     def open_streams(self, obs: Any) -> None:
         """Episodes begin: open ones end as by truncation, and the first observation of each environment goes into the replay."""
@@ -307,21 +330,33 @@ class WorldModelAlgorithm(BaseAlgorithm):
 
     def learn_from_replay(self) -> None:
         """The updates that the step just taken pays for; the first ones once the prefill is there."""
+        if self._is_ready:
+            self.spend(self.n_envs)
+
+    @property
+    def _is_ready(self) -> bool:
         train = self.config.train
         rows = train.burn_in + train.batch_length
-        if self.replay.added < train.prefill or max(self.replay.lengths) < rows:
-            return
-        if self.learner.updates == 0:
-            for _ in range(train.pretrain):
-                self.update(improve=False)
-        self.spend(self.n_envs)
+        return self.replay is not None and self.replay.added >= train.prefill and max(self.replay.lengths) >= rows
+
+    @property
+    def owes(self) -> bool:
+        """Whether updates that are paid for have not been made, as where `go_on` ended them."""
+        return self._is_ready and (self.learner.updates < self.config.train.pretrain or self._credit >= 1)
 
     def spend(self, steps: int) -> None:
         """The updates that so many steps pay for; what is left over counts towards the next."""
         self._credit += self.config.train.ratio * steps
-        while self._credit >= 1:
-            self._credit -= 1
-            self.update()
+        self.pay()
+
+    def pay(self) -> bool:
+        """The updates that are owed: what is left of `train.pretrain`, then the ratio's. False where `go_on` ended them."""
+        while (first := self.learner.updates < self.config.train.pretrain) or self._credit >= 1:
+            if not self.go_on():
+                return False
+            self._credit -= not first
+            self.update(improve=not first)
+        return True
 
     def update(self, improve: bool = True) -> dict[str, float]:
         """One gradient step of the world model and, with `improve`, of the controller; the metrics are logged."""
@@ -356,6 +391,7 @@ class WorldModelAlgorithm(BaseAlgorithm):
         self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.dump(step=self.num_timesteps)
+        self._logged_at = self.num_timesteps
 
     @property
     def restarts(self) -> int:
@@ -368,157 +404,6 @@ class WorldModelAlgorithm(BaseAlgorithm):
         """Numbers that gradients change, of world model and controller together."""
         return sum(p.numel() for module in (self.world, self.controller) for p in module.parameters() if p.requires_grad)
 
-    # SB3's parameters -----------------------------------------------------------------------------------------------
-
-    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        live = [] if self.learner.average is self.world else ["world"]  # else the policy holds it
-        return ["policy", *live, *(f"optimizers.{name}" for name in self.optimizers_by_name)], []
-
-    @property
-    def optimizers_by_name(self) -> dict[str, torch.optim.Optimizer]:
-        return {"world": self.learner.optimizer}
-
-    @property
-    def optimizers(self) -> Any:
-        """The optimisers as attributes: what SB3's get_parameters and set_parameters look up."""
-        return _Attributes(self.optimizers_by_name)
-
-    def set_parameters(self, load_path_or_dict: Any, exact_match: bool = True, device: torch.device | str = "auto") -> None:
-        """Parameters from `get_parameters()`, or from a file that `save` wrote."""
-        if isinstance(load_path_or_dict, Mapping):
-            super().set_parameters(dict(load_path_or_dict), exact_match, device)
-        else:
-            arrays, state, _ = checkpoint.unpack(_zip_path(load_path_or_dict))
-            self.restore(arrays, state, counters=False)
-
-    # Saving ---------------------------------------------------------------------------------------------------------
-
-    def content(self) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]:
-        """All that the agent is, without its replay: ({file: {name: array}}, JSON state)."""
-        arrays = {
-            "world": as_arrays(self.learner.average),
-            "agent": as_arrays(self.controller),
-            "optim": {
-                f"{name}/{key}": x
-                for name, optimizer in self.optimizers_by_name.items()
-                for key, x in optimizer_arrays(optimizer).items()
-            },
-        }
-        if self.learner.average is not self.world:
-            arrays["optim"] |= {f"live/{name}": x for name, x in as_arrays(self.world).items()}
-        for name, generator in self._generators.items():
-            arrays["optim"][f"generator/{name}"] = generator.get_state().cpu().numpy()
-        state = {
-            "agent": self.kind,
-            "policy": self.policy_name,
-            "config": self.config.to_yaml(),
-            "observation": self.obs_spec.to_json(),
-            "action": self.action_spec.to_json(),
-            "seed": self.seed,
-            "num_envs": self.n_envs,
-            "counters": {
-                "num_timesteps": self.num_timesteps,
-                "episodes": self._episode_num,
-                "n_updates": self._n_updates,
-                "updates": self.learner.updates,
-                "skipped": self.learner.skipped,
-                "restarts": self.restarts,
-                "credit": self._credit,
-            },
-            "rng": self.rng.bit_generator.state,
-            "behaviour": self._behaviour_state(),
-        }
-        return arrays, state
-
-    @property
-    def _generators(self) -> dict[str, torch.Generator]:
-        return {"learn": self.generator, "act": self.policy.generator}
-
-    def _behaviour_state(self) -> dict[str, Any]:
-        """Numbers of the controller's learner that are no tensors."""
-        return {}
-
-    def _restore_behaviour(self, state: Mapping[str, Any]) -> None:
-        pass
-
-    def restore(self, arrays: Mapping[str, Mapping[str, np.ndarray]], state: Mapping[str, Any], *, counters: bool = True) -> None:
-        """Take over what `content` gave; with `counters`, also steps, random state and the ratio's remainder."""
-        fill(self.learner.average, arrays["world"])
-        if self.learner.average is not self.world:
-            fill(self.world, _behind("live/", arrays["optim"]))
-        fill(self.controller, arrays["agent"])
-        for name, optimizer in self.optimizers_by_name.items():
-            restore_optimizer(optimizer, _behind(f"{name}/", arrays["optim"]))
-        self._restore_behaviour(state["behaviour"])
-        if not counters:
-            return
-        for name, generator in self._generators.items():
-            saved = torch.from_numpy(arrays["optim"][f"generator/{name}"].copy())
-            if saved.shape == generator.get_state().shape:
-                generator.set_state(saved)
-            else:  # it was saved on another kind of device, whose draws cannot go on here
-                generator.manual_seed(self.seed + state["counters"]["num_timesteps"])
-        self.rng.bit_generator.state = copy.deepcopy(dict(state["rng"]))
-        count = state["counters"]
-        self.num_timesteps, self._episode_num, self._n_updates = count["num_timesteps"], count["episodes"], count["n_updates"]
-        self._restarts = count.get("restarts", 0)
-        self.learner.updates, self.learner.skips.count, self._credit = count["updates"], count["skipped"], float(count["credit"])
-
-    def save(self, path: str | pathlib.Path | io.BufferedIOBase, exclude: Any = None, include: Any = None) -> None:
-        """One zip of stored safetensors, JSON and manifest, with nothing in it that could run code. The replay stays out."""
-        arrays, state = self.content()
-        checkpoint.pack(_zip_path(path), self.num_timesteps, arrays, state, {"agent": self.kind})
-
-    @classmethod
-    def load(
-        cls,
-        path: str | pathlib.Path,
-        env: str | gym.Env | VecEnv | None = None,
-        device: torch.device | str = "auto",
-        custom_objects: Any = None,
-        print_system_info: bool = False,
-        force_reset: bool = True,
-        **kwargs: Any,
-    ) -> WorldModelAlgorithm:
-        """The agent of a zip that `save` wrote, or of a run folder (its newest good checkpoint)."""
-        path = pathlib.Path(path)
-        if path.is_dir():
-            found = checkpoint.newest(path / "checkpoints")
-            if found is None:
-                raise ConfigError(f"'{path}' holds no checkpoint that verifies. Expected a run folder or a zip written by save().")
-            arrays, state, _ = checkpoint.read(found[1])
-        else:
-            arrays, state, _ = checkpoint.unpack(_zip_path(path))
-        return cls.from_content(arrays, state, env=env, device=device, **kwargs)
-
-    @classmethod
-    def from_specs(
-        cls, policy: str, obs_spec: ObsSpec, action_spec: ActionSpec, *, num_envs: int = 1, **options: Any
-    ) -> WorldModelAlgorithm:
-        """A new agent for these spaces, without an environment; `options` are those of the class."""
-        agent = cls(policy, None, **options)
-        agent.obs_spec, agent.action_spec = obs_spec, action_spec
-        agent.observation_space, agent.action_space = obs_spec.space, action_spec.space
-        agent.n_envs = num_envs
-        agent._check_window()
-        agent._setup_model()
-        return agent
-
-    @classmethod
-    def from_content(cls, arrays, state: Mapping[str, Any], *, env=None, device="auto", **kwargs: Any) -> WorldModelAlgorithm:
-        """The agent that `content` described; `env` may be given later with set_env."""
-        if state.get("agent") != cls.kind:
-            raise ConfigError(f"The file holds an agent of kind {state.get('agent')!r}, not '{cls.kind}'. Load it with that class.")
-        specs = ObsSpec.from_json(state["observation"]), ActionSpec.from_json(state["action"])
-        options = {"config": Config.parse(load_yaml(state["config"])), "seed": state["seed"], "device": device, **kwargs}
-        agent = cls.from_specs(state["policy"], *specs, num_envs=state["num_envs"], **options)
-        agent.restore(arrays, state)
-        if env is not None:
-            env = as_vec_env(env, seed=state["seed"])
-            agent.n_envs = env.num_envs  # set_env wants as many as before, but here nothing was collected yet
-            agent.set_env(env)
-        return agent
-
 
 def policy_name(spec: ObsSpec) -> str:
     """SB3's name of a policy for such observations."""
@@ -527,25 +412,9 @@ def policy_name(spec: ObsSpec) -> str:
     return "CnnPolicy" if spec.keys["obs"].kind == "image" else "MlpPolicy"
 
 
-class _Attributes:
-    def __init__(self, values: Mapping[str, Any]):
-        self.__dict__.update(values)
-
-
 def _device(device: torch.device | str) -> torch.device:
     if torch.device("cpu" if device == "auto" else device).type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "device=cuda was asked for, but torch finds no CUDA device. Use device=cpu, or install a CUDA build of torch."
         )
     return get_device(device)
-
-
-def _zip_path(path: Any) -> pathlib.Path:
-    """SB3's rule: a name without suffix gets `.zip`."""
-    path = pathlib.Path(path)
-    return path if path.suffix else path.with_suffix(".zip")
-
-
-def _behind(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays whose names start with `prefix`, without it."""
-    return {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}

@@ -55,25 +55,18 @@ def reopened(
     return _of_specs(config, obs_spec, action_spec, seed, device, trust)
 
 
-def learn(
-    agent: WorldModelAlgorithm, steps: int, callback: BaseCallback, say: Callable[[str], object], give_up: Callable[[], bool]
-) -> None:
+def learn(agent: WorldModelAlgorithm, steps: int, callback: BaseCallback, say: Callable[[str], object]) -> None:
     """Learns from the replay until the schedule has reached `steps`, or a callback ends it.
 
-    Before the first step come `train.pretrain` updates of the world model alone; `give_up` is asked before each of them, and as
-    no step ends within them, they begin anew on resume.
+    The first step also pays for `train.pretrain` updates of the world model alone.
     """
     agent.start_time, agent._num_timesteps_at_start = time.time_ns(), agent.num_timesteps
     callback.init_callback(agent)
     callback.on_training_start(locals(), globals())
-    for _ in range(agent.config.train.pretrain if agent.learner.updates == 0 else 0):
-        if give_up():
-            return
-        agent.update(improve=False)
     goes_on = True
     while goes_on and agent.num_timesteps < steps:
-        agent.spend(1)
         agent.num_timesteps += 1
+        agent.spend(1)
         goes_on = callback.on_step()
         if agent.num_timesteps % LOG_STEPS == 0 or agent.num_timesteps == steps or not goes_on:
             _log(agent, steps, say)

@@ -98,14 +98,14 @@ class Scalars(TensorBoardOutputFormat):
     """
 
     def __init__(self, folder: Path, step: int, warn: Callable[[str], object]):
-        self.writer = _Writer(EventFile(folder, warn), step + 1 if step else None)
+        self.writer = _Writer(EventFile(folder, warn), step + 1)
         self._is_closed = False
 
 
 class _Writer(SummaryWriter):
     """torch's writer over a given event file."""
 
-    def __init__(self, file: EventFile, purge_step: int | None):
+    def __init__(self, file: EventFile, purge_step: int):
         self._file = file
         super().__init__(log_dir=file.get_logdir(), purge_step=purge_step)
 
@@ -113,8 +113,7 @@ class _Writer(SummaryWriter):
         if self.file_writer is None:
             self.file_writer = _FileWriter(self._file)
             self.all_writers = {self.log_dir: self.file_writer}
-            if self.purge_step is not None:
-                self.file_writer.add_event(Event(session_log=SessionLog(status=SessionLog.START)), self.purge_step)
+            self.file_writer.add_event(Event(session_log=SessionLog(status=SessionLog.START)), self.purge_step)
         return self.file_writer
 
 

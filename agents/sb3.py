@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from pydantic import Field
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
@@ -36,6 +37,7 @@ from worldmodel.errors import ConfigError, MissingExtraError, TrustError
 from worldmodel.model import WorldModel
 from worldmodel.registry import register
 from worldmodel.replay import Replay
+from worldmodel.weights import cpu_randomness
 
 HOMES = {
     **{name: ("stable_baselines3", name.upper()) for name in ("ppo", "a2c", "dqn", "sac", "td3")},
@@ -117,12 +119,12 @@ def open_algorithm(algorithm: type[BaseAlgorithm], path: str | Path, *, trust: b
 def globals_from(generator: torch.Generator, algorithm: BaseAlgorithm | None = None) -> Iterator[None]:
     """SB3 draws from the process's own random states: in here they follow from `generator`, and outside nothing of it is seen.
 
-    So does the action space of `algorithm`, from which DQN draws its random actions.
+    So does the action space of `algorithm`, from which DQN draws its random actions. CUDA's generators are left as the user seeded
+    them: what an algorithm of SB3 draws on a GPU follows from those.
     """
     seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
     python, legacy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with cpu_randomness(seed):
         random.seed(seed)
         np.random.seed(seed)
         if algorithm is not None:
@@ -202,6 +204,18 @@ class SB3Controller(Controller):
         if self.noise and not deterministic and world.action.kind == "continuous":
             action = action + self.noise * torch.randn(action.shape, generator=generator, device=action.device)
         return action, memory
+
+
+class _Ask(BaseCallback):
+    """Ends a visit to the dream where `go_on` says no."""
+
+    def __init__(self, go_on: Callable[[], bool]):
+        super().__init__()
+        self.go_on, self.ended = go_on, False
+
+    def _on_step(self) -> bool:
+        self.ended = not self.go_on()
+        return not self.ended
 
 
 class _Forward(Logger):
@@ -292,24 +306,37 @@ class SB3Agent(WorldModelAlgorithm):
 
     def spend(self, steps: int) -> None:
         """The world model's updates, and a visit to the dream where one is due."""
+        self._since_visit += 0 if self.fixed else steps
         super().spend(steps)
-        if self.fixed:
-            return
-        self._since_visit += steps
+
+    @property
+    def _visit_is_due(self) -> bool:
         most = self.config.agent.visits
-        while self._since_visit >= self.config.agent.every and (most is None or self.visits < most):
+        return not self.fixed and self._since_visit >= self.config.agent.every and (most is None or self.visits < most)
+
+    @property
+    def owes(self) -> bool:
+        return super().owes or (self._is_ready and self._visit_is_due)
+
+    def pay(self) -> bool:
+        if not super().pay():
+            return False
+        while self._visit_is_due:
+            if not (self.go_on() and self.visit(self.config.agent.imagined)):
+                return False
             self._since_visit -= self.config.agent.every
-            self.visit(self.config.agent.imagined)
+        return True
 
     def reopen(self, seed: int) -> None:
         super().reopen(seed)
         if isinstance(self.algorithm, OffPolicyAlgorithm) and not self.fixed:
             self.algorithm.replay_buffer.reset()
 
-    def visit(self, steps: int) -> None:
+    def visit(self, steps: int) -> bool:
         """The algorithm's own learn() for so many imagined steps, in worlds that begin anew with the model as it stands.
 
-        Its schedules follow the real steps: what is left of this agent's learn(), not of the visit.
+        Its schedules follow the real steps: what is left of this agent's learn(), not of the visit. False where `go_on` ended
+        it: then it counts as none, and is owed.
         """
         algorithm = self.algorithm
         dream = self._dream(self.learner.average, self.replay)
@@ -319,10 +346,12 @@ class SB3Agent(WorldModelAlgorithm):
             algorithm.replay_buffer.reset()
         with globals_from(self.generator, algorithm), _progress(algorithm, self._current_progress_remaining):
             before = algorithm.num_timesteps
-            algorithm.learn(steps, log_interval=1, reset_num_timesteps=before == 0)
-        self.visits += 1
+            ask = _Ask(self.go_on)
+            algorithm.learn(steps, callback=ask, log_interval=1, reset_num_timesteps=before == 0)
         self.imagined_steps += algorithm.num_timesteps - before
+        self.visits += not ask.ended
         self.policy.set_training_mode(False)
+        return not ask.ended
 
     # Saving ---------------------------------------------------------------------------------------------------------
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -29,11 +28,13 @@ from worldmodel.agents.evaluation import (
     FINAL_SEED,
     Abandoned,
     EvalConfig,
+    cut_at,
     evaluate,
     threshold,
 )
 from worldmodel.agents.loop import WorldModelAlgorithm, policy_name
 from worldmodel.agents.report import Bar, Lines, Scalars
+from worldmodel.agents.signals import Interrupted, Signals
 from worldmodel.agents.watch import Watch
 from worldmodel.config import Config, Frozen
 from worldmodel.envs.make import as_vec_env
@@ -88,46 +89,6 @@ class TrainResult:
         return asdict(self)
 
 
-class Interrupted(KeyboardInterrupt):
-    """A signal ended the run; its state is saved."""
-
-    def __init__(self, number: int, message: str):
-        super().__init__(message)
-        self.exit_code = 128 + number
-
-
-# Signals --------------------------------------------------------------------------------------------------------------
-
-
-class Signals:
-    """The first SIGINT, SIGTERM or SIGHUP is remembered, so that the step in progress can end; a second one aborts."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
-            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-                number = getattr(signal, name, None)
-                if number is None or (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):  # nohup
-                    continue
-                self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
-            raise Interrupted(number, "Aborted by a second signal; what was committed before it is there.")
-        self.received = number
-
-    def __bool__(self) -> bool:
-        return self.received is not None
-
-
 # One run --------------------------------------------------------------------------------------------------------------
 
 
@@ -157,8 +118,16 @@ class Keeper(BaseCallback):
         self._clock: float | None = None
         self._failed = self._failed_in_a_row = 0
 
+    def _init_callback(self) -> None:
+        self.model.go_on = lambda: not self.signals
+
     def _on_training_start(self) -> None:
         self._look_at_the_disk()
+        if not self.recorded and math.isfinite(limit := cut_at(self.model.env, self.config.eval.max_steps)):
+            self.report.say(
+                f"Episodes of evaluations are cut after {limit:,} steps: {self.config.env.id} "
+                "may have no limit of its own. eval.max_steps sets another."
+            )
         self._clock = time.perf_counter()
         self.report.start(self.model)
 
@@ -166,8 +135,8 @@ class Keeper(BaseCallback):
         self.report.step(self.model)
         step, every = self.model.num_timesteps, self.config.checkpoint.every
         goes_on = self.evaluate_if_due() and not self.signals
-        if every and step // every > (step - self.model.n_envs) // every:
-            self.save_on_the_way(fenced=self.config.checkpoint.fence)
+        if self.progress.evaluated == step or (every and step // every > (step - self.model.n_envs) // every):
+            self.save_on_the_way(fenced=self.config.checkpoint.fence and not self.model.owes)
             if self.config.checkpoint.fence and not self.recorded and goes_on and step < self.config.train.steps:
                 self.model.reopen(env_seed(self.seed, step))
         elif (flush := self.config.checkpoint.flush) and step // flush > (step - self.model.n_envs) // flush and not self.recorded:
@@ -205,7 +174,8 @@ class Keeper(BaseCallback):
         self.tick()
         started = time.perf_counter()
         try:
-            return evaluate(self.model, self.config.env, episodes, seed, give_up=lambda: bool(self.signals))[0]
+            most = self.config.eval.max_steps
+            return evaluate(self.model, self.config.env, episodes, seed, max_steps=most, give_up=lambda: bool(self.signals))[0]
         finally:
             self.progress.eval_seconds += time.perf_counter() - started
             if self._clock is not None:
@@ -286,6 +256,7 @@ def train(
 ) -> TrainResult:
     """Train what a recipe (name, path, gym id or content) describes; everything is kept in a run folder.
 
+    recipe      with resume also a run folder, whose recipe and options it goes on with
     steps       real steps of the whole run (default: the recipe's train.steps); on resume it may grow
     seed        of environments, weights and draws (default 0; on resume the run's own)
     run_dir     default runs/<recipe>-s<seed>, with a number behind it if that exists
@@ -325,6 +296,7 @@ def train(
         given["train.data"] = sources
     if seed is not None and seed < 0:
         raise ConfigError(f"seed is {seed}; expected at least 0.")
+    recipe, run_dir = runs.run_first(recipe, run_dir, resume)
     threads = torch.get_num_threads()
     try:
         with Signals() as signals:
@@ -416,7 +388,7 @@ def _agreed(run: Run, manifest: Mapping[str, Any], recipe: Any, given: dict[str,
     """The run's config, perhaps with more steps. ConfigError that lists every other difference from what is asked for now."""
     before = manifest.get("progress", {}).get("overrides", {})
     asked = Config.from_recipe(recipe, {**before, **given}) if recipe is not None else run.config.override(given)
-    differs = [row for row in configs.differences(run.config, asked) if row[0] != "train.steps"]
+    differs = [row for row in configs.differences(run.config, asked) if row[0] != "train.steps" and not row[0].startswith("eval.")]
     if seed is not None and seed != manifest.get("seed", seed):
         differs.append(("seed", manifest["seed"], seed))
     steps = given.get("train.steps", run.config.train.steps)
@@ -425,10 +397,11 @@ def _agreed(run: Run, manifest: Mapping[str, Any], recipe: Any, given: dict[str,
     if differs:
         lines = "\n".join(f"  {key}: {old} -> {new}" for key, old, new in differs)
         raise ConfigError(
-            f"{run.path} was made with other options, and on resume only --steps may change, and only grow:\n{lines}\n"
+            f"{run.path} was made with other options; on resume only eval.* and --steps may change, and steps only grow:\n{lines}\n"
             "Leave them out, or start a new run with another --run."
         )
-    return run.config.override({"train.steps": steps})
+    evaluation = {key: value for key, value in given.items() if key.partition(".")[0] == "eval"}
+    return run.config.override({**evaluation, "train.steps": steps})
 
 
 def _as_mapping(overrides: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Any]:
@@ -497,10 +470,12 @@ def _go_on(session: _Session, run: Run, agent: WorldModelAlgorithm, progress: Pr
         keeper.save(fenced=config.checkpoint.fence and agent.num_timesteps == 0)
         if keeper.evaluate_if_due() and agent.num_timesteps < config.train.steps and not session.signals:
             if config.train.data:
-                offline.learn(agent, config.train.steps, callback, report.say, lambda: bool(session.signals))
+                offline.learn(agent, config.train.steps, callback, report.say)
             else:
                 agent.reopen(env_seed(seed, agent.num_timesteps))
                 agent.learn(config.train.steps - agent.num_timesteps, callback, config.log.every, reset_num_timesteps=False)
+        elif agent.owes and not session.signals:  # a signal came among the updates of the last step
+            agent.pay()
         keeper.save()
         if session.signals:
             raise _interrupted(session, run, agent)
@@ -526,7 +501,8 @@ def _watch(config: Config, signals: Signals) -> Watch | None:
 
 def _interrupted(session: _Session, run: Run, agent: WorldModelAlgorithm) -> Interrupted:
     name = signal.Signals(session.signals.received).name
-    text = f"{name}: stopped at {_step(agent)}, saved in {run.path}. Go on with --resume."
+    command = run.resume_command(session.device, session.trust)
+    text = f"{name}: stopped at {_step(agent)}, saved in {run.path}. Go on with:\n  {command}"
     return Interrupted(session.signals.received, text)
 
 

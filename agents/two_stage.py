@@ -26,7 +26,7 @@ from worldmodel.model import WorldModel
 from worldmodel.replay import Replay
 from worldmodel.run import Run, refuse_existing
 from worldmodel.spaces import ActionSpec, ObsSpec
-from worldmodel.weights import as_arrays, fill
+from worldmodel.weights import as_arrays, cpu_randomness, fill
 
 SLOTS = ("initial", "transition", "marginal")
 CHUNK = 256
@@ -236,8 +236,7 @@ def _with_form(config: Config, kind: str, slot: str, options: Mapping[str, Any] 
 
 def _grown(config: Config, specs: tuple, arrays: Mapping[str, np.ndarray], slot: str, seed: int) -> tuple[WorldModel, str]:
     """(the model with a fresh law in the slot and all else as saved, what that law's weights begin with)."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with cpu_randomness(seed):
         world = WorldModel(config.model, *specs)
     law = law_of(world, slot)
     prefix = next(name for name, module in world.named_modules() if module is law) + "."

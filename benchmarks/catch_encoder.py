@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from baselines import Protocol
 from gymnasium import spaces
-from rows import Failed, Load, Rows, call, median, number, options, say, spread, table
+from rows import Failed, Load, Rows, call, marked, median, number, options, say, spread, table
 from stable_baselines3 import DQN
 from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.vec_env import StackedObservations, VecEnv, VecEnvWrapper, VecFrameStack
@@ -177,7 +177,8 @@ def report(rows: Rows) -> str:
         if found:
             count = f"{sum(x is not None for x in solved)}/{len(solved)}"
             returns, seconds = [row["final_return"] for row in found], [row["wall_seconds"] for row in found]
-            lines.append([side, count, spread(solved, 1), found[0]["encoder_steps"], spread(seconds, 1), spread(returns, 2)])
+            name, own = marked(side, found), found[0]["encoder_steps"]
+            lines.append([name, count, spread(solved, 1), own, spread(seconds, 1), spread(returns, 2)])
     head = ["side", "solved", "real steps", "of them the encoder's own", "seconds", "final return"]
     text = table(head, lines)
     if by["encoder"] and by["naturecnn"]:

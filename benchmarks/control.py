@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rows import Failed, Load, Rows, call, median, number, options, say, spread, table
+from rows import Failed, Load, Rows, call, marked, median, number, options, say, spread, table
 
 from worldmodel.config import Config
 from worldmodel.errors import ConfigError
@@ -200,7 +200,7 @@ def report(rows: Rows) -> str:
         lines.append(
             [
                 key["task"],
-                " ".join([key["algorithm"], *key["overrides"], *limits]),
+                marked(" ".join([key["algorithm"], *key["overrides"], *limits]), found),
                 f"{sum(x is not None for x in solved)}/{len(solved)}",
                 spread(solved, 1),
                 spread(seconds),

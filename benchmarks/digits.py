@@ -28,7 +28,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rows import Failed, Load, Rows, call, number, options, say, table
+from rows import STALE, Failed, Load, Rows, call, number, options, say, stale, table
 
 FORMS: dict[str, dict[str, Any]] = {
     "gaussian": {"kind": "gaussian", "standard": True},
@@ -170,6 +170,7 @@ def summary(group: dict[str, dict[int, dict[str, Any]]]) -> dict[str, dict[str, 
         means = ("nats", "rate", "distortion", "active", "ess", "cpu_seconds", "parameters", "law_parameters", "best_epoch")
         shown = {name: statistics.mean(row[name] for row in rows.values()) for name in means}
         out[form] = {
+            "stale": any(map(stale, rows.values())),
             "kind": f"IWAE-{next(iter(rows.values()))['draws']}" + (f" of {APART[form]}" if form in APART else ""),
             "seeds": sorted(rows),
             **shown,
@@ -216,7 +217,7 @@ def lines(found: dict[str, dict[str, Any]], latents: int) -> list[list[str]]:
         cells = [f"{row[name]:.2f}" for name in ("nats",)] + [gain] + [f"{row[name]:.2f}" for name in ("rate", "distortion")]
         size = f"{number(row['parameters'])} ({number(row['law_parameters'])})"
         rest = [f"{row['active']:.1f}", f"{row['ess']:.0f}", f"{row['cpu_seconds']:.0f}", size]
-        out.append([str(latents), form, row["kind"], str(len(row["seeds"])), *cells, *rest])
+        out.append([str(latents), f"{form} {STALE}" if row["stale"] else form, row["kind"], str(len(row["seeds"])), *cells, *rest])
     return out
 
 

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from PIL import Image
-from rows import Failed, Load, Rows, call, options, say, spread, table, timed
+from rows import Failed, Load, Rows, call, marked, options, say, spread, table, timed
 from torch import Tensor, nn
 
 from worldmodel.data import Sampling
@@ -223,7 +223,7 @@ def report(rows: Rows) -> str:
     for (device, updates, depth, sampler), found in groups.items():
         lines.append(
             [
-                "real",
+                marked("real", found),
                 device,
                 updates,
                 depth,
@@ -240,7 +240,7 @@ def report(rows: Rows) -> str:
             cells = {key: [row["pictures"][name][key] for row in found if key in row["pictures"][name]] for key in kinds}
             ratio = [row["pictures"][name]["probe_error"] / row["pictures"]["vae"]["probe_error"] for row in found]
             shown = [*(spread(cells[key]) for key in kinds[:3]), spread(ratio), spread(cells["frames_per_second"])]
-            lines.append([name, device, updates, depth, sampler if "diffusion" in name else "", len(found), *shown])
+            lines.append([marked(name, found), device, updates, depth, sampler if "diffusion" in name else "", len(found), *shown])
     return table(["pictures", "device", "updates", "depth", "sampler", "seeds", *kinds[:3], "probe", "frames/s"], lines)
 
 
@@ -256,7 +256,7 @@ def main() -> int:
     parser.add_argument("--updates", type=int, default=3000, help=f"of {BATCH} frames each")
     parser.add_argument("--probe-updates", type=int, default=1000)
     parser.add_argument("--depth", type=int, default=8, help="channels of encoder, decoders and U-Net")
-    parser.add_argument("--sampler", choices=("multistep", "euler", "heun"), default="multistep", help="of the refiner")
+    parser.add_argument("--sampler", choices=("multistep", "euler", "heun"), default="euler", help="of the refiner")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="all rows as one JSON list instead of the table")
     parser.add_argument("--print", action="store_true", help="only the table")

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from control import train_ours
-from rows import Failed, Load, Rows, call, number, options, say, spread, table, timed
+from rows import Failed, Load, Rows, call, marked, number, options, say, spread, table, timed
 
 from worldmodel.config import Config
 from worldmodel.errors import ConfigError
@@ -221,7 +221,7 @@ def _line(name: tuple[str, str, str], group: list[dict[str, Any]]) -> list[str]:
     acts = name[0] == "cartpole"
     return [
         name[0] + ("" if name[2] == "cpu" else f" ({name[2]})"),
-        name[1],
+        marked(name[1], group),
         str(len(group)),
         spread([row["ratio"][14] for row in group], 2),
         spread(nats, 3) if nats else "none",
@@ -243,7 +243,7 @@ def _costs(costs: dict[str, dict[str, Any]], base: dict[str, Any] | None) -> lis
 
     lines = []
     for form, row in costs.items():
-        line = [form]
+        line = [marked(form, [row])]
         for name, many in (("update_ms", None), ("draw_ms", WORLDS), ("dream_ms", WORLDS * HORIZON)):
             ms = middle(row, name)
             line.append(number(ms) if many is None else number(1000 * many / ms, 2))

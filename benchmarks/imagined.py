@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from rows import Rows, number, options, spread, table, timed
+from rows import Rows, marked, number, options, spread, table, timed
 
 import worldmodel as wm
 from worldmodel.envs import ImaginedVecEnv
@@ -53,7 +53,10 @@ def main() -> int:
             path = args.run or wm.train("cartpole", steps=400, run_dir=Path(folder) / "run", overrides=TRAIN).run
             for key in wanted:
                 rows.add(key, measure(wm.Run.open(path), **key, most=args.most), threads=key["threads"])
-    lines = [[*row["key"].values(), spread(row["ms"]), number(row["per_second"]), number(row["foreign"], 1)] for row in rows]
+    lines = [
+        [*row["key"].values(), marked(spread(row["ms"]), [row]), number(row["per_second"]), number(row["foreign"], 1)]
+        for row in rows
+    ]
     print(table(["worlds", "observation", "threads", "ms a step of all", "world steps/s", "foreign"], lines))
     return 0
 

@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from rows import Failed, Load, Rows, call, options, say, spread, table
+from rows import Failed, Load, Rows, call, marked, options, say, spread, table
 
 TASKS: dict[str, dict[str, Any]] = {
     "cartpole": {"recipe": "cartpole", "context": 5, "horizon": 50, "at": 15},
@@ -53,7 +53,8 @@ def lines(rows: Rows) -> list[list[str]]:
     for row in rows:
         groups.setdefault(" ".join([row["key"]["task"], *row["key"]["overrides"]]), []).append(row)
     out = []
-    for name, group in groups.items():
+    for label, group in groups.items():
+        name = marked(label, group)
         task = TASKS[group[0]["key"]["task"]]
         for h in sorted({1, 5, task["at"], min(task["horizon"], 50)}):
             cells = {key: [row[key][h - 1] for row in group] for key in ("observation", "persistence", "ratio")}

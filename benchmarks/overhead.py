@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rows import Load, Rows, call, number, options, spread, table
+from rows import Load, Rows, call, marked, number, options, spread, table
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
@@ -138,7 +138,8 @@ def keep(job: dict[str, Any]) -> dict[str, Any]:
 def show_logging(found: list[dict[str, Any]]) -> None:
     names = ("training_seconds", "watch_seconds", "scalar_seconds", "share", "event_megabytes", "real_steps")
     figures = [[number(row[name]) for name in names] for row in found]
-    lines = [[row["key"]["seed"], *cells, len(row["looks"]), number(row["foreign"])] for row, cells in zip(found, figures)]
+    seeds = [marked(row["key"]["seed"], [row]) for row in found]
+    lines = [[seed, *cells, len(row["looks"]), number(row["foreign"])] for seed, row, cells in zip(seeds, found, figures)]
     head = ["seed", "training, s", "shown, s", "scalars, s", "share", "events, MB", "real steps", "looks", "foreign"]
     print(table(head, lines))
     if found:
@@ -151,9 +152,10 @@ def show_keeping(found: list[dict[str, Any]]) -> None:
         spent, calls, key = row["seconds"], row["calls"], row["key"]
         files = spent["Replay.save"] + spent["Spool.put"] + spent["Spool.windows"]
         cells = [number(x) for x in (row["wall_seconds"], spent["Run.save"], spent["Run.flush"], files, row["share"])]
+        where = [marked(key["replay"], [row]), key["seed"], " ".join(key["options"])]
         saved = f"{calls['Run.save']} + {calls['Run.flush']}"
         lines.append(
-            [key["replay"], key["seed"], " ".join(key["options"]), *cells, saved, row["real_steps"], number(row["foreign"])]
+            [*where, *cells, saved, row["real_steps"], number(row["foreign"])]
         )
     head = [
         "replay",

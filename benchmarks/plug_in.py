@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 from control import TASKS, Task, jobs, report, work
-from rows import Failed, Load, Rows, call, number, options, say, spread, table, timed
+from rows import Failed, Load, Rows, call, marked, number, options, say, spread, table, timed
 
 DYNA = {"ratio": 150, "horizon": 15, "every": 10, "config": {"train.prefill": 250, "train.pretrain": 300, "train.ratio": 2.0}}
 DYNA_SAC = {"learning_starts": 250, "buffer_size": 30_000}
@@ -228,7 +228,13 @@ def tables(rows: Rows) -> str:
     parts = [report(by["control"])] if "control" in by else []
     if "mppi" in by:
         lines = [
-            [r["key"]["threads"], spread(r["ms"]), number(r["gflop"]), number(r["parameters"], 1), number(r["foreign"], 1)]
+            [
+                marked(r["key"]["threads"], [r]),
+                spread(r["ms"]),
+                number(r["gflop"]),
+                number(r["parameters"], 1),
+                number(r["foreign"], 1),
+            ]
             for r in by["mppi"]
         ]
         parts.append(table(["threads", "ms of one MPPI action (TD-MPC2: 160)", "GFLOP", "parameters", "foreign"], lines))
@@ -237,11 +243,15 @@ def tables(rows: Rows) -> str:
         for penalty in (f"{p:g}" for p in PENALTIES):
             found = [row["by_penalty"][penalty] for row in by["gap"]]
             gaps = [x["imagined"] - x["real"] for x in found]
-            lines.append([penalty, *(spread(x[side] for x in found) for side in ("imagined", "real")), spread(gaps)])
+            name = marked(penalty, by["gap"])
+            lines.append([name, *(spread(x[side] for x in found) for side in ("imagined", "real")), spread(gaps)])
         parts.append(table(["penalty", "imagined return", "real return", "gap"], lines))
     if "algorithms" in by:
         names = ("updates", "moved", "real_return", "gap", "loaded acts the same", "seconds")
-        shown = [[row["key"]["algorithm"], row["key"]["recipe"], *(_cell(row[n]) for n in names)] for row in by["algorithms"]]
+        shown = [
+            [marked(row["key"]["algorithm"], [row]), row["key"]["recipe"], *(_cell(row[n]) for n in names)]
+            for row in by["algorithms"]
+        ]
         parts.append(table(["algorithm", "world", *names], shown))
     return "\n\n".join(parts)
 

@@ -1,12 +1,15 @@
 """What the benchmark scripts share: rows in results/<name>.jsonl, workers, foreign load, timed samples, tables.
 
-A row is one finished measurement: the key that identifies it, what was measured, and under `where` the commit, the
-threads, the versions and the processor. Rows are only ever appended; of rows with equal keys the last one counts.
+A row is one finished measurement: the key that identifies it, what was measured, and under `where` the commit, a hash of the
+code, when, the threads, the versions and the processor. Rows are only ever appended. Of rows with equal keys the newest of this
+tree's code counts, else the newest: never the better one. A row of other code than this tree's is *stale*: tables mark it with
+a dagger, and a run measures it again.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -17,13 +20,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("worldmodel", "torch", "numpy", "gymnasium", "stable_baselines3", "zuko")
+CODE = ("worldmodel", "agents", "envs", "configs")
+"""Folders whose content makes a row's figures."""
+STALE = "†"
+LEGEND = f"{STALE} measured by other code than this tree's; a run without --print measures it again"
 QUIET = 0.12
 """Foreign cores up to which a timed sample counts as quiet."""
 
@@ -47,20 +56,31 @@ class Rows:
     """The rows of one file."""
 
     def __init__(self, name: str, folder: Path, again: bool = False):
-        self.file, self.again = Path(folder) / f"{name}.jsonl", again
+        self.file, self.again, self.code = Path(folder) / f"{name}.jsonl", again, code()
         lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
-        self._rows = {_word(row["key"]): row for row in map(json.loads, filter(None, lines))}
+        self._rows: dict[str, dict[str, Any]] = {}
+        for row in map(json.loads, filter(None, lines)):
+            self._keep(row)
+
+    def _keep(self, row: dict[str, Any]) -> None:
+        word = _word(row["key"])
+        if word not in self._rows or stale(self._rows[word]) or not stale(row):
+            self._rows[word] = row
 
     def has(self, key: Mapping[str, Any]) -> bool:
         """Whether this row need not be measured; says so."""
-        there = not self.again and _word(key) in self._rows
-        if there:
-            say(f"already there: {_short(key)}")
-        return there
+        row = self._rows.get(_word(key))
+        if row is None or self.again:
+            return False
+        say(f"{'there, but of other code' if stale(row) else 'already there'}: {_short(key)}")
+        return not stale(row)
 
     def add(self, key: Mapping[str, Any], measured: Mapping[str, Any], threads: int) -> dict[str, Any]:
-        """Appends one finished row; `measured` may not hold NaN, for JSON has none."""
-        row = {"key": dict(key), **measured, "where": where(threads)}
+        """Appends one finished row; `measured` may not hold NaN, for JSON has none.
+
+        Where the code changed since these rows were opened, nobody knows which of both made the row: it is stale at once.
+        """
+        row = {"key": dict(key), **measured, "where": {**where(threads), "code": self.code if self.code == _hash() else None}}
         line = json.dumps(row, allow_nan=False)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a", encoding="utf-8") as file:
@@ -69,7 +89,7 @@ class Rows:
         say(f"done: {_short(key)}")
         return row
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter(self._rows.values())
 
 
@@ -77,12 +97,41 @@ def where(threads: int) -> dict[str, Any]:
     """The circumstances of a row."""
     return {
         "commit": _commit(),
+        "code": code(),
+        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "threads": threads,
         "processor": _processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
     }
+
+
+@cache
+def code() -> str:
+    """A hash of what is in `CODE`, as it was when this process first asked."""
+    return _hash()
+
+
+def _hash(root: Path = HERE.parent) -> str:
+    """Of names and contents of all files in `CODE`, caches aside; 16 hex digits."""
+    digest = hashlib.sha256()
+    for folder in CODE:
+        for file in sorted(path for path in (root / folder).rglob("*") if path.is_file()):
+            if "__pycache__" not in file.parts and not file.name.startswith("."):
+                content = file.read_bytes()
+                digest.update(f"{file.relative_to(root).as_posix()}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()[:16]
+
+
+def stale(row: Mapping[str, Any]) -> bool:
+    """Whether other code than this tree's made the row, or nobody knows which."""
+    return row.get("where", {}).get("code") != code()
+
+
+def marked(text: object, rows: Iterable[Mapping[str, Any]]) -> str:
+    """`text`, with a dagger where one of the rows that it tells of is stale."""
+    return f"{text} {STALE}" if any(stale(row) for row in rows) else str(text)
 
 
 def say(text: str) -> None:
@@ -240,8 +289,9 @@ def number(x: float | None, digits: int = 3) -> str:
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
-    """A Markdown table with aligned columns."""
+    """A Markdown table with aligned columns, and what a dagger means where one stands in it."""
     cells = [list(head), *([str(x) for x in line] for line in lines)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     drawn = ["| " + " | ".join(x.ljust(w) for x, w in zip(row, widths)) + " |" for row in cells]
-    return "\n".join([drawn[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *drawn[1:]])
+    legend = ["", LEGEND] if any(STALE in x for row in cells for x in row) else []
+    return "\n".join([drawn[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *drawn[1:], *legend])

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from rows import Load, Rows, number, options, table
+from rows import Load, Rows, marked, number, options, table
 
 from worldmodel.replay import Replay
 
@@ -69,7 +69,7 @@ def main() -> int:
         if not rows.has(key):
             rows.add(key, measure(STORES[name], args.count), threads=1)
     numbers = ("held", "megabytes", "median_ms", "p95_ms", "foreign")
-    lines = [[row["key"]["store"], *(number(row[name]) for name in numbers)] for row in rows]
+    lines = [[marked(row["key"]["store"], [row]), *(number(row[name]) for name in numbers)] for row in rows]
     print(table(["store", "rows", "MB", "median ms", "p95 ms", "foreign"], lines))
     return 0
 

@@ -32,7 +32,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
-from rows import Failed, Rows, call, command, number, options, say, spread, table, timed
+from rows import Failed, Rows, call, command, marked, number, options, say, spread, table, timed
 
 SIZE_S = [
     "model=dreamer",
@@ -192,7 +192,7 @@ def report(rows: Rows) -> str:
         first = f" (first {number(row['first_update_s'], 2)} s)" if key["option"] == "compile" else ""
         lines.append(
             [
-                f"{key['obs']} S, {key['threads']}t, {key['option']}{first}",
+                marked(f"{key['obs']} S, {key['threads']}t, {key['option']}{first}", [row]),
                 spread(row["ms"]),
                 f"{number(row['world_ms'])} + {number(row['agent_ms'])}",
                 number(1000 / ours),

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from rows import Failed, Load, Rows, call, options, say, spread, table
+from rows import Failed, Load, Rows, call, marked, options, say, spread, table
 
 from worldmodel.agents.train import make_agent
 from worldmodel.config import Config
@@ -238,7 +238,8 @@ def report(rows: Rows) -> str:
     for name, group in groups.items():
         cells = [spread([row[key] for row in group if key in row], 2) for key in names]
         success = spread([100 * row["success"] for row in group], 2)
-        lines.append([name, group[0].get("updates", ""), len(group), success, spread([row["actions"] for row in group], 2), *cells])
+        actions = spread([row["actions"] for row in group], 2)
+        lines.append([marked(name, group), group[0].get("updates", ""), len(group), success, actions, *cells])
     return table(["variant", "updates", "seeds", "success %", "actions", *names], lines)
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from rows import Failed, Load, Rows, call, options, say, spread, table
+from rows import Failed, Load, Rows, call, marked, options, say, spread, table
 
 DATA: dict[str, dict[str, Any]] = {
     "pendulum": {"recipe": "pendulum", "steps": 4000, "options": ["train.ratio=1.0"], "episodes": 40},
@@ -156,7 +156,8 @@ def report(rows: Rows) -> str:
             steep = [x["slope"] for x in found if "slope" in x]
             if found:
                 valid = spread([x["valid"] for x in found], 2)
-                lines.append([f"{data} {more}".strip(), f"{beta:g}", len(found), form, valid, spread(steep, 2), spread(nats, 2)])
+                name = marked(form, group)
+                lines.append([f"{data} {more}".strip(), f"{beta:g}", len(found), name, valid, spread(steep, 2), spread(nats, 2)])
     parts.append(table(head, lines))
     head = [
         "data",
@@ -178,7 +179,7 @@ def report(rows: Rows) -> str:
             [row["N(0, I)"]["valid"] for row in group],
         ]
         cells += [[row[name] for row in group] for name in ("midpoint, line", "midpoint, circle", "detour", "active")]
-        lines.append([f"{data} {more}".strip(), f"{beta:g}", len(group), *(spread(cell, 2) for cell in cells)])
+        lines.append([f"{data} {more}".strip(), marked(f"{beta:g}", group), len(group), *(spread(cell, 2) for cell in cells)])
     parts.append(table(head, lines))
     for data, more in sorted({(data, more) for data, _, more in groups}):
         holes = {

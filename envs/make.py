@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from functools import partial
 from typing import Any, Literal
@@ -132,6 +133,16 @@ def as_vec_env(
     return venv
 
 
+def id_of(env: gym.Env | gym.vector.VectorEnv | VecEnv | None) -> str | None:
+    """The Gymnasium id of an environment, or the one of all that a VecEnv steps; None where it is not known.
+
+    Environments in processes of their own are not asked: a spec that cannot be pickled would end the process.
+    """
+    held = getattr(env.unwrapped, "envs", ()) if isinstance(env, VecEnv) else [env]
+    ids = {getattr(getattr(one, "spec", None), "id", None) for one in held}
+    return ids.pop() if len(ids) == 1 else None
+
+
 def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
     """The registered spec of an id, importing what registers it. Raises ConfigError with the nearest registered ids."""
     module, _, name = env_id.rpartition(":")
@@ -143,8 +154,8 @@ def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
             if absent is not None:
                 raise absent from error
             raise ConfigError(
-                f"env.id '{env_id}': the module '{module}' could not be imported ({error}). Expected an installed module that "
-                "registers the environment."
+                f"env.id '{env_id}': the module '{module}' could not be imported ({error}). Expected an installed module "
+                f"that registers the environment, or {module.replace('.', '/')}.py in the current folder, {os.getcwd()}."
             ) from error
     if name not in gym.registry:
         register_for(name)
@@ -191,3 +202,10 @@ def _explain(error: Exception, config: EnvConfig, index: int) -> None:
         f"environment {index}: '{config.id}' could not be made: it raised {type(error).__name__}: {error}. "
         "Correct the environment or env.kwargs."
     ) from error
+
+
+def frames_per_second(env_id: str) -> float:
+    """At what rate the class of an environment wants its pictures shown; 30 where it does not say."""
+    entry = find_spec(env_id).entry_point
+    maker = gym.envs.registration.load_env_creator(entry) if isinstance(entry, str) else entry
+    return float(getattr(maker, "metadata", {}).get("render_fps") or 30)

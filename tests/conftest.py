@@ -128,6 +128,12 @@ def known_batch(observation: spaces.Space = VECTOR, action: spaces.Space = TWO_A
     return Batch(obs, taken, previous, reward.masked_fill(first, 7.0), first, last, terminal)
 
 
+def flagged(is_first: Tensor) -> Batch:
+    """Rows of which nothing is told but where episodes open: what a dynamics needs for its losses."""
+    none, no = torch.zeros(*is_first.shape, 1), torch.zeros_like(is_first)
+    return Batch({}, none, none, none[..., 0], is_first, no, no)
+
+
 def generator(seed: int = 0) -> torch.Generator:
     """A generator with a known seed."""
     return torch.Generator().manual_seed(seed)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import pty
+import shlex
 import signal
 import subprocess
 import sys
@@ -162,8 +164,8 @@ def test_eval_repeats_the_final_return_and_writes_an_animation(command, trained,
             gif.seek(i)
             frames.append(gif.info["duration"])
         assert gif.size == (40, 8) and sum(frames) == 250 * value["lengths"][0]
-    older = only_object(command("eval", folder, "--episodes", 1, "--step", 20, "--seed", 7, "--json")[1])
-    assert (older["step"], older["seed"]) == (20, 7)
+    older = only_object(command("eval", folder, "--episodes", 1, "--step", 25, "--seed", 7, "--json")[1])
+    assert (older["step"], older["seed"]) == (25, 7)
 
 
 def test_eval_refuses_other_films(command, trained, tmp_path):
@@ -180,7 +182,7 @@ def test_a_missing_extra_is_named(command, tmp_path, monkeypatch):
 
 def test_info_describes_a_run_and_a_recipe(command, trained):
     of_run = only_object(command("info", trained[0], "--json")[1])
-    assert list(of_run) == INFO_KEYS and of_run["checkpoints"] == [20, 40] and of_run["env_id"] == CHAIN
+    assert list(of_run) == INFO_KEYS and of_run["checkpoints"] == [25, 40] and of_run["env_id"] == CHAIN
     assert of_run["parameters"] == trained[1].parameters and of_run["parts"]["dynamics"] == "rssm"
     assert of_run["action_space"] == "Discrete(2)"
     of_recipe = only_object(command("info", CHAIN, "--json")[1])
@@ -261,3 +263,67 @@ def test_debug_shows_where_an_error_came_from(command):
 def test_what_is_no_run_is_refused(command, tmp_path):
     assert command("eval", tmp_path)[0] == 2
     assert command("info", tmp_path)[0] == 2
+
+
+# Beside the user --------------------------------------------------------------------------------------------------------
+
+OWN = """
+import gymnasium as gym
+from worldmodel.envs.tiny import Chain
+gym.register("Own-v0", entry_point=Chain, max_episode_steps=9)
+"""
+
+
+def script(folder, *args):
+    """The console script, which unlike `python -m` does not put the current folder on the path."""
+    code = "import sys; sys.path.remove(''); from worldmodel.cli import main; main()"
+    words_ = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.run(words_, cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+def test_an_environment_beside_the_user_is_trained_evaluated_dreamed_and_described(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    missing = script(tmp_path, "train", "absent:Own-v0")
+    assert missing.returncode == 2 and f"absent.py in the current folder, {tmp_path}" in missing.stderr
+    for args in (
+        ["train", "own:Own-v0", *words({"eval.every": 0}), "--steps", 30, "--run", "run"],
+        ["eval", "run", "--episodes", 1],
+        ["dream", "run", "--horizon", 3],
+        ["info", "run"],
+    ):
+        done = script(tmp_path, *args)
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_line_of_a_stopped_run_is_the_whole_command_to_go_on(command, tmp_path):
+    options = words({"env.kwargs": {"at": 21, "signals": [int(signal.SIGTERM)]}})
+    run = tmp_path / "a run"
+    code, _, err = command("train", "Nervous-v0", *options, "--run", run, "--steps", 30, "--device", "cpu")
+    line = err.splitlines()[-1].strip()
+    assert code == 143 and line.startswith("worldmodel train "), err
+    code, out, err = command(*shlex.split(line)[1:], "--json")
+    assert code == 0, err
+    assert only_object(out)["real_steps"] == 30
+
+
+def test_a_run_folder_stands_in_the_recipes_place_on_resume(command, tmp_path):
+    small_train(tmp_path / "run", 30)
+    code, out, _ = command("train", tmp_path / "run", "--resume", "--steps", 35, "--json")
+    assert code == 0 and only_object(out)["real_steps"] == 35
+    code, out, _ = command("train", tmp_path / "run", "--run", tmp_path / "run", "--resume", "--steps", 40, "--json")
+    assert code == 0 and only_object(out)["real_steps"] == 40
+    code, _, err = command("train", tmp_path / "run")
+    assert code == 2 and "--resume" in err
+    code, _, err = command("train", tmp_path / "run", "--run", tmp_path / "other", "--resume")
+    assert code == 2 and "two run folders" in err
+
+
+def test_the_package_says_its_version():
+    import worldmodel
+
+    assert worldmodel.__version__ == importlib.metadata.version("worldmodel")
+
+
+def test_the_version_is_that_of_the_package(command):
+    code, out, _ = command("--version")
+    assert (code, out.strip()) == (0, importlib.metadata.version("worldmodel"))

@@ -8,7 +8,7 @@ from typing import NamedTuple, get_args
 
 import pytest
 import torch
-from conftest import assert_near, generator, known_batch, reached, small, small_world
+from conftest import assert_near, flagged, generator, known_batch, reached, small, small_world
 from torch import Tensor
 
 from worldmodel import registry
@@ -92,12 +92,10 @@ def observe(world, state: State, inputs: Inputs, mode: bool = False) -> tuple[St
     return world.dynamics.observe(state, inputs.embed, inputs.prev_action, inputs.is_first, sampling)
 
 
-def rates(trace: Trace) -> dict[str, Tensor]:
-    """The rate and its two sides, by name; nothing for point codes, which have none."""
-    if not trace.losses.keys() & {"dyn", "rep"}:
-        assert trace.rate.isnan().all()
-        return {}
-    return {"rate": trace.rate} | {name: trace.losses[name].value for name in ("dyn", "rep") if name in trace.losses}
+def rates(world, trace: Trace, is_first: Tensor) -> dict[str, Tensor]:
+    """The two sides of the rate, by name; nothing for point codes, which have none."""
+    losses = world.dynamics.losses(trace, flagged(is_first), Sampling(generator=generator()))
+    return {name: losses[name].value for name in ("dyn", "rep") if name in losses}
 
 
 def numbers(trace: Trace) -> dict[str, Tensor]:
@@ -105,7 +103,7 @@ def numbers(trace: Trace) -> dict[str, Tensor]:
     parameters: list[Tensor] = []
     trace.posterior.map(lambda x: parameters.append(x) or x)
     named = {"embed": trace.embed, "z": trace.z, "h": trace.h, "feature": trace.feature}
-    named |= {f"posterior {i}": x for i, x in enumerate(parameters)} | {f"rate {name}": x for name, x in rates(trace).items()}
+    named |= {f"posterior {i}": x for i, x in enumerate(parameters)}
     return named | {f"state {name}": x for name, x in trace.states.items()}
 
 
@@ -124,9 +122,9 @@ def test_a_trace_has_the_shapes_that_it_promises(roll):
     size = world.dynamics.latent.size
     assert trace.z.shape == trace.posterior.mean.shape == (B, T, size)
     assert trace.feature.shape == (B, T, world.feature_dim) == (*trace.h.shape[:2], world.dynamics.feature_dim)
-    assert ({"dyn", "rep"} <= set(trace.losses)) == (not world.dynamics.latent.certain) and all(
-        x.shape == (B, T) for x in rates(trace).values()
-    )
+    sides = rates(world, trace, Inputs.random(world).is_first)
+    assert set(sides) == (set() if world.dynamics.latent.certain else {"dyn", "rep"})
+    assert all(x.shape == (B, T) for x in sides.values())
     assert all(x.shape[:2] == (B, T) and x.dtype == torch.float32 for x in numbers(trace).values())
     assert all(torch.equal(state[name], trace.states[name][:, -1]) for name in state)
     assert {name: x.shape for name, x in state.items()} == {name: x.shape for name, x in world.initial(B).items()}
@@ -242,30 +240,29 @@ def test_rates_of_first_rows_come_from_the_initial_distribution_and_others_from_
     with torch.no_grad():
         begun = law.rate(trace.posterior.index(first), trace.z[first], None)
         moved = world.dynamics.transition.rate(trace.posterior.index(~first), trace.z[~first], trace.h[~first])
-    for name in ("rate", "dyn", "rep"):
-        torch.testing.assert_close(rates(trace)[name][first], begun)
-        torch.testing.assert_close(rates(trace)[name][~first], moved)
+    for side in rates(world, trace, first).values():
+        torch.testing.assert_close(side[first], begun)
+        torch.testing.assert_close(side[~first], moved)
 
 
 @every_belief
-def test_free_nats_hold_each_row_for_itself_and_leave_the_raw_rate(roll):
+def test_free_nats_stop_the_gradient_of_each_row_for_itself_and_leave_the_rate(roll):
     world = roll.world()
     if not (world.dynamics.transition.density == "exact" and hasattr(world.dynamics.transition, "given")):
         pytest.skip("sampled rates are held on the batch mean")
     inputs, state = Inputs.random(world), start_state(world)
-    raw = observe(world, state, inputs)[1].rate
+    raw = rates(world, observe(world, state, inputs)[1], inputs.is_first)["dyn"].detach()
     floor = float(raw.flatten().sort().values[8:10].mean())  # between two rows: at a rate itself the gradient is anybody's
     held = roll.world(free_nats=floor)
     sampling = Sampling(noise=inputs.noise)
     _, trace = held.dynamics.observe(state, inputs.embed.requires_grad_(), inputs.prev_action, inputs.is_first, sampling)
     parts = {"embed": inputs.embed, **dict(held.dynamics.transition.named_parameters())}
     near = {"rtol": 1e-5, "atol": 1e-5}  # attention with and without a gradient are not the same code
-    torch.testing.assert_close(trace.rate, raw, **near)
-    for name in ("dyn", "rep"):
-        torch.testing.assert_close(rates(trace)[name], raw.clamp_min(floor), **near)
-        at_floor = rates(trace)[name][rates(trace)[name] <= floor]
-        assert 0 < len(at_floor) < B * T
-        assert not reached(at_floor, **parts) and reached(rates(trace)[name], **parts)
+    for side in rates(held, trace, inputs.is_first).values():
+        torch.testing.assert_close(side, raw, **near)
+        free = side[side < floor]
+        assert 0 < len(free) < B * T
+        assert not reached(free, **parts) and reached(side, **parts)
 
 
 @every_belief
@@ -276,9 +273,9 @@ def test_the_prior_side_trains_the_prior_and_the_other_the_posterior(roll):
     state = start_state(world).index(slice(2, 3))
     _, trace = world.dynamics.observe(state, embed, inputs.prev_action, inputs.is_first, Sampling(noise=inputs.noise))
     prior = {f"transition.{name}": p for name, p in world.dynamics.transition.named_parameters()}
-    assert reached(rates(trace)["dyn"], embed=embed, **prior) == set(prior)
-    assert reached(rates(trace)["rep"], embed=embed, **prior) == {"embed"}
-    assert not trace.rate.requires_grad
+    sides = rates(world, trace, inputs.is_first)
+    assert reached(sides["dyn"], embed=embed, **prior) == set(prior)
+    assert reached(sides["rep"], embed=embed, **prior) == {"embed"}
 
 
 def marginals(latent: str) -> Iterator[str | None]:

@@ -64,8 +64,7 @@ def test_the_code_that_came_is_trained_to_be_predictable():
     world = jepa_world()
     batch = known_batch()
     _, trace = losses(world, batch)
-    frozen = trace.predict(trace.z.detach())["error"].mean()
-    alive = trace.predict(trace.z)["error"].mean()
+    frozen, alive = (world.dynamics.predict(trace, batch, z, Sampling())["error"].mean() for z in (trace.z.detach(), trace.z))
     weight = world.dynamics.posterior_net.straight.weight
     one, other = (torch.autograd.grad(x, weight, retain_graph=True)[0] for x in (frozen, alive))
     assert not torch.allclose(one, other)
@@ -105,9 +104,9 @@ def test_what_opens_an_episode_leaves_the_fitted_deviation_alone():
     world = jepa_world()
     trace = world.trace(batch.with_obs(world.inputs(batch.obs)), None, Sampling(mode=True))
     far = 100 * batch.is_first.unsqueeze(-1)
-    value = trace.predict(trace.z + far)["error"].value
+    value = world.dynamics.predict(trace, batch, trace.z + far, Sampling())["error"].value
     assert world.dynamics.transition.variance.max() < 5 and not value[batch.is_first].any() and value[~batch.is_first].all()
-    trace.predict(trace.z + 100)
+    world.dynamics.predict(trace, batch, trace.z + 100, Sampling())
     assert world.dynamics.transition.variance.min() > 100
 
 
@@ -181,7 +180,8 @@ def test_the_slow_encoder_follows_and_its_codes_are_what_is_predicted():
     count = len(list(world.encoder.parameters()))
     assert all(torch.allclose(x, torch.full_like(x, 0.1), atol=1e-5) for x in moved[:count])
     assert not any(x.any() for x in moved[count:])
-    assert not torch.allclose(terms["prediction"].value, trace.predict(trace.z)["error"].value)
+    own = world.dynamics.predict(trace, known_batch(), trace.z, Sampling())
+    assert not torch.allclose(terms["prediction"].value, own["error"].value)
     assert len(moved) == count + len(list(world.dynamics.posterior_net.parameters()))  # the carry and its laws have no slow copy
     assert not any(name.startswith("objective.slow") for name in parts_reached(world, terms["prediction"].mean()))
     losses(world.eval(), known_batch())

@@ -62,7 +62,7 @@ def test_a_feature_ends_in_the_picture_that_was_seen():
     size = SIDE * SIDE
     assert trace.z.shape == (B, T, size) and trace.feature.shape == (B, T, world.feature_dim) == (B, T, 12 + 16 + size)
     assert torch.equal(world.dynamics.code(trace.feature), trace.z) and torch.equal(trace.z, as_code(batch.obs["obs"]))
-    assert trace.rate.isnan().all() and not trace.losses and trace.z.norm(dim=-1).max() <= 1
+    assert not world.dynamics.losses(trace, batch, MODE) and trace.z.norm(dim=-1).max() <= 1
     assert {name: x.shape for name, x in trace.last.items()} == {name: x.shape for name, x in world.initial(B).items()}
     assert torch.equal(world.dynamics.feature(trace.last), trace.feature[:, -1])
     for rows in (trace.feature, trace.z):
@@ -179,7 +179,7 @@ def test_the_loss_of_some_pictures_stands_for_all_rows_but_those_that_open_an_ep
     world = pixels(frames=frames)
     batch = inputs(world)
     trace = world.trace(batch, None, Sampling(generator=generator()))
-    term = trace.predict(trace.z)["denoise"]
+    term = world.dynamics.predict(trace, batch, trace.z, Sampling(generator=generator()))["denoise"]
     later = int((~batch.is_first).sum())
     assert (term.value > 0).sum() == min(frames, later) and not term.value[batch.is_first].any()
     assert term.unit == "score" and torch.equal(term.mask, ~batch.is_first)
@@ -190,7 +190,7 @@ def test_training_adds_noise_that_is_the_same_for_a_whole_channel():
     world.dynamics.unet.register_forward_pre_hook(lambda module, args: shown.append(args[0]))
     batch = inputs(world)
     trace = traced(world, batch)
-    trace.predict(torch.zeros_like(trace.z))  # grey pictures: all that is seen is noise
+    world.dynamics.predict(trace, batch, torch.zeros_like(trace.z), Sampling())  # grey pictures: all that is seen is noise
     noise = shown[0] * float(world.dynamics.path.deviation(torch.tensor(0.3)))
     assert abs(float(noise.mean((1, 2, 3)).std()) - 0.3) < 0.15
     assert 0.008 < float(noise.std((1, 2, 3)).mean()) < 0.012
@@ -203,7 +203,7 @@ def test_the_u_net_is_trained_on_what_it_is_told_in_dreams():
     batch = inputs(world)
     trace = traced(world, batch, before(world))
     told.clear()
-    trace.predict(trace.z)
+    world.dynamics.predict(trace, batch, trace.z, Sampling())
     rows = trace.states.map(lambda x: x[:, :-1].flatten(0, 1))
     world.dynamics.imagine(rows, batch.prev_action[:, 1:].flatten(0, 1), Sampling(mode=True, steps=1))
     trained, dreamt = [torch.cat([x.flatten(1) for x in pair], 1) for pair in told]
@@ -217,7 +217,7 @@ def test_the_states_of_a_trace_are_views():
     trace = traced(world, inputs(world))
     kept = trace.states["pictures"]
     assert kept.shape == (B, T, 3, SIDE * SIDE)
-    assert kept.untyped_storage().nbytes() == B * (3 + 1 + T) * SIDE * SIDE * 4
+    assert kept.untyped_storage().nbytes() == B * (3 + T) * SIDE * SIDE * 4
 
 
 def dots(rows: int, length: int, seed: int) -> Batch:

@@ -157,7 +157,7 @@ def test_numbers_that_are_not_finite_end_the_run_with_the_last_good_checkpoint(t
     monkeypatch.setattr(WorldModel, "loss", ill)
     with pytest.raises(NumericsError, match=r"train\.lr"):
         small_train(tmp_path / "run", 60)
-    assert len(calls) == 7 and Run.open(tmp_path / "run").checkpoints == [0, 20]
+    assert len(calls) == 7 and Run.open(tmp_path / "run").checkpoints == [20, 25]
 
 
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
@@ -328,7 +328,7 @@ def test_experience_newer_than_the_checkpoint_is_dropped_unless_it_is_to_be_kept
     replay = Run.open(tmp_path / "run").replay()
     rows = replay.sample(1, replay.added, np.random.default_rng(0))
     steps = replay.added - int(rows.is_first.sum())
-    assert steps == (20 + 20 + 21 if keep else 20 + 21)
+    assert steps == (40 + 41 - 25 if keep else 41)  # from the checkpoint of the evaluation at 25
     run = Run.open(tmp_path / "run")
     named = {number for step in run.checkpoints for number, _ in run.read(step)[2]["replay"]["segments"]}
     assert {int(p.stem.rpartition("-")[2]) for p in (run.path / "replay").iterdir()} == named  # nothing dropped stays on the disk
@@ -389,10 +389,16 @@ def test_scalars_go_into_the_run_folder_and_a_resume_repeats_none(tmp_path):
     assert steps == sorted(set(steps)) and max(steps) > 60
 
 
-def test_an_episode_that_never_ends_is_an_error_and_no_hang(monkeypatch):
-    monkeypatch.setattr(evaluation, "LIMIT", 10)
-    with pytest.raises(EnvError, match="max_episode_steps"):
-        evaluate(Lefty(), CHAIN, episodes=1)
+def test_a_task_that_never_ends_is_told_at_the_start_and_evaluated_to_the_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "LIMIT", 30)
+    said = []
+    result = small_train(tmp_path / "run", 60, "CliffWalking-v1", log=said.append)
+    assert any("eval.max_steps" in line and "30 steps" in line for line in said)
+    assert len(result.evaluations) == 2 and result.final_return <= -30
+    options = {"eval.max_steps": 9}
+    longer = small_train(tmp_path / "run", 75, "CliffWalking-v1", options=options, resume=True)
+    assert -9 * 100 <= longer.final_return <= -9 and longer.evaluations[-1]["mean_return"] >= -9 * 100
+    assert evaluate(Lefty(), CHAIN, episodes=2, max_steps=3)[1] == [3, 3]
 
 
 def test_a_run_too_short_for_one_sequence_is_refused_before_it_leaves_a_folder(tmp_path):

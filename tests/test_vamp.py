@@ -215,3 +215,17 @@ def test_a_carry_that_the_context_cannot_stand_for_is_refused():
 def test_codes_without_beliefs_are_refused_when_the_config_is_read():
     with pytest.raises(ConfigError, match=r"model\.dynamics\.latent\.kind=point"):
         ModelConfig.parse({"dynamics": {"latent": {"kind": "point"}}, "marginal": {"kind": "vamp"}})
+
+
+def test_components_are_seen_through_the_encoder_in_use_after_it_was_exchanged():
+    world = small_world(latent="gaussian", marginal=small("distribution", "vamp"))
+    other = copy.deepcopy(world.encoder)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.5)
+    for model in (copy.deepcopy(world), world):
+        before, alone = model.marginal.embeddings(), world.marginal.embeddings()
+        model.encoder = other
+        assert not torch.allclose(model.marginal.embeddings(), before)
+        if model is not world:  # a copy has its own encoder, and the other model's stays what it was
+            torch.testing.assert_close(world.marginal.embeddings(), alone)

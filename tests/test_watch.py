@@ -283,7 +283,7 @@ def test_a_run_without_a_decoder_is_measured_by_reward_and_refused_a_film(tmp_pa
         def decoder(self, value):
             pass
 
-        def forward(self, trace, batch, sampling):
+        def forward(self, trace, batch, sampling, dynamics):
             return {}
 
     monkeypatch.setitem(registry._entries, ("objective", "reconstruction"), registry.Entry(*_entry(Blind)))

@@ -7,6 +7,7 @@ TensorBoard, which imports its plug-ins at every start, could wait for.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import Any
 
 _HOMES = {
@@ -31,6 +32,8 @@ __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("worldmodel")
     if name not in _HOMES:
         raise AttributeError(f"module 'worldmodel' has no attribute '{name}'")
     return getattr(importlib.import_module(_HOMES[name]), name)

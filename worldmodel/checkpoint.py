@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import logging
 import math
@@ -408,9 +409,8 @@ def pack(
     path = Path(path)
     make_folder(path.parent)
     aside = path.parent / f".tmp-{token_hex(8)}"
-    with durable(aside) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        for name, data in _encode(step, tensors, state, manifest or {}):
-            archive.writestr(zipfile.ZipInfo(name), data)  # ZipInfo's fixed date: equal content, equal bytes
+    with durable(aside) as file:
+        pack_into(file, step, tensors, state, manifest)
     try:
         with storage("write", path):
             os.replace(aside, path)
@@ -421,18 +421,39 @@ def pack(
     return path
 
 
-def unpack(path: Path) -> Content:
-    """(tensors, state, manifest) of a zip that `pack` wrote. Nothing is extracted to the disk.
+def pack_into(
+    file: BinaryIO, step: int, tensors: Mapping[str, Mapping[str, np.ndarray]], state: Mapping, manifest: Mapping | None = None
+) -> None:
+    """The zip of `pack` written to an open binary file or stream, which stays open."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in _encode(step, tensors, state, manifest or {}):
+            archive.writestr(zipfile.ZipInfo(name), data)  # ZipInfo's fixed date: equal content, equal bytes
+
+
+def unpack(path: Path | BinaryIO) -> Content:
+    """(tensors, state, manifest) of a zip that `pack` wrote, or of a stream that holds one. Nothing is extracted to the disk.
 
     CorruptError where a member is compressed, encrypted, extra, missing, named twice or oddly, or larger than the file.
     """
+    if hasattr(path, "read"):
+        if path.seekable():
+            path.seek(0)
+        return _unpack(io.BytesIO(path.read()), Path("the stream"))
     path = Path(path)
     with storage("read", path):
         if path.exists() and not path.is_file():  # opening a FIFO would wait for ever
             raise CorruptError(f"{path} is no regular file.")
+        with path.open("rb") as file:
+            return _unpack(file, path)
+
+
+def _unpack(file: BinaryIO, path: Path) -> Content:
+    """The content of an open zip; `path` names it in errors."""
+    size = file.seek(0, os.SEEK_END)
+    with storage("read", path):
         try:
-            with zipfile.ZipFile(path) as archive:
-                members = _members(archive, path)
+            with zipfile.ZipFile(file) as archive:
+                members = _members(archive, path, size)
                 manifest = _check_manifest(archive.read(members[MANIFEST]), f"{path}:{MANIFEST}")
                 odd = members.keys() ^ {MANIFEST, *manifest["files"]}
                 if odd:
@@ -442,7 +463,7 @@ def unpack(path: Path) -> Content:
             raise CorruptError(f"{path} is no intact zip: {error}. Restore it from a copy.") from error
 
 
-def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
+def _members(archive: zipfile.ZipFile, path: Path, size: int) -> dict[str, zipfile.ZipInfo]:
     """{name: member}, after the refusals that need no reading. Sizes are limited by the file's, so nothing can blow up."""
     infos = archive.infolist()
     names = [i.filename for i in infos]
@@ -460,7 +481,7 @@ def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]
         raise CorruptError(f"{path} has two members of one name.")
     if MANIFEST not in names:
         raise CorruptError(f"{path} has no {MANIFEST}: it was not saved by this library, or not to its end.")
-    if len(names) > MAX_FILES + 1 or sum(i.file_size for i in infos) > path.stat().st_size:
+    if len(names) > MAX_FILES + 1 or sum(i.file_size for i in infos) > size:
         raise CorruptError(f"{path} claims more members or bytes than it can hold.")
     if archive.comment or min(i.header_offset for i in infos) != 0:
         raise CorruptError(f"{path} holds more than its members: something was put before them or into the comment.")

@@ -40,7 +40,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-
 data_app = typer.Typer(
     help="Recorded experience: into NPZ files, out of runs, to Minari and from it.",
     no_args_is_help=True,
@@ -61,10 +60,19 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", 
 Trust = Annotated[bool, typer.Option("--trust", help="Open agent.path, a zip of Stable-Baselines3, although that can run code.")]
 
 
+@app.callback(invoke_without_command=True)
+def about(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    """World models for Gymnasium and Stable-Baselines3."""
+    if version:
+        import importlib.metadata
+
+        print(importlib.metadata.version("worldmodel"))
+
+
 @app.command()
 def train(
     recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE_OR_GYM_ID", help="A recipe's name, a YAML file or a Gymnasium id.", show_default=False)
+        str, typer.Argument(metavar="RECIPE_OR_GYM_ID", help="Recipe, YAML file, gym id; a run (--resume).", show_default=False)
     ],
     overrides: Annotated[
         list[str] | None,
@@ -367,7 +375,10 @@ def recipes(as_json: Json = False, debug: Debug = False) -> None:
 
 
 def main() -> None:
-    """The console script."""
+    """The console script. Modules beside the user are found, as with `python -m`; what is installed goes before them."""
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)
     app()
 
 
@@ -380,6 +391,8 @@ def _evaluate(path: Path, episodes: int, seed: int, step: int | None, video: Pat
 
     from worldmodel import pictures
     from worldmodel.agents.evaluation import evaluate as evaluate_agent
+    from worldmodel.agents.evaluation import tell_untrained
+    from worldmodel.envs.make import frames_per_second
     from worldmodel.run import Run
 
     if video is not None:
@@ -387,10 +400,11 @@ def _evaluate(path: Path, episodes: int, seed: int, step: int | None, video: Pat
     run = Run.open(path)
     torch.set_num_threads(run.config.train.threads)
     agent = run.agent(step, trust=trust)
+    tell_untrained(agent, _say)
     frames: list[np.ndarray] | None = [] if video is not None else None
-    returns, lengths = evaluate_agent(agent, run.config.env, episodes, seed, frames=frames)
+    returns, lengths = evaluate_agent(agent, run.config.env, episodes, seed, max_steps=run.config.eval.max_steps, frames=frames)
     if video is not None:
-        pictures.save(video, np.stack(frames), _fps(run.config))
+        pictures.save(video, np.stack(frames), frames_per_second(run.config.env.id))
     return {
         "env_id": run.config.env.id,
         "run": str(run.path),
@@ -402,16 +416,6 @@ def _evaluate(path: Path, episodes: int, seed: int, step: int | None, video: Pat
         "returns": returns,
         "lengths": lengths,
     }
-
-
-def _fps(config: Config) -> float:
-    import gymnasium
-
-    from worldmodel.envs.make import find_spec
-
-    entry = find_spec(config.env.id).entry_point
-    maker = gymnasium.envs.registration.load_env_creator(entry) if isinstance(entry, str) else entry
-    return float(getattr(maker, "metadata", {}).get("render_fps") or 30)
 
 
 def _info(name: str, trust: bool) -> dict[str, Any]:
@@ -524,7 +528,7 @@ def _show_dream(result: Mapping[str, Any]) -> None:
     _table(shown, tuple(columns), digits=4)
     worst = result["worst"] or {}
     told = {f"worst at horizon {worst['horizon']}": f"{worst['name']}: {worst['observation']:.3f}"} if worst else {}
-    _show_pairs({**{key: result[key] for key in ("env_id", "run", "context", "out")}, **told})
+    _show_pairs({**{key: result[key] for key in ("env_id", "run", "step", "context", "out")}, **told})
 
 
 def _show_pairs(result: Mapping[str, Any]) -> None:

@@ -185,18 +185,14 @@ class Loss:
 
 @dataclass(frozen=True)
 class Trace:
-    """One pass of the world model over a batch; every tensor [B, T, ...].
+    """Beliefs and states of one pass of the world model over a batch, and no loss; every tensor [B, T, ...].
 
     embed      encoder output
     posterior  belief about z after seeing obs[t]
     z          its draw
     h          the deterministic carry, before obs[t] is seen
     feature    what heads, decoders and agents read
-    rate       [B T] KL(posterior || transition or initial) in nats; NaN for point codes, which have none
-    losses     by name: "dyn" and "rep", the two sides of the rate; "fit/<slot>/<term>", what forms without an exact density
-               minimise
-    predict    codes [B T Z] -> the transition's own losses at these codes given h, with gradients into all of it; where an
-               episode opens nothing was predicted
+    start      State before the first row
     last       State after the last row
     states     State of every row [B, T, ...]
     """
@@ -206,9 +202,7 @@ class Trace:
     z: Tensor
     h: Tensor
     feature: Tensor
-    rate: Tensor
-    losses: dict[str, Loss]
-    predict: Callable[[Tensor], dict[str, Loss]]
+    start: State
     last: State
     states: State
 

@@ -177,8 +177,8 @@ class Learner:
         if (beyond := self.world.scaling.beyond(batch.obs)) is not None:
             metrics["beyond_range"] = float(beyond)
         metrics["active_units"] = self.world.active_units(trace)
-        if not self.world.dynamics.latent.certain:
-            metrics["rate"] = float(trace.rate.mean())
+        if "dyn" in losses:
+            metrics["rate"] = metrics["loss/dyn"]
         return metrics, trace, batch
 
     @property

@@ -34,7 +34,7 @@ from worldmodel.networks import flatten
 from worldmodel.objectives import ReconstructionConfig
 from worldmodel.registry import build, part, register
 from worldmodel.spaces import ActionSpec, ObsSpec
-from worldmodel.weights import fill
+from worldmodel.weights import cpu_randomness, fill
 
 UNKNOWN = -1e30
 """A quantile of log-densities before any code was seen: nothing lies below it."""
@@ -127,7 +127,7 @@ class WorldModel(nn.Module):
         own = own_form(config)
         self.scaling = InputScaling(config.inputs, obs)
         self.encoder = build("encoder", config.encoder, obs)
-        inputs = Inputs({name: key.shape for name, key in obs.keys.items()}, self.encoder.out_features, self.encoder.forward)
+        inputs = Inputs({name: key.shape for name, key in obs.keys.items()}, self.encoder.out_features, self._embed)
         self.dynamics = build("dynamics", config.dynamics, inputs, action.dim, config.transition or own, config.initial or own)
         self.feature_dim = self.dynamics.feature_dim
         latent = self.dynamics.latent
@@ -161,17 +161,20 @@ class WorldModel(nn.Module):
         """A new model for a pair of Gymnasium spaces. Raises UnsupportedSpaceError, ConfigError."""
         if not isinstance(config, ModelConfig):
             config = ModelConfig.parse(config or {})
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with cpu_randomness(seed):
             return cls(config, ObsSpec.from_space(observation_space, layout), ActionSpec.from_space(action_space))
 
     @classmethod
     def from_arrays(cls, config: ModelConfig, obs: ObsSpec, action: ActionSpec, arrays: Mapping[str, np.ndarray]) -> WorldModel:
         """The model of saved weights {name: array}; no random state moves. Raises ConfigError where they do not fit."""
-        with torch.random.fork_rng(devices=[]):
+        with cpu_randomness():
             world = cls(config, obs, action)
         fill(world, arrays)
         return world
+
+    def _embed(self, obs: Obs) -> Float[Tensor, "N E"]:
+        """What the encoder of the moment makes of scaled observations: the one in use may be another than at first."""
+        return self.encoder(obs)
 
     @property
     def device(self) -> torch.device:
@@ -213,7 +216,7 @@ class WorldModel(nn.Module):
         batch_size, length = batch.shape
         embed = self.encoder({name: flatten(x) for name, x in batch.obs.items()}).view(batch_size, length, -1)
         state = state if state is not None else self.initial(batch_size)
-        trace = self.dynamics.observe(state, embed, batch.prev_action, batch.is_first, sampling or Sampling(), batch.row)[1]
+        trace = self.dynamics.observe(state, embed, batch.prev_action, batch.is_first, sampling or Sampling())[1]
         if self.training and batch.row is not None:
             for law, rows in self._laws(batch.is_first).values():
                 if getattr(law, "remembers", False):
@@ -239,11 +242,12 @@ class WorldModel(nn.Module):
         return out
 
     def loss(self, trace: Trace, batch: Batch, sampling: Sampling | None = None) -> dict[str, Loss]:
-        """Every term by name, unscaled. "dyn" trains the prior side, "rep" the posterior; both carry free nats."""
+        """Every term by name, unscaled. "dyn" trains the prior side, "rep" the posterior, where the rate exceeds the free nats."""
         arrived, sampling = ~batch.is_first, sampling or Sampling()
         if self.training and hasattr(self.objective, "follow"):
             self.objective.follow(self.encoder, self.dynamics)
-        terms = trace.losses | self.objective(trace, batch, sampling) | self._marginal(trace, sampling, batch.row)
+        terms = self.dynamics.losses(trace, batch, sampling) | self.objective(trace, batch, sampling, self.dynamics)
+        terms |= self._marginal(trace, sampling, batch.row)
         terms["reward"] = Loss(self.heads.reward_loss(trace.feature, batch.reward), mask=arrived)
         terms["continue"] = Loss(self.heads.cont_loss(trace.feature, 1 - batch.is_terminal.to(trace.feature)), mask=arrived)
         if self.ensemble is not None:

@@ -35,9 +35,11 @@ class Reconstruction(nn.Module):
         self.decoder = decoder
         self.autoencoder = dynamics.latent.certain
 
-    def forward(self, trace: Trace, batch: Batch, sampling: Sampling) -> dict[str, Loss]:
+    def forward(self, trace: Trace, batch: Batch, sampling: Sampling, dynamics: nn.Module) -> dict[str, Loss]:
         losses = decoded(self.decoder, trace.feature, batch, sampling)
-        return losses | fitted(trace, batch) if self.autoencoder else losses  # points have no rate that would train the transition
+        if self.autoencoder:  # points have no rate that would train the transition
+            losses |= fitted(trace, batch, sampling, dynamics)
+        return losses
 
 
 def decoded(decoder: nn.Module, feature: Float[Tensor, "B T F"], batch: Batch, sampling: Sampling) -> dict[str, Loss]:
@@ -46,9 +48,9 @@ def decoded(decoder: nn.Module, feature: Float[Tensor, "B T F"], batch: Batch, s
     return {name: Loss(term.value.view(batch.shape), term.unit) for name, term in terms.items()}
 
 
-def fitted(trace: Trace, batch: Batch) -> dict[str, Loss]:
+def fitted(trace: Trace, batch: Batch, sampling: Sampling, dynamics: nn.Module) -> dict[str, Loss]:
     """The transition's own losses at codes that it does not shape; where an episode opens there is none."""
-    own = trace.predict(trace.z.detach())
+    own = dynamics.predict(trace, batch, trace.z.detach(), sampling)
     return {f"fit/transition/{name}": Loss(term.value, term.unit, ~batch.is_first) for name, term in own.items()}
 
 
@@ -67,8 +69,8 @@ class PixelObjective(nn.Module):
         super().__init__()
         self.decoder = PixelReader(dynamics.name, dynamics.shape)
 
-    def forward(self, trace: Trace, batch: Batch, sampling: Sampling) -> dict[str, Loss]:
-        return fitted(trace, batch)
+    def forward(self, trace: Trace, batch: Batch, sampling: Sampling, dynamics: nn.Module) -> dict[str, Loss]:
+        return fitted(trace, batch, sampling, dynamics)
 
 
 # Codes that are predicted, not decoded ---------------------------------------------------------------------------------
@@ -135,9 +137,9 @@ class Jepa(nn.Module):
         """The feature as the decoder gets it."""
         return feature.detach()
 
-    def forward(self, trace: Trace, batch: Batch, sampling: Sampling) -> dict[str, Loss]:
+    def forward(self, trace: Trace, batch: Batch, sampling: Sampling, dynamics: nn.Module) -> dict[str, Loss]:
         arrived = ~batch.is_first
-        told = list(trace.predict(self._targets(trace, batch)).values())
+        told = list(dynamics.predict(trace, batch, self._targets(trace, batch), sampling).values())
         unit = "nats" if all(term.unit == "nats" for term in told) else "score"
         terms = {"prediction": Loss(sum(term.value for term in told), unit, arrived)}
         codes = flatten(trace.z).float()

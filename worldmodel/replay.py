@@ -162,9 +162,9 @@ class Replay:
         for name, column in self._columns.items():
             column[at] = rows[name]
         last = (rows["flags"] & LAST) != 0
+        self._next[where] += 1  # first: an exception behind it, as Ctrl-C, leaves no end of a row that is not there
         for stream in where[last].tolist():
-            self._ends[stream].append(int(self._next[stream]))
-        self._next[where] += 1
+            self._ends[stream].append(int(self._next[stream]) - 1)
         for stream in where.tolist():
             self._ends[stream].drop_before(int(self._next[stream]) - self.size)
 

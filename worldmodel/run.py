@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -50,9 +51,9 @@ DISTRIBUTIONS = ("worldmodel", "torch", "numpy", "gymnasium", "stable-baselines3
 
 @register("group", "checkpoint")
 class CheckpointConfig(Frozen):
-    """When the state is saved. At the start and at the end it always is."""
+    """When the state is saved. At the start, at each evaluation and at the end it always is."""
 
-    every: int = Field(5000, ge=0, description="real steps between checkpoints; 0: only at the end")
+    every: int = Field(5000, ge=0, description="real steps between checkpoints besides those of evaluations; 0: no others")
     flush: int = Field(
         1000, ge=0, description="real steps after which new experience is on the disk at the latest (for --keep-newer); 0: as every"
     )
@@ -198,14 +199,18 @@ class Run:
         """Commits the algorithm, its replay and `progress` (JSON) as the checkpoint of its step; then deletes old ones.
 
         fenced  the algorithm begins new episodes behind it: what follows depends on this checkpoint alone
-        A step that is committed already is left as it is. Raises StorageError, NumericsError; earlier checkpoints stay.
+        A step that is committed already is left as it is, unless updates were still owed to it. Raises StorageError, NumericsError;
+        earlier checkpoints stay.
         """
         self._still_there()
         folder = self.path / "checkpoints"
         path = folder / f"step-{algorithm.num_timesteps:012d}"
-        if algorithm.num_timesteps in checkpoint.steps(folder) and self._is_intact(path):
-            return path
         tensors, state = algorithm.content()
+        updates = state.get("counters", {}).get("n_updates", 0)
+        if algorithm.num_timesteps in checkpoint.steps(folder) and self._is_intact(path):
+            if checkpoint.read_manifest(path).get("updates", updates) >= updates:
+                return path
+            checkpoint.discard(path)  # saved while updates were still owed
         _check_finite(state, "state")
         marks = algorithm.replay.save(self.replay_folder, self._marks) if algorithm.replay is not None else None
         self._marks = marks  # these rows are on the disk, whatever becomes of the rest; a retry need not write them again
@@ -213,6 +218,7 @@ class Run:
             "replay": marks,
             "fenced": fenced,
             "seed": state["seed"],
+            "updates": updates,
             "threads": torch.get_num_threads(),
             "versions": versions(),
             "config": self.config.model_dump(mode="json"),
@@ -440,8 +446,31 @@ class Run:
         feature = torch.as_tensor(feature, dtype=torch.float32, device=self._world.device)
         return self._world.obs.raw(self._world.decode(feature))
 
+    def resume_command(self, device: str = "auto", trust: bool = False) -> str:
+        """The whole command that goes on with this run in the current folder, for a shell."""
+        words = ["worldmodel", "train", str(self.path), "--resume"]
+        words += ["--device", device] if device in ("cpu", "cuda") else []
+        return shlex.join(words + (["--trust"] if trust else []))
+
     def __repr__(self) -> str:
         return f"Run('{self.path}')"
+
+
+def _holds_run(path: Path) -> bool:
+    """Whether the folder is a run's."""
+    with checkpoint.storage("read", path):
+        return (path / CONFIG).is_file()
+
+
+def run_first(recipe: Any, run_dir: str | Path | None, resume: bool) -> tuple[Any, str | Path | None]:
+    """(recipe, run folder) where a run folder may stand in the recipe's place; then there is no recipe to compare with."""
+    if not isinstance(recipe, str | Path) or not _holds_run(Path(recipe)):
+        return recipe, run_dir
+    if not resume:
+        raise ConfigError(f"'{recipe}' is a run folder, not a recipe. Go on with it: add --resume (resume=True).")
+    if run_dir is not None and Path(run_dir).resolve() != Path(recipe).resolve():
+        raise ConfigError(f"'{recipe}' and --run '{run_dir}' are two run folders. Name the one to go on with.")
+    return None, recipe
 
 
 def refuse_existing(path: Path) -> None:

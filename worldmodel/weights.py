@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -10,6 +11,17 @@ from torch import Tensor, nn
 
 from worldmodel.errors import ConfigError
 from worldmodel.moments import in_todays_names
+
+
+@contextmanager
+def cpu_randomness(seed: int | None = None) -> Iterator[None]:
+    """Whatever draws from torch's own CPU generator in here follows from `seed` (None: from where it stands), and outside nothing
+    of it is seen. The process's CUDA generators are left alone, which torch.manual_seed would reseed.
+    """
+    with torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+        yield
 
 
 def as_arrays(module: nn.Module) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ class Beliefs:
     belief         posterior [R]
     code, carry    its mode [R, Z]; the carry before the row was seen [R, D]
     feature        [R, F]
-    rate           mean KL of the posteriors against the transition or initial law, in nats per step
+    rate           mean KL of the posteriors against the transition or initial law, in nats per step; NaN of point codes
     active         variables of the code that say different things about different rows (`WorldModel.active_units`)
     """
 
@@ -44,7 +45,10 @@ def beliefs(world: WorldModel, episodes: Episodes, most: int = 100) -> Beliefs:
     each = torch.arange(len(episodes.lengths))
     window, inside = episodes.windows(each, torch.zeros_like(each), min(most, int(episodes.lengths.max())))
     rows = window.to(world.device)
-    trace = world.trace(rows.with_obs(world.inputs(rows.obs)), None, Sampling(mode=True))
+    batch = rows.with_obs(world.inputs(rows.obs))
+    trace = world.trace(batch, None, Sampling(mode=True))
+    draws = Sampling(generator=torch.Generator(world.device).manual_seed(0))  # what is only looked at moves no random state
+    rate = world.dynamics.losses(trace, batch, draws).get("dyn")
     episode, step = inside.nonzero(as_tuple=True)
     return Beliefs(
         episode,
@@ -54,7 +58,7 @@ def beliefs(world: WorldModel, episodes: Episodes, most: int = 100) -> Beliefs:
         trace.z[inside],
         trace.h[inside],
         trace.feature[inside],
-        float(trace.rate[inside].mean()),
+        math.nan if rate is None else float(rate.value[inside].mean()),
         world.active_units(trace),
     )
 

@@ -122,7 +122,7 @@ class FactorModel:
         """ln N(x; mean, weight weight^T + sigma^2 I), in nats and in double precision."""
         weight, away = self.weight.double(), (x - self.mean).double()
         size = weight.shape[0]
-        covariance = weight @ weight.T + self.sigma**2 * torch.eye(size, dtype=torch.double)
+        covariance = weight @ weight.T + self.sigma**2 * torch.eye(size, dtype=torch.double, device=weight.device)
         lower = torch.linalg.cholesky(covariance)
         white = torch.linalg.solve_triangular(lower, away.T, upper=False)
         return -0.5 * (size * math.log(2 * math.pi) + white.square().sum(0)) - lower.diagonal().log().sum()

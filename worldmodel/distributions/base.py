@@ -122,7 +122,8 @@ class Inputs:
 
     shapes   {key: shape} of a scaled canonical observation
     size     E: numbers in an embedding
-    encode   observations {key: [N, ...]} -> embeddings [N, E]; a bound method, so that a copied model has its own
+    encode   observations {key: [N, ...]} -> embeddings [N, E]; a bound method of the model, so that a copied model has its own
+             and an encoder that was exchanged is the one that is asked
     """
 
     shapes: dict[str, tuple[int, ...]]

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from functools import partial
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor, nn
 
 from worldmodel.config import Frozen, Part
-from worldmodel.data import Loss, Sampling, State, Trace
+from worldmodel.data import Batch, Loss, Sampling, State, Trace
 from worldmodel.distributions import CategoricalLatentConfig, ConditionalDistribution, Inputs, Posterior, Source
 from worldmodel.networks import MLP, StraightMLP, linear, offset_linear
 from worldmodel.registry import build
@@ -165,61 +164,61 @@ class Dynamics(nn.Module, ABC):
         prev_action: Float[Tensor, "B T A"],
         is_first: Bool[Tensor, "B T"],
         sampling: Sampling,
-        rows: Int[Tensor, "B T"] | None = None,
     ) -> tuple[State, Trace]:
-        """The belief after each observation; `is_first` forgets the state. The state returned is the last one."""
+        """The belief after each observation; `is_first` forgets the state. The state returned is the last one.
+
+        No law is asked for a rate: what acts needs none.
+        """
         noise = None
         if not sampling.mode:
             noise = sampling.noise
             noise = self.latent.noise(is_first.shape, sampling.generator, embed.device) if noise is None else noise
         belief, z, carry = self.scan(state, embed, prev_action, is_first, noise, sampling)
-        states, h = State({**carry, "z": z}), carry["h"]
+        states = State({**carry, "z": z})
         last = states.index((slice(None), -1))
-        rate, losses = self._losses(belief, z, h, is_first, sampling, rows)
-        predict = partial(self._predict, h, is_first, replace(sampling, noise=None), rows)
-        return last, Trace(embed, belief, z, h, self.feature(states), rate, losses, predict, last, states)
+        return last, Trace(embed, belief, z, carry["h"], self.feature(states), state, last, states)
 
     @staticmethod
     def _carry(state: State) -> Carry:
         return {name: x for name, x in state.items() if name != "z"}
 
-    def _losses(
-        self,
-        belief: Posterior,
-        z: Float[Tensor, "B T Z"],
-        h: Float[Tensor, "B T D"],
-        is_first: Bool[Tensor, "B T"],
-        sampling: Sampling,
-        rows: Int[Tensor, "B T"] | None,
-    ) -> tuple[Float[Tensor, "B T"], dict[str, Loss]]:
-        """(rate, losses) against the transition, and where an episode begins against the initial law; each sees its own rows."""
+    # What it learns from -------------------------------------------------------------------------------------------------
+
+    def losses(self, trace: Trace, batch: Batch, sampling: Sampling) -> dict[str, Loss]:
+        """The rate of each row against the transition, and where an episode begins against the initial law.
+
+        "dyn" and "rep" are its two sides, of equal value, in nats; points have none. "fit/<slot>/<term>" is what forms without
+        an exact density minimise, while gradients are recorded. Each law sees its own rows alone.
+        """
         sampling, certain, losses = replace(sampling, noise=None), self.latent.certain, {}
-        rate, dyn, rep = (torch.zeros_like(z[..., 0]) for _ in range(3))
+        belief, z, is_first = trace.posterior, trace.z, batch.is_first
+        dyn, rep = (torch.zeros_like(z[..., 0]) for _ in range(2))
         for slot, law, where, context in (
-            ("transition", self.transition, ~is_first, h),
+            ("transition", self.transition, ~is_first, trace.h),
             ("initial", self.initial_law, is_first, None),
         ):
             if not where.any():
                 continue
             context, options = None if context is None else context[where], {"sampling": sampling}
-            options["rows"] = None if rows is None else rows[where]
+            options["rows"] = None if batch.row is None else batch.row[where]
             if not certain:
                 here = belief.index(where)
                 both = [law.rates(here, code, context, **options) for code in law.antithetic(here, z[where])]
                 own, other = (sum(side) / len(both) for side in zip(*both, strict=True))
-                rate = rate.masked_scatter(where, own.detach())
                 dyn, rep = dyn.masked_scatter(where, self._free(law, own)), rep.masked_scatter(where, self._free(law, other))
             # Points have no rate: what the transition learns from is the objective's matter.
             if torch.is_grad_enabled() and ((certain and slot == "initial") or (not certain and law.density != "exact")):
                 losses |= {f"fit/{slot}/{name}": term for name, term in law.loss(z[where].detach(), context, **options).items()}
-        if certain:
-            return torch.full_like(rate, torch.nan), losses
-        return rate, {"dyn": Loss(dyn), "rep": Loss(rep), **losses}
+        return losses if certain else {"dyn": Loss(dyn), "rep": Loss(rep), **losses}
 
-    def _predict(self, h: Tensor, is_first: Tensor, sampling: Sampling, rows: Tensor | None, z: Tensor) -> dict[str, Loss]:
-        """The transition's own loss at codes [B, T, Z]; it never sees rows that open an episode, whose loss is 0."""
-        later = ~is_first
-        terms = self.transition.loss(z[later], h[later], sampling=sampling, rows=None if rows is None else rows[later])
+    def predict(self, trace: Trace, batch: Batch, z: Float[Tensor, "B T Z"], sampling: Sampling) -> dict[str, Loss]:
+        """The transition's own losses at codes z given h, with gradients into all of it.
+
+        It never sees rows that open an episode, where nothing was predicted and the loss is 0.
+        """
+        later, sampling = ~batch.is_first, replace(sampling, noise=None)
+        rows = None if batch.row is None else batch.row[later]
+        terms = self.transition.loss(z[later], trace.h[later], sampling=sampling, rows=rows)
 
         def spread(value: Tensor) -> Tensor:
             return value.new_zeros(later.shape).masked_scatter(later, value) if value.ndim else value
@@ -227,13 +226,12 @@ class Dynamics(nn.Module, ABC):
         return {name: Loss(spread(term.value), term.unit, later) for name, term in terms.items()}
 
     def _free(self, law: ConditionalDistribution, rate: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-        """Free nats: closed forms per row; a sampled rate on the batch mean, for the mean of a maximum is biased."""
-        floor = self.config.free_nats
-        if not floor:
-            return rate
-        if hasattr(law, "given"):
-            return rate.clamp_min(floor)
-        return rate + (rate.mean().clamp_min(floor) - rate.mean())
+        """Free nats: the rate itself, without a gradient where it lies below them.
+
+        Closed forms are held row by row, a sampled rate on the batch mean, for the mean of a maximum is biased.
+        """
+        held = rate if hasattr(law, "given") else rate.mean()
+        return torch.where(held < self.config.free_nats, rate.detach(), rate)
 
 
 def stacked(steps: list[Carry]) -> Carry:

@@ -13,16 +13,15 @@ that deviation is the first level's, as the U-Net was trained on.
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor, nn
 
 from worldmodel.config import Frozen
-from worldmodel.data import Loss, Sampling, State, Trace
+from worldmodel.data import Batch, Loss, Sampling, State, Trace
 from worldmodel.decoders.unet import NoiseUNet
 from worldmodel.denoising import SAMPLERS, Path, edm, evenly
 from worldmodel.distributions import Inputs, PointLatent, PointLatentConfig, PointPosterior
@@ -141,7 +140,6 @@ class Pixels(nn.Module):
         prev_action: Float[Tensor, "B T A"],
         is_first: Bool[Tensor, "B T"],
         sampling: Sampling,
-        rows: Int[Tensor, "B T"] | None = None,
     ) -> tuple[State, Trace]:
         """The state after each picture; `is_first` forgets. The state returned is the last one."""
         summary, z = embed[..., : self.summary], embed[..., self.summary :].detach()  # pictures have nothing to learn
@@ -152,17 +150,20 @@ class Pixels(nn.Module):
             h = self.gru(entered[:, t], h * keep[:, t])
             carries.append(h)
         h = torch.stack(carries, 1)
-        # Pictures L - 1 steps before the first row to the last row's, actions up to the one that led to the last row.
-        pictures = torch.cat([state["pictures"], state["z"].unsqueeze(1), z], 1)
-        actions = torch.cat([state["actions"], prev_action], 1)
+        pictures, actions = self._before(state, z, prev_action)
         seen, past = self._seen(state["age"], is_first), self.config.past
-        windows = {"pictures": _windows(pictures[:, :-1], past - 1)[:, 1:], "actions": _windows(actions, past - 1)[:, 1:]}
+        windows = {"pictures": _windows(pictures, past - 1)[:, 1:], "actions": _windows(actions, past - 1)[:, 1:]}
         states = State({"h": h, "summary": summary, "z": z, **windows, "age": (seen + 1).clamp_max(past)})
         last = states.index((slice(None), -1))
-        given = _windows(pictures[:, :-1], past), _windows(actions, past), seen
-        predict = partial(self._predict, given, is_first, sampling.generator)
-        rate = torch.full_like(z[..., 0], torch.nan)
-        return last, Trace(embed, PointPosterior(z), z, h, self.feature(states), rate, {}, predict, last, states)
+        return last, Trace(embed, PointPosterior(z), z, h, self.feature(states), state, last, states)
+
+    @staticmethod
+    def _before(
+        state: State, z: Float[Tensor, "B T Z"], prev_action: Float[Tensor, "B T A"]
+    ) -> tuple[Float[Tensor, "B S Z"], Float[Tensor, "B S A"]]:
+        """(pictures from L steps before the first row to one before the last, the actions taken at them); S = T + L - 1."""
+        pictures = torch.cat([state["pictures"], state["z"].unsqueeze(1), z[:, :-1]], 1)
+        return pictures, torch.cat([state["actions"], prev_action], 1)
 
     def _seen(self, age: Float[Tensor, " B"], is_first: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         """How many pictures before each one are of its episode, at most L."""
@@ -203,18 +204,18 @@ class Pixels(nn.Module):
         """The deviation of a pixel's whole noise: what the U-Net is told, in training as in draws."""
         return torch.hypot(level, torch.full_like(level, self.config.offset))
 
-    def _predict(
-        self,
-        given: tuple[Tensor, Tensor, Tensor],
-        is_first: Bool[Tensor, "B T"],
-        generator: torch.Generator | None,
-        z: Float[Tensor, "B T Z"],
-    ) -> dict[str, Loss]:
-        """{"denoise": squared error of the U-Net at pictures, a mean over pixels}; it never sees rows that open an episode.
+    def losses(self, trace: Trace, batch: Batch, sampling: Sampling) -> dict[str, Loss]:
+        """None: pictures have no rate, and no law of a first one learns."""
+        return {}
+
+    def predict(self, trace: Trace, batch: Batch, z: Float[Tensor, "B T Z"], sampling: Sampling) -> dict[str, Loss]:
+        """{"denoise": squared error of the U-Net at pictures z, a mean over pixels}; it never sees rows that open an episode.
 
         Only `frames` rows are computed; they weigh so that the mean over all rows is theirs.
         """
-        later = ~is_first
+        later, generator, past = ~batch.is_first, sampling.generator, self.config.past
+        given = [_windows(x, past) for x in self._before(trace.start, trace.z, batch.prev_action)]
+        given.append(self._seen(trace.start["age"], batch.is_first))
         row, step = later.nonzero(as_tuple=True)
         some = torch.randperm(len(row), generator=generator, device=z.device)[: self.config.frames]
         row, step = row[some], step[some]

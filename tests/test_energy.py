@@ -15,6 +15,7 @@ from worldmodel.data import Sampling
 from worldmodel.distributions import Energy
 from worldmodel.errors import ConfigError, NumericsError
 from worldmodel.learner import Learner, TrainConfig
+from worldmodel.moments import RunningMoments
 
 OPTIONS = {"layers": 2, "steps": 10, "candidates": 64, "buffer": 64, "base": small("distribution", "gaussian")}
 
@@ -156,8 +157,7 @@ def test_chains_that_run_away_stop_training():
 def test_where_the_base_has_no_closed_form_f_reads_codes_in_their_running_units():
     law = energy(base=small("distribution", "gaussian"))
     law.framed = False
-    for name in ("centre", "spread", "seen"):
-        law.register_buffer(name, torch.zeros(2) if name != "seen" else torch.zeros(()))
+    law.moments = RunningMoments(2, law.MEMORY)
     law.train().loss(5 + 3 * torch.randn(5000, 2, generator=generator()), None, sampling=Sampling(generator=generator()))
     torch.testing.assert_close(law.moments.mean.float(), torch.full((2,), 5.0), atol=0.2, rtol=0)
     torch.testing.assert_close(law.moments.deviation(0), torch.full((2,), 3.0), atol=0.2, rtol=0)

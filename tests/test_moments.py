@@ -34,7 +34,9 @@ def test_what_is_not_finite_never_enters(memory, bad):
     moments.update(torch.tensor([[bad, 0.0]]))
     assert float(moments.count) == 0 and not moments.mean.any()
     moments.update(torch.tensor([[1.0, 2.0], [bad, 7.0]]))
-    assert moments.mean.tolist() == [1, 2]
+    moments.update(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    moments.update(torch.tensor([[1.0, 2.0], [bad, 7.0]]))
+    assert moments.mean.tolist() == [2, 3] and moments.variance.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("size", [1.0, 1e6, 1e-6])
@@ -54,5 +56,6 @@ def test_rewards_of_any_size_are_told_apart(size):
 def test_rewards_of_one_keep_their_unit_and_zeros_do_not_shrink_it():
     heads = Heads(HeadsConfig(), 4)
     assert float(heads.scale.value) == 1
-    heads.scale.update(torch.tensor([0.0, 1.0, -1.0, float("nan"), 0.0, 1.0]))
-    assert float(heads.scale.value) == 1
+    for rewards in ([0.0, 1.0, -1.0, 0.0], [0.0, 0.0], [float("nan"), 5.0], [1.0]):
+        heads.scale.update(torch.tensor(rewards))
+        assert float(heads.scale.value) == 1

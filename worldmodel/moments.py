@@ -17,7 +17,8 @@ class RunningMoments(nn.Module):
             reached it is the plain average of the batches so far, so that the first one counts in full
     before  the mean before anything was seen; the variance is 1 then
 
-    Rows that are not all finite never enter: they would not leave again. Buffers are replaced and not changed, since a loss that
+    Of a batch that is not all finite nothing enters: it would not leave again, and an update that is skipped leaves nothing
+    behind. Buffers are replaced and not changed, since a loss that
     is yet to be differentiated may hold them. Source: Chan et al. 1979 (parallel variance).
     """
 
@@ -31,26 +32,20 @@ class RunningMoments(nn.Module):
 
     @torch.no_grad()
     def update(self, rows: Float[Tensor, "N *D"]) -> None:
-        """Take rows in; without any that is finite nothing moves. `count` is that of rows or, with a memory, of batches."""
+        """Take rows in. `count` is that of rows or, with a memory, of batches."""
         if not len(rows):
             return
-        x = rows.detach().to(torch.float64)
-        finite = x.flatten(1).isfinite().all(1) if x.ndim > 1 else x.isfinite()
-        finite = finite.view(-1, *[1] * (x.ndim - 1))
-        seen = finite.sum()
-        x = torch.where(finite, x, 0)
-        mean = x.sum(0) / seen.clamp_min(1)
-        variance = torch.where(finite, x - mean, 0).square().sum(0) / seen.clamp_min(1)
-        weight = seen.to(torch.float64) if self.memory is None else (seen > 0).to(torch.float64)
-        total = self.count + weight
-        share = weight / total.clamp_min(1)
+        x = rows.detach().to(self.mean)
+        mean, variance = x.mean(0), x.var(0, correction=0)
+        known = (mean.isfinite() & variance.isfinite()).all()  # of the batch: an overflow of squares is not taken in either
+        total = self.count + (len(x) if self.memory is None else 1)
+        share = (total - self.count) / total
         if self.memory is not None:
-            share = torch.maximum(share, (1 - self.memory) * weight)
-        # 0 * an overflow is no number: where nothing moves, or a square is beyond float64, what was known stays
+            share = share.clamp_min(1 - self.memory)
         spread = torch.lerp(self.variance, variance, share) + share * (1 - share) * (mean - self.mean).square()
-        self.variance = torch.where(spread.isfinite(), spread, self.variance)
-        self.mean = torch.lerp(self.mean, mean, share)
-        self.count = total
+        self.variance = torch.where(known, spread, self.variance)
+        self.mean = torch.where(known, torch.lerp(self.mean, mean, share), self.mean)
+        self.count = torch.where(known, total, self.count)
 
     @torch.no_grad()
     def fix(self, rows: Float[Tensor, "N *D"]) -> None:

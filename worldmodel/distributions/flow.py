@@ -124,8 +124,7 @@ class Flow(ConditionalDistribution):
         x = x.detach().flatten(0, -2)
         if self.context_dim or not self.training or len(x) < 2 or not next(self.parameters()).requires_grad:
             return
-        if x.isfinite().all():  # an update that is skipped must leave nothing behind
-            self.moments.update(x)
+        self.moments.update(x)
 
     def former(self, arrays: dict, prefix: str) -> None:
         """Names of 0.1.0."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import generator, small
+from conftest import generator, small, small_world
 from gymnasium import spaces
 
 from worldmodel import registry
@@ -99,6 +100,23 @@ def test_numbers_far_from_all_that_was_seen_keep_their_order_and_come_back():
     torch.testing.assert_close(scaling.inverse({"obs": scaled.detach()})["obs"], track.detach(), rtol=1e-4, atol=1e-5)
     assert 0.3 < float(scaling.beyond({"obs": scaled})) < 0.7
     assert scaling({"obs": torch.full((1, 1), INF)})["obs"].isnan().all()
+
+
+def test_after_300_random_steps_of_cartpole_all_of_its_track_is_told_apart():
+    env = gym.make("CartPole-v1")
+    env.action_space.seed(0)
+    world, rows = small_world(env.observation_space), [env.reset(seed=0)[0]]
+    for _ in range(300):
+        obs, _, *ended, _ = env.step(env.action_space.sample())
+        rows += [obs] + [env.reset()[0]] * any(ended)
+    world.scaling.update(world.obs.canonical({"obs": torch.from_numpy(np.stack(rows))}))
+    track = torch.zeros(23, 4)
+    track[:, 0] = torch.linspace(1.3, 2.4, 23)
+    seen = world.inputs({"obs": track})  # what is encoded, and what is decoded towards
+    assert (seen["obs"][:, 0].diff() > 0.01).all()
+    unlikely = world.decoder.eval().loss(torch.zeros(23, world.feature_dim), seen)["observation"].value
+    assert (unlikely.diff() > 0).all()
+    torch.testing.assert_close(world.scaling.inverse(seen)["obs"], track, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.int64], ids=["float64", "int64"])

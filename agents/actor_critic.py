@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from pydantic import Field
@@ -39,16 +40,17 @@ class ActorCriticConfig(Frozen):
     slow: float = Field(0.02, gt=0, le=1, description="rate at which the slow critic follows")
     slow_weight: float = Field(1.0, ge=0, description="weight of the slow critic's prediction as a second target")
     penalty: float = Field(
-        0.0, description="taken off each imagined reward per unit of the ensemble's uncertainty; below 0: a bonus that explores"
+        0.0,
+        description="taken off each imagined reward, in units of their size, per unit of the ensemble's doubt; below 0: a bonus",
     )
     manifold: float = Field(
         0.0,
         ge=0,
-        description="taken off each imagined reward per nat, and number of the code, that it is less likely than real codes are",
+        description="taken off likewise, per nat and number of the code that it is less likely than real ones",
     )
     replay_value: float = Field(0.0, ge=0, description="weight of the critic's loss on replayed, real rewards")
     bins: int = Field(127, ge=3, description="bins of the critic's distribution (odd)")
-    limit: float = Field(10.0, gt=0, description="greatest symlog value that the bins reach")
+    limit: float = Field(10.0, gt=0, description="greatest symlog value that the bins reach, in units of the rewards' own size")
     min_std: float = Field(0.1, gt=0, description="least deviation of a continuous policy, actions being in [-1, 1]")
     max_std: float = Field(1.0, gt=0, description="greatest deviation of a continuous policy")
     unimix: float = Field(0.01, ge=0, lt=1, description="share of the uniform distribution in a discrete policy")
@@ -126,7 +128,10 @@ class Policy:
 
 
 class ActorCritic(nn.Module):
-    """Networks of the behaviour; `ActorCriticLearner` trains them."""
+    """Networks of the behaviour; `ActorCriticLearner` trains them.
+
+    unit    what the critic calls 1, in rewards: the world model's reward scale when it was last trained
+    """
 
     def __init__(self, config: ActorCriticConfig, feature_dim: int, action: ActionSpec):
         super().__init__()
@@ -141,20 +146,26 @@ class ActorCritic(nn.Module):
         self.critic = MLP(feature_dim, config.units, config.layers, config.bins, scale=0)
         self.slow = copy.deepcopy(self.critic).requires_grad_(False)
         self.two_hot = TwoHot(config.bins, config.limit)
+        self.register_buffer("unit", torch.ones(()))
 
     def policy(self, feature: Float[Tensor, "*N F"]) -> Policy:
         return Policy(self.action, self.actor(feature), self.config)
 
     def value(self, feature: Float[Tensor, "*N F"]) -> Float[Tensor, "*N"]:
         """Expected discounted return from a feature, in reward units."""
-        return self.two_hot.mean(self.critic(feature))
+        return self.two_hot.mean(self.critic(feature)) * self.unit
+
+    def former(self, arrays: dict, prefix: str) -> None:
+        """Of 0.1.0, whose critic knew no unit."""
+        arrays.setdefault(f"{prefix}unit", np.array(1, np.float32))
 
 
 class ActorCriticLearner:
     """One improvement of actor and critic from the states of a world-model batch.
 
     The actor follows REINFORCE on scaled lambda-returns minus the critic, the critic a two-hot regression on the same
-    returns. Source: Hafner et al. 2023 (DreamerV3), eqs. 7 to 12.
+    returns. All of it happens in units of the world model's reward scale; metrics are in rewards.
+    Source: Hafner et al. 2023 (DreamerV3), eqs. 7 to 12.
     """
 
     def __init__(self, world: WorldModel, behaviour: ActorCritic):
@@ -169,6 +180,8 @@ class ActorCriticLearner:
 
     def update(self, trace: Trace, batch: Batch, generator: torch.Generator | None = None) -> dict[str, float]:
         """Imagine from the batch's states, then one step of the actor and one of the critic; metrics."""
+        unit = self.world.heads.scale.value
+        self.behaviour.unit.copy_(unit)
         state, alive = self.starts(trace, batch, generator)
         dream, log_prob, entropy = self.imagine(state, generator)
         through = self.config.gradient == "dynamics"
@@ -178,9 +191,9 @@ class ActorCriticLearner:
         rows = dream.feature.detach().transpose(0, 1)  # [H+1, N, F]: contiguous, as is each share of it along time
         logits = self.behaviour.critic(rows[:-1])  # read three times: for the returns, as the baseline, in the critic's loss
         with torch.no_grad():
-            value = torch.cat([self.behaviour.two_hot.mean(logits), self.behaviour.value(rows[-1:])]).transpose(0, 1)  # [N, H+1]
-        reward = dream.reward - doubt(self.world, dream, self.config.penalty, self.config.manifold)
-        returns = lambda_return(reward, discount, self.behaviour.value(dream.feature) if through else value, self.config.lam)
+            value = torch.cat([self.behaviour.two_hot.mean(logits), self._value(rows[-1:])]).transpose(0, 1)  # [N, H+1]
+        reward = dream.reward / unit - doubt(self.world, dream, self.config.penalty, self.config.manifold)
+        returns = lambda_return(reward, discount, self._value(dream.feature) if through else value, self.config.lam)
         scale = self.scale.update(returns)
         gain = returns / scale if through else log_prob * (returns - value[:, :-1]) / scale
         actor_loss = -(weight[:, :-1] * (gain + self.config.entropy * entropy)).mean()
@@ -188,8 +201,12 @@ class ActorCriticLearner:
         if self.config.replay_value:
             critic_loss = critic_loss + self.config.replay_value * self._replay_value_loss(trace, batch)
         metrics = self._descend(actor_loss, critic_loss)
-        metrics |= {"train/entropy": float(entropy.detach().mean()), "train/return_scale": self.scale.value}
-        return metrics | {"dream/return": float(returns.detach()[:, 0].mean())}
+        metrics |= {"train/entropy": float(entropy.detach().mean()), "train/return_scale": self.scale.value * float(unit)}
+        return metrics | {"dream/return": float(returns.detach()[:, 0].mean() * unit)}
+
+    def _value(self, feature: Tensor) -> Tensor:
+        """The critic's, in units of the reward scale."""
+        return self.behaviour.two_hot.mean(self.behaviour.critic(feature))
 
     def starts(self, trace: Trace, batch: Batch, generator: torch.Generator | None) -> tuple[State, Tensor]:
         """Some or all states of the batch, and 0 for those in which the world has ended."""
@@ -257,11 +274,11 @@ class ActorCriticLearner:
         """The critic on replayed features against lambda-returns of real rewards; nothing crosses an episode's end."""
         feature = trace.feature.detach()
         with torch.no_grad():
-            value = self.behaviour.value(feature)
+            value = self._value(feature)
             ended = batch.is_terminal[:, 1:].float()
             discount = self.config.gamma * (1 - ended)
             # At a truncated end the return is the critic's own value there, so lambda is cut by replacing what follows.
-            reward, cut = batch.reward[:, 1:], batch.is_last[:, 1:].float()
+            reward, cut = batch.reward[:, 1:] / self.behaviour.unit, batch.is_last[:, 1:].float()
             returns, last = [], value[:, -1]
             for t in reversed(range(reward.shape[1])):
                 blend = (1 - self.config.lam * (1 - cut[:, t])) * value[:, t + 1] + self.config.lam * (1 - cut[:, t]) * last

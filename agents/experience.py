@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from worldmodel.errors import ConfigError
 from worldmodel.learner import TrainConfig
@@ -47,7 +48,10 @@ def new_replay(train: TrainConfig, obs: ObsSpec, action: ActionSpec, streams: in
 def fit_scaling(world: WorldModel, replay: Replay) -> None:
     """The running statistics take in all that the replay holds."""
     vectors = {name: world.obs.keys[name] for name in world.scaling.vectors}
-    for stream, held in enumerate(replay.lengths if vectors else ()):
+    for stream, held in enumerate(replay.lengths):
+        world.heads.scale.update(torch.from_numpy(replay.rewards(stream)).to(world.device))
+        if not vectors:
+            continue
         for start in range(0, held, ROWS_AT_ONCE):
             rows = tensors(replay.observations(stream, start, min(held, start + ROWS_AT_ONCE)), world.device)
             world.scaling.update({name: key.canonical(rows[name]) for name, key in vectors.items()})

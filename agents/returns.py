@@ -10,7 +10,7 @@ from torch import Tensor
 def lambda_return(
     reward: Float[Tensor, "B H"], discount: Float[Tensor, "B H"], value: Float[Tensor, "B H+1"], lam: float = 0.95
 ) -> Float[Tensor, "B H"]:
-    """TD(lambda) return of every imagined step, in reward units.
+    """TD(lambda) return of every imagined step, in the unit of the rewards.
 
     R[t] = reward[t] + discount[t] * ((1 - lam) * value[t+1] + lam * R[t+1]),   R[H] = value[H]
     reward[t], discount[t]: on arriving at step t+1; discount = gamma * P(not ended), in [0, 1]. value has H+1 columns.
@@ -32,7 +32,7 @@ def weights(start: Float[Tensor, " B"], discount: Float[Tensor, "B H"]) -> Float
 
 
 class ReturnScale:
-    """Running 5th to 95th percentile range of the returns, at least 1: what an advantage is divided by.
+    """Running 5th to 95th percentile range of the returns, at least 1 (of the unit they come in): what an advantage is divided by.
 
     Source: Hafner et al. 2023 (DreamerV3), eq. 12.
     """

@@ -211,11 +211,11 @@ class Watch(BaseCallback):
         metadata = {
             "episode": seen.episode[chosen].tolist(),
             "step": seen.step[chosen].tolist(),
-            "reward": [round(x, 4) for x in seen.rows.reward[chosen, 0].tolist()],
+            "reward": [float(f"{x:.4g}") for x in seen.rows.reward[chosen, 0].tolist()],
         }
         value = self.model.policy.controller.estimate(seen.feature[chosen])
         if value is not None:
-            metadata["value"] = [round(x, 4) for x in value.tolist()]
+            metadata["value"] = [float(f"{x:.4g}") for x in value.tolist()]
         obs = self.model.obs_spec.canonical({name: x[chosen, 0] for name, x in seen.rows.obs.items()})
         thumbnails = viewer.frames(obs) if viewer.can_draw else None
         try:

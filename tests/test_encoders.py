@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import generator, small
+from conftest import generator, small, small_world
 from gymnasium import spaces
 
 from worldmodel import registry
@@ -76,7 +77,7 @@ def test_every_scale_inverts_and_touches_vectors_alone(kind):
         assert torch.equal(x, before[name])
         if SPEC.keys[name].kind == "vector":
             torch.testing.assert_close(back[name], x, rtol=1e-4, atol=1e-4)
-            assert (kind == "raw") == torch.equal(scaled[name], x)
+            assert (kind == "raw") == torch.equal(scaled[name], x.float())
         else:
             assert torch.equal(scaled[name], x) and torch.equal(back[name], x)
 
@@ -89,10 +90,46 @@ def test_before_anything_was_seen_vectors_pass_unchanged_and_constants_never_exp
     torch.testing.assert_close(scaling({**batch, "speed": torch.full((5, 3), 3.5)})["speed"], torch.full((5, 3), 0.5))
 
 
-def test_outliers_are_clipped():
+def test_numbers_far_from_all_that_was_seen_keep_their_order_and_come_back():
     scaling = InputScaling("standardise", ObsSpec.from_space(spaces.Box(-INF, INF, (1,))))
-    scaling.update({"obs": torch.randn(100, 1, generator=generator())})
-    assert scaling({"obs": torch.tensor([[1e9], [-1e9]])})["obs"].tolist() == [[20.0], [-20.0]]
+    scaling.update({"obs": 0.05 * torch.randn(300, 1, generator=generator())})
+    track = torch.linspace(-2.4, 2.4, 97).unsqueeze(1).requires_grad_()  # up to 48 deviations
+    scaled = scaling({"obs": track})["obs"]
+    assert (scaled.diff(dim=0) > 0).all()
+    assert (torch.autograd.grad(scaled.sum(), track)[0] > 0).all()
+    torch.testing.assert_close(scaling.inverse({"obs": scaled.detach()})["obs"], track.detach(), rtol=1e-4, atol=1e-5)
+    assert 0.3 < float(scaling.beyond({"obs": scaled})) < 0.7
+    assert scaling({"obs": torch.full((1, 1), INF)})["obs"].isnan().all()
+
+
+def test_after_300_random_steps_of_cartpole_all_of_its_track_is_told_apart():
+    env = gym.make("CartPole-v1")
+    env.action_space.seed(0)
+    world, rows = small_world(env.observation_space), [env.reset(seed=0)[0]]
+    for _ in range(300):
+        obs, _, *ended, _ = env.step(env.action_space.sample())
+        rows += [obs] + [env.reset()[0]] * any(ended)
+    world.scaling.update(world.obs.canonical({"obs": torch.from_numpy(np.stack(rows))}))
+    track = torch.zeros(23, 4)
+    track[:, 0] = torch.linspace(1.3, 2.4, 23)
+    seen = world.inputs({"obs": track})  # what is encoded, and what is decoded towards
+    assert (seen["obs"][:, 0].diff() > 0.01).all()
+    unlikely = world.decoder.eval().loss(torch.zeros(23, world.feature_dim), seen)["observation"].value
+    assert (unlikely.diff() > 0).all()
+    torch.testing.assert_close(world.scaling.inverse(seen)["obs"], track, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.int64], ids=["float64", "int64"])
+def test_a_clock_in_seconds_since_1970_keeps_its_seconds(dtype):
+    spec = ObsSpec.from_space(spaces.Box(0, 2**40, (1,), dtype))
+    for step in (1, 900):
+        scaling, seconds = InputScaling("standardise", spec), 1_700_000_000 + step * np.arange(100).reshape(-1, 1)
+        rows = spec.canonical({"obs": torch.from_numpy(seconds.astype(dtype))})
+        scaling.update(rows)
+        scaled = scaling(rows)["obs"]
+        right = (np.arange(100) - 49.5) / np.arange(100).std()
+        torch.testing.assert_close(scaled[:, 0], torch.from_numpy(right).float(), rtol=1e-5, atol=1e-5)
+        assert np.abs(spec.raw(scaling.inverse({"obs": scaled}))["obs"] - seconds).max() <= 0.01 * step
 
 
 def test_statistics_are_saved_with_the_model_and_are_not_trained():
@@ -139,7 +176,7 @@ def test_every_kind_of_observation_is_encoded(kind, space):
 @every_encoder
 def test_rows_are_encoded_apart(kind):
     encoder = build(kind, MIXED).eval()
-    obs = canonical(6)
+    obs = InputScaling("raw", SPEC)(canonical(6))
     torch.testing.assert_close(encoder({name: x[2:4] for name, x in obs.items()}), encoder(obs)[2:4], rtol=1e-4, atol=1e-5)
 
 

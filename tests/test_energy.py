@@ -15,6 +15,7 @@ from worldmodel.data import Sampling
 from worldmodel.distributions import Energy
 from worldmodel.errors import ConfigError, NumericsError
 from worldmodel.learner import Learner, TrainConfig
+from worldmodel.moments import RunningMoments
 
 OPTIONS = {"layers": 2, "steps": 10, "candidates": 64, "buffer": 64, "base": small("distribution", "gaussian")}
 
@@ -156,11 +157,10 @@ def test_chains_that_run_away_stop_training():
 def test_where_the_base_has_no_closed_form_f_reads_codes_in_their_running_units():
     law = energy(base=small("distribution", "gaussian"))
     law.framed = False
-    for name in ("centre", "spread", "seen"):
-        law.register_buffer(name, torch.zeros(2) if name != "seen" else torch.zeros(()))
+    law.moments = RunningMoments(2, law.MEMORY)
     law.train().loss(5 + 3 * torch.randn(5000, 2, generator=generator()), None, sampling=Sampling(generator=generator()))
-    torch.testing.assert_close(law.centre, torch.full((2,), 5.0), atol=0.2, rtol=0)
-    torch.testing.assert_close(law.spread, torch.full((2,), 3.0), atol=0.2, rtol=0)
+    torch.testing.assert_close(law.moments.mean.float(), torch.full((2,), 5.0), atol=0.2, rtol=0)
+    torch.testing.assert_close(law.moments.deviation(0), torch.full((2,), 3.0), atol=0.2, rtol=0)
 
 
 def running(base: str = "mixture") -> Energy:
@@ -202,14 +202,14 @@ def test_its_measures_hold_those_of_the_base():
 def test_codes_that_are_not_finite_leave_the_running_units_as_they_are():
     law = running()
     law.loss(torch.tensor([[1.0, torch.nan], [1.0, 2.0]]), None, sampling=Sampling(generator=generator()))
-    assert torch.equal(law.centre, torch.zeros(2)) and torch.equal(law.spread, torch.ones(2))
+    assert torch.equal(law.moments.mean.float(), torch.zeros(2)) and torch.equal(law.moments.deviation(0), torch.ones(2))
 
 
 def test_training_after_a_fit_hardly_moves_the_units_that_were_fitted():
     law = running()
     law.fit(5 + torch.randn(200, 2, generator=generator()), steps=1, generator=generator())
     law.loss(100 + torch.randn(200, 2, generator=generator()), None, sampling=Sampling(generator=generator()))
-    torch.testing.assert_close(law.centre, torch.full((2,), 5.95), atol=0.3, rtol=0)
+    torch.testing.assert_close(law.moments.mean.float(), torch.full((2,), 5.95), atol=0.3, rtol=0)
 
 
 @pytest.mark.parametrize("sampler", ["langevin", "resampling"])

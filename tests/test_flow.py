@@ -91,44 +91,44 @@ def test_whitening_follows_the_codes_of_training_and_stands_still_in_eval():
     form = law()
     form.eval().loss(codes(), None)
     form.rate(belief(), codes(), None)
-    assert int(form.batches) == 0
+    assert int(form.moments.count) == 0
     form.train().loss(codes(), None)
-    torch.testing.assert_close(form.mean, codes().mean(0))
-    torch.testing.assert_close(form.variance, codes().var(0))
+    torch.testing.assert_close(form.moments.mean.float(), codes().mean(0))
+    torch.testing.assert_close(form.moments.variance.float(), codes().var(0, correction=0))
     form.rates(belief(), codes(shift=0.0), None)
-    assert int(form.batches) == 2
-    torch.testing.assert_close(form.mean, (codes().mean(0) + codes(shift=0.0).mean(0)) / 2)
-    torch.testing.assert_close(form.variance, torch.cat([codes(), codes(shift=0.0)]).var(0), rtol=0.02, atol=0)
+    assert int(form.moments.count) == 2
+    torch.testing.assert_close(form.moments.mean.float(), (codes().mean(0) + codes(shift=0.0).mean(0)) / 2)
+    torch.testing.assert_close(form.moments.variance.float(), torch.cat([codes(), codes(shift=0.0)]).var(0), rtol=0.02, atol=0)
     form.rate(belief(), codes(), None, frozen=True)
     form.requires_grad_(False).loss(codes(), None)
-    assert int(form.batches) == 2
+    assert int(form.moments.count) == 2
 
 
 def test_the_two_rates_are_equal_though_the_whitening_moves_on():
     form = law(bend=0.3).train()
     dyn, rep = form.rates(belief(), codes(), None)
     torch.testing.assert_close(dyn, rep)
-    assert int(form.batches) == 1
+    assert int(form.moments.count) == 1
 
 
 def test_fitting_whitens_by_all_codes_and_leaves_the_flow_in_training():
     form = law().train()
     form.fit(codes(), steps=2, generator=generator())
-    torch.testing.assert_close(form.mean, codes().mean(0))
+    torch.testing.assert_close(form.moments.mean.float(), codes().mean(0))
     assert form.training and form.outside(codes(), None) == 0
 
 
 def test_codes_that_are_not_finite_leave_the_whitening_as_it_is():
     form = law().train()
     form.loss(torch.tensor([[1.0, torch.nan], [1.0, 2.0]]), None)
-    assert torch.equal(form.mean, torch.zeros(2)) and torch.equal(form.variance, torch.ones(2)) and int(form.batches) == 0
+    assert form.moments.mean.tolist() == [0, 0] and form.moments.variance.tolist() == [1, 1] and int(form.moments.count) == 0
 
 
 def test_training_after_a_fit_hardly_moves_the_whitening_that_was_fitted():
     form = law().train()
     form.fit(codes(), steps=1, generator=generator())
     form.loss(codes(shift=130.0), None)
-    torch.testing.assert_close(form.mean, codes(shift=31.0).mean(0), atol=0.1, rtol=0)
+    torch.testing.assert_close(form.moments.mean.float(), codes(shift=31.0).mean(0), atol=0.1, rtol=0)
 
 
 @pytest.mark.filterwarnings("error")

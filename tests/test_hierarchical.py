@@ -111,5 +111,5 @@ def test_training_lets_each_level_keep_its_statistics_and_a_frozen_rate_does_not
     for learn in (lambda: form.loss(z, None), lambda: form.rate(belief, 2 * z, None)):
         learn()
         moved = dict(form.named_buffers())
-        assert not any(torch.equal(moved[name], seen[name]) for name in ("upper.mean", "lower.variance"))
+        assert not any(torch.equal(moved[name], seen[name]) for name in ("upper.moments.mean", "lower.errors.mean"))
         seen = {name: x.clone() for name, x in moved.items()}

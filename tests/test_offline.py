@@ -99,6 +99,8 @@ def test_running_statistics_are_those_of_the_data(walks, tmp_path, monkeypatch):
     mean, deviation = world.scaling.statistics(0, torch.zeros((), dtype=torch.float64))
     np.testing.assert_allclose(mean, obs.mean(0), rtol=1e-6)
     np.testing.assert_allclose(deviation, obs.astype(np.float64).std(0), rtol=1e-6)
+    reward = Recording.read(walks).reward
+    assert float(world.heads.scale.value) == pytest.approx(float(np.sqrt(np.mean(reward[reward != 0] ** 2))))
 
 
 def test_it_learns_what_the_data_show(walks, tmp_path):

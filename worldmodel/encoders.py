@@ -13,56 +13,55 @@ from torch import Tensor, nn
 from worldmodel.config import Frozen
 from worldmodel.data import Obs
 from worldmodel.errors import ConfigError, NumericsError, UnsupportedSpaceError
+from worldmodel.moments import RunningMoments, take_over
 from worldmodel.networks import MLP, ConvEncoder, as_code, symexp, symlog
 from worldmodel.registry import register
-from worldmodel.spaces import KeySpec, ObsSpec
+from worldmodel.spaces import FLOAT32_MAX, KeySpec, ObsSpec
+
+RANGE = 20.0
+"""Deviations within which a standardised number is as it is; beyond them it grows with the logarithm of what is beyond."""
 
 
 class InputScaling(nn.Module):
     """Vectors on a scale that a squared error can see; images and categories pass unchanged.
 
     standardise: by running mean and deviation of all that was collected, kept with the model (CartPole's pole angle
-    lives within 0.2 rad: unscaled, an error in it is hardly seen). symlog: sign(x) ln(1 + |x|). raw: unchanged.
+    lives within 0.2 rad: unscaled, an error in it is hardly seen); what is further than RANGE deviations away is compressed.
+    symlog: sign(x) ln(1 + |x|). raw: unchanged.
     The statistics are kept whatever the scale: errors of predictions are given in these deviations.
+    Numbers become float32 here, after the mean is taken off: a clock's seconds are lost in 1.7e9 of float32.
     """
 
     def __init__(self, kind: Literal["standardise", "symlog", "raw"], spec: ObsSpec):
         super().__init__()
         self.kind = kind
         self.vectors = [name for name, key in spec.keys.items() if key.kind == "vector"]
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-        for i, name in enumerate(self.vectors):
-            width = spec.keys[name].shape[0]
-            self.register_buffer(f"mean{i}", torch.zeros(width, dtype=torch.float64))
-            self.register_buffer(f"square{i}", torch.zeros(width, dtype=torch.float64))
+        self.types = {name: spec.keys[name].canonical_dtype for name in self.vectors}
+        self.moments = nn.ModuleList(RunningMoments(spec.keys[name].shape) for name in self.vectors)
 
     @torch.no_grad()
     def update(self, obs: Obs) -> None:
-        """Take new observations [N, D] into the running statistics. Source: Chan et al. 1979 (parallel variance).
+        """Take new observations [N, D] into the running statistics.
 
         NumericsError where one is not finite: it would never leave them again. Then nothing is taken in.
         """
-        if not self.vectors:
-            return
         if ill := [name for name in self.vectors if not obs[name].isfinite().all()]:
             raise NumericsError(
                 f"Observation '{ill[0]}' is not finite, so it was kept out of the statistics. Check what it comes from."
             )
-        added = next(iter(obs.values())).shape[0]
-        total = self.count + added
-        for i, name in enumerate(self.vectors):
-            mean, square = getattr(self, f"mean{i}"), getattr(self, f"square{i}")
-            x = obs[name].to(torch.float64)
-            delta = x.mean(0) - mean
-            square += (x - x.mean(0)).square().sum(0) + delta.square() * self.count * added / total
-            mean += delta * added / total
-        self.count.copy_(total)
+        for name, moments in zip(self.vectors, self.moments, strict=True):
+            moments.update(obs[name])
+
+    @property
+    def count(self) -> Tensor:
+        """Observations that the statistics are of."""
+        return self.moments[0].count if self.vectors else torch.zeros((), dtype=torch.float64)
 
     def statistics(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """(mean, deviation) of one vector; a constant number keeps deviation 1."""
-        std = (getattr(self, f"square{index}") / self.count.clamp_min(1)).sqrt()
-        std = torch.where(std > 1e-6, std, torch.ones_like(std))
-        return getattr(self, f"mean{index}").to(like), std.to(like)
+        moments = self.moments[index]
+        std = moments.variance.sqrt()
+        return moments.mean.to(like), torch.where(std > 1e-6, std, torch.ones_like(std)).to(like)
 
     def deviation(self, name: str) -> Tensor:
         """The unit [D] in which an error of this key is given: 1 for pixels, categories and bits."""
@@ -72,18 +71,39 @@ class InputScaling(nn.Module):
 
     def forward(self, obs: Obs) -> Obs:
         """Canonical observations on the inner scale."""
-        return self._each(obs, symlog, _standardised)
+        return self._each(obs, symlog, _standardised, dict.fromkeys(self.vectors, torch.float32))
 
     def inverse(self, obs: Obs) -> Obs:
         """From the inner scale to canonical observations."""
-        return self._each(obs, symexp, lambda x, mean, std: x * std + mean)
+        return self._each(obs, symexp, _original, self.types)
 
-    def _each(self, obs: Obs, log, affine) -> Obs:
-        if self.kind == "raw":
-            return obs
+    def beyond(self, obs: Obs) -> Float[Tensor, ""] | None:
+        """The share of numbers on the inner scale that are compressed; None where none can be."""
+        if self.kind != "standardise" or not self.vectors:
+            return None
+        return torch.cat([obs[name].abs().flatten() > RANGE for name in self.vectors]).float().mean()
+
+    def former(self, arrays: dict, prefix: str) -> None:
+        """Names of 0.1.0, which kept sums of squares and one count."""
+        count = arrays.pop(f"{prefix}count", None)
+        for i in range(len(self.vectors)):
+            if (square := f"{prefix}square{i}") in arrays:
+                each = torch.as_tensor(arrays[square]) / max(1.0, float(count))
+                arrays[square] = each if float(count) else torch.ones_like(each)
+                take_over(arrays, f"{prefix}moments.{i}", mean=f"{prefix}mean{i}", variance=square, count=float(count))
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
+        self.former(state_dict, prefix)  # SB3's zips of policies around an encoder are read by torch's own way
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _each(self, obs: Obs, log, affine, types: dict[str, torch.dtype]) -> Obs:
         out = dict(obs)
         for i, name in enumerate(self.vectors):
-            out[name] = log(obs[name]) if self.kind == "symlog" else affine(obs[name], *self.statistics(i, obs[name]))
+            x = obs[name]
+            if self.kind != "raw":
+                x = x.to(torch.float64)
+                x = log(x) if self.kind == "symlog" else affine(x, *self.statistics(i, x))
+            out[name] = x.to(types[name])
         return out
 
 
@@ -96,8 +116,22 @@ def convolution(key: KeySpec, depth: int) -> ConvEncoder:
 
 
 def _standardised(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Within 20 deviations; what is not finite is NaN, lest an infinity pass for 20."""
-    return torch.where(x.isfinite(), ((x - mean) / std).clamp(-20, 20), torch.nan)
+    """In deviations, compressed beyond RANGE; what is not finite is NaN, lest an infinity pass for a number."""
+    x = (x - mean) / std
+    beyond = x.abs() - RANGE
+    x = torch.where(beyond > 0, x.sign() * (RANGE + beyond.clamp_min(0).log1p()), x)
+    return torch.where(x.isfinite(), x, torch.nan)
+
+
+def _original(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Inverse of `_standardised`; nothing that a network says is beyond float32."""
+    beyond = x.abs() - RANGE
+    x = torch.where(beyond > 0, x.sign() * (RANGE + beyond.clamp(0, MOST).expm1()), x)
+    return (x * std + mean).clamp(-FLOAT32_MAX, FLOAT32_MAX)
+
+
+MOST = 200.0
+"""More than the logarithm of what float32 holds in deviations of any size."""
 
 
 class EncoderConfig(Frozen):

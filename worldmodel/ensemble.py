@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from worldmodel.config import Frozen
 from worldmodel.data import Loss
+from worldmodel.moments import RunningMoments, take_over
 from worldmodel.registry import register
 
 
@@ -53,17 +54,15 @@ class Ensemble(nn.Module):
     No gradient leaves it. Source: Sekar et al. 2020 (Plan2Explore), section 3; Lakshminarayanan et al. 2017.
     """
 
-    RATE = 0.01
-    """How fast the running mean and variance of the embedding follow."""
+    MEMORY = 0.99
+    """The share of the embedding's mean and variance that stays at each update."""
 
     def __init__(self, config: EnsembleConfig, feature_dim: int, action_dim: int, embed_dim: int):
         super().__init__()
         widths = [feature_dim + action_dim, *[config.units] * config.layers, embed_dim]
         self.members = config.members
         self.layers = nn.ModuleList(Parallel(config.members, *pair) for pair in pairwise(widths))
-        self.register_buffer("mean", torch.zeros(embed_dim))
-        self.register_buffer("variance", torch.zeros(embed_dim))
-        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+        self.moments = RunningMoments(embed_dim, self.MEMORY)
 
     def forward(self, feature: Float[Tensor, "N F"], action: Float[Tensor, "N A"]) -> Float[Tensor, "K N E"]:
         """Each one's prediction, in deviations of the embedding around its mean."""
@@ -82,8 +81,9 @@ class Ensemble(nn.Module):
         """Half the squared error, summed over members and averaged over the embedding, where the mask holds."""
         target = following.detach().flatten(0, 1).float()
         if self.training:
-            self._observe(target[mask.flatten()])
-        target = (target - self.mean) / self.variance.sqrt().clamp_min(1e-3)
+            if len(rows := target[mask.flatten()]) > 1:  # one alone has no deviation
+                self.moments.update(rows)
+        target = (target - self.moments.mean.float()) / self.moments.deviation(1e-3)
         error = self(feature.detach().flatten(0, 1), action.flatten(0, 1)) - target
         return Loss(0.5 * error.square().mean(-1).sum(0).view(mask.shape), "score", mask)
 
@@ -92,12 +92,7 @@ class Ensemble(nn.Module):
         spread = self(feature.flatten(0, -2), action.flatten(0, -2)).var(0)
         return spread.mean(-1).sqrt().view(feature.shape[:-1])
 
-    @torch.no_grad()
-    def _observe(self, embed: Float[Tensor, "N E"]) -> None:
-        """Takes a batch into the running statistics; the first ones count in full."""
-        if len(embed) < 2:
-            return
-        self.batches += 1
-        rate = max(self.RATE, 1 / int(self.batches))
-        self.mean.lerp_(embed.mean(0), rate)
-        self.variance.lerp_(embed.var(0), rate)
+    def former(self, arrays: dict, prefix: str) -> None:
+        """Names of 0.1.0."""
+        own = {name: prefix + name for name in ("mean", "variance")}
+        take_over(arrays, f"{prefix}moments", **own, count=f"{prefix}batches")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -11,40 +12,78 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from worldmodel.config import Frozen
+from worldmodel.moments import LONG_AGO, RunningMoments
 from worldmodel.networks import MLP, TwoHot
 from worldmodel.registry import register
 
 
 class HeadsConfig(Frozen):
-    """Reward as a two-hot distribution in symlog space, continue as a Bernoulli."""
+    """Reward as a two-hot distribution in symlog space, in units of the rewards' own size; continue as a Bernoulli."""
 
     kind: Literal["standard"] = "standard"
     units: int = Field(128, ge=1, description="width")
     layers: int = Field(1, ge=0, description="hidden layers of each head")
     bins: int = Field(127, ge=3, description="bins of the reward's distribution (odd)")
-    limit: float = Field(10.0, gt=0, description="greatest symlog reward that the bins reach")
+    limit: float = Field(10.0, gt=0, description="greatest symlog reward that the bins reach, in units of the rewards' own size")
     gradient: Literal["full", "stop"] = Field("full", description="whether their losses train what is upstream too")
+
+
+class RewardScale(nn.Module):
+    """The unit in which rewards are learned: the root mean square of those so far that are not 0, and 1 before any.
+
+    Rewards of 1e6 and of 1e-6 are then the same to the bins of a distribution, and where they are 1 or -1 nothing changes. Zeros
+    do not count: a goal that is rare is no smaller for that.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.squares = RunningMoments((), before=1.0)
+
+    @torch.no_grad()
+    def update(self, reward: Float[Tensor, "*N"]) -> None:
+        """Take real rewards in; what is not finite stays out."""
+        reward = reward.detach().flatten().to(torch.float64)
+        self.squares.update(reward[reward != 0].square())
+
+    @property
+    def value(self) -> Float[Tensor, ""]:
+        """One unit, in rewards: float32, above 0."""
+        return self.squares.mean.sqrt().float().clamp_min(SMALLEST)
+
+    def former(self, arrays: dict, prefix: str) -> None:
+        """Of 0.1.0, which learned them as they were, and goes on so."""
+        known = f"{prefix}squares."
+        if f"{known}count" not in arrays:
+            arrays |= {f"{known}count": np.array(LONG_AGO), f"{known}mean": np.array(1.0), f"{known}variance": np.array(1.0)}
+
+
+SMALLEST = 1e-30
+"""The least unit: dividing by a smaller one leaves float32."""
 
 
 @register("heads", "standard", HeadsConfig)
 class Heads(nn.Module):
-    """feature [*N, F] -> expected reward [*N] and P(continue) [*N], both on arrival at that feature."""
+    """feature [*N, F] -> expected reward [*N] and P(continue) [*N], both on arrival at that feature.
+
+    scale   the unit that rewards are learned in; what goes in and comes out are rewards as the world gives them
+    """
 
     def __init__(self, config: HeadsConfig, feature_dim: int):
         super().__init__()
         self.stop = config.gradient == "stop"
+        self.scale = RewardScale()
         self.two_hot = TwoHot(config.bins, config.limit)
         self.reward_net = MLP(feature_dim, config.units, config.layers, config.bins, scale=0)
         self.cont_net = MLP(feature_dim, config.units, config.layers, 1)
 
     def reward(self, feature: Float[Tensor, "*N F"]) -> Float[Tensor, "*N"]:
-        return self.two_hot.mean(self.reward_net(feature))
+        return self.two_hot.mean(self.reward_net(feature)) * self.scale.value
 
     def cont(self, feature: Float[Tensor, "*N F"]) -> Float[Tensor, "*N"]:
         return torch.sigmoid(self.cont_net(feature)).squeeze(-1)
 
     def reward_loss(self, feature: Float[Tensor, "*N F"], target: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
-        return self.two_hot.loss(self.reward_net(self._read(feature)), target)
+        return self.two_hot.loss(self.reward_net(self._read(feature)), target / self.scale.value)
 
     def cont_loss(self, feature: Float[Tensor, "*N F"], target: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
         return F.binary_cross_entropy_with_logits(self.cont_net(self._read(feature)).float().squeeze(-1), target, reduction="none")

@@ -140,7 +140,7 @@ class Learner:
         self.average = world
         if config.average:
             self.average = copy.deepcopy(world).requires_grad_(False)
-            self.average.scaling = world.scaling  # what was observed is no matter of averaging
+            self.average.scaling, self.average.heads.scale = world.scaling, world.heads.scale  # what came is no matter of averaging
         if config.compile:
             for model in {world, self.average}:
                 model.dynamics.compile_step()
@@ -174,6 +174,8 @@ class Learner:
                 self._follow()
         if self.updates % self.MEASURE_EVERY == 1:
             metrics |= self.world.measures(trace, batch.is_first)
+        if (beyond := self.world.scaling.beyond(batch.obs)) is not None:
+            metrics["beyond_range"] = float(beyond)
         metrics["active_units"] = self.world.active_units(trace)
         if "dyn" in losses:
             metrics["rate"] = metrics["loss/dyn"]

@@ -264,6 +264,11 @@ class Replay:
         oldest = int(self._next[stream]) - self.lengths[stream]
         return {key: self._rows(f"obs/{key}", stream, oldest + start, oldest + stop) for key in self.obs_spec}
 
+    def rewards(self, stream: int) -> np.ndarray:
+        """All rewards [R] that one stream holds, in order; 0 where an episode begins."""
+        after = int(self._next[stream])
+        return self._rows("reward", stream, after - self.lengths[stream], after)
+
     # Out ------------------------------------------------------------------------------------------------------------
 
     def stream(self, number: int) -> Batch:

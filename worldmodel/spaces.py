@@ -3,7 +3,7 @@
 | space | kind | canonical event |
 |---|---|---|
 | Box, 3-D, or 2-D with both sides >= 16 | image | float [C, H, W] in [0, 1] |
-| Box of any other shape, float or integer | vector | float [D], values as they are |
+| Box of any other shape, float or integer | vector | float [D], values as they are; float64 where float32 would round them |
 | Discrete, MultiDiscrete | categorical | one-hot groups side by side, [D] |
 | MultiBinary, Box of bool | binary | 0.0 or 1.0, [D] |
 
@@ -33,6 +33,8 @@ IMAGE_CHANNELS = (1, 3, 4)
 MAX_CATEGORIES = 65536
 """One-hot groups wider than this would fill the memory before they taught anything."""
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+WIDE = {torch.float64, torch.int32, torch.int64, torch.uint32, torch.uint64}
+"""What float32 would round: a Unix time loses its minutes."""
 
 FLATTEN = "worldmodel.envs.FlattenSpaces"
 TRANSFORM_OBS = "gymnasium.wrappers.TransformObservation"
@@ -80,8 +82,17 @@ class KeySpec:
         sizes, start = (np.array(v, self.raw_dtype).reshape(self.raw_shape) for v in (self.sizes, self.start))
         return gym_spaces.MultiDiscrete(sizes, dtype=self.raw_dtype.type, start=start)
 
+    @property
+    def canonical_dtype(self) -> torch.dtype:
+        """Of what `canonical` makes of raw values: float64 for vectors whose numbers float32 would round."""
+        wide = self.kind == "vector" and torch.from_numpy(np.empty(0, self.raw_dtype)).dtype in WIDE
+        return torch.float64 if wide else torch.float32
+
     def canonical(self, x: Tensor) -> Tensor:
-        """[..., *raw_shape] in any dtype -> float32 [..., *shape]. Raises ValueError where the raw shape does not fit."""
+        """[..., *raw_shape] in any dtype -> [..., *shape]: float32, but vectors of a wider dtype are float64.
+
+        Raises ValueError where the raw shape does not fit.
+        """
         lead = x.shape[: x.ndim - len(self.raw_shape)]
         if x.shape[len(lead) :] != self.raw_shape:
             raise ValueError(f"Observation '{self.name}' has shape {tuple(x.shape)}; expected [..., {self.raw_shape}].")
@@ -96,7 +107,7 @@ class KeySpec:
             return x.to(torch.float32).div_(float(self.high))
         x = x.reshape(*lead, -1) if lead or self.raw_shape else x.reshape(1)
         if self.kind != "categorical":
-            return x.to(torch.float32)
+            return x.to(torch.float64 if self.kind == "vector" and x.dtype in WIDE else torch.float32)
         shift, offset = _group_constants(self.sizes, self.start, x.device)
         out = torch.zeros(*lead, *self.shape, dtype=torch.float32, device=x.device)
         return out.scatter_(-1, x.to(torch.int64) - shift + offset, 1.0)
@@ -228,7 +239,7 @@ class ObsSpec:
                 )
 
     def canonical(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """{key: [..., *raw_shape]} -> {key: float32 [..., *shape]}; any leading dimensions, any device."""
+        """{key: [..., *raw_shape]} -> {key: [..., *shape]} as each key has it; any leading dimensions, any device."""
         return {name: key.canonical(rows[name]) for name, key in self.keys.items()}
 
     def raw(self, canonical: Mapping[str, Tensor | np.ndarray]) -> dict[str, np.ndarray]:

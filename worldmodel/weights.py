@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from worldmodel.errors import ConfigError
+from worldmodel.moments import in_todays_names
 
 
 @contextmanager
@@ -30,7 +31,7 @@ def as_arrays(module: nn.Module) -> dict[str, np.ndarray]:
 
 def fill(module: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
     """Takes over what `as_arrays` gave. Raises ConfigError where names or shapes differ; then nothing is changed."""
-    own = module.state_dict()
+    own, arrays = module.state_dict(), in_todays_names(module, arrays)
     wrong = sorted(set(own) ^ set(arrays)) or [name for name, x in own.items() if tuple(x.shape) != arrays[name].shape]
     if wrong:
         raise ConfigError(

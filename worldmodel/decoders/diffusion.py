@@ -26,6 +26,7 @@ from worldmodel.distributions import (
     GaussianLatentConfig,
     Posterior,
 )
+from worldmodel.moments import LONG_AGO, RunningMoments, take_over
 from worldmodel.networks import ConvEncoder, NoisePerceptron, StraightMLP, linear
 from worldmodel.registry import register
 from worldmodel.spaces import ObsSpec
@@ -63,7 +64,7 @@ class DiffusionDecoder(Decoder):
         shapes = [spec.keys[name].shape for name in self.images]
         self.unets = nn.ModuleList(NoiseUNet(s[0], s[0], self.inputs, tuple(s[1:]), config.refine_depth) for s in shapes)
         for i in range(len(self.images)):
-            self.register_buffer(f"difference{i}", torch.ones(()))
+            self.register_module(f"differences{i}", RunningMoments((), self.MEMORY, before=1.0))
         self.numbers = {name: spec.keys[name].shape[0] for name in self.vectors if spec.keys[name].kind == "vector"}
         width = sum(self.numbers.values())
         self.refiner = NoisePerceptron(width, width + self.inputs, config.refine_units, 2) if width else None
@@ -81,7 +82,7 @@ class DiffusionDecoder(Decoder):
             beside = expected[name][some]
             difference = obs[name][some] - beside
             if self.training:
-                self._follow(i, difference)
+                getattr(self, f"differences{i}").update(difference.square().flatten(1).mean(1))
             error = self._denoise(pictured(unet, beside, seen[some]), difference / self._picture_unit(i), generator)
             total = total.index_add(0, some, error * (len(seen) / len(some)))  # the mean over rows is that of these
         if self.refiner is not None:
@@ -95,14 +96,17 @@ class DiffusionDecoder(Decoder):
         noise = torch.randn(data.shape, generator=generator, device=data.device)
         return self.path.loss(network, data, noise, level) / data[0].numel()
 
-    @torch.no_grad()
-    def _follow(self, i: int, difference: Tensor) -> None:
-        """The running root mean square of what pictures differ by from what is expected; never that of a NaN."""
-        size, known = difference.square().mean().sqrt(), getattr(self, f"difference{i}")
-        known.lerp_(torch.where(size.isfinite(), size, known), 0.05)
-
     def _picture_unit(self, i: int) -> Tensor:
-        return getattr(self, f"difference{i}").clamp_min(1e-3) / DATA
+        """By what pictures differ from what is expected, root mean square."""
+        return getattr(self, f"differences{i}").mean.sqrt().float().clamp_min(1e-3) / DATA
+
+    def former(self, arrays: dict, prefix: str) -> None:
+        """Names of 0.1.0, which kept a root mean square."""
+        super().former(arrays, prefix)
+        for i in range(len(self.images)):
+            if (name := f"{prefix}difference{i}") in arrays:
+                arrays[name] = arrays[name] ** 2
+                take_over(arrays, f"{prefix}differences{i}", mean=name, count=LONG_AGO)
 
     def _numbered(self, beside: Tensor, seen: Tensor) -> Network:
         given = torch.cat([beside, seen], -1)

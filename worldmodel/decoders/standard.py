@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from worldmodel.config import Frozen
 from worldmodel.data import Loss, Obs, Sampling
 from worldmodel.errors import ConfigError
+from worldmodel.moments import LONG_AGO, RunningMoments, take_over
 from worldmodel.networks import ConvDecoder, StraightMLP, negative_log_likelihood
 from worldmodel.registry import register
 from worldmodel.spaces import ObsSpec
@@ -50,6 +52,9 @@ class Decoder(nn.Module):
     Source of `fitted`: Rybkin et al. 2021 (sigma-VAE), eq. 7.
     """
 
+    MEMORY = 0.95
+    """The share of the fitted deviations that stays at each update."""
+
     def __init__(self, config: DecoderConfig, spec: ObsSpec, feature_dim: int, latent_dim: int):
         super().__init__()
         self.config, self.spec = config, spec
@@ -64,11 +69,11 @@ class Decoder(nn.Module):
         self.laws = {name: own[key.kind] for name, key in spec.keys.items()}
         self.spread = [name for name, law in self.laws.items() if law in ("gaussian", "logistic")]
         for i, name in enumerate(self.spread):
-            log_std = torch.zeros(1 if name in self.images else spec.keys[name].shape[0])
+            width = 1 if name in self.images else spec.keys[name].shape[0]
             if config.sigma == "learned":
-                self.register_parameter(f"log_std{i}", nn.Parameter(log_std))
+                self.register_parameter(f"log_std{i}", nn.Parameter(torch.zeros(width)))
             else:
-                self.register_buffer(f"log_std{i}", log_std)
+                self.register_module(f"errors{i}", RunningMoments(width, self.MEMORY, before=1.0))
 
     def output(self, feature: Float[Tensor, "N F"]) -> Obs:
         """Means of Gaussian keys, middles of logistic ones, logits of all others, on the scaled observation's scale."""
@@ -81,7 +86,10 @@ class Decoder(nn.Module):
     def log_std(self, name: str) -> Tensor:
         """ln of the deviation of a Gaussian or logistic key, not below the floor."""
         floor = math.log(self.config.min_sigma_image if name in self.images else self.config.min_sigma)
-        return getattr(self, f"log_std{self.spread.index(name)}").clamp_min(floor)
+        i = self.spread.index(name)
+        if self.config.sigma == "learned":
+            return getattr(self, f"log_std{i}").clamp_min(floor)
+        return (0.5 * getattr(self, f"errors{i}").mean.log()).float().clamp_min(floor)
 
     def loss(self, feature: Float[Tensor, "N F"], obs: Obs, sampling: Sampling | None = None) -> dict[str, Loss]:
         """{"observation": -ln p(obs | feature)} [N]; `obs` on the inner scale.
@@ -117,10 +125,15 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def _fit(self, name: str, x: Tensor, mean: Tensor) -> None:
         error = (x - mean).square()
-        error = error.mean().view(1) if name in self.images else error.mean(0)
-        log_std = getattr(self, f"log_std{self.spread.index(name)}")
-        # An update that is skipped because of NaN must not leave one behind here.
-        log_std.lerp_(torch.where(error.isfinite(), 0.5 * error.clamp_min(1e-12).log(), log_std), 0.05)
+        error = error.flatten(1).mean(1, keepdim=True) if name in self.images else error
+        getattr(self, f"errors{self.spread.index(name)}").update(error)
+
+    def former(self, arrays: dict, prefix: str) -> None:
+        """Names of 0.1.0, which kept the logarithm of a deviation."""
+        for i in range(len(self.spread)) if self.config.sigma == "fitted" else ():
+            if (name := f"{prefix}log_std{i}") in arrays:
+                arrays[name] = np.exp(2.0 * np.asarray(arrays[name], np.float64))
+                take_over(arrays, f"{prefix}errors{i}", mean=name, count=LONG_AGO)
 
     def mean(self, feature: Float[Tensor, "N F"]) -> Obs:
         """The expected observation: probabilities for categorical and Bernoulli keys."""

@@ -15,6 +15,7 @@ from worldmodel.data import Loss, Sampling
 from worldmodel.denoising import DATA
 from worldmodel.distributions.base import ConditionalDistribution, Latent, Posterior, Source
 from worldmodel.errors import ConfigError
+from worldmodel.moments import RunningMoments, take_over
 from worldmodel.networks import NoisePerceptron, StraightMLP
 from worldmodel.registry import register
 
@@ -81,9 +82,7 @@ class Diffusion(ConditionalDistribution):
         self.absent = nn.Parameter(torch.zeros(context_dim)) if config.drop and context_dim else None
         framed = context_dim and not config.drop
         self.frame = StraightMLP(context_dim, config.units, 1, latent.parameters) if framed else None
-        self.register_buffer("mean", torch.zeros(latent.size))
-        self.register_buffer("variance", torch.ones(latent.size))
-        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.moments = RunningMoments(latent.size, config.memory)
 
     @classmethod
     def check(cls, config: DiffusionConfig, latent: Latent, slot: str, where: str) -> None:
@@ -99,22 +98,19 @@ class Diffusion(ConditionalDistribution):
     def whitening(self, context: Tensor | None) -> tuple[Float[Tensor, "*N D"], Float[Tensor, "*N D"]]:
         """(mean, what one unit of standardised data is in the code), for each row or for all."""
         if self.frame is None:
-            return self.mean, self.variance.clamp_min(1e-8).sqrt() / DATA
+            return self.moments.mean.float(), self.moments.deviation(1e-4) / DATA
         belief = self.latent.belief(self.frame(context))
         return belief.mean, belief.std / DATA
 
     @torch.no_grad()
     def watch(self, codes: Float[Tensor, "N D"]) -> None:
         """Take codes into the running statistics. The first ones set them: there is nothing to be remembered before."""
-        if len(codes) < 2 or not codes.isfinite().all():  # an update that is skipped because of NaN must not leave one behind
-            return
-        # Until `memory` is reached, the average of all batches so far.
-        share = (1 / (self.seen + 1.0)).clamp_min(1 - self.config.memory)
-        mean = torch.lerp(self.mean, codes.mean(0), share)
-        spread = codes.var(0, correction=0) + (codes.mean(0) - self.mean) * (codes.mean(0) - mean)
-        self.variance.copy_(torch.lerp(self.variance, spread, share))
-        self.mean.copy_(mean)
-        self.seen += 1
+        if len(codes) > 1:
+            self.moments.update(codes)
+
+    def former(self, arrays: dict, prefix: str) -> None:
+        """Names of 0.1.0."""
+        take_over(arrays, f"{prefix}moments", mean=f"{prefix}mean", variance=f"{prefix}variance", count=f"{prefix}seen")
 
     # Network
 
@@ -149,11 +145,11 @@ class Diffusion(ConditionalDistribution):
         batch = (1,) if context is None else context.shape[:-1]
         shape = (count, *batch, self.latent.size)
         if sampling.mode:
-            noise = self.mean.new_zeros(shape)
+            noise = torch.zeros(shape, device=self.moments.mean.device)
         elif sampling.noise is not None:
             noise = sampling.noise.expand(shape)
         else:
-            noise = torch.randn(shape, generator=sampling.generator, device=self.mean.device)
+            noise = torch.randn(shape, generator=sampling.generator, device=self.moments.mean.device)
         levels = self.path.grid(sampling.steps or self.config.steps).to(noise)
         start = self.path.start(sampling.temperature * noise, levels[0]).reshape(-1, self.latent.size)
         rows = None if context is None else context.expand(count, *context.shape).flatten(0, -2)
@@ -283,11 +279,7 @@ class Diffusion(ConditionalDistribution):
     def fit(self, codes, context=None, **options) -> float:
         """As every law's; the statistics are those of all codes, and stand still while the network learns."""
         if self.frame is None:
-            self.seen.zero_()
-            self.watch(codes)
-            self.seen.fill_(
-                round(1 / (1 - self.config.memory))
-            )  # as many batches as the average remembers: later ones move it slowly
+            self.moments.fix(codes)
         training = self.training
         self.eval()
         try:

@@ -30,6 +30,7 @@ from worldmodel.distributions.base import ClosedForm, ConditionalDistribution, L
 from worldmodel.distributions.gaussian import GaussianConfig
 from worldmodel.distributions.langevin import Level, langevin, uphill
 from worldmodel.errors import ConfigError, NumericsError
+from worldmodel.moments import RunningMoments, take_over
 from worldmodel.networks import MLP
 from worldmodel.registry import build, part, register
 
@@ -87,8 +88,8 @@ class Energy(ConditionalDistribution):
     density = "unnormalised"
     slots = frozenset({"initial", "transition", "marginal"})
     latents = frozenset({"gaussian"})
-    RATE = 0.01
-    """How fast the running mean and deviation follow."""
+    MEMORY = 0.99
+    """The share of the running mean and deviation that stays at each update."""
 
     def __init__(self, config: EnergyConfig, latent: Latent, context_dim: int, source: Source | None = None):
         super().__init__(latent, context_dim)
@@ -98,9 +99,7 @@ class Energy(ConditionalDistribution):
         self.net = MLP(latent.size + context_dim, config.units, config.layers, 1, scale=0, norm=False)
         self.framed = isinstance(self.base, ClosedForm)
         if not self.framed:
-            self.register_buffer("centre", torch.zeros(latent.size))
-            self.register_buffer("spread", torch.ones(latent.size))
-            self.register_buffer("seen", torch.zeros(()))
+            self.moments = RunningMoments(latent.size, self.MEMORY)
         if config.trainer == "pcd":
             self.register_buffer("chains", torch.randn(config.buffer, latent.size))
 
@@ -292,9 +291,7 @@ class Energy(ConditionalDistribution):
         options = {"steps": steps, "batch": batch, "lr": lr, "generator": generator}
         self.base.fit(codes, context, **options)
         if not self.framed:
-            self.seen.zero_()
-            self._remember(codes.detach())
-            self.seen.fill_(1 / self.RATE)  # what comes later moves the units of all these codes no faster than in training
+            self.moments.fix(codes)
         if self.config.trainer == "pcd":
             with torch.no_grad():
                 self.chains.copy_(self.base.sample(None, len(self.chains), Sampling(generator=generator))[:, 0])
@@ -310,23 +307,22 @@ class Energy(ConditionalDistribution):
     def _frame(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """(centre, deviation) of the base, [*N D] or broadcast to it."""
         if not self.framed:
-            return self.centre, self.spread
+            return self.moments.mean.float(), self.moments.deviation(1e-3)
         belief = self.base.given(context)
         return belief.mean, belief.std
 
     @torch.no_grad()
     def _remember(self, x: Float[Tensor, "*N D"]) -> None:
-        """Running mean and deviation of the codes, where the base cannot tell its own.
-
-        The buffers are replaced and not changed, since a rate that is yet to be differentiated may hold them.
-        """
+        """Running mean and deviation of the codes, where the base cannot tell its own."""
         rows = x.flatten(0, -2)
-        if self.framed or len(rows) < 2 or not rows.isfinite().all():  # an update that is skipped must leave nothing behind
-            return
-        share = max(self.RATE, 1 / (1 + float(self.seen)))
-        self.seen += 1
-        self.centre = self.centre.lerp(rows.mean(0), share)
-        self.spread = self.spread.lerp(rows.std(0).clamp_min(1e-3), share)
+        if not self.framed and len(rows) > 1:
+            self.moments.update(rows)
+
+    def former(self, arrays: dict, prefix: str) -> None:
+        """Names of 0.1.0, which kept a deviation."""
+        if (name := f"{prefix}spread") in arrays and not self.framed:
+            arrays[name] = arrays[name] ** 2
+            take_over(arrays, f"{prefix}moments", mean=f"{prefix}centre", variance=name, count=f"{prefix}seen")
 
     def _fixed(self) -> torch.Generator:
         """Noise that is the same at each call."""

@@ -16,6 +16,7 @@ from worldmodel.config import Frozen
 from worldmodel.data import Sampling
 from worldmodel.distributions.base import ConditionalDistribution, Latent, Source
 from worldmodel.distributions.gaussian import GaussianPosterior
+from worldmodel.moments import RunningMoments, take_over
 from worldmodel.networks import StraightMLP
 from worldmodel.registry import register
 
@@ -47,17 +48,15 @@ class Flow(ConditionalDistribution):
     """The splines act on [-REACH, REACH]."""
     ALARM = 0.05
     """The share of whitened numbers outside from which on `measures` warns."""
-    RATE = 0.01
-    """How fast the running statistics follow."""
+    MEMORY = 0.99
+    """The share of the running statistics that stays at each update."""
 
     def __init__(self, config: FlowConfig, latent: Latent, context_dim: int, source: Source | None = None):
         super().__init__(latent, context_dim)
         if context_dim:
             self.frame = StraightMLP(context_dim, config.units, 1, latent.parameters)
         else:
-            self.register_buffer("mean", torch.zeros(latent.size))
-            self.register_buffer("variance", torch.ones(latent.size))
-            self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+            self.moments = RunningMoments(latent.size, self.MEMORY)
         sizes = {"hidden_features": [config.units] * config.layers, "activation": nn.SiLU}
         splines = zuko.flows.NSF(latent.size, context_dim, config.bins, transforms=config.transforms, passes=2, **sizes)
         self.splines = splines.transform
@@ -70,7 +69,7 @@ class Flow(ConditionalDistribution):
         """The Gaussian in front, for each row of the context; without context its batch shape is [1]."""
         if self.context_dim:
             return self.latent.belief(self.frame(context))
-        return GaussianPosterior(self.mean.unsqueeze(0), self.variance.sqrt().clamp_min(1e-3).unsqueeze(0))
+        return GaussianPosterior(self.moments.mean.float().unsqueeze(0), self.moments.deviation(1e-3).unsqueeze(0))
 
     def whitened(self, x: Float[Tensor, "*N D"], context: Tensor | None) -> Float[Tensor, "*N D"]:
         """What the splines are given."""
@@ -112,9 +111,7 @@ class Flow(ConditionalDistribution):
         """As everywhere; the whitening is that of all the codes, and stays."""
         training = self.training
         if not self.context_dim:
-            self.mean.copy_(codes.detach().mean(0))
-            self.variance.copy_(codes.detach().var(0))
-            self.batches.fill_(round(1 / self.RATE))  # what comes later moves them no faster than in training
+            self.moments.fix(codes)
         self.eval()
         try:
             return super().fit(codes, context, **options)
@@ -124,16 +121,15 @@ class Flow(ConditionalDistribution):
     @torch.no_grad()
     def _follow(self, x: Tensor) -> None:
         """Takes codes into the running statistics, after they were scored; nothing moves in eval mode or in frozen weights."""
-        x = x.detach().flatten(0, -2).float()
+        x = x.detach().flatten(0, -2)
         if self.context_dim or not self.training or len(x) < 2 or not next(self.parameters()).requires_grad:
             return
-        if not x.isfinite().all():  # an update that is skipped must leave nothing behind
-            return
-        self.batches += 1
-        rate = max(self.RATE, 1 / int(self.batches))
-        mean = x.mean(0)
-        self.variance.lerp_(x.var(0) + (1 - rate) * (mean - self.mean).square(), rate)
-        self.mean.lerp_(mean, rate)
+        self.moments.update(x)
+
+    def former(self, arrays: dict, prefix: str) -> None:
+        """Names of 0.1.0."""
+        if not self.context_dim:
+            take_over(arrays, f"{prefix}moments", mean=f"{prefix}mean", variance=f"{prefix}variance", count=f"{prefix}batches")
 
     @torch.no_grad()
     def outside(self, x: Float[Tensor, "*N D"], context: Tensor | None) -> float:

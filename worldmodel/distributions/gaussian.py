@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from worldmodel.config import Frozen
 from worldmodel.data import Loss
 from worldmodel.distributions.base import ClosedForm, Latent, Posterior, Source
+from worldmodel.moments import LONG_AGO, RunningMoments, take_over
 from worldmodel.networks import StraightMLP
 from worldmodel.registry import register
 
@@ -137,15 +138,15 @@ class Gaussian(ClosedForm):
 
     slots = frozenset({"initial", "transition", "marginal"})
     latents = frozenset({"gaussian"})
-    RATE = 0.05
-    """How fast the fitted variance follows."""
+    MEMORY = 0.95
+    """The share of the fitted variance that stays at each update."""
 
     def __init__(self, config: GaussianConfig, latent: Latent, context_dim: int, source: Source | None = None):
         super().__init__(latent, context_dim)
         self.standard, self.fitted = config.standard, config.std == "fitted" and not config.standard
         outputs = latent.size if self.fitted else latent.parameters
         if self.fitted:
-            self.register_buffer("variance", torch.ones(latent.size))
+            self.errors = RunningMoments(latent.size, self.MEMORY, before=1.0)
         if config.standard:
             self.register_buffer("origin", torch.zeros(1, latent.size), persistent=False)
         elif context_dim:
@@ -161,6 +162,11 @@ class Gaussian(ClosedForm):
         if not self.fitted:
             return self.latent.belief(raw)
         return GaussianPosterior(raw.float(), self.variance.sqrt().clamp_min(self.latent.min_std).expand(raw.shape))
+
+    @property
+    def variance(self) -> Float[Tensor, " Z"]:
+        """The mean square of the errors so far, where `std` is fitted."""
+        return self.errors.mean.float()
 
     def rate(self, posterior, z, context, *, frozen: bool = False, sampling=None, rows=None):
         prior = self.given(context)
@@ -186,7 +192,7 @@ class Gaussian(ClosedForm):
         value = super().fit(codes, context, **options)
         if self.fitted:
             with torch.no_grad():
-                self.variance.copy_((codes - self.given(context).mean).square().mean(0))
+                self.errors.fix((codes - self.given(context).mean).square().flatten(0, -2))
         return value
 
     @torch.no_grad()
@@ -196,5 +202,9 @@ class Gaussian(ClosedForm):
         Those of an update that is not finite leave nothing behind.
         """
         if self.fitted and self.training and error.numel() and next(self.parameters()).requires_grad:
-            error = error.flatten(0, -2).mean(0)
-            self.variance.lerp_(torch.where(error.isfinite(), error, self.variance), self.RATE)
+            self.errors.update(error.flatten(0, -2))
+
+    def former(self, arrays: dict, prefix: str) -> None:
+        """Names of 0.1.0."""
+        if self.fitted:
+            take_over(arrays, f"{prefix}errors", mean=f"{prefix}variance", count=LONG_AGO)

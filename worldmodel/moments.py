@@ -1,0 +1,90 @@
+"""Mean and variance of numbers that keep coming: the one way in which the parts follow them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class RunningMoments(nn.Module):
+    """Mean and variance [*D] of rows [N, *D], in float64 and kept with the weights.
+
+    memory  None: every row counts the same, for ever. Else the share that what was known keeps at each batch; until that is
+            reached it is the plain average of the batches so far, so that the first one counts in full
+    before  the mean before anything was seen; the variance is 1 then
+
+    Of a batch that is not all finite nothing enters: it would not leave again, and an update that is skipped leaves nothing
+    behind. Buffers are replaced and not changed, since a loss that
+    is yet to be differentiated may hold them. Source: Chan et al. 1979 (parallel variance).
+    """
+
+    def __init__(self, shape: tuple[int, ...] | int, memory: float | None = None, before: float = 0.0):
+        super().__init__()
+        shape = (shape,) if isinstance(shape, int) else shape
+        self.memory = memory
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.full(shape, before, dtype=torch.float64))
+        self.register_buffer("variance", torch.ones(shape, dtype=torch.float64))
+
+    @torch.no_grad()
+    def update(self, rows: Float[Tensor, "N *D"]) -> None:
+        """Take rows in. `count` is that of rows or, with a memory, of batches."""
+        if not len(rows):
+            return
+        x = rows.detach().to(self.mean)
+        mean, variance = x.mean(0), x.var(0, correction=0)
+        known = (mean.isfinite() & variance.isfinite()).all()  # of the batch: an overflow of squares is not taken in either
+        total = self.count + (len(x) if self.memory is None else 1)
+        share = (total - self.count) / total
+        if self.memory is not None:
+            share = share.clamp_min(1 - self.memory)
+        spread = torch.lerp(self.variance, variance, share) + share * (1 - share) * (mean - self.mean).square()
+        self.variance = torch.where(known, spread, self.variance)
+        self.mean = torch.where(known, torch.lerp(self.mean, mean, share), self.mean)
+        self.count = torch.where(known, total, self.count)
+
+    @torch.no_grad()
+    def fix(self, rows: Float[Tensor, "N *D"]) -> None:
+        """From now on those of these rows, which weigh as much as the memory holds: what comes later moves them no faster."""
+        self.count = torch.zeros_like(self.count)
+        self.update(rows)
+        if self.memory is not None:
+            self.count = torch.full_like(self.count, round(1 / (1 - self.memory)))
+
+    def deviation(self, least: float) -> Tensor:
+        """float32 [*D], at least `least`."""
+        return self.variance.sqrt().clamp_min(least).float()
+
+
+def take_over(
+    arrays: MutableMapping[str, Any], now: str, *, mean: str | None = None, variance: str | None = None, count: Any = None
+) -> None:
+    """Statistics that a checkpoint names in its own way, as those of the RunningMoments `now`; without them nothing.
+
+    count  the name of their count, or a number where none was kept
+    """
+    if f"{now}.count" in arrays or (mean or variance) not in arrays:
+        return
+    known = arrays.pop(mean) if mean else None
+    spread = arrays.pop(variance) if variance else None
+    like = torch.as_tensor(spread if known is None else known).to(torch.float64)
+    arrays[f"{now}.mean"] = torch.zeros_like(like) if known is None else like
+    arrays[f"{now}.variance"] = torch.ones_like(like) if spread is None else torch.as_tensor(spread).to(torch.float64)
+    arrays[f"{now}.count"] = torch.as_tensor(float(arrays.pop(count) if isinstance(count, str) else count), dtype=torch.float64)
+
+
+def in_todays_names(module: nn.Module, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """{name: array} of a checkpoint as this version names them: each part that had other names translates its own (`former`)."""
+    arrays = dict(arrays)
+    for prefix, part in module.named_modules():
+        if hasattr(part, "former"):
+            part.former(arrays, f"{prefix}." if prefix else "")
+    return arrays
+
+
+LONG_AGO = 1e12
+"""The count of statistics that a checkpoint did not count: nothing moves them much any more."""

@@ -17,12 +17,13 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import VecTransposeImage
 from torch import Tensor, nn
 
+from worldmodel.config import Frozen
 from worldmodel.distributions import Inputs
 from worldmodel.encoders import InputScaling
 from worldmodel.envs.imagined import Source, learned_world
 from worldmodel.errors import ConfigError, did_you_mean
-from worldmodel.model import ModelConfig, WorldModel, own_form
-from worldmodel.registry import build
+from worldmodel.model import WorldModel, own_form
+from worldmodel.registry import build, config_class
 from worldmodel.run import Run
 from worldmodel.spaces import KeySpec, ObsSpec
 from worldmodel.weights import cpu_randomness
@@ -42,7 +43,7 @@ def latent_policy_kwargs(
     mode              "frozen": nothing changes the encoder; "finetune": the algorithm's gradients do; "joint": the world
                       model's loss does, through the callback JointWorldModel
     output            "code": the posterior's mean, where the posterior looks at the observation alone; "embedding": what the
-                      encoder gives. Default: the code where there is one; on a filtering run the embedding, with a warning
+                      encoder gives. Default: the code where there is one, else the embedding, with a warning that says why
     frames            of a VecFrameStack around the environments: each is encoded, and what comes out is put side by side
     normalize_images  SB3's option of the same name
 
@@ -56,21 +57,19 @@ def latent_policy_kwargs(
     if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
         raise ConfigError(f"frames is {frames!r}; expected a whole number of at least 1.")
     world, run = learned_world(run_or_model)
-    has_code = getattr(world.dynamics, "posterior_net", None) is not None
-    if output == "code" and not has_code:
+    missing = _no_code(world)
+    if output == "code" and missing:
         raise ConfigError(
-            "output='code' needs a posterior that looks at the observation alone; this run filters, so its code depends on the "
-            "past, which a features extractor never sees. Use output='embedding', train with model=vae or "
-            "model.dynamics.posterior=observation, or wrap the environments in worldmodel.envs.LatentVecEnv."
+            f"output='code' needs a posterior that looks at the observation alone. {missing} Use output='embedding', train with "
+            "model=vae or model.dynamics.posterior=observation, or wrap the environments in worldmodel.envs.LatentVecEnv."
         )
-    if output is None and not has_code:
+    if output is None and missing:
         warnings.warn(
-            "This run filters: its code depends on the past, which a features extractor never sees, so the policy gets the "
-            "encoder's embedding. Say output='embedding' to silence this; for the whole belief wrap the environments in "
-            "worldmodel.envs.LatentVecEnv.",
+            f"{missing} So the policy gets the encoder's embedding. Say output='embedding' to silence this; for the whole belief "
+            "wrap the environments in worldmodel.envs.LatentVecEnv.",
             stacklevel=2,
         )
-    output = output or ("code" if has_code else "embedding")
+    output = output or ("embedding" if missing else "code")
     parts = ["inputs", "encoder", *(["dynamics"] if output == "code" else [])]
     config = world.config.model_dump(mode="json")
     weights = encoder_weights(world, output)
@@ -117,14 +116,14 @@ class LatentExtractor(BaseFeaturesExtractor):
         frames: int = 1,
         normalize_images: bool = True,
     ):
-        spec, config = ObsSpec.from_json(observation), ModelConfig.parse(dict(model))
+        spec = ObsSpec.from_json(observation)
         with cpu_randomness():  # the policy's own first weights stay as they would be without us
-            encoder = build("encoder", config.encoder, spec)
-            net, latent = _posterior(config, encoder) if output == "code" else (None, None)
+            encoder = build("encoder", _config("encoder", model), spec)
+            net, latent = _posterior(_config("dynamics", model), encoder) if output == "code" else (None, None)
         super().__init__(observation_space, frames * (latent.size if latent is not None else encoder.out_features))
         self.mode, self.output, self.frames, self.spec, self.latent = mode, output, frames, spec, latent
         self.seen = arrives_as(spec, observation_space, frames, normalize_images)
-        self.scaling, self.encoder, self.posterior_net = InputScaling(config.inputs, spec), encoder, net
+        self.scaling, self.encoder, self.posterior_net = InputScaling(model["inputs"], spec), encoder, net
         self.source = dict(weights)
         self.register_buffer("filled", torch.tensor(False))
         self._checked = False
@@ -311,10 +310,24 @@ def _place(run: Run | None) -> dict[str, Any]:
     return {} if run is None else {"run": str(run.path), "step": run.read()[1]["counters"]["num_timesteps"]}
 
 
-def _posterior(config: ModelConfig, encoder: nn.Module) -> tuple[nn.Module, Any]:
+def _no_code(world: WorldModel) -> str:
+    """Why an observation alone has no code in this model; empty where it has one."""
+    if getattr(world.config.dynamics, "pixels", False):
+        return "This run predicts pictures as they are: it has no latent code, only a summary that is learned for rewards and ends."
+    if getattr(world.dynamics, "posterior_net", None) is None:
+        return "This run filters: its code depends on the past, which a features extractor never sees."
+    return ""
+
+
+def _config(role: str, model: Mapping[str, Any]) -> Frozen:
+    """The options of one part by its own class: what the whole model asks of its parts together does not concern it."""
+    return config_class(role, model[role]["kind"]).parse(model[role])
+
+
+def _posterior(config: Frozen, encoder: nn.Module) -> tuple[nn.Module, Any]:
     """(embedding -> parameters of the belief, the family of codes) of dynamics whose posterior sees the observation alone."""
     law = own_form(config)
-    dynamics = build("dynamics", config.dynamics, Inputs({}, encoder.out_features, encoder.forward), 1, law, law)
+    dynamics = build("dynamics", config, Inputs({}, encoder.out_features, encoder.forward), 1, law, law)
     return dynamics.posterior_net, dynamics.latent
 
 

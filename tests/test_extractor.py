@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.resources
 import json
 import shutil
 import subprocess
@@ -21,9 +22,10 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNorm
 from worldmodel.agents import JointWorldModel, LatentExtractor, latent_policy_kwargs
 from worldmodel.agents import extractor as module
 from worldmodel.agents.extractor import raw_rows
+from worldmodel.config import Config
 from worldmodel.envs.make import make_vec
 from worldmodel.errors import ConfigError
-from worldmodel.model import tensors
+from worldmodel.model import WorldModel, tensors
 
 PUSH = spaces.Box(-2, 2, (1,), np.float32)
 OBSERVING = {"posterior": "observation"}
@@ -171,6 +173,47 @@ def test_a_filtering_run_gives_its_embedding_and_says_so():
     assert extractor.output == "embedding" and extractor.features_dim == world.encoder.out_features
     with pytest.raises(ConfigError, match="model=vae"):
         latent_policy_kwargs(world, output="code")
+
+
+MODELS = sorted(file.name.removesuffix(".yaml") for file in (importlib.resources.files("worldmodel.configs") / "model").iterdir())
+
+
+def world_of_recipe(recipe: str, space, action=TWO_ACTIONS) -> WorldModel:
+    config = Config.from_recipe("cartpole", [f"model={recipe}", "size=nano"]).model
+    return WorldModel.from_spaces(space, action, config, seed=1).eval()
+
+
+@pytest.mark.parametrize(
+    ("space", "recipe"), [(s, r) for s in ("vector", "hwc") for r in MODELS if (s, r) != ("vector", "diamond")]
+)
+def test_a_model_of_every_recipe_is_an_extractor_or_the_error_names_the_reason(space, recipe):
+    world, met = world_of_recipe(recipe, SPACES[space]), A2C._wrap_env(toys(SPACES[space]), monitor_wrapper=False)
+    rows = samples(world, 3)
+    embed, codes = world.encoder(world.inputs(tensors(rows))), getattr(world.dynamics, "posterior_net", None) is not None
+    given = torch.as_tensor(rows["obs"] if space == "vector" else np.moveaxis(rows["obs"], -1, 1))
+    for output in ("embedding", "code"):
+        if output == "code" and not codes:
+            with pytest.raises(ConfigError, match="pictures as they are: it has no latent" if recipe == "diamond" else "filters"):
+                latent_policy_kwargs(world, output=output)
+            continue
+        extractor = LatentExtractor(
+            met.observation_space, **latent_policy_kwargs(world, output=output)["features_extractor_kwargs"]
+        )
+        expected = embed if output == "embedding" else code_of(world, rows)
+        torch.testing.assert_close(extractor(preprocess_obs(given, met.observation_space)), expected, rtol=0, atol=1e-6)
+
+
+def test_a_model_of_pictures_without_a_code_gives_its_embedding_says_why_and_trains_jointly():
+    world = world_of_recipe("diamond", IMAGE)
+    with pytest.warns(UserWarning, match="pictures as they are"):
+        kwargs = latent_policy_kwargs(world)
+    assert make(A2C, toys(IMAGE), kwargs).policy.features_extractor.features_dim == world.encoder.out_features
+    with pytest.warns(UserWarning, match="pictures as they are"):
+        model, callback = joint(DQN, toys(IMAGE), world)
+    encoder = model.policy.q_net.features_extractor
+    before = weights(encoder)
+    model.learn(24, callback=callback)
+    assert callback.agent.learner.updates > 0 and not torch.equal(before, weights(encoder))
 
 
 @pytest.mark.parametrize("wrong", [{"mode": "frosen"}, {"output": "codes"}, {"frames": 0}])

@@ -113,9 +113,9 @@ class ModelConfig(Frozen):
 register("group", "model", ModelConfig)(ModelConfig)
 
 
-def own_form(config: ModelConfig) -> Frozen:
-    """The closed form that fills a slot which the config leaves open: the family of the model's own codes."""
-    return CLOSED_FORMS[build("latent", config.dynamics.latent).family.kind].replace(units=config.dynamics.units)
+def own_form(dynamics: Frozen) -> Frozen:
+    """The closed form that fills a slot which the config leaves open: the family of the codes of these dynamics."""
+    return CLOSED_FORMS[build("latent", dynamics.latent).family.kind].replace(units=dynamics.units)
 
 
 class WorldModel(nn.Module):
@@ -124,7 +124,7 @@ class WorldModel(nn.Module):
     def __init__(self, config: ModelConfig, obs: ObsSpec, action: ActionSpec):
         super().__init__()
         self.config, self.obs, self.action = config, obs, action
-        own = own_form(config)
+        own = own_form(config.dynamics)
         self.scaling = InputScaling(config.inputs, obs)
         self.encoder = build("encoder", config.encoder, obs)
         inputs = Inputs({name: key.shape for name, key in obs.keys.items()}, self.encoder.out_features, self._embed)

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -30,7 +31,29 @@ from worldmodel.weights import cpu_randomness
 
 MODES, OUTPUTS = ("frozen", "finetune", "joint"), ("code", "embedding")
 
-_weights: dict[str, dict[str, Tensor]] = {}
+
+class _Tensors(dict):
+    """Encoder weights by name, as something that can be referred to weakly."""
+
+
+class _Handed(dict):
+    """Where weights can be found again, as plain data; they themselves live in this process as long as it, or a copy, does."""
+
+    def __init__(self, place: Mapping[str, Any], tensors: _Tensors):
+        super().__init__(place)
+        self.tensors = tensors
+
+    def __copy__(self) -> _Handed:
+        return _Handed(self, self.tensors)
+
+    def __deepcopy__(self, memo: dict) -> _Handed:
+        return _Handed(self, self.tensors)
+
+    def __reduce__(self) -> tuple:
+        return dict, (dict(self),)
+
+
+_weights: WeakValueDictionary[str, _Tensors] = WeakValueDictionary()
 """Digest -> encoder weights that this process handed out, so that policies which are built later find them."""
 
 
@@ -48,7 +71,8 @@ def latent_policy_kwargs(
     normalize_images  SB3's option of the same name
 
     Other policy options go beside it: `{**latent_policy_kwargs(run), "net_arch": [64]}`. The values are plain data. The first
-    weights come from this process, or from the run where its folder is there; in a saved algorithm they come from its zip.
+    weights come from this process, which keeps them as long as these options or copies of them, or from the run where its folder
+    is there; in a saved algorithm they come from its zip.
     Raises ConfigError.
     """
     _one_of("mode", mode, MODES)
@@ -74,7 +98,7 @@ def latent_policy_kwargs(
     config = world.config.model_dump(mode="json")
     weights = encoder_weights(world, output)
     digest = _digest(weights)
-    _weights[digest] = weights
+    place = _Handed({"digest": digest, **_place(run)}, _weights.setdefault(digest, _Tensors(weights)))
     kwargs = {
         "observation": world.obs.to_json(),
         "model": {part: config[part] for part in parts},
@@ -82,7 +106,7 @@ def latent_policy_kwargs(
         "output": output,
         "frames": frames,
         "normalize_images": normalize_images,
-        "weights": {"digest": digest, **_place(run)},
+        "weights": place,
     }
     return {
         "features_extractor_class": LatentExtractor,
@@ -286,8 +310,9 @@ def encoder_weights(world: WorldModel, output: str) -> dict[str, Tensor]:
 def _find_weights(source: Mapping[str, Any], output: str) -> dict[str, Tensor] | None:
     """The weights of a digest: those of this process, else those of the run where it is still there."""
     digest, path = source.get("digest"), source.get("run")
-    if digest in _weights or not path:
-        return _weights.get(digest)
+    handed = _weights.get(digest)
+    if handed is not None or not path:
+        return handed
     try:
         run = Run.open(path)
         step = source.get("step")

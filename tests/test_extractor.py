@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.resources
 import json
 import shutil
 import subprocess
 import sys
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
@@ -327,6 +329,24 @@ def test_load_gives_equal_predictions_and_goes_on_learning(algorithm, tmp_path, 
     obs = samples(world_of(), 5, seed=3)["obs"]
     np.testing.assert_array_equal(loaded.predict(obs, deterministic=True)[0], model.predict(obs, deterministic=True)[0])
     loaded.learn(8)
+
+
+def test_weights_are_kept_as_long_as_the_options_or_a_policy_made_with_them_and_then_freed():
+    gc.collect()
+    before, world = len(module._weights), world_of(seed=11)
+    kwargs, again = latent_policy_kwargs(world), copy.deepcopy(latent_policy_kwargs(world))
+    assert len(module._weights) == before + 1  # equal weights are kept once
+    model = make(A2C, toys(), kwargs)
+    pickled = cloudpickle.dumps(kwargs["features_extractor_kwargs"])
+    assert type(cloudpickle.loads(pickled)["weights"]) is dict and len(pickled) < 3000
+    del kwargs
+    LatentExtractor(VECTOR, **again["features_extractor_kwargs"])(torch.zeros(1, 4))
+    del again
+    gc.collect()
+    assert len(module._weights) == before + 1 and model.policy_kwargs
+    del model
+    gc.collect()
+    assert len(module._weights) == before
 
 
 def test_an_encoder_without_weights_refuses_to_be_used(monkeypatch):

@@ -145,6 +145,12 @@ class WorldModel(nn.Module):
                 f"model.rollouts=observation decodes every step, and model.objective={config.objective.kind} learns no decoder. "
                 "Use model.rollouts=latent, or an objective that reconstructs."
             )
+        if config.rollouts == "observation" and getattr(self.decoder, "speckled", []):
+            raise ConfigError(
+                f"model.rollouts=observation looks at what is drawn, and model.decoder.kind={config.decoder.kind} draws each pixel "
+                f"of '{self.decoder.speckled[0]}' on its own: noise that no picture has. Use model.decoder.kind=diffusion (or "
+                "latent_diffusion), which draws pictures, or model.rollouts=latent."
+            )
         self.heads = build("heads", config.heads, self.feature_dim)
         sizes = self.feature_dim, action.dim, self.encoder.out_features
         self.ensemble = build("ensemble", config.ensemble, *sizes) if config.ensemble.members else None

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -17,19 +18,42 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import VecTransposeImage
 from torch import Tensor, nn
 
+from worldmodel.config import Frozen
 from worldmodel.distributions import Inputs
 from worldmodel.encoders import InputScaling
 from worldmodel.envs.imagined import Source, learned_world
 from worldmodel.errors import ConfigError, did_you_mean
-from worldmodel.model import ModelConfig, WorldModel, own_form
-from worldmodel.registry import build
+from worldmodel.model import WorldModel, own_form
+from worldmodel.registry import build, config_class
 from worldmodel.run import Run
 from worldmodel.spaces import KeySpec, ObsSpec
 from worldmodel.weights import cpu_randomness
 
 MODES, OUTPUTS = ("frozen", "finetune", "joint"), ("code", "embedding")
 
-_weights: dict[str, dict[str, Tensor]] = {}
+
+class _Tensors(dict):
+    """Encoder weights by name, as something that can be referred to weakly."""
+
+
+class _Handed(dict):
+    """Where weights can be found again, as plain data; they themselves live in this process as long as it, or a copy, does."""
+
+    def __init__(self, place: Mapping[str, Any], tensors: _Tensors):
+        super().__init__(place)
+        self.tensors = tensors
+
+    def __copy__(self) -> _Handed:
+        return _Handed(self, self.tensors)
+
+    def __deepcopy__(self, memo: dict) -> _Handed:
+        return _Handed(self, self.tensors)
+
+    def __reduce__(self) -> tuple:
+        return dict, (dict(self),)
+
+
+_weights: WeakValueDictionary[str, _Tensors] = WeakValueDictionary()
 """Digest -> encoder weights that this process handed out, so that policies which are built later find them."""
 
 
@@ -42,12 +66,13 @@ def latent_policy_kwargs(
     mode              "frozen": nothing changes the encoder; "finetune": the algorithm's gradients do; "joint": the world
                       model's loss does, through the callback JointWorldModel
     output            "code": the posterior's mean, where the posterior looks at the observation alone; "embedding": what the
-                      encoder gives. Default: the code where there is one; on a filtering run the embedding, with a warning
+                      encoder gives. Default: the code where there is one, else the embedding, with a warning that says why
     frames            of a VecFrameStack around the environments: each is encoded, and what comes out is put side by side
     normalize_images  SB3's option of the same name
 
     Other policy options go beside it: `{**latent_policy_kwargs(run), "net_arch": [64]}`. The values are plain data. The first
-    weights come from this process, or from the run where its folder is there; in a saved algorithm they come from its zip.
+    weights come from this process, which keeps them as long as these options or copies of them, or from the run where its folder
+    is there; in a saved algorithm they come from its zip.
     Raises ConfigError.
     """
     _one_of("mode", mode, MODES)
@@ -56,26 +81,24 @@ def latent_policy_kwargs(
     if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
         raise ConfigError(f"frames is {frames!r}; expected a whole number of at least 1.")
     world, run = learned_world(run_or_model)
-    has_code = getattr(world.dynamics, "posterior_net", None) is not None
-    if output == "code" and not has_code:
+    missing = _no_code(world)
+    if output == "code" and missing:
         raise ConfigError(
-            "output='code' needs a posterior that looks at the observation alone; this run filters, so its code depends on the "
-            "past, which a features extractor never sees. Use output='embedding', train with model=vae or "
-            "model.dynamics.posterior=observation, or wrap the environments in worldmodel.envs.LatentVecEnv."
+            f"output='code' needs a posterior that looks at the observation alone. {missing} Use output='embedding', train with "
+            "model=vae or model.dynamics.posterior=observation, or wrap the environments in worldmodel.envs.LatentVecEnv."
         )
-    if output is None and not has_code:
+    if output is None and missing:
         warnings.warn(
-            "This run filters: its code depends on the past, which a features extractor never sees, so the policy gets the "
-            "encoder's embedding. Say output='embedding' to silence this; for the whole belief wrap the environments in "
-            "worldmodel.envs.LatentVecEnv.",
+            f"{missing} So the policy gets the encoder's embedding. Say output='embedding' to silence this; for the whole belief "
+            "wrap the environments in worldmodel.envs.LatentVecEnv.",
             stacklevel=2,
         )
-    output = output or ("code" if has_code else "embedding")
+    output = output or ("embedding" if missing else "code")
     parts = ["inputs", "encoder", *(["dynamics"] if output == "code" else [])]
     config = world.config.model_dump(mode="json")
     weights = encoder_weights(world, output)
     digest = _digest(weights)
-    _weights[digest] = weights
+    place = _Handed({"digest": digest, **_place(run)}, _weights.setdefault(digest, _Tensors(weights)))
     kwargs = {
         "observation": world.obs.to_json(),
         "model": {part: config[part] for part in parts},
@@ -83,7 +106,7 @@ def latent_policy_kwargs(
         "output": output,
         "frames": frames,
         "normalize_images": normalize_images,
-        "weights": {"digest": digest, **_place(run)},
+        "weights": place,
     }
     return {
         "features_extractor_class": LatentExtractor,
@@ -117,14 +140,14 @@ class LatentExtractor(BaseFeaturesExtractor):
         frames: int = 1,
         normalize_images: bool = True,
     ):
-        spec, config = ObsSpec.from_json(observation), ModelConfig.parse(dict(model))
+        spec = ObsSpec.from_json(observation)
         with cpu_randomness():  # the policy's own first weights stay as they would be without us
-            encoder = build("encoder", config.encoder, spec)
-            net, latent = _posterior(config, encoder) if output == "code" else (None, None)
+            encoder = build("encoder", _config("encoder", model), spec)
+            net, latent = _posterior(_config("dynamics", model), encoder) if output == "code" else (None, None)
         super().__init__(observation_space, frames * (latent.size if latent is not None else encoder.out_features))
         self.mode, self.output, self.frames, self.spec, self.latent = mode, output, frames, spec, latent
         self.seen = arrives_as(spec, observation_space, frames, normalize_images)
-        self.scaling, self.encoder, self.posterior_net = InputScaling(config.inputs, spec), encoder, net
+        self.scaling, self.encoder, self.posterior_net = InputScaling(model["inputs"], spec), encoder, net
         self.source = dict(weights)
         self.register_buffer("filled", torch.tensor(False))
         self._checked = False
@@ -287,8 +310,9 @@ def encoder_weights(world: WorldModel, output: str) -> dict[str, Tensor]:
 def _find_weights(source: Mapping[str, Any], output: str) -> dict[str, Tensor] | None:
     """The weights of a digest: those of this process, else those of the run where it is still there."""
     digest, path = source.get("digest"), source.get("run")
-    if digest in _weights or not path:
-        return _weights.get(digest)
+    handed = _weights.get(digest)
+    if handed is not None or not path:
+        return handed
     try:
         run = Run.open(path)
         step = source.get("step")
@@ -311,10 +335,24 @@ def _place(run: Run | None) -> dict[str, Any]:
     return {} if run is None else {"run": str(run.path), "step": run.read()[1]["counters"]["num_timesteps"]}
 
 
-def _posterior(config: ModelConfig, encoder: nn.Module) -> tuple[nn.Module, Any]:
+def _no_code(world: WorldModel) -> str:
+    """Why an observation alone has no code in this model; empty where it has one."""
+    if getattr(world.config.dynamics, "pixels", False):
+        return "This run predicts pictures as they are: it has no latent code, only a summary that is learned for rewards and ends."
+    if getattr(world.dynamics, "posterior_net", None) is None:
+        return "This run filters: its code depends on the past, which a features extractor never sees."
+    return ""
+
+
+def _config(role: str, model: Mapping[str, Any]) -> Frozen:
+    """The options of one part by its own class: what the whole model asks of its parts together does not concern it."""
+    return config_class(role, model[role]["kind"]).parse(model[role])
+
+
+def _posterior(config: Frozen, encoder: nn.Module) -> tuple[nn.Module, Any]:
     """(embedding -> parameters of the belief, the family of codes) of dynamics whose posterior sees the observation alone."""
     law = own_form(config)
-    dynamics = build("dynamics", config.dynamics, Inputs({}, encoder.out_features, encoder.forward), 1, law, law)
+    dynamics = build("dynamics", config, Inputs({}, encoder.out_features, encoder.forward), 1, law, law)
     return dynamics.posterior_net, dynamics.latent
 
 

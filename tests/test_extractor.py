@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
+import importlib.resources
 import json
 import shutil
 import subprocess
 import sys
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
@@ -21,9 +24,10 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNorm
 from worldmodel.agents import JointWorldModel, LatentExtractor, latent_policy_kwargs
 from worldmodel.agents import extractor as module
 from worldmodel.agents.extractor import raw_rows
+from worldmodel.config import Config
 from worldmodel.envs.make import make_vec
 from worldmodel.errors import ConfigError
-from worldmodel.model import tensors
+from worldmodel.model import WorldModel, tensors
 
 PUSH = spaces.Box(-2, 2, (1,), np.float32)
 OBSERVING = {"posterior": "observation"}
@@ -173,6 +177,47 @@ def test_a_filtering_run_gives_its_embedding_and_says_so():
         latent_policy_kwargs(world, output="code")
 
 
+MODELS = sorted(file.name.removesuffix(".yaml") for file in (importlib.resources.files("worldmodel.configs") / "model").iterdir())
+
+
+def world_of_recipe(recipe: str, space, action=TWO_ACTIONS) -> WorldModel:
+    config = Config.from_recipe("cartpole", [f"model={recipe}", "size=nano"]).model
+    return WorldModel.from_spaces(space, action, config, seed=1).eval()
+
+
+@pytest.mark.parametrize(
+    ("space", "recipe"), [(s, r) for s in ("vector", "hwc") for r in MODELS if (s, r) != ("vector", "diamond")]
+)
+def test_a_model_of_every_recipe_is_an_extractor_or_the_error_names_the_reason(space, recipe):
+    world, met = world_of_recipe(recipe, SPACES[space]), A2C._wrap_env(toys(SPACES[space]), monitor_wrapper=False)
+    rows = samples(world, 3)
+    embed, codes = world.encoder(world.inputs(tensors(rows))), getattr(world.dynamics, "posterior_net", None) is not None
+    given = torch.as_tensor(rows["obs"] if space == "vector" else np.moveaxis(rows["obs"], -1, 1))
+    for output in ("embedding", "code"):
+        if output == "code" and not codes:
+            with pytest.raises(ConfigError, match="pictures as they are: it has no latent" if recipe == "diamond" else "filters"):
+                latent_policy_kwargs(world, output=output)
+            continue
+        extractor = LatentExtractor(
+            met.observation_space, **latent_policy_kwargs(world, output=output)["features_extractor_kwargs"]
+        )
+        expected = embed if output == "embedding" else code_of(world, rows)
+        torch.testing.assert_close(extractor(preprocess_obs(given, met.observation_space)), expected, rtol=0, atol=1e-6)
+
+
+def test_a_model_of_pictures_without_a_code_gives_its_embedding_says_why_and_trains_jointly():
+    world = world_of_recipe("diamond", IMAGE)
+    with pytest.warns(UserWarning, match="pictures as they are"):
+        kwargs = latent_policy_kwargs(world)
+    assert make(A2C, toys(IMAGE), kwargs).policy.features_extractor.features_dim == world.encoder.out_features
+    with pytest.warns(UserWarning, match="pictures as they are"):
+        model, callback = joint(DQN, toys(IMAGE), world)
+    encoder = model.policy.q_net.features_extractor
+    before = weights(encoder)
+    model.learn(24, callback=callback)
+    assert callback.agent.learner.updates > 0 and not torch.equal(before, weights(encoder))
+
+
 @pytest.mark.parametrize("wrong", [{"mode": "frosen"}, {"output": "codes"}, {"frames": 0}])
 def test_wrong_options_are_refused(wrong):
     with pytest.raises(ConfigError):
@@ -284,6 +329,24 @@ def test_load_gives_equal_predictions_and_goes_on_learning(algorithm, tmp_path, 
     obs = samples(world_of(), 5, seed=3)["obs"]
     np.testing.assert_array_equal(loaded.predict(obs, deterministic=True)[0], model.predict(obs, deterministic=True)[0])
     loaded.learn(8)
+
+
+def test_weights_are_kept_as_long_as_the_options_or_a_policy_made_with_them_and_then_freed():
+    gc.collect()
+    before, world = len(module._weights), world_of(seed=11)
+    kwargs, again = latent_policy_kwargs(world), copy.deepcopy(latent_policy_kwargs(world))
+    assert len(module._weights) == before + 1  # equal weights are kept once
+    model = make(A2C, toys(), kwargs)
+    pickled = cloudpickle.dumps(kwargs["features_extractor_kwargs"])
+    assert type(cloudpickle.loads(pickled)["weights"]) is dict and len(pickled) < 3000
+    del kwargs
+    LatentExtractor(VECTOR, **again["features_extractor_kwargs"])(torch.zeros(1, 4))
+    del again
+    gc.collect()
+    assert len(module._weights) == before + 1 and model.policy_kwargs
+    del model
+    gc.collect()
+    assert len(module._weights) == before
 
 
 def test_an_encoder_without_weights_refuses_to_be_used(monkeypatch):

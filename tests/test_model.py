@@ -303,6 +303,19 @@ def test_every_registered_part_builds_into_a_world(part):
     assert ModelConfig.model_fields[part]
 
 
+@pytest.mark.parametrize("kind", registry.kinds("decoder"))
+def test_rollouts_of_observations_are_refused_where_each_pixel_would_be_drawn_on_its_own(kind):
+    decoder = small("decoder", kind)
+    both = spaces.Dict({"arm": VECTOR, "eye": spaces.Box(0, 255, (16, 16, 1), np.uint8)})
+    if kind != "standard":
+        world = small_world(both, latent="gaussian", rollouts="observation", decoder=decoder).eval()
+        dream = world.imagine(world.initial(2), lambda f, t: torch.zeros(2, 2), 2, Sampling(generator=generator()))
+        assert dream.feature.isfinite().all()
+        return
+    with pytest.raises(ConfigError, match=r"each pixel of 'eye' on its own.*model\.decoder\.kind=diffusion"):
+        small_world(both, latent="gaussian", rollouts="observation", decoder=decoder)
+
+
 def test_rollouts_of_observations_look_at_what_each_step_decodes_to():
     world = small_world(latent="gaussian", rollouts="observation").eval()
     start, action = world.begin(3, MODE), torch.zeros(3, 2)

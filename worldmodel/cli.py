@@ -444,7 +444,7 @@ def _parts(config: Config) -> dict[str, str | None]:
     """{slot: kind} of everything that the registry chose; None where a slot is empty."""
     from worldmodel.model import own_form
 
-    own = own_form(config.model).kind
+    own = own_form(config.model.dynamics).kind
     parts = {}
     for slot in type(config.model).model_fields:
         value = getattr(config.model, slot)

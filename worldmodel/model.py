@@ -113,9 +113,9 @@ class ModelConfig(Frozen):
 register("group", "model", ModelConfig)(ModelConfig)
 
 
-def own_form(config: ModelConfig) -> Frozen:
-    """The closed form that fills a slot which the config leaves open: the family of the model's own codes."""
-    return CLOSED_FORMS[build("latent", config.dynamics.latent).family.kind].replace(units=config.dynamics.units)
+def own_form(dynamics: Frozen) -> Frozen:
+    """The closed form that fills a slot which the config leaves open: the family of the codes of these dynamics."""
+    return CLOSED_FORMS[build("latent", dynamics.latent).family.kind].replace(units=dynamics.units)
 
 
 class WorldModel(nn.Module):
@@ -124,7 +124,7 @@ class WorldModel(nn.Module):
     def __init__(self, config: ModelConfig, obs: ObsSpec, action: ActionSpec):
         super().__init__()
         self.config, self.obs, self.action = config, obs, action
-        own = own_form(config)
+        own = own_form(config.dynamics)
         self.scaling = InputScaling(config.inputs, obs)
         self.encoder = build("encoder", config.encoder, obs)
         inputs = Inputs({name: key.shape for name, key in obs.keys.items()}, self.encoder.out_features, self._embed)
@@ -144,6 +144,12 @@ class WorldModel(nn.Module):
             raise ConfigError(
                 f"model.rollouts=observation decodes every step, and model.objective={config.objective.kind} learns no decoder. "
                 "Use model.rollouts=latent, or an objective that reconstructs."
+            )
+        if config.rollouts == "observation" and getattr(self.decoder, "speckled", []):
+            raise ConfigError(
+                f"model.rollouts=observation looks at what is drawn, and model.decoder.kind={config.decoder.kind} draws each pixel "
+                f"of '{self.decoder.speckled[0]}' on its own: noise that no picture has. Use model.decoder.kind=diffusion (or "
+                "latent_diffusion), which draws pictures, or model.rollouts=latent."
             )
         self.heads = build("heads", config.heads, self.feature_dim)
         sizes = self.feature_dim, action.dim, self.encoder.out_features

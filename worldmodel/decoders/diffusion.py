@@ -60,6 +60,7 @@ class DiffusionDecoder(Decoder):
 
     def __init__(self, config: DiffusionDecoderConfig, spec: ObsSpec, feature_dim: int, latent_dim: int):
         super().__init__(config, spec, feature_dim, latent_dim)
+        self.speckled = []  # what is drawn here are pictures
         self.path = edm(config.level_mean, config.level_std, config.least, config.most)
         shapes = [spec.keys[name].shape for name in self.images]
         self.unets = nn.ModuleList(NoiseUNet(s[0], s[0], self.inputs, tuple(s[1:]), config.refine_depth) for s in shapes)

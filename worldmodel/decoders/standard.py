@@ -37,7 +37,10 @@ class DecoderConfig(Frozen):
         "fitted", description="deviation: the error's own size (sigma-VAE), or a free parameter"
     )
     min_sigma: float = Field(0.05, gt=0, description="least deviation of vectors, in units of the scaled observation")
-    min_sigma_image: float = Field(0.5, gt=0, description="least deviation of pixels in [0, 1]: below it pictures drown rewards")
+    min_sigma_image: float = Field(0.001, gt=0, description="least deviation of pixels in [0, 1]; a byte's levels are 0.004 apart")
+    weight_sigma_image: float = Field(
+        0.5, gt=0, description="pixels pull at the model as if their deviation were this at least: else pictures drown rewards"
+    )
 
 
 @register("decoder", "standard", DecoderConfig)
@@ -49,7 +52,8 @@ class Decoder(nn.Module):
 
     A Gaussian with a fixed deviation of 1 makes the posterior collapse; here the deviation is either the running root
     mean square error (per number of a vector, one per image) or a parameter.
-    Source of `fitted`: Rybkin et al. 2021 (sigma-VAE), eq. 7.
+    Where pixels' deviation s is below w = `weight_sigma_image`, their gradient weighs (s / w)^2, and the loss is what it is.
+    Source of `fitted`: Rybkin et al. 2021 (sigma-VAE), eq. 7; of such a weight: Seitzer et al. 2022 (beta-NLL).
     """
 
     MEMORY = 0.95
@@ -61,6 +65,7 @@ class Decoder(nn.Module):
         self.inputs = feature_dim if config.reads == "feature" else latent_dim
         self.images = [name for name, key in spec.keys.items() if key.kind == "image"]
         self.vectors = [name for name, key in spec.keys.items() if key.kind != "image"]
+        self.speckled = list(self.images)  # pictures of which a draw is noise of each pixel on its own
         self.convolutions = nn.ModuleList(ConvDecoder(self.inputs, spec.keys[name].shape, config.depth) for name in self.images)
         self.widths = [spec.keys[name].shape[0] for name in self.vectors]
         if self.vectors:
@@ -105,6 +110,9 @@ class Decoder(nn.Module):
             x, y = obs[name], out[name]
             if name in self.spread and self.training and self.config.sigma == "fitted":
                 self._fit(name, x, y if law == "gaussian" else y.clamp(0, 1))
+            if name in self.spread and name in self.images:  # the deviation's own gradient, where it is learned, stays whole
+                weight = (self.log_std(name).detach().exp() / self.config.weight_sigma_image).square().clamp_max(1)
+                y = y.detach().lerp(y, weight)
             if law == "categorical":
                 nats = -x * torch.cat([part.log_softmax(-1) for part in y.split(self.spec.keys[name].sizes, -1)], -1)
             elif law == "bernoulli":
@@ -152,7 +160,7 @@ class Decoder(nn.Module):
         return means
 
     def sample(self, feature: Float[Tensor, "N F"], sampling: Sampling) -> Obs:
-        """A drawn observation; `sampling.mode` gives the mean, one-hot categories and whole bits."""
+        """A drawn observation, pixels in [0, 1]; `sampling.mode` gives the mean, one-hot categories and whole bits."""
         return self._draws(self.output(feature), sampling)
 
     def _draws(self, out: Obs, sampling: Sampling) -> Obs:
@@ -170,7 +178,7 @@ class Decoder(nn.Module):
             elif law == "logistic" and draw is not None:
                 scale, steps = sampling.temperature * self._each(name, x) * LOGISTIC, self.config.levels - 1
                 drawn[name] = ((out[name] + scale * draw.clamp(1e-6, 1 - 1e-6).logit()).clamp(0, 1) * steps).round() / steps
-        return drawn
+        return drawn | {name: drawn[name].clamp(0, 1) for name in self.images}
 
 
 def _categories(probs: Tensor, sizes: tuple[int, ...], draw: Tensor | None) -> Tensor:

@@ -81,6 +81,8 @@ class WorldModelAlgorithm(SavedAlgorithm):
         **others: Any,
     ):
         require_own_policy(type(self).__name__, policy)
+        if isinstance(config, Config) and recipe is not None:
+            raise ConfigError(f"recipe={recipe!r} stands beside a whole Config, which came from a recipe. Leave one of them out.")
         self.trust = trust
         self.config = config if isinstance(config, Config) else self._resolve(recipe, config, env)
         refuse_unknown(type(self), others, self.config)

@@ -1,6 +1,9 @@
 """What SB3 scripts do out of habit, done with Dreamer."""
 
 import io
+import json
+import warnings
+import zipfile
 
 import gymnasium as gym
 import numpy as np
@@ -255,3 +258,64 @@ def test_a_policy_without_its_agent_is_neither_saved_nor_loaded(tmp_path):
     with pytest.raises(ConfigError, match=r"Dreamer\.load\(path\)\.policy"):
         BeliefPolicy.load(tmp_path / "policy.pt")
     assert not list(tmp_path.iterdir())
+
+
+def test_load_keeps_what_the_script_said_of_logs(tmp_path, capsys):
+    dreamer(tensorboard_log=str(tmp_path / "tb"), verbose=1, stats_window_size=7).save(tmp_path / "a")
+    capsys.readouterr()
+    again = Dreamer.load(tmp_path / "a", env="CartPole-v1")
+    assert (again.tensorboard_log, again.verbose, again._stats_window_size) == (str(tmp_path / "tb"), 1, 7)
+    assert not capsys.readouterr().out
+    other = Dreamer.load(tmp_path / "a", tensorboard_log=None, verbose=0, stats_window_size=9)
+    assert (other.tensorboard_log, other.verbose, other._stats_window_size) == (None, 0, 9)
+
+
+def test_load_changes_options_of_the_saved_config_and_refuses_sb3_s_names_for_them(tmp_path):
+    dreamer().save(tmp_path / "a")
+    again = Dreamer.load(tmp_path / "a", config={"train.ratio": 3.0, "agent.lr": 1e-5})
+    assert (again.config.train.ratio, again.config.train.prefill) == (3.0, NANO["train.prefill"])
+    assert again.behaviour.actor_optimizer.param_groups[0]["lr"] == 1e-5
+    with pytest.raises(ConfigError, match=r"buffer_size is config=\{'train.capacity': ...\}"):
+        Dreamer.load(tmp_path / "a", buffer_size=1)
+    with pytest.raises(ConfigError, match="recipe='cartpole' stands beside a whole Config"):
+        Dreamer.load(tmp_path / "a", recipe="cartpole")
+
+
+def test_what_load_and_save_cannot_heed_is_refused_by_name(tmp_path):
+    model = dreamer()
+    for given in ({"exclude": ["verbose"]}, {"include": ("replay_buffer",)}):
+        with pytest.raises(ConfigError, match=rf"save\({next(iter(given))}="):
+            model.save(tmp_path / "a", **given)
+    assert not list(tmp_path.iterdir())
+    model.save(tmp_path / "a", exclude=[], include=())
+    with pytest.raises(ConfigError, match=r"custom_objects \(policy_kwargs\)"):
+        Dreamer.load(tmp_path / "a", custom_objects={"policy_kwargs": {}})
+    with pytest.raises(ConfigError, match="force_reset=False"):
+        Dreamer.load(tmp_path / "a", force_reset=False)
+    with pytest.raises(ConfigError, match="exact_match=False"):
+        model.set_parameters(tmp_path / "a", exact_match=False)
+
+
+def test_placeholders_that_scripts_give_for_every_file_are_told_of(tmp_path):
+    dreamer().save(tmp_path / "a")
+    with pytest.warns(UserWarning, match=r"custom_objects \(clip_range, learning_rate\).*not used"):
+        Dreamer.load(tmp_path / "a", custom_objects={"learning_rate": 0.0, "clip_range": lambda _: 0.0})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Dreamer.load(tmp_path / "a", custom_objects={})
+
+
+def test_load_prints_the_versions_when_asked_to(tmp_path, capsys):
+    dreamer().save(tmp_path / "a")
+    Dreamer.load(tmp_path / "a", print_system_info=True)
+    now, saved = capsys.readouterr().out.split("== SAVED MODEL SYSTEM INFO ==")
+    assert "PyTorch" in now and f"- torch: {torch.__version__}" in saved
+
+
+def test_a_saved_zip_says_what_it_is_where_package_to_hub_looks(tmp_path):
+    model = dreamer()
+    model.save(tmp_path / "a")
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        data = json.loads(archive.read("data"))
+    assert data["config"]["train"]["prefill"] == NANO["train.prefill"] and data["policy_class"] == "MlpPolicy"
+    assert data["observation_space"] == str(model.observation_space) and data["class"] == "worldmodel.agents.Dreamer"

@@ -12,7 +12,7 @@ from stable_baselines3.common.policies import BasePolicy
 from torch import Tensor, nn
 
 from worldmodel.data import Sampling, State
-from worldmodel.errors import EnvError
+from worldmodel.errors import ConfigError, EnvError
 from worldmodel.model import WorldModel, tensors
 from worldmodel.spaces import ActionSpec, KeySpec, ObsSpec
 
@@ -115,6 +115,15 @@ class BeliefPolicy(BasePolicy):
         key = next(iter(self.world.obs.keys.values()))
         observation = _as_declared(observation, key)
         return (observation, True) if observation.ndim > len(key.raw_shape) else (observation[None], False)
+
+    def save(self, path: Any) -> None:
+        """Refused: a policy alone is no agent, and SB3's file of one is a pickle."""
+        raise ConfigError(f"A belief policy has no file of its own ('{path}'). Save its agent: model.save(path).")
+
+    @classmethod
+    def load(cls, path: Any, device: torch.device | str = "auto") -> BeliefPolicy:
+        """Refused, as `save` is."""
+        raise ConfigError(f"A belief policy has no file of its own ('{path}'). Load its agent: Dreamer.load(path).policy.")
 
     def _predict(self, observation: Any, deterministic: bool = False) -> Tensor:
         raise NotImplementedError("A belief is needed: call predict().")

@@ -47,6 +47,11 @@ class Dreamer(WorldModelAlgorithm):
 
     kind: ClassVar[str] = "dreamer"
 
+    @property
+    def gamma(self) -> float:
+        """Discount per step, by SB3's name."""
+        return self.config.agent.gamma
+
     def _make_controller(self) -> DreamerController:
         return DreamerController(self.config.agent, self.world.feature_dim, self.action_spec)
 

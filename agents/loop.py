@@ -19,6 +19,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.utils import get_device, safe_mean
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_wrapper
 
+from worldmodel.agents.arguments import refuse_unknown, require_own_policy
 from worldmodel.agents.belief import BeliefPolicy, Controller
 from worldmodel.agents.experience import arrivals, fit_scaling, new_replay, steps_held
 from worldmodel.agents.saving import SavedAlgorithm
@@ -42,8 +43,11 @@ class WorldModelAlgorithm(SavedAlgorithm):
     """Base of Dreamer and its like: a world model learned from the replay, and a controller that acts on its beliefs.
 
     env     id string, gymnasium environment, VectorEnv or VecEnv (VecNormalize is refused: observations are standardised inside)
+    policy  "MlpPolicy", "CnnPolicy" or "MultiInputPolicy", after the observations, or BeliefPolicy, which is all of them
     recipe  name or path; without it, the recipe made for the environment's id, else defaults from its spaces
     config  dotted overrides, e.g. {"train.ratio": 1.0} or ["model=vae"]
+    stats_window_size  episodes over which returns, lengths and success are averaged in the log
+    seed    of environments, weights and draws; None: drawn from numpy's global state, as SB3's set_random_seed leaves it
     trust   files that options name may be opened although that can run code (agent.path of agent=sb3); they are refused else
     """
 
@@ -62,21 +66,27 @@ class WorldModelAlgorithm(SavedAlgorithm):
 
     def __init__(
         self,
-        policy: str,
+        policy: str | type[BasePolicy],
         env: str | gym.Env | gym.vector.VectorEnv | VecEnv | None,
         *,
         recipe: str | pathlib.Path | None = None,
         config: Config | Mapping | Sequence[str] | None = None,
+        stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         verbose: int = 0,
         seed: int | None = None,
         device: torch.device | str = "auto",
         trust: bool = False,
         _init_setup_model: bool = True,
+        **others: Any,
     ):
+        require_own_policy(type(self).__name__, policy)
+        if isinstance(config, Config) and recipe is not None:
+            raise ConfigError(f"recipe={recipe!r} stands beside a whole Config, which came from a recipe. Leave one of them out.")
         self.trust = trust
         self.config = config if isinstance(config, Config) else self._resolve(recipe, config, env)
-        seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
+        refuse_unknown(type(self), others, self.config)
+        seed = int(np.random.randint(2**31)) if seed is None else seed
         if isinstance(env, str):
             env = as_vec_env(self.config.env.model_copy(update={"id": env}), seed=seed)
         elif env is not None:
@@ -84,11 +94,11 @@ class WorldModelAlgorithm(SavedAlgorithm):
         if env is not None:  # before SB3 looks, so that a space that has no form here is refused with the way out
             self.obs_spec = ObsSpec.from_space(env.observation_space, self.config.env.layout)
             self.action_spec = ActionSpec.from_space(env.action_space)
-        train = self.config.train
         super().__init__(
             policy,
             env,
-            learning_rate=train.lr,
+            learning_rate=self.config.train.lr,
+            stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             verbose=verbose,
             device=_device(device),
@@ -143,6 +153,8 @@ class WorldModelAlgorithm(SavedAlgorithm):
     # Building -------------------------------------------------------------------------------------------------------
 
     def _setup_model(self) -> None:
+        if not isinstance(self.policy_name, str):
+            self.policy_name = policy_name(self.obs_spec)
         images = [key.kind == "image" for key in self.obs_spec.keys.values()]
         if self.policy_name == "CnnPolicy" and not any(images):
             raise ConfigError(f"CnnPolicy needs an image, but the observations are {self.observation_space}. Use MlpPolicy.")
@@ -166,6 +178,14 @@ class WorldModelAlgorithm(SavedAlgorithm):
     def _improve(self, trace: Trace, batch: Batch) -> dict[str, float]:
         """One improvement of the controller on a world-model batch; metrics by TensorBoard tag."""
         return {}
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """SB3's: seeds the process, the environments from their next reset on, and all draws of this model."""
+        super().set_random_seed(seed)
+        if seed is not None:
+            self.policy.generator.manual_seed(seed)
+            self.generator.manual_seed(seed + 1)
+            self.rng = np.random.default_rng(seed)
 
     @property
     def random_until(self) -> int:
@@ -215,8 +235,9 @@ class WorldModelAlgorithm(SavedAlgorithm):
         """One step of every environment, the updates that it pays for, then the callbacks."""
         callback.on_rollout_start()
         self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)  # before any update reads it
-        new_obs, rewards, dones, infos = self._collect()
-        self.num_timesteps += self.env.num_envs
+        actions, new_obs, rewards, dones, infos = self._collect()
+        env, replay_buffer = self.env, self.replay  # for the callbacks, which know these names from SB3
+        self.num_timesteps += env.num_envs
         self.learn_from_replay()
         self._episode_num += (ended := int(dones.sum()))
         self._update_info_buffer(infos, dones)
@@ -279,8 +300,8 @@ class WorldModelAlgorithm(SavedAlgorithm):
         self.world.scaling.update(self.obs_spec.canonical(tensors(rows, self.device)))
         self.world.heads.scale.update(torch.as_tensor(reward, device=self.device))
 
-    def _collect(self) -> tuple[Any, np.ndarray, np.ndarray, list[dict]]:
-        """One step of every environment into the replay."""
+    def _collect(self) -> tuple[np.ndarray, Any, np.ndarray, np.ndarray, list[dict]]:
+        """One step of every environment into the replay: the actions that they got, and what came back."""
         if self.learner.updates == 0 and self.replay.added < self.random_until:
             action = self._random_action()
             self._belief = State({**self._belief, "prev_action": torch.as_tensor(action, device=self.device)})
@@ -292,7 +313,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
         new_obs, rewards, dones, infos = self.env.step(env_action)
         self.record(env_action, new_obs, rewards, dones, infos)
         self._last_obs, self._last_episode_starts = new_obs, dones.copy()
-        return new_obs, rewards, dones, infos
+        return env_action, new_obs, rewards, dones, infos
 
     def record(self, env_action: np.ndarray, new_obs: Any, rewards: np.ndarray, dones: np.ndarray, infos: list[dict]) -> None:
         """What a step of the VecEnv brought goes into the replay, whoever took it; EnvError, and nothing of it, if any is ill.
@@ -383,6 +404,8 @@ class WorldModelAlgorithm(SavedAlgorithm):
         if self.ep_info_buffer:
             self.logger.record("rollout/ep_rew_mean", safe_mean([info["r"] for info in self.ep_info_buffer]))
             self.logger.record("rollout/ep_len_mean", safe_mean([info["l"] for info in self.ep_info_buffer]))
+        if self.ep_success_buffer:
+            self.logger.record("rollout/success_rate", safe_mean(self.ep_success_buffer))
         if self.restarts:
             self.logger.record("env/restarts", self.restarts)
         self.logger.record("time/episodes", self._episode_num, exclude="tensorboard")

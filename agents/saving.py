@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import pathlib
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -12,14 +14,19 @@ import gymnasium as gym
 import numpy as np
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.utils import get_system_info
 from stable_baselines3.common.vec_env import VecEnv
 
 from worldmodel import checkpoint
 from worldmodel.config import Config, load_yaml
 from worldmodel.envs.make import as_vec_env
 from worldmodel.errors import ConfigError
+from worldmodel.run import versions
 from worldmodel.spaces import ActionSpec, ObsSpec
 from worldmodel.weights import as_arrays, fill, optimizer_arrays, restore_optimizer
+
+PLACEHOLDERS = {"clip_range", "learning_rate", "lr_schedule"}
+"""What SB3's scripts give `load` as custom_objects whatever the file holds, so that no function in it has to be unpickled."""
 
 
 class SavedAlgorithm(BaseAlgorithm):
@@ -46,9 +53,11 @@ class SavedAlgorithm(BaseAlgorithm):
         """Parameters from `get_parameters()`, or from a file that `save` wrote."""
         if isinstance(load_path_or_dict, Mapping):
             super().set_parameters(dict(load_path_or_dict), exact_match, device)
-        else:
-            arrays, state, _ = checkpoint.unpack(_zip_path(load_path_or_dict))
-            self.restore(arrays, state, counters=False)
+            return
+        if not exact_match:
+            raise ConfigError("set_parameters(exact_match=False) is for a dict: a file holds all parameters. Leave it out.")
+        arrays, state, _ = checkpoint.unpack(_zip_path(load_path_or_dict))
+        self.restore(arrays, state, counters=False)
 
     # Saving ---------------------------------------------------------------------------------------------------------
 
@@ -75,6 +84,11 @@ class SavedAlgorithm(BaseAlgorithm):
             "action": self.action_spec.to_json(),
             "seed": self.seed,
             "num_envs": self.n_envs,
+            "script": {
+                "verbose": self.verbose,
+                "tensorboard_log": None if self.tensorboard_log is None else str(self.tensorboard_log),
+                "stats_window_size": self._stats_window_size,
+            },
             "counters": {
                 "num_timesteps": self.num_timesteps,
                 "episodes": self._episode_num,
@@ -126,13 +140,30 @@ class SavedAlgorithm(BaseAlgorithm):
     def save(self, path: str | pathlib.Path | io.BufferedIOBase, exclude: Any = None, include: Any = None) -> None:
         """One zip of stored safetensors, JSON and manifest, with nothing in it that could run code; `path` may be an open stream.
 
-        The replay stays out.
+        The replay stays out. What the file holds is fixed, so ConfigError for `exclude` and `include` that name something.
         """
-        arrays, state = self.content()
+        for word, names in (("exclude", exclude), ("include", include)):
+            if names := list(names or ()):
+                raise ConfigError(f"save({word}={names}): a file holds weights, optimisers, counters and config. Leave {word} out.")
+        content = self.num_timesteps, *self.content(), {"agent": self.kind, "versions": versions()}, self._description()
         if hasattr(path, "write"):
-            checkpoint.pack_into(path, self.num_timesteps, arrays, state, {"agent": self.kind})
+            checkpoint.pack_into(path, *content)
         else:
-            checkpoint.pack(_zip_path(path), self.num_timesteps, arrays, state, {"agent": self.kind})
+            checkpoint.pack(_zip_path(path), *content)
+
+    def _description(self) -> dict[str, Any]:
+        """What the model is, under SB3's names where it has them: for tools that look into a zip for it."""
+        return {
+            "class": f"worldmodel.agents.{type(self).__name__}",
+            "policy_class": self.policy_name,
+            "observation_space": str(self.observation_space),
+            "action_space": str(self.action_space),
+            "n_envs": self.n_envs,
+            "num_timesteps": self.num_timesteps,
+            "_n_updates": self._n_updates,
+            "seed": self.seed,
+            "config": json.loads(self.config.model_dump_json()),
+        }
 
     @classmethod
     def load(
@@ -145,15 +176,30 @@ class SavedAlgorithm(BaseAlgorithm):
         force_reset: bool = True,
         **kwargs: Any,
     ) -> SavedAlgorithm:
-        """The agent of a zip that `save` wrote, by path or as a stream, or of a run folder (its newest good checkpoint)."""
+        """The agent of a zip that `save` wrote, by path or as a stream, or of a run folder (its newest good checkpoint).
+
+        kwargs are those of the class; a mapping `config` changes options of the saved one. ConfigError for custom_objects, which
+        stand in for pickled objects, and for force_reset=False: the file holds neither.
+        """
+        _refuse_stand_ins(custom_objects)
+        if not force_reset:
+            raise ConfigError(
+                "load(force_reset=False): a file holds no observation to go on from, so learning begins with a reset. "
+                "Leave force_reset out."
+            )
         if not hasattr(path, "read") and pathlib.Path(path).is_dir():
             path = pathlib.Path(path)
             found = checkpoint.newest(path / "checkpoints")
             if found is None:
                 raise ConfigError(f"'{path}' holds no checkpoint that verifies. Expected a run folder or a zip written by save().")
-            arrays, state, _ = checkpoint.read(found[1])
+            arrays, state, manifest = checkpoint.read(found[1])
         else:
-            arrays, state, _ = checkpoint.unpack(_zip_path(path))
+            arrays, state, manifest = checkpoint.unpack(_zip_path(path))
+        if print_system_info:
+            print("== CURRENT SYSTEM INFO ==")
+            get_system_info()
+            print("== SAVED MODEL SYSTEM INFO ==")
+            print("\n".join(f"- {name}: {version}" for name, version in manifest.get("versions", {}).items()))
         return cls.from_content(arrays, state, env=env, device=device, **kwargs)
 
     @classmethod
@@ -175,8 +221,13 @@ class SavedAlgorithm(BaseAlgorithm):
         if state.get("agent") != cls.kind:
             raise ConfigError(f"The file holds an agent of kind {state.get('agent')!r}, not '{cls.kind}'. Load it with that class.")
         specs = ObsSpec.from_json(state["observation"]), ActionSpec.from_json(state["action"])
-        options = {"config": Config.parse(load_yaml(state["config"])), "seed": state["seed"], "device": device, **kwargs}
+        config, said = Config.parse(load_yaml(state["config"])), dict(state.get("script", {}))
+        verbose = said.pop("verbose", 0)  # set below: making the agent anew is nothing to tell of
+        options = {"seed": state["seed"], "device": device, **said, **kwargs}
+        if not isinstance(changes := options.get("config"), Config):
+            options["config"] = config.override(changes)
         agent = cls.from_specs(state["policy"], *specs, num_envs=state["num_envs"], **options)
+        agent.verbose = kwargs.get("verbose", verbose)
         agent.restore(arrays, state)
         if env is not None:
             env = as_vec_env(env, seed=state["seed"])
@@ -188,6 +239,18 @@ class SavedAlgorithm(BaseAlgorithm):
 class _Attributes:
     def __init__(self, values: Mapping[str, Any]):
         self.__dict__.update(values)
+
+
+def _refuse_stand_ins(custom_objects: Mapping[str, Any] | None) -> None:
+    """ConfigError for custom_objects, and a warning where they are those that scripts give for every file."""
+    if not custom_objects:
+        return
+    names = ", ".join(sorted(custom_objects))
+    what = f"custom_objects ({names}) stand in for what a file holds pickled, and there is nothing pickled in files of this library"
+    if set(custom_objects) <= PLACEHOLDERS:
+        warnings.warn(f"{what}: they were not used.", stacklevel=3)
+    else:
+        raise ConfigError(f"{what}. Leave them out; load(config={{...}}) changes options, and other arguments go by their names.")
 
 
 def _zip_path(path: Any) -> pathlib.Path | io.BufferedIOBase:

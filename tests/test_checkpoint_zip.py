@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 from pathlib import Path
 
@@ -74,7 +75,8 @@ def add(name: str, data: bytes = b"x"):
         (add("a/b.safetensors"), "a member 'a/b"),
         (add("folder/"), "a member 'folder/'"),
         (add("World.safetensors"), "a member 'World"),
-        (add("data", b"\x80\x04."), "a member 'data', which no archive of this library has.*another library"),
+        (add("policy.pth", b"\x80\x04."), "a member 'policy.pth', which no archive of this library has.*another library"),
+        (add("data", b"{}"), r"differ on the members \['data'\]"),
         (add("world.safetensors"), "two members of one name"),
         (add("manifest.json"), "two members of one name"),
         (lambda m: m.extend((zipfile.ZipInfo(f"a{i}.safetensors"), b"") for i in range(99)), "more members or bytes"),
@@ -89,6 +91,21 @@ def test_a_zip_that_pack_would_not_write_is_refused(tmp_path, change, message):
     with pytest.raises(CorruptError, match=message):
         checkpoint.unpack(path)
     assert names(tmp_path) == ["a.zip"]
+
+
+def test_the_member_data_is_json_that_the_manifest_vouches_for(tmp_path):
+    path = checkpoint.pack(tmp_path / "a.zip", 3, *content(), {"what": "a model"})
+    with zipfile.ZipFile(path) as archive:
+        assert json.loads(archive.read("data")) == {"what": "a model"}
+    assert checkpoint.unpack(path)[1] == content()[1]
+
+    def other(members):
+        at = next(i for i, (info, _) in enumerate(members) if info.filename == "data")
+        members[at] = members[at][0], members[at][1].replace(b"model", b"virus")
+
+    rezip(path, other)
+    with pytest.raises(CorruptError, match="'data' is damaged: size or SHA-256"):
+        checkpoint.unpack(path)
 
 
 def test_a_zip_with_something_before_or_behind_it_is_refused(tmp_path):

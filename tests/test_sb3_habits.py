@@ -1,17 +1,26 @@
 """What SB3 scripts do out of habit, done with Dreamer."""
 
 import io
+import json
+import warnings
+import zipfile
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.utils import set_random_seed
+from stable_baselines3.ppo import MlpPolicy
 
-from worldmodel.agents import Dreamer
+from worldmodel.agents import Dreamer, Planner, RandomAgent
+from worldmodel.agents.arguments import SAME
+from worldmodel.agents.belief import BeliefPolicy
 from worldmodel.agents.evaluation import own_randomness
 from worldmodel.agents.sb3 import globals_from
+from worldmodel.config import describe
 from worldmodel.errors import ConfigError, CorruptError, EnvError
 from worldmodel.model import WorldModel
 from worldmodel.weights import cpu_randomness
@@ -32,8 +41,36 @@ class Groups(gym.Env):
         return np.array([0, 1]), 0.0, False, False, {}
 
 
-def dreamer(env="CartPole-v1", **options):
-    return Dreamer("MlpPolicy", env, device="cpu", seed=0, config=NANO, **options)
+class Short(gym.Env):
+    """Three steps; succeeds where the first action was 1."""
+
+    observation_space, action_space = spaces.Box(-1, 1, (2,)), spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.actions = []
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.actions.append(int(action))
+        ended = len(self.actions) == 3
+        return np.full(2, len(self.actions) / 3, np.float32), 1.0, ended, False, {"is_success": bool(self.actions[0])}
+
+
+def dreamer(env="CartPole-v1", policy="MlpPolicy", **options):
+    return Dreamer(policy, env, **{"device": "cpu", "seed": 0, "config": NANO, **options})
+
+
+class Each(BaseCallback):
+    """Keeps what `look` finds at every step."""
+
+    def __init__(self, look):
+        super().__init__()
+        self.look, self.found = look, []
+
+    def _on_step(self):
+        self.found.append(self.look(self))
+        return True
 
 
 def test_a_model_saved_into_a_stream_is_loaded_from_it():
@@ -135,3 +172,150 @@ def test_seeding_leaves_the_process_s_cuda_generators_alone(inside, monkeypatch)
     if inside != "Dreamer":
         assert torch.equal(torch.get_rng_state(), before)
     assert not seeded
+
+
+@pytest.mark.parametrize("algorithm", [Dreamer, Planner, RandomAgent])
+def test_a_policy_class_of_sb3_is_refused_by_name_before_anything_is_learned(algorithm):
+    with pytest.raises(ConfigError, match=rf"{algorithm.__name__} has no use for the policy ActorCriticPolicy.*'MlpPolicy'"):
+        algorithm(MlpPolicy, "CartPole-v1", device="cpu", config={"size": "nano"})
+
+
+def test_the_belief_policy_as_a_class_is_the_name_that_fits_the_observations(tmp_path):
+    model = dreamer(policy=BeliefPolicy)
+    model.save(tmp_path / "a")
+    assert Dreamer.load(tmp_path / "a").policy_name == model.policy_name == "MlpPolicy"
+    assert dreamer("worldmodel.envs:Catch-v0", BeliefPolicy).policy_name == "CnnPolicy"
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"learning_rate": 1e-4}, r"learning_rate is config=\{'train.lr': ...\} or config=\{'agent.lr': ...\}"),
+        ({"policy_kwargs": {"net_arch": [64]}}, r"policy_kwargs is config=\{'size': ...\}"),
+        ({"buffer_size": 1000}, r"buffer_size is config=\{'train.capacity': ...\}"),
+        ({"horizon": 5}, r"horizon is config=\{'agent.horizon': ...\}"),
+        ({"tensorboard_logs": "logs"}, r"tensorboard_logs means nothing here \(Did you mean 'tensorboard_log'"),
+        ({"action_noise": None}, r"action_noise means nothing here"),
+    ],
+)
+def test_an_unknown_argument_is_refused_with_the_dotted_key_that_means_it(given, named):
+    with pytest.raises(ConfigError, match=rf"Dreamer has no argument {next(iter(given))}\..*{named}"):
+        dreamer(**given)
+
+
+def test_every_key_that_stands_for_an_argument_of_sb3_is_one_of_the_config():
+    config = dreamer().config
+    for keys in SAME.values():
+        for key in keys:
+            assert key == "size" or key in {row.key for row in describe(config)}
+
+
+def test_callbacks_find_the_names_of_sb3_in_locals():
+    seen = Each(lambda callback: {k: callback.locals[k] for k in ("actions", "rewards", "dones", "infos", "new_obs", "env")})
+    model = dreamer(Short()).learn(4, seen)
+    taken = model.action_spec.decode(model.replay.stream(0).prev_action[0, 1:4].numpy())
+    assert [int(step["actions"][0]) for step in seen.found[:3]] == taken.tolist()
+    assert [bool(step["dones"][0]) for step in seen.found] == [False, False, True, False]
+    assert all(step["rewards"].tolist() == [1.0] and step["new_obs"].shape == (1, 2) for step in seen.found)
+    assert "terminal_observation" in seen.found[2]["infos"][0] and seen.found[0]["env"] is model.get_env()
+
+
+def test_success_is_logged_over_as_many_episodes_as_the_window_holds():
+    model = dreamer(Short(), stats_window_size=2)
+    ended = Each(lambda callback: [i["is_success"] for i, done in zip(callback.locals["infos"], callback.locals["dones"]) if done])
+    model.learn(21, ended, log_interval=None)
+    successes = [success for step in ended.found for success in step]
+    model.logger.dump = lambda step: None  # it would forget them
+    model.dump_logs()
+    assert len(successes) == 7 and 0 < sum(successes) < 7 and len(model.ep_info_buffer) == 2
+    assert model.logger.name_to_value["rollout/success_rate"] == np.mean(successes[-2:])
+
+
+def test_the_discount_goes_by_sb3_s_name():
+    assert dreamer(config={**NANO, "agent.gamma": 0.9}).gamma == 0.9
+    assert Planner("MlpPolicy", "CartPole-v1", device="cpu", config={"size": "nano"}).gamma == 0.99
+
+
+def test_set_random_seed_seeds_what_the_model_draws():
+    model, obs, found = dreamer(), np.zeros(4, np.float32), []
+    for seed in (5, 5, 6):
+        model.set_random_seed(seed)
+        found.append([int(model.predict(obs)[0]) for _ in range(40)] + model.rng.integers(100, size=4).tolist())
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_model_without_a_seed_follows_the_global_one():
+    weights = []
+    for seed in (3, 3, 4):
+        set_random_seed(seed)
+        weights.append(torch.cat([x.flatten() for x in dreamer(seed=None).world.parameters()]))
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_a_policy_without_its_agent_is_neither_saved_nor_loaded(tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.save"):
+        dreamer().policy.save(tmp_path / "policy.pt")
+    with pytest.raises(ConfigError, match=r"Dreamer\.load\(path\)\.policy"):
+        BeliefPolicy.load(tmp_path / "policy.pt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_load_keeps_what_the_script_said_of_logs(tmp_path, capsys):
+    dreamer(tensorboard_log=str(tmp_path / "tb"), verbose=1, stats_window_size=7).save(tmp_path / "a")
+    capsys.readouterr()
+    again = Dreamer.load(tmp_path / "a", env="CartPole-v1")
+    assert (again.tensorboard_log, again.verbose, again._stats_window_size) == (str(tmp_path / "tb"), 1, 7)
+    assert not capsys.readouterr().out
+    other = Dreamer.load(tmp_path / "a", tensorboard_log=None, verbose=0, stats_window_size=9)
+    assert (other.tensorboard_log, other.verbose, other._stats_window_size) == (None, 0, 9)
+
+
+def test_load_changes_options_of_the_saved_config_and_refuses_sb3_s_names_for_them(tmp_path):
+    dreamer().save(tmp_path / "a")
+    again = Dreamer.load(tmp_path / "a", config={"train.ratio": 3.0, "agent.lr": 1e-5})
+    assert (again.config.train.ratio, again.config.train.prefill) == (3.0, NANO["train.prefill"])
+    assert again.behaviour.actor_optimizer.param_groups[0]["lr"] == 1e-5
+    with pytest.raises(ConfigError, match=r"buffer_size is config=\{'train.capacity': ...\}"):
+        Dreamer.load(tmp_path / "a", buffer_size=1)
+    with pytest.raises(ConfigError, match="recipe='cartpole' stands beside a whole Config"):
+        Dreamer.load(tmp_path / "a", recipe="cartpole")
+
+
+def test_what_load_and_save_cannot_heed_is_refused_by_name(tmp_path):
+    model = dreamer()
+    for given in ({"exclude": ["verbose"]}, {"include": ("replay_buffer",)}):
+        with pytest.raises(ConfigError, match=rf"save\({next(iter(given))}="):
+            model.save(tmp_path / "a", **given)
+    assert not list(tmp_path.iterdir())
+    model.save(tmp_path / "a", exclude=[], include=())
+    with pytest.raises(ConfigError, match=r"custom_objects \(policy_kwargs\)"):
+        Dreamer.load(tmp_path / "a", custom_objects={"policy_kwargs": {}})
+    with pytest.raises(ConfigError, match="force_reset=False"):
+        Dreamer.load(tmp_path / "a", force_reset=False)
+    with pytest.raises(ConfigError, match="exact_match=False"):
+        model.set_parameters(tmp_path / "a", exact_match=False)
+
+
+def test_placeholders_that_scripts_give_for_every_file_are_told_of(tmp_path):
+    dreamer().save(tmp_path / "a")
+    with pytest.warns(UserWarning, match=r"custom_objects \(clip_range, learning_rate\).*not used"):
+        Dreamer.load(tmp_path / "a", custom_objects={"learning_rate": 0.0, "clip_range": lambda _: 0.0})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Dreamer.load(tmp_path / "a", custom_objects={})
+
+
+def test_load_prints_the_versions_when_asked_to(tmp_path, capsys):
+    dreamer().save(tmp_path / "a")
+    Dreamer.load(tmp_path / "a", print_system_info=True)
+    now, saved = capsys.readouterr().out.split("== SAVED MODEL SYSTEM INFO ==")
+    assert "PyTorch" in now and f"- torch: {torch.__version__}" in saved
+
+
+def test_a_saved_zip_says_what_it_is_where_package_to_hub_looks(tmp_path):
+    model = dreamer()
+    model.save(tmp_path / "a")
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        data = json.loads(archive.read("data"))
+    assert data["config"]["train"]["prefill"] == NANO["train.prefill"] and data["policy_class"] == "MlpPolicy"
+    assert data["observation_space"] == str(model.observation_space) and data["class"] == "worldmodel.agents.Dreamer"

@@ -36,11 +36,11 @@ Arrays = dict[str, np.ndarray]
 Content = tuple[dict[str, Arrays], dict, dict]
 
 SCHEMA = 1
-MANIFEST, STATE = "manifest.json", "state.json"
+MANIFEST, STATE, DATA = "manifest.json", "state.json", "data"
 MAX_JSON_BYTES, MAX_JSON_DEPTH, MAX_FILES = 64 << 20, 64, 64
 _STEP = re.compile(r"step-(\d{12})")
 _STEM = re.compile(r"[a-z][a-z0-9_-]{0,63}")
-_FILE = re.compile(r"state\.json|[a-z][a-z0-9_-]{0,63}\.safetensors")
+_FILE = re.compile(r"state\.json|data|[a-z][a-z0-9_-]{0,63}\.safetensors")
 _OWN_ENTRIES = ("schema", "step", "files", "hash")
 _log = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ def _array(value: np.ndarray, where: str) -> np.ndarray:
 
 
 def _encode(
-    step: int, tensors: Mapping[str, Mapping[str, np.ndarray]], state: Mapping, manifest: Mapping
+    step: int, tensors: Mapping[str, Mapping[str, np.ndarray]], state: Mapping, manifest: Mapping, data: Mapping | None = None
 ) -> Iterator[tuple[str, bytes]]:
     """(file name, bytes) of every file, the manifest last; only one file's bytes live at a time."""
     if not 0 <= step < 10**12:
@@ -184,16 +184,23 @@ def _encode(
     for name in _OWN_ENTRIES:
         if name in manifest:
             raise ValueError(f"The manifest's entry '{name}' is written by the checkpoint itself. Choose another name.")
-    plain = _plain(state, "state"), _plain(manifest, "manifest")  # both before the first byte is written
+    # All of the JSON before the first byte is written.
+    described = {STATE: _plain(state, "state"), **({DATA: _plain(data, "data")} if data is not None else {})}
+    own = _plain(manifest, "manifest")
     files = {}
+
+    def entry(content: bytes) -> dict[str, Any]:
+        return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
     for stem, arrays in tensors.items():
-        data = safetensors.numpy.save({k: _array(v, f"{stem}.{k}") for k, v in arrays.items()})
-        files[f"{stem}.safetensors"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        yield f"{stem}.safetensors", data
-    data = dump_json(plain[0])
-    files[STATE] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    yield STATE, data
-    whole = {"schema": SCHEMA, "step": int(step), "files": files, **plain[1]}
+        content = safetensors.numpy.save({k: _array(v, f"{stem}.{k}") for k, v in arrays.items()})
+        files[f"{stem}.safetensors"] = entry(content)
+        yield f"{stem}.safetensors", content
+    for name, value in described.items():
+        content = dump_json(value)
+        files[name] = entry(content)
+        yield name, content
+    whole = {"schema": SCHEMA, "step": int(step), "files": files, **own}
     yield MANIFEST, dump_json({**whole, "hash": _hash(whole)})
 
 
@@ -219,12 +226,14 @@ def _decode(manifest: dict, get: Callable[[str], bytes], where: str) -> Content:
     """(tensors, state, manifest) from bytes that the manifest vouches for; `where` stands before a file's name in messages."""
     tensors = {}
     for name in manifest["files"]:
-        if name == STATE:
+        if name in (STATE, DATA):
             continue
         try:
             tensors[name.removesuffix(".safetensors")] = _load_arrays(get(name))
         except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
             raise CorruptError(f"{where}{name} is no safetensors file of numbers: {error}. Use an older checkpoint.") from error
+    if DATA in manifest["files"]:  # for other readers; but a file is whole or refused
+        parse_json(get(DATA), where + DATA)
     return tensors, parse_json(get(STATE), where + STATE), manifest
 
 
@@ -340,7 +349,7 @@ def _check(path: Path, entry: Mapping | None, keep: bool = False) -> bytes:
             raise CorruptError(f"{path} is no regular file.")
         if found.st_size != size:
             raise CorruptError(f"{path} has {found.st_size} bytes, but its manifest says {size}: it was cut or changed.")
-        if size > MAX_JSON_BYTES and path.suffix == ".json":
+        if size > MAX_JSON_BYTES and (path.suffix == ".json" or path.name == DATA):
             raise CorruptError(f"{path} has {size} bytes; at most {MAX_JSON_BYTES} are read.")
         with open(path, "rb") as file:
             while part := file.read(1 << 20):
@@ -403,14 +412,22 @@ def sweep(parent: Path) -> None:
 
 
 def pack(
-    path: Path, step: int, tensors: Mapping[str, Mapping[str, np.ndarray]], state: Mapping, manifest: Mapping | None = None
+    path: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, np.ndarray]],
+    state: Mapping,
+    manifest: Mapping | None = None,
+    data: Mapping | None = None,
 ) -> Path:
-    """The same content as one zip of stored members; a file of that name is replaced at once or not at all."""
+    """The same content as one zip of stored members; a file of that name is replaced at once or not at all.
+
+    data  JSON that stands in a member `data`, as in SB3's zips, for tools that read there what a model is; `unpack` does not use it
+    """
     path = Path(path)
     make_folder(path.parent)
     aside = path.parent / f".tmp-{token_hex(8)}"
     with durable(aside) as file:
-        pack_into(file, step, tensors, state, manifest)
+        pack_into(file, step, tensors, state, manifest, data)
     try:
         with storage("write", path):
             os.replace(aside, path)
@@ -422,12 +439,17 @@ def pack(
 
 
 def pack_into(
-    file: BinaryIO, step: int, tensors: Mapping[str, Mapping[str, np.ndarray]], state: Mapping, manifest: Mapping | None = None
+    file: BinaryIO,
+    step: int,
+    tensors: Mapping[str, Mapping[str, np.ndarray]],
+    state: Mapping,
+    manifest: Mapping | None = None,
+    data: Mapping | None = None,
 ) -> None:
     """The zip of `pack` written to an open binary file or stream, which stays open."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        for name, data in _encode(step, tensors, state, manifest or {}):
-            archive.writestr(zipfile.ZipInfo(name), data)  # ZipInfo's fixed date: equal content, equal bytes
+        for name, content in _encode(step, tensors, state, manifest or {}, data):
+            archive.writestr(zipfile.ZipInfo(name), content)  # ZipInfo's fixed date: equal content, equal bytes
 
 
 def unpack(path: Path | BinaryIO) -> Content:

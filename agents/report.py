@@ -3,56 +3,124 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.logger import TensorBoardOutputFormat
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch.utils.tensorboard.writer import FileWriter, SummaryWriter
 
+from worldmodel.agents.loop import WorldModelAlgorithm
 from worldmodel.tensorboard import EventFile
 
 SHOWN = {"world/loss/observation": "obs", "world/loss/reward": "reward"}
 """Logged losses that the bar shows, under short names."""
 
 
+EVERY = 30.0
+"""Seconds without a line after which one says that the run is alive."""
+WINDOW = 30.0
+"""Seconds over which "recent" is measured."""
+
+
+class Pace:
+    """Real steps and updates a second over the last WINDOW seconds of training; evaluations and looks are no part of it."""
+
+    def __init__(self) -> None:
+        self.steps = self.updates = 0.0
+        self._marks: deque[tuple[float, int, int]] = deque()
+
+    def note(self, model: WorldModelAlgorithm) -> None:
+        now = time.perf_counter()
+        marks, mark = self._marks, (now, model.num_timesteps, model.learner.updates)
+        if not marks or now - marks[-1][0] >= WINDOW / 300:
+            marks.append(mark)
+        while len(marks) > 1 and now - marks[1][0] >= WINDOW:
+            marks.popleft()
+        span = now - marks[0][0]
+        if span >= 0.5 or (span > 0 and not self.updates):  # what was known before a pause stands until there is something new
+            self.steps, self.updates = (mark[1] - marks[0][1]) / span, (mark[2] - marks[0][2]) / span
+
+    def pause(self) -> None:
+        """What comes until the next `note` is no training."""
+        self._marks.clear()
+
+
 class Lines:
-    """One line for each evaluation, given to `log`."""
+    """A line for each evaluation, given to `log`, and one every half minute in which there was none: what goes on, how fast."""
 
     def __init__(self, log: Callable[[str], object], total: int):
-        self.say, self.total = log, total
-        self._since, self._from = time.perf_counter(), 0
-        self._rate = 0.0
+        self._log, self.total, self.pace = log, total, Pace()
+        self._said = time.perf_counter()
 
-    def start(self, model: BaseAlgorithm) -> None:
-        self._since, self._from = time.perf_counter(), model.num_timesteps
+    def say(self, text: str) -> None:
+        self._said = time.perf_counter()
+        self._log(text)
 
-    def step(self, model: BaseAlgorithm) -> None:
-        """After every round of real steps."""
+    def start(self, model: WorldModelAlgorithm) -> None:
+        self.pace.note(model)
 
-    def evaluated(self, model: BaseAlgorithm, row: Mapping[str, Any], note: str = "") -> None:
-        seconds = max(time.perf_counter() - self._since, 1e-9)
-        rate = (model.num_timesteps - self._from) / seconds
+    def alive(self, model: WorldModelAlgorithm, doing: str | None = None) -> None:
+        """After every round of real steps and between updates; in what is no training, `doing` says what it is."""
+        if doing is None:
+            self.pace.note(model)
+        else:
+            self.pace.pause()
+        if time.perf_counter() - self._said >= EVERY:
+            self.say(self.sign(model, doing))
+
+    def sign(self, model: WorldModelAlgorithm, doing: str | None = None) -> str:
+        """`pretraining 340/1500  step 500/4000  3.1 updates/s  0.0 steps/s  about 22 min left`."""
+        words = [doing or phase(model), f"step {model.num_timesteps}/{self.total}"]
+        words += [f"{self.pace.updates:.1f} updates/s", f"{self.pace.steps:.1f} steps/s"] if doing is None else []
+        left = seconds_left(model, self.pace, self.total)
+        return "  ".join(words if left is None else [*words, f"about {duration(left)} left"])
+
+    def evaluated(self, model: WorldModelAlgorithm, row: Mapping[str, Any], note: str = "") -> None:
         self.say(
             f"step {row['real_steps']}/{self.total}  return {row['mean_return']:.1f} +- {row['std_return']:.1f} "
-            f"({row['episodes']} episodes)  {rate:.0f} steps/s{note}"
+            f"({row['episodes']} episodes)  {self.pace.steps:.0f} steps/s{note}"
         )
 
     def close(self) -> None:
         """The run ends, in whatever way."""
 
 
+def phase(model: WorldModelAlgorithm) -> str:
+    """What training is at: experience that nothing is learned from yet, the world model alone, or all of it."""
+    made, first = model.learner.updates, model.config.train.pretrain
+    if made == 0 and not model.owes:
+        return "collecting"
+    return f"pretraining {made}/{first}" if made < first else "learning"
+
+
+def seconds_left(model: WorldModelAlgorithm, pace: Pace, total: int) -> float | None:
+    """Until the last step, at the recent pace and without evaluations; None where nothing tells, as before the first updates."""
+    train, steps, made = model.config.train, max(0, total - model.num_timesteps), model.learner.updates
+    if made < train.pretrain:  # the steps to come cost what their updates cost
+        return (train.pretrain - made + train.ratio * steps) / pace.updates if pace.updates else None
+    return steps / pace.steps if pace.steps and made else None
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `8 min`, `2 h 5 min`."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
 class Bar(Lines):
-    """A rich progress bar on stderr, with steps per second, the last return and losses; lines appear above it."""
+    """A rich progress bar on stderr, with recent steps per second, the last return and losses; lines appear above it."""
 
     def __init__(self, log: Callable[[str], object], total: int):
-        super().__init__(log, total)
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         console = Console(stderr=True)
+        super().__init__(lambda text: console.print(text, markup=False, highlight=False), total)
         self._bar = Progress(
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
@@ -61,29 +129,30 @@ class Bar(Lines):
             TextColumn("{task.fields[info]}"),
             console=console,
         )
-        self.say = lambda text: console.print(text, markup=False, highlight=False)
         self._task = self._bar.add_task("train", total=total, rate="-", info="")
         self._losses: dict[str, float] = {}
         self._drawn = 0.0
 
-    def start(self, model: BaseAlgorithm) -> None:
+    def start(self, model: WorldModelAlgorithm) -> None:
         super().start(model)
         self._bar.start()
         self._bar.update(self._task, completed=model.num_timesteps)
 
-    def step(self, model: BaseAlgorithm) -> None:
-        now = time.perf_counter()
+    def alive(self, model: WorldModelAlgorithm, doing: str | None = None) -> None:
+        """Here the bar is the sign of life."""
+        self._said = now = time.perf_counter()
+        super().alive(model, doing)
         if now - self._drawn < 0.2 and model.num_timesteps < self.total:  # drawing costs more than a small step
             return
         self._drawn = now
         logged = model.logger.name_to_value
         self._losses |= {short: float(logged[name]) for name, short in SHOWN.items() if name in logged}
         recent = model.ep_info_buffer[-1]["r"] if model.ep_info_buffer else None
-        words = ([] if recent is None else [f"return {recent:.1f}"]) + [f"{k} {v:.3g}" for k, v in self._losses.items()]
-        rate = (model.num_timesteps - self._from) / max(now - self._since, 1e-9)
-        self._bar.update(self._task, completed=model.num_timesteps, rate=f"{rate:.0f}", info="  ".join(words))
+        words = [] if (doing or phase(model)) == "learning" else [doing or phase(model)]
+        words += ([] if recent is None else [f"return {recent:.1f}"]) + [f"{k} {v:.3g}" for k, v in self._losses.items()]
+        self._bar.update(self._task, completed=model.num_timesteps, rate=f"{self.pace.steps:.0f}", info="  ".join(words))
 
-    def evaluated(self, model: BaseAlgorithm, row: Mapping[str, Any], note: str = "") -> None:
+    def evaluated(self, model: WorldModelAlgorithm, row: Mapping[str, Any], note: str = "") -> None:
         super().evaluated(model, row, note)
         self._bar.update(self._task, completed=model.num_timesteps)
 

@@ -6,9 +6,11 @@ import logging
 import math
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +121,12 @@ class Keeper(BaseCallback):
         self._failed = self._failed_in_a_row = 0
 
     def _init_callback(self) -> None:
-        self.model.go_on = lambda: not self.signals
+        self.model.go_on = lambda: not self.asked()
+
+    def asked(self, doing: str | None = None) -> bool:
+        """Whether the process is asked to end; whoever asks also shows that the run is alive, `doing` what is no training."""
+        self.report.alive(self.model, doing)
+        return bool(self.signals)
 
     def _on_training_start(self) -> None:
         self._look_at_the_disk()
@@ -132,7 +139,7 @@ class Keeper(BaseCallback):
         self.report.start(self.model)
 
     def _on_step(self) -> bool:
-        self.report.step(self.model)
+        self.report.alive(self.model)
         step, every = self.model.num_timesteps, self.config.checkpoint.every
         goes_on = self.evaluate_if_due() and not self.signals
         if self.progress.evaluated == step or (every and step // every > (step - self.model.n_envs) // every):
@@ -175,7 +182,8 @@ class Keeper(BaseCallback):
         started = time.perf_counter()
         try:
             most = self.config.eval.max_steps
-            return evaluate(self.model, self.config.env, episodes, seed, max_steps=most, give_up=lambda: bool(self.signals))[0]
+            asked = partial(self.asked, "evaluating")
+            return evaluate(self.model, self.config.env, episodes, seed, max_steps=most, give_up=asked)[0]
         finally:
             self.progress.eval_seconds += time.perf_counter() - started
             if self._clock is not None:
@@ -263,8 +271,9 @@ def train(
     overrides   dotted keys: {"train.ratio": 2.0} or ["train.ratio=2"]; on resume those that are left out stay as they were
     resume      goes on from the newest good checkpoint; the result of a finished run is given back
     keep_newer  on resume, keeps replay rows that are newer than the checkpoint
-    progress    a progress bar on stderr, else lines for `log`
-    log         gets these lines and warnings; without it they go to Python's logging, as info and as warnings
+    progress    a progress bar on stderr, else lines for `log`: one at each evaluation, and one every 30 s in which there was none
+    log         gets these lines and warnings; without it they go to Python's logging, as info and as warnings, and the lines to
+                stderr where that is set to show no info (it is not unless somebody asks for it)
     data        recorded experience to learn from: .npz files, folders of them, "minari:ID", runs. Then no environment is made:
                 `train.pretrain` updates of the world model, then train.steps * train.ratio of all; nothing is evaluated
     trust       files that options name may be opened although that can run code: agent.path, a zip of Stable-Baselines3
@@ -300,12 +309,19 @@ def train(
     threads = torch.get_num_threads()
     try:
         with Signals() as signals:
-            session = _Session(signals, device, trust, keep_newer, progress, log or _log.info, log or _log.warning)
+            session = _Session(signals, device, trust, keep_newer, progress, log or _tell, log or _log.warning)
             if resume:
                 return _resumed(session, recipe, run_dir, given, seed)
             return _new(session, recipe, run_dir, given, seed or 0)
     finally:
         torch.set_num_threads(threads)
+
+
+def _tell(text: str) -> None:
+    if _log.isEnabledFor(logging.INFO):
+        _log.info(text)
+    else:
+        print(text, file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -464,7 +480,7 @@ def _go_on(session: _Session, run: Run, agent: WorldModelAlgorithm, progress: Pr
     outputs = [Scalars(run.path, agent.num_timesteps, session.warn)] if config.log.tensorboard else []
     agent.set_logger(Logger(str(run.path), outputs))
     keeper.init_callback(agent)
-    watch = _watch(config, session.signals)
+    watch = _watch(config, keeper)
     callback = keeper if watch is None else CallbackList([keeper, watch])
     try:
         keeper.save(fenced=config.checkpoint.fence and agent.num_timesteps == 0)
@@ -492,11 +508,11 @@ def _go_on(session: _Session, run: Run, agent: WorldModelAlgorithm, progress: Pr
         agent.logger.close()
 
 
-def _watch(config: Config, signals: Signals) -> Watch | None:
+def _watch(config: Config, keeper: Keeper) -> Watch | None:
     """The callback that shows held-out episodes; None where nothing would be written, or there is nothing to play in."""
     if not (config.log.tensorboard and config.log.pictures) or config.train.data:
         return None
-    return Watch(config.log.pictures, episodes=config.log.held_out, give_up=lambda: bool(signals))
+    return Watch(config.log.pictures, episodes=config.log.held_out, give_up=partial(keeper.asked, "looking at held-out episodes"))
 
 
 def _interrupted(session: _Session, run: Run, agent: WorldModelAlgorithm) -> Interrupted:

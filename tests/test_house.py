@@ -56,6 +56,7 @@ FLOORS = (
     "diagnostics tensorboard",
     "envs",
     "agents",
+    "answers commands",
     "cli",
     "__main__",
 )

@@ -10,10 +10,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from worldmodel import answers, commands
 from worldmodel.errors import (
     ConfigError,
     EnvError,
@@ -23,11 +24,6 @@ from worldmodel.errors import (
     TrustError,
     UnsupportedSpaceError,
 )
-
-if TYPE_CHECKING:  # torch takes a second to load, and --help needs none of it
-    import numpy as np
-
-    from worldmodel.config import Config
 
 ERRORS = (ConfigError, EnvError, MissingExtraError, NumericsError, StorageError, TrustError, UnsupportedSpaceError)
 
@@ -127,7 +123,7 @@ def train(
                 data=data or None,
                 trust=trust,
             ).to_json()
-        _answer(result, as_json, _show_training)
+        _answer(result, as_json, answers.show_training)
 
 
 @app.command("eval")
@@ -146,8 +142,8 @@ def evaluate(
     """Let a run's agent act greedily in fresh environments."""
     with _reported(debug):
         with _stdout_kept():
-            result = _evaluate(run, episodes, seed, step, video, trust)
-        _answer(result, as_json, _show_evaluation)
+            result = commands.evaluate(run, episodes, seed, step, video, trust, _say)
+        _answer(result, as_json, answers.show_evaluation)
 
 
 class Start(str, Enum):
@@ -227,7 +223,7 @@ def dream(
                 given = {"context": context, "horizon": horizon, "start": start.value if start else None}
                 given = {name: value for name, value in given.items() if value is not None}
                 result = dream_of(run, **given, out=out, aim=aim, trust=trust, log=_say)
-        _answer(result, as_json, _show_pairs if between is not None else _show_dream)
+        _answer(result, as_json, answers.show_pairs if between is not None else answers.show_dream)
 
 
 class Slot(str, Enum):
@@ -273,7 +269,7 @@ def fit_prior(
             result = fit(
                 old, kind, slot.value, options=options or [], steps=steps, where=where.value, out=out, trust=trust, log=_say
             )
-        _answer(result, as_json, _show_pairs)
+        _answer(result, as_json, answers.show_pairs)
 
 
 class Layout(str, Enum):
@@ -304,7 +300,7 @@ def import_data(
             from worldmodel.agents import exchange
 
             result = exchange.import_data(source, out, layout.value if layout else None)
-        _answer(result, as_json, _show_pairs)
+        _answer(result, as_json, answers.show_pairs)
 
 
 @data_app.command("export")
@@ -333,7 +329,7 @@ def export_data(
 
             dreams = {"horizon": horizon, "start": start.value if start else None, "seed": seed, "trust": trust or None}
             result = exchange.export_data(source, out, dreamed, **dreams)
-        _answer(result, as_json, _show_pairs)
+        _answer(result, as_json, answers.show_pairs)
 
 
 @data_app.command("info")
@@ -345,7 +341,7 @@ def data_info(source: Source, layout: LayoutOption = None, as_json: Json = False
             from worldmodel.envs.sources import recording
 
             result = exchange.summary(recording(source, layout.value if layout else None), source)
-        _answer(result, as_json, _show_pairs)
+        _answer(result, as_json, answers.show_pairs)
 
 
 @app.command()
@@ -360,8 +356,8 @@ def info(
     """Show spaces, parts and size of a run or of a recipe."""
     with _reported(debug):
         with _stdout_kept():
-            result = _info(run_or_recipe, trust)
-        _answer(result, as_json, _show_pairs)
+            result = commands.describe(run_or_recipe, trust)
+        _answer(result, as_json, answers.show_pairs)
 
 
 @app.command()
@@ -371,7 +367,7 @@ def recipes(as_json: Json = False, debug: Debug = False) -> None:
         from worldmodel.config import recipes as list_recipes
 
         rows = [{"name": name, "env_id": env_id, "description": text} for name, env_id, text in list_recipes()]
-        _answer({"recipes": rows}, as_json, lambda result: _table(result["recipes"], ("name", "env_id", "description")))
+        _answer({"recipes": rows}, as_json, lambda result: answers.table(result["recipes"], ("name", "env_id", "description")))
 
 
 def main() -> None:
@@ -380,79 +376,6 @@ def main() -> None:
     if here not in sys.path:
         sys.path.append(here)
     app()
-
-
-# Work -----------------------------------------------------------------------------------------------------------------
-
-
-def _evaluate(path: Path, episodes: int, seed: int, step: int | None, video: Path | None, trust: bool) -> dict[str, Any]:
-    import numpy as np
-    import torch
-
-    from worldmodel import pictures
-    from worldmodel.agents.evaluation import evaluate as evaluate_agent
-    from worldmodel.agents.evaluation import tell_untrained
-    from worldmodel.envs.make import frames_per_second
-    from worldmodel.run import Run
-
-    if video is not None:
-        pictures.checked(video)
-    run = Run.open(path)
-    torch.set_num_threads(run.config.train.threads)
-    agent = run.agent(step, trust=trust)
-    tell_untrained(agent, _say)
-    frames: list[np.ndarray] | None = [] if video is not None else None
-    returns, lengths = evaluate_agent(agent, run.config.env, episodes, seed, max_steps=run.config.eval.max_steps, frames=frames)
-    if video is not None:
-        pictures.save(video, np.stack(frames), frames_per_second(run.config.env.id))
-    return {
-        "env_id": run.config.env.id,
-        "run": str(run.path),
-        "step": agent.num_timesteps,
-        "episodes": episodes,
-        "seed": seed,
-        "mean_return": float(np.mean(returns)),
-        "std_return": float(np.std(returns)),
-        "returns": returns,
-        "lengths": lengths,
-    }
-
-
-def _info(name: str, trust: bool) -> dict[str, Any]:
-    from worldmodel.agents.train import make_agent
-    from worldmodel.config import Config
-    from worldmodel.run import Run
-
-    if (Path(name) / "config.yaml").is_file() or (os.sep in name and Path(name).is_dir()):
-        run = Run.open(name)
-        config, checkpoints, agent = run.config, run.checkpoints, run.agent(trust=trust)
-    else:
-        config, checkpoints = Config.from_recipe(name), []
-        agent = make_agent(config, 0, "cpu")
-        agent.env.close()
-    return {
-        "env_id": config.env.id,
-        "observation_space": str(agent.observation_space),
-        "action_space": str(agent.action_space),
-        "parts": _parts(config),
-        "parameters": agent.parameter_count,
-        "checkpoints": checkpoints,
-    }
-
-
-def _parts(config: Config) -> dict[str, str | None]:
-    """{slot: kind} of everything that the registry chose; None where a slot is empty."""
-    from worldmodel.model import own_form
-
-    own = own_form(config.model.dynamics).kind
-    parts = {}
-    for slot in type(config.model).model_fields:
-        value = getattr(config.model, slot)
-        if value is None and slot in ("transition", "initial"):  # then the latent's own family
-            parts[slot] = own
-        elif value is None or hasattr(value, "kind"):
-            parts[slot] = None if getattr(value, "members", None) == 0 else getattr(value, "kind", None)  # an ensemble of none
-    return {**parts, "agent": config.agent.kind}
 
 
 # Answers --------------------------------------------------------------------------------------------------------------
@@ -507,53 +430,6 @@ def _answer(result: Mapping[str, Any], as_json: bool, show: Any) -> None:
         print(json.dumps(result, allow_nan=False), flush=True)
     else:
         show(result)
-
-
-def _show_training(result: Mapping[str, Any]) -> None:
-    if result["evaluations"]:
-        _table(result["evaluations"], ("real_steps", "mean_return", "std_return", "episodes"))
-    _show_pairs({key: value for key, value in result.items() if key != "evaluations"})
-
-
-def _show_evaluation(result: Mapping[str, Any]) -> None:
-    _show_pairs({key: value for key, value in result.items() if key not in ("returns", "lengths")})
-
-
-def _show_dream(result: Mapping[str, Any]) -> None:
-    names = ("observation", "persistence", "ratio", "reward", "continue", "uncertainty")
-    columns = {"horizon": "horizons", **{name: name for name in names}}
-    rows = [dict(zip(columns, values)) for values in zip(*(result[key] for key in columns.values()))]
-    known = [row for row in rows if row["reward"] is not None]
-    shown = [row for row in known if row["horizon"] in (1, 2, 3, 5, 7, 10, 15) or row["horizon"] % 10 == 0 or row is known[-1]]
-    _table(shown, tuple(columns), digits=4)
-    worst = result["worst"] or {}
-    told = {f"worst at horizon {worst['horizon']}": f"{worst['name']}: {worst['observation']:.3f}"} if worst else {}
-    _show_pairs({**{key: result[key] for key in ("env_id", "run", "step", "context", "out")}, **told})
-
-
-def _show_pairs(result: Mapping[str, Any]) -> None:
-    rows = []
-    for key, value in result.items():
-        if isinstance(value, Mapping):
-            value = ", ".join(f"{k}: {'-' if v is None else v}" for k, v in value.items())
-        rows.append({"": key, " ": value})
-    _table(rows, ("", " "))
-
-
-def _table(rows: list[Mapping[str, Any]], columns: tuple[str, ...], digits: int = 2) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*[column.replace("_", " ") for column in columns], show_header=any(c.strip() for c in columns))
-    for row in rows:
-        table.add_row(*[_cell(row[column], digits) for column in columns])
-    Console(markup=False, highlight=False).print(table)
-
-
-def _cell(value: Any, digits: int) -> str:
-    if value is None or value == []:
-        return "-"
-    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -227,17 +227,18 @@ def others(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 def judged(rows: Iterable[dict[str, Any]], of: str | None = None) -> list[dict[str, Any]]:
     """Of each algorithm and number of imagined steps, beside random play: {"algorithm", "recipe", "imagined", "rows", "said"}.
 
-    What is said: in how many seeds its real return exceeds random play's mean by `MARGIN`, where it does so in all of at least
-    three; else that it runs, saves and loads, if a loaded one acts the same. Rows of earlier code lack seed and steps.
+    What is said: that it runs, saves and loads, where a loaded one acts the same, and in how many seeds its real return exceeds
+    random play's mean by `MARGIN`. Stale rows count where the algorithm has no others; the oldest lack seed and steps.
     """
+    rows = list(rows)
+    fresh = {(row["key"]["recipe"], row["key"]["algorithm"]) for row in rows if not stale(row, of)}
     groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     for row in rows:
         key = row["key"]
-        groups.setdefault((key["recipe"], key["algorithm"], key.get("imagined", IMAGINED)), []).append(row)
+        if not stale(row, of) or (key["recipe"], key["algorithm"]) not in fresh:
+            groups.setdefault((key["recipe"], key["algorithm"], key.get("imagined", IMAGINED)), []).append(row)
     out = []
     for (recipe, name, imagined), found in groups.items():
-        fresh = [row for row in found if not stale(row, of)]
-        found = fresh or found
         random = next((rows for (world, other, _), rows in groups.items() if (world, other) == (recipe, "random")), [])
         said = "runs, saves and loads" if all(row.get("loaded acts the same", True) for row in found) else "a loaded one DIFFERS"
         if name == "random":

@@ -135,3 +135,48 @@ def test_an_algorithm_beats_random_where_it_does_by_the_stated_margin_in_every_s
         ("dqn", "a loaded one DIFFERS; beats random by 50 in 0 of 1 seeds"),
     ]
     assert [group["said"] for group in plug_in.judged(made[3:5])] == ["runs, saves and loads"]
+
+
+def test_tables_in_readme_and_docs_say_what_the_rows_say(rows):
+    import readme
+
+    assert readme.differing(readme.declared()) == []
+    text = "".join((readme.ROOT / name).read_text() for name in readme.FILES)
+    assert sorted(found[2] for found in readme.BLOCK.finditer(text)) == sorted([*readme.BLOCKS, "made"])
+
+
+def test_the_check_fails_where_readme_differs_from_rows_or_quotes_a_stale_one_unmarked(rows, tmp_path, monkeypatch):
+    import readme
+
+    def row(code, solved):
+        key = {"task": "pendulum", "algorithm": "worldmodel", "seed": 0, "overrides": [], "max_steps": None}
+        made = {"code": code, "when": "2026-01-02T00:00:00+00:00"}
+        return {"key": key, "solved_at": solved, "wall_seconds": 9, "threshold": -200, "final_return": -150, "where": made}
+
+    def look(of):
+        return [line.partition(":")[0] for line in readme.differing(of, tmp_path, tmp_path)]
+
+    def write(of):
+        for file, (_, text) in readme.written(of, tmp_path, tmp_path).items():
+            file.write_text(text)
+        return (tmp_path / "README.md").read_text()
+
+    monkeypatch.setattr(readme, "FILES", ("README.md",))
+    (tmp_path / "README.md").write_text("".join(f"<!-- figures: {name} -->\n<!-- /figures -->\n" for name in ("made", "control")))
+    made = tmp_path / "control.jsonl"
+    now, later = "a" * 16, "b" * 16
+    made.write_text(json.dumps(row(now, 750)) + "\n")
+    assert look(now) == ["README.md, made", "README.md, control"]
+    text = write(now)
+    assert readme.declared(tmp_path) == now and "| `pendulum` | 1/1 | 750 | 9.0 |" in text and look(now) == []
+    (tmp_path / "README.md").write_text(text.replace("750", "500"))
+    assert look(now) == ["README.md, control"]
+    (tmp_path / "README.md").write_text(text)
+    assert look(later) == ["README.md, made", "README.md, control"]  # stale, and not marked
+    marked = write(later)
+    assert "| `pendulum` † |" in marked and "earlier code" in marked and look(later) == []
+    assert readme.declared(tmp_path) == readme.NONE and look(readme.NONE) == []  # whatever the tree's code is
+    with made.open("a") as file:
+        file.write(json.dumps(row(later, 2000)) + "\n")
+    assert look(later) == ["README.md, made", "README.md, control"]  # the newest counts, better or not
+    assert "| `pendulum` | 1/1 | 2,000 |" in write(later)

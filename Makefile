@@ -3,6 +3,7 @@
 # make reliability   every fault of the catalogue, as often as docs/reliability.md says: kills, full disks, damage   (ARGS="-k kill")
 # make lint   ruff
 # make bench  the measured tables; rows that are there already are not measured again     (ARGS="--print")
+# make figures   writes the tables of README and docs from the rows; make figures-check fails where they differ, or quote stale rows unmarked
 # make screenshots   pictures of TensorBoard for the docs, of RUN; wants Debian's packages chromium and chromium-driver
 # make clean  removes caches and builds; runs/ and .venv/ stay
 #
@@ -20,7 +21,7 @@ STAMP := $(VENV)/.installed
 # One thread per worker: two threads of torch under any other load can be slower than one by orders of magnitude.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: help venv demo test reliability lint bench screenshots clean
+.PHONY: help venv demo test reliability lint bench figures figures-check screenshots clean
 .DELETE_ON_ERROR:
 
 help:
@@ -91,7 +92,13 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 
 bench: $(STAMP)
-	@for script in $$(grep -l __main__ benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
+	@for script in $$(grep -l __main__ benchmarks/*.py | grep -v readme.py); do echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
+
+figures: $(STAMP)
+	$(BIN)/python benchmarks/readme.py
+
+figures-check: $(STAMP)
+	$(BIN)/python benchmarks/readme.py --check
 
 screenshots: $(STAMP)
 	$(BIN)/python docs/screenshots.py $(RUN) --out docs/images --pages scalars images text projector

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rows import QUIET, Rows, command, number, options, spread, table, timed
+from rows import QUIET, Rows, command, marked, number, options, spread, table, timed
 
 FORMS = ("gaussian", "mixture", "vamp", "flow", "hierarchical", "energy", "diffusion")
 
@@ -82,7 +82,7 @@ def main() -> int:
             foreign = max(loads, default=None)
             measured = {"ms": [sample["ms"][0] for sample in taken], "foreign": foreign, "quiet": (foreign or 0.0) <= QUIET}
             rows.add(keys[name], measured, threads=1)
-    lines = [[row["key"]["form"], row["key"]["tree"], spread(row["ms"]), number(row["foreign"], 1)] for row in rows]
+    lines = [[marked(row["key"]["form"], [row]), row["key"]["tree"], spread(row["ms"]), number(row["foreign"], 1)] for row in rows]
     print(table(["form", "checkout", "ms a step", "foreign"], lines))
     return 0
 

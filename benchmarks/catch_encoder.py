@@ -20,33 +20,29 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from baselines import Protocol
+from baselines import BASELINES, StackedProtocol
 from gymnasium import spaces
 from rows import Failed, Load, Rows, call, marked, median, number, options, say, spread, table
 from stable_baselines3 import DQN
 from stable_baselines3.common.callbacks import CallbackList
-from stable_baselines3.common.vec_env import StackedObservations, VecEnv, VecEnvWrapper, VecFrameStack
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecFrameStack
 
 import worldmodel as wm
 from worldmodel.agents import JointWorldModel, latent_policy_kwargs
-from worldmodel.agents.evaluation import FINAL_SEED, evaluate
+from worldmodel.agents.evaluation import FINAL_SEED
 from worldmodel.config import Config
 from worldmodel.envs.make import make_vec
 from worldmodel.envs.tiny import BALL, CELL, PADDLE
 
 SIDES = ("encoder", "naturecnn", "cells")
-FRAMES, STEPS, SECONDS = 2, 16_000, 3600
-DQN_OPTIONS: dict[str, Any] = {
-    **{"learning_rate": 5e-4, "batch_size": 64, "buffer_size": 20_000, "learning_starts": 500, "gamma": 0.99},
-    **{"target_update_interval": 100, "train_freq": 1, "gradient_steps": 1},
-    **{"exploration_fraction": 0.3, "exploration_final_eps": 0.1},
-}
-POLICY: dict[str, Any] = {"net_arch": [256]}
+BASELINE = BASELINES["worldmodel.envs:Catch-v0", "dqn on 2 frames"]
+FRAMES, STEPS, SECONDS = BASELINE.frames, BASELINE.steps, 3600
+DQN_OPTIONS: dict[str, Any] = {name: x for name, x in BASELINE.options.items() if name != "policy_kwargs"}
+POLICY: dict[str, Any] = BASELINE.options["policy_kwargs"]
 OUTPUT, FINE_TUNED, PRETRAIN = "embedding", True, 600
 WORLD = {"train.batch_size": 8, "train.batch_length": 8}
 
@@ -77,39 +73,6 @@ class Cells(VecEnvWrapper):
         return cells(obs), rewards, dones, infos
 
 
-class Stacked:
-    """A policy of stacked frames that stacks them by itself: what `evaluate` takes, whose environments give single ones."""
-
-    def __init__(self, model: DQN, space: Any, see: Callable[[np.ndarray], np.ndarray]):
-        self.model, self.space, self.see = model, space, see
-
-    def predict(self, obs: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False) -> tuple:
-        """SB3's; the state is the stack."""
-        obs = self.see(obs)
-        if state is None:
-            state = StackedObservations(len(obs), FRAMES, self.space)
-            stack = state.reset(obs)
-        else:
-            stack, _ = state.update(obs, np.asarray(episode_start), [{"terminal_observation": x} for x in obs])
-        return self.model.predict(stack, deterministic=deterministic)[0], state
-
-
-class StackedProtocol(Protocol):
-    """The protocol of all rows, on a policy that wants stacked frames of `space`, which `see` makes of the environment's."""
-
-    def __init__(self, *args: Any, space: spaces.Box, see: Callable[[np.ndarray], np.ndarray]):
-        super().__init__(*args)
-        self.space, self.see = space, see
-
-    def measure(self, seed: int) -> list[float]:
-        since = time.perf_counter()
-        try:
-            policy = Stacked(self.model, self.space, self.see)
-            return evaluate(policy, self.config.env, self.config.eval.episodes, seed)[0]
-        finally:
-            self.eval_seconds += time.perf_counter() - since
-
-
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """One run of {"side", "seed", "max_steps"}: keys as of `worldmodel train --json`, and encoder_steps."""
     config, seed = Config.from_recipe("catch", ["agent=random"]), job["seed"]
@@ -124,7 +87,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         first = {"train.prefill": DQN_OPTIONS["learning_starts"], "train.pretrain": PRETRAIN}
         callbacks = [JointWorldModel(world, ratio=0.0, rl_gradients=FINE_TUNED, config={**WORLD, **first}, seed=seed)]
     model = DQN("MlpPolicy" if plain else "CnnPolicy", venv, policy_kwargs=kwargs, seed=seed, device="cpu", **DQN_OPTIONS)
-    see = {"space": seen.observation_space, "see": cells if plain else np.asarray}
+    see = {"space": seen.observation_space, "frames": FRAMES, "see": cells if plain else np.asarray}
     protocol = StackedProtocol(config, job["max_steps"], SECONDS, **see)
     since = time.perf_counter()
     with Load() as load:

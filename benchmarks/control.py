@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ OURS = "worldmodel"
 
 @dataclass(frozen=True)
 class Task:
-    """A recipe, what is changed in it, and the baselines on its environment; `beside` names the task that has them already.
+    """A recipe, what is changed in it, and the baselines on its environment that are not measured for another task.
 
     matched   gradient updates of the policy per real step, where they are not the world model's (train.ratio)
     ours      what our side is called in the rows
@@ -50,19 +50,28 @@ class Task:
     recipe: str
     overrides: tuple[str, ...] = ()
     baselines: tuple[str, ...] = ()
-    beside: str | None = None
     matched: float | None = None
     ours: str = OURS
 
 
 TASKS = {
     "cartpole": Task("cartpole", baselines=("ppo", "dqn")),
-    "vae": Task("cartpole", ("model=vae",), beside="cartpole"),
+    "vae": Task("cartpole", ("model=vae",)),
     "pendulum": Task("pendulum", baselines=("sac",)),
     "acrobot": Task("acrobot", baselines=("dqn",)),
-    "catch": Task("catch", baselines=("dqn", "random")),
+    "catch": Task("catch", baselines=("dqn on 2 frames", "random")),
     "cartpole-pixels": Task("cartpole-pixels"),
 }
+DYNA_UPDATES = 10.0
+DYNA_ROW = f"sac + dyna, {DYNA_UPDATES:g} updates/step"
+PLUG_IN = {
+    "ppo-cartpole": Task("cartpole", ("agent.kind=sb3", "agent.algo=ppo"), ("ppo",)),
+    "sac-pendulum": Task("pendulum", ("agent.kind=sb3", "agent.algo=sac"), ("sac",), matched=10.0),
+    "planner-cartpole": Task("cartpole", ("agent.kind=planner",)),
+    "planner-pendulum": Task("pendulum", ("agent.kind=planner",)),
+    "dyna-pendulum": Task("pendulum", ("agent.kind=random", "eval.every=100"), ("sac",), matched=DYNA_UPDATES, ours=DYNA_ROW),
+}
+"""Measured by plug_in.py."""
 
 
 # One run, in a process of its own ---------------------------------------------------------------------------------------
@@ -141,7 +150,7 @@ def _silent(text: str) -> None:
 def jobs(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], dict[str, Any], int]]:
     """(key of the row, job, threads) of all that is asked for, seeds innermost."""
     for name in args.tasks:
-        task = TASKS.get(name, Task(name))
+        task = {**TASKS, **PLUG_IN}.get(name) or Task(name)
         overrides = [*task.overrides, *args.overrides]
         config = Config.from_recipe(task.recipe, overrides)
         algorithms: list[tuple[str, float | None]] = [(OURS, None)]
@@ -184,14 +193,18 @@ def measure(args: argparse.Namespace, rows: Rows) -> int:
     return failed
 
 
-def report(rows: Rows) -> str:
-    """One line for each task, algorithm and set of options: medians over seeds, [least..greatest]; then who needs fewer steps."""
+def grouped(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """{key without the seed, as JSON: rows}, in the order of tasks."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(json.dumps({name: value for name, value in row["key"].items() if name != "seed"}), []).append(row)
-    order = {name: i for i, name in enumerate(TASKS)}
-    lines = []
-    groups = dict(sorted(groups.items(), key=lambda pair: order.get(json.loads(pair[0])["task"], len(order))))
+    order = {name: i for i, name in enumerate([*TASKS, *PLUG_IN])}
+    return dict(sorted(groups.items(), key=lambda pair: order.get(json.loads(pair[0])["task"], len(order))))
+
+
+def report(rows: Iterable[dict[str, Any]], folder: Path) -> str:
+    """One line for each task, algorithm and set of options: medians over seeds, [least..greatest]; then who needs fewer steps."""
+    lines, groups = [], grouped(rows)
     for text, found in groups.items():
         key = json.loads(text)
         limits = [f"{name}={key[name]}" for name in ("max_steps",) if key[name]]
@@ -213,31 +226,49 @@ def report(rows: Rows) -> str:
         )
     head = ["task", "algorithm", "solved", "real steps", "seconds", "final return", "updates/step", "parameters", "threads"]
     head += ["foreign"]
-    return "\n".join([table(head, lines), "", *comparisons(groups)])
+    return "\n".join([table(head, lines), "", *comparisons(groups, folder)])
 
 
-def comparisons(groups: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Our real steps as a share of the better baseline's, medians over seeds, where both are solved."""
-    medians: dict[tuple[str, str], dict[str, float]] = {}
+def comparisons(groups: Mapping[str, Sequence[dict[str, Any]]], folder: Path, of: str | None = None) -> list[str]:
+    """Our real steps as a share of those of the best of all that learn no model, of any result file; medians over seeds."""
+    lines, others = [], rivals(folder, of)
     for text, found in groups.items():
         key = json.loads(text)
-        if any(row["threshold"] is None for row in found):
+        task = TASKS.get(key["task"]) or PLUG_IN.get(key["task"]) or Task(key["task"])
+        there = others.get(task.recipe)
+        if key["algorithm"] != task.ours or not there or found[0]["threshold"] is None:
             continue
-        options = json.dumps([key["overrides"], key["max_steps"], key["max_minutes"]])
-        medians.setdefault((key["task"], options), {})[key["algorithm"]] = median(row["solved_at"] for row in found)
-    lines = []
-    for (name, options), by in medians.items():
-        task = TASKS.get(name, Task(name))
-        others = {a: steps for a, steps in {**by, **medians.get((task.beside, options), {})}.items() if a not in (OURS, task.ours)}
-        if task.ours not in by or not others:
-            continue
-        best = min(others, key=others.get)
-        ours, least = by[task.ours], others[best]
+        best = min(there, key=lambda name: median(row["solved_at"] for row in there[name]))
+        ours, least = (median(row["solved_at"] for row in side) for side in (found, there[best]))
+        seeds = f"{len(there[best])} seed{'s' if len(there[best]) > 1 else ''}"
+        name = " ".join([key["task"], *key["overrides"]])
         if max(ours, least) < float("inf"):
-            lines.append(f"{name}: {ours / least:.2f} x the real steps of {best}")
+            line = f"{name}: {ours / least:.2f} x the real steps of {best}, {seeds}"
         else:
-            lines.append(f"{name}: {number(ours, 1)} real steps, {best} {number(least, 1)}")
+            line = f"{name}: {number(ours, 1)} real steps, {best} {number(least, 1)}, {seeds}"
+        ends = [[row["solved_at"] or float("inf") for row in side] for side in (found, there[best])]
+        if max(map(min, ends)) <= min(map(max, ends)):
+            line += "; their ranges overlap"
+        lines.append(marked(line, [*found, *there[best]], of))
     return lines
+
+
+def rivals(folder: Path, of: str | None = None) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """{recipe: {name (file): rows}} of the whole runs, in all result files, that learned no model and had no other options."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for file in sorted(Path(folder).glob("*.jsonl")):
+        for row in Rows(file.stem, folder, of=of):
+            key = row["key"]
+            task = TASKS.get(key.get("task")) or PLUG_IN.get(key.get("task"))
+            if key.get("row") == "catch-encoder" and key["side"] == "naturecnn":
+                recipe, name = "catch", "dqn on 2 frames"
+            elif task is None or key.get("algorithm") in (None, OURS, task.ours) or key["overrides"] or key["max_steps"]:
+                continue
+            else:
+                recipe, name = task.recipe, key["algorithm"]
+            where = file.stem if key.get("task") in (None, *TASKS) else f"{file.stem}, {key['task']}"
+            found.setdefault(recipe, {}).setdefault(f"{name} ({where})", []).append(row)
+    return found
 
 
 def main() -> int:
@@ -264,7 +295,7 @@ def main() -> int:
         failed = 0 if args.print else measure(args, rows)
     except ConfigError as error:
         parser.error(str(error))
-    print(report(rows))
+    print(report(rows, args.results))
     return 1 if failed else 0
 
 

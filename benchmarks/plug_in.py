@@ -16,7 +16,7 @@ catch_encoder.py, imagined steps per second by imagined.py.
 | dyna-pendulum | SAC in the real environment, its buffer filled with imagined transitions |
 | mppi | milliseconds of one action: 512 samples, 6 iterations, horizon 3, a model of 1.2 M parameters |
 | gap | imagined less real return of the planner's choice, by the penalty on the ensemble's uncertainty |
-| algorithms | all eight: gradient updates in an imagined world, the real return, and whether a loaded one acts the same |
+| algorithms | all eight in worlds of 400 real steps: real return beside random play's, and whether a loaded one acts the same |
 """
 
 from __future__ import annotations
@@ -28,33 +28,28 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from control import TASKS, Task, jobs, report, work
-from rows import Failed, Load, Rows, call, marked, number, options, say, spread, table, timed
+from control import DYNA_ROW, DYNA_UPDATES, PLUG_IN, jobs, report, work
+from rows import Failed, Load, Rows, call, marked, number, options, say, spread, stale, table, timed
 
 DYNA = {"ratio": 150, "horizon": 15, "every": 10, "config": {"train.prefill": 250, "train.pretrain": 300, "train.ratio": 2.0}}
 DYNA_SAC = {"learning_starts": 250, "buffer_size": 30_000}
-DYNA_UPDATES = 10.0
-DYNA_ROW = f"sac + dyna, {DYNA_UPDATES:g} updates/step"
-CONTROL = {
-    "ppo-cartpole": Task("cartpole", ("agent.kind=sb3", "agent.algo=ppo"), ("ppo",)),
-    "sac-pendulum": Task("pendulum", ("agent.kind=sb3", "agent.algo=sac"), ("sac",), matched=10.0),
-    "planner-cartpole": Task("cartpole", ("agent.kind=planner",), beside="ppo-cartpole"),
-    "planner-pendulum": Task("pendulum", ("agent.kind=planner",), beside="sac-pendulum"),
-    "dyna-pendulum": Task("pendulum", ("agent.kind=random", "eval.every=100"), ("sac",), matched=DYNA_UPDATES, ours=DYNA_ROW),
-}
 SEEDS = {"dyna-pendulum": [0, 1, 2, 3, 4]}
 PENALTIES = (0.0, 10.0, 30.0, 100.0)
 GAP_STEPS = 120
 """Random real steps behind the world of the gap: few, so that there are errors to exploit."""
 SPEED = ["size=medium", "agent.plan.samples=512", "agent.plan.iterations=6", "agent.plan.horizon=3", "agent.plan.elites=64"]
 SPEED += ["agent.plan.proposals=24"]
+FITS = {"cartpole": ("ppo", "a2c", "dqn", "qrdqn", "recurrent_ppo"), "pendulum": ("sac", "td3", "tqc")}
+IMAGINED = 8192
+MARGIN = {"cartpole": 50.0, "pendulum": 300.0}
+"""By how much a mean return of 20 episodes must exceed random play's in the same world, to count as better than it."""
 OTHER = ("mppi", "gap", "algorithms")
-TASKS.update(CONTROL)
 
 
 # Real steps -------------------------------------------------------------------------------------------------------------
@@ -172,18 +167,21 @@ def gap(job: dict[str, Any]) -> dict[str, Any]:
 
 def algorithm(job: dict[str, Any]) -> dict[str, Any]:
     """One algorithm in a world of 400 real steps: updates, whether its weights moved, real return, and what a loaded one does."""
-    from baselines import updates_of
+    from baselines import run_random, updates_of
 
     import worldmodel as wm
     from worldmodel.agents import DreamPolicy, train_in_dream
     from worldmodel.agents.sb3 import algorithm_class
+    from worldmodel.config import Config
     from worldmodel.envs import make_vec
 
     torch.set_num_threads(1)
-    recipe, name = job["recipe"], job["algorithm"]
+    recipe, name, seed = job["recipe"], job["algorithm"], job["seed"]
+    if name == "random":
+        return {"real_return": run_random(Config.from_recipe(recipe), seed)["final_return"]}
     quiet = {"log.tensorboard": False, "eval.every": 0, "eval.episodes": 1, "agent": "random"}
     with tempfile.TemporaryDirectory() as folder:
-        path = wm.train(recipe, 400, 0, Path(folder) / "run", quiet, "cpu").run
+        path = wm.train(recipe, 400, seed, Path(folder) / "run", quiet, "cpu").run
         before: list[torch.Tensor] = []
         made = algorithm_class(name)
 
@@ -193,7 +191,7 @@ def algorithm(job: dict[str, Any]) -> dict[str, Any]:
                 before.append(torch.cat([p.detach().flatten().clone() for p in self.policy.parameters()]))
 
         since = time.perf_counter()
-        policy = train_in_dream(Watched, path, total_timesteps=8192, episodes=20)
+        policy = train_in_dream(Watched, path, total_timesteps=job["imagined"], seed=seed, episodes=20)
         seconds = time.perf_counter() - since
         after = torch.cat([p.detach().flatten() for p in policy.algorithm.policy.parameters()])
         policy.save(Path(folder) / "policy")
@@ -216,16 +214,49 @@ def others(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         return [{"row": name, "threads": threads, "most": args.most} for threads in (1, 2)]
     if name == "gap":
         return [{"row": name, "seed": seed} for seed in args.seeds or (0, 1, 2)]
-    fits = {"cartpole": ("ppo", "a2c", "dqn", "qrdqn", "recurrent_ppo"), "pendulum": ("sac", "td3", "tqc")}
-    return [{"row": name, "recipe": recipe, "algorithm": a} for recipe, group in fits.items() for a in group]
+    keys = []
+    for recipe, group in FITS.items():
+        for a in ("random", *group):
+            if a not in (args.algorithms or [a, *group]):
+                continue
+            imagined = {} if a == "random" else {"imagined": args.imagined}
+            keys += [{"row": name, "recipe": recipe, "algorithm": a, "seed": seed, **imagined} for seed in args.seeds or (0, 1, 2)]
+    return keys
 
 
-def tables(rows: Rows) -> str:
+def judged(rows: Iterable[dict[str, Any]], of: str | None = None) -> list[dict[str, Any]]:
+    """Of each algorithm and number of imagined steps, beside random play: {"algorithm", "recipe", "imagined", "rows", "said"}.
+
+    What is said: that it runs, saves and loads, where a loaded one acts the same, and in how many seeds its real return exceeds
+    random play's mean by `MARGIN`. Stale rows count where the algorithm has no others; the oldest lack seed and steps.
+    """
+    rows = list(rows)
+    fresh = {(row["key"]["recipe"], row["key"]["algorithm"]) for row in rows if not stale(row, of)}
+    groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        key = row["key"]
+        if not stale(row, of) or (key["recipe"], key["algorithm"]) not in fresh:
+            groups.setdefault((key["recipe"], key["algorithm"], key.get("imagined", IMAGINED)), []).append(row)
+    out = []
+    for (recipe, name, imagined), found in groups.items():
+        random = next((rows for (world, other, _), rows in groups.items() if (world, other) == (recipe, "random")), [])
+        said = "runs, saves and loads" if all(row.get("loaded acts the same", True) for row in found) else "a loaded one DIFFERS"
+        if name == "random":
+            said = ""
+        elif random:
+            least = statistics.fmean(row["real_return"] for row in random) + MARGIN[recipe]
+            beat = sum(row["real_return"] >= least for row in found)
+            said += f"; beats random by {MARGIN[recipe]:g} in {beat} of {len(found)} seeds"
+        out.append({"algorithm": name, "recipe": recipe, "imagined": imagined, "rows": found, "random": random, "said": said})
+    return out
+
+
+def tables(rows: Rows, folder: Path) -> str:
     """All tables of what is there."""
     by: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         by.setdefault(row["key"].get("row", "control"), []).append(row)
-    parts = [report(by["control"])] if "control" in by else []
+    parts = [report(by["control"], folder)] if "control" in by else []
     if "mppi" in by:
         lines = [
             [
@@ -247,17 +278,14 @@ def tables(rows: Rows) -> str:
             lines.append([name, *(spread(x[side] for x in found) for side in ("imagined", "real")), spread(gaps)])
         parts.append(table(["penalty", "imagined return", "real return", "gap"], lines))
     if "algorithms" in by:
-        names = ("updates", "moved", "real_return", "gap", "loaded acts the same", "seconds")
-        shown = [
-            [marked(row["key"]["algorithm"], [row]), row["key"]["recipe"], *(_cell(row[n]) for n in names)]
-            for row in by["algorithms"]
-        ]
-        parts.append(table(["algorithm", "world", *names], shown))
+        names = ("updates", "moved", "real_return", "gap", "seconds")
+        shown = []
+        for group in judged(by["algorithms"]):
+            cells = [spread(row[name] for row in group["rows"] if name in row) for name in names]
+            steps = "" if group["algorithm"] == "random" else number(group["imagined"], 1)
+            shown.append([marked(group["algorithm"], group["rows"]), group["recipe"], steps, *cells, group["said"]])
+        parts.append(table(["algorithm", "world", "imagined steps", *names, "so it"], shown))
     return "\n\n".join(parts)
-
-
-def _cell(x: Any) -> str:
-    return str(x) if isinstance(x, bool) else number(x) if x >= 0 else f"-{number(-x)}"
 
 
 def main() -> int:
@@ -266,9 +294,11 @@ def main() -> int:
         print(json.dumps(WORKERS[job["row"]](job) if "row" in job else work(job), allow_nan=False))
         return 0
     parser = options(__doc__)
-    known = [*CONTROL, *OTHER]
+    known = [*PLUG_IN, *OTHER]
     parser.add_argument("--rows", nargs="+", choices=known, default=known, help="these rows only")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2, of dyna-pendulum 0 to 4")
+    parser.add_argument("--algorithms", nargs="+", metavar="NAME", help="of row algorithms, these only; random is one")
+    parser.add_argument("--imagined", type=int, default=IMAGINED, help="of row algorithms, imagined steps (default: %(default)s)")
     parser.add_argument("--ours", action="store_true", help="without the baselines")
     parser.add_argument("--max-minutes", type=float, default=15.0, help="ends every run of real steps then, evaluation included")
     parser.add_argument("--most", type=float, default=60, help="seconds to wait for undisturbed samples of a speed")
@@ -278,7 +308,7 @@ def main() -> int:
     rows = Rows("plug_in", args.results, args.again)
     failed = 0
     for name in [] if args.print else args.rows:
-        if name in CONTROL:
+        if name in PLUG_IN:
             failed += real_steps(args, rows, name)
             continue
         for key in others(name, args):
@@ -288,7 +318,7 @@ def main() -> int:
                 except Failed as error:
                     failed += 1
                     say(f"failed: {key}: {error}")
-    print(tables(rows))
+    print(tables(rows, args.results))
     return 1 if failed else 0
 
 

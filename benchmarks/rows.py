@@ -53,10 +53,10 @@ def options(description: str | None) -> argparse.ArgumentParser:
 
 
 class Rows:
-    """The rows of one file."""
+    """The rows of one file; `of`: the hash of the code by which they are stale or not, without one this tree's."""
 
-    def __init__(self, name: str, folder: Path, again: bool = False):
-        self.file, self.again, self.code = Path(folder) / f"{name}.jsonl", again, code()
+    def __init__(self, name: str, folder: Path, again: bool = False, of: str | None = None):
+        self.file, self.again, self.code, self.of = Path(folder) / f"{name}.jsonl", again, code(), of
         lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
         self._rows: dict[str, dict[str, Any]] = {}
         for row in map(json.loads, filter(None, lines)):
@@ -64,7 +64,7 @@ class Rows:
 
     def _keep(self, row: dict[str, Any]) -> None:
         word = _word(row["key"])
-        if word not in self._rows or stale(self._rows[word]) or not stale(row):
+        if word not in self._rows or stale(self._rows[word], self.of) or not stale(row, self.of):
             self._rows[word] = row
 
     def has(self, key: Mapping[str, Any]) -> bool:
@@ -124,14 +124,14 @@ def _hash(root: Path = HERE.parent) -> str:
     return digest.hexdigest()[:16]
 
 
-def stale(row: Mapping[str, Any]) -> bool:
-    """Whether other code than this tree's made the row, or nobody knows which."""
-    return row.get("where", {}).get("code") != code()
+def stale(row: Mapping[str, Any], of: str | None = None) -> bool:
+    """Whether other code than that of hash `of` (this tree's) made the row, or nobody knows which."""
+    return row.get("where", {}).get("code") != (of or code())
 
 
-def marked(text: object, rows: Iterable[Mapping[str, Any]]) -> str:
+def marked(text: object, rows: Iterable[Mapping[str, Any]], of: str | None = None) -> str:
     """`text`, with a dagger where one of the rows that it tells of is stale."""
-    return f"{text} {STALE}" if any(stale(row) for row in rows) else str(text)
+    return f"{text} {STALE}" if any(stale(row, of) for row in rows) else str(text)
 
 
 def say(text: str) -> None:

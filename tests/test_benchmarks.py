@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from stable_baselines3.common.callbacks import BaseCallback
+
+from worldmodel.config import Config
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -64,3 +67,116 @@ def test_a_row_that_the_code_changed_under_is_stale_at_once(rows, tmp_path, monk
     assert not rows.stale(found.add({"seed": 0}, {"x": 1}, threads=1))
     monkeypatch.setattr(rows, "_hash", lambda: "changed")
     assert rows.stale(found.add({"seed": 1}, {"x": 1}, threads=1))
+
+
+def test_a_comparison_takes_the_best_of_any_result_file_and_says_where_ranges_overlap(rows, tmp_path):
+    import control
+
+    def put(file, solved, **key):
+        for seed, at in enumerate(solved):
+            row = {"solved_at": at, "threshold": 0.9, "where": {"code": rows.code()}}
+            row["key"] = {**key, "seed": seed} if "row" in key else {"overrides": [], "max_steps": None, **key, "seed": seed}
+            with (tmp_path / f"{file}.jsonl").open("a") as lines:
+                lines.write(json.dumps(row) + "\n")
+
+    def said():
+        return control.comparisons(control.grouped(rows.Rows("control", tmp_path)), tmp_path)
+
+    put("control", [None, None, None], task="catch", algorithm="random")
+    put("control", [6000, 8500], task="catch", algorithm="worldmodel")
+    assert said() == ["catch: 7,250 real steps, random (control) -, 3 seeds"]
+    put("plug_in", [3000, 4000, 4000], row="catch-encoder", side="naturecnn")
+    put("plug_in", [100], row="catch-encoder", side="encoder")  # not one without a world model
+    assert said() == ["catch: 1.81 x the real steps of dqn on 2 frames (plug_in), 3 seeds"]
+    put("control", [900, 800], task="pendulum", algorithm="worldmodel")
+    put("plug_in", [3000, 2000], task="sac-pendulum", algorithm="sac")
+    put("plug_in", [700, 1300], task="dyna-pendulum", algorithm="sac, 10 updates/step")
+    put("plug_in", [500], task="dyna-pendulum", algorithm=control.DYNA_ROW)
+    best = "sac, 10 updates/step (plug_in, dyna-pendulum), 2 seeds"
+    assert said()[0] == f"pendulum: 0.85 x the real steps of {best}; their ranges overlap"
+
+
+class Seen(BaseCallback):
+    """The observation space that a baseline learns from."""
+
+    def _on_step(self) -> bool:
+        self.shape = self.model.observation_space.shape
+        return True
+
+
+def test_baselines_of_a_task_that_one_frame_does_not_tell_see_stacked_frames_and_update_as_often_as_ours(rows):
+    import baselines
+    import control
+
+    config = Config.from_recipe("catch", ["eval.episodes=2", "eval.every=8"])
+    learned = [name for name in control.TASKS["catch"].baselines if name != "random"]
+    assert learned
+    for name in learned:
+        assert [ratio for _, ratio in control.variants(config, name, config.train.ratio)] == [None, config.train.ratio]
+        seen = Seen()
+        result = baselines.run(config, name, 0, config.train.ratio, 16, 60, [seen], {"learning_starts": 4, "buffer_size": 50})
+        assert sorted(seen.shape) == [6, 64, 64]
+        assert [row["real_steps"] for row in result["evaluations"]] == [8, 16] and result["updates"] == 5
+
+
+def test_an_algorithm_beats_random_where_it_does_by_the_stated_margin_in_every_seed_it_was_tried(rows):
+    import plug_in
+
+    def row(algorithm, seed, real, same=True, **more):
+        key = {"row": "algorithms", "recipe": "cartpole", "algorithm": algorithm, "seed": seed, **more}
+        return {"key": key, "real_return": real, "loaded acts the same": same, "where": {"code": rows.code()}}
+
+    made = [row("random", seed, 20.0 + seed) for seed in range(3)]
+    made += [row("ppo", seed, real, imagined=100) for seed, real in enumerate((71.0, 500.0, 70.9))]
+    made += [row("dqn", 0, 9.0, same=False, imagined=100)]
+    assert [(group["algorithm"], group["said"]) for group in plug_in.judged(made)] == [
+        ("random", ""),
+        ("ppo", "runs, saves and loads; beats random by 50 in 2 of 3 seeds"),
+        ("dqn", "a loaded one DIFFERS; beats random by 50 in 0 of 1 seeds"),
+    ]
+    assert [group["said"] for group in plug_in.judged(made[3:5])] == ["runs, saves and loads"]
+
+
+def test_tables_in_readme_and_docs_say_what_the_rows_say(rows):
+    import readme
+
+    assert readme.differing(readme.declared()) == []
+    text = "".join((readme.ROOT / name).read_text() for name in readme.FILES)
+    assert sorted(found[2] for found in readme.BLOCK.finditer(text)) == sorted([*readme.BLOCKS, "made"])
+
+
+def test_the_check_fails_where_readme_differs_from_rows_or_quotes_a_stale_one_unmarked(rows, tmp_path, monkeypatch):
+    import readme
+
+    def row(code, solved):
+        key = {"task": "pendulum", "algorithm": "worldmodel", "seed": 0, "overrides": [], "max_steps": None}
+        made = {"code": code, "when": "2026-01-02T00:00:00+00:00"}
+        return {"key": key, "solved_at": solved, "wall_seconds": 9, "threshold": -200, "final_return": -150, "where": made}
+
+    def look(of):
+        return [line.partition(":")[0] for line in readme.differing(of, tmp_path, tmp_path)]
+
+    def write(of):
+        for file, (_, text) in readme.written(of, tmp_path, tmp_path).items():
+            file.write_text(text)
+        return (tmp_path / "README.md").read_text()
+
+    monkeypatch.setattr(readme, "FILES", ("README.md",))
+    (tmp_path / "README.md").write_text("".join(f"<!-- figures: {name} -->\n<!-- /figures -->\n" for name in ("made", "control")))
+    made = tmp_path / "control.jsonl"
+    now, later = "a" * 16, "b" * 16
+    made.write_text(json.dumps(row(now, 750)) + "\n")
+    assert look(now) == ["README.md, made", "README.md, control"]
+    text = write(now)
+    assert readme.declared(tmp_path) == now and "| `pendulum` | 1/1 | 750 | 9.0 |" in text and look(now) == []
+    (tmp_path / "README.md").write_text(text.replace("750", "500"))
+    assert look(now) == ["README.md, control"]
+    (tmp_path / "README.md").write_text(text)
+    assert look(later) == ["README.md, made", "README.md, control"]  # stale, and not marked
+    marked = write(later)
+    assert "| `pendulum` † |" in marked and "earlier code" in marked and look(later) == []
+    assert readme.declared(tmp_path) == readme.NONE and look(readme.NONE) == []  # whatever the tree's code is
+    with made.open("a") as file:
+        file.write(json.dumps(row(later, 2000)) + "\n")
+    assert look(later) == ["README.md, made", "README.md, control"]  # the newest counts, better or not
+    assert "| `pendulum` | 1/1 | 2,000 |" in write(later)

@@ -17,6 +17,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from worldmodel import checkpoint
 from worldmodel.config import Config, load_yaml
 from worldmodel.envs.make import as_vec_env
+from worldmodel.envs.plain import as_trained
 from worldmodel.errors import ConfigError
 from worldmodel.spaces import ActionSpec, ObsSpec
 from worldmodel.weights import as_arrays, fill, optimizer_arrays, restore_optimizer
@@ -179,7 +180,7 @@ class SavedAlgorithm(BaseAlgorithm):
         agent = cls.from_specs(state["policy"], *specs, num_envs=state["num_envs"], **options)
         agent.restore(arrays, state)
         if env is not None:
-            env = as_vec_env(env, seed=state["seed"])
+            env = as_trained(agent, as_vec_env(env, seed=state["seed"]))
             agent.n_envs = env.num_envs  # set_env wants as many as before, but here nothing was collected yet
             agent.set_env(env)
         return agent

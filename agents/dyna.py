@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import VecNormalize, VecTransposeImage, un
 from worldmodel.agents.random import RandomAgent
 from worldmodel.config import Config
 from worldmodel.envs.imagined import ImaginedWorld, Source, latent_space, learned_world, part
+from worldmodel.envs.plain import COUNT_FROM_0, plain_action, plain_obs
 from worldmodel.errors import ConfigError
 from worldmodel.model import needs_ensemble
 from worldmodel.replay import Replay
@@ -101,14 +102,15 @@ class DynaCallback(BaseCallback):
         self.world, run = (self.agent.learner.average, None) if self.agent is not None else learned_world(self.source)
         needs_ensemble(self.world, "max_uncertainty", self.max_uncertainty)
         self._transposed = None
+        known, acts = plain_obs(self.world.obs).space, plain_action(self.world.action).space
         seen, wrapper = model.observation_space, unwrap_vec_wrapper(self.training_env, VecTransposeImage)
-        if wrapper is not None and self.world.obs.space == wrapper.venv.observation_space:
-            seen, self._transposed = self.world.obs.space, wrapper
+        if wrapper is not None and known == wrapper.venv.observation_space:
+            seen, self._transposed = known, wrapper
         self._latent = seen == latent_space(self.world)
-        if (not self._latent and seen != self.world.obs.space) or model.action_space != self.world.action.space:
+        if (not self._latent and seen != known) or model.action_space != acts:
             raise ConfigError(
-                f"The world model is of another environment: it knows {self.world.obs.space} and {self.world.action.space}, the "
-                f"algorithm {model.observation_space} and {model.action_space}. Pass a run of this environment."
+                f"The world model is of another environment: it knows {known} and {acts}, the algorithm {model.observation_space} "
+                f"and {model.action_space}. Pass a run of this environment. {COUNT_FROM_0}"
             )
         if self.agent is None and self.recorded is None and run is not None:
             self.recorded = run.replay()
@@ -159,6 +161,7 @@ class DynaCallback(BaseCallback):
             seed=int(torch.randint(2**31, (), generator=self.generator)),
             replay=replay,
             max_uncertainty=self.max_uncertainty,
+            plain=True,
         )
         obs, going, steps = self._seen(worlds.look(worlds.reset())), np.arange(starts), []
         for _ in range(self.horizon):

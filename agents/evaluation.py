@@ -17,6 +17,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from worldmodel.config import Frozen
 from worldmodel.envs.make import EnvConfig, find_spec, make_vec
+from worldmodel.envs.plain import as_trained
 from worldmodel.envs.restarts import restarted
 from worldmodel.errors import ConfigError, EnvError
 from worldmodel.registry import register
@@ -78,7 +79,7 @@ def evaluate(
     if frames is not None:
         config = config.model_copy(update={"kwargs": {**config.kwargs, "render_mode": "rgb_array"}})
     with own_randomness(model, seed):
-        venv = make_vec(config, episodes, seed)
+        venv = as_trained(model, make_vec(config, episodes, seed))
         try:
             require_spaces(model, venv, config.id)
             return _first_episodes(model, venv, cut_at(venv, max_steps), give_up, frames)

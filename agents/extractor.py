@@ -22,6 +22,7 @@ from worldmodel.config import Frozen
 from worldmodel.distributions import Inputs
 from worldmodel.encoders import InputScaling
 from worldmodel.envs.imagined import Source, learned_world
+from worldmodel.envs.plain import COUNT_FROM_0, plain_obs
 from worldmodel.errors import ConfigError, did_you_mean
 from worldmodel.model import WorldModel, own_form
 from worldmodel.registry import build, config_class
@@ -100,7 +101,7 @@ def latent_policy_kwargs(
     digest = _digest(weights)
     place = _Handed({"digest": digest, **_place(run)}, _weights.setdefault(digest, _Tensors(weights)))
     kwargs = {
-        "observation": world.obs.to_json(),
+        "observation": plain_obs(world.obs).to_json(),
         "model": {part: config[part] for part in parts},
         "mode": mode,
         "output": output,
@@ -220,7 +221,6 @@ def arrives_as(spec: ObsSpec, space: spaces.Space, frames: int, normalize_images
         raise _other_space(spec, space, frames)
     keys = {}
     for name, key in spec.keys.items():
-        _refuse_what_sb3_cannot(key)
         own = _stacked(key.space, key, frames)
         transposed = _transposed(own)
         if given[name] != own and (transposed is None or given[name] != transposed):
@@ -259,14 +259,6 @@ def raw_rows(extractor: LatentExtractor, obs: Any) -> Any:
     return rows["obs"] if single else rows
 
 
-def _refuse_what_sb3_cannot(key: KeySpec) -> None:
-    if key.kind == "categorical" and (any(key.start) or len(key.raw_shape) > 1):
-        raise ConfigError(
-            f"'{key.name}' is {key.space}, which SB3 does not encode right: it expects categories from 0, in one row. Wrap the "
-            "environments in worldmodel.envs.FlattenSpaces, and train the run on them so."
-        )
-
-
 def _transposed(space: spaces.Space) -> spaces.Space | None:
     """An image space as SB3 transposes it; None where it leaves the space as it is."""
     if not is_image_space(space) or np.argmin(space.shape) == 0:
@@ -292,7 +284,7 @@ def _other_space(spec: ObsSpec, space: spaces.Space, frames: int) -> ConfigError
     stack = f", stacked {frames} times" if frames > 1 else "; if a VecFrameStack is around the environments, say frames=N"
     return ConfigError(
         f"The policy observes {space}, but the encoder was trained on {spec.space}{stack}. Use environments made as in the run's "
-        "training, worldmodel.envs.make_vec(run.config.env), or a run of this environment."
+        f"training, worldmodel.envs.make_vec(run.config.env), or a run of this environment. {COUNT_FROM_0}"
     )
 
 

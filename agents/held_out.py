@@ -14,6 +14,7 @@ from worldmodel.agents.evaluation import Abandoned, cut_at, own_randomness, requ
 from worldmodel.agents.experience import arrivals
 from worldmodel.data import Batch, Episodes, State
 from worldmodel.envs.make import EnvConfig, make_vec
+from worldmodel.envs.plain import as_trained
 from worldmodel.envs.restarts import restarted
 
 HELD_OUT_SEED = 40_000
@@ -41,7 +42,7 @@ def collect(
     """
     config = EnvConfig(id=env) if isinstance(env, str) else env
     with own_randomness(agent, seed):
-        venv = make_vec(config.model_copy(update={"vectorize": "dummy"}), episodes, seed)
+        venv = as_trained(agent, make_vec(config.model_copy(update={"vectorize": "dummy"}), episodes, seed))
         try:
             require_spaces(agent, venv, config.id)
             return _first_episodes(agent, venv, cut_at(venv, steps), random, np.random.default_rng(seed), give_up)

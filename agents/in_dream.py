@@ -33,6 +33,7 @@ from worldmodel.agents.sb3 import (
 from worldmodel.config import Config
 from worldmodel.envs.imagined import ImaginedVecEnv
 from worldmodel.envs.make import EnvConfig, make_vec
+from worldmodel.envs.plain import as_trained
 from worldmodel.errors import ConfigError
 from worldmodel.model import ModelConfig, WorldModel
 from worldmodel.run import CONFIG, Run
@@ -244,9 +245,10 @@ def _require_numbers(**named: Any) -> None:
 
 def _require_fit(env: EnvConfig, obs: ObsSpec, action: ActionSpec) -> None:
     """ConfigError where the environment in which the policy is to act has other spaces than the world."""
-    venv = make_vec(env, 1)
+    known = SimpleNamespace(obs_spec=obs, action_spec=action)
+    venv = as_trained(known, make_vec(env, 1))
     try:
-        require_spaces(SimpleNamespace(obs_spec=obs, action_spec=action), venv, env.id)
+        require_spaces(known, venv, env.id)
     finally:
         venv.close()
 

@@ -14,6 +14,7 @@ from worldmodel.agents.extractor import LatentExtractor, raw_rows
 from worldmodel.agents.random import RandomAgent
 from worldmodel.config import Config
 from worldmodel.envs.imagined import Source, learned_world
+from worldmodel.envs.plain import COUNT_FROM_0, plain_action, plain_obs
 from worldmodel.errors import ConfigError
 from worldmodel.learner import Learner
 from worldmodel.spaces import ActionSpec
@@ -75,16 +76,17 @@ class JointWorldModel(BaseCallback):
         """The world model of the source, around the encoder of this algorithm."""
         self.leader, self.followers = leader_and_followers(self.model.policy)
         world, run = learned_world(self.source)
-        if world.obs != self.leader.spec:
+        observation, action = plain_obs(world.obs), plain_action(world.action)
+        if observation != self.leader.spec:
             raise ConfigError(
-                f"The world model observes {world.obs.space}, the policy's encoder {self.leader.spec.space}. Give JointWorldModel "
-                "the run that latent_policy_kwargs got."
+                f"The world model observes {observation.space}, the policy's encoder {self.leader.spec.space}. Give "
+                "JointWorldModel the run that latent_policy_kwargs got."
             )
         spec = ActionSpec.from_space(self.model.action_space)
-        if spec.to_json() != world.action.to_json():
+        if spec.to_json() != action.to_json():
             raise ConfigError(
-                f"The environment's actions are {spec.space}, those of the world model {world.action.space}. Use a run of this "
-                "environment."
+                f"The environment's actions are {spec.space}, those of the world model {action.space}. Use a run of this "
+                f"environment. {COUNT_FROM_0}"
             )
         self.agent = self._make_agent(world, run.config if run is not None else Config.parse({"env": {"id": "custom"}}))
         self.leader.lead(self.rl_gradients)
@@ -101,7 +103,7 @@ class JointWorldModel(BaseCallback):
             fixed["train.ratio"] = self.ratio
         config = config.override(fixed).override(self.config)
         options = {"num_envs": self.model.n_envs, "config": config, "seed": self.seed, "device": str(self.model.device)}
-        agent = RandomAgent.from_specs("MlpPolicy", world.obs, world.action, **options)
+        agent = RandomAgent.from_specs("MlpPolicy", plain_obs(world.obs), plain_action(world.action), **options)
         agent.world.load_state_dict(world.state_dict())
         agent.world.scaling, agent.world.encoder = self.leader.scaling, self.leader.encoder
         if self.leader.posterior_net is not None:

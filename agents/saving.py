@@ -20,6 +20,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from worldmodel import checkpoint
 from worldmodel.config import Config, load_yaml
 from worldmodel.envs.make import as_vec_env
+from worldmodel.envs.plain import as_trained
 from worldmodel.errors import ConfigError
 from worldmodel.run import versions
 from worldmodel.spaces import ActionSpec, ObsSpec
@@ -230,7 +231,7 @@ class SavedAlgorithm(BaseAlgorithm):
         agent.verbose = kwargs.get("verbose", verbose)
         agent.restore(arrays, state)
         if env is not None:
-            env = as_vec_env(env, seed=state["seed"])
+            env = as_trained(agent, as_vec_env(env, seed=state["seed"]))
             agent.n_envs = env.num_envs  # set_env wants as many as before, but here nothing was collected yet
             agent.set_env(env)
         return agent

@@ -33,6 +33,7 @@ from worldmodel.agents.loop import WorldModelAlgorithm
 from worldmodel.config import Frozen, Options
 from worldmodel.data import State
 from worldmodel.envs.imagined import ImaginedVecEnv, look
+from worldmodel.envs.plain import plain_action, plain_obs, plain_rows
 from worldmodel.errors import ConfigError, MissingExtraError, TrustError
 from worldmodel.model import WorldModel
 from worldmodel.registry import register
@@ -190,9 +191,9 @@ class SB3Controller(Controller):
         self, world: WorldModel, state: State, memory: State, deterministic: bool, generator: torch.Generator, rows: Any = None
     ) -> tuple[Tensor, State]:
         if self.sees == "real" and rows is not None:
-            seen = world.obs.to_env(rows)
+            seen = world.obs.to_env(plain_rows(world.obs, rows))
         else:
-            seen = look(world, world.dynamics.feature(state), self.sees == "latent")
+            seen = look(world, world.dynamics.feature(state), plain_obs(world.obs) if self.sees != "latent" else None)
         carried, first = None, None
         if self.lstm is not None:
             carried = tuple(memory[name].transpose(0, 1).contiguous().cpu().numpy() for name in ("lstm_h", "lstm_c"))
@@ -202,7 +203,7 @@ class SB3Controller(Controller):
         if self.lstm is not None:
             h, c = (torch.as_tensor(x, device=world.device).transpose(0, 1).contiguous() for x in carried)
             memory = State({"lstm_h": h, "lstm_c": c, "under_way": torch.ones_like(memory["under_way"])})
-        action = torch.as_tensor(world.action.encode(action), device=world.device)
+        action = torch.as_tensor(plain_action(world.action).encode(action), device=world.device)
         if self.noise and not deterministic and world.action.kind == "continuous":
             action = action + self.noise * torch.randn(action.shape, generator=generator, device=action.device)
         return action, memory
@@ -275,10 +276,11 @@ class SB3Agent(WorldModelAlgorithm):
         path = Path(self.config.agent.path)
         made = open_algorithm(algorithm, path, trust=self.trust, device=self.device)
         self._digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        if not (_fits(self.obs_spec.space, made.observation_space) and self.action_spec.space == made.action_space):
+        observation, action = plain_obs(self.obs_spec).space, plain_action(self.action_spec).space
+        if not (_fits(observation, made.observation_space) and action == made.action_space):
             raise ConfigError(
                 f"The policy in '{path}' was trained on {made.observation_space} and {made.action_space}, but the environment has "
-                f"{self.obs_spec.space} and {self.action_spec.space}. Expected a policy of this environment."
+                f"{observation} and {action}, counted from 0 as SB3 does. Expected a policy of this environment."
             )
         return made
 

@@ -25,6 +25,7 @@ _HOMES = {
     "ImaginedVectorEnv": "imagined",
     "ImaginedWorld": "imagined",
     "LatentVecEnv": "latent",
+    "PlainVecEnv": "plain",
     "RenderObservation": "wrappers",
     "Scene": "draw",
     "TwoRooms": "tiny",

@@ -54,7 +54,7 @@ class GymVecEnvAdapter(VecEnv):
             if not isinstance(space, PLAIN) or (isinstance(space, spaces.Discrete) and space.start != 0):
                 raise UnsupportedSpaceError(
                     f"Stable-Baselines3 does not take the space {space}; expected Box, Discrete from 0, MultiDiscrete, MultiBinary "
-                    "or a flat Dict of them as observation. Pass the environment's id instead: worldmodel.envs.make_vec flattens."
+                    "or a flat Dict of them as observation. Pass the environment's id instead: worldmodel.envs.make_vec takes it."
                 )
         self.vector_env = vector_env
         self.mode = vector_env.metadata.get("autoreset_mode")

@@ -67,7 +67,7 @@ class _Check:
         if isinstance(action, spaces.Box) and not (np.isfinite(action.low).all() and np.isfinite(action.high).all()):
             self.fail(f"the action space is {action}", "finite bounds", "Rescale the actions")
         if isinstance(action, spaces.Discrete) and action.start != 0:
-            self.fail(f"the action space is {action}", "actions that start at 0", "Shift them")
+            self.fail(f"the action space is {action}", "actions that start at 0", "Wrap it in worldmodel.envs.PlainVecEnv")
 
     def attributes(self) -> None:
         venv = self.venv

@@ -29,11 +29,13 @@ from torch import Tensor
 
 from worldmodel.data import Sampling, State
 from worldmodel.envs.draw import Viewer
+from worldmodel.envs.plain import plain_action, plain_obs
 from worldmodel.errors import ConfigError, NumericsError, did_you_mean
 from worldmodel.learner import reuse_memory
 from worldmodel.model import WorldModel, doubt, needs_ensemble, needs_marginal
 from worldmodel.replay import Replay
 from worldmodel.run import Run
+from worldmodel.spaces import ObsSpec
 
 Start = Literal["replay", "prior"]
 Form = Literal["latent", "decoded"]
@@ -119,8 +121,9 @@ class ImaginedWorld:
     penalty      taken off each reward, in units of their size, per unit of the ensemble's uncertainty; below 0: a bonus
     max_uncertainty  an episode is truncated where the ensemble's uncertainty is greater; None: nowhere
     manifold     taken off likewise per nat, and number of the code, that it is less likely than real codes are
+    plain        the spaces count from 0 and have one dimension, as SB3's own algorithms need them (see plain.py)
 
-    Actions of `step` are canonical tensors; `encode` makes them of the environment's own. Raises ConfigError.
+    Actions of `step` are canonical tensors; `encode` makes them of those in `action_space`. Raises ConfigError.
     """
 
     def __init__(
@@ -136,6 +139,7 @@ class ImaginedWorld:
         penalty: float = 0.0,
         max_uncertainty: float | None = None,
         manifold: float = 0.0,
+        plain: bool = False,
     ):
         for name, number in (("num_envs", num_envs), ("horizon", horizon)):
             if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
@@ -161,9 +165,10 @@ class ImaginedWorld:
         self.viewer = Viewer(run.config.env.id if run is not None else "", self.world.obs)
         if run is not None and run.config.train.reuse_memory:
             reuse_memory()
-        self.action_space = self.world.action.space
-        self.latent = observation == "latent"
-        self.observation_space = latent_space(self.world) if self.latent else self.world.obs.space
+        self.action = plain_action(self.world.action) if plain else self.world.action
+        self.obs = None if observation == "latent" else plain_obs(self.world.obs) if plain else self.world.obs
+        self.action_space = self.action.space
+        self.observation_space = latent_space(self.world) if self.obs is None else self.obs.space
         self._replay = replay if start == "replay" else None
         self.device = self.world.device
         self.generator = torch.Generator(device=self.device)
@@ -214,12 +219,12 @@ class ImaginedWorld:
     # As arrays ------------------------------------------------------------------------------------------------------
 
     def encode(self, actions: np.ndarray) -> Float[Tensor, "N A"]:
-        """Canonical actions of the environment's own [N, ...]. Raises ValueError for others."""
-        return torch.from_numpy(self.world.action.encode(actions)).to(self.device)
+        """Canonical actions of those in `action_space` [N, ...]. Raises ValueError for others."""
+        return torch.from_numpy(self.action.encode(actions)).to(self.device)
 
     def look(self, feature: Float[Tensor, "n F"]) -> Any:
         """The observations [n, ...] of features, as fresh arrays in `observation_space` (a dict where that is a Dict)."""
-        return look(self.world, feature, self.latent)
+        return look(self.world, feature, self.obs)
 
     def advance(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, np.ndarray, Any]:
         """One step in which ended worlds begin anew: (obs, reward, terminated, truncated, ended, last).
@@ -253,9 +258,9 @@ class ImaginedWorld:
         return frames
 
 
-def look(world: WorldModel, feature: Float[Tensor, "n F"], latent: bool) -> Any:
-    """Features as observations: themselves, or what they decode to in the environment's own space; fresh arrays."""
-    return feature.cpu().numpy() if latent else world.obs.to_env(world.obs.raw(world.decode(feature)))
+def look(world: WorldModel, feature: Float[Tensor, "n F"], spec: ObsSpec | None) -> Any:
+    """Features as observations: themselves, or what they decode to in the space of a spec; fresh arrays."""
+    return feature.cpu().numpy() if spec is None else spec.to_env(spec.raw(world.decode(feature)))
 
 
 def part(obs: Any, rows: Any) -> Any:
@@ -271,6 +276,7 @@ class ImaginedVecEnv(VecEnv):
     horizon       steps after which an episode is truncated: `TimeLimit.truncated` is set, and algorithms bootstrap
     start         "replay": beliefs at recorded rows; "prior": the dynamics' initial distribution
     observation   "latent": features, float32 [F]; "decoded": expected observations, in the environment's own space
+                  Categories, observed or acted, count from 0 whatever the environment's begin at: so SB3's algorithms take them
     seed          of the worlds' own generator; `seed()` sets it anew, from the next reset on
     replay        recorded experience, where the run's is not meant or there is no run
     penalty       taken off each reward, in units of their size, per unit of the ensemble's uncertainty; below 0: a bonus
@@ -296,7 +302,7 @@ class ImaginedVecEnv(VecEnv):
         manifold: float = 0.0,
     ):
         options = {"seed": seed, "replay": replay, "penalty": penalty, "manifold": manifold}
-        options["max_uncertainty"] = max_uncertainty
+        options |= {"max_uncertainty": max_uncertainty, "plain": True}
         self.worlds = ImaginedWorld(run_or_model, num_envs, horizon, start=start, observation=observation, **options)
         self.rows = [ImaginedRow(self.worlds, i) for i in range(num_envs)]
         super().__init__(num_envs, self.worlds.observation_space, self.worlds.action_space)

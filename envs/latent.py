@@ -10,6 +10,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 
 from worldmodel.data import Sampling, State
 from worldmodel.envs.imagined import Source, latent_space, learned_world, part
+from worldmodel.envs.plain import Plain, as_known
 from worldmodel.errors import ConfigError
 from worldmodel.model import tensors
 
@@ -22,11 +23,13 @@ class LatentVecEnv(VecEnvWrapper):
 
     The observation is the feature float32 [F] (carry and the code's mode), as in ImaginedVecEnv with latents: it holds the
     past, so that memoryless algorithms get memory. Each action that is taken enters the belief, an episode's start forgets,
-    and `terminal_observation` is the belief at the last observation. Raises ConfigError where the spaces differ.
+    and `terminal_observation` is the belief at the last observation. Actions count from 0, as SB3's algorithms give them.
+    Raises ConfigError where the spaces differ.
     """
 
     def __init__(self, venv: VecEnv, run_or_model: Source):
         self.world, _ = learned_world(run_or_model)
+        venv = as_known(venv, self.world.obs.space, self.world.action.space)
         for name, space, known in (
             ("observation", venv.observation_space, self.world.obs.space),
             ("action", venv.action_space, self.world.action.space),
@@ -36,7 +39,8 @@ class LatentVecEnv(VecEnvWrapper):
                     f"The environments' {name} space is {space}; the world model was trained on {known}. Pass environments made "
                     "as in its training: worldmodel.envs.make_vec(run.config.env)."
                 )
-        super().__init__(venv, observation_space=latent_space(self.world))
+        self._form = Plain.of(venv.action_space, action=True)
+        super().__init__(venv, observation_space=latent_space(self.world), action_space=self._form.outer)
         self.device = self.world.device
         self._everyone = np.arange(self.num_envs)
         self._state = self.world.initial(self.num_envs)
@@ -46,6 +50,7 @@ class LatentVecEnv(VecEnvWrapper):
         return self._begin(self.venv.reset(), self._everyone)
 
     def step_async(self, actions: np.ndarray) -> None:
+        actions = self._form.inward(actions)
         self._action = self.world.action.encode(actions)
         self.venv.step_async(actions)
 

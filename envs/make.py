@@ -185,7 +185,7 @@ def _prepare(
     if pixels is not None:
         env = RenderObservation(env, pixels)
     monitored = is_wrapped(env, Monitor)
-    env = FlattenSpaces.wrap(env)
+    env = FlattenSpaces.wrap(env, plain=False)
     env = env if monitored else Monitor(env)
     env.action_space.seed(seed)
     return env

@@ -1,6 +1,6 @@
 """Minari's data sets, in and out: https://minari.farama.org. Only sets that lie on this machine; nothing is downloaded.
 
-Spaces become what `FlattenSpaces` makes of the environment, so that a model of the data fits the environment. Only Minari's
+Nested spaces become one flat Dict, as those of an environment do, so that a model of the data fits the environment. Only Minari's
 metadata and arrays are read: no environment is made, not even where Minari itself would make one to learn its spaces.
 """
 
@@ -40,14 +40,13 @@ def read(dataset_id: str, layout: Layout | Mapping[str, Layout] | None = None) -
         if not {"observation_space", "action_space"} <= about.keys():
             raise ConfigError(f"{name} says nothing of its spaces. Expected a data set that Minari 0.5 or later wrote.")
         dataset = minari.load_dataset(dataset_id)
-        found = list(leaves(dataset.observation_space))
-        action = Leaf.of((), dataset.action_space, action=True)
+        found = list(leaves(dataset.observation_space, plain=False))
         single = not isinstance(dataset.observation_space, (spaces.Dict, spaces.Tuple))
-        observation = found[0].outer if single else spaces.Dict({leaf.name: leaf.outer for leaf in found})
+        observation = found[0].plain.outer if single else spaces.Dict({leaf.name: leaf.plain.outer for leaf in found})
         return Recording.from_episodes(
             observation,
-            action.outer,
-            _episodes(dataset, found, action, single),
+            dataset.action_space,
+            _episodes(dataset, found, single),
             layout=layout,
             env_id=dataset.env_spec.id if dataset.env_spec is not None else None,
             origin=name,
@@ -64,12 +63,12 @@ def read(dataset_id: str, layout: Layout | Mapping[str, Layout] | None = None) -
         ) from error
 
 
-def _episodes(dataset: Any, found: list[Leaf], action: Leaf, single: bool) -> Iterator[dict[str, Any]]:
+def _episodes(dataset: Any, found: list[Leaf], single: bool) -> Iterator[dict[str, Any]]:
     for episode in dataset.iterate_episodes():
-        rows = {leaf.name: leaf.rows(episode.observations) for leaf in found}
+        rows = {leaf.name: leaf.of(episode.observations) for leaf in found}
         yield {
             "observations": rows[""] if single else rows,
-            "actions": action.rows(episode.actions),
+            "actions": episode.actions,
             "rewards": episode.rewards,
             "terminations": episode.terminations,
             "truncations": episode.truncations,

@@ -14,6 +14,7 @@ from gymnasium import spaces
 from PIL import Image
 
 from worldmodel.envs.extras import missing_extra
+from worldmodel.envs.plain import Plain
 from worldmodel.errors import ConfigError, EnvError, UnsupportedSpaceError
 from worldmodel.spaces import FLOAT32_MAX, ObsSpec
 
@@ -52,6 +53,8 @@ class CheckedEnv(gym.Wrapper):
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         self.steps += 1
+        if isinstance(self.action_space, spaces.Box):
+            action = np.asarray(action)  # a VecEnv gives a number where the space has no dimensions
         result = self._call("step", lambda: self.env.step(action))
         if not isinstance(result, tuple) or len(result) != 5:
             self._fail(
@@ -186,79 +189,45 @@ def _join(path: str, key: Any) -> str:
 
 @dataclass(frozen=True)
 class Leaf:
-    """One array of a nested space: the way to it, its flat name, its space there and here, and its shift."""
+    """One array of a nested space: the way to it, its flat name, and its space there and here."""
 
     path: tuple[Any, ...]
-    name: str
-    outer: spaces.Space
-    start: np.ndarray | int = 0
-    flatten: bool = False
-
-    @classmethod
-    def of(cls, path: tuple[Any, ...], space: spaces.Space, *, action: bool = False) -> Leaf:
-        name = ".".join(str(step) for step in path)
-        if isinstance(space, spaces.Discrete) and space.start != 0:
-            return cls(path, name, spaces.Discrete(int(space.n)), int(space.start))
-        if isinstance(space, spaces.MultiDiscrete):
-            start = np.broadcast_to(getattr(space, "start", 0), space.nvec.shape)
-            if start.any() or start.ndim > 1:
-                return cls(path, name, spaces.MultiDiscrete(space.nvec.reshape(-1), dtype=space.dtype), start, True)
-        if isinstance(space, spaces.Box) and space.shape == ():
-            return cls(path, name, spaces.Box(space.low.reshape(1), space.high.reshape(1), dtype=space.dtype), 0, True)
-        if isinstance(space, spaces.MultiBinary) and action and len(space.shape) > 1:
-            return cls(path, name, spaces.MultiBinary(int(np.prod(space.shape))), 0, True)
-        return cls(path, name, space)
-
-    def outward(self, value: Any) -> Any:
-        for step in self.path:
-            value = value[step]
-        if not self.changes:
-            return value
-        value = np.asarray(value - self.start, self.outer.dtype)
-        return value.reshape(-1) if self.flatten else value[()]
-
-    def rows(self, value: Any) -> Any:
-        """`outward` of many observations, or actions, at once [T, ...]."""
-        for step in self.path:
-            value = value[step]
-        if not self.changes:
-            return value
-        value = np.asarray(value) - self.start
-        return value.reshape(len(value), *self.outer.shape)
-
-    def inward(self, value: Any, space: spaces.Space) -> Any:
-        if not self.changes:
-            return value
-        value = np.asarray(value)
-        value = np.asarray((value.reshape(space.shape) if self.flatten else value) + self.start, space.dtype)
-        return value if self.flatten else value[()]
+    plain: Plain
 
     @property
-    def changes(self) -> bool:
-        return self.flatten or (isinstance(self.start, int) and self.start != 0)
+    def name(self) -> str:
+        return ".".join(str(step) for step in self.path)
+
+    def of(self, value: Any) -> Any:
+        """Its value in one observation, or in many at once [T, ...]."""
+        for step in self.path:
+            value = value[step]
+        return self.plain.outward(value)
 
 
-def leaves(space: spaces.Space, path: tuple[Any, ...] = ()) -> Iterator[Leaf]:
+def leaves(space: spaces.Space, *, plain: bool, path: tuple[Any, ...] = ()) -> Iterator[Leaf]:
+    """All arrays of a space, in its order; `plain`: in their plain form."""
     if isinstance(space, (spaces.Dict, spaces.Tuple)):
         items = space.spaces.items() if isinstance(space, spaces.Dict) else enumerate(space.spaces)
         for key, sub in items:
-            yield from leaves(sub, (*path, key))
+            yield from leaves(sub, plain=plain, path=(*path, key))
     else:
-        yield Leaf.of(path, space)
+        yield Leaf(path, Plain.of(space) if plain else Plain(space, space))
 
 
 class FlattenSpaces(gym.Wrapper):
-    """Spaces as SB3 wants them: one flat Dict, categories from 0, arrays of categories in one dimension.
+    """Nested Dict and Tuple observations as one flat Dict, whose keys are joined with "." (items of a Tuple are "0", "1", ...).
 
-    Nested Dict and Tuple observations become a flat Dict whose keys are joined with "." (items of a Tuple are "0", "1", ...).
-    Discrete and MultiDiscrete are shifted to start at 0, as observation and as action; a Box without dimensions gets one.
-    Everything else is passed on.
+    plain  also the rest is as SB3's own algorithms want it (see plain.py): Discrete and MultiDiscrete are shifted to start at 0,
+           as observation and as action, grids of them become one row, and a Box without dimensions gets one
+
+    Everything else is passed on. Raises UnsupportedSpaceError.
     """
 
-    def __init__(self, env: gym.Env):
+    def __init__(self, env: gym.Env, *, plain: bool = True):
         super().__init__(env)
         space = env.observation_space
-        self._leaves = list(leaves(space))
+        self._leaves = list(leaves(space, plain=plain))
         names = [leaf.name for leaf in self._leaves]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice or not names:
@@ -266,19 +235,19 @@ class FlattenSpaces(gym.Wrapper):
             raise UnsupportedSpaceError(
                 f"The observation space {space} cannot be flattened: {what}. Rename or add keys in the environment."
             )
-        for leaf in self._leaves:
-            if not isinstance(leaf.outer, spaces.Box):  # a Box may still need a layout, which is told later
-                ObsSpec.from_space(spaces.Dict({leaf.name or "obs": leaf.outer}))
+        outer = {leaf.name: leaf.plain.outer for leaf in self._leaves}
+        for name, sub in outer.items():
+            if not isinstance(sub, spaces.Box):  # a Box may still need a layout, which is told later
+                ObsSpec.from_space(spaces.Dict({name or "obs": sub}))
         self._single = not isinstance(space, (spaces.Dict, spaces.Tuple))
-        outer = {leaf.name: leaf.outer for leaf in self._leaves}
-        self.observation_space = self._leaves[0].outer if self._single else spaces.Dict(outer)
-        self._action = Leaf.of((), env.action_space, action=True)
+        self.observation_space = outer[""] if self._single else spaces.Dict(outer)
+        self._action = Plain.of(env.action_space, action=True) if plain else Plain(env.action_space, env.action_space)
         self.action_space = self._action.outer
 
     @classmethod
-    def wrap(cls, env: gym.Env) -> gym.Env:
+    def wrap(cls, env: gym.Env, *, plain: bool = True) -> gym.Env:
         """The environment in this wrapper, or itself where nothing would change."""
-        wrapped = cls(env)
+        wrapped = cls(env, plain=plain)
         same = wrapped.observation_space == env.observation_space and wrapped.action_space == env.action_space
         return env if same else wrapped
 
@@ -287,11 +256,11 @@ class FlattenSpaces(gym.Wrapper):
         return self._flat(obs), info
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        obs, reward, terminated, truncated, info = self.env.step(self._action.inward(action, self.env.action_space))
+        obs, reward, terminated, truncated, info = self.env.step(self._action.inward(action))
         return self._flat(obs), reward, terminated, truncated, info
 
     def _flat(self, obs: Any) -> Any:
-        return self._leaves[0].outward(obs) if self._single else {leaf.name: leaf.outward(obs) for leaf in self._leaves}
+        return self._leaves[0].of(obs) if self._single else {leaf.name: leaf.of(obs) for leaf in self._leaves}
 
 
 class RenderObservation(gym.Wrapper):

@@ -149,8 +149,8 @@ def test_each_stacked_frame_is_encoded_and_they_stand_side_by_side_oldest_first(
         (VECTOR, spaces.Box(-2, 2, (4,), np.float32), "trained on"),
         (VECTOR, spaces.Dict({"obs": VECTOR}), "trained on"),
         (IMAGE, spaces.Box(0, 255, (16, 16, 6), np.uint8), "frames=N"),
-        (spaces.Discrete(4, start=1), spaces.Discrete(4, start=1), "FlattenSpaces"),
-        (spaces.MultiDiscrete([[2, 3]]), spaces.MultiDiscrete([[2, 3]]), "FlattenSpaces"),
+        (spaces.Discrete(4, start=1), spaces.Discrete(4, start=1), "PlainVecEnv"),
+        (spaces.MultiDiscrete([[2, 3]]), spaces.MultiDiscrete([[2, 3]]), "PlainVecEnv"),
     ],
 )
 def test_a_run_of_another_environment_or_a_space_that_sb3_garbles_is_refused(trained, met, says):

@@ -14,7 +14,7 @@ from small_runs import small_train
 from test_recording import ACTIONS, OBSERVATIONS, assert_same, toy_recording
 
 from worldmodel.envs import minari, sources
-from worldmodel.envs.wrappers import FlattenSpaces
+from worldmodel.envs.make import as_vec_env
 from worldmodel.errors import ConfigError, CorruptError, MissingExtraError, UnsupportedSpaceError
 from worldmodel.recording import Recording
 
@@ -25,8 +25,7 @@ def _datasets(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "jax", None)  # importing it is an error from here on
 
 
-# A Discrete observation that begins at 2 arrives as FlattenSpaces gives it: from 0.
-FORMS = {**OBSERVATIONS, "category": spaces.Discrete(4), "picture": spaces.Box(0, 255, (40, 40, 3), np.uint8)}
+FORMS = {**OBSERVATIONS, "picture": spaces.Box(0, 255, (40, 40, 3), np.uint8)}
 
 
 @pytest.mark.parametrize("action", ACTIONS)
@@ -69,17 +68,17 @@ def library_dataset(observation, action, observations, actions, **given):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_nested_spaces_arrive_as_the_wrapped_environment_gives_them():
+def test_nested_spaces_arrive_flat_and_categories_as_the_environment_gives_them():
     observation = spaces.Dict({"arm": spaces.Dict({"q": VECTOR}), "grip": spaces.Tuple([spaces.Discrete(3, start=1)])})
     action = spaces.Discrete(2, start=5)
     q = np.arange(16, dtype=np.float32).reshape(4, 4) / 16
     library_dataset(observation, action, {"arm": {"q": q}, "grip": (np.array([1, 2, 3, 1]),)}, np.array([5, 6, 5]))
     found = sources.recording("minari:others/set-v0")
-    wrapped = FlattenSpaces(Toy(observation, action))
-    assert found.obs_spec.space == wrapped.observation_space and found.action_spec.space == wrapped.action_space
+    env = as_vec_env(Toy(observation, action))
+    assert found.obs_spec.space == env.observation_space and found.action_spec.space == action
     np.testing.assert_array_equal(found.obs["arm.q"], q)
-    np.testing.assert_array_equal(found.obs["grip.0"], [0, 1, 2, 0])
-    assert found.action.tolist() == [0, 1, 0] and found.truncated.tolist() == [False, False, True]
+    np.testing.assert_array_equal(found.obs["grip.0"], [1, 2, 3, 1])
+    assert found.action.tolist() == [5, 6, 5] and found.truncated.tolist() == [False, False, True]
     assert found.reward.dtype == np.float32 and found.env_id is None
 
 

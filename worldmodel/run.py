@@ -320,7 +320,7 @@ class Run:
             if checkpoint.dump_json({name: value}) != checkpoint.dump_json({name: state[name]}):
                 raise ConfigError(
                     f"The environment's '{name}' is no longer the one that {self.path} was made with: {state[name]} -> {value}. "
-                    "Restore the environment, or start a new run."
+                    f"{_reason(state[name], value)}Restore the environment, or start a new run."
                 )
 
     def _none_yet(self) -> ConfigError:
@@ -526,6 +526,17 @@ def _claim(base: Path) -> Path:
 
 def _runs_in(folder: Path) -> list[str]:
     return sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}")) if folder.is_dir() else []
+
+
+def _reason(before: Any, now: Any) -> str:
+    """What a spec that differs in its raw form alone tells of the version that wrote it."""
+    if not isinstance(now, Mapping):
+        return ""
+    old, new = ([spec["key"]] if "key" in spec else spec["keys"] for spec in (before, now))
+    same = [[[key[name] for name in ("name", "kind", "shape", "sizes")] for key in keys] for keys in (old, new)]
+    if same[0] != same[1] or not any(key["start"] and not any(key["start"]) for key in old):
+        return ""
+    return "Version 0.1 counted all categories from 0: a run of it can be looked at and evaluated, but not gone on with. "
 
 
 def _check_finite(value: Any, where: str) -> None:

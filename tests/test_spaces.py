@@ -135,7 +135,7 @@ def test_an_observation_survives_the_way_there_and_back(case):
     rows = spec.to_rows(batch(space))
     spec.check(rows)
     canonical = spec.canonical(tensors(rows))["obs"]
-    assert canonical.dtype == torch.float32 and canonical.shape == (6, *shape)
+    assert canonical.dtype == spec.keys["obs"].canonical_dtype and canonical.shape == (6, *shape)
     if kind != "vector":
         assert canonical.min() >= 0 and canonical.max() <= 1
     back = spec.raw({"obs": canonical})["obs"]

@@ -1,4 +1,4 @@
-"""What SB3's arguments mean here: the names that its other algorithms take, and the dotted keys that mean the same."""
+"""What SB3's scripts give that has another form here: names of arguments, policy classes, images with their channels first."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+from gymnasium import spaces
+
 from worldmodel.agents.belief import BeliefPolicy
 from worldmodel.config import Config, describe
 from worldmodel.errors import ConfigError, did_you_mean
+from worldmodel.spaces import KeySpec, ObsSpec
 
 SAME = {
     "batch_size": ["train.batch_size"],
@@ -56,3 +60,18 @@ def require_own_policy(algorithm: str, policy: Any) -> None:
         f"{algorithm} has no use for the policy {named}: it acts on a world model's belief, with networks of its own. Expected "
         "'MlpPolicy', 'CnnPolicy' or 'MultiInputPolicy' as a string, after the observations."
     )
+
+
+def as_seen(spec: ObsSpec, space: spaces.Space) -> spaces.Space:
+    """The space with the axes of its images as the spec has them: SB3 turns images to channels first, or has not turned them."""
+    if not isinstance(space, spaces.Dict):
+        return _turned(spec.keys.get("obs"), space)
+    return spaces.Dict({name: _turned(spec.keys.get(name), sub) for name, sub in space.items()})
+
+
+def _turned(key: KeySpec | None, space: spaces.Space) -> spaces.Space:
+    if key is None or not isinstance(space, spaces.Box) or space.shape != key.turned or space.shape == key.raw_shape:
+        return space
+    source, target = (0, -1) if key.layout == "hwc" else (-1, 0)
+    low, high = (np.moveaxis(bound, source, target) for bound in (space.low, space.high))
+    return spaces.Box(low, high, dtype=space.dtype.type)

@@ -15,6 +15,7 @@ from gymnasium.wrappers import TimeLimit
 from pydantic import Field
 from stable_baselines3.common.vec_env import VecEnv
 
+from worldmodel.agents.arguments import as_seen
 from worldmodel.config import Frozen
 from worldmodel.envs.make import EnvConfig, find_spec, make_vec
 from worldmodel.envs.plain import as_trained
@@ -97,7 +98,7 @@ def require_spaces(model: Any, venv: VecEnv, env_id: str) -> None:
     """ConfigError where a model of ours is for other spaces than the environment's, as one made of recorded data may be."""
     if not hasattr(model, "obs_spec"):
         return
-    space = venv.observation_space
+    space = as_seen(model.obs_spec, venv.observation_space)
     named = space.spaces if isinstance(space, spaces.Dict) else {"obs": space}
     actions = ActionSpec.from_space(venv.action_space).to_json()
     shown = {name: (sub.shape, np.dtype(sub.dtype)) for name, sub in named.items()}

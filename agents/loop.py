@@ -19,7 +19,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.utils import get_device, safe_mean
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_wrapper
 
-from worldmodel.agents.arguments import refuse_unknown, require_own_policy
+from worldmodel.agents.arguments import as_seen, refuse_unknown, require_own_policy
 from worldmodel.agents.belief import BeliefPolicy, Controller
 from worldmodel.agents.experience import arrivals, fit_scaling, new_replay, steps_held
 from worldmodel.agents.saving import SavedAlgorithm
@@ -137,6 +137,16 @@ class WorldModelAlgorithm(SavedAlgorithm):
                 "observations: take it off, the world model standardises vectors itself (model.inputs=standardise)."
             )
         return env
+
+    def set_env(self, env: gym.Env | VecEnv, force_reset: bool = True) -> None:
+        """SB3's; the environment's images may also have their channels at the other end."""
+        env, own = self._wrap_env(env, self.verbose), self.observation_space
+        if as_seen(self.obs_spec, env.observation_space) == own:
+            self.observation_space = env.observation_space  # with which SB3 compares
+        try:
+            super().set_env(env, force_reset)
+        finally:
+            self.observation_space = own
 
     def _check_window(self) -> None:
         """ConfigError where the replay can never hold one sequence: nothing would be learned, and nobody told."""

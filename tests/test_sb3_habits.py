@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.utils import set_random_seed
+from stable_baselines3.common.vec_env import DummyVecEnv, VecTransposeImage
 from stable_baselines3.ppo import MlpPolicy
 
 from worldmodel.agents import Dreamer, Planner, RandomAgent
 from worldmodel.agents.arguments import SAME
 from worldmodel.agents.belief import BeliefPolicy
-from worldmodel.agents.evaluation import own_randomness
+from worldmodel.agents.evaluation import evaluate, own_randomness
 from worldmodel.agents.sb3 import globals_from
 from worldmodel.config import describe
 from worldmodel.errors import ConfigError, CorruptError, EnvError
@@ -319,3 +321,88 @@ def test_a_saved_zip_says_what_it_is_where_package_to_hub_looks(tmp_path):
         data = json.loads(archive.read("data"))
     assert data["config"]["train"]["prefill"] == NANO["train.prefill"] and data["policy_class"] == "MlpPolicy"
     assert data["observation_space"] == str(model.observation_space) and data["class"] == "worldmodel.agents.Dreamer"
+
+
+CATCH = "worldmodel.envs:Catch-v0"
+
+
+def catches(turned, envs=1):
+    venv = make_vec_env(CATCH, envs)
+    return VecTransposeImage(venv) if turned else venv
+
+
+class Pictures(gym.Env):
+    """A picture of every step, and its number."""
+
+    observation_space = spaces.Dict(picture=spaces.Box(0, 255, (16, 20, 3), np.uint8), step=spaces.Box(0, 9, (1,)))
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.count = 0
+        return self.seen(), {}
+
+    def step(self, action):
+        self.count += 1
+        return self.seen(), 0.0, self.count == 5, False, {}
+
+    def seen(self):
+        picture = np.arange(16 * 20 * 3).reshape(16, 20, 3) % 7 * 20 + self.count
+        return {"picture": picture.astype(np.uint8), "step": np.full(1, self.count, np.float32)}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["hwc", "chw"])
+def catcher(request):
+    return request.param, dreamer(catches(request.param), "CnnPolicy")
+
+
+def test_a_picture_is_the_same_with_its_channels_at_either_end(catcher):
+    _, model = catcher
+    picture = gym.make(CATCH).reset(seed=0)[0]
+    beliefs = [model.predict(x, deterministic=True)[1] for x in (picture, np.moveaxis(picture, -1, 0))]
+    batched = [model.predict(x, deterministic=True)[1] for x in (picture[None], np.moveaxis(picture, -1, 0)[None])]
+    for parts in zip(*beliefs, *batched, strict=True):
+        assert all(np.array_equal(parts[0], part) for part in parts)
+
+
+def test_a_model_of_pictures_is_evaluated_in_environments_of_either_form(catcher):
+    turned, model = catcher
+    returns = []
+    for other in (turned, not turned):
+        venv = catches(other)
+        venv.seed(4)
+        with own_randomness(model, 0):
+            returns.append(evaluate_policy(model, venv, 3, return_episode_rewards=True))
+    assert returns[0] == returns[1]
+    assert len(evaluate(model, CATCH, 2)[0]) == 2
+
+
+@pytest.mark.filterwarnings("ignore:Training and eval env")
+def test_a_model_of_pictures_goes_on_in_environments_of_the_other_form(tmp_path):
+    model = dreamer(catches(False), "CnnPolicy")
+    callback = EvalCallback(catches(True), n_eval_episodes=1, eval_freq=10, warn=False, verbose=0)
+    model.learn(10, callback)
+    model.save(tmp_path / "a")
+    again = Dreamer.load(tmp_path / "a", env=catches(True, 2))
+    model.set_env(catches(True))
+    for agent in (model, again):
+        agent.learn(20, reset_num_timesteps=False)
+        assert agent.observation_space.shape == (64, 64, 3)
+    rows = model.replay.stream(0)
+    assert rows.obs["obs"].shape[2:] == (64, 64, 3) and len(rows.reward[0]) > 30
+
+
+def test_pictures_in_a_dict_are_turned_with_their_last_observations():
+    hwc, chw = (dreamer(env, "MultiInputPolicy").learn(12) for env in (Pictures(), VecTransposeImage(DummyVecEnv([Pictures]))))
+    assert chw.observation_space["picture"].shape == (3, 16, 20)
+    chw.set_env(DummyVecEnv([Pictures]))
+    chw.learn(12)
+    first, then = hwc.replay.stream(0).obs["picture"][0], chw.replay.stream(0).obs["picture"][0]
+    assert torch.equal(first, then[: len(first)].movedim(1, -1)) and torch.equal(then[: len(first)], then[len(first) :])
+
+
+def test_set_env_refuses_pictures_of_another_size():
+    model = dreamer(DummyVecEnv([Pictures]), "MultiInputPolicy")
+    with pytest.raises(ValueError, match="Observation spaces do not match"):
+        model.set_env(catches(True))
+    assert model.observation_space["picture"].shape == (16, 20, 3)

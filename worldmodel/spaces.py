@@ -88,6 +88,12 @@ class KeySpec:
         wide = self.kind == "vector" and torch.from_numpy(np.empty(0, self.raw_dtype)).dtype in WIDE
         return torch.float64 if wide else torch.float32
 
+    @property
+    def turned(self) -> tuple[int, ...] | None:
+        """The raw shape of an image with its channels at the other end, as SB3's VecTransposeImage moves them; else None."""
+        shape = self.raw_shape
+        return {"hwc": (*shape[-1:], *shape[:-1]), "chw": (*shape[1:], *shape[:1])}.get(self.layout)
+
     def canonical(self, x: Tensor) -> Tensor:
         """[..., *raw_shape] in any dtype -> [..., *shape]: float32, but vectors of a wider dtype are float64.
 
@@ -210,6 +216,7 @@ class ObsSpec:
     def to_rows(self, obs: Any, where: Where = "the observation") -> dict[str, np.ndarray]:
         """Batched observation (array or dict of arrays [N, ...]) -> {key: [N, *raw_shape]} in the raw dtype, copied.
 
+        Images may have their channels at the other end, where SB3 puts them; they are moved.
         Raises EnvError for missing or extra keys, another shape, or a dtype that would have to be rounded.
         """
         given = {"obs": obs} if self.single and not isinstance(obs, Mapping) else obs
@@ -483,6 +490,8 @@ def _raw_array(key: KeySpec, value: Any, where: Where) -> np.ndarray:
     if value is None or isinstance(value, (list, tuple, str)):
         raise EnvError(f"{_place(where, 0)}: observation '{key.name}' is a {type(value).__name__}; expected an array.")
     given = np.asarray(value)
+    if given.shape[1:] == key.turned != key.raw_shape:
+        given = np.moveaxis(given, 1, -1) if key.layout == "hwc" else np.moveaxis(given, -1, 1)
     if given.ndim == 0 or given.shape[1:] != key.raw_shape:
         raise EnvError(f"{_place(where, 0)}: observation '{key.name}' has shape {given.shape}; expected [N, {key.raw_shape}].")
     if given.dtype == key.raw_dtype or np.can_cast(given.dtype, key.raw_dtype, "safe"):

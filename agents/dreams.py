@@ -142,7 +142,7 @@ def dream(
     out: str | Path | None = None,
     *,
     aim: Aim | None = None,
-    episodes: int = 20,
+    episodes: int | None = None,
     device: str = "cpu",
     trust: bool = False,
     log: Callable[[str], object] = lambda text: None,
@@ -153,6 +153,7 @@ def dream(
     horizon   steps that it dreams; horizons that fit into no episode are null
     start     "prior": dreams from nothing, of which there is no truth to be measured against: all errors are null
     out       a .gif or .mp4 of one roll-out; its figure of errors lies beside it as .png
+    episodes  fresh ones to compare with; None: log.held_out of the run, so that the figures are those of TensorBoard
     aim       dreams from nothing begin where this is high, however rare such states are
     trust     the run's agent.path may be opened, where it has one
 
@@ -178,9 +179,12 @@ def dream(
         log("Dreams from the initial distribution: nothing real to compare with, so errors are null.")
         errors = OpenLoop.unknown(context, horizon)
     else:
-        fresh = collect(agent, run.config.env, episodes, steps=run.config.eval.max_steps)
+        count = run.config.log.held_out if episodes is None else episodes
+        fresh = collect(agent, run.config.env, count, steps=run.config.eval.max_steps)
         errors = open_loop(agent.policy.world, fresh, context, horizon, samples=SAMPLES, generator=generator)
         _tell_what_does_not_fit(errors, fresh, log)
+        if (sentence := worse_than_nothing(errors)) is not None:
+            log(sentence)
         shown = film(agent.policy.world, viewer, fresh, context, horizon, generator) if out is not None else Film(None, None)
     if out is not None:
         _write(out, shown, errors, viewer, log)
@@ -195,6 +199,7 @@ def dream(
         "reward": _column(errors.reward),
         "continue": _column(errors.cont),
         "ratio": _column(errors.ratio()),
+        "ratio_by_part": {part: _column(own.ratio()) for part, own in errors.parts.items()},
         "uncertainty": _column(errors.uncertainty),
         "out": None if out is None else str(out),
         "worst": worst(errors, viewer),
@@ -224,6 +229,22 @@ def worst(errors: OpenLoop, viewer: Viewer, at_most: int = 15) -> dict[str, Any]
     key, index, error, ratio = found
     ratio = ratio if np.isfinite(ratio) else None
     return {"horizon": horizon, "name": viewer.names[key][index], "observation": error, "ratio": ratio}
+
+
+def worse_than_nothing(errors: OpenLoop, at_most: int = 15) -> str | None:
+    """One sentence where the model predicts worse than "nothing changes", in all or in a part of the episode; else None."""
+    horizon = errors.longest(at_most)
+    if horizon is None:
+        return None
+    named = {"all episodes": errors, **{f"steps {part}": own for part, own in errors.parts.items()}}
+    ratios = {name: float(own.ratio()[horizon - 1]) for name, own in named.items()}
+    worse = [f"{ratio:.2f} in {name}" for name, ratio in ratios.items() if ratio > 1]
+    if not worse:
+        return None
+    return (
+        f'At horizon {horizon} the error is more than that of "nothing changes", by a ratio of {", ".join(worse)}: '
+        "dreams mean nothing there until the model has learned from more steps of that kind."
+    )
 
 
 def error_figure(errors: OpenLoop, viewer: Viewer) -> bytes:

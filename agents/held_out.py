@@ -10,7 +10,7 @@ import torch
 from stable_baselines3.common.vec_env import VecEnv
 
 from worldmodel.agents.belief import ActsOnBelief
-from worldmodel.agents.evaluation import Abandoned, cut_at, own_randomness, require_spaces
+from worldmodel.agents.evaluation import LIMIT, Abandoned, own_randomness, require_spaces
 from worldmodel.agents.experience import arrivals
 from worldmodel.data import Batch, Episodes, State
 from worldmodel.envs.make import EnvConfig, make_vec
@@ -35,7 +35,7 @@ def collect(
 ) -> Episodes:
     """Fresh episodes of the agent's greedy policy with a random action in `random` of the steps, one for each seed from `seed` on.
 
-    steps    looks at no more than so many steps of each; None: to its end, or LIMIT where the environment has none
+    steps    looks at no more than so many steps of each; None: to its end, after LIMIT steps at the latest
     give_up  asked at every step; raises Abandoned as soon as it says yes
 
     Nothing of the agent changes, its random states included. Raises EnvError, MissingExtraError.
@@ -45,7 +45,7 @@ def collect(
         venv = as_trained(agent, make_vec(config.model_copy(update={"vectorize": "dummy"}), episodes, seed))
         try:
             require_spaces(agent, venv, config.id)
-            return _first_episodes(agent, venv, cut_at(venv, steps), random, np.random.default_rng(seed), give_up)
+            return _first_episodes(agent, venv, LIMIT if steps is None else steps, random, np.random.default_rng(seed), give_up)
         finally:
             venv.close()
 

@@ -39,7 +39,8 @@ class Watch(BaseCallback):
 
     every     real steps between looks; looks begin with the first update of the world model
     env       the environment to play them in; without it the one of the model's own config
-    episodes  held-out episodes of each look, played greedily with a random action in five steps, over `steps` steps at most
+    episodes  held-out episodes of each look, played greedily with a random action in five steps
+    steps     of each episode at most; None: as in evaluations (eval.max_steps), 1000 where nothing else is said
     context   rows that the model sees before it dreams
     horizon   steps over which errors are measured
     give_up   asked at every step of an episode; a look is left out as soon as it says yes
@@ -47,6 +48,7 @@ class Watch(BaseCallback):
     | tag | what |
     |---|---|
     | world/open_loop/H, world/persistence/H | root mean square error H steps ahead, and that of "nothing changes", in deviations |
+    | world/ratio/H, world/ratio_by_part/PART | the first over the second; the same at the longest horizon by part of the episode |
     | world/open_loop_reward/H, world/open_loop_continue/H | root mean square error in reward units; Brier score |
     | world/uncertainty/H | disagreement of the ensemble H steps ahead, where the model has one |
     | world/open_loop_curve | the same by horizon and number |
@@ -64,13 +66,13 @@ class Watch(BaseCallback):
         env: EnvConfig | str | None = None,
         *,
         episodes: int = 8,
-        steps: int = 200,
+        steps: int | None = None,
         context: int = 5,
         horizon: int = 15,
         give_up: Callable[[], bool] = lambda: False,
     ):
         super().__init__()
-        if min(every, episodes, steps, context, horizon) < 1:
+        if min(every, episodes, 1 if steps is None else steps, context, horizon) < 1:
             raise ConfigError(f"Watch needs numbers of at least 1, not {every=}, {episodes=}, {steps=}, {context=}, {horizon=}.")
         self.every, self.env, self.episodes, self.steps = every, env, episodes, steps
         self.context, self.horizon, self.give_up = context, horizon, give_up
@@ -116,7 +118,8 @@ class Watch(BaseCallback):
         if self.shown_at == step or self.model.learner.updates == 0:
             return
         try:
-            episodes = collect(self.model, self.env, self.episodes, steps=self.steps, give_up=self.give_up)
+            steps = self.model.config.eval.max_steps if self.steps is None else self.steps
+            episodes = collect(self.model, self.env, self.episodes, steps=steps, give_up=self.give_up)
         except Abandoned:
             return
         self.shown_at = step
@@ -151,6 +154,7 @@ class Watch(BaseCallback):
         columns = {
             "open_loop": errors.error(),
             "persistence": errors.baseline(),
+            "ratio": errors.ratio(),
             "open_loop_reward": errors.reward,
             "open_loop_continue": errors.cont,
             "uncertainty": errors.uncertainty,
@@ -158,6 +162,8 @@ class Watch(BaseCallback):
         for horizon in sorted({*(h for h in HORIZONS if h < self.horizon), self.horizon}):
             for name, column in columns.items():
                 self._scalar(f"world/{name}/{horizon}", float(column[horizon - 1]), step)
+        for part, own in errors.parts.items():
+            self._scalar(f"world/ratio_by_part/{part}", float(own.ratio()[-1]), step)
         if errors.count.any():
             tensorboard.image(self.writer, "world/open_loop_curve", error_figure(errors, viewer), step)
 

@@ -79,7 +79,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     path = Path(job["path"])
     with Load() as load:
         trained = train_ours(job, config, path, job["device"], resume=path.exists())
-        errors = dream(path, job["context"], job["horizon"], device=job["device"], log=say)
+        errors = dream(path, job["context"], job["horizon"], episodes=20, device=job["device"], log=say)
     agent = Run.open(path).agent(device=job["device"])
     found = {name: trained[name] for name in ("real_steps", "updates", "wall_seconds", "solved_at", "final_return", "stopped")}
     return {

@@ -40,7 +40,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         if job["run"] is None:
             train(job["recipe"], seed=job["seed"], run_dir=path, overrides=job["overrides"], log=say)
         manifest = Run.open(path).manifest()
-        errors = dream(path, job["context"], job["horizon"], log=say)
+        errors = dream(path, job["context"], job["horizon"], episodes=20, log=say)
     if manifest["seed"] != job["seed"]:
         raise SystemExit(f"{path} has seed {manifest['seed']}, not {job['seed']}. Name its seed with --seeds.")
     kept = {"real_steps": manifest["step"], "solved_at": manifest["progress"]["solved_at"]}

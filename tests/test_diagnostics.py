@@ -93,6 +93,14 @@ def test_a_start_counts_at_every_horizon_that_fits():
     assert open_loop(Oracle().installed(), line_episodes(12, 25), 5, 15, every=5).count[0] == 2 + 4
 
 
+def test_errors_are_told_by_the_part_of_the_episode_in_which_a_dream_starts():
+    errors = open_loop(Oracle().installed(), line_episodes(12, 260), 5, 15, samples=2)
+    assert {name: int(part.count[0]) for name, part in errors.parts.items()} == {"0-50": 1 + 5, "50-200": 15, "200-": 6}
+    assert sum(part.count for part in errors.parts.values()).equal(errors.count)
+    for part in errors.parts.values():
+        torch.testing.assert_close(part.error(), errors.error(), rtol=1e-4, atol=0)  # the bias is the same everywhere
+
+
 def test_the_continue_head_is_scored_by_brier_on_arrival():
     errors = open_loop(Oracle().installed(), line_episodes(8), 5, 4)
     assert errors.cont[:3].tolist() == [0.25] * 3 and errors.cont[3].isnan()

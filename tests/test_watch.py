@@ -14,7 +14,7 @@ from small_runs import small_train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
-from worldmodel import registry, tensorboard
+from worldmodel import answers, registry, tensorboard
 from worldmodel.agents.dreams import dream, returns
 from worldmodel.agents.evaluation import Abandoned
 from worldmodel.agents.held_out import collect
@@ -204,6 +204,41 @@ def test_an_agent_without_a_critic_is_watched_without_values(tmp_path):
     assert "dream/gap" in events(folder).Tags()["scalars"] and isinstance(Run.open(folder).agent(), RandomAgent)
 
 
+# The same figures in both ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("watch") / "long"
+    options = {**DRAWN, "log.pictures": 1000, "log.held_out": 2, "eval.every": 0, "eval.episodes": 1, "eval.max_steps": 225}
+    small_train(folder, 30, "Acrobot-v1", options=options)
+    said = []
+    return folder, dream(folder, horizon=15, log=said.append), said
+
+
+def test_tensorboard_and_dream_tell_the_same_of_the_same_run(long_run):
+    folder, result, _ = long_run
+    shown = events(folder)
+    for horizon in (1, 15):
+        for tag, key in (("open_loop", "observation"), ("persistence", "persistence"), ("open_loop_reward", "reward")):
+            told = shown.Scalars(f"world/{tag}/{horizon}")[-1].value
+            assert told == pytest.approx(result[key][horizon - 1], rel=1e-4), (tag, horizon)
+        assert shown.Scalars(f"world/ratio/{horizon}")[-1].value == pytest.approx(result["ratio"][horizon - 1], rel=1e-4)
+    assert list(result["ratio_by_part"]) == ["0-50", "50-200", "200-"]
+    for part, ratios in result["ratio_by_part"].items():
+        assert shown.Scalars(f"world/ratio_by_part/{part}")[-1].value == pytest.approx(ratios[-1], rel=1e-4)
+    assert len({ratios[-1] for ratios in result["ratio_by_part"].values()}) == 3
+
+
+def test_one_sentence_says_where_a_dream_is_worse_than_nothing(long_run, capsys):
+    _, result, said = long_run
+    worse = [part for part, ratios in result["ratio_by_part"].items() if ratios[-1] > 1]
+    (sentence,) = [line for line in said if "nothing changes" in line]  # 3 updates have taught it little
+    assert worse and all(f"in steps {part}" in sentence for part in worse)
+    answers.show_dream(result)
+    assert "ratio at horizon 15 in steps 200-" in capsys.readouterr().out
+
+
 # Returns ----------------------------------------------------------------------------------------------------------------
 
 
@@ -255,7 +290,7 @@ def test_dream_gives_the_same_figures_each_time_and_leaves_the_run_as_it_was(cha
 @pytest.mark.parametrize("run", ["chain_run", "cartpole_run", "catch_run"])
 @pytest.mark.parametrize("start", ["replay", "prior"])
 def test_dream_writes_a_film_and_a_figure(run, start, request, tmp_path):
-    result = dream(request.getfixturevalue(run), horizon=6, start=start, out=tmp_path / "deep/film.gif")
+    result = dream(request.getfixturevalue(run), horizon=6, start=start, out=tmp_path / "deep/film.gif", episodes=20)
     film = Image.open(tmp_path / "deep/film.gif")
     assert film.n_frames >= (4 if start == "replay" else 7) and result["out"] == str(tmp_path / "deep/film.gif")
     assert (tmp_path / "deep/film.png").exists() == (start == "replay")

@@ -25,6 +25,9 @@ def show_dream(result: Mapping[str, Any]) -> None:
     table(shown, tuple(columns), digits=4)
     worst = result["worst"] or {}
     told = {f"worst at horizon {worst['horizon']}": f"{worst['name']}: {worst['observation']:.3f}"} if worst else {}
+    for part, ratio in result["ratio_by_part"].items():
+        if measured := [row["horizon"] for row in known if row["horizon"] <= 15 and ratio[row["horizon"] - 1] is not None]:
+            told[f"ratio at horizon {measured[-1]} in steps {part}"] = f"{ratio[measured[-1] - 1]:.3f}"
     show_pairs({**{key: result[key] for key in ("env_id", "run", "step", "context", "out")}, **told})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,6 +15,8 @@ from worldmodel.model import WorldModel
 NUMBERS_AT_ONCE = 1 << 23
 """Decoded numbers that are held in memory together."""
 ROLLOUTS_AT_ONCE = 2048
+PARTS = {"0-50": 0, "50-200": 50, "200-": 200}
+"""Parts of an episode, by the step of the last row that a dream saw, and where each begins."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class OpenLoop:
     reward       [H]          root mean square in reward units
     cont         [H]          Brier score of P(the world goes on)
     uncertainty  [H]          mean disagreement of the ensemble, in deviations of the embedding; NaN without one
+    parts        the same of the roll-outs that start in each of PARTS
     """
 
     context: int
@@ -107,6 +110,7 @@ class OpenLoop:
     reward: Float[Tensor, " H"]
     cont: Float[Tensor, " H"]
     uncertainty: Float[Tensor, " H"]
+    parts: dict[str, OpenLoop] = field(default_factory=dict)
 
     @classmethod
     def unknown(cls, context: int, horizon: int) -> OpenLoop:
@@ -163,26 +167,56 @@ def open_loop(
     observation seen.
     """
     sizes = {} if world.decoder is None else {name: math.prod(key.shape) for name, key in world.obs.keys.items()}
-    squares, persistence = ({name: torch.zeros(horizon, d) for name, d in sizes.items()} for _ in range(2))
-    count, reward, cont, uncertainty = torch.zeros(4, horizon)
+    sums = [_Sums(horizon, sizes) for _ in PARTS]
     episode, start = _starts(episodes, context, every)
+    part = torch.bucketize(start + context - 1, torch.tensor(list(PARTS.values())[1:]), right=True)
     at_once = max(1, min(ROLLOUTS_AT_ONCE, NUMBERS_AT_ONCE // (horizon * max(1, sum(sizes.values())))) // samples)
     for rows in torch.arange(len(episode)).split(at_once) if len(episode) else ():
         roll = roll_out(world, episodes, episode[rows], start[rows], context, horizon, samples=samples, generator=generator)
-        inside, came = roll.inside[:, context:].float(), roll.window.window(context)
-        count += inside.sum(0).cpu()
-        reward += (inside * (roll.reward.mean(1) - came.reward).square()).sum(0).cpu()
-        cont += (inside * (roll.cont.mean(1) - (~came.is_terminal).float()).square()).sum(0).cpu()
-        uncertainty += (inside * roll.uncertainty.mean(1)).sum(0).cpu()
-        for name, x in roll.truth.items() if sizes else ():
-            unit, weight = world.scaling.deviation(name), inside.view(*inside.shape, *[1] * (x.ndim - 2))
-            error = weight * ((roll.imagined[name].mean(1) - x[:, context:]) / unit).square()
+        for which in part[rows].unique().tolist():
+            sums[which].add(world, roll, torch.nonzero(part[rows] == which)[:, 0].to(world.device), context)
+    whole = _Sums(horizon, sizes)
+    for each in sums:
+        whole.merge(each)
+    measured = world.ensemble is not None
+    parts = {name: each.means(context, measured) for name, each in zip(PARTS, sums)}
+    return replace(whole.means(context, measured), parts=parts)
+
+
+class _Sums:
+    """Squared errors of roll-outs, added up by horizon."""
+
+    def __init__(self, horizon: int, sizes: dict[str, int]):
+        self.squares, self.persistence = ({name: torch.zeros(horizon, d) for name, d in sizes.items()} for _ in range(2))
+        self.columns = torch.zeros(4, horizon)  # count, reward, continue, uncertainty
+
+    def add(self, world: WorldModel, roll: Rollout, chosen: Int[Tensor, " N"], context: int) -> None:
+        """The roll-outs of some of the starts."""
+        inside, came = roll.inside[chosen, context:].float(), roll.window.window(context)
+        reward = (roll.reward[chosen].mean(1) - came.reward[chosen]).square()
+        cont = (roll.cont[chosen].mean(1) - (~came.is_terminal[chosen]).float()).square()
+        told = torch.stack([torch.ones_like(inside), reward, cont, roll.uncertainty[chosen].mean(1)])
+        self.columns += (inside * told).sum(1).cpu()
+        for name in self.squares:
+            x, unit = roll.truth[name][chosen], world.scaling.deviation(name)
+            weight = inside.view(*inside.shape, *[1] * (x.ndim - 2))
+            error = weight * ((roll.imagined[name][chosen].mean(1) - x[:, context:]) / unit).square()
             kept = weight * ((x[:, context - 1 : context] - x[:, context:]) / unit).square()
-            squares[name] += error.sum(0).flatten(1).cpu()
-            persistence[name] += kept.sum(0).flatten(1).cpu()
-    squares, persistence = ({k: x / count.unsqueeze(-1) for k, x in sums.items()} for sums in (squares, persistence))
-    uncertainty = uncertainty / count if world.ensemble is not None else torch.full_like(count, torch.nan)
-    return OpenLoop(context, count.to(torch.int64), squares, persistence, (reward / count).sqrt(), cont / count, uncertainty)
+            self.squares[name] += error.sum(0).flatten(1).cpu()
+            self.persistence[name] += kept.sum(0).flatten(1).cpu()
+
+    def merge(self, other: _Sums) -> None:
+        self.columns += other.columns
+        for mine, theirs in ((self.squares, other.squares), (self.persistence, other.persistence)):
+            for name, x in theirs.items():
+                mine[name] += x
+
+    def means(self, context: int, measured: bool) -> OpenLoop:
+        """`measured` where an ensemble has an uncertainty to tell."""
+        count, reward, cont, uncertainty = self.columns
+        squares, persistence = ({k: x / count.unsqueeze(-1) for k, x in s.items()} for s in (self.squares, self.persistence))
+        uncertainty = uncertainty / count if measured else torch.full_like(count, torch.nan)
+        return OpenLoop(context, count.to(torch.int64), squares, persistence, (reward / count).sqrt(), cont / count, uncertainty)
 
 
 def _starts(episodes: Episodes, context: int, every: int) -> tuple[Int[Tensor, " S"], Int[Tensor, " S"]]:

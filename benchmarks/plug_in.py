@@ -238,7 +238,8 @@ def judged(rows: Iterable[dict[str, Any]], of: str | None = None) -> list[dict[s
         if not stale(row, of) or (key["recipe"], key["algorithm"]) not in fresh:
             groups.setdefault((key["recipe"], key["algorithm"], key.get("imagined", IMAGINED)), []).append(row)
     out = []
-    for (recipe, name, imagined), found in groups.items():
+    order = {(recipe, name): i for recipe, group in FITS.items() for i, name in enumerate(["random", *group])}
+    for (recipe, name, imagined), found in sorted(groups.items(), key=lambda x: (x[0][0], order[x[0][:2]], x[0][2])):
         random = next((rows for (world, other, _), rows in groups.items() if (world, other) == (recipe, "random")), [])
         said = "runs, saves and loads" if all(row.get("loaded acts the same", True) for row in found) else "a loaded one DIFFERS"
         if name == "random":

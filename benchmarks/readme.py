@@ -204,6 +204,18 @@ def _catch_encoder(figures: Figures) -> str:
     return figures.table(["DQN on two frames sees", "solved", "real steps"], lines, found)
 
 
+@block("rewards")
+def _rewards(figures: Figures) -> str:
+    found = [row for row in figures.rows("reward_scale") if not row["key"]["overrides"] and not row["key"]["max_steps"]]
+    lines = []
+    for size in sorted({row["key"]["size"] for row in found}):
+        mine = [row for row in found if row["key"]["size"] == size]
+        steps = [row["solved_at"] for row in mine]
+        name = figures.mark(f"{size:g}", mine)
+        lines.append([name, f"{sum(x is not None for x in steps)}/{len(steps)}", spread(steps, 1) if any(steps) else ""])
+    return figures.table(["reward of a step of CartPole", "solved", "real steps"], lines, found)
+
+
 # Dreams and speed -----------------------------------------------------------------------------------------------------
 
 

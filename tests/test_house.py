@@ -44,7 +44,7 @@ FOLDERS = {
 
 FLOORS = (
     "errors configs",
-    "data registry recipes checkpoint ends",
+    "data registry recipes checkpoint ends nested",
     "config segments spaces pictures",
     "spool",
     "replay networks weights denoising",

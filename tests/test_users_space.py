@@ -26,7 +26,7 @@ from worldmodel.agents.sb3 import SB3Agent
 from worldmodel.cli import app
 from worldmodel.data import State
 from worldmodel.envs import ImaginedEnv, ImaginedVecEnv, LatentVecEnv, PlainVecEnv, as_vec_env, make, make_vec
-from worldmodel.errors import ConfigError
+from worldmodel.errors import ConfigError, EnvError
 from worldmodel.run import Run
 from worldmodel.spaces import ObsSpec
 
@@ -44,6 +44,9 @@ CASES = {
     "boxes": (spaces.Box(-1, 1, (3, 2), np.float32), spaces.Box(np.float32([[0, 2]]), np.float32([[1, 9]]))),
     "no dimensions": (spaces.Box(-1, 1, (), np.float32), spaces.Box(-3, 4, (), np.float32)),
     "dict": (spaces.Dict(where=BOX, gear=SHIFTED), TWO),
+    "nested": (spaces.Dict(arm=spaces.Dict(angle=BOX, lamps=spaces.MultiBinary(2)), gear=SHIFTED), TWO),
+    "tuple": (spaces.Tuple([SHIFTED, BOX]), TWO),
+    "tuple of dicts": (spaces.Tuple([SHIFTED, spaces.Dict(a=BOX, b=spaces.Tuple([SHIFTED]))]), TWO),
 }
 
 
@@ -106,6 +109,26 @@ class Right(Controller):
             known = (right for seen, right in self.seen if all(np.array_equal(seen[k][0], rows[k][i]) for k in rows))
             actions.append(next(known))
         return torch.as_tensor(world.action.encode(np.stack(actions))), memory
+
+
+@pytest.mark.parametrize("case", ["nested", "tuple", "tuple of dicts"])
+def test_predict_takes_nested_observations_alone_and_many_at_once_and_refuses_what_reset_gives_as_a_whole(case):
+    model, env = right_dreamer(case), OneStep(case)
+    obs = env.reset(seed=0)[0]
+    assert model.predict(_stacked(obs, obs))[0].tolist() == [int(model.predict(obs)[0])] * 2
+    with pytest.raises(EnvError, match=r"reset\(\)\[0\]"):
+        model.predict(env.reset())
+    with pytest.raises(EnvError, match="missing observation keys"):
+        model.predict(dict(model.get_env().reset(), extra=1) if case == "tuple" else {"arm": {}})
+    assert set(model.world.obs.to_rows(_stacked(obs, obs))) == set(model.observation_space.spaces)
+
+
+def _stacked(*many):
+    """Observations as one of arrays [N, ...]."""
+    first = many[0]
+    if isinstance(first, dict):
+        return {k: _stacked(*(obs[k] for obs in many)) for k in first}
+    return tuple(map(_stacked, *many)) if isinstance(first, tuple) else np.stack(many)
 
 
 def _batch(obs):

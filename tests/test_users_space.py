@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import Toy, small_dreamer, small_world
+from conftest import SMALL_WORLD, Toy, small_dreamer, small_world
 from gymnasium import spaces
 from small_runs import small_train
 from stable_baselines3 import DQN, PPO
@@ -20,8 +20,12 @@ from typer.testing import CliRunner
 
 from worldmodel.agents.belief import Controller
 from worldmodel.agents.dreamer import Dreamer
+from worldmodel.agents.dyna import DynaCallback
 from worldmodel.agents.evaluation import evaluate
+from worldmodel.agents.extractor import latent_policy_kwargs
 from worldmodel.agents.held_out import collect
+from worldmodel.agents.joint import JointWorldModel
+from worldmodel.agents.random import RandomAgent
 from worldmodel.agents.sb3 import SB3Agent
 from worldmodel.cli import app
 from worldmodel.data import State
@@ -255,6 +259,39 @@ def test_the_plain_form_of_environments_is_what_sb3_needs_and_nothing_where_that
     assert all(action.tolist() == [[1, 0], [0, 1]] for action in plain.get_attr("actions")[0])
     already = DummyVecEnv([Toy])
     assert PlainVecEnv.around(already) is already
+
+
+@pytest.fixture(scope="module")
+def collected():
+    """An agent that has collected at random in Toy."""
+    agent = RandomAgent("MlpPolicy", Toy(*CASES["both"]), config={**SMALL_WORLD, "train.prefill": 40}, seed=0, device="cpu")
+    return agent.learn(30)
+
+
+def test_dyna_fills_the_buffer_of_an_algorithm_that_counts_from_0(collected):
+    env = Toy(*CASES["both"])
+    model = DQN("MlpPolicy", PlainVecEnv(as_vec_env(env)), learning_starts=5, train_freq=4, batch_size=8, seed=0, device="cpu")
+    callback = DynaCallback(collected.world, replay=collected.replay, ratio=3, every=4)
+    model.learn(24, callback=callback)
+    buffer, n = model.replay_buffer, model.replay_buffer.size()
+    assert callback.imagined > 0 and n == 24 + callback.imagined
+    assert set(buffer.observations[:n].flat) <= set(range(4)) and set(buffer.actions[:n].flat) <= set(range(3))
+    assert all(env.action_space.contains(x) for x in env.actions)
+    with pytest.raises(ConfigError, match="PlainVecEnv"):
+        DQN("MlpPolicy", as_vec_env(env), device="cpu").learn(8, callback=callback)
+
+
+def test_an_encoder_inside_an_algorithm_that_counts_from_0_sees_what_the_world_model_sees(collected):
+    world, plain = collected.world, PlainVecEnv(as_vec_env(Toy(*CASES["both"])))
+    kwargs = latent_policy_kwargs(world, "joint", output="embedding")
+    model = PPO("MlpPolicy", plain, policy_kwargs=kwargs, n_steps=8, batch_size=8, device="cpu")
+    obs = np.arange(4)
+    got = model.policy.extract_features(model.policy.obs_to_tensor(obs)[0], model.policy.pi_features_extractor)
+    with torch.no_grad():
+        torch.testing.assert_close(got.detach(), world.encoder(world.inputs({"obs": torch.as_tensor(obs + 3)})))
+    callback = JointWorldModel(world, config={"train.batch_size": 2, "train.batch_length": 4, "train.prefill": 8})
+    model.learn(16, callback=callback)
+    assert callback.agent.learner.updates > 0
 
 
 # Runs of version 0.1 -----------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from worldmodel.data import Sampling, State
 from worldmodel.errors import ConfigError, EnvError
 from worldmodel.model import WorldModel, tensors
+from worldmodel.nested import flat
 from worldmodel.spaces import ActionSpec, KeySpec, ObsSpec
 
 
@@ -102,17 +103,22 @@ class BeliefPolicy(BasePolicy):
         return (env_action if vectorized else env_action.squeeze(0)), belief.numpy()
 
     def batched(self, observation: Any) -> tuple[Any, bool]:
-        """The observation with a batch axis, and whether it had one. EnvError for what `reset` returns as a whole."""
-        if isinstance(observation, tuple) and len(observation) == 2 and isinstance(observation[1], Mapping):
+        """The observation, flat, with a batch axis, and whether it had one. EnvError for what `reset` returns as a whole."""
+        keys, given = self.world.obs.keys, observation
+        if isinstance(given, Mapping | tuple) and not self.world.obs.single:
+            observation = flat(given, keys)
+        whole = isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], Mapping)
+        if whole and (observation is given or observation.keys() != keys.keys()):
             raise EnvError("predict got (observation, info), which is what reset() returns. Give it the observation: reset()[0].")
         if isinstance(observation, Mapping):
-            keys = self.world.obs.keys
-            observation = {k: _as_declared(v, keys[k]) if k in keys else v for k, v in observation.items()}
-            name, key = next(iter(self.world.obs.keys.items()))
+            if observation.keys() != keys.keys():
+                return observation, True  # which keys are wrong is said where rows are made of it
+            observation = {k: _as_declared(v, keys[k]) for k, v in observation.items()}
+            name, key = next(iter(keys.items()))
             if np.ndim(observation[name]) > len(key.raw_shape):
                 return observation, True
             return {k: np.asarray(v)[None] for k, v in observation.items()}, False
-        key = next(iter(self.world.obs.keys.values()))
+        key = next(iter(keys.values()))
         observation = _as_declared(observation, key)
         return (observation, True) if observation.ndim > len(key.raw_shape) else (observation[None], False)
 

@@ -16,6 +16,7 @@ from PIL import Image
 from worldmodel.envs.extras import missing_extra
 from worldmodel.envs.plain import Plain
 from worldmodel.errors import ConfigError, EnvError, UnsupportedSpaceError
+from worldmodel.nested import joined
 from worldmodel.spaces import FLOAT32_MAX, ObsSpec
 
 _log = logging.getLogger(__name__)
@@ -196,7 +197,7 @@ class Leaf:
 
     @property
     def name(self) -> str:
-        return ".".join(str(step) for step in self.path)
+        return joined(self.path)
 
     def of(self, value: Any) -> Any:
         """Its value in one observation, or in many at once [T, ...]."""

@@ -44,7 +44,7 @@ FOLDERS = {
 
 FLOORS = (
     "errors configs",
-    "data registry recipes checkpoint windows moments",
+    "data registry recipes checkpoint windows moments nested",
     "config segments spaces pictures",
     "spool",
     "replay networks weights denoising",

@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import Toy, small_dreamer, small_world
+from conftest import SMALL_WORLD, Toy, small_dreamer, small_world
 from gymnasium import spaces
 from small_runs import small_train
 from stable_baselines3 import DQN, PPO
@@ -20,13 +20,17 @@ from typer.testing import CliRunner
 
 from worldmodel.agents.belief import Controller
 from worldmodel.agents.dreamer import Dreamer
+from worldmodel.agents.dyna import DynaCallback
 from worldmodel.agents.evaluation import evaluate
+from worldmodel.agents.extractor import latent_policy_kwargs
 from worldmodel.agents.held_out import collect
+from worldmodel.agents.joint import JointWorldModel
+from worldmodel.agents.random import RandomAgent
 from worldmodel.agents.sb3 import SB3Agent
 from worldmodel.cli import app
 from worldmodel.data import State
 from worldmodel.envs import ImaginedEnv, ImaginedVecEnv, LatentVecEnv, PlainVecEnv, as_vec_env, make, make_vec
-from worldmodel.errors import ConfigError
+from worldmodel.errors import ConfigError, EnvError
 from worldmodel.run import Run
 from worldmodel.spaces import ObsSpec
 
@@ -44,6 +48,9 @@ CASES = {
     "boxes": (spaces.Box(-1, 1, (3, 2), np.float32), spaces.Box(np.float32([[0, 2]]), np.float32([[1, 9]]))),
     "no dimensions": (spaces.Box(-1, 1, (), np.float32), spaces.Box(-3, 4, (), np.float32)),
     "dict": (spaces.Dict(where=BOX, gear=SHIFTED), TWO),
+    "nested": (spaces.Dict(arm=spaces.Dict(angle=BOX, lamps=spaces.MultiBinary(2)), gear=SHIFTED), TWO),
+    "tuple": (spaces.Tuple([SHIFTED, BOX]), TWO),
+    "tuple of dicts": (spaces.Tuple([SHIFTED, spaces.Dict(a=BOX, b=spaces.Tuple([SHIFTED]))]), TWO),
 }
 
 
@@ -106,6 +113,26 @@ class Right(Controller):
             known = (right for seen, right in self.seen if all(np.array_equal(seen[k][0], rows[k][i]) for k in rows))
             actions.append(next(known))
         return torch.as_tensor(world.action.encode(np.stack(actions))), memory
+
+
+@pytest.mark.parametrize("case", ["nested", "tuple", "tuple of dicts"])
+def test_predict_takes_nested_observations_alone_and_many_at_once_and_refuses_what_reset_gives_as_a_whole(case):
+    model, env = right_dreamer(case), OneStep(case)
+    obs = env.reset(seed=0)[0]
+    assert model.predict(_stacked(obs, obs))[0].tolist() == [int(model.predict(obs)[0])] * 2
+    with pytest.raises(EnvError, match=r"reset\(\)\[0\]"):
+        model.predict(env.reset())
+    with pytest.raises(EnvError, match="missing observation keys"):
+        model.predict(dict(model.get_env().reset(), extra=1) if case == "tuple" else {"arm": {}})
+    assert set(model.world.obs.to_rows(_stacked(obs, obs))) == set(model.observation_space.spaces)
+
+
+def _stacked(*many):
+    """Observations as one of arrays [N, ...]."""
+    first = many[0]
+    if isinstance(first, dict):
+        return {k: _stacked(*(obs[k] for obs in many)) for k in first}
+    return tuple(map(_stacked, *many)) if isinstance(first, tuple) else np.stack(many)
 
 
 def _batch(obs):
@@ -232,6 +259,39 @@ def test_the_plain_form_of_environments_is_what_sb3_needs_and_nothing_where_that
     assert all(action.tolist() == [[1, 0], [0, 1]] for action in plain.get_attr("actions")[0])
     already = DummyVecEnv([Toy])
     assert PlainVecEnv.around(already) is already
+
+
+@pytest.fixture(scope="module")
+def collected():
+    """An agent that has collected at random in Toy."""
+    agent = RandomAgent("MlpPolicy", Toy(*CASES["both"]), config={**SMALL_WORLD, "train.prefill": 40}, seed=0, device="cpu")
+    return agent.learn(30)
+
+
+def test_dyna_fills_the_buffer_of_an_algorithm_that_counts_from_0(collected):
+    env = Toy(*CASES["both"])
+    model = DQN("MlpPolicy", PlainVecEnv(as_vec_env(env)), learning_starts=5, train_freq=4, batch_size=8, seed=0, device="cpu")
+    callback = DynaCallback(collected.world, replay=collected.replay, ratio=3, every=4)
+    model.learn(24, callback=callback)
+    buffer, n = model.replay_buffer, model.replay_buffer.size()
+    assert callback.imagined > 0 and n == 24 + callback.imagined
+    assert set(buffer.observations[:n].flat) <= set(range(4)) and set(buffer.actions[:n].flat) <= set(range(3))
+    assert all(env.action_space.contains(x) for x in env.actions)
+    with pytest.raises(ConfigError, match="PlainVecEnv"):
+        DQN("MlpPolicy", as_vec_env(env), device="cpu").learn(8, callback=callback)
+
+
+def test_an_encoder_inside_an_algorithm_that_counts_from_0_sees_what_the_world_model_sees(collected):
+    world, plain = collected.world, PlainVecEnv(as_vec_env(Toy(*CASES["both"])))
+    kwargs = latent_policy_kwargs(world, "joint", output="embedding")
+    model = PPO("MlpPolicy", plain, policy_kwargs=kwargs, n_steps=8, batch_size=8, device="cpu")
+    obs = np.arange(4)
+    got = model.policy.extract_features(model.policy.obs_to_tensor(obs)[0], model.policy.pi_features_extractor)
+    with torch.no_grad():
+        torch.testing.assert_close(got.detach(), world.encoder(world.inputs({"obs": torch.as_tensor(obs + 3)})))
+    callback = JointWorldModel(world, config={"train.batch_size": 2, "train.batch_length": 4, "train.prefill": 8})
+    model.learn(16, callback=callback)
+    assert callback.agent.learner.updates > 0
 
 
 # Runs of version 0.1 -----------------------------------------------------------------------------------------------------

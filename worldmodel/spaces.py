@@ -23,6 +23,7 @@ from gymnasium import spaces as gym_spaces
 from torch import Tensor
 
 from worldmodel.errors import EnvError, NumericsError, UnsupportedSpaceError
+from worldmodel.nested import flat
 
 Layout = Literal["hwc", "chw", "vector"]
 Where = str | Callable[[int], str]
@@ -216,10 +217,11 @@ class ObsSpec:
     def to_rows(self, obs: Any, where: Where = "the observation") -> dict[str, np.ndarray]:
         """Batched observation (array or dict of arrays [N, ...]) -> {key: [N, *raw_shape]} in the raw dtype, copied.
 
-        Images may have their channels at the other end, where SB3 puts them; they are moved.
-        Raises EnvError for missing or extra keys, another shape, or a dtype that would have to be rounded.
+        Nested dicts and tuples are taken by their flat names. Images may have their channels at the other end, where SB3 puts them;
+        they are moved. Raises EnvError for missing or extra keys, another shape, or a dtype that would have to be rounded.
         """
-        given = {"obs": obs} if self.single and not isinstance(obs, Mapping) else obs
+        nested = isinstance(obs, Mapping | tuple) and not self.single
+        given = flat(obs, self.keys) if nested else {"obs": obs} if self.single and not isinstance(obs, Mapping) else obs
         self._same_keys(given, where)
         return {name: _raw_array(key, given[name], where) for name, key in self.keys.items()}
 

@@ -19,8 +19,9 @@ from gymnasium.utils.env_checker import check_env as gymnasium_check
 from stable_baselines3.common.env_checker import check_env as sb3_check
 
 from worldmodel.agents.loop import policy_name
-from worldmodel.envs import ImaginedVecEnv
+from worldmodel.envs import FlattenSpaces, ImaginedVecEnv
 from worldmodel.envs.make import as_vec_env
+from worldmodel.envs.plain import plain_action, plain_obs
 from worldmodel.errors import ConfigError, UnsupportedSpaceError
 from worldmodel.spaces import ActionSpec, KeySpec, ObsSpec
 
@@ -147,12 +148,13 @@ def trained(observation: spaces.Space, action: spaces.Space, layout: str | None)
         assert again == spec and again.space == spec.space
     dream = ImaginedVecEnv(agent.world, 2, 3, start="prior", observation="decoded", seed=0)
     dream.reset()
+    seen_spec, taken_spec = plain_obs(agent.obs_spec), plain_action(agent.action_spec)
     for _ in range(4):
-        seen, rewards, *_ = dream.step(agent.action_spec.decode(agent.action_spec.sample(2, np.random.default_rng(0))))
-        agent.obs_spec.check(agent.obs_spec.to_rows(seen))
+        seen, rewards, *_ = dream.step(taken_spec.decode(taken_spec.sample(2, np.random.default_rng(0))))
+        seen_spec.check(seen_spec.to_rows(seen))
         assert np.isfinite(rewards).all()
     one = as_vec_env(Toy(observation, action)).envs[0]
-    sb3_check(one, warn=False)
+    sb3_check(FlattenSpaces.wrap(one), warn=False)
     gymnasium_check(one, skip_render_check=True, skip_close_check=True)
     return agent
 

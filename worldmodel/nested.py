@@ -1,0 +1,19 @@
+"""Nested observations by flat names: the steps to an array, joined with a dot."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from typing import Any
+
+
+def joined(path: tuple[Any, ...]) -> str:
+    """`arm.angle` of the steps ("arm", "angle"), `pair.0` of ("pair", 0)."""
+    return ".".join(map(str, path))
+
+
+def flat(value: Any, names: Container[str], path: tuple[Any, ...] = ()) -> dict[str, Any]:
+    """{flat name: array} of nested dicts and tuples; a tuple that has one of the names is an array that somebody wrote so."""
+    if isinstance(value, Mapping) or (isinstance(value, tuple) and not (path and joined(path) in names)):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        return {name: x for step, part in items for name, x in flat(part, names, (*path, step)).items()}
+    return {joined(path): value}

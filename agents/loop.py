@@ -246,7 +246,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
             self.replay.cut()
         self._store_first(self._rows(obs), np.arange(self.n_envs))
         self._belief = self.policy.begin(self.n_envs)
-        self._account = EpisodeAccount(self.env)
+        self._account = None if self.env is None else EpisodeAccount(self.env)  # of steps of its own; others only `record`
         self._last_episode_starts = np.ones(self.n_envs, bool)
 
     def adopt(self, folder: pathlib.Path, log: Callable[[str], object]) -> None:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import VecEnv, VecMonitor, is_vecenv_wrapped
 
+from worldmodel.envs.restarts import RESTARTED
 from worldmodel.errors import ConfigError
 from worldmodel.learner import TrainConfig
 from worldmodel.model import WorldModel, tensors
 from worldmodel.replay import Replay, row_bytes
 from worldmodel.spaces import ActionSpec, ObsSpec
 
+_log = logging.getLogger(__name__)
 ROWS_AT_ONCE = 4096
 """Rows that the running statistics take in one go."""
 
@@ -58,20 +64,61 @@ def fit_scaling(world: WorldModel, replay: Replay) -> None:
 
 
 def arrivals(
-    following: dict[str, np.ndarray], dones: np.ndarray, infos: list[dict], to_rows: Callable[[Any], dict[str, np.ndarray]]
+    following: dict[str, np.ndarray],
+    dones: np.ndarray,
+    infos: list[dict],
+    to_rows: Callable[[Any], dict[str, np.ndarray]],
+    before: Callable[[int], dict[str, np.ndarray]],
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """(the rows [N, ...] that a VecEnv's step arrived at, where the world ended [N]) from the rows that come after a reset.
 
-    SB3 resets at once, and hands an episode's last observation over in `terminal_observation`.
+    SB3 resets at once, and hands an episode's last observation over in `terminal_observation`. Where a VecEnv does not, the
+    environment's row before the step, `before(number)` [...], stands in: the next episode's first would be a leap.
     """
     ended = np.flatnonzero(dones)
     truncated = np.array([bool(info.get("TimeLimit.truncated", False)) for info in infos])
     if not len(ended):
         return following, dones & ~truncated
     arrived = {name: x.copy() for name, x in following.items()}
-    for name, x in to_rows(_stack([infos[i]["terminal_observation"] for i in ended])).items():
-        arrived[name][ended] = x
+    told = np.array([i for i in ended if infos[i].get("terminal_observation") is not None], np.int64)
+    if len(told):
+        for name, x in to_rows(_stack([infos[i]["terminal_observation"] for i in told])).items():
+            arrived[name][told] = x
+    for i in np.setdiff1d(ended, told).tolist():
+        for name, x in before(i).items():
+            arrived[name][i] = x
     return arrived, dones & ~truncated
+
+
+class EpisodeAccount:
+    """Returns and lengths of episodes, told as Monitor tells them where it does not.
+
+    It does not where there is none, and at truncations where it stands inside of a time limit. An end that a Monitor does not
+    know of is left alone: the lost lives of Atari end episodes outside of it on purpose.
+    """
+
+    def __init__(self, venv: VecEnv):
+        self.monitored = is_vecenv_wrapped(venv, VecMonitor)
+        try:
+            self.monitored |= all(venv.env_is_wrapped(Monitor))
+        except (AttributeError, NotImplementedError):  # a VecEnv need not know
+            pass
+        self.begun = time.time()
+        self.returns, self.lengths = np.zeros(venv.num_envs), np.zeros(venv.num_envs, np.int64)
+
+    def told(self, rewards: np.ndarray, dones: np.ndarray, infos: Any) -> list[dict[str, Any]]:
+        """The infos of a step, one dict for each environment, with `episode` in each that ended one."""
+        infos = list(infos) if infos is not None and len(infos) == len(dones) else [{} for _ in dones]
+        self.returns += rewards
+        self.lengths += 1
+        for i in np.flatnonzero(dones).tolist():
+            ours = not self.monitored or infos[i].get("TimeLimit.truncated", False)
+            if "episode" not in infos[i] and ours and RESTARTED not in infos[i]:
+                seen = {"r": round(float(self.returns[i]), 6), "l": int(self.lengths[i]), "t": round(time.time() - self.begun, 6)}
+                infos[i] = {**infos[i], "episode": seen}
+            if "episode" in infos[i] or not self.monitored or RESTARTED in infos[i]:
+                self.returns[i] = self.lengths[i] = 0
+        return infos
 
 
 def _stack(observations: list[Any]) -> Any:

@@ -73,8 +73,8 @@ def _first_episodes(
         action = codec.encode(env_action)
         belief = State({**belief, "prev_action": torch.as_tensor(action, device=agent.device)})
         obs, reward, starts, infos = venv.step(env_action)
-        rows = to_rows(obs)
-        arrived, terminal = arrivals(rows, starts, infos, to_rows)
+        past, rows = rows, to_rows(obs)
+        arrived, terminal = arrivals(rows, starts, infos, to_rows, lambda i, past=past: {name: x[i] for name, x in past.items()})
         taken.append((arrived, action, reward, starts, terminal))
         ended = (lengths == 0) & starts
         lengths[ended] = len(taken) - restarted(infos)[ended]  # of a step in which an environment failed nothing is real

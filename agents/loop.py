@@ -6,6 +6,7 @@ world-model batch. Evaluation, checkpoints and stopping are SB3 callbacks.
 
 from __future__ import annotations
 
+import logging
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,11 +22,11 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_wr
 
 from worldmodel.agents.arguments import as_seen, refuse_unknown, require_own_policy
 from worldmodel.agents.belief import BeliefPolicy, Controller
-from worldmodel.agents.experience import arrivals, fit_scaling, new_replay, steps_held
+from worldmodel.agents.experience import EpisodeAccount, arrivals, fit_scaling, new_replay, steps_held
 from worldmodel.agents.saving import SavedAlgorithm
 from worldmodel.config import Config
 from worldmodel.data import Batch, State, Trace
-from worldmodel.envs.make import as_vec_env, id_of
+from worldmodel.envs.make import as_vec_env, id_of, seed_envs
 from worldmodel.envs.restarts import Restarts, restarted
 from worldmodel.errors import ConfigError, EnvError
 from worldmodel.learner import Learner
@@ -35,6 +36,7 @@ from worldmodel.replay import Replay
 from worldmodel.spaces import ActionSpec, ObsSpec
 from worldmodel.weights import cpu_randomness
 
+_log = logging.getLogger(__name__)
 LOG_STEPS = 500
 """Real steps after which a log entry is due where no episode has ended."""
 
@@ -178,7 +180,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
         self.generator = torch.Generator(device=self.device).manual_seed(self.seed + 1)
         self.rng = np.random.default_rng(self.seed)
         self.replay: Replay | None = None
-        self._credit, self._restarts = 0.0, 0
+        self._credit, self._restarts, self._untold = 0.0, 0, False
         self._belief: State | None = None
         self._logged_at = 0
 
@@ -275,6 +277,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
             self.replay.cut()
         self._store_first(self._rows(obs), np.arange(self.n_envs))
         self._belief = self.policy.begin(self.n_envs)
+        self._account = None if self.env is None else EpisodeAccount(self.env)  # of steps of its own; others only `record`
         self._last_episode_starts = np.ones(self.n_envs, bool)
 
     def adopt(self, folder: pathlib.Path, log: Callable[[str], object]) -> None:
@@ -288,7 +291,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
 
     def reopen(self, seed: int) -> None:
         """Open episodes end as by truncation, and new ones begin in environments seeded with seed, seed + 1, ..."""
-        self.env.seed(seed)
+        seed_envs(self.env, seed)
         self._last_obs = self.env.reset()
         self.open_streams(self._last_obs)
 
@@ -321,6 +324,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
             )
         env_action = self.action_spec.decode(action)
         new_obs, rewards, dones, infos = self.env.step(env_action)
+        infos = self._account.told(rewards, dones, infos)
         self.record(env_action, new_obs, rewards, dones, infos)
         self._last_obs, self._last_episode_starts = new_obs, dones.copy()
         return env_action, new_obs, rewards, dones, infos
@@ -337,7 +341,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
                 f"{self._place(env)}: the reward is {rewards[env]}. A finite number was expected; the step was not stored."
             )
         following = self._rows(new_obs)
-        arrived, terminal = arrivals(following, dones, infos, self._rows)
+        arrived, terminal = arrivals(following, dones, infos, self._rows, self._row_before)
         lost = restarted(infos)
         self.replay.cut(np.flatnonzero(lost).tolist())
         if not lost.all():
@@ -347,6 +351,18 @@ class WorldModelAlgorithm(SavedAlgorithm):
         if dones.any():
             ended = np.flatnonzero(dones)
             self._store_first({name: x[ended] for name, x in following.items()}, ended)
+
+    def _row_before(self, env: int) -> dict[str, np.ndarray]:
+        """The newest row of one environment [...], which stands in for the last observation of an episode that did not tell it."""
+        if not self._untold:
+            self._untold = True
+            _log.warning(
+                "%s: an episode ended without 'terminal_observation' in its info, so that its last observation is unknown; the one "
+                "before stands in for it, here and wherever it is missing. SB3's VecEnvs tell it; a wrapper must keep it.",
+                self._place(env),
+            )
+        held = self.replay.lengths[env]
+        return {name: x[0] for name, x in self.replay.observations(env, held - 1, held).items()}
 
     def _random_action(self) -> np.ndarray:
         """Uniform actions [N, A]; each is kept for `train.prefill_hold` steps on average, at most until its episode ends.

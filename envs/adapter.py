@@ -11,7 +11,8 @@ observation, and the info the old one's last. Gymnasium has three modes:
 
 A NEXT_STEP environment that cannot reset some of its rows alone is refused: it gives the first observation one step late,
 while the other rows have to move on, so that there would be a transition from the old episode into the new one. SyncVectorEnv,
-AsyncVectorEnv (with shared memory) and Gymnasium's CartPole can; for others there is `reset_rows`.
+AsyncVectorEnv (with shared memory) and Gymnasium's CartPole can; for others there is `reset_rows`. Of wrappers around them, those
+that do not pass `reset_mask` on, or forget the other rows with it, are refused at the first reset.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
+from gymnasium.wrappers.vector import NormalizeReward
 from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -64,6 +66,7 @@ class GymVecEnvAdapter(VecEnv):
                 "nobody knows which steps are transitions."
             )
         self._reset_rows = reset_rows or _way_to_reset(vector_env, self.mode)
+        self._unproven = self._reset_rows is _by_mask and isinstance(vector_env, VectorWrapper)
         super().__init__(vector_env.num_envs, observation, action)
 
     def reset(self) -> Any:
@@ -71,6 +74,9 @@ class GymVecEnvAdapter(VecEnv):
         if any(other != options for other in self._options):
             raise ConfigError("A VectorEnv takes one `options` for all its environments; set_options got different ones.")
         obs, infos = self.vector_env.reset(seed=self._seeds[0], options=options or None)
+        if self._unproven:
+            _prove(self.vector_env, obs, infos)
+            self._unproven = False
         self._reset_seeds()
         self._reset_options()
         self.reset_infos = _by_row(infos, self.num_envs)
@@ -194,6 +200,43 @@ def _by_mask(env: VectorEnv, rows: np.ndarray) -> tuple[Any, dict[str, Any]]:
     return env.reset(options={"reset_mask": rows})
 
 
+def _prove(env: VectorEnv, obs: Any, infos: dict[str, Any]) -> None:
+    """ConfigError, with the wrapper's name, where the reset of some rows does not come through; the environment itself is spared.
+
+    obs, infos  what its reset has just given, which stands in for its answer
+    """
+    inner, arrived = env.unwrapped, []
+    chain = [env]
+    while isinstance(chain[-1], VectorWrapper):
+        chain.append(chain[-1].env)
+    forgets = next((one for one in chain if isinstance(one, NormalizeReward)), None)
+
+    def answer(*, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        arrived.append("reset_mask" in (options or {}))
+        return obs, infos
+
+    try:
+        inner.reset = answer
+        for wrapper in [] if forgets else chain[-2::-1]:
+            arrived.clear()
+            try:
+                wrapper.reset(options={"reset_mask": np.arange(env.num_envs) == 0})
+            except Exception:
+                arrived.clear()
+            if arrived != [True]:
+                forgets = wrapper
+                break
+    finally:
+        del inner.reset
+    if forgets is not None:
+        name = type(forgets).__name__
+        raise ConfigError(
+            f"{name} is around a VectorEnv whose ended rows are begun anew one by one (autoreset_mode "
+            f"{env.metadata['autoreset_mode'].name}), and it does not pass a reset of some rows on, or forgets the others with it. "
+            f"Put its like around the single environments instead, gymnasium.wrappers.{name} in env_fns."
+        )
+
+
 def _cart_pole(env: CartPoleVectorEnv, rows: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
     """What CartPoleVectorEnv's next step would do with rows that ended, done at once."""
     env.state[:, rows] = env.np_random.uniform(env.low, env.high, (4, int(rows.sum())))
@@ -216,8 +259,10 @@ def _by_row(infos: dict[str, Any], count: int) -> list[dict[str, Any]]:
     for key, value in infos.items():
         if key.startswith("_") and key[1:] in infos:
             continue
-        have = infos.get(f"_{key}", np.ones(count, bool))
+        have = np.asarray(infos.get(f"_{key}", np.ones(count, bool)))
         values = _by_row(value, count) if isinstance(value, dict) else value
+        if not isinstance(values, np.ndarray) and getattr(values, "ndim", 0):  # of torch or JAX
+            values = np.asarray(values)
         if not isinstance(values, np.ndarray | list | tuple) or len(values) != count:
             values = [value] * count  # said of all environments at once
         for i in np.flatnonzero(have).tolist():

@@ -23,7 +23,8 @@ class LatentVecEnv(VecEnvWrapper):
 
     The observation is the feature float32 [F] (carry and the code's mode), as in ImaginedVecEnv with latents: it holds the
     past, so that memoryless algorithms get memory. Each action that is taken enters the belief, an episode's start forgets,
-    and `terminal_observation` is the belief at the last observation. Actions count from 0, as SB3's algorithms give them.
+    and `terminal_observation` is the belief at the last observation; where the environment does not tell that, there is none. Actions
+    count from 0, as SB3's algorithms give them.
     Raises ConfigError where the spaces differ.
     """
 
@@ -57,13 +58,14 @@ class LatentVecEnv(VecEnvWrapper):
     def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
         obs, rewards, dones, infos = self.venv.step_wait()
         ended = np.flatnonzero(dones)
+        told = [i for i in ended if infos[i].get("terminal_observation") is not None]
         rows = self.world.obs.to_rows(obs)
-        for i in ended:
+        for i in told:
             for name, x in self.world.obs.to_rows(_batch_of_one(infos[i]["terminal_observation"])).items():
                 rows[name][i] = x[0]
         feature = self._see(rows, self._everyone, first=False)
         if len(ended):
-            for i in ended:
+            for i in told:
                 infos[i]["terminal_observation"] = feature[i].copy()
             feature[ended] = self._begin(part(obs, ended), ended)
         return feature, rewards, dones, infos

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import re
 from functools import partial
@@ -11,7 +12,6 @@ from typing import Any, Literal
 import gymnasium as gym
 from gymnasium.wrappers import TimeLimit
 from pydantic import Field
-from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor
 
@@ -24,6 +24,8 @@ from worldmodel.envs.wrappers import ActionRepeat, CheckedEnv, FlattenSpaces, Re
 from worldmodel.errors import ConfigError, EnvError, did_you_mean
 from worldmodel.registry import register
 from worldmodel.spaces import Layout
+
+_log = logging.getLogger(__name__)
 
 
 @register("group", "env")
@@ -119,7 +121,7 @@ def as_vec_env(
         if num_envs not in (None, env.num_envs):
             raise ConfigError(f"The VecEnv has {env.num_envs} environments, but {num_envs} were asked for. Leave num_envs out.")
         if seed is not None:
-            env.seed(seed)
+            seed_envs(env, seed)
         return env
     if isinstance(env, (str, EnvConfig)):
         return make_vec(env, num_envs, seed)
@@ -131,6 +133,17 @@ def as_vec_env(
     if seed is not None:
         venv.seed(seed)
     return venv
+
+
+def seed_envs(venv: VecEnv, seed: int) -> None:
+    """Environment i begins its next episode with seed + i; of a VecEnv that cannot be seeded that is said, and it goes on."""
+    try:
+        venv.seed(seed)
+    except Exception as error:
+        _log.warning(
+            "The VecEnv (%s) cannot be seeded: %s: %s. Its episodes do not follow from the seed.",
+            type(venv).__name__, type(error).__name__, error,
+        )  # fmt: skip
 
 
 def id_of(env: gym.Env | gym.vector.VectorEnv | VecEnv | None) -> str | None:
@@ -184,11 +197,18 @@ def _prepare(
         env = ActionRepeat(env, repeat)
     if pixels is not None:
         env = RenderObservation(env, pixels)
-    monitored = is_wrapped(env, Monitor)
+    monitored = _sees_ends(env)
     env = FlattenSpaces.wrap(env, plain=False)
     env = env if monitored else Monitor(env)
     env.action_space.seed(seed)
     return env
+
+
+def _sees_ends(env: gym.Env) -> bool:
+    """Whether a Monitor is around it that every truncation passes: one inside of a time limit never hears of the end."""
+    while isinstance(env, gym.Wrapper) and not isinstance(env, Monitor | TimeLimit):
+        env = env.env
+    return isinstance(env, Monitor)
 
 
 def _explain(error: Exception, config: EnvConfig, index: int) -> None:

@@ -7,15 +7,16 @@ import copy
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from conftest import CHAIN, IMAGE, TWO_ACTIONS, VECTOR, Toy, small_dreamer, small_world, stored
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.vector.utils import batch_space
 from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecMonitor
 
-from worldmodel.envs import GymVecEnvAdapter, ImaginedVectorEnv, check_vec_env
+from worldmodel.envs import GymVecEnvAdapter, ImaginedVectorEnv, LatentVecEnv, check_vec_env
 from worldmodel.errors import ConfigError, EnvError, UnsupportedSpaceError
 
 DICT = spaces.Dict({"a": VECTOR, "b": spaces.Discrete(3)})
@@ -222,3 +223,141 @@ class Unsaid(Native):
 def test_what_cannot_be_right_is_refused(make, error, message):
     with pytest.raises(error, match=message):
         GymVecEnvAdapter(make())
+
+
+# What a VecEnv need not have ---------------------------------------------------------------------------------------------
+
+
+class Forgets(VecEnvWrapper):
+    """Keeps nothing of the infos."""
+
+    def reset(self):
+        return self.venv.reset()
+
+    def step_wait(self):
+        obs, rewards, dones, _ = self.venv.step_wait()
+        return obs, rewards, dones, [{} for _ in dones]
+
+
+def chains(count: int = 2, limit: int = 4):
+    return DummyVecEnv([lambda: gym.make(CHAIN, length=3, limit=limit)] * count)
+
+
+def test_where_the_last_observation_is_not_told_the_one_before_stands_in_with_one_warning(caplog):
+    agent = small_dreamer(Forgets(chains()), **{"train.prefill": 60})
+    agent.learn(40)
+    rows = stored(agent)
+    ends = np.flatnonzero(rows.is_last)
+    assert len(ends) > 3
+    for name, x in rows.obs.items():
+        assert all(torch.equal(x[t], x[t - 1]) for t in ends), name
+    assert [record.message.count("terminal_observation") for record in caplog.records] == [1]
+
+
+def test_a_policy_on_beliefs_plays_where_the_last_observation_is_not_told():
+    world = small_world(chains().observation_space, chains().action_space)
+    env = LatentVecEnv(Forgets(chains()), world)
+    env.reset()
+    steps = [env.step(np.zeros(2, np.int64)) for _ in range(6)]
+    assert any(dones.any() for _, _, dones, _ in steps)
+    assert not any("terminal_observation" in info for *_, infos in steps for info in infos)
+
+
+@pytest.mark.parametrize("error", [AttributeError, NotImplementedError, TypeError])
+def test_a_vec_env_that_cannot_be_seeded_is_learned_in_and_told_of(error, caplog):
+    class Unseeded(DummyVecEnv):
+        def seed(self, seed=None):
+            raise error("no seed")
+
+    agent = small_dreamer(Unseeded([lambda: gym.make(CHAIN)]))
+    agent.learn(5)
+    agent.reopen(3)
+    assert agent.num_timesteps == 5
+    assert all("Unseeded) cannot be seeded" in record.message for record in caplog.records) and len(caplog.records) == 2
+
+
+def monitored():
+    return Monitor(Toy(VECTOR, TWO_ACTIONS))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: gym.wrappers.TimeLimit(monitored(), 4),
+        lambda: DummyVecEnv([lambda: gym.wrappers.TimeLimit(monitored(), 4)]),
+        lambda: DummyVecEnv([lambda: gym.wrappers.TimeLimit(monitored().env, 4)]),
+        lambda: Forgets(DummyVecEnv([lambda: gym.wrappers.TimeLimit(monitored().env, 4)])),
+    ],
+    ids=["inside a time limit", "in a VecEnv", "none", "none and no infos"],
+)
+def test_episodes_are_counted_wherever_the_monitor_stands(make):
+    agent = small_dreamer(make())
+    agent.learn(20)
+    assert [(episode["l"], episode["r"]) for episode in agent.ep_info_buffer] == [(4, 4.0)] * 5
+
+
+def test_a_lost_life_outside_of_the_monitor_is_no_episode():
+    class Lives(gym.Wrapper):
+        def step(self, action):
+            obs, reward, terminated, truncated, info = super().step(action)
+            return obs, reward, terminated or self.env.unwrapped.steps % 2 == 0, truncated, info
+
+        def reset(self, **kwargs):
+            return self.env.reset(**kwargs) if self.env.unwrapped.over else (self.env.unwrapped.observation_space.sample(), {})
+
+    class Whole(Toy):
+        over = True
+
+        def reset(self, **kwargs):
+            self.over = False
+            return super().reset(**kwargs)
+
+        def step(self, action):
+            obs, reward, terminated, truncated, info = super().step(action)
+            self.over = terminated or truncated
+            return obs, reward, terminated, truncated, info
+
+    agent = small_dreamer(DummyVecEnv([lambda: Lives(Monitor(Whole(VECTOR, TWO_ACTIONS)))]))
+    agent.learn(20)
+    assert {episode["l"] for episode in agent.ep_info_buffer} == {5}
+
+
+@pytest.mark.parametrize("form", [np.asarray, list, torch.as_tensor])
+def test_last_observations_are_taken_in_whatever_arrays_they_come(form):
+    class Tells(Silent):
+        def step(self, actions):
+            obs, *rest, _ = super().step(actions)
+            ended = rest[1]
+            if not ended.any():
+                return form(obs), *rest, {}
+            last = np.where(ended[:, None], obs, np.nan)
+            return form(np.where(ended[:, None], 0, obs)), *rest, {"final_obs": form(last), "_final_obs": form(ended)}
+
+        reset = lambda self, **_: (form(Silent.reset(self)[0]), {})  # noqa: E731
+
+    env = GymVecEnvAdapter(Tells())
+    env.reset()
+    steps = [env.step(np.zeros(2, int)) for _ in range(3)]
+    ends = [info["terminal_observation"] for *_, infos in steps for info in infos if info]
+    assert all(isinstance(x, np.ndarray) for x in [*ends, steps[0][0]])
+    assert [x.tolist() for x in ends] == [[3.0], [3.0]]
+
+
+class Swallows(gym.vector.VectorWrapper):
+    def reset(self, *, seed=None, options=None):
+        return self.env.reset(seed=seed)
+
+
+@pytest.mark.parametrize("wrapper", [Swallows, gym.wrappers.vector.NormalizeObservation, gym.wrappers.vector.NormalizeReward])
+def test_a_wrapper_that_cannot_begin_some_rows_anew_is_refused_by_name_before_the_first_step(wrapper):
+    outside = gym.wrappers.vector.RecordEpisodeStatistics(wrapper(SyncVectorEnv([toy(0), toy(1)])))
+    with pytest.raises(ConfigError, match=f"{wrapper.__name__} is around a VectorEnv .*single environments"):
+        GymVecEnvAdapter(outside).reset()
+
+
+def test_wrappers_that_can_begin_some_rows_anew_change_nothing():
+    def vector(wrap):
+        return GymVecEnvAdapter(wrap(SyncVectorEnv([toy(0), toy(1)])))
+
+    plain, wrapped = play(vector(lambda env: env)), play(vector(lambda env: gym.wrappers.vector.TransformReward(env, abs)))
+    np.testing.assert_equal([step[0] for step in wrapped[1:]], [step[0] for step in plain[1:]])

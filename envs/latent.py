@@ -23,8 +23,8 @@ class LatentVecEnv(VecEnvWrapper):
 
     The observation is the feature float32 [F] (carry and the code's mode), as in ImaginedVecEnv with latents: it holds the
     past, so that memoryless algorithms get memory. Each action that is taken enters the belief, an episode's start forgets,
-    and `terminal_observation` is the belief at the last observation; where the environment does not tell that, there is none. Actions
-    count from 0, as SB3's algorithms give them.
+    and `terminal_observation` is the belief at the last observation; where the environment does not tell that, there is none.
+    Actions count from 0, as SB3's algorithms give them.
     Raises ConfigError where the spaces differ.
     """
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from conftest import generator, known_batch, small, small_world
 
 from worldmodel.heads import Heads, HeadsConfig
+from worldmodel.learner import Learner, TrainConfig
 from worldmodel.moments import RunningMoments
+from worldmodel.weights import as_arrays, fill
 
 
 def test_moments_of_parts_are_those_of_all_rows_even_far_from_zero():
@@ -59,3 +63,30 @@ def test_rewards_of_one_keep_their_unit_and_zeros_do_not_shrink_it():
     for rewards in ([0.0, 1.0, -1.0, 0.0], [0.0, 0.0], [float("nan"), 5.0], [1.0]):
         heads.scale.update(torch.tensor(rewards))
         assert float(heads.scale.value) == 1
+
+
+def test_statistics_under_the_names_of_0_1_0_are_taken_over():
+    options = {"ensemble": {"members": 2, "units": 8}, "transition": small("distribution", "gaussian", std="fitted")}
+    world, fresh = (small_world(latent="gaussian", **options) for _ in range(2))
+    world.scaling.update({"obs": known_batch(rows=5).obs["obs"].flatten(0, 1)})
+    learner = Learner(world, TrainConfig(burn_in=0, warmup=0))
+    learner.update(learner.prepare(known_batch(rows=5)), generator())
+    now = as_arrays(world)
+    old = {
+        name: x
+        for name, x in now.items()
+        if not any(f".{word}." in f".{name}" for word in ("moments", "errors0", "errors", "squares"))
+    }
+    scaling, ensemble = world.scaling.moments[0], world.ensemble.moments
+    old |= {"scaling.count": now["scaling.moments.0.count"], "scaling.mean0": now["scaling.moments.0.mean"]}
+    old |= {"scaling.square0": (scaling.variance * scaling.count).numpy()}
+    old |= {
+        f"{name.removesuffix('errors0.mean')}log_std0": 0.5 * np.log(x) for name, x in now.items() if name.endswith("errors0.mean")
+    }
+    old |= {"ensemble.mean": ensemble.mean.numpy(), "ensemble.variance": ensemble.variance.numpy(), "ensemble.batches": np.array(1)}
+    old |= {f"{name.removesuffix('errors.mean')}variance": x for name, x in now.items() if name.endswith(".errors.mean")}
+    fill(fresh, old)
+    for name, x in as_arrays(fresh).items():
+        if not name.endswith((".count", "errors0.variance", "errors.variance", "squares.variance")):
+            np.testing.assert_allclose(x, now[name], rtol=1e-6, err_msg=name)
+    assert float(fresh.heads.scale.value) == 1

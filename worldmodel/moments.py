@@ -80,7 +80,7 @@ def take_over(
 def in_todays_names(module: nn.Module, arrays: Mapping[str, Any]) -> dict[str, Any]:
     """{name: array} of a checkpoint as this version names them: each part that had other names translates its own (`former`)."""
     arrays = dict(arrays)
-    for prefix, part in module.named_modules():
+    for prefix, part in module.named_modules(remove_duplicate=False):  # a state dict has what is shared under each of its names
         if hasattr(part, "former"):
             part.former(arrays, f"{prefix}." if prefix else "")
     return arrays

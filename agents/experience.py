@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import os
@@ -15,8 +16,9 @@ import torch
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor, is_vecenv_wrapped
 
+from worldmodel import checkpoint
 from worldmodel.envs.restarts import RESTARTED
-from worldmodel.errors import ConfigError
+from worldmodel.errors import ConfigError, CorruptError
 from worldmodel.learner import TrainConfig
 from worldmodel.model import WorldModel, tensors
 from worldmodel.replay import Replay, row_bytes
@@ -25,6 +27,8 @@ from worldmodel.spaces import ActionSpec, ObsSpec
 _log = logging.getLogger(__name__)
 ROWS_AT_ONCE = 4096
 """Rows that the running statistics take in one go."""
+
+COLUMNS = ("prev_action", "reward", "is_first", "is_last", "is_terminal")
 
 
 def steps_held(train: TrainConfig, obs: ObsSpec, action: ActionSpec) -> int:
@@ -61,6 +65,46 @@ def fit_scaling(world: WorldModel, replay: Replay) -> None:
         for start in range(0, held, ROWS_AT_ONCE):
             rows = tensors(replay.observations(stream, start, min(held, start + ROWS_AT_ONCE)), world.device)
             world.scaling.update({name: key.canonical(rows[name]) for name, key in vectors.items()})
+
+
+def pack_replay(file: Path | io.BufferedIOBase, step: int, replay: Replay, obs: ObsSpec, action: ActionSpec) -> None:
+    """All that the replay holds as one file or into a stream: a zip of safetensors and JSON, as of an agent.
+
+    It passes through memory. Its name may be any, and one that SB3's callbacks choose ends in .pkl; no pickle is in it.
+    """
+    arrays = {}
+    for number in range(replay.num_envs):
+        rows = replay.stream(number)
+        arrays |= {f"{number}/obs/{key}": x[0].numpy() for key, x in rows.obs.items()}
+        arrays |= {f"{number}/{name}": getattr(rows, name)[0].numpy() for name in COLUMNS}
+    state = {"holds": "replay", "num_envs": replay.num_envs, "observation": obs.to_json(), "action": action.to_json()}
+    pack = checkpoint.pack_into if hasattr(file, "write") else checkpoint.pack
+    pack(file, step, {"replay": arrays}, state)
+
+
+def unpack_replay(file: Path | io.BufferedIOBase, replay: Replay, obs: ObsSpec, action: ActionSpec) -> None:
+    """Fills an empty replay with what `pack_replay` wrote; its oldest rows are left out where it has no room for all.
+
+    ConfigError for experience of other spaces or of another number of environments, CorruptError for any other file.
+    """
+    arrays, state, _ = checkpoint.unpack(file)
+    if state.get("holds") != "replay":
+        raise ConfigError(f"{file} holds no experience. Expected a file that save_replay_buffer wrote.")
+    if state["num_envs"] != replay.num_envs:
+        raise ConfigError(
+            f"{file} holds experience of {state['num_envs']} environments, and this agent has {replay.num_envs}. Use as many."
+        )
+    for name, spec in (("observation", obs), ("action", action)):
+        saved = type(spec).from_json(state[name])
+        if saved != spec:
+            raise ConfigError(f"{file} holds experience with the {name} space {saved.space}, but this agent has {spec.space}.")
+    try:
+        for number in range(replay.num_envs):
+            rows = {key: arrays["replay"][f"{number}/obs/{key}"] for key in obs.keys}
+            obs.check(rows, f"{file}, environment {number}")
+            replay.extend(rows, *(arrays["replay"][f"{number}/{name}"] for name in COLUMNS), stream=number)
+    except (KeyError, ValueError) as error:
+        raise CorruptError(f"{file} holds experience that does not fit together: {error}. Restore it from a copy.") from error
 
 
 def arrivals(

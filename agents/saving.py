@@ -18,10 +18,12 @@ from stable_baselines3.common.utils import get_system_info
 from stable_baselines3.common.vec_env import VecEnv
 
 from worldmodel import checkpoint
+from worldmodel.agents.experience import fit_scaling, pack_replay, unpack_replay
 from worldmodel.config import Config, load_yaml
 from worldmodel.envs.make import as_vec_env
 from worldmodel.envs.plain import as_trained
 from worldmodel.errors import ConfigError
+from worldmodel.replay import Replay
 from worldmodel.run import versions
 from worldmodel.spaces import ActionSpec, ObsSpec
 from worldmodel.weights import as_arrays, fill, optimizer_arrays, restore_optimizer
@@ -57,7 +59,7 @@ class SavedAlgorithm(BaseAlgorithm):
             return
         if not exact_match:
             raise ConfigError("set_parameters(exact_match=False) is for a dict: a file holds all parameters. Leave it out.")
-        arrays, state, _ = checkpoint.unpack(_zip_path(load_path_or_dict))
+        arrays, state, _ = checkpoint.unpack(_path(load_path_or_dict))
         self.restore(arrays, state, counters=False)
 
     # Saving ---------------------------------------------------------------------------------------------------------
@@ -150,7 +152,7 @@ class SavedAlgorithm(BaseAlgorithm):
         if hasattr(path, "write"):
             checkpoint.pack_into(path, *content)
         else:
-            checkpoint.pack(_zip_path(path), *content)
+            checkpoint.pack(_path(path), *content)
 
     def _description(self) -> dict[str, Any]:
         """What the model is, under SB3's names where it has them: for tools that look into a zip for it."""
@@ -195,13 +197,45 @@ class SavedAlgorithm(BaseAlgorithm):
                 raise ConfigError(f"'{path}' holds no checkpoint that verifies. Expected a run folder or a zip written by save().")
             arrays, state, manifest = checkpoint.read(found[1])
         else:
-            arrays, state, manifest = checkpoint.unpack(_zip_path(path))
+            arrays, state, manifest = checkpoint.unpack(_path(path))
         if print_system_info:
             print("== CURRENT SYSTEM INFO ==")
             get_system_info()
             print("== SAVED MODEL SYSTEM INFO ==")
             print("\n".join(f"- {name}: {version}" for name, version in manifest.get("versions", {}).items()))
         return cls.from_content(arrays, state, env=env, device=device, **kwargs)
+
+    # The replay -----------------------------------------------------------------------------------------------------
+
+    @property
+    def replay_buffer(self) -> Replay | None:
+        """The replay, by SB3's name: what CheckpointCallback and other scripts ask for before they save it."""
+        return self.replay
+
+    def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
+        """What the replay holds as one zip without pickle; `path` may be an open stream, and without suffix gets SB3's, `.pkl`."""
+        if self.replay is None:
+            raise ConfigError("There is no experience to save yet. Call learn() first.")
+        pack_replay(_path(path, ".pkl"), self.num_timesteps, self.replay, self.obs_spec, self.action_spec)
+
+    def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
+        """Takes what `save_replay_buffer` wrote in the place of the replay; learning goes on from it with new episodes.
+
+        ConfigError for truncate_last_traj=False: the environments cannot go on in the middle of an episode.
+        """
+        if not truncate_last_traj:
+            raise ConfigError(
+                "load_replay_buffer(truncate_last_traj=False): environments begin anew, so the last episodes end where they were "
+                "saved. Leave truncate_last_traj out."
+            )
+        if self.replay_folder is not None:
+            raise ConfigError("The agent of a run has the run's experience. Load the agent by itself: Dreamer.load(RUN).")
+        replay = self._new_replay()
+        unpack_replay(_path(path, ".pkl"), replay, self.obs_spec, self.action_spec)
+        replay.cut()
+        self.replay, self._last_obs, self._belief = replay, None, None
+        if self.world.scaling.count == 0:  # else what was saved with the weights has them in it already
+            fit_scaling(self.world, replay)
 
     @classmethod
     def from_specs(
@@ -254,12 +288,12 @@ def _refuse_stand_ins(custom_objects: Mapping[str, Any] | None) -> None:
         raise ConfigError(f"{what}. Leave them out; load(config={{...}}) changes options, and other arguments go by their names.")
 
 
-def _zip_path(path: Any) -> pathlib.Path | io.BufferedIOBase:
-    """SB3's rule: a name without suffix gets `.zip`; a stream stays what it is."""
-    if hasattr(path, "read"):
+def _path(path: Any, suffix: str = ".zip") -> pathlib.Path | io.BufferedIOBase:
+    """SB3's rule: a name without suffix gets one; a stream stays what it is."""
+    if hasattr(path, "read") or hasattr(path, "write"):
         return path
     path = pathlib.Path(path)
-    return path if path.suffix else path.with_suffix(".zip")
+    return path if path.suffix else path.with_suffix(suffix)
 
 
 def _behind(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -39,7 +39,8 @@ ResetRows = Callable[[VectorEnv, np.ndarray], tuple[Any, dict[str, Any]]]
 class GymVecEnvAdapter(VecEnv):
     """A Gymnasium VectorEnv as an SB3 VecEnv.
 
-    vector_env  its spaces must be ones that SB3 takes: plain ones, or a flat Dict of them as observation
+    vector_env  its spaces must be ones that SB3 takes: plain ones, or a flat Dict of them as observation. SB3's own algorithms
+                need a PlainVecEnv around this where categories do not begin at 0
     reset_rows  begins some rows anew, for NEXT_STEP environments that do not know `reset_mask`: (env, rows [N]) -> (obs, infos)
 
     Rewards are float32, observations copies. `seed(s)` seeds environment i with s + i where the VectorEnv does so.
@@ -53,9 +54,9 @@ class GymVecEnvAdapter(VecEnv):
         observation, action = vector_env.single_observation_space, vector_env.single_action_space
         parts = observation.spaces.values() if isinstance(observation, spaces.Dict) else [observation]
         for space in [*parts, action]:
-            if not isinstance(space, PLAIN) or (isinstance(space, spaces.Discrete) and space.start != 0):
+            if not isinstance(space, PLAIN):
                 raise UnsupportedSpaceError(
-                    f"Stable-Baselines3 does not take the space {space}; expected Box, Discrete from 0, MultiDiscrete, MultiBinary "
+                    f"Stable-Baselines3 does not take the space {space}; expected Box, Discrete, MultiDiscrete, MultiBinary "
                     "or a flat Dict of them as observation. Pass the environment's id instead: worldmodel.envs.make_vec takes it."
                 )
         self.vector_env = vector_env

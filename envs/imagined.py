@@ -117,11 +117,11 @@ class ImaginedWorld:
     horizon      steps after which an episode is truncated
     start        "replay": beliefs at recorded rows; "prior": the dynamics' initial distribution
     observation  "latent": the feature; "decoded": the expected observation, in the environment's own space
+    plain        the spaces count from 0 and have one dimension, as SB3's own algorithms need them (see plain.py)
     seed         of the generator; None: a fresh one
     penalty      taken off each reward, in units of their size, per unit of the ensemble's uncertainty; below 0: a bonus
     max_uncertainty  an episode is truncated where the ensemble's uncertainty is greater; None: nowhere
     manifold     taken off likewise per nat, and number of the code, that it is less likely than real codes are
-    plain        the spaces count from 0 and have one dimension, as SB3's own algorithms need them (see plain.py)
 
     Actions of `step` are canonical tensors; `encode` makes them of those in `action_space`. Raises ConfigError.
     """

@@ -21,10 +21,11 @@ class LatentVecEnv(VecEnvWrapper):
     venv          the environments that the model was trained in, as they were wrapped there
     run_or_model  a Run, a run folder or a WorldModel
 
+    Actions count from 0 whatever the environments' begin at, as SB3's own algorithms give them.
+
     The observation is the feature float32 [F] (carry and the code's mode), as in ImaginedVecEnv with latents: it holds the
     past, so that memoryless algorithms get memory. Each action that is taken enters the belief, an episode's start forgets,
     and `terminal_observation` is the belief at the last observation; where the environment does not tell that, there is none.
-    Actions count from 0, as SB3's algorithms give them.
     Raises ConfigError where the spaces differ.
     """
 

@@ -137,7 +137,7 @@ class PlainVecEnv(VecEnvWrapper):
     def step_wait(self) -> tuple[Any, np.ndarray, np.ndarray, list[dict[str, Any]]]:
         obs, rewards, dones, infos = self.venv.step_wait()
         for i in np.flatnonzero(dones):
-            if "terminal_observation" in infos[i]:
+            if infos[i].get("terminal_observation") is not None:
                 infos[i]["terminal_observation"] = self._seen(infos[i]["terminal_observation"])
         return self._seen(obs), rewards, dones, infos
 

@@ -217,7 +217,6 @@ class Unsaid(Native):
         (Unsaid, ConfigError, "autoreset_mode.* is None"),
         (lambda: Toy(), ConfigError, "got Toy"),
         (lambda: SyncVectorEnv([toy(0, spaces.Tuple([VECTOR]))]), UnsupportedSpaceError, "does not take the space Tuple"),
-        (lambda: SyncVectorEnv([toy(0, spaces.Discrete(3, start=1))]), UnsupportedSpaceError, "Discrete from 0"),
     ],
 )
 def test_what_cannot_be_right_is_refused(make, error, message):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import SMALL_WORLD, Toy, small_dreamer, small_world
 from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from small_runs import small_train
 from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.callbacks import EvalCallback
@@ -180,6 +181,28 @@ def test_every_action_that_a_world_model_agent_takes_is_of_the_users_space(case)
     model = small_dreamer(env, policy, **{"train.prefill": 20, "train.pretrain": 1, "train.ratio": 0.1})
     model.learn(40)
     assert model.learner.updates and all(action.contains(x if action.shape else x[()]) for x in env.actions)
+
+
+def test_vector_environments_of_gymnasium_get_their_own_numbers():
+    toys = [Toy(*CASES["both"]) for _ in range(2)]
+    vector = SyncVectorEnv([lambda toy=toy: toy for toy in toys], autoreset_mode=AutoresetMode.SAME_STEP)
+    small_dreamer(vector).learn(20)
+    assert all(toy.action_space.contains(x) for toy in toys for x in toy.actions)
+    imagined = gym.make_vec("worldmodel.envs:Imagined-v0", 2, run=small_world(*CASES["both"]), start="prior", observation="decoded")
+    venv = PlainVecEnv(as_vec_env(imagined))
+    assert venv.action_space == spaces.Discrete(3) and set(venv.reset()) <= set(range(4))
+    assert set(venv.step(np.array([0, 2]))[0]) <= set(range(4))
+
+
+def test_a_run_of_nested_and_shifted_spaces_goes_on_and_is_evaluated_and_encoded(tmp_path):
+    env_id, folder = id_of("tuple of dicts"), tmp_path / "run"
+    small_train(folder, 24, env_id)
+    assert small_train(folder, 30, env_id, resume=True).real_steps == 30
+    assert CliRunner().invoke(app, ["eval", str(folder), "--episodes", "2"]).exit_code == 0
+    obs = [gym.make(env_id).reset(seed=seed)[0] for seed in range(3)]
+    assert len(Run.open(folder).encode(_stacked(*obs)).mean) == 3
+    agent = Dreamer.load(folder)
+    assert all(agent.action_space.contains(agent.predict(one)[0]) for one in obs) and agent.action_space == TWO
 
 
 # Algorithms of SB3, which count from 0 -----------------------------------------------------------------------------------

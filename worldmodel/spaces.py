@@ -220,8 +220,9 @@ class ObsSpec:
         Nested dicts and tuples are taken by their flat names. Images may have their channels at the other end, where SB3 puts them;
         they are moved. Raises EnvError for missing or extra keys, another shape, or a dtype that would have to be rounded.
         """
-        nested = isinstance(obs, Mapping | tuple) and not self.single
-        given = flat(obs, self.keys) if nested else {"obs": obs} if self.single and not isinstance(obs, Mapping) else obs
+        given = {"obs": obs} if self.single and not isinstance(obs, Mapping) else obs
+        if not self.single and isinstance(obs, Mapping | tuple):  # perhaps nested, as the user's environment gives it
+            given = flat(obs, self.keys)
         self._same_keys(given, where)
         return {name: _raw_array(key, given[name], where) for name, key in self.keys.items()}
 

@@ -11,6 +11,7 @@ import torch
 from stable_baselines3.common.policies import BasePolicy
 from torch import Tensor, nn
 
+from worldmodel.casts import cast
 from worldmodel.data import Sampling, State
 from worldmodel.errors import ConfigError, EnvError
 from worldmodel.model import WorldModel, tensors
@@ -148,11 +149,8 @@ class ActsOnBelief(Protocol):
 def _as_declared(x: Any, key: KeySpec) -> np.ndarray:
     """Numbers in the dtype that the space declares, where nothing but digits is lost; unchanged where more would be."""
     x = np.asarray(x)
-    if x.dtype == key.raw_dtype or x.dtype.kind not in "biuf":
-        return x
-    with np.errstate(invalid="ignore"):
-        declared = x.astype(key.raw_dtype)
-    return declared if np.can_cast(x.dtype, key.raw_dtype, "same_kind") or np.array_equal(declared, x) else x
+    declared = cast(x, key.raw_dtype) if x.dtype.kind in "biuf" else None
+    return x if declared is None else declared
 
 
 def _wide(mask: Tensor, like: Tensor) -> Tensor:

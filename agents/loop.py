@@ -324,6 +324,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
             )
         env_action = self.action_spec.decode(action)
         new_obs, rewards, dones, infos = self.env.step(env_action)
+        rewards, dones = np.asarray(rewards), np.asarray(dones, bool)
         infos = self._account.told(rewards, dones, infos)
         self.record(env_action, new_obs, rewards, dones, infos)
         self._last_obs, self._last_episode_starts = new_obs, dones.copy()

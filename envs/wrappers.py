@@ -13,6 +13,7 @@ import numpy as np
 from gymnasium import spaces
 from PIL import Image
 
+from worldmodel.casts import cast, needs_word, numbers, tell
 from worldmodel.envs.extras import missing_extra
 from worldmodel.envs.plain import Plain
 from worldmodel.errors import ConfigError, EnvError, UnsupportedSpaceError
@@ -23,14 +24,16 @@ _log = logging.getLogger(__name__)
 
 
 class CheckedEnv(gym.Wrapper):
-    """Passes on only what the spaces allow, in copies; anything else is an EnvError that says where it happened.
+    """Passes on only what the spaces allow, in copies; anything that cannot be made so is an EnvError that says where it happened.
 
     index  the number of the environment among its siblings, used in messages
     seed   for the first reset, if that is not given one
 
     Observations are compared with the space that the environment had when it was wrapped: keys, shape, dtype, finite
-    numbers, categories. Rewards are finite numbers, flags are booleans, `info` is a dict. What the environment raises,
-    `SystemExit` included, becomes an EnvError; only KeyboardInterrupt and a missing optional package pass.
+    numbers, categories. Rewards are finite numbers, flags are booleans, `info` is a dict. Numbers of another dtype, 0 and 1 for
+    flags, and lists for arrays are converted where the declared form can hold them, with one warning for each key. What the
+    environment raises, `SystemExit` included, becomes an EnvError; only KeyboardInterrupt and a missing optional package pass.
+    `options` are passed on only if there are some: an environment need not take them.
     """
 
     def __init__(self, env: gym.Env, index: int = 0, seed: int | None = None):
@@ -46,7 +49,8 @@ class CheckedEnv(gym.Wrapper):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         self.episode, self.steps = self.episode + 1, 0
         seed, self._seed = (self._seed if seed is None else seed), None
-        result = self._call("reset", lambda: self.env.reset(seed=seed, options=options))
+        given = {"seed": seed} if options is None else {"seed": seed, "options": options}
+        result = self._call("reset", lambda: self.env.reset(**given))
         if not isinstance(result, tuple) or len(result) != 2:
             self._fail(f"reset returned {_form(result)}", "(observation, info)", "Return both, as Gymnasium does since 0.26")
         obs, info = result
@@ -64,10 +68,8 @@ class CheckedEnv(gym.Wrapper):
                 "Split `done` into terminated and truncated, as Gymnasium does since 0.26",
             )
         obs, reward, terminated, truncated, info = result
-        for name, flag in (("terminated", terminated), ("truncated", truncated)):
-            if not isinstance(flag, (bool, np.bool_)):
-                self._fail(f"'{name}' is {_form(flag)}", "a bool", f"Return bool({name})")
-        return self._observation(obs), self._reward(reward), bool(terminated), bool(truncated), self._info(info)
+        terminated, truncated = self._flag("terminated", terminated), self._flag("truncated", truncated)
+        return self._observation(obs), self._reward(reward), terminated, truncated, self._info(info)
 
     def render(self) -> Any:
         return self._call("render", self.env.render)
@@ -99,14 +101,26 @@ class CheckedEnv(gym.Wrapper):
         return _checked(self._space, value, "", self)
 
     def _reward(self, reward: Any) -> float:
-        number = isinstance(reward, (int, float, np.integer, np.floating)) and not isinstance(reward, bool)
-        if not number and not (isinstance(reward, np.ndarray) and reward.shape == () and reward.dtype.kind in "iuf"):
+        number = numbers(reward)
+        if number is None or number.size != 1:
             self._fail(f"the reward is {_form(reward)}", "one number", "Return float(reward)")
-        if not abs(float(reward)) <= FLOAT32_MAX:
-            self._fail(
-                f"the reward is {float(reward)}", "a finite 32-bit float", "Find where the environment computes it, or clip it"
-            )
-        return float(reward)
+        if number.shape or number.dtype.kind == "b":
+            self._tell("the reward", _form(reward), "one number", "Return float(reward)")
+        if not abs(value := float(number.item())) <= FLOAT32_MAX:
+            self._fail(f"the reward is {value}", "a finite 32-bit float", "Find where the environment computes it, or clip it")
+        return value
+
+    def _flag(self, name: str, flag: Any) -> bool:
+        if not isinstance(flag, (bool, np.bool_)):
+            number = numbers(flag)
+            if number is None or number.size != 1 or number.item() not in (0, 1):
+                self._fail(f"'{name}' is {_form(flag)}", "a bool", f"Return bool({name})")
+            self._tell(f"'{name}'", _form(flag), "a bool", f"Return bool({name})")
+        return bool(flag)
+
+    def _tell(self, what: str, came: str, declared: str, remedy: str) -> None:
+        if self.index == 0:  # its siblings do the same, perhaps in processes of their own
+            tell(what, came, declared, remedy)
 
     def _info(self, info: Any) -> dict[str, Any]:
         if not isinstance(info, dict):
@@ -143,9 +157,12 @@ def _checked(space: spaces.Space, value: Any, path: str, env: CheckedEnv) -> Any
 
 
 def _checked_category(space: spaces.Discrete, value: Any, name: str, env: CheckedEnv) -> np.integer:
-    array = np.asarray(value) if isinstance(value, (int, np.integer, np.ndarray)) else None
-    if array is None or array.shape != () or array.dtype.kind not in "iu":
+    given = numbers(value)
+    array = None if given is None or given.size != 1 else cast(given.reshape(()), np.dtype(np.int64))
+    if array is None:
         env._fail(f"{name} is {_form(value)}", f"one integer of {space}", "Return int(observation)")
+    if given.shape or given.dtype.kind not in "iu":
+        env._tell(name, _form(given), "one integer", "Return int(observation)")
     if not space.start <= array < space.start + space.n:
         env._fail(f"{name} is {int(array)}", f"a category of {space}", "Correct the environment or its observation_space")
     return np.dtype(space.dtype).type(array)
@@ -153,19 +170,26 @@ def _checked_category(space: spaces.Discrete, value: Any, name: str, env: Checke
 
 def _checked_array(space: spaces.Space, value: Any, name: str, env: CheckedEnv) -> np.ndarray:
     dtype, shape = np.dtype(space.dtype), tuple(space.shape)
-    if not isinstance(value, (np.ndarray, np.generic)) or value.shape != shape:
+    given = numbers(value)
+    if given is None or given.shape != shape:
         env._fail(f"{name} is {_form(value)}", f"an array of shape {shape}", "Correct the environment or its observation_space")
     if isinstance(space, spaces.Box):
-        if value.dtype != dtype:
-            remedy = f"Return it as {dtype}, or declare what comes with gymnasium.wrappers.DtypeObservation"
-            env._fail(f"{name} has dtype {value.dtype}", f"{dtype}", remedy)
+        remedy = f"Return it as {dtype}, or declare what comes with gymnasium.wrappers.DtypeObservation"
+        value = cast(given, dtype)
+        if value is None:
+            env._fail(f"{name} has dtype {given.dtype} and holds numbers that {dtype} cannot represent", f"{dtype}", remedy)
+        if needs_word(given, dtype):
+            env._tell(name, str(given.dtype), str(dtype), remedy)
         if dtype.kind == "f" and not np.isfinite(value).all():
             env._fail(f"{name} holds NaN or infinity", "finite numbers", "Find where the environment computes it")
         if dtype.kind == "f" and dtype.itemsize > 4 and (np.abs(value) > FLOAT32_MAX).any():
             env._fail(f"{name} holds {np.abs(value).max()}", "numbers that fit a 32-bit float", "Rescale the observation")
-        return np.array(value)
-    if value.dtype.kind not in "iub":
-        env._fail(f"{name} has dtype {value.dtype}", "integers", "Return it as integers")
+        return value
+    value = cast(given, np.dtype(np.int64))
+    if value is None:
+        env._fail(f"{name} is {given.tolist()}", "integers", "Return it as integers")
+    if given.dtype.kind == "f":
+        env._tell(name, str(given.dtype), "integers", "Return it as integers")
     low = np.asarray(getattr(space, "start", 0))
     high = low + (space.nvec if isinstance(space, spaces.MultiDiscrete) else 2)
     if ((value < low) | (value >= high)).any():

@@ -43,7 +43,7 @@ FOLDERS = {
 """Import name -> folder of the checkout."""
 
 FLOORS = (
-    "errors configs",
+    "errors casts configs",
     "data registry recipes checkpoint windows moments nested",
     "config segments spaces pictures",
     "spool",

@@ -22,6 +22,7 @@ import torch
 from gymnasium import spaces as gym_spaces
 from torch import Tensor
 
+from worldmodel.casts import cast, needs_word, numbers, tell
 from worldmodel.errors import EnvError, NumericsError, UnsupportedSpaceError
 from worldmodel.nested import flat
 
@@ -217,8 +218,9 @@ class ObsSpec:
     def to_rows(self, obs: Any, where: Where = "the observation") -> dict[str, np.ndarray]:
         """Batched observation (array or dict of arrays [N, ...]) -> {key: [N, *raw_shape]} in the raw dtype, copied.
 
-        Nested dicts and tuples are taken by their flat names. Images may have their channels at the other end, where SB3 puts them;
-        they are moved. Raises EnvError for missing or extra keys, another shape, or a dtype that would have to be rounded.
+        Nested dicts and tuples are taken by their flat names; images may have their channels at the other end, where SB3 puts them.
+        Other kinds of numbers are converted, with one warning where digits may be lost. Raises EnvError for missing or extra keys,
+        another shape, or numbers that the dtype does not hold.
         """
         given = {"obs": obs} if self.single and not isinstance(obs, Mapping) else obs
         if not self.single and isinstance(obs, Mapping | tuple):  # perhaps nested, as the user's environment gives it
@@ -489,24 +491,24 @@ def _unsupported(role: str, name: str, space: Any) -> UnsupportedSpaceError:
 
 
 def _raw_array(key: KeySpec, value: Any, where: Where) -> np.ndarray:
-    """A copy of `value` [N, *raw_shape] in the raw dtype; EnvError where that would change a number."""
-    if value is None or isinstance(value, (list, tuple, str)):
-        raise EnvError(f"{_place(where, 0)}: observation '{key.name}' is a {type(value).__name__}; expected an array.")
-    given = np.asarray(value)
+    """A copy of `value` [N, *raw_shape] in the raw dtype; EnvError where that does not hold its numbers."""
+    given = numbers(value)
+    if given is None:
+        form = f"array of dtype {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
+        raise EnvError(f"{_place(where, 0)}: observation '{key.name}' is a {form}; expected an array of numbers.")
     if given.shape[1:] == key.turned != key.raw_shape:
         given = np.moveaxis(given, 1, -1) if key.layout == "hwc" else np.moveaxis(given, -1, 1)
     if given.ndim == 0 or given.shape[1:] != key.raw_shape:
         raise EnvError(f"{_place(where, 0)}: observation '{key.name}' has shape {given.shape}; expected [N, {key.raw_shape}].")
-    if given.dtype == key.raw_dtype or np.can_cast(given.dtype, key.raw_dtype, "safe"):
-        return np.array(given, key.raw_dtype)
-    if given.dtype.kind in "iub" and key.raw_dtype.kind in "iub":
-        cast = given.astype(key.raw_dtype)
-        if (cast == given).all():
-            return cast
-    raise EnvError(
-        f"{_place(where, 0)}: observation '{key.name}' has dtype {given.dtype}; expected {key.raw_dtype}, and it is not converted "
-        f"because that would round it. Return {key.raw_dtype}, or convert it with {TRANSFORM_OBS}."
-    )
+    held = cast(given, key.raw_dtype)
+    if held is None:
+        raise EnvError(
+            f"{_place(where, 0)}: observation '{key.name}' has dtype {given.dtype} and holds numbers that the expected "
+            f"{key.raw_dtype} cannot represent. Return {key.raw_dtype}, or convert it with {TRANSFORM_OBS}."
+        )
+    if needs_word(given, key.raw_dtype):
+        tell(f"observation '{key.name}'", str(given.dtype), str(key.raw_dtype), f"Return it so, or convert it with {TRANSFORM_OBS}")
+    return held
 
 
 def _place(where: Where, row: int) -> str:

@@ -1,0 +1,40 @@
+"""Numbers in the dtype that a space declares, where they come in another."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+
+def numbers(value: Any) -> np.ndarray | None:
+    """Numbers or flags as an array, whatever form they have: a list, a tensor, one number; None where it is something else."""
+    try:
+        array = np.asarray(value)
+    except Exception:  # a ragged list, a tensor on a GPU
+        return None
+    return array if array.dtype.kind in "biuf" else None
+
+
+def cast(x: np.ndarray, dtype: np.dtype) -> np.ndarray | None:
+    """A copy in `dtype`; None where that does not hold one of the numbers. Only digits of floats may be lost."""
+    if np.can_cast(x.dtype, dtype, "safe"):
+        return np.array(x, dtype)
+    with np.errstate(invalid="ignore", over="ignore"):
+        there = x.astype(dtype)
+    if dtype.kind == "f":
+        return there if (np.isfinite(there) | ~np.isfinite(x)).all() else None
+    return there if np.array_equal(there, x) else None
+
+
+def needs_word(x: np.ndarray, dtype: np.dtype) -> bool:
+    """Whether the user should hear of a cast: digits may be lost, or floats stand for whole numbers."""
+    return not (np.can_cast(x.dtype, dtype, "safe") or (x.dtype.kind in "iub" and dtype.kind in "iub"))
+
+
+@cache
+def tell(what: str, came: str, declared: str, remedy: str) -> None:
+    """Warns that something is converted from now on: once in a process."""
+    warnings.warn(f"{what} comes as {came} where {declared} is declared; it is converted. {remedy}.", stacklevel=2)

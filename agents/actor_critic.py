@@ -286,4 +286,6 @@ class ActorCriticLearner:
                 returns.append(last)
             target = torch.stack(returns[::-1], 1)
         inside = (~batch.is_last[:, :-1]).float()
+        if batch.weight is not None:  # windows chosen for what happens in them would teach returns that are not met
+            inside = inside * batch.weight[:, :-1]
         return (inside * self._value_loss(feature[:, :-1], self.behaviour.critic(feature[:, :-1]), target)).mean()

@@ -227,6 +227,15 @@ def test_padding_rewards_teach_nothing():
     assert torch.equal(*taught)
 
 
+def test_replayed_returns_count_by_the_weight_of_their_window():
+    taught = []
+    for weight in (None, 1.0, 0.0):
+        learner, trace, batch = made(replay_value=1.0)
+        weight = None if weight is None else torch.full_like(batch.reward, weight)
+        taught.append(float(learner._replay_value_loss(trace, Batch(**{**vars(batch), "weight": weight})).detach()))
+    assert taught[0] == taught[1] > 0 and taught[2] == 0
+
+
 # Better actions --------------------------------------------------------------------------------------------------------
 
 

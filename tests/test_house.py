@@ -44,7 +44,7 @@ FOLDERS = {
 
 FLOORS = (
     "errors configs",
-    "data registry recipes checkpoint ends moments",
+    "data registry recipes checkpoint windows moments",
     "config segments spaces pictures",
     "spool",
     "replay networks weights denoising",

@@ -152,6 +152,75 @@ def test_shares_hold_on_average_and_leave_room_for_the_rest():
     assert len(set(sequences(replay.sample(16, 3, rng, newest=0.25, ends=0.25))[:, 0])) > 8
 
 
+def every_window(replay: Replay, length: int) -> list[tuple[int, int]]:
+    """(stream, first sequence number) of all windows."""
+    spans = zip(replay.added_by_stream, replay.lengths)
+    return [(s, q) for s, (upto, held) in enumerate(spans) for q in range(upto - held, upto - length + 1)]
+
+
+def chances(replay: Replay, length: int, newest: float, ends: float) -> dict[tuple[int, int], float]:
+    """How likely `sample` draws each window, counted out: the windows around each end in turn, and each stream's last one."""
+    windows, last = every_window(replay, length), {}
+    for stream, start in windows:
+        last[stream] = start
+    found = [(s, e) for s in last for e in range(replay.added_by_stream[s]) if e % EPISODE == EPISODE - 1]
+    found = [(s, e) for s, e in found if e >= replay.added_by_stream[s] - replay.lengths[s]]
+    chance = dict.fromkeys(windows, (1 - newest - ends) / len(windows))
+    for s, e in found:
+        around = [(t, q) for t, q in windows if t == s and q <= e < q + length]
+        for window in around:
+            chance[window] += ends / len(found) / len(around)
+    for window in last.items():
+        chance[window] += newest / len(last)
+    return chance
+
+
+def weighed(batch: Batch) -> dict[tuple[int, int], float]:
+    """{(stream, first sequence number): weight} of the windows in a batch, each of which has one weight."""
+    assert (batch.weight == batch.weight[:, :1]).all()
+    found = {}
+    for (stream, start), weight in zip(batch.obs["at"][:, 0].int().tolist(), batch.weight[:, 0].tolist()):
+        assert found.setdefault((stream, start), weight) == weight
+    return found
+
+
+SHARES = [(0.0, 0.25), (0.2, 0.0), (0.1, 0.6), (0.0, 0.0)]
+
+
+@pytest.mark.parametrize("newest,ends", SHARES)
+@pytest.mark.parametrize("length", [1, 4, 9])
+def test_weighed_by_its_weight_the_mixture_of_windows_is_the_uniform_law_of_all(length, newest, ends):
+    replay = fill(fill(store(capacity=42, num_envs=3), 4), 18, [0, 2])  # 14, 4 and 14 rows held, the oldest overwritten
+    batch = replay.sample(3000, length, np.random.default_rng(0), newest=newest, ends=ends)
+    weight, chance = weighed(batch), chances(replay, length, newest, ends)
+    assert weight.keys() == chance.keys() and max(weight.values()) <= 1 / (1 - newest - ends) + 1e-6
+    for window, p in chance.items():  # so for whatever is said of a window
+        assert weight[window] * p * len(chance) == pytest.approx(1, rel=1e-5)
+
+
+def test_what_is_weighed_has_the_mean_of_all_windows_also_where_shares_are_no_whole_numbers():
+    replay, rng = fill(store(capacity=100), 97), np.random.default_rng(0)
+    truth = np.mean([any(e % EPISODE == EPISODE - 1 for e in range(q, q + 3)) for _, q in every_window(replay, 3)])
+    draws = [replay.sample(2, 3, rng, newest=0.3, ends=0.45) for _ in range(8000)]
+    ended, weight = (torch.cat(parts) for parts in zip(*((b.is_last.any(1), b.weight[:, 0]) for b in draws)))
+    assert float((weight * ended).mean()) == pytest.approx(truth, abs=0.02)
+    assert float(weight.mean()) == pytest.approx(1, abs=0.03) and float(ended.float().mean()) > truth + 0.05
+
+
+def test_without_a_uniform_share_weights_are_those_among_what_is_drawn():
+    replay = fill(fill(store(capacity=60, num_envs=2), 8), 5, [1])
+    newest = replay.sample(4, 3, np.random.default_rng(0), newest=1.0)
+    assert newest.weight.tolist() == [[1.0] * 3] * 4
+    batch = replay.sample(200, 3, np.random.default_rng(0), ends=1.0)
+    weight, chance = weighed(batch), chances(replay, 3, 0.0, 1.0)
+    products = [weight[window] * chance[window] for window in weight]
+    assert max(products) == pytest.approx(min(products)) and float(batch.weight.mean()) == pytest.approx(1)
+
+
+def test_without_any_end_nothing_is_weighed_for_ends():
+    assert (fill(store(), 4).sample(16, 2, np.random.default_rng(0), ends=0.5).weight == 1).all()
+
+
 def test_windows_are_drawn_uniformly_over_all_streams():
     replay = fill(fill(store(capacity=60, num_envs=3), 8), 22, [0, 2])  # 20, 8 and 20 rows held
     batch = replay.sample(39_000, 6, np.random.default_rng(0))

@@ -35,6 +35,8 @@ class Batch:
     is_last      [B T]    the row closes an episode, by termination or by truncation
     is_terminal  [B T]    the world ended here; never set by truncation
     row          [B T]    the row's number in the store, the same in every window that holds it; None where no store numbers it
+    weight       [B T]    what the row counts for in means over experience as it was met, some windows being drawn more often than
+                          others (see `Replay.sample`); None: all alike
     """
 
     obs: dict[str, Tensor]
@@ -45,6 +47,7 @@ class Batch:
     is_last: Bool[Tensor, "B T"]
     is_terminal: Bool[Tensor, "B T"]
     row: Int[Tensor, "B T"] | None = None
+    weight: Float[Tensor, "B T"] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -169,18 +172,21 @@ class Sampling:
 class Loss:
     """One term: value [B, T] or a scalar (batch statistics), in "nats" or as a "score"; mask [B, T] of the rows that count.
 
-    Only nats add up to the ELBO. `mean` divides by all rows, masked ones included, so that terms
-    measured on different rows stay comparable per step of experience.
+    weight [B, T] is that of the batch, for what must be right on average over experience as it was met.
+    Only nats add up to the ELBO. `mean` divides by all rows, masked ones included, so that terms measured on different rows stay
+    comparable per step of experience; and not by the sum of the weights, whose mean is 1 over batches, so that it has no bias.
     """
 
     value: Tensor
     unit: Literal["nats", "score"] = "nats"
     mask: Tensor | None = None
+    weight: Tensor | None = None
 
     def mean(self) -> Tensor:
-        if self.mask is None:
-            return self.value.mean()
-        return (self.value * self.mask).mean()
+        value = self.value
+        for factor in (self.mask, self.weight):
+            value = value if factor is None else value * factor
+        return value.mean()
 
 
 @dataclass(frozen=True)

@@ -248,8 +248,9 @@ class WorldModel(nn.Module):
             self.objective.follow(self.encoder, self.dynamics)
         terms = self.dynamics.losses(trace, batch, sampling) | self.objective(trace, batch, sampling, self.dynamics)
         terms |= self._marginal(trace, sampling, batch.row)
-        terms["reward"] = Loss(self.heads.reward_loss(trace.feature, batch.reward), mask=arrived)
-        terms["continue"] = Loss(self.heads.cont_loss(trace.feature, 1 - batch.is_terminal.to(trace.feature)), mask=arrived)
+        rows = {"mask": arrived, "weight": batch.weight}  # dreams get from these what experience gave on average
+        terms["reward"] = Loss(self.heads.reward_loss(trace.feature, batch.reward), **rows)
+        terms["continue"] = Loss(self.heads.cont_loss(trace.feature, 1 - batch.is_terminal.to(trace.feature)), **rows)
         if self.ensemble is not None:
             after = trace.embed[:, 1:]
             terms["ensemble"] = self.ensemble.loss(trace.feature[:, :-1], batch.prev_action[:, 1:], after, arrived[:, 1:])

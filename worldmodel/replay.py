@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ import torch
 
 from worldmodel import checkpoint, segments
 from worldmodel.data import Batch
-from worldmodel.ends import Ends
 from worldmodel.errors import CorruptError, StorageError
 from worldmodel.spool import Spool
+from worldmodel.windows import Ends, Windows
 
 _log = logging.getLogger(__name__)
 
@@ -283,24 +284,20 @@ class Replay:
         ends    share of the windows drawn so that an is_last row (each alike) lies inside, where there is any
         The rest is uniform over all windows of all streams. A share that is no whole number of windows is
         rounded up or down at random, so that it holds on average. The same rng state gives the same batch.
+        `weight` undoes the shares: its product with anything said of a window has, averaged over batches, the mean of that
+        over all windows alike.
         Raises ValueError where no stream holds `length` rows.
         """
         if batch < 1 or length < 1:
             raise ValueError(f"A batch needs at least one window of one step, not {batch} x {length}.")
         if not (newest >= 0 and ends >= 0 and newest + ends <= 1):
             raise ValueError(f"Shares newest={newest} and ends={ends} must be at least 0 and add up to at most 1.")
-        windows = np.maximum(self._held - length + 1, 0)
-        if not windows.any():
+        windows = Windows(self._next, self._held, self._ends, length)
+        if not windows.number.any():
             raise ValueError(self._too_short(length))
-        n_newest = _rounded(newest * batch, rng)
-        n_ends = min(_rounded(ends * batch, rng), batch - n_newest)
-        parts = [
-            self._draw_newest(n_newest, length, windows, rng),
-            drawn := self._draw_ends(n_ends, length, windows, rng),
-            self._draw_uniform(batch - n_newest - len(drawn[0]), windows, rng),
-        ]
-        streams, starts = (np.concatenate(side) for side in zip(*parts))
-        return self._gather(streams, starts, length)
+        streams, starts, weight = windows.draw(batch, rng, newest, ends)
+        weight = torch.from_numpy(weight.astype(np.float32)).unsqueeze(1).repeat(1, length)
+        return replace(self._gather(streams, starts, length), weight=weight)
 
     def _too_short(self, length: int) -> str:
         if length > self.size:
@@ -312,36 +309,6 @@ class Replay:
             f"Replay holds {len(self)} steps, {max(self.lengths)} in its longest stream, but a window needs {length} steps "
             f"of one stream. Collect more first, or lower train.batch_length (now {length})."
         )
-
-    def _draw_uniform(self, n: int, windows: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """(streams [n], starts [n]), every window of every stream alike; starts are sequence numbers."""
-        upto = np.cumsum(windows)
-        pick = rng.integers(upto[-1], size=n)
-        streams = np.searchsorted(upto, pick, side="right")
-        oldest = self._next - self._held
-        return streams, oldest[streams] + pick - (upto - windows)[streams]
-
-    def _draw_newest(self, n: int, length: int, windows: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """The last window of each stream in turn, from a random stream on."""
-        able = np.flatnonzero(windows)
-        first = rng.integers(len(able)) if n else 0
-        streams = able[(first + np.arange(n)) % len(able)]
-        return streams, self._next[streams] - length
-
-    def _draw_ends(self, n: int, length: int, windows: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """An is_last row, each alike, then a window around it, each alike; nothing where no row is_last."""
-        count = np.array([len(e) if w else 0 for e, w in zip(self._ends, windows.tolist())])
-        upto = np.cumsum(count)
-        if n == 0 or upto[-1] == 0:
-            return np.zeros(0, np.int64), np.zeros(0, np.int64)
-        pick = rng.integers(upto[-1], size=n)
-        streams = np.searchsorted(upto, pick, side="right")
-        within = pick - (upto - count)[streams]
-        end = np.array([self._ends[s][i] for s, i in zip(streams.tolist(), within.tolist())])
-        newest = self._next[streams] - length
-        low = np.maximum(end - length + 1, newest - windows[streams] + 1)
-        high = np.minimum(end, newest)
-        return streams, rng.integers(low, high + 1)
 
     def _gather(self, streams: np.ndarray, starts: np.ndarray, length: int) -> Batch:
         sequence = starts[:, None] + np.arange(length + 1)  # one more: its prev_action is the window's last action
@@ -557,9 +524,3 @@ class Replay:
 def row_bytes(obs: Mapping[str, tuple[Sequence[int], Any]], action_dim: int) -> int:
     """Bytes of one row: observation, action, reward and flags."""
     return segments.row_bytes({k: (tuple(shape), np.dtype(dtype)) for k, (shape, dtype) in obs.items()}) + 4 * action_dim + 5
-
-
-def _rounded(x: float, rng: np.random.Generator) -> int:
-    """x rounded to a neighbouring integer so that its mean is x; draws only where x is no integer."""
-    whole = int(x)
-    return whole + int(x > whole and rng.random() < x - whole)

@@ -208,7 +208,8 @@ class Dynamics(nn.Module, ABC):
                 dyn, rep = dyn.masked_scatter(where, self._free(law, own)), rep.masked_scatter(where, self._free(law, other))
             # Points have no rate: what the transition learns from is the objective's matter.
             if torch.is_grad_enabled() and ((certain and slot == "initial") or (not certain and law.density != "exact")):
-                losses |= {f"fit/{slot}/{name}": term for name, term in law.loss(z[where].detach(), context, **options).items()}
+                own = spread(law.loss(z[where].detach(), context, **options), where)
+                losses |= {f"fit/{slot}/{name}": term for name, term in own.items()}
         return losses if certain else {"dyn": Loss(dyn), "rep": Loss(rep), **losses}
 
     def predict(self, trace: Trace, batch: Batch, z: Float[Tensor, "B T Z"], sampling: Sampling) -> dict[str, Loss]:
@@ -218,12 +219,7 @@ class Dynamics(nn.Module, ABC):
         """
         later, sampling = ~batch.is_first, replace(sampling, noise=None)
         rows = None if batch.row is None else batch.row[later]
-        terms = self.transition.loss(z[later], trace.h[later], sampling=sampling, rows=rows)
-
-        def spread(value: Tensor) -> Tensor:
-            return value.new_zeros(later.shape).masked_scatter(later, value) if value.ndim else value
-
-        return {name: Loss(spread(term.value), term.unit, later) for name, term in terms.items()}
+        return spread(self.transition.loss(z[later], trace.h[later], sampling=sampling, rows=rows), later)
 
     def _free(self, law: ConditionalDistribution, rate: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
         """Free nats: the rate itself, without a gradient where it lies below them.
@@ -232,6 +228,15 @@ class Dynamics(nn.Module, ABC):
         """
         held = rate if hasattr(law, "given") else rate.mean()
         return torch.where(held < self.config.free_nats, rate.detach(), rate)
+
+
+def spread(terms: dict[str, Loss], where: Bool[Tensor, "B T"]) -> dict[str, Loss]:
+    """Terms of some rows [N] as terms of all of them [B, T], 0 elsewhere; a batch's statistic stays what it is."""
+
+    def wide(value: Tensor) -> Tensor:
+        return value.new_zeros(where.shape).masked_scatter(where, value) if value.ndim else value
+
+    return {name: Loss(wide(term.value), term.unit, where) for name, term in terms.items()}
 
 
 def stacked(steps: list[Carry]) -> Carry:

@@ -1,0 +1,125 @@
+"""Which windows of consecutive rows a batch is made of, and what undoes that some are drawn more often than others."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Drawn = tuple[np.ndarray, np.ndarray]
+"""(streams [n], starts [n]) of windows; starts are sequence numbers."""
+
+
+class Ends:
+    """Sorted sequence numbers of one stream's is_last rows, dropped from the front as they are evicted."""
+
+    def __init__(self) -> None:
+        self._at: list[int] = []
+        self._from = 0
+
+    def __len__(self) -> int:
+        return len(self._at) - self._from
+
+    def __getitem__(self, i: int) -> int:
+        """The i-th oldest, i >= 0."""
+        return self._at[self._from + i]
+
+    def within(self, start: int, stop: int) -> list[int]:
+        """Those in start..stop, in order."""
+        return self._at[bisect_left(self._at, start, self._from) : bisect_left(self._at, stop, self._from)]
+
+    def append(self, sequence: int) -> None:
+        self._at.append(sequence)
+
+    def drop_before(self, sequence: int) -> None:
+        while self._from < len(self._at) and self._at[self._from] < sequence:
+            self._from += 1
+        if self._from > 256 and 2 * self._from > len(self._at):  # so that dropping costs O(1) per row on average
+            del self._at[: self._from]
+            self._from = 0
+
+
+@dataclass(frozen=True)
+class Windows:
+    """All windows of `length` rows that the streams of a replay hold.
+
+    next, held  [S] sequence number of the row that each stream gets next, and how many rows it holds
+    ends        [S] where its episodes end
+    """
+
+    next: np.ndarray
+    held: np.ndarray
+    ends: Sequence[Ends]
+    length: int
+
+    @property
+    def number(self) -> np.ndarray:
+        """How many windows each stream has, [S]."""
+        return np.maximum(self.held - self.length + 1, 0)
+
+    def draw(self, batch: int, rng: np.random.Generator, newest: float, ends: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(streams, starts, weights), each [batch]: drawn by the shares of `Replay.sample`."""
+        count = np.array([len(e) if n else 0 for e, n in zip(self.ends, self.number.tolist())])
+        if not count.any():
+            ends = 0.0
+        n_newest, n_both = _rounded((newest * batch, (newest + ends) * batch), rng)
+        parts = self._newest(n_newest, rng), self._around_ends(n_both - n_newest, count, rng), self._uniform(batch - n_both, rng)
+        streams, starts = (np.concatenate(side) for side in zip(*parts))
+        return streams, starts, self._weight(streams, starts, newest, ends, int(count.sum()))
+
+    def _uniform(self, n: int, rng: np.random.Generator) -> Drawn:
+        """Every window of every stream alike."""
+        upto = np.cumsum(self.number)
+        pick = rng.integers(upto[-1], size=n)
+        streams = np.searchsorted(upto, pick, side="right")
+        return streams, (self.next - self.held)[streams] + pick - (upto - self.number)[streams]
+
+    def _newest(self, n: int, rng: np.random.Generator) -> Drawn:
+        """The last window of each stream in turn, from a random stream on."""
+        able = np.flatnonzero(self.number)
+        first = rng.integers(len(able)) if n else 0
+        streams = able[(first + np.arange(n)) % len(able)]
+        return streams, self.next[streams] - self.length
+
+    def _around_ends(self, n: int, count: np.ndarray, rng: np.random.Generator) -> Drawn:
+        """An is_last row, each alike (`count` of them in each stream), then a window around it, each alike."""
+        if n == 0:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        upto = np.cumsum(count)
+        pick = rng.integers(upto[-1], size=n)
+        streams = np.searchsorted(upto, pick, side="right")
+        within = pick - (upto - count)[streams]
+        end = np.array([self.ends[s][i] for s, i in zip(streams.tolist(), within.tolist())])
+        low, high = self._holding(end, streams)
+        return streams, rng.integers(low, high + 1)
+
+    def _holding(self, rows: np.ndarray, streams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(first, last) start of the windows that hold each of these rows."""
+        newest = self.next[streams] - self.length
+        return np.maximum(rows - self.length + 1, (self.next - self.held)[streams]), np.minimum(rows, newest)
+
+    def _weight(self, streams: np.ndarray, starts: np.ndarray, newest: float, ends: float, count: int) -> np.ndarray:
+        """How much likelier each of these windows is where all are alike than in the mixture that `draw` takes them from.
+
+        At most 1 / (1 - newest - ends). Without a uniform share some windows are never drawn; then the weights are those among
+        the others, and their mean in the batch is 1. Source: Veach and Guibas 1995 (the balance heuristic); Owen and Zhou 2000.
+        """
+        number = self.number
+        uniform = np.full(len(streams), 1 / number.sum())
+        mixture = max(0.0, 1 - newest - ends) * uniform
+        mixture += newest * (starts == self.next[streams] - self.length) / np.count_nonzero(number)
+        if ends:
+            inside = [self.ends[s].within(q, q + self.length) for s, q in zip(streams.tolist(), starts.tolist())]
+            which = np.repeat(np.arange(len(streams)), [len(e) for e in inside])
+            low, high = self._holding(np.array([e for some in inside for e in some], np.int64), streams[which])
+            mixture += ends / count * np.bincount(which, 1 / (high - low + 1), len(streams))
+        weight = uniform / mixture
+        return weight if newest + ends < 1 else weight / weight.mean()
+
+
+def _rounded(numbers: tuple[float, ...], rng: np.random.Generator) -> tuple[int, ...]:
+    """Each rounded to a neighbouring integer so that its mean is kept, and their order; draws only where one is no integer."""
+    draw = rng.random() if any(x > int(x) for x in numbers) else 1.0
+    return tuple(int(x) + int(draw < x - int(x)) for x in numbers)

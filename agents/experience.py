@@ -59,7 +59,7 @@ def fit_scaling(world: WorldModel, replay: Replay) -> None:
     """The running statistics take in all that the replay holds."""
     vectors = {name: world.obs.keys[name] for name in world.scaling.vectors}
     for stream, held in enumerate(replay.lengths):
-        world.heads.scale.update(torch.from_numpy(replay.rewards(stream)).to(world.device))
+        world.heads.scale.update(torch.from_numpy(replay.rewards(stream)))
         if not vectors:
             continue
         for start in range(0, held, ROWS_AT_ONCE):

@@ -311,7 +311,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
     def _store(self, rows: dict[str, np.ndarray], action, reward, first, last, terminal, envs: np.ndarray | None = None) -> None:
         self.replay.add(rows, action, reward, first, last, terminal, streams=None if envs is None else envs)
         self.world.scaling.update(self.obs_spec.canonical(tensors(rows, self.device)))
-        self.world.heads.scale.update(torch.as_tensor(reward, device=self.device))
+        self.world.heads.scale.update(torch.as_tensor(reward))
 
     def _collect(self) -> tuple[np.ndarray, Any, np.ndarray, np.ndarray, list[dict]]:
         """One step of every environment into the replay: the actions that they got, and what came back."""

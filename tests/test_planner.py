@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -21,7 +19,6 @@ from worldmodel.agents.planner import PlanConfig, PlanLaw, PlannerConfig, Planne
 from worldmodel.data import Dream, State
 from worldmodel.envs.tiny import Chain
 from worldmodel.errors import ConfigError, EnvError
-from worldmodel.heads import RewardScale
 from worldmodel.model import WorldModel
 from worldmodel.run import Run
 from worldmodel.spaces import ActionSpec
@@ -52,7 +49,7 @@ class Bandit(WorldModel):
         nn.Module.__init__(self)
         self.action, self.end, self.uncertain = ActionSpec.from_space(action), end, uncertain
         self.ensemble = nn.Identity() if uncertain else None
-        self.feature_dim, self.heads = self.action.dim + 1, SimpleNamespace(scale=RewardScale())
+        self.feature_dim = self.action.dim + 1
         self.anything = nn.Parameter(torch.zeros(()))
 
     def state(self, wanted) -> State:

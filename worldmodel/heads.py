@@ -41,7 +41,7 @@ class RewardScale(nn.Module):
 
     @torch.no_grad()
     def update(self, reward: Float[Tensor, "*N"]) -> None:
-        """Take real rewards in; what is not finite stays out."""
+        """Take real rewards in, on any device; nothing of them where one is not finite."""
         reward = reward.detach().flatten().to(torch.float64)
         self.squares.update(reward[reward != 0].square())
 

@@ -405,7 +405,7 @@ def needs_marginal(world: WorldModel, name: str, value: float | None) -> None:
 
 
 def doubt(world: WorldModel, dream: Dream, penalty: float, manifold: float) -> Float[Tensor, "B H"]:
-    """What is taken off a dream's rewards, in units of `heads.scale`: for uncertainty, and for codes unlike real ones."""
+    """What is taken off a dream's rewards: for the ensemble's uncertainty, and for codes unlike real ones."""
     doubtful = penalty * dream.uncertainty
     return doubtful + manifold * world.off_manifold(dream.feature[:, 1:]) if manifold else doubtful
 

@@ -35,7 +35,7 @@ class ActorCriticConfig(Frozen):
     entropy: float = Field(3e-3, ge=0, description="weight of the policy's entropy, in units of the scaled return")
     lr: float = Field(3e-4, gt=0, description="Adam's learning rate for actor and critic")
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
-    clip: float = Field(100.0, gt=0, description="greatest norm of each gradient")
+    clip: float = Field(100.0, gt=0, description="greatest norm of each parameter's gradient")
     slow: float = Field(0.02, gt=0, le=1, description="rate at which the slow critic follows")
     slow_weight: float = Field(1.0, ge=0, description="weight of the slow critic's prediction as a second target")
     penalty: float = Field(

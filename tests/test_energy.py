@@ -48,6 +48,16 @@ def bowl(**options) -> Energy:
     return law
 
 
+def test_a_base_is_fitted_to_the_same_bits_whatever_the_size_of_the_energys_own_loss():
+    codes, bases = 5 + torch.randn(200, 2, generator=generator()), []
+    for magnitude in (1e-3, 1e6):
+        law = energy(magnitude=magnitude)
+        nn.init.normal_(law.net[-1].weight, generator=generator())
+        law.fit(codes, steps=5, lr=0.1, generator=generator())
+        bases.append([p.detach() for p in law.base.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*bases, strict=True))
+
+
 @pytest.mark.parametrize("ais", [False, True], ids=["weighted draws", "annealed"])
 def test_the_estimate_of_z_is_within_its_error_of_a_known_one(ais):
     law = bowl()

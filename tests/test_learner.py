@@ -145,14 +145,17 @@ def test_the_same_seed_gives_the_same_bits():
     assert same(*map(content, worlds))
 
 
-def test_a_gradient_is_clipped_to_its_greatest_norm_and_reported_as_it_was():
-    norms = {}
-    for clip in (1e9, 1e-3):
+def test_each_parameters_gradient_is_clipped_to_the_greatest_norm_and_the_whole_one_reported_as_it_was():
+    reported, norms = {}, {}
+    for clip in (1e9, 1e-1, 1e-3):
         world = small_world()
-        norms[clip] = step(make_learner(world, clip=clip))["gradient_norm"]
-        kept = torch.cat([p.grad.flatten() for p in world.parameters() if p.grad is not None]).norm()
-        assert float(kept) == pytest.approx(min(clip, norms[clip]), rel=1e-3)
-    assert norms[1e9] == pytest.approx(norms[1e-3]) and norms[1e9] > 1
+        reported[clip] = step(make_learner(world, clip=clip))["gradient_norm"]
+        norms[clip] = {name: float(p.grad.norm()) for name, p in world.named_parameters() if p.grad is not None}
+    whole = norms[1e9]
+    for clip in (1e-1, 1e-3):
+        assert norms[clip] == pytest.approx({name: min(clip, norm) for name, norm in whole.items()}, rel=1e-4)
+    assert any(0 < norm < 1e-1 for norm in whole.values()) and max(whole.values()) > 1e-1
+    assert set(reported.values()) == {reported[1e9]} and reported[1e9] == pytest.approx(sum(n**2 for n in whole.values()) ** 0.5)
 
 
 def test_burn_in_rows_warm_up_the_state_and_get_no_gradient():

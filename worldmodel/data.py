@@ -9,6 +9,7 @@ state t to state t+1; reward and continue belong to t+1.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -154,6 +155,7 @@ class Sampling:
     noise        standard draws by the caller instead of the generator's, shaped as the law asks for; laws that choose or refine
                  (mixture, vamp, hierarchical, energy) need other ones, and take theirs from the generator all the same
     score        codes [N, Z] -> [N]: diffusion climbs it at each step, and draws from p(z) exp(score(z)), about
+    update       number of the update that a loss belongs to; None: of none
     """
 
     generator: torch.Generator | None = None
@@ -163,6 +165,16 @@ class Sampling:
     guidance: float = 0.0
     noise: Tensor | None = None
     score: Callable[[Tensor], Tensor] | None = None
+    update: int | None = None
+
+    def apart(self, name: str) -> Sampling:
+        """The same for a part from which no gradient goes to others: within an update it draws from a stream of its own, so that
+        nobody else's draws depend on whether it is there."""
+        if self.generator is None or self.update is None:
+            return self
+        key = np.random.SeedSequence((self.generator.initial_seed(), self.update, zlib.crc32(name.encode())))
+        own = torch.Generator(self.generator.device).manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
+        return replace(self, generator=own)
 
 
 @dataclass(frozen=True)

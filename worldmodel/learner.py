@@ -15,6 +15,7 @@ from worldmodel.config import Frozen
 from worldmodel.data import Batch, Sampling, Trace
 from worldmodel.errors import NumericsError
 from worldmodel.model import WorldModel
+from worldmodel.networks import clip_each
 from worldmodel.registry import register
 
 
@@ -61,7 +62,7 @@ class TrainConfig(Frozen):
     ends: float = Field(0.25, ge=0, le=1, description="share of sequences chosen so that an episode ends in them")
     lr: float = Field(1e-3, gt=0, description="Adam's learning rate for the world model")
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
-    clip: float = Field(100.0, gt=0, description="greatest norm of the gradient")
+    clip: float = Field(100.0, gt=0, description="greatest norm of each parameter's gradient")
     average: float = Field(
         0.0, ge=0, lt=1, description="share that the averaged weights keep at each update: what others see; 0: none"
     )
@@ -155,7 +156,7 @@ class Learner:
         self.world.train()
         with torch.autocast(batch.reward.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             trace, batch = self._trace(self.world, batch, generator)
-            losses = self.world.loss(trace, batch, Sampling(generator=generator))
+            losses = self.world.loss(trace, batch, Sampling(generator=generator, update=self.updates))
             means = {name: term.mean() for name, term in losses.items()}
             total = sum(self.weight(name) * mean for name, mean in means.items())
         self.optimizer.zero_grad(set_to_none=True)
@@ -229,12 +230,10 @@ def ill_weights(module: nn.Module) -> list[str]:
 
 
 def clip_gradients(module: nn.Module, greatest: float) -> tuple[float, list[str]]:
-    """(the norm of the gradient as it was, the parameters where it is not finite); clipped where all of it is."""
-    norm = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+    """(the norm of the gradient as it was, the parameters where it is not finite); where all of it is, each one's is clipped."""
+    norm = clip_each(module.parameters(), greatest)
     if norm.isfinite():
-        nn.utils.clip_grads_with_norm_(module.parameters(), greatest, norm)
         return float(norm), []
-    # Clipping first would spread one NaN over all gradients, and all would be named.
     bad = [name for name, p in module.named_parameters() if p.grad is not None and not _finite(p.grad)]
     return float(norm), bad or ["gradient_norm"]  # finite numbers may have squares that are not
 

@@ -257,7 +257,7 @@ class WorldModel(nn.Module):
 
     def _marginal(self, trace: Trace, sampling: Sampling, rows: Tensor | None) -> dict[str, Loss]:
         """The rate against the one law of all codes, and what that law itself learns from where the rate does not train it."""
-        law, options = self.marginal, {"sampling": sampling, "rows": rows}
+        law, options = self.marginal, {"sampling": sampling.apart("marginal"), "rows": rows}
         if law is None:
             return {}
         exact = law.density == "exact"

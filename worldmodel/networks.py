@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,20 @@ def initialise(module: nn.Module, scale: float = 1.0) -> nn.Module:
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
     return module
+
+
+def clip_each(parameters: Iterable[nn.Parameter], greatest: float) -> Tensor:
+    """Shortens each parameter's own gradient to a norm of at most `greatest`; the norm of all of them together, as it was.
+    Where that is not finite nothing is changed.
+
+    One factor for all parameters would let what a stop-gradient cuts off from the rest shorten the rest's steps.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients))
+    norm = norms.norm()
+    factors = torch.where(norm.isfinite(), (greatest / norms).clamp(max=1.0), 1.0)
+    torch._foreach_mul_(gradients, factors.unbind())
+    return norm
 
 
 def linear(inputs: int, outputs: int, *, bias: bool = True, scale: float = 1.0) -> nn.Linear:

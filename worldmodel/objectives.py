@@ -44,7 +44,8 @@ class Reconstruction(nn.Module):
 
 def decoded(decoder: nn.Module, feature: Float[Tensor, "B T F"], batch: Batch, sampling: Sampling) -> dict[str, Loss]:
     """What a decoder makes of every row's observation, [B, T]."""
-    terms = decoder.loss(flatten(feature), {name: flatten(x) for name, x in batch.obs.items()}, sampling)
+    obs = {name: flatten(x) for name, x in batch.obs.items()}
+    terms = decoder.loss(flatten(feature), obs, sampling.apart("decoder"))
     return {name: Loss(term.value.view(batch.shape), term.unit) for name, term in terms.items()}
 
 

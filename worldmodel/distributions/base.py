@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from worldmodel.config import Frozen
 from worldmodel.data import Loss, Obs, Sampling
 from worldmodel.errors import ConfigError
+from worldmodel.networks import clip_each
 
 
 class UndefinedRate(TypeError):
@@ -289,7 +290,7 @@ class ConditionalDistribution(nn.Module, ABC):
             value = sum(term.mean() for term in self.loss(codes[rows], given, sampling=sampling).values())
             optimizer.zero_grad(set_to_none=True)
             value.backward()
-            nn.utils.clip_grad_norm_(trainable, 10.0)
+            clip_each(trainable, 10.0)
             optimizer.step()
             schedule.step()
         return float(value.detach())

@@ -208,6 +208,7 @@ class Dynamics(nn.Module, ABC):
                 dyn, rep = dyn.masked_scatter(where, self._free(law, own)), rep.masked_scatter(where, self._free(law, other))
             # Points have no rate: what the transition learns from is the objective's matter.
             if torch.is_grad_enabled() and ((certain and slot == "initial") or (not certain and law.density != "exact")):
+                options["sampling"] = sampling.apart(slot)
                 losses |= {f"fit/{slot}/{name}": term for name, term in law.loss(z[where].detach(), context, **options).items()}
         return losses if certain else {"dyn": Loss(dyn), "rep": Loss(rep), **losses}
 

@@ -7,7 +7,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecMonitor, is_vecenv_wrapp
 
 from worldmodel import checkpoint
 from worldmodel.envs.restarts import RESTARTED
-from worldmodel.errors import ConfigError, CorruptError
+from worldmodel.errors import ConfigError, CorruptError, EnvError
 from worldmodel.learner import TrainConfig
 from worldmodel.model import WorldModel, tensors
 from worldmodel.replay import Replay, row_bytes
@@ -90,20 +91,27 @@ def unpack_replay(file: Path | io.BufferedIOBase, replay: Replay, obs: ObsSpec, 
     arrays, state, _ = checkpoint.unpack(file)
     if state.get("holds") != "replay":
         raise ConfigError(f"{file} holds no experience. Expected a file that save_replay_buffer wrote.")
-    if state["num_envs"] != replay.num_envs:
-        raise ConfigError(
-            f"{file} holds experience of {state['num_envs']} environments, and this agent has {replay.num_envs}. Use as many."
-        )
-    for name, spec in (("observation", obs), ("action", action)):
-        saved = type(spec).from_json(state[name])
-        if saved != spec:
-            raise ConfigError(f"{file} holds experience with the {name} space {saved.space}, but this agent has {spec.space}.")
-    try:
+    with _whole(file):
+        streams, seen = state["num_envs"], ObsSpec.from_json(state["observation"])
+        done = ActionSpec.from_json(state["action"])
+    if streams != replay.num_envs:
+        raise ConfigError(f"{file} holds experience of {streams} environments, and this agent has {replay.num_envs}. Use as many.")
+    for what, saved, own in (("observation", seen, obs), ("action", done, action)):
+        if saved != own:
+            raise ConfigError(f"{file} holds experience with the {what} space {saved.space}, but this agent has {own.space}.")
+    with _whole(file):
         for number in range(replay.num_envs):
             rows = {key: arrays["replay"][f"{number}/obs/{key}"] for key in obs.keys}
             obs.check(rows, f"{file}, environment {number}")
             replay.extend(rows, *(arrays["replay"][f"{number}/{name}"] for name in COLUMNS), stream=number)
-    except (KeyError, ValueError) as error:
+
+
+@contextmanager
+def _whole(file: Any) -> Iterator[None]:
+    """What is missing or of another form than `pack_replay` writes is a CorruptError."""
+    try:
+        yield
+    except (AttributeError, EnvError, KeyError, TypeError, ValueError) as error:
         raise CorruptError(f"{file} holds experience that does not fit together: {error}. Restore it from a copy.") from error
 
 

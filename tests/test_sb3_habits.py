@@ -17,6 +17,7 @@ from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import DummyVecEnv, VecTransposeImage
 from stable_baselines3.ppo import MlpPolicy
 
+from worldmodel import checkpoint
 from worldmodel.agents import Dreamer, Planner, RandomAgent
 from worldmodel.agents.arguments import SAME
 from worldmodel.agents.belief import BeliefPolicy
@@ -470,3 +471,23 @@ def test_a_replay_of_other_spaces_or_none_is_refused_by_name(tmp_path):
     with pytest.raises(ConfigError, match="holds an agent of kind None"):
         Dreamer.load(tmp_path / "short.pkl")
     assert model.replay_buffer.added > 12
+
+
+def test_a_replay_that_does_not_fit_together_is_refused_and_the_old_one_stays(tmp_path):
+    model = dreamer(Short()).learn(12)
+    model.save_replay_buffer(tmp_path / "a")
+    arrays, state, manifest = checkpoint.unpack(tmp_path / "a.pkl")
+    rows, kept = arrays["replay"], model.replay
+    ill = [
+        ({k: x for k, x in rows.items() if k != "0/reward"}, state),
+        ({**rows, "0/reward": rows["0/reward"][1:]}, state),
+        ({**rows, "0/obs/obs": rows["0/obs/obs"].astype(np.float64)}, state),
+        ({**rows, "0/is_terminal": ~rows["0/is_last"]}, state),
+        (rows, {**state, "observation": {"single": True}}),
+        (rows, {"holds": "replay"}),
+    ]
+    for content, said in ill:
+        checkpoint.pack(tmp_path / "b.pkl", manifest["step"], {"replay": content}, said)
+        with pytest.raises(CorruptError, match="does not fit together"):
+            model.load_replay_buffer(tmp_path / "b")
+        assert model.replay is kept

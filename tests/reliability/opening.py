@@ -97,6 +97,7 @@ def calls(file: Path, shelf: Path, agent: Dreamer) -> dict[str, Callable[[], Any
         "Dreamer.load": lambda: Dreamer.load(file),
         "Dreamer.load .zip": lambda: Dreamer.load(shelf / "agent.zip"),
         "set_parameters": lambda: agent.set_parameters(shelf / "agent.zip"),
+        "load_replay_buffer": lambda: agent.load_replay_buffer(shelf / "agent.zip"),
         "checkpoint.unpack": lambda: checkpoint.unpack(file),
         "Recording.read": lambda: Recording.read(file),
         "recording of a folder": lambda: sources.recording(shelf),

@@ -62,6 +62,7 @@ def evaluate(
     max_steps: int | None = None,
     give_up: Callable[[], bool] = lambda: False,
     frames: list[np.ndarray] | None = None,
+    played: list[tuple[Any, float]] | None = None,
 ) -> tuple[list[float], list[int]]:
     """(returns, lengths) of greedy episodes, one for each environment seed from `seed` on.
 
@@ -69,6 +70,7 @@ def evaluate(
     max_steps  cuts longer episodes; None: LIMIT where the environment has no limit of its own
     give_up  asked at every step; raises Abandoned as soon as it says yes
     frames   receives the rendered pictures of the first episode, which needs an environment that renders
+    played   receives its observations, each a batch of one, and the return up to there
 
     The episodes are stepped as one batch. No random state of the model or of the process is left changed, so training
     goes on as if nothing had happened. Raises EnvError, MissingExtraError.
@@ -83,7 +85,7 @@ def evaluate(
         venv = as_trained(model, make_vec(config, episodes, seed))
         try:
             require_spaces(model, venv, config.id)
-            return _first_episodes(model, venv, cut_at(venv, max_steps), give_up, frames)
+            return _first_episodes(model, venv, cut_at(venv, max_steps), give_up, frames, played)
         finally:
             venv.close()
 
@@ -121,7 +123,12 @@ def cut_at(venv: VecEnv, max_steps: int | None) -> float:
 
 
 def _first_episodes(
-    model: Any, venv: VecEnv, limit: float, give_up: Callable[[], bool], frames: list[np.ndarray] | None
+    model: Any,
+    venv: VecEnv,
+    limit: float,
+    give_up: Callable[[], bool],
+    frames: list[np.ndarray] | None,
+    played: list[tuple[Any, float]] | None,
 ) -> tuple[list[float], list[int]]:
     count = venv.num_envs
     returns, lengths = [0.0] * count, [0] * count
@@ -132,6 +139,9 @@ def _first_episodes(
             raise Abandoned
         if frames is not None and running[0]:
             frames.append(_picture(venv))
+        if played is not None and running[0]:
+            first = {name: x[:1].copy() for name, x in obs.items()} if isinstance(obs, dict) else obs[:1].copy()
+            played.append((first, float(so_far[0])))
         action, state = model.predict(obs, state=state, episode_start=starts, deterministic=True)
         obs, rewards, starts, infos = venv.step(action)
         so_far, taken = so_far + rewards, taken + 1

@@ -133,10 +133,17 @@ class WorldModelAlgorithm(SavedAlgorithm):
     def _wrap_env(env: VecEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
         """SB3's hook: no transposed images here, for spaces.py knows the layout; other libraries' scaling is refused."""
         env = as_vec_env(env)
-        if unwrap_vec_wrapper(env, VecNormalize) is not None:
+        around = unwrap_vec_wrapper(env, VecNormalize)
+        if around is not None and around.norm_obs:
             raise ConfigError(
                 "VecNormalize is around the environment: its statistics would change what the replay holds. Expected plain "
                 "observations: take it off, the world model standardises vectors itself (model.inputs=standardise)."
+            )
+        if around is not None and around.norm_reward:
+            raise ConfigError(
+                "VecNormalize(norm_obs=False) scales the rewards by a scale that moves: the replay would hold one reward in many "
+                "units. Expected plain rewards: take it off, for the heads predict rewards on a logarithmic scale, and the actor's "
+                "returns are divided by their own."
             )
         return env
 

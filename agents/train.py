@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import signal
 import sys
 import time
@@ -23,7 +22,7 @@ from stable_baselines3.common.logger import Logger
 from worldmodel import config as configs
 from worldmodel import registry
 from worldmodel import run as runs
-from worldmodel.agents import offline
+from worldmodel.agents import offline, resources
 from worldmodel.agents.evaluation import (
     CONFIRMATION_SEED,
     EVALUATION_SEED,
@@ -68,6 +67,7 @@ class TrainResult:
     parameters     numbers that gradients change, of world model and agent together
     solved_at      real steps of the first evaluation that reached the threshold and was confirmed; else None
     final_return   mean of the greedy episodes at the end; None where there was no environment to play them in
+    final_episodes how many they were: the environment's seeds 30,000, 30,001, ... (`worldmodel eval` plays the same)
     evaluations    [{real_steps, mean_return, std_return, episodes}]
     run            the run folder
     """
@@ -86,6 +86,7 @@ class TrainResult:
     final_return: float | None
     evaluations: list[dict[str, Any]]
     run: str
+    final_episodes: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -129,7 +130,7 @@ class Keeper(BaseCallback):
         return bool(self.signals)
 
     def _on_training_start(self) -> None:
-        self._look_at_the_disk()
+        resources.tell(self.model, self.run, self.warn)
         if not self.recorded and math.isfinite(limit := cut_at(self.model.env, self.config.eval.max_steps)):
             self.report.say(
                 f"Episodes of evaluations are cut after {limit:,} steps: {self.config.env.id} "
@@ -224,23 +225,6 @@ class Keeper(BaseCallback):
             self.run.flush(self.model)
         except StorageError as error:
             self.warn(f"The experience at {_step(self.model)} could not be written: {error}")
-
-    def _look_at_the_disk(self) -> None:
-        """Says what the replay may take, and warns where less of the disk is free than what the run may still write."""
-        free, keep = shutil.disk_usage(self.run.path).free, self.config.checkpoint.keep
-        moments = 0 if self.model.learner.updates else 8 * self.model.parameter_count  # Adam's two, from the first update on
-        size, written = self.run.checkpoint_bytes + moments, self.run.replay_bytes
-        replay = self.model.replay
-        rows = max(0, replay.disk_bytes - written)
-        self.report.say(
-            f"The replay holds {replay.capacity:,} steps at most: {replay.nbytes / 1e6:,.1f} MB of memory, "
-            f"{replay.disk_bytes / 1e6:,.1f} MB of disk."
-        )
-        if free < keep * size + rows:
-            self.warn(
-                f"The disk of {self.run.path} has {free / 1e6:.0f} MB left, but {keep} more checkpoints of {size / 1e6:.0f} MB and "
-                f"{rows / 1e6:.0f} MB of replay may come. Free some space, or lower checkpoint.keep or train.capacity."
-            )
 
 
 def env_seed(seed: int, step: int) -> int:
@@ -476,6 +460,11 @@ def _go_on(session: _Session, run: Run, agent: WorldModelAlgorithm, progress: Pr
     config = run.config
     report = (Bar if session.progress else Lines)(session.log, config.train.steps)
     agent.replay_folder = run.replay_folder
+    if config.train.steps <= config.train.prefill and not config.train.data:
+        session.warn(
+            f"Nothing will be learned: the run ends after {config.train.steps} steps, and the first {config.train.prefill} are "
+            f"random ones, only collected. Take more than {config.train.prefill} --steps, or lower train.prefill."
+        )
     keeper = Keeper(run, progress, session.signals, report, seed, session.warn)
     outputs = [Scalars(run.path, agent.num_timesteps, session.warn)] if config.log.tensorboard else []
     agent.set_logger(Logger(str(run.path), outputs))
@@ -541,6 +530,7 @@ def _finished(run: Run, agent: WorldModelAlgorithm, keeper: Keeper, seed: int) -
         final_return=final,
         evaluations=progress.evaluations,
         run=str(run.path),
+        final_episodes=None if recorded else run.config.eval.episodes,
     )
     run.write_result(result.to_json())
     return result

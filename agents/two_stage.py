@@ -141,7 +141,7 @@ def law_of(world: WorldModel, slot: str) -> ConditionalDistribution | None:
 
 def fit_prior(
     run: Run | str | Path,
-    kind: str,
+    kind: str | None,
     slot: str = "initial",
     *,
     options: Mapping[str, Any] | Sequence[str] = (),
@@ -164,8 +164,8 @@ def fit_prior(
     A fifth of the episodes is held out: the new form is compared there, in nats, with what filled the slot before (an empty
     marginal: a standard normal law). The agent and the replay come along. The old run is only read. Raises ConfigError.
     """
+    _check(kind, slot, where, steps)
     run = run if isinstance(run, Run) else Run.open(run)
-    _check(slot, where, steps)
     target = Path(out) if out is not None else run.path.with_name(f"{run.path.name}-{kind}-{slot}")
     refuse_existing(target)
     config = _with_form(run.config, kind, slot, options)
@@ -210,7 +210,11 @@ def fit_prior(
     }
 
 
-def _check(slot: str, where: str, steps: int) -> None:
+def _check(kind: str | None, slot: str, where: str, steps: int) -> None:
+    if kind is None:
+        raise ConfigError(
+            f"Which form shall be fitted? Say --kind (kind=...), one of: {', '.join(registry.kinds('distribution'))}."
+        )
     if slot not in SLOTS:
         raise ConfigError(f"slot is '{slot}'; expected one of {', '.join(SLOTS)}.")
     if where not in ("start", "anywhere"):

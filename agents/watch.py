@@ -17,7 +17,7 @@ from worldmodel import pictures, tensorboard
 from worldmodel.agents.dreams import SAMPLES, error_figure, film, labels, numbers, returns
 from worldmodel.agents.evaluation import Abandoned
 from worldmodel.agents.held_out import HELD_OUT_SEED, collect
-from worldmodel.config import describe
+from worldmodel.config import Config, differences
 from worldmodel.data import Episodes
 from worldmodel.diagnostics.geometry import Beliefs, beliefs, interpolation, traversal, usage
 from worldmodel.diagnostics.rollouts import OpenLoop, open_loop
@@ -139,10 +139,12 @@ class Watch(BaseCallback):
     # What is shown ------------------------------------------------------------------------------------------------
 
     def _introduce(self) -> None:
-        """What the run is: its config as text and as hyper-parameters, and charts that belong together."""
+        """What the run is: its config as text, what differs from the defaults as hyper-parameters, charts that belong together."""
         config = self.model.config
         tensorboard.text(self.writer, "config", config.to_yaml(), self.model.num_timesteps)
-        options = {row.key: row.default for row in describe(config)}
+        defaults = Config.parse({"env": {"id": "custom"}, "agent": {"kind": config.agent.kind}})
+        options = {"env.id": config.env.id, **{key: value for key, _, value in differences(defaults, config)}}
+        options.pop("description", None)
         tensorboard.hparams(self.writer, options, {"eval/mean_reward": 0.0, f"world/open_loop/{self.horizon}": 0.0})
         tensorboard.layout(self.writer)
 

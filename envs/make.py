@@ -6,10 +6,12 @@ import importlib
 import logging
 import os
 import re
+import warnings
 from functools import partial
 from typing import Any, Literal
 
 import gymnasium as gym
+import numpy as np
 from gymnasium.wrappers import TimeLimit
 from pydantic import Field
 from stable_baselines3.common.monitor import Monitor
@@ -80,7 +82,9 @@ def make_env(config: EnvConfig | str, index: int = 0, seed: int | None = None) -
         kwargs.setdefault("render_mode", "rgb_array")
     try:
         # The time limit goes around the checks: its unpacking of a malformed step would hide what was wrong.
-        env = gym.make(spec, max_episode_steps=-1, disable_env_checker=True, **kwargs)
+        with warnings.catch_warnings():  # many environments render without saying so in their metadata
+            warnings.filterwarnings("ignore", ".*not in the possible render_modes", UserWarning)
+            env = gym.make(spec, max_episode_steps=-1, disable_env_checker=True, **kwargs)
     except Exception as error:
         _explain(error, config, index)
     limit = spec.max_episode_steps if config.max_episode_steps is None else config.max_episode_steps
@@ -222,6 +226,22 @@ def _explain(error: Exception, config: EnvConfig, index: int) -> None:
         f"environment {index}: '{config.id}' could not be made: it raised {type(error).__name__}: {error}. "
         "Correct the environment or env.kwargs."
     ) from error
+
+
+def renders(config: EnvConfig) -> bool:
+    """Whether the environment draws itself; MissingExtraError where it only lacks a package for that."""
+    try:
+        env = make_env(config.model_copy(update={"kwargs": {**config.kwargs, "render_mode": "rgb_array"}}), seed=0)
+    except (ConfigError, EnvError):  # its constructor takes no render_mode
+        return False
+    try:
+        env.reset(seed=0)
+        frame = env.render()
+        return isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.ndim == 3
+    except EnvError:
+        return False
+    finally:
+        env.close()
 
 
 def frames_per_second(env_id: str) -> float:

@@ -22,7 +22,7 @@ from worldmodel.run import Run
 
 TRAIN_KEYS = (
     "env_id recipe seed threads real_steps updates wall_seconds eval_seconds parameters "
-    "threshold solved_at final_return evaluations run"
+    "threshold solved_at final_return evaluations run final_episodes"
 ).split()
 EVAL_KEYS = "env_id run step episodes seed mean_return std_return returns lengths".split()
 INFO_KEYS = "env_id observation_space action_space parts parameters checkpoints".split()
@@ -163,7 +163,7 @@ def test_eval_repeats_the_final_return_and_writes_an_animation(command, trained,
         for i in range(gif.n_frames):
             gif.seek(i)
             frames.append(gif.info["duration"])
-        assert gif.size == (40, 8) and sum(frames) == 250 * value["lengths"][0]
+        assert gif.size == (280, 22 + 56) and sum(frames) == 250 * value["lengths"][0]
     older = only_object(command("eval", folder, "--episodes", 1, "--step", 25, "--seed", 7, "--json")[1])
     assert (older["step"], older["seed"]) == (25, 7)
 

@@ -1,6 +1,5 @@
 """Configs: what a file may say, how layers lie over one another, and what a mistake is told."""
 
-
 from __future__ import annotations
 
 import importlib.resources

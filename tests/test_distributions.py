@@ -102,6 +102,8 @@ def test_a_deviation_is_fitted_by_every_way_in_which_the_law_learns():
     still.rate(belief, x, None, frozen=True)
     still.requires_grad_(False).rate(belief, x, None)
     assert torch.equal(still.variance, torch.ones(2))
+
+
 def test_a_fit_draws_its_batches_where_the_codes_are(monkeypatch):
     law = registry.build("distribution", small("distribution", "gaussian"), small_latent("gaussian"), 0)
     places, randint = [], torch.randint

@@ -24,7 +24,7 @@ from worldmodel.run import Run
 FENCE = {"train.average": 0.9, "checkpoint.fence": True, "checkpoint.keep": 1, "env.num_envs": 2, "train.ratio": 0.3}
 RESULT_KEYS = (
     "env_id recipe seed threads real_steps updates wall_seconds eval_seconds parameters "
-    "threshold solved_at final_return evaluations run"
+    "threshold solved_at final_return evaluations run final_episodes"
 ).split()
 
 

@@ -9,7 +9,13 @@ from typing import Any
 def show_training(result: Mapping[str, Any]) -> None:
     if result["evaluations"]:
         table(result["evaluations"], ("real_steps", "mean_return", "std_return", "episodes"))
-    show_pairs({key: value for key, value in result.items() if key != "evaluations"})
+    shown = {key: value for key, value in result.items() if key not in ("evaluations", "final_episodes")}
+    if (count := result["final_episodes"]) is not None:
+        from worldmodel.agents.evaluation import FINAL_SEED
+
+        which = f"mean of {count} greedy episodes of seeds {FINAL_SEED} to {FINAL_SEED + count - 1}"
+        shown["final_return"] = f"{_cell(result['final_return'], 2)} ({which})"
+    show_pairs(shown)
 
 
 def show_evaluation(result: Mapping[str, Any]) -> None:
@@ -41,16 +47,24 @@ def show_pairs(result: Mapping[str, Any]) -> None:
 
 
 def table(rows: list[Mapping[str, Any]], columns: tuple[str, ...], digits: int = 2) -> None:
+    """Rows under headings that are never cut, in 80 columns where there is no terminal; columns without a value are left out."""
+    from rich.box import ROUNDED
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*[column.replace("_", " ") for column in columns], show_header=any(c.strip() for c in columns))
+    columns = tuple(name for name in columns if not name.strip() or any(row[name] not in (None, [], "") for row in rows))
+    shown = Table(show_header=any(name.strip() for name in columns), box=ROUNDED, show_edge=False, pad_edge=False)
+    for name in columns:
+        heading = name.replace("_", " ")
+        shown.add_column(heading, min_width=max(map(len, heading.split()), default=0), overflow="fold")
     for row in rows:
-        table.add_row(*[_cell(row[column], digits) for column in columns])
-    Console(markup=False, highlight=False).print(table)
+        shown.add_row(*[_cell(row[name], digits) for name in columns])
+    Console(markup=False, highlight=False).print(shown)
 
 
 def _cell(value: Any, digits: int) -> str:
     if value is None or value == []:
         return "-"
-    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.{digits}f}" if abs(value) < 10 ** (6 - digits) else f"{value:.6g}"

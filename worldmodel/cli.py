@@ -30,6 +30,7 @@ ERRORS = (ConfigError, EnvError, MissingExtraError, NumericsError, StorageError,
 app = typer.Typer(
     name="worldmodel",
     help="World models for Gymnasium and Stable-Baselines3.",
+    epilog="Example: worldmodel train cartpole --run runs/demo",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -38,6 +39,7 @@ app = typer.Typer(
 
 data_app = typer.Typer(
     help="Recorded experience: into NPZ files, out of runs, to Minari and from it.",
+    epilog="Example: worldmodel data info runs/cartpole-s0",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -53,6 +55,10 @@ class Device(str, Enum):
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Options by dotted key, e.g. train.ratio=2.", show_default=False),
+]
 Trust = Annotated[bool, typer.Option("--trust", help="Open agent.path, a zip of Stable-Baselines3, although that can run code.")]
 
 
@@ -65,15 +71,12 @@ def about(version: Annotated[bool, typer.Option("--version", help="Print the ver
         print(importlib.metadata.version("worldmodel"))
 
 
-@app.command()
+@app.command(epilog="Example: worldmodel train cartpole train.ratio=1 --steps 3000 --seed 1")
 def train(
     recipe: Annotated[
         str, typer.Argument(metavar="RECIPE_OR_GYM_ID", help="Recipe, YAML file, gym id; a run (--resume).", show_default=False)
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Options by dotted key, e.g. train.ratio=2.", show_default=False),
-    ] = None,
+    overrides: Overrides = None,
     run: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="The run folder.", show_default="runs/<recipe>-s<seed>, or the next free number"),
@@ -126,7 +129,7 @@ def train(
         _answer(result, as_json, answers.show_training)
 
 
-@app.command("eval")
+@app.command("eval", epilog="Example: worldmodel eval runs/cartpole-s0 --episodes 20 --video play.gif")
 def evaluate(
     run: RunFolder,
     episodes: Annotated[int, typer.Option(min=1, help="Greedy episodes.")] = 20,
@@ -158,7 +161,7 @@ class Toward(str, Enum):
     reward, value, goal = "reward", "value", "goal"
 
 
-@app.command()
+@app.command(epilog="Example: worldmodel dream runs/cartpole-s0 --horizon 30 --out dream.gif")
 def dream(
     run: RunFolder,
     context: Annotated[
@@ -238,10 +241,12 @@ class Where(str, Enum):
     start, anywhere = "start", "anywhere"
 
 
-@app.command("fit-prior")
+@app.command("fit-prior", epilog="Example: worldmodel fit-prior runs/pendulum-s0 --kind mixture --set components=5")
 def fit_prior(
     run: RunFolder,
-    kind: Annotated[str, typer.Option(metavar="FORM", help="gaussian, mixture, flow, energy, ...", show_default=False)],
+    kind: Annotated[
+        str | None, typer.Option(metavar="FORM", help="Required: gaussian, mixture, flow, energy, ...", show_default=False)
+    ] = None,
     slot: Annotated[Slot, typer.Option(help="What the form fills.")] = Slot.initial,
     options: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the form; repeat it.", show_default=False)
@@ -286,7 +291,7 @@ LayoutOption = Annotated[
 ]
 
 
-@data_app.command("import")
+@data_app.command("import", epilog="Example: worldmodel data import minari:D4RL/pen/human-v2 --out pen.npz")
 def import_data(
     source: Source,
     out: Annotated[Path, typer.Option(metavar="FILE.npz", help="The new file.", show_default=False)],
@@ -303,7 +308,7 @@ def import_data(
         _answer(result, as_json, answers.show_pairs)
 
 
-@data_app.command("export")
+@data_app.command("export", epilog="Example: worldmodel data export runs/cartpole-s0 --out dreams.npz --dreamed 100 --horizon 50")
 def export_data(
     source: Annotated[
         str, typer.Argument(metavar="RUN", help="A run folder; or any other source, to convert it.", show_default=False)
@@ -332,7 +337,7 @@ def export_data(
         _answer(result, as_json, answers.show_pairs)
 
 
-@data_app.command("info")
+@data_app.command("info", epilog="Example: worldmodel data info pen.npz")
 def data_info(source: Source, layout: LayoutOption = None, as_json: Json = False, debug: Debug = False) -> None:
     """Show what recorded episodes hold."""
     with _reported(debug):
@@ -344,11 +349,12 @@ def data_info(source: Source, layout: LayoutOption = None, as_json: Json = False
         _answer(result, as_json, answers.show_pairs)
 
 
-@app.command()
+@app.command(epilog="Example: worldmodel info cartpole model=vae size=small")
 def info(
     run_or_recipe: Annotated[
         str, typer.Argument(metavar="RUN_OR_RECIPE", help="A run folder, a recipe or a Gymnasium id.", show_default=False)
     ],
+    overrides: Overrides = None,
     trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -356,11 +362,34 @@ def info(
     """Show spaces, parts and size of a run or of a recipe."""
     with _reported(debug):
         with _stdout_kept():
-            result = commands.describe(run_or_recipe, trust)
+            result = commands.describe(run_or_recipe, overrides or [], trust)
         _answer(result, as_json, answers.show_pairs)
 
 
-@app.command()
+@app.command(epilog="Example: worldmodel options agent.plan agent=planner")
+def options(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[PREFIX] [KEY=VALUE]...",
+            help="Those whose key begins so; options that choose other kinds.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the options with their defaults and what they mean."""
+    with _reported(debug):
+        prefixes = [word for word in words or [] if "=" not in word] or [""]
+        overrides = [word for word in words or [] if "=" in word]
+        rows = [row for prefix in prefixes for row in commands.options(prefix, overrides)]
+        _answer(
+            {"options": rows}, as_json, lambda result: answers.table(result["options"], ("key", "default", "type", "description"))
+        )
+
+
+@app.command(epilog="Example: worldmodel recipes --json")
 def recipes(as_json: Json = False, debug: Debug = False) -> None:
     """List the recipes."""
     with _reported(debug):

@@ -1,4 +1,4 @@
-"""What `eval` and `info` do, and return for JSON. Torch loads with the first call, not with the module."""
+"""What `eval`, `info` and `options` do, and return for JSON. Torch loads with the first call, not with the module."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def evaluate(
     from worldmodel import pictures
     from worldmodel.agents.evaluation import evaluate as evaluate_agent
     from worldmodel.agents.evaluation import tell_untrained
-    from worldmodel.envs.make import frames_per_second
+    from worldmodel.envs.make import frames_per_second, renders
     from worldmodel.run import Run
 
     if video is not None:
@@ -32,10 +32,14 @@ def evaluate(
     torch.set_num_threads(run.config.train.threads)
     agent = run.agent(step, trust=trust)
     tell_untrained(agent, say)
-    frames: list[np.ndarray] | None = [] if video is not None else None
-    returns, lengths = evaluate_agent(agent, run.config.env, episodes, seed, max_steps=run.config.eval.max_steps, frames=frames)
+    frames: list[np.ndarray] | None = [] if video is not None and renders(run.config.env) else None
+    played: list[tuple[Any, float]] = []
+    options = {"max_steps": run.config.eval.max_steps, "frames": frames, "played": played}
+    returns, lengths = evaluate_agent(agent, run.config.env, episodes, seed, **options)
     if video is not None:
-        pictures.save(video, np.stack(frames), frames_per_second(run.config.env.id))
+        film = np.stack(frames) if frames is not None else _drawn(agent, run.config.env.id, [obs for obs, _ in played], say)
+        words = [f"step {t} of {lengths[0]}   return {so_far:.1f} of {returns[0]:.1f}" for t, (_, so_far) in enumerate(played)]
+        pictures.save(video, pictures.captioned(film, words), frames_per_second(run.config.env.id))
     return {
         "env_id": run.config.env.id,
         "run": str(run.path),
@@ -49,17 +53,41 @@ def evaluate(
     }
 
 
-def describe(name: str, trust: bool) -> dict[str, Any]:
-    """Spaces, parts and size of a run, a recipe or a gym id."""
+def _drawn(agent: Any, env_id: str, played: list[Any], say: Callable[[str], object]) -> np.ndarray:
+    """Observations as a film: pictures and known scenes as they are, all else as signals over time."""
+    import numpy as np
+    import torch
+
+    from worldmodel import pictures
+    from worldmodel.agents.dreams import labels, numbers
+    from worldmodel.envs.draw import Viewer
+
+    viewer = Viewer(env_id, agent.obs_spec)
+    rows = [agent.obs_spec.to_rows(obs) for obs in played]
+    obs = agent.obs_spec.canonical({name: torch.from_numpy(np.concatenate([row[name] for row in rows])) for name in rows[0]})
+    say(f"{env_id} does not render: the film shows what it observed.")
+    if viewer.can_draw:
+        return viewer.frames(obs)
+    true = numbers(viewer, obs)
+    return pictures.signal_frames(true, np.full((1, *true.shape), np.nan), labels(viewer), 0)
+
+
+def describe(name: str, overrides: list[str], trust: bool) -> dict[str, Any]:
+    """Spaces, parts and size of a run, a recipe or a gym id; of the last two with options changed."""
     from worldmodel.agents.train import make_agent
     from worldmodel.config import Config
+    from worldmodel.errors import ConfigError
     from worldmodel.run import Run
 
     if (Path(name) / "config.yaml").is_file() or (os.sep in name and Path(name).is_dir()):
         run = Run.open(name)
+        if overrides:
+            raise ConfigError(
+                f"{name} is a run, whose options stand ({overrides[0]}). Give a recipe or a Gymnasium id to change them."
+            )
         config, checkpoints, agent = run.config, run.checkpoints, run.agent(trust=trust)
     else:
-        config, checkpoints = Config.from_recipe(name), []
+        config, checkpoints = Config.from_recipe(name, overrides), []
         agent = make_agent(config, 0, "cpu")
         agent.env.close()
     return {
@@ -70,6 +98,30 @@ def describe(name: str, trust: bool) -> dict[str, Any]:
         "parameters": agent.parameter_count,
         "checkpoints": checkpoints,
     }
+
+
+def options(prefix: str, overrides: list[str]) -> list[dict[str, Any]]:
+    """Every option whose dotted key begins with `prefix`, its default and what it means; `overrides` choose other kinds."""
+    from worldmodel.config import REQUIRED, Config
+    from worldmodel.config import describe as rows_of
+    from worldmodel.errors import ConfigError, did_you_mean
+
+    made = Config.from_recipe({"env": {"id": "custom"}}, overrides)
+    rows = [row._asdict() for row in rows_of(made)]
+    rows = [{**row, "default": REQUIRED} if row["key"] == "env.id" else row for row in rows]
+    found = [row for row in rows if row["key"].startswith(prefix)]
+    if not found:
+        near = did_you_mean(prefix, [row["key"] for row in rows])
+        near = near if near.startswith(" Did") else ""
+        raise ConfigError(f"No option begins with '{prefix}'.{near} `worldmodel options` lists all of them.")
+    return [{**row, "default": _plain(row["default"])} for row in found]
+
+
+def _plain(value: Any) -> Any:
+    """For JSON."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _parts(config: Config) -> dict[str, str | None]:

@@ -139,6 +139,18 @@ def open_loop_panels(real: np.ndarray, imagined: np.ndarray, context: int, least
     return film
 
 
+def captioned(frames: np.ndarray, words: Sequence[str], least: int = 256) -> np.ndarray:
+    """A film with a line of text above each frame; small frames become several times as large, until a side has `least` pixels."""
+    times, bar = max(1, -(-least // max(frames.shape[1:3]))), 22
+    frames = frames.repeat(times, 1).repeat(times, 2)
+    film = np.empty((len(frames), bar + frames.shape[1], max(least, frames.shape[2]), 3), np.uint8)
+    film[:] = PAPER
+    for t, text in enumerate(words):
+        film[t, :bar] = _caption(text, film.shape[2], bar)
+        film[t, bar:, : frames.shape[2]] = frames[t]
+    return film
+
+
 @lru_cache(maxsize=512)
 def _caption(text: str, width: int, height: int) -> np.ndarray:
     """A line of text on paper [height, width, 3]."""

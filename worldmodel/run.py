@@ -529,14 +529,15 @@ def _runs_in(folder: Path) -> list[str]:
 
 
 def _reason(before: Any, now: Any) -> str:
-    """What a spec that differs in its raw form alone tells of the version that wrote it."""
+    """Why specs of the same canonical form may differ: what the version that wrote the old one did to categories."""
     if not isinstance(now, Mapping):
         return ""
     old, new = ([spec["key"]] if "key" in spec else spec["keys"] for spec in (before, now))
     same = [[[key[name] for name in ("name", "kind", "shape", "sizes")] for key in keys] for keys in (old, new)]
-    if same[0] != same[1] or not any(key["start"] and not any(key["start"]) for key in old):
+    moved = [was for was, is_now in zip(old, new) if any(was[name] != is_now[name] for name in ("start", "raw_shape"))]
+    if same[0] != same[1] or not moved or any(any(key["start"]) for key in moved):
         return ""
-    return "Version 0.1 counted all categories from 0: a run of it can be looked at and evaluated, but not gone on with. "
+    return "Version 0.1 counted all categories from 0, in one row: its runs can be evaluated, but not gone on with. "
 
 
 def _check_finite(value: Any, where: str) -> None:

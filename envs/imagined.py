@@ -418,8 +418,8 @@ class ImaginedVectorEnv(gym.vector.VectorEnv):
     The options are those of ImaginedEnv, and
     max_episode_steps  a horizon, where it is the shorter one
     autoreset_mode     when ended worlds begin anew. SAME_STEP: at once, `final_obs` in the infos is what they ended with.
-                       NEXT_STEP: in the next step, whose action they do not see and whose reward is 0; some of Gymnasium's wrappers, such as
-                       NormalizeObservation, want it. DISABLED: the caller resets them
+                       NEXT_STEP: in the next step, whose action they do not see and whose reward is 0; some of
+                       Gymnasium's wrappers, such as NormalizeObservation, want it. DISABLED: the caller resets them
 
     `reset(options={"reset_mask": rows})` begins some worlds anew, and leaves the others where they are. Raises ConfigError.
     """

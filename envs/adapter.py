@@ -11,12 +11,13 @@ observation, and the info the old one's last. Gymnasium has three modes:
 
 A NEXT_STEP environment that cannot reset some of its rows alone is refused: it gives the first observation one step late,
 while the other rows have to move on, so that there would be a transition from the old episode into the new one. SyncVectorEnv,
-AsyncVectorEnv (with shared memory) and Gymnasium's CartPole can; for others there is `reset_rows`. Of wrappers around them, those
-that do not pass `reset_mask` on, or forget the other rows with it, are refused at the first reset.
+AsyncVectorEnv (with shared memory), ImaginedVectorEnv and Gymnasium's CartPole can; for others there is `reset_rows`.
+Of wrappers around them, those that do not pass `reset_mask` on, or forget the other rows with it, are refused at the first reset.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -163,6 +164,9 @@ class GymVecEnvAdapter(VecEnv):
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: Any = None) -> list[bool]:
         if isinstance(self.vector_env.unwrapped, SyncVectorEnv):
             return [is_wrapped(env, wrapper_class) for env in self._envs(indices)]
+        if isinstance(self.vector_env.unwrapped, AsyncVectorEnv):  # they tell what they are called: <Monitor<TimeLimit<...>>>
+            chains, names = self.vector_env.unwrapped.call("__str__"), _named(wrapper_class)
+            return [not names.isdisjoint(re.findall(r"<(\w+)", chains[i])) for i in self._indices(indices)]
         return [False for _ in self._indices(indices)]
 
     def _having(self, name: str) -> VectorEnv:
@@ -186,7 +190,7 @@ def _way_to_reset(env: VectorEnv, mode: AutoresetMode) -> ResetRows | None:
     inner = env.unwrapped
     if mode is AutoresetMode.DISABLED or isinstance(inner, SyncVectorEnv):
         return _by_mask
-    if isinstance(inner, AsyncVectorEnv) and inner.shared_memory:
+    if getattr(inner, "resets_rows", False) or (isinstance(inner, AsyncVectorEnv) and inner.shared_memory):
         return _by_mask
     if isinstance(env, CartPoleVectorEnv):
         return _cart_pole
@@ -244,6 +248,11 @@ def _cart_pole(env: CartPoleVectorEnv, rows: np.ndarray) -> tuple[np.ndarray, di
     env.steps[rows] = 0
     env.prev_done[rows] = False
     return env.state.T.astype(np.float32), {}
+
+
+def _named(wrapper: type) -> set[str]:
+    """The names of a class and of those derived from it."""
+    return {wrapper.__name__}.union(*map(_named, wrapper.__subclasses__()))
 
 
 def _copied(obs: Any) -> Any:

@@ -4,7 +4,7 @@
 |---|---|---|
 | `ImaginedWorld` | N worlds in tensors | the rows that its caller names |
 | `ImaginedVecEnv` | SB3's VecEnv | ended rows, in the same step |
-| `ImaginedVectorEnv` | Gymnasium's VectorEnv | ended rows, in the same step (SAME_STEP) |
+| `ImaginedVectorEnv` | Gymnasium's VectorEnv | ended rows, in the same step (SAME_STEP), or as `autoreset_mode` says |
 | `ImaginedEnv` | Gymnasium's Env, one world | its caller does |
 
 An episode is truncated after `horizon` steps. It terminates where the model says so: on each arrival the world goes on
@@ -183,16 +183,16 @@ class ImaginedWorld:
         """
         if seed is not None:
             self.generator.manual_seed(int(seed))
-        if self._replay is not None:
-            self._draw = ReplayStarts(self.world, self._replay).draw
-        else:
-            self._draw = lambda count, generator: self.world.dynamics.begin(count, Sampling(generator=generator))
+        self._starts = None if self._replay is None else ReplayStarts(self.world, self._replay)
 
     @torch.no_grad()
     def reset(self, rows: Tensor | None = None) -> Float[Tensor, "n F"]:
         """Begins new episodes in the worlds of these numbers (None: in all); their features."""
         rows = torch.arange(self.num_envs, device=self.device) if rows is None else rows
-        fresh = self._draw(len(rows), self.generator)
+        if self._starts is None:
+            fresh = self.world.dynamics.begin(len(rows), Sampling(generator=self.generator))
+        else:
+            fresh = self._starts.draw(len(rows), self.generator)
         self.state = State({name: x.index_copy(0, rows, fresh[name]) for name, x in self.state.items()})
         self.age = self.age.index_fill(0, rows, 0)
         return self.world.dynamics.feature(fresh)
@@ -237,14 +237,29 @@ class ImaginedWorld:
         terminated, truncated = arrival.terminated.cpu().numpy(), arrival.truncated.cpu().numpy()
         ended = np.flatnonzero(terminated | truncated)
         last = part(obs, ended)
-        if len(ended):
-            fresh = self.look(self.reset(torch.from_numpy(ended).to(self.device)))
-            if isinstance(obs, dict):
-                for name, x in obs.items():
-                    x[ended] = fresh[name]
-            else:
-                obs[ended] = fresh
+        self.begin(ended, obs)
         return obs, reward, terminated, truncated, ended, last
+
+    def begin(self, rows: np.ndarray, obs: Any) -> None:
+        """New episodes in the worlds of these numbers [n], their first observations into those of all worlds."""
+        if not len(rows):
+            return
+        fresh = self.look(self.reset(torch.from_numpy(rows).to(self.device)))
+        for into, first in [(obs[name], fresh[name]) for name in obs] if isinstance(obs, dict) else [(obs, fresh)]:
+            into[rows] = first
+
+    @property
+    def render_modes(self) -> list[str]:
+        """`rgb_array` where there is a way to draw what the worlds decode to."""
+        return ["rgb_array"] if self.viewer.can_draw and self.world.decoder is not None else []
+
+    def check_render_mode(self, mode: str | None) -> None:
+        """Raises ConfigError where an environment of these worlds cannot have it."""
+        if mode is not None and mode not in self.render_modes:
+            raise ConfigError(
+                f"render_mode is {mode!r}; expected one of {[None, *self.render_modes]}. `rgb_array` needs an image among what "
+                "the model decodes to, or a run of an environment that envs.draw knows."
+            )
 
     def frames(self, rows: Sequence[int] | None = None) -> np.ndarray:
         """Pictures uint8 [n, H, W, 3] of what the worlds decode to. Raises ConfigError where there is no way to draw them."""
@@ -347,7 +362,6 @@ class ImaginedVecEnv(VecEnv):
 class ImaginedRow:
     """One of several imagined worlds, as `get_attr` and `env_method` see it: they step together, so it only looks."""
 
-    render_mode = "rgb_array"
     spec = None
 
     def __init__(self, worlds: ImaginedWorld, index: int):
@@ -362,6 +376,10 @@ class ImaginedRow:
         return self.worlds.action_space
 
     @property
+    def render_mode(self) -> str | None:
+        return next(iter(self.worlds.render_modes), None)
+
+    @property
     def horizon(self) -> int:
         return self.worlds.horizon
 
@@ -373,7 +391,8 @@ class ImaginedRow:
 class ImaginedEnv(gym.Env):
     """One imagined world as a Gymnasium environment: `gym.make("worldmodel.envs:Imagined-v0", run="runs/demo")`.
 
-    The options are those of ImaginedVecEnv, `run` its run_or_model. render_mode "rgb_array": what the world decodes to.
+    The options are those of ImaginedVecEnv, `run` its run_or_model. render_mode "rgb_array": what the world decodes to, where
+    that can be drawn. Raises ConfigError.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
@@ -381,7 +400,8 @@ class ImaginedEnv(gym.Env):
     def __init__(self, run: Source, horizon: int = 15, *, render_mode: str | None = None, **options: Any):
         self.worlds = ImaginedWorld(run, 1, horizon, **options)
         self.observation_space, self.action_space = self.worlds.observation_space, self.worlds.action_space
-        self.render_mode = render_mode
+        self.worlds.check_render_mode(render_mode)
+        self.render_mode, self.metadata = render_mode, {**self.metadata, "render_modes": self.worlds.render_modes}
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
@@ -401,15 +421,41 @@ class ImaginedEnv(gym.Env):
 class ImaginedVectorEnv(gym.vector.VectorEnv):
     """N imagined worlds as a Gymnasium vector environment: `gym.make_vec("worldmodel.envs:Imagined-v0", 64, run="runs/demo")`.
 
-    The options are those of ImaginedEnv. Ended worlds begin anew in the same step; `final_obs` in the infos is what they
-    ended with.
+    The options are those of ImaginedEnv, and
+    max_episode_steps  a horizon, where it is the shorter one
+    autoreset_mode     when ended worlds begin anew. SAME_STEP: at once, `final_obs` in the infos is what they ended with.
+                       NEXT_STEP: in the next step, whose action they do not see and whose reward is 0; some of
+                       Gymnasium's wrappers, such as NormalizeObservation, want it. DISABLED: the caller resets them
+
+    `reset(options={"reset_mask": rows})` begins some worlds anew, and leaves the others where they are. Raises ConfigError.
     """
+
+    resets_rows = True
+    """`reset` knows `reset_mask` (see adapter.py)."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 30, "autoreset_mode": AutoresetMode.SAME_STEP}
 
-    def __init__(self, run: Source, num_envs: int = 1, horizon: int = 15, *, render_mode: str | None = None, **options: Any):
+    def __init__(
+        self,
+        run: Source,
+        num_envs: int = 1,
+        horizon: int = 15,
+        *,
+        render_mode: str | None = None,
+        max_episode_steps: int | None = None,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+        **options: Any,
+    ):
+        known = [mode.value for mode in AutoresetMode]
+        if autoreset_mode not in known and not isinstance(autoreset_mode, AutoresetMode):
+            hint = did_you_mean(str(autoreset_mode), known)
+            raise ConfigError(f"autoreset_mode is {autoreset_mode!r}; expected an AutoresetMode or one of {known}.{hint}")
+        horizon = horizon if max_episode_steps is None else min(horizon, max_episode_steps)
         self.worlds = ImaginedWorld(run, num_envs, horizon, **options)
-        self.num_envs, self.render_mode = num_envs, render_mode
+        self.worlds.check_render_mode(render_mode)
+        self.mode = AutoresetMode(autoreset_mode)
+        self.metadata = {**self.metadata, "autoreset_mode": self.mode, "render_modes": self.worlds.render_modes}
+        self.num_envs, self.render_mode, self._over = num_envs, render_mode, np.zeros(num_envs, bool)
         self.single_observation_space, self.single_action_space = self.worlds.observation_space, self.worlds.action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -417,11 +463,23 @@ class ImaginedVectorEnv(gym.vector.VectorEnv):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         if not isinstance(seed, int | np.integer | None):
             raise ConfigError(f"seed is {seed!r}; expected one number: all worlds draw from one generator.")
+        mask = (options or {}).get("reset_mask")
+        if mask is not None and (np.shape(mask) != (self.num_envs,) or np.asarray(mask).dtype != bool or not np.any(mask)):
+            raise ConfigError(f"options['reset_mask'] is {mask!r}; expected {self.num_envs} flags, at least one of them True.")
         super().reset(seed=seed)
-        self.worlds.seed(seed)
-        return self.worlds.look(self.worlds.reset()), {}
+        if mask is None:
+            self._over[:] = False
+            self.worlds.seed(seed)
+            return self.worlds.look(self.worlds.reset()), {}
+        if seed is not None:
+            self.worlds.seed(seed)
+        self.worlds.reset(torch.from_numpy(np.flatnonzero(mask)).to(self.worlds.device))
+        self._over[mask] = False
+        return self.worlds.look(self.worlds.world.dynamics.feature(self.worlds.state)), {}
 
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        if self.mode is not AutoresetMode.SAME_STEP:
+            return self._step(actions)
         obs, reward, terminated, truncated, ended, last = self.worlds.advance(actions)
         infos: dict[str, Any] = {}
         if len(ended):
@@ -431,6 +489,22 @@ class ImaginedVectorEnv(gym.vector.VectorEnv):
             mask[ended] = True
             infos = {"final_obs": final, "_final_obs": mask, "final_info": {}, "_final_info": mask.copy()}
         return obs, reward, terminated, truncated, infos
+
+    def _step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """One step in which nothing ends and begins at once."""
+        begins = self._over.copy()
+        if begins.any() and self.mode is AutoresetMode.DISABLED:
+            raise ConfigError(
+                f"The worlds {np.flatnonzero(begins).tolist()} have ended, and autoreset_mode is DISABLED. Begin them anew "
+                "before the next step: reset(options={'reset_mask': terminated | truncated})."
+            )
+        arrival = self.worlds.step(self.worlds.encode(actions))
+        obs, reward = self.worlds.look(arrival.feature), arrival.reward.cpu().numpy()
+        terminated, truncated = arrival.terminated.cpu().numpy(), arrival.truncated.cpu().numpy()
+        self.worlds.begin(np.flatnonzero(begins), obs)
+        reward[begins], terminated[begins], truncated[begins] = 0, False, False
+        self._over = terminated | truncated
+        return obs, reward, terminated, truncated, {}
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         return tuple(self.worlds.frames()) if self.render_mode == "rgb_array" else None

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from worldmodel.casts import cast
 from worldmodel.data import Sampling, State
 from worldmodel.errors import ConfigError, EnvError
+from worldmodel.keys import KeySpec
 from worldmodel.model import WorldModel, tensors
 from worldmodel.nested import flat
-from worldmodel.spaces import ActionSpec, KeySpec, ObsSpec
+from worldmodel.spaces import ActionSpec, ObsSpec
 
 
 class Controller(nn.Module):

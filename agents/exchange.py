@@ -13,9 +13,9 @@ from worldmodel.envs import minari
 from worldmodel.envs.imagined import ImaginedWorld
 from worldmodel.envs.sources import recording
 from worldmodel.errors import ConfigError
+from worldmodel.keys import Layout
 from worldmodel.recording import Recording, free_name
 from worldmodel.run import CONFIG, Run
-from worldmodel.spaces import Layout
 
 AT_ONCE = 256
 """Dreams that take each step together."""

@@ -24,10 +24,11 @@ from worldmodel.encoders import InputScaling
 from worldmodel.envs.imagined import Source, learned_world
 from worldmodel.envs.plain import COUNT_FROM_0, plain_obs
 from worldmodel.errors import ConfigError, did_you_mean
+from worldmodel.keys import KeySpec
 from worldmodel.model import WorldModel, own_form
 from worldmodel.registry import build, config_class
 from worldmodel.run import Run
-from worldmodel.spaces import KeySpec, ObsSpec
+from worldmodel.spaces import ObsSpec
 from worldmodel.weights import cpu_randomness
 
 MODES, OUTPUTS = ("frozen", "finetune", "joint"), ("code", "embedding")

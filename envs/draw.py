@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from worldmodel.spaces import KeySpec, ObsSpec
+from worldmodel.keys import KeySpec
+from worldmodel.spaces import ObsSpec
 
 Point = tuple[float, float]
 Colour = tuple[int, int, int]

@@ -24,8 +24,8 @@ from worldmodel.envs.restarts import LocalVecEnv, ReportFaults, Restarts
 from worldmodel.envs.workers import WorkerVecEnv
 from worldmodel.envs.wrappers import ActionRepeat, CheckedEnv, FlattenSpaces, RenderObservation
 from worldmodel.errors import ConfigError, EnvError, did_you_mean
+from worldmodel.keys import Layout
 from worldmodel.registry import register
-from worldmodel.spaces import Layout
 
 _log = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from worldmodel.checkpoint import storage
 from worldmodel.envs.extras import install
 from worldmodel.envs.wrappers import Leaf, leaves
 from worldmodel.errors import ConfigError, CorruptError, MissingExtraError, StorageError, UnsupportedSpaceError, did_you_mean
+from worldmodel.keys import Layout
 from worldmodel.recording import Recording
-from worldmodel.spaces import Layout
 
 PREFIX = "minari:"
 

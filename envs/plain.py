@@ -14,7 +14,8 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 
-from worldmodel.spaces import ActionSpec, KeySpec, ObsSpec
+from worldmodel.keys import KeySpec
+from worldmodel.spaces import ActionSpec, ObsSpec
 
 COUNT_FROM_0 = "SB3's own algorithms count categories from 0: wrap the environments in worldmodel.envs.PlainVecEnv."
 """Advice for messages."""

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from worldmodel.envs import minari
 from worldmodel.errors import ConfigError, did_you_mean
+from worldmodel.keys import Layout
 from worldmodel.recording import Recording
 from worldmodel.run import CONFIG, Run
-from worldmodel.spaces import ActionSpec, Layout, ObsSpec
+from worldmodel.spaces import ActionSpec, ObsSpec
 
 
 def recording(source: str | Path | Run | Recording, layout: Layout | Mapping[str, Layout] | None = None) -> Recording:

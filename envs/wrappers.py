@@ -17,8 +17,9 @@ from worldmodel.casts import cast, needs_word, numbers, tell
 from worldmodel.envs.extras import missing_extra
 from worldmodel.envs.plain import Plain
 from worldmodel.errors import ConfigError, EnvError, UnsupportedSpaceError
+from worldmodel.keys import FLOAT32_MAX
 from worldmodel.nested import joined
-from worldmodel.spaces import FLOAT32_MAX, ObsSpec
+from worldmodel.spaces import ObsSpec
 
 _log = logging.getLogger(__name__)
 

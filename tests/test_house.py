@@ -44,7 +44,7 @@ FOLDERS = {
 
 FLOORS = (
     "errors casts configs",
-    "data registry recipes checkpoint windows moments nested",
+    "data registry recipes checkpoint windows moments nested keys",
     "config segments spaces pictures",
     "spool",
     "replay networks weights denoising",

@@ -28,8 +28,9 @@ from numpy.lib import format as npy
 
 from worldmodel import checkpoint
 from worldmodel.errors import ConfigError, CorruptError, StorageError
+from worldmodel.keys import KeySpec, Layout
 from worldmodel.replay import Replay
-from worldmodel.spaces import ActionSpec, KeySpec, Layout, ObsSpec
+from worldmodel.spaces import ActionSpec, ObsSpec
 
 FORMAT, VERSION = "worldmodel-episodes", 1
 ABOUT = "episodes.json"

@@ -23,7 +23,8 @@ from worldmodel.envs import FlattenSpaces, ImaginedVecEnv
 from worldmodel.envs.make import as_vec_env
 from worldmodel.envs.plain import plain_action, plain_obs
 from worldmodel.errors import ConfigError, UnsupportedSpaceError
-from worldmodel.spaces import ActionSpec, KeySpec, ObsSpec
+from worldmodel.keys import KeySpec
+from worldmodel.spaces import ActionSpec, ObsSpec
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "spaces.md"
 BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import assert_near, generator, reached, small, small_latent, small_source
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from worldmodel import registry
 from worldmodel.data import Sampling
@@ -97,6 +98,20 @@ def whole_space(law: ConditionalDistribution, cell: Cell) -> tuple[Tensor, Tenso
     context = cell.context()
     context = None if context is None else context.expand(len(points), rows, CONTEXT)
     return points, volume, law.log_prob(points.unsqueeze(1).expand(-1, rows, -1), context)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what makes a program wait for its device: numbers read, and shapes that follow from values."""
+
+    OPERATIONS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in self.OPERATIONS
+        return func(*args, **(kwargs or {}))
 
 
 # Distributions ---------------------------------------------------------------------------------------------------------
@@ -423,3 +438,27 @@ def test_families_do_not_mix(kind):
     beliefs = [latent.belief(torch.zeros(1, latent.parameters)) for latent in map(small_latent, (kind, other))]
     with pytest.raises(TypeError, match="no closed form"):
         beliefs[0].kl(beliefs[1])
+
+
+# Devices ---------------------------------------------------------------------------------------------------------------
+
+
+@cells(CELLS)
+@pytest.mark.parametrize("sampling", [{}, {"mode": True}, {"temperature": 0.5, "steps": 3}], ids=["draw", "mode", "colder"])
+def test_a_draw_never_waits_for_the_device(cell, sampling):
+    law, g = cell.build(), generator()
+    with torch.no_grad(), HostReads() as reads:
+        law.sample(cell.context(), 3, Sampling(generator=g, **sampling))
+    assert reads.count == 0
+
+
+SAMPLERS = [("diffusion", {"sampler": s, "path": p}) for s in ("euler", "heun", "multistep") for p in ("edm", "cfm")]
+SAMPLERS += [("energy", {"sampler": sampler}) for sampler in ("langevin", "resampling")]
+
+
+@pytest.mark.parametrize(("law", "options"), SAMPLERS, ids=str)
+def test_no_sampler_of_a_law_waits_for_the_device(law, options):
+    law = registry.build("distribution", small("distribution", law, **options), small_latent("gaussian"), CONTEXT).eval()
+    with torch.no_grad(), HostReads() as reads:
+        law.sample(torch.zeros(2, CONTEXT), 3, Sampling(generator=generator()))
+    assert reads.count == 0

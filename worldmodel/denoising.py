@@ -133,6 +133,7 @@ def evenly(count: int, generator: torch.Generator | None, device: torch.device |
 
 
 # Samplers: from `x` at the first level to the last, which is 0 ----------------------------------------------------------
+# Only the last step leads to 0, which its place says: to ask the level would wait for the device at every step.
 
 
 def euler(denoise: Denoiser, x: Tensor, levels: Float[Tensor, " S"]) -> Tensor:
@@ -145,10 +146,10 @@ def euler(denoise: Denoiser, x: Tensor, levels: Float[Tensor, " S"]) -> Tensor:
 
 def heun(denoise: Denoiser, x: Tensor, levels: Float[Tensor, " S"]) -> Tensor:
     """Second order, two evaluations a step but one in the last, where the level is 0. Source: Karras et al. 2022, alg. 1."""
-    for now, then in pairwise(levels):
+    for step, (now, then) in enumerate(pairwise(levels), 2):
         slope = (x - denoise(x, now.expand(len(x)))) / now
         ahead = x + (then - now) * slope
-        if then > 0:
+        if step < len(levels):
             slope = (slope + (ahead - denoise(ahead, then.expand(len(x)))) / then) / 2
             ahead = x + (then - now) * slope
         x = ahead
@@ -161,13 +162,13 @@ def multistep(denoise: Denoiser, x: Tensor, levels: Float[Tensor, " S"]) -> Tens
     Source: Lu et al. 2022 (DPM-Solver++), alg. 2, whose ln(level) is minus half the log signal-to-noise ratio.
     """
     last, width = None, None
-    for now, then in pairwise(levels):
+    for step, (now, then) in enumerate(pairwise(levels), 2):
         expected = denoise(x, now.expand(len(x)))
-        ahead = expected
-        if last is not None and then > 0:
-            ahead = expected + (expected - last) * torch.log(now / then) / (2 * width)
+        ahead, onward = expected, torch.log(now / then)
+        if last is not None and step < len(levels):
+            ahead = expected + (expected - last) * onward / (2 * width)
         x = ahead + then / now * (x - ahead)
-        last, width = expected, torch.log(now / then) if then > 0 else None
+        last, width = expected, onward
     return x
 
 

@@ -184,7 +184,8 @@ class Decoder(nn.Module):
 def _categories(probs: Tensor, sizes: tuple[int, ...], draw: Tensor | None) -> Tensor:
     """One-hot vectors side by side: the likeliest of each group, or those that uniform numbers choose (Gumbel's way)."""
     scores = probs.log() if draw is None else probs.log() - (-draw.clamp(1e-9, 1 - 1e-7).log()).log()
-    return torch.cat([F.one_hot(part.argmax(-1), part.shape[-1]) for part in scores.split(sizes, -1)], -1).to(probs)
+    chosen = [torch.zeros_like(part).scatter(-1, part.argmax(-1, keepdim=True), 1.0) for part in scores.split(sizes, -1)]
+    return torch.cat(chosen, -1)
 
 
 LOGISTIC = math.sqrt(3) / math.pi

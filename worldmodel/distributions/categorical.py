@@ -33,7 +33,7 @@ class CategoricalPosterior(Posterior):
 
     @property
     def mode(self) -> Tensor:
-        return nn.functional.one_hot(self.probs.argmax(-1), self.probs.shape[-1]).to(self.probs).flatten(-2)
+        return torch.zeros_like(self.probs).scatter(-1, self.probs.argmax(-1, keepdim=True), 1.0).flatten(-2)
 
     def sample(self, noise: Tensor, temperature: float = 1.0) -> Tensor:
         """A one-hot draw by inverting the cumulative distribution, with the gradient of the probabilities (straight-through).

@@ -13,6 +13,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecNormalize, VecTransposeImage, unwrap_vec_wrapper
 
+from worldmodel.agents.experience import Pursuit
 from worldmodel.agents.random import RandomAgent
 from worldmodel.config import Config
 from worldmodel.envs.imagined import ImaginedWorld, Source, latent_space, learned_world, part
@@ -75,7 +76,7 @@ class DynaCallback(BaseCallback):
         self.recipe, self.config = recipe, config
         self.agent: RandomAgent | None = None
         self.imagined = 0
-        self._due, self._left = 0.0, []
+        self._due, self._left, self._pursuit = 0.0, [], Pursuit()
         self.generator = torch.Generator().manual_seed(seed)
 
     # Beginning ------------------------------------------------------------------------------------------------------
@@ -126,13 +127,18 @@ class DynaCallback(BaseCallback):
         return RandomAgent.from_specs("MlpPolicy", *specs, num_envs=env.num_envs, config=config, seed=self.seed)
 
     def _on_training_start(self) -> None:
+        self._pursuit.begin(self.model)
         if self.agent is not None:
             self.agent.set_logger(self.logger)
             self.agent.open_streams(self.model._last_obs)
 
     # At each step ---------------------------------------------------------------------------------------------------
 
+    def _on_training_end(self) -> None:
+        self._pursuit.end(self.model)
+
     def _on_step(self) -> bool:
+        self._pursuit.step(self.model, self.locals["new_obs"])
         if self.agent is not None:
             steps = (self.locals[name] for name in ("actions", "new_obs", "rewards", "dones", "infos"))
             self.agent.record(*steps)

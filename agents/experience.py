@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from stable_baselines3.common.base_class import BaseAlgorithm
 
+from worldmodel.envs.workers import drain
 from worldmodel.errors import ConfigError
 from worldmodel.learner import TrainConfig
 from worldmodel.model import WorldModel, tensors
@@ -54,7 +56,7 @@ def fit_scaling(world: WorldModel, replay: Replay) -> None:
 
 
 def arrivals(
-    following: dict[str, np.ndarray], dones: np.ndarray, infos: list[dict], to_rows: Callable[[Any], dict[str, np.ndarray]]
+    following: dict[str, np.ndarray], dones: np.ndarray, infos: Sequence[dict], to_rows: Callable[[Any], dict[str, np.ndarray]]
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """(the rows [N, ...] that a VecEnv's step arrived at, where the world ended [N]) from the rows that come after a reset.
 
@@ -68,6 +70,32 @@ def arrivals(
     for name, x in to_rows(_stack([infos[i]["terminal_observation"] for i in ended])).items():
         arrived[name][ended] = x
     return arrived, dones & ~truncated
+
+
+class Pursuit:
+    """Whether an SB3 algorithm still stands where its environments do, as far as a callback can see.
+
+    SB3 moves its `_last_obs` on behind the callbacks. An exception, or a callback that stops the training, comes between; a
+    `learn` that resets nothing then goes on from an observation that its environments have left.
+    """
+
+    def __init__(self) -> None:
+        self.sure, self.known = True, []
+
+    def begin(self, model: BaseAlgorithm) -> None:
+        """At the start of `learn`: environments that were left are reset."""
+        if not self.sure and any(model._last_obs is obs for obs in self.known):
+            drain(model.env)
+            model._last_obs = model.env.reset()
+            model._last_episode_starts = np.ones(model.n_envs, bool)
+        self.sure, self.known = False, [model._last_obs]
+
+    def step(self, model: BaseAlgorithm, new_obs: Any) -> None:
+        self.known = [model._last_obs, new_obs]
+
+    def end(self, model: BaseAlgorithm) -> None:
+        """At the end of `learn`."""
+        self.sure = model._last_obs is self.known[-1]
 
 
 def _stack(observations: list[Any]) -> Any:

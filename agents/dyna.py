@@ -22,6 +22,9 @@ from worldmodel.model import needs_ensemble
 from worldmodel.replay import Replay
 from worldmodel.spaces import ActionSpec, ObsSpec
 
+REFILTER = 25
+"""Updates of a model that learns along after which roll-outs begin at beliefs of its new weights."""
+
 
 class DynaCallback(BaseCallback):
     """Adds `ratio` imagined transitions for each real one to the ReplayBuffer of DQN, SAC, TD3 and their like.
@@ -101,7 +104,7 @@ class DynaCallback(BaseCallback):
             self.agent = self._student()
         self.world, run = (self.agent.learner.average, None) if self.agent is not None else learned_world(self.source)
         needs_ensemble(self.world, "max_uncertainty", self.max_uncertainty)
-        self._transposed = None
+        self._transposed, self._worlds, self._filtered = None, None, 0
         seen, wrapper = model.observation_space, unwrap_vec_wrapper(self.training_env, VecTransposeImage)
         if wrapper is not None and self.world.obs.space == wrapper.venv.observation_space:
             seen, self._transposed = self.world.obs.space, wrapper
@@ -156,16 +159,7 @@ class DynaCallback(BaseCallback):
 
     def roll_out(self, starts: int) -> list[tuple[Any, Any, np.ndarray, np.ndarray, np.ndarray]]:
         """(obs, next obs, action, reward, done), rows [n, ...], of each step; ended roll-outs are left out of what follows."""
-        replay = self.recorded if self.agent is None else self.agent.replay
-        worlds = ImaginedWorld(
-            self.world,
-            starts,
-            self.horizon,
-            observation="latent" if self._latent else "decoded",
-            seed=int(torch.randint(2**31, (), generator=self.generator)),
-            replay=replay,
-            max_uncertainty=self.max_uncertainty,
-        )
+        worlds = self._imagined(starts)
         obs, going, steps = self._seen(worlds.look(worlds.reset())), np.arange(starts), []
         for _ in range(self.horizon):
             action = self.model.predict(obs, deterministic=False)[0]
@@ -178,6 +172,27 @@ class DynaCallback(BaseCallback):
             if not len(going):
                 break
         return steps
+
+    def _imagined(self, starts: int) -> ImaginedWorld:
+        """At least so many worlds, the same ones each time: starts are used again, until the model has learned REFILTER updates."""
+        if self._worlds is None or self._worlds.num_envs < starts:
+            self._worlds = ImaginedWorld(
+                self.world,
+                starts,
+                self.horizon,
+                observation="latent" if self._latent else "decoded",
+                seed=int(torch.randint(2**31, (), generator=self.generator)),
+                replay=self.recorded if self.agent is None else self.agent.replay,
+                max_uncertainty=self.max_uncertainty,
+            )
+            self._filtered = self._updates()
+        elif self._updates() >= self._filtered + REFILTER:
+            self._worlds.seed(None)
+            self._filtered = self._updates()
+        return self._worlds
+
+    def _updates(self) -> int:
+        return 0 if self.agent is None else self.agent.learner.updates
 
     def _seen(self, obs: Any) -> Any:
         """As the algorithm sees it, which has images transposed."""

@@ -13,6 +13,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecNormalize, VecTransposeImage, unwrap_vec_wrapper
 
+from worldmodel.agents.experience import Pursuit
 from worldmodel.agents.random import RandomAgent
 from worldmodel.config import Config
 from worldmodel.envs.imagined import ImaginedWorld, Source, latent_space, learned_world, part
@@ -21,6 +22,9 @@ from worldmodel.errors import ConfigError
 from worldmodel.model import needs_ensemble
 from worldmodel.replay import Replay
 from worldmodel.spaces import ActionSpec, ObsSpec
+
+REFILTER = 25
+"""Updates of a model that learns along after which roll-outs begin at beliefs of its new weights."""
 
 
 class DynaCallback(BaseCallback):
@@ -76,7 +80,7 @@ class DynaCallback(BaseCallback):
         self.recipe, self.config = recipe, config
         self.agent: RandomAgent | None = None
         self.imagined = 0
-        self._due, self._left = 0.0, []
+        self._due, self._left, self._pursuit = 0.0, [], Pursuit()
         self.generator = torch.Generator().manual_seed(seed)
 
     # Beginning ------------------------------------------------------------------------------------------------------
@@ -101,7 +105,7 @@ class DynaCallback(BaseCallback):
             self.agent = self._student()
         self.world, run = (self.agent.learner.average, None) if self.agent is not None else learned_world(self.source)
         needs_ensemble(self.world, "max_uncertainty", self.max_uncertainty)
-        self._transposed = None
+        self._transposed, self._worlds, self._filtered = None, None, 0
         known, acts = plain_obs(self.world.obs).space, plain_action(self.world.action).space
         seen, wrapper = model.observation_space, unwrap_vec_wrapper(self.training_env, VecTransposeImage)
         if wrapper is not None and known == wrapper.venv.observation_space:
@@ -128,13 +132,18 @@ class DynaCallback(BaseCallback):
         return RandomAgent.from_specs("MlpPolicy", *specs, num_envs=env.num_envs, config=config, seed=self.seed)
 
     def _on_training_start(self) -> None:
+        self._pursuit.begin(self.model)
         if self.agent is not None:
             self.agent.set_logger(self.logger)
             self.agent.open_streams(self.model._last_obs)
 
     # At each step ---------------------------------------------------------------------------------------------------
 
+    def _on_training_end(self) -> None:
+        self._pursuit.end(self.model)
+
     def _on_step(self) -> bool:
+        self._pursuit.step(self.model, self.locals["new_obs"])
         if self.agent is not None:
             steps = (self.locals[name] for name in ("actions", "new_obs", "rewards", "dones", "infos"))
             self.agent.record(*steps)
@@ -152,17 +161,7 @@ class DynaCallback(BaseCallback):
 
     def roll_out(self, starts: int) -> list[tuple[Any, Any, np.ndarray, np.ndarray, np.ndarray]]:
         """(obs, next obs, action, reward, done), rows [n, ...], of each step; ended roll-outs are left out of what follows."""
-        replay = self.recorded if self.agent is None else self.agent.replay
-        worlds = ImaginedWorld(
-            self.world,
-            starts,
-            self.horizon,
-            observation="latent" if self._latent else "decoded",
-            seed=int(torch.randint(2**31, (), generator=self.generator)),
-            replay=replay,
-            max_uncertainty=self.max_uncertainty,
-            plain=True,
-        )
+        worlds = self._imagined(starts)
         obs, going, steps = self._seen(worlds.look(worlds.reset())), np.arange(starts), []
         for _ in range(self.horizon):
             action = self.model.predict(obs, deterministic=False)[0]
@@ -175,6 +174,28 @@ class DynaCallback(BaseCallback):
             if not len(going):
                 break
         return steps
+
+    def _imagined(self, starts: int) -> ImaginedWorld:
+        """At least so many worlds, the same ones each time: starts are used again, until the model has learned REFILTER updates."""
+        if self._worlds is None or self._worlds.num_envs < starts:
+            self._worlds = ImaginedWorld(
+                self.world,
+                starts,
+                self.horizon,
+                observation="latent" if self._latent else "decoded",
+                seed=int(torch.randint(2**31, (), generator=self.generator)),
+                replay=self.recorded if self.agent is None else self.agent.replay,
+                max_uncertainty=self.max_uncertainty,
+                plain=True,
+            )
+            self._filtered = self._updates()
+        elif self._updates() >= self._filtered + REFILTER:
+            self._worlds.seed(None)
+            self._filtered = self._updates()
+        return self._worlds
+
+    def _updates(self) -> int:
+        return 0 if self.agent is None else self.agent.learner.updates
 
     def _seen(self, obs: Any) -> Any:
         """As the algorithm sees it, which has images transposed."""

@@ -7,18 +7,20 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor, is_vecenv_wrapped
 
 from worldmodel import checkpoint
 from worldmodel.envs.restarts import RESTARTED
+from worldmodel.envs.workers import drain
 from worldmodel.errors import ConfigError, CorruptError, EnvError
 from worldmodel.learner import TrainConfig
 from worldmodel.model import WorldModel, tensors
@@ -118,7 +120,7 @@ def _whole(file: Any) -> Iterator[None]:
 def arrivals(
     following: dict[str, np.ndarray],
     dones: np.ndarray,
-    infos: list[dict],
+    infos: Sequence[dict],
     to_rows: Callable[[Any], dict[str, np.ndarray]],
     before: Callable[[int], dict[str, np.ndarray]],
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -171,6 +173,32 @@ class EpisodeAccount:
             if "episode" in infos[i] or not self.monitored or RESTARTED in infos[i]:
                 self.returns[i] = self.lengths[i] = 0
         return infos
+
+
+class Pursuit:
+    """Whether an SB3 algorithm still stands where its environments do, as far as a callback can see.
+
+    SB3 moves its `_last_obs` on behind the callbacks. An exception, or a callback that stops the training, comes between; a
+    `learn` that resets nothing then goes on from an observation that its environments have left.
+    """
+
+    def __init__(self) -> None:
+        self.sure, self.known = True, []
+
+    def begin(self, model: BaseAlgorithm) -> None:
+        """At the start of `learn`: environments that were left are reset."""
+        if not self.sure and any(model._last_obs is obs for obs in self.known):
+            drain(model.env)
+            model._last_obs = model.env.reset()
+            model._last_episode_starts = np.ones(model.n_envs, bool)
+        self.sure, self.known = False, [model._last_obs]
+
+    def step(self, model: BaseAlgorithm, new_obs: Any) -> None:
+        self.known = [model._last_obs, new_obs]
+
+    def end(self, model: BaseAlgorithm) -> None:
+        """At the end of `learn`."""
+        self.sure = model._last_obs is self.known[-1]
 
 
 def _stack(observations: list[Any]) -> Any:

@@ -10,6 +10,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecNormalize, unwrap_vec_wrapper
 
+from worldmodel.agents.experience import Pursuit
 from worldmodel.agents.extractor import LatentExtractor, raw_rows
 from worldmodel.agents.random import RandomAgent
 from worldmodel.config import Config
@@ -58,7 +59,7 @@ class JointWorldModel(BaseCallback):
             raise ConfigError(f"JointWorldModel: ratio is {ratio!r}; expected updates per real step, 0 or more.")
         self.source, self.ratio, self.rl_gradients, self.config, self.seed = run_or_model, ratio, rl_gradients, config or {}, seed
         self._of: BaseAlgorithm | None = None
-        self._pending = 0
+        self._pending, self._pursuit = 0, Pursuit()
 
     def _on_training_start(self) -> None:
         if unwrap_vec_wrapper(self.training_env, VecNormalize) is not None:
@@ -68,6 +69,7 @@ class JointWorldModel(BaseCallback):
             )
         if self._of is not self.model:
             self._begin()
+        self._pursuit.begin(self.model)
         self.agent.env = self.training_env
         self.agent.set_logger(self.model.logger)
         self.agent.open_streams(self._raw(self.model._last_obs))
@@ -113,6 +115,7 @@ class JointWorldModel(BaseCallback):
 
     def _on_step(self) -> bool:
         seen = self.locals
+        self._pursuit.step(self.model, seen["new_obs"])
         action = seen["clipped_actions"] if "clipped_actions" in seen else seen["actions"]  # what the environments got
         infos = [self._raw_info(info) for info in seen["infos"]]
         self.agent.num_timesteps = self.num_timesteps
@@ -124,6 +127,7 @@ class JointWorldModel(BaseCallback):
         self._learn()
 
     def _on_training_end(self) -> None:
+        self._pursuit.end(self.model)
         self._learn()
 
     def _learn(self) -> None:

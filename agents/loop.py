@@ -28,6 +28,7 @@ from worldmodel.config import Config
 from worldmodel.data import Batch, State, Trace
 from worldmodel.envs.make import as_vec_env, id_of, seed_envs
 from worldmodel.envs.restarts import Restarts, restarted
+from worldmodel.envs.workers import drain
 from worldmodel.errors import ConfigError, EnvError
 from worldmodel.learner import Learner
 from worldmodel.model import WorldModel, tensors
@@ -231,6 +232,8 @@ class WorldModelAlgorithm(SavedAlgorithm):
         if self.env is None:
             raise ConfigError(f"{type(self).__name__} has no environment to learn in. Call set_env(env) first.")
         fresh = reset_num_timesteps or self._last_obs is None  # when SB3 resets the environments, as after set_env
+        if self._last_obs is None:
+            drain(self.env)
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name or type(self).__name__, progress_bar
         )
@@ -320,7 +323,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
         self.world.scaling.update(self.obs_spec.canonical(tensors(rows, self.device)))
         self.world.heads.scale.update(torch.as_tensor(reward))
 
-    def _collect(self) -> tuple[np.ndarray, Any, np.ndarray, np.ndarray, list[dict]]:
+    def _collect(self) -> tuple[np.ndarray, Any, np.ndarray, np.ndarray, Sequence[dict]]:
         """One step of every environment into the replay: the actions that they got, and what came back."""
         if self.learner.updates == 0 and self.replay.added < self.random_until:
             action = self._random_action()
@@ -337,7 +340,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
         self._last_obs, self._last_episode_starts = new_obs, dones.copy()
         return env_action, new_obs, rewards, dones, infos
 
-    def record(self, env_action: np.ndarray, new_obs: Any, rewards: np.ndarray, dones: np.ndarray, infos: list[dict]) -> None:
+    def record(self, env_action: np.ndarray, new_obs: Any, rewards: np.ndarray, dones: np.ndarray, infos: Sequence[dict]) -> None:
         """What a step of the VecEnv brought goes into the replay, whoever took it; EnvError, and nothing of it, if any is ill.
 
         Of an environment that was made anew the episode is cut where it was, and the fresh one's first observation stored.

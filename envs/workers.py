@@ -11,7 +11,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 import gymnasium as gym
-from stable_baselines3.common.vec_env import SubprocVecEnv
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrapper
 
 from worldmodel.envs.restarts import FAULT, Renewing, Restarts, blank
 from worldmodel.errors import EnvError
@@ -135,6 +135,30 @@ class WorkerVecEnv(Renewing, SubprocVecEnv):
         for line in self.remotes:
             line.close()
         self.closed = True
+
+
+def drain(venv: VecEnv) -> None:
+    """Takes what the processes of a SubprocVecEnv still answer to a call that was interrupted, lest it pass for that to the next.
+
+    Other VecEnvs have nothing to take. Raises EnvError where the processes are gone.
+    """
+    while isinstance(venv, VecEnvWrapper):
+        venv = venv.venv
+    if not isinstance(venv, SubprocVecEnv) or venv.closed:
+        return
+    try:
+        for remote in venv.remotes:  # what comes before the answer to this is old
+            remote.send(("get_spaces", None))
+        for remote in venv.remotes:
+            answer = None
+            while not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], gym.Space)):
+                answer = remote.recv()
+    except (EOFError, OSError) as error:
+        raise EnvError(
+            "The environments' processes are gone: what interrupted the last call reached them too, as Ctrl-C does. Make the "
+            "VecEnv anew, and give it to set_env."
+        ) from error
+    venv.waiting = False
 
 
 def end(processes: Sequence[BaseProcess]) -> None:

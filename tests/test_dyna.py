@@ -11,8 +11,10 @@ from stable_baselines3.common.vec_env import VecNormalize
 from test_imagined import LEARNS
 
 from worldmodel.agents import DynaCallback
+from worldmodel.agents.dyna import REFILTER
 from worldmodel.config import Config
 from worldmodel.envs import LatentVecEnv, make_vec
+from worldmodel.envs.imagined import ImaginedWorld, ReplayStarts
 from worldmodel.errors import ConfigError
 from worldmodel.run import Run
 
@@ -67,6 +69,22 @@ def test_a_world_that_learns_along_takes_in_what_the_environment_got():
     assert len(cells) >= 61
     for before, action, after, first in zip(cells, actions[1:], cells[1:], rows.is_first[0, 1:].tolist()):
         assert first or after == min(max(before + (1 if action == 1 else -1), 0), 4)
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_roll_outs_share_their_worlds_and_use_starts_again_until_the_model_has_changed(chain, learns, monkeypatch):
+    filtered, made, rolled = [], [], []
+    for owner, name, calls in ((ReplayStarts, "_filter", filtered), (ImaginedWorld, "__init__", made)):
+        inner = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, _inner=inner, _calls=calls, **k: _calls.append(1) or _inner(*a, **k))
+    config = {**SMALL_WORLD, "train.prefill": 8, "train.pretrain": 0, "train.ratio": 1.0}
+    callback = DynaCallback(ratio=2.5, every=2, config=config) if learns else DynaCallback(chain, ratio=2.5, every=2)
+    roll_out = callback.roll_out
+    callback.roll_out = lambda starts: rolled.append(starts) or roll_out(starts)
+    dqn().learn(60, callback=callback)
+    assert len(rolled) > 20 and set(rolled) == {5} and len(made) == 1
+    updates = callback.agent.learner.updates if learns else 0
+    assert len(filtered) == 1 + updates // REFILTER and (updates > 40) == learns
 
 
 def test_on_latents_the_buffer_gets_features(chain):

@@ -8,7 +8,7 @@ import signal
 import gymnasium as gym
 import numpy as np
 import pytest
-from conftest import small_dreamer, stored
+from conftest import SMALL_WORLD, sequence, small_dreamer, small_world, stored
 from small_runs import Nervous, small_train
 from stable_baselines3.common.callbacks import BaseCallback
 from test_offline import learn, walks  # noqa: F401 (a fixture)
@@ -118,10 +118,11 @@ class Raises(BaseCallback):
         return True
 
 
-def assert_counts(rows) -> None:
+def assert_counts(rows, begins: bool = True) -> None:
+    """`begins`: each stretch of rows is an episode from its reset on, not one that is gone on with."""
     for t in range(1, len(rows.reward)):
         if rows.is_first[t]:
-            assert rows.is_last[t - 1] and float(rows.obs["obs"][t]) == 0
+            assert rows.is_last[t - 1] and not (begins and float(rows.obs["obs"][t]))
         else:
             assert not rows.is_last[t - 1]
             assert float(rows.obs["obs"][t]) == float(rows.obs["obs"][t - 1]) + 1 == float(rows.reward[t])
@@ -155,6 +156,73 @@ def test_a_script_that_is_interrupted_anywhere_and_learns_on_keeps_no_row_that_d
     rows = stored(agent)
     assert_counts(rows)
     assert int(rows.is_last.sum()) == agent.replay.ends
+
+
+def beside(kind: str, env):
+    """(an SB3 algorithm, the callback that records what it meets)."""
+    from stable_baselines3 import DQN, PPO
+
+    from worldmodel.agents import DynaCallback, JointWorldModel, latent_policy_kwargs
+
+    options = {"policy_kwargs": {"net_arch": [8]}, "seed": 0, "device": "cpu"}
+    off = {"learning_starts": 1000, "buffer_size": 200}
+    if kind == "dyna":
+        return DQN("MlpPolicy", env, **options, **off), DynaCallback(every=1000, config={**SMALL_WORLD, "train.prefill": 1000})
+    world = small_world(gym.spaces.Box(-1, 100, (1,), np.float32), dynamics={"posterior": "observation"})
+    options["policy_kwargs"] |= latent_policy_kwargs(world, "joint")
+    algorithm = DQN("MlpPolicy", env, **options, **off) if kind == "joint DQN" else PPO("MlpPolicy", env, n_steps=8, **options)
+    return algorithm, JointWorldModel(world, ratio=0.0)
+
+
+class Stops(Raises):
+    def _on_step(self) -> bool:
+        return self.n_calls != self.at
+
+
+@pytest.mark.parametrize("place", ["before the step", "in the step", "before", "behind", "stop"])
+@pytest.mark.parametrize("kind", ["dyna", "joint DQN", "joint PPO"])
+def test_an_sb3_algorithm_that_is_interrupted_and_learns_on_leaves_no_row_that_does_not_follow(kind, place):
+    env = Counting()
+    model, callback = beside(kind, env)
+    model.learn(16, callback=callback, reset_num_timesteps=False)
+    if place in ("before the step", "in the step"):
+        env.at, env.late = env.calls + 5, place == "in the step"
+    other = (Stops if place == "stop" else Raises)(5 if place in ("before", "behind", "stop") else -1)
+    both = [other, callback] if place == "before" else [callback, other]
+    if place == "stop":
+        model.learn(16, callback=both, reset_num_timesteps=False)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            model.learn(16, callback=both, reset_num_timesteps=False)
+    model.learn(40, callback=callback, reset_num_timesteps=False)
+    rows = stored(callback.agent)
+    assert len(rows.reward) > 50
+    assert_counts(rows, begins=False)
+
+
+@pytest.mark.parametrize("answers", [0, 1, 2])
+def test_what_processes_answer_to_an_interrupted_step_does_not_pass_for_a_reset(answers, monkeypatch):
+    from stable_baselines3.common.vec_env import SubprocVecEnv
+
+    venv = SubprocVecEnv([Counting, Counting], start_method="fork")
+    try:
+        agent = small_dreamer(venv, **{"train.prefill": 1000})
+        agent.learn(10)
+
+        def interrupted():
+            for remote in venv.remotes[:answers]:
+                remote.recv()
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(venv, "step_wait", interrupted)
+            agent.learn(10, reset_num_timesteps=False)
+        agent.learn(20, reset_num_timesteps=False)
+        for i in range(2):
+            rows = agent.replay.stream(i)
+            assert_counts(sequence(rows))
+    finally:
+        venv.close()
 
 
 def test_logs_come_where_no_episode_ends_and_at_the_end(tmp_path):

@@ -28,7 +28,7 @@ from worldmodel.run import versions
 from worldmodel.spaces import ActionSpec, ObsSpec
 from worldmodel.weights import as_arrays, fill, optimizer_arrays, restore_optimizer
 
-PLACEHOLDERS = {"clip_range", "learning_rate", "lr_schedule"}
+PLACEHOLDERS = {"clip_range", "exploration_schedule", "learning_rate", "lr_schedule"}
 """What SB3's scripts give `load` as custom_objects whatever the file holds, so that no function in it has to be unpickled."""
 
 

@@ -45,6 +45,7 @@ FOLDERS = {
 FLOORS = (
     "errors casts configs",
     "data registry recipes checkpoint ends",
+    "layouts",
     "config segments spaces pictures",
     "spool",
     "replay networks weights denoising",

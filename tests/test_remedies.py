@@ -26,9 +26,10 @@ from worldmodel.envs import (
     make_vec,
     minari,
     sources,
+    workers,
 )
 from worldmodel.envs.make import find_spec, make_env
-from worldmodel.envs.workers import WorkerVecEnv, unguarded
+from worldmodel.envs.workers import WorkerVecEnv
 from worldmodel.envs.wrappers import RenderObservation
 from worldmodel.errors import ConfigError, EnvError, MissingExtraError, UnsupportedSpaceError
 from worldmodel.recording import Recording
@@ -236,7 +237,7 @@ def test_a_script_without_a_main_guard_is_named_and_the_guard_helps(guard, helps
     process.join()
     assert process.exitcode == (0 if helps else 1)
     if helps:
-        assert unguarded() == ""
+        assert workers.unguarded() == ""
     else:
         with pytest.raises(EnvError, match=r"runs script\.py from its top.*if __name__ == \"__main__\":.*env\.vectorize=dummy"):
             WorkerVecEnv([gymnasium.envs.classic_control.CartPoleEnv], start_method="spawn")

@@ -13,7 +13,7 @@ from worldmodel.envs import minari
 from worldmodel.envs.imagined import ImaginedWorld
 from worldmodel.envs.sources import recording
 from worldmodel.errors import ConfigError
-from worldmodel.keys import Layout
+from worldmodel.layouts import Layout
 from worldmodel.recording import Recording, free_name
 from worldmodel.run import CONFIG, Run
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import re
+from importlib.util import find_spec
 
 import gymnasium
 
-from worldmodel.errors import MissingExtraError
+from worldmodel.errors import EnvError, MissingExtraError
 
-EXTRAS = {"ale_py": "atari", "box2d": "box2d", "mujoco": "mujoco", "minigrid": "minigrid", "pygame": "render"}
-"""Import name, lower case -> extra."""
+EXTRAS = {"ale_py": "atari", "Box2D": "box2d", "mujoco": "mujoco", "minigrid": "minigrid", "pygame": "render"}
+"""Import name -> extra."""
 REGISTERS = {
     re.compile(r"ALE/|.*(NoFrameskip|Deterministic)-v\d$"): "ale_py",
     re.compile(r"(MiniGrid|BabyAI)-"): "minigrid",
@@ -19,28 +20,47 @@ REGISTERS = {
 
 
 def register_for(env_id: str) -> None:
-    """Import the package that registers `env_id`, if one is known to. Raises MissingExtraError where it is absent."""
+    """Import the package that registers `env_id`, if one is known to.
+
+    Raises MissingExtraError where it is absent, EnvError where it is broken.
+    """
     for pattern, module in REGISTERS.items():
         if pattern.match(env_id):
             try:
                 gymnasium.register_envs(importlib.import_module(module))
             except ImportError as error:
+                if find_spec(module) is not None:
+                    raise EnvError(
+                        f"'{env_id}' comes with the package '{module}', which is installed and cannot be imported: {error}. "
+                        "Correct that installation."
+                    ) from error
                 raise MissingExtraError(
                     f"'{env_id}' comes with the package '{module}', which is not installed. {install(EXTRAS[module])}"
                 ) from error
 
 
 def missing_extra(error: BaseException) -> MissingExtraError | None:
-    """The error that names our extra, if `error` says that one of its packages is absent."""
+    """The error that names our extra, if `error` says that one of its packages is absent, and it is."""
     if not isinstance(error, (ImportError, gymnasium.error.DependencyNotInstalled)):
         return None
+    said = {name.lower() for name in absent(error)}
     # Gymnasium wraps the import error in a sentence of its own, which may name a second package in passing.
-    named = [getattr(e, "name", None) or "" for e in (error, error.__cause__, error.__context__) if e is not None]
-    for text in (*named, str(error)):
-        for module, extra in EXTRAS.items():
-            if module in text.lower():
-                return MissingExtraError(f"The environment needs the package '{module}', which is not installed. {install(extra)}")
+    if isinstance(error, gymnasium.error.DependencyNotInstalled) and not said & {module.lower() for module in EXTRAS}:
+        said = set(re.findall(r"\w+", str(error).lower()))
+    for module, extra in EXTRAS.items():
+        if module.lower() in said and find_spec(module) is None:
+            return MissingExtraError(f"The environment needs the package '{module}', which is not installed. {install(extra)}")
     return None
+
+
+def absent(error: BaseException | None) -> list[str]:
+    """The packages that an error, and what it came from, says are not installed."""
+    names = []
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            names.append(error.name.partition(".")[0])
+        error = error.__cause__ or error.__context__
+    return names
 
 
 def install(extra: str) -> str:

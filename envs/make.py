@@ -24,7 +24,7 @@ from worldmodel.envs.restarts import LocalVecEnv, ReportFaults, Restarts
 from worldmodel.envs.workers import WorkerVecEnv
 from worldmodel.envs.wrappers import ActionRepeat, CheckedEnv, FlattenSpaces, RenderObservation
 from worldmodel.errors import ConfigError, EnvError, did_you_mean
-from worldmodel.keys import Layout
+from worldmodel.layouts import Layout
 from worldmodel.registry import register
 
 _log = logging.getLogger(__name__)
@@ -222,9 +222,10 @@ def _explain(error: Exception, config: EnvConfig, index: int) -> None:
         raise absent from error
     if isinstance(error, TypeError) and "argument" in str(error):
         raise ConfigError(f"env.kwargs {config.kwargs} do not fit '{config.id}': {error}. Correct env.kwargs.") from error
+    newest = _newest(config.id)
+    remedy = f"Use '{newest}', the newest version that is registered" if newest else "Correct the environment or env.kwargs"
     raise EnvError(
-        f"environment {index}: '{config.id}' could not be made: it raised {type(error).__name__}: {error}. "
-        "Correct the environment or env.kwargs."
+        f"environment {index}: '{config.id}' could not be made: it raised {type(error).__name__}: {error}. {remedy}."
     ) from error
 
 
@@ -242,6 +243,15 @@ def renders(config: EnvConfig) -> bool:
         return False
     finally:
         env.close()
+
+
+def _newest(env_id: str) -> str | None:
+    """The id of the newest registered version of an environment; None where it is that one."""
+    module, _, name = env_id.rpartition(":")
+    base, _, own = name.rpartition("-v")
+    found = (re.fullmatch(re.escape(base) + r"-v(\d+)", other) for other in gym.registry)
+    last = max((int(match[1]) for match in found if match), default=0)
+    return f"{module}:{base}-v{last}".lstrip(":") if own.isdigit() and last > int(own) else None
 
 
 def frames_per_second(env_id: str) -> float:

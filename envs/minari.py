@@ -19,10 +19,10 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
 from worldmodel.checkpoint import storage
-from worldmodel.envs.extras import install
+from worldmodel.envs.extras import absent, install
 from worldmodel.envs.wrappers import Leaf, leaves
 from worldmodel.errors import ConfigError, CorruptError, MissingExtraError, StorageError, UnsupportedSpaceError, did_you_mean
-from worldmodel.keys import Layout
+from worldmodel.layouts import Layout
 from worldmodel.recording import Recording
 
 PREFIX = "minari:"
@@ -54,7 +54,7 @@ def read(dataset_id: str, layout: Layout | Mapping[str, Layout] | None = None) -
     except (ConfigError, UnsupportedSpaceError, MissingExtraError):
         raise
     except ImportError as error:
-        raise _missing() from error
+        raise _missing(error) from error
     except MemoryError as error:
         raise StorageError(f"{name} does not fit into memory: {error}. Split it with minari.split_dataset.") from error
     except Exception as error:  # whatever Minari or HDF5 stumble over in a file
@@ -120,7 +120,7 @@ def write(dataset_id: str, recording: Recording) -> Path:
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, ImportError):
-            raise _missing() from error
+            raise _missing(error) from error
         raise
     return folder
 
@@ -178,9 +178,14 @@ def _minari() -> Any:
         import minari
         import minari.dataset.minari_storage
     except ImportError as error:
-        raise _missing() from error
+        raise _missing(error) from error
     return minari
 
 
-def _missing() -> MissingExtraError:
-    return MissingExtraError(f"Minari's data sets need the packages 'minari' and 'h5py', but one is missing. {install('data')}")
+def _missing(error: ImportError) -> MissingExtraError:
+    names = absent(error)
+    if not names:
+        return MissingExtraError(f"Minari is installed and does not work: {error}. {install('data')}")
+    known = {"minari", "h5py"}.intersection(names)
+    remedy = install("data") if known else f"Install it with: pip install {names[0]}"
+    return MissingExtraError(f"Minari's data sets need the package '{min(known or names)}', which is not installed. {remedy}")

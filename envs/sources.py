@@ -7,7 +7,7 @@ from pathlib import Path
 
 from worldmodel.envs import minari
 from worldmodel.errors import ConfigError, did_you_mean
-from worldmodel.keys import Layout
+from worldmodel.layouts import Layout
 from worldmodel.recording import Recording
 from worldmodel.run import CONFIG, Run
 from worldmodel.spaces import ActionSpec, ObsSpec

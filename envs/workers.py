@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -101,7 +104,9 @@ class WorkerVecEnv(Renewing, SubprocVecEnv):
         except (EOFError, OSError) as error:
             end(self.processes)
             fates = [f"environment {i} ({ended(p)})" for i, p in enumerate(self.processes) if p.exitcode is not None]
-            raise EnvError(f"The environments could not be made in processes of their own: {', '.join(fates)}.") from error
+            raise EnvError(
+                f"The environments could not be made in processes of their own: {', '.join(fates)}.{unguarded()}"
+            ) from error
         self.remotes = [self._line(i, remote, process) for i, (remote, process) in enumerate(zip(self.remotes, self.processes))]
 
     def _line(self, index: int, remote: Connection, process: BaseProcess) -> Line:
@@ -159,6 +164,22 @@ def drain(venv: VecEnv) -> None:
             "VecEnv anew, and give it to set_env."
         ) from error
     venv.waiting = False
+
+
+def unguarded() -> str:
+    """What to do where processes die because each runs the script that started them from its top; "" where that is not it."""
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    try:
+        tree = ast.parse(Path(script or "").read_text())
+    except (OSError, SyntaxError, ValueError):
+        return ""
+    tests = [node.test for node in tree.body if isinstance(node, ast.If)]
+    if any(isinstance(name, ast.Name) and name.id == "__name__" for test in tests for name in ast.walk(test)):
+        return ""
+    return (
+        f" Each of them runs {Path(script).name} from its top, and so would start processes again. Put what the script does under "
+        '`if __name__ == "__main__":`, or use env.vectorize=dummy.'
+    )
 
 
 def end(processes: Sequence[BaseProcess]) -> None:

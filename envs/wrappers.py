@@ -178,7 +178,8 @@ def _checked_array(space: spaces.Space, value: Any, name: str, env: CheckedEnv) 
         remedy = f"Return it as {dtype}, or declare what comes with gymnasium.wrappers.DtypeObservation"
         value = cast(given, dtype)
         if value is None:
-            env._fail(f"{name} has dtype {given.dtype} and holds numbers that {dtype} cannot represent", f"{dtype}", remedy)
+            found = f"{name} has dtype {given.dtype} and holds numbers that {dtype} cannot represent"
+            env._fail(found, f"{dtype}", "Rescale the observation" if dtype.kind == "f" else remedy)
         if needs_word(given, dtype):
             env._tell(name, str(given.dtype), str(dtype), remedy)
         if dtype.kind == "f" and not np.isfinite(value).all():

@@ -416,7 +416,8 @@ def test_an_absent_package_is_named_with_our_extra(env_id, module, extra, monkey
         (gym.error.DependencyNotInstalled('pygame is not installed, run `pip install "gymnasium[classic-control]"`'), "render"),
     ],
 )
-def test_gymnasiums_missing_dependencies_are_translated(error, extra):
+def test_gymnasiums_missing_dependencies_are_translated(error, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, {"box2d": "Box2D", "render": "pygame"}.get(extra, extra), None)
     assert f"worldmodel[{extra}]" in str(extras.missing_extra(error))
     env = CheckedEnv(Puppet(deed=raiser(error), at=1))
     env.reset()

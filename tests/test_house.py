@@ -44,9 +44,9 @@ FOLDERS = {
 
 FLOORS = (
     "errors casts configs",
-    "data registry recipes checkpoint windows moments nested keys",
-    "config segments spaces pictures",
-    "spool",
+    "data registry recipes checkpoint windows moments nested layouts",
+    "config segments keys pictures",
+    "spool spaces",
     "replay networks weights denoising",
     "distributions attention recording",
     "encoders decoders heads ensemble",

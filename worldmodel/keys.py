@@ -13,12 +13,8 @@ from gymnasium import spaces as gym_spaces
 from torch import Tensor
 
 from worldmodel.errors import UnsupportedSpaceError
+from worldmodel.layouts import Layout, image_layout
 
-Layout = Literal["hwc", "chw", "vector"]
-
-IMAGE_SIDE = 16
-"""A 2-D Box with both sides at least this long is a grey image."""
-IMAGE_CHANNELS = (1, 3, 4)
 MAX_CATEGORIES = 65536
 """One-hot groups wider than this would fill the memory before they taught anything."""
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -200,7 +196,7 @@ def box_key(name: str, space: gym_spaces.Box, layout: Layout | None) -> KeySpec:
         raise UnsupportedSpaceError(
             f"'{name}' has dtype {dtype}, which torch does not hold. Expected float64 or smaller. Convert it with {TRANSFORM_OBS}."
         ) from error
-    image = None if dtype.kind == "b" else _image_layout(name, space, layout)
+    image = None if dtype.kind == "b" else image_layout(name, space, layout)
     if image is None:
         kind = "binary" if dtype.kind == "b" else "vector"
         return KeySpec(name, kind, (int(np.prod(shape)),), shape, dtype, low=space.low.copy(), high=space.high.copy())
@@ -208,41 +204,6 @@ def box_key(name: str, space: gym_spaces.Box, layout: Layout | None) -> KeySpec:
     canonical = {"hw": (1, *shape), "chw": shape, "hwc": (shape[-1], *shape[:-1])}[image]
     low, high = (np.array(b.flat[0], dtype) for b in (space.low, space.high))
     return KeySpec(name, "image", canonical, shape, dtype, layout=image, low=low, high=high)
-
-
-def _image_layout(name: str, space: gym_spaces.Box, layout: Layout | None) -> Literal["hwc", "chw", "hw"] | None:
-    """The layout of an image, None for a vector; UnsupportedSpaceError where the shape leaves it open."""
-    shape = space.shape
-    if layout not in (None, "hwc", "chw", "vector"):
-        raise UnsupportedSpaceError(f"'{name}': layout '{layout}' is none of hwc, chw, vector.")
-    if layout == "vector" or len(shape) < 2:
-        return None
-    if len(shape) == 2:
-        return "hw" if min(shape) >= IMAGE_SIDE else None
-    what = f"'{name}' is a Box of shape {shape}"
-    if len(shape) > 3:
-        raise UnsupportedSpaceError(
-            f"{what}: {len(shape)} dimensions are neither a vector nor an image. Declare env.layout=vector to flatten it, or move "
-            f"the extra dimensions into the channels with gymnasium.wrappers.ReshapeObservation."
-        )
-    if layout is not None:
-        return layout
-    last, first = _are_channels(shape[-1], shape[:-1]), _are_channels(shape[0], shape[1:])
-    if last and first:
-        raise UnsupportedSpaceError(
-            f"{what}: ambiguous, its first and its last side could both be channels. Declare env.layout=hwc, chw or vector."
-        )
-    if not (last or first):
-        raise UnsupportedSpaceError(
-            f"{what}: neither its first nor its last side is a number of channels (1, 3, 4, or of stacked frames). "
-            "Declare env.layout=hwc, chw or vector."
-        )
-    return "hwc" if last else "chw"
-
-
-def _are_channels(side: int, others: tuple[int, ...]) -> bool:
-    """Whether a side can only be channels: 1, 3 or 4, or stacked frames, far fewer than a picture has pixels a side."""
-    return side in IMAGE_CHANNELS or (min(others) >= IMAGE_SIDE and 2 * side <= min(others))
 
 
 def _check_image(name: str, space: gym_spaces.Box) -> None:

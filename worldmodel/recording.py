@@ -28,7 +28,8 @@ from numpy.lib import format as npy
 
 from worldmodel import checkpoint
 from worldmodel.errors import ConfigError, CorruptError, StorageError
-from worldmodel.keys import KeySpec, Layout
+from worldmodel.keys import KeySpec
+from worldmodel.layouts import Layout
 from worldmodel.replay import Replay
 from worldmodel.spaces import ActionSpec, ObsSpec
 
@@ -266,6 +267,7 @@ class Recording:
         if not path.is_file():
             raise ConfigError(f"'{path}' is no file. Expected an NPZ file of episodes, as `worldmodel data export` writes it.")
         with checkpoint.storage("read", path):
+            _refuse_others(path)
             try:
                 with zipfile.ZipFile(path) as archive:
                     return cls(**_content(archive, path))
@@ -418,6 +420,30 @@ def _member(name: str) -> zipfile.ZipInfo:
     info = zipfile.ZipInfo(name)
     info.compress_type = zipfile.ZIP_DEFLATED
     return info
+
+
+OTHERS = {
+    b"\x89HDF\r\n\x1a\n": "an HDF5 file",
+    b"\x93NUMPY": "a single NumPy array",
+    b"\x80": "a pickle, which is never opened",
+    b"\x1f\x8b": "a gzip file",
+    b"PAR1": "a Parquet file",
+    b"ARROW1": "an Arrow file",
+}
+"""How files begin that may hold experience, but are no NPZ."""
+
+
+def _refuse_others(path: Path) -> None:
+    """ConfigError for a file that is whole, but something else."""
+    with path.open("rb") as file:
+        head = file.read(8)
+    for begins, kind in OTHERS.items():
+        if head.startswith(begins):
+            raise ConfigError(
+                f"{path} is {kind}; expected an NPZ file of episodes, as `worldmodel data export` writes it. A data set of "
+                "Minari is read by its name, minari:ID. Of other data make episodes in Python: "
+                "Recording.from_episodes(observation_space, action_space, episodes).write(FILE)."
+            )
 
 
 def _content(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:

@@ -28,13 +28,13 @@ from worldmodel.keys import (
     TRANSFORM_ACTION,
     TRANSFORM_OBS,
     KeySpec,
-    Layout,
     box_key,
     finite_key,
     observation_key,
     offsets,
     unsupported,
 )
+from worldmodel.layouts import Layout
 from worldmodel.nested import flat
 
 Where = str | Callable[[int], str]

@@ -14,7 +14,6 @@ from worldmodel.denoising import (
     SAMPLERS,
     bound,
     cfm,
-    contrast,
     edm,
     euler,
     even_looks,
@@ -25,7 +24,6 @@ from worldmodel.denoising import (
     multistep,
     ode_log_prob,
     per_row,
-    towards,
 )
 
 PATHS = {"edm": edm(), "cfm": cfm()}
@@ -143,23 +141,6 @@ def test_flow_matching_regresses_on_noise_minus_data():
     torch.testing.assert_close(mixed, 0.75 * x + 0.25 * noise)
     velocity = (mixed - path.denoised(network, mixed, level)) / 0.25
     torch.testing.assert_close(path.loss(network, x, noise, level), (velocity - (noise - x)).square().sum(-1))
-
-
-# Steering ---------------------------------------------------------------------------------------------------------------
-
-
-@every_path
-def test_a_linear_score_moves_standard_data_by_its_slope(path):
-    """N(0, DATA^2) exp(a x) is N(DATA^2 a, DATA^2)."""
-    slope = torch.tensor([2.0, -1.0])
-    mean, std = torch.zeros(2), torch.full((2,), DATA)
-    steered = towards(path, exact(path, mean, std), lambda x: x @ slope)
-    assert w2(drawn(path, heun, 40, steered), DATA**2 * slope, std) < 0.03
-
-
-def test_contrast_goes_beyond_the_expectation_given_the_context():
-    given, without = torch.tensor([2.0]), torch.tensor([0.5])
-    assert contrast(given, without, 0.0) == given and contrast(given, without, 2.0) == 5.0
 
 
 # Likelihood -------------------------------------------------------------------------------------------------------------

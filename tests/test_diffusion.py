@@ -107,48 +107,6 @@ def test_the_exact_likelihood_integrates_to_one():
     assert float(mass) == pytest.approx(1, abs=0.03)
 
 
-# Context ----------------------------------------------------------------------------------------------------------------
-
-
-def contextual(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Codes whose mean is 0.7 times their context, (1, 1) or (-1, -1), with deviation 1."""
-    side = 2.0 * (torch.rand(n, 1, generator=generator(seed)) < 0.5).float() - 1
-    context = side.expand(n, 2).contiguous()
-    return 0.7 * context + torch.randn(n, 2, generator=generator(seed + 1)), context
-
-
-@pytest.fixture(scope="module")
-def guided() -> Diffusion:
-    one = law(context=2, drop=0.2)
-    one.fit(*contextual(2000), steps=400, lr=5e-3, generator=generator())
-    return one
-
-
-def test_guidance_goes_further_in_the_contexts_direction(guided):
-    context = torch.tensor([[1.0, 1.0]])
-    means = [
-        float(guided.sample(context, 2000, Sampling(generator=generator(), guidance=w)).mean().detach()) for w in (0.0, 1.0, 3.0)
-    ]
-    assert means[0] == pytest.approx(0.7, abs=0.15)
-    assert means[0] + 0.1 < means[1] < means[2]
-
-
-def test_guidance_without_training_for_it_is_an_error_that_names_the_option():
-    for context in (0, 2):
-        with pytest.raises(ValueError, match=r"drop=0\.1"):
-            law(context=context, drop=0.1 if context == 0 else 0.0).sample(
-                torch.zeros(1, 2) if context else None, 1, Sampling(guidance=1.0)
-            )
-
-
-def test_draws_climb_a_score(guided):
-    """A slope in the code's own units moves a Gaussian by variance times slope."""
-    context, slope = torch.tensor([[1.0, 1.0]]), torch.tensor([0.8, -0.8])
-    draw = lambda score: guided.sample(context, 3000, Sampling(generator=generator(), steps=20, score=score)).mean((0, 1)).detach()  # noqa: E731
-    moved = draw(lambda z: z @ slope) - draw(None)
-    assert moved[0] > 0.3 and moved[1] < -0.3
-
-
 # Statistics and noise ---------------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
 import torch
@@ -429,3 +430,56 @@ def test_links_in_the_docs_lead_somewhere(file):
 def test_the_version_is_the_same_everywhere(project):
     assert f"version: {project['version']}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"## [{project['version']}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+# What is offered --------------------------------------------------------------------------------------------------------
+
+
+def read_names() -> set[str]:
+    """Every name that some line of the project reads as an attribute, or asks for by a word."""
+    found = set()
+    for node in (node for file in sources("worldmodel", "agents", "envs") for node in ast.walk(parsed(file))):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            found.add(node.attr)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
+            asked = node.args[1]
+            found |= {asked.value} if isinstance(asked, ast.Constant) else set()
+    return found
+
+
+def test_every_option_is_read_and_every_choice_of_one_stands_in_a_test():
+    """Of a model's parts tests/test_options.py asks more: that each option changes something."""
+    read = read_names() | {"most_gap", "most_moved"}  # handed on as words in distributions.energy
+    tried = "\n".join(file.read_text(encoding="utf-8") for file in [*(ROOT / "tests").glob("*.py"), *ROOT.glob("configs/*/*.yaml")])
+    idle = []
+    for role, kind, config in registry.entries():
+        idle += [f"{role} {kind}: {name} is read nowhere" for name in config.model_fields if name not in read]
+        for name, field in config.model_fields.items():
+            for form in (field.annotation, *get_args(field.annotation)):
+                choices = set(get_args(form)) - {field.default} if get_origin(form) is Literal else set()
+                idle += [f"{role} {kind}: no test of {name}={c}" for c in choices if not re.search(rf"\b{c}\b", tried)]
+    assert not idle, "\n".join(idle)
+
+
+ON_THE_CPU = {"edm_grid", "cfm", "even_looks", "fit"}
+"""Functions that make small tensors on the CPU, which their callers bring to where the others are."""
+MAKERS = {"eye", "arange", "zeros", "ones", "tensor", "linspace", "full", "empty", "rand", "randn", "randint", "randperm"}
+
+
+def test_what_runs_on_a_device_makes_its_tensors_there():
+    rooms = "networks denoising distributions attention encoders decoders heads ensemble dynamics objectives model learner".split()
+    wrong = []
+    for name, file in modules().items():
+        if room(name) not in rooms:
+            continue
+        tops = [node for node in ast.walk(parsed(file)) if isinstance(node, ast.FunctionDef)]
+        for function in tops:
+            if function.name in ON_THE_CPU or function.name == "__init__" or "make" in function.name:  # modules are moved later
+                continue
+            for node in ast.walk(function):
+                call = (
+                    isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) == "torch"
+                )
+                if call and node.func.attr in MAKERS and "device" not in {k.arg for k in node.keywords}:
+                    wrong.append(f"{file.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
+    assert not wrong, "say device=, as that of a tensor at hand:\n" + "\n".join(wrong)

@@ -357,7 +357,6 @@ def test_rollouts_of_observations_look_at_what_each_step_decodes_to():
             r"model\.marginal\.base\.top=3 .*at most 2",
         ),
         ("point", {"transition": {"kind": "energy", "base": "vamp"}}, "base=vamp is made of the encoder's beliefs"),
-        ("gaussian", {"marginal": {"kind": "diffusion", "drop": 0.1}}, r"model\.marginal\.drop=0\.1.*leave it at 0"),
         ("point", {"objective": {"kind": "jepa", "probe": False}, "rollouts": "observation"}, r"model\.objective\.probe=true"),
     ],
 )
@@ -369,7 +368,7 @@ def test_a_part_that_cannot_work_is_refused_when_the_config_is_read_and_told_by_
 
 def test_laws_within_laws_are_accepted_where_they_work():
     within = {"kind": "hierarchical", "top": 2, "upper": {"kind": "hierarchical", "top": 1, "lower": "flow"}}
-    model = {"transition": {"kind": "diffusion", "drop": 0.1}, "initial": within, "marginal": {"kind": "energy", "base": within}}
+    model = {"transition": {"kind": "diffusion"}, "initial": within, "marginal": {"kind": "energy", "base": within}}
     assert ModelConfig.parse({"dynamics": {"latent": {"kind": "gaussian", "size": 3}}, **model}).initial.upper.top == 1
 
 

@@ -10,7 +10,7 @@ state t to state t+1; reward and continue belong to t+1.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Literal
@@ -154,10 +154,8 @@ class Sampling:
     mode         no noise: the mean or mode
     temperature  scales the spread of what is drawn (1: as learned)
     steps        refinement steps of iterative samplers
-    guidance     strength of conditional guidance
     noise        standard draws by the caller instead of the generator's, shaped as the law asks for; laws that choose or refine
                  (mixture, vamp, hierarchical, energy) need other ones, and take theirs from the generator all the same
-    score        codes [N, Z] -> [N]: diffusion climbs it at each step, and draws from p(z) exp(score(z)), about
     update       number of the update that a loss belongs to; None: of none
     """
 
@@ -165,9 +163,7 @@ class Sampling:
     mode: bool = False
     temperature: float = 1.0
     steps: int | None = None
-    guidance: float = 0.0
     noise: Tensor | None = None
-    score: Callable[[Tensor], Tensor] | None = None
     update: int | None = None
 
     def apart(self, name: str) -> Sampling:

@@ -9,7 +9,7 @@ and both give from a network F the expected data D(x_level; level). Where D is e
 
     dx / dlevel = (x - D(x; level)) / level
 
-carry noise to data, in either frame; so samplers, guidance and likelihoods are written once. Levels are [N], data
+carry noise to data, in either frame; so samplers and likelihoods are written once. Levels are [N], data
 [N, ...]; data are assumed to have mean 0 and deviation `DATA`.
 """
 
@@ -173,35 +173,6 @@ def multistep(denoise: Denoiser, x: Tensor, levels: Float[Tensor, " S"]) -> Tens
 
 
 SAMPLERS = {"euler": euler, "heun": heun, "multistep": multistep}
-
-
-# Steering ---------------------------------------------------------------------------------------------------------------
-
-
-def contrast(given: Tensor, without: Tensor, strength: float) -> Tensor:
-    """Classifier-free guidance: beyond the expectation given the context, away from the one without.
-
-    Source: Ho and Salimans 2022, eq. 6.
-    """
-    return given + strength * (given - without)
-
-
-def towards(path: Path, denoise: Denoiser, score: Callable[[Tensor], Tensor]) -> Denoiser:
-    """A denoiser for p(x) exp(score(x)): `score` [N, ...] -> [N] is climbed at the expected data, at each level.
-
-    D + Cov(x | x_level) d score / dx, with the covariance that N(0, DATA^2) would have: exact for a linear score of such
-    data, and bounded by DATA^2 where the noise is large. Source of the form: Dhariwal and Nichol 2021, alg. 2; that the
-    gradient is taken at the expected data: Chung et al. 2023, eq. 16.
-    """
-
-    def steered(x: Tensor, level: Tensor) -> Tensor:
-        expected = denoise(x, level)
-        with torch.enable_grad():
-            at = expected.detach().requires_grad_()
-            slope = torch.autograd.grad(score(at).sum(), at)[0]
-        return expected + per_row(gaussian_variance(level / path.keep(level)), x) * slope
-
-    return steered
 
 
 def gaussian_variance(s: Tensor) -> Tensor:

@@ -7,14 +7,13 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from worldmodel import denoising
 from worldmodel.config import Frozen
 from worldmodel.data import Loss, Sampling
 from worldmodel.denoising import DATA
 from worldmodel.distributions.base import ConditionalDistribution, Latent, Posterior, Source
-from worldmodel.errors import ConfigError
 from worldmodel.moments import RunningMoments, take_over
 from worldmodel.networks import NoisePerceptron, StraightMLP
 from worldmodel.registry import register
@@ -39,13 +38,6 @@ class DiffusionConfig(Frozen):
     least: float = Field(0.02, gt=0, description="edm: noise of the last step")
     level_mean: float = Field(-1.2, description="edm: mean of ln(noise) in training")
     level_std: float = Field(1.8, gt=0, description="edm: its deviation, wide enough for laws that are nearly points")
-    drop: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="share of rows trained without their context, so that sampling.guidance can act; codes are then standardised "
-        "by all of them, as without a context",
-    )
     draws: int = Field(4, ge=1, description="noise levels at which each code is denoised in an update")
     looks: int = Field(4, ge=1, description="noisy looks at each code that estimate the rate in training")
     levels: int = Field(16, ge=1, description="noise levels of log_prob, at each of which it looks 4 times per number of the code")
@@ -79,19 +71,8 @@ class Diffusion(ConditionalDistribution):
         if config.path == "edm":
             self.path = denoising.edm(config.level_mean, config.level_std, config.least, config.most)
         self.network = NoisePerceptron(latent.size, context_dim, config.units, config.layers)
-        self.absent = nn.Parameter(torch.zeros(context_dim)) if config.drop and context_dim else None
-        framed = context_dim and not config.drop
-        self.frame = StraightMLP(context_dim, config.units, 1, latent.parameters) if framed else None
+        self.frame = StraightMLP(context_dim, config.units, 1, latent.parameters) if context_dim else None
         self.moments = RunningMoments(latent.size, config.memory)
-
-    @classmethod
-    def check(cls, config: DiffusionConfig, latent: Latent, slot: str, where: str) -> None:
-        super().check(config, latent, slot, where)
-        if config.drop and slot != "transition":
-            raise ConfigError(
-                f"{where}.drop={config.drop:g} is the share of rows that do without their context, and no row has one here: leave "
-                "it at 0, or set it in the transition."
-            )
 
     # Codes <-> data of deviation DATA
 
@@ -114,27 +95,9 @@ class Diffusion(ConditionalDistribution):
 
     # Network
 
-    def _network(self, context: Tensor | None, dropped: Tensor | None = None) -> denoising.Network:
-        """F given the context [N, C]; `dropped` [N]: rows that do without."""
-        if dropped is not None:
-            context = torch.where(dropped.unsqueeze(-1), self.absent, context)
+    def _network(self, context: Tensor | None) -> denoising.Network:
+        """F given the context [N, C]."""
         return lambda x, level: self.network(x, level, context)
-
-    def _denoiser(self, context: Tensor | None, sampling: Sampling, mean: Tensor, unit: Tensor) -> denoising.Denoiser:
-        """D at the path's levels, steered as `sampling` says."""
-        network, strength = self._network(context), sampling.guidance
-        if strength and self.absent is None:
-            raise ValueError(
-                "Guidance contrasts a draw with one that does without the context, and this law was never trained so. "
-                "Train with drop=0.1 (and a context), or leave sampling.guidance at 0."
-            )
-        if strength:
-            given, without = network, self._network(self.absent.expand_as(context))
-            network = lambda x, level: denoising.contrast(given(x, level), without(x, level), strength)  # noqa: E731
-        denoise = lambda x, level: self.path.denoised(network, x, level)  # noqa: E731
-        if sampling.score is not None:
-            return denoising.towards(self.path, denoise, lambda x: sampling.score(x * unit + mean))
-        return denoise
 
     # The contract
 
@@ -154,7 +117,9 @@ class Diffusion(ConditionalDistribution):
         start = self.path.start(sampling.temperature * noise, levels[0]).reshape(-1, self.latent.size)
         rows = None if context is None else context.expand(count, *context.shape).flatten(0, -2)
         mean, unit = self.whitening(rows)
-        x = denoising.SAMPLERS[self.config.sampler](self._denoiser(rows, sampling, mean, unit), start, levels)
+        network = self._network(rows)
+        denoise = lambda x, level: self.path.denoised(network, x, level)  # noqa: E731
+        x = denoising.SAMPLERS[self.config.sampler](denoise, start, levels)
         return (x * unit + mean).view(shape)
 
     def loss(
@@ -182,10 +147,7 @@ class Diffusion(ConditionalDistribution):
         given = None if given is None else given.repeat(draws, 1)
         level = self.path.drawn(denoising.evenly(len(data), generator, data.device))
         noise = torch.randn(data.shape, generator=generator, device=data.device)
-        dropped = None
-        if self.absent is not None:
-            dropped = torch.rand(len(data), generator=generator, device=data.device) < self.config.drop
-        value = self.path.loss(self._network(given, dropped), data, noise, level)
+        value = self.path.loss(self._network(given), data, noise, level)
         return {"denoise": Loss(value.view(draws, *x.shape[:-1]).mean(0), "score"), **terms}
 
     def rate(

@@ -22,6 +22,8 @@ from worldmodel.run import Run
 
 STEPS, FENCE = forked_runs.STEPS, forked_runs.FENCE
 LOGGED = {**FENCE, "log.tensorboard": True, "log.every": 1, "log.pictures": 0}
+SHORT = 60
+"""Steps of a run in which one item is forgotten: a fence, an evaluation and some updates come after it."""
 STOPS = [(2,), (14,), (20,), (26,), (40,), (54, 68), (78,)]
 """Before anything is learned, mid-episode, on a fence and behind it, at the last step but one; and twice in a run."""
 
@@ -31,11 +33,11 @@ def _calm():
     Nervous.steps = 0
 
 
-def trained(folder: Path, options: dict = LOGGED, **kwargs) -> None:
+def trained(folder: Path, options: dict = LOGGED, steps: int = STEPS, **kwargs) -> None:
     """A run, or what is left of it; each update is noted beside the folder."""
     end = forked_runs.keep_losses(folder.with_suffix(".losses"))
     try:
-        small_train(folder, STEPS, "Nervous-v0", options=options, **kwargs)
+        small_train(folder, steps, "Nervous-v0", options=options, **kwargs)
     finally:
         end()
 
@@ -61,11 +63,13 @@ def unbroken(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def half(tmp_path_factory):
-    """A run that was stopped at step 48, to go on from the fence at 40."""
-    folder = tmp_path_factory.mktemp("half") / "run"
-    stopped(folder, 48)
-    return folder
+def short(tmp_path_factory):
+    """An unbroken run of SHORT steps, and one like it that was stopped at 48, to go on from the fence at 40."""
+    folder = tmp_path_factory.mktemp("short")
+    trained(folder / "unbroken", steps=SHORT)
+    Nervous.steps = 0
+    stopped(folder / "half", 48, steps=SHORT)
+    return folder / "unbroken", folder / "half"
 
 
 def differences(unbroken: Path, folder: Path) -> tuple[list[str], int]:
@@ -177,16 +181,16 @@ def forgetful(patch: pytest.MonkeyPatch, item: str) -> None:
         patch.setattr(WorldModelAlgorithm, "restore", forgets)
 
 
-def test_each_item_of_the_saved_state_is_missed_when_a_resume_forgets_it(unbroken, half, tmp_path, figure):
+def test_each_item_of_the_saved_state_is_missed_when_a_resume_forgets_it(short, tmp_path, figure):
     """Teeth of the equality above."""
-    noticed = []
+    noticed, (unbroken, half) = [], short
     for item in OMISSIONS:
         folder = tmp_path / item.replace(" ", "-").replace("'", "")
         shutil.copytree(half, folder)
         shutil.copy(half.with_suffix(".losses"), folder.with_suffix(".losses"))
         with pytest.MonkeyPatch.context() as patch:
             forgetful(patch, item)
-            trained(folder, resume=True)
+            trained(folder, steps=SHORT, resume=True)
         if differences(unbroken, folder) != ([], 0):
             noticed.append(item)
     assert noticed == list(OMISSIONS)

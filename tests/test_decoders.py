@@ -263,7 +263,7 @@ def test_a_picture_that_is_known_costs_less_than_evenly_coded_bytes_under_defaul
 @pytest.mark.parametrize("deviation", [0.01, 0.1, 0.49, 0.8])
 def test_pictures_pull_as_if_their_deviation_were_a_half_at_least_and_the_loss_says_what_it_is(kind, deviation):
     decoder = build(kind, GREY, min_sigma_image=0.001).eval()
-    decoder.log_std0.fill_(math.log(deviation))
+    decoder.errors0.mean.fill_(deviation**2)
     means = torch.rand(3, 1, 8, 8, generator=generator()).requires_grad_()
     x = torch.rand(3, 1, 8, 8, generator=generator(1))
     nats = decoder._surprise({"obs": means}, {"obs": x})

@@ -112,6 +112,9 @@ def does(world: WorldModel, seen: str) -> Iterator[tuple[str, Tensor]]:
     for name, x in world.state_dict().items():
         if name.rpartition(".")[2].startswith("log_std"):
             x.fill_(math.log(0.1))
+    for name, moments in world.named_modules():
+        if name.rpartition(".")[2].startswith("errors"):
+            moments.count.fill_(1e6), moments.mean.fill_(0.01)
     learner, batch = Learner(world, TrainConfig()), known_batch(SEEN[seen], rows=2)
     batch = learner.prepare(replace(batch, row=torch.arange(batch.reward.numel()).view(batch.shape)))
     try:

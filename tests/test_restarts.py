@@ -140,7 +140,8 @@ def test_restarts_count_within_the_window_alone(monkeypatch):
     assert restarts.count == 4
 
 
-def test_what_a_new_environment_cannot_help_is_raised_at_once():
+def test_what_a_new_environment_cannot_help_is_raised_at_once(monkeypatch):
+    monkeypatch.setattr("worldmodel.envs.extras.find_spec", lambda name: None)
     venv = local(Restarts(3))
     venv.reset()
     Frail.plan = {

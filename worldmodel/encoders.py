@@ -54,9 +54,9 @@ class InputScaling(nn.Module):
             moments.update(obs[name])
 
     @property
-    def count(self) -> Tensor:
-        """Observations that the statistics are of."""
-        return self.moments[0].count if self.vectors else torch.zeros((), dtype=torch.float64)
+    def count(self) -> Tensor | int:
+        """Observations that the statistics are of; 0 where no vector is among them."""
+        return self.moments[0].count if self.vectors else 0
 
     def statistics(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """(mean, deviation) of one vector; a constant number keeps deviation 1."""

@@ -41,8 +41,8 @@ class RewardScale(nn.Module):
 
     @torch.no_grad()
     def update(self, reward: Float[Tensor, "*N"]) -> None:
-        """Take real rewards in, on any device; nothing of them where one is not finite."""
-        reward = reward.detach().flatten().to(torch.float64)
+        """Take real rewards in, on any device, as float32, as they are stored; nothing of them where one is not finite."""
+        reward = reward.detach().flatten().float().to(torch.float64)
         self.squares.update(reward[reward != 0].square())
 
     @property

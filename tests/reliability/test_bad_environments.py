@@ -70,10 +70,10 @@ BAD: dict[str, tuple[str, dict[str, Any], tuple]] = {
     "extra key": step(r"observation 'obs' has .* extra keys \['leg'\]", lambda obs: {**obs, "leg": 1}, "dict"),
     "no dict": step("observation 'obs' is an array", lambda obs: VECTOR.low, "dict"),
     "shape": step("observation 'obs' is an array of shape", lambda obs: np.zeros(3, np.float32)),
-    "wider dtype": step("observation 'obs' has dtype float64", lambda obs: obs.astype(np.float64)),
-    "narrower dtype": step("observation 'obs' has dtype float16", lambda obs: obs.astype(np.float16)),
-    "objects": step("observation 'obs' has dtype object", lambda obs: obs.astype(object)),
-    "list": step("observation 'obs' is a list", lambda obs: obs.tolist()),
+    "wider dtype": ("vector", {"step": lambda obs: obs.astype(np.float64)}, WORKS),
+    "narrower dtype": ("vector", {"step": lambda obs: obs.astype(np.float16)}, WORKS),
+    "objects": step(r"observation 'obs' is an array of shape \(2,\), dtype object", lambda obs: obs.astype(object)),
+    "list": ("vector", {"step": lambda obs: obs.tolist()}, WORKS),
     "nothing seen": step("observation 'obs' is None", lambda obs: (None, 1.0, False, False, {})),
     "no category": step("observation 'obs' is 3; expected a category", lambda obs: 3, "category"),
     "fractional category": step("observation 'obs' is 1.5", lambda obs: 1.5, "category"),
@@ -85,8 +85,8 @@ BAD: dict[str, tuple[str, dict[str, Any], tuple]] = {
     "reward infinite": reward("the reward is -inf", -np.inf),
     "reward 1e39": reward("the reward is 1e\\+39", 1e39),
     "reward 1e38": ("vector", {"step": lambda obs: (obs, 1e38, False, False, {})}, WORKS),
-    "reward array": reward("the reward is an array", np.ones(1)),
-    "reward bool": reward("the reward is True", True),
+    "reward array": ("vector", {"step": lambda obs: (obs, np.ones(1), False, False, {})}, WORKS),
+    "reward bool": ("vector", {"step": lambda obs: (obs, True, False, False, {})}, WORKS),
     "reward none": reward("the reward is None", None),
     "old 4-tuple": step("step returned a tuple of 4", lambda obs: (obs, 1.0, False, {})),
     "step gives nothing": step("step returned None", lambda obs: None),
@@ -198,7 +198,7 @@ def cut_rows(folder: Path) -> tuple[int, int]:
 
 
 def test_bad_environments_work_or_are_named_and_leave_nothing_ill(tmp_path, figure, capfd, monkeypatch):
-    """Teeth: without CheckedEnv 28 of them are not named, and NaN and 1e39 reach the replay; without its copies the last
+    """Teeth: without CheckedEnv most of them are not named, and NaN and 1e39 reach the replay; without its copies the last
     observation of "one buffer for all" is the next episode's first."""
     monkeypatch.setattr("worldmodel.agents.evaluation.LIMIT", 100)
     unnamed, ill, resumed, again = [], 0, 0, 0

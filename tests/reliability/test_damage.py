@@ -252,7 +252,8 @@ def rows_of(replay: Replay) -> bytes:
     parts = [repr((replay.added_by_stream, replay.lengths, replay.ends, replay.capacity)).encode()]
     for stream in range(replay.num_envs):
         rows = vars(replay.stream(stream))
-        for name, value in sorted({**rows.pop("obs"), **rows}.items()):
+        held = {**rows.pop("obs"), **rows}
+        for name, value in sorted((name, value) for name, value in held.items() if value is not None):
             parts += [name.encode(), str(value.dtype).encode(), value.numpy().tobytes()]
     return b"|".join(parts)
 

@@ -87,7 +87,7 @@ def hashes(job: dict[str, Any]) -> dict[str, str]:
             replay = Run.open(run).replay()
             rows = [replay.stream(i) for i in range(replay.num_envs)]
             found["replay"] = digest(
-                {f"{i}/{n}": x for i, row in enumerate(rows) for n, x in {**vars(row), **row.obs}.items() if n != "obs"}
+                {f"{i}/{n}": x for i, row in enumerate(rows) for n, x in {**vars(row), **row.obs}.items() if torch.is_tensor(x)}
             )
     finally:
         WorldModelAlgorithm.update = update

@@ -39,6 +39,7 @@ class InputScaling(nn.Module):
         self.vectors = [name for name, key in spec.keys.items() if key.kind == "vector"]
         self.types = {name: spec.keys[name].canonical_dtype for name in self.vectors}
         self.moments = nn.ModuleList(RunningMoments(spec.keys[name].shape) for name in self.vectors)
+        self.register_buffer("none", torch.zeros((), dtype=torch.float64), persistent=False)
 
     @torch.no_grad()
     def update(self, obs: Obs) -> None:
@@ -54,9 +55,9 @@ class InputScaling(nn.Module):
             moments.update(obs[name])
 
     @property
-    def count(self) -> Tensor | int:
+    def count(self) -> Tensor:
         """Observations that the statistics are of; 0 where no vector is among them."""
-        return self.moments[0].count if self.vectors else 0
+        return self.moments[0].count if self.vectors else self.none
 
     def statistics(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """(mean, deviation) of one vector; a constant number keeps deviation 1."""

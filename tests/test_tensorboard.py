@@ -254,6 +254,18 @@ def test_a_resumed_run_hides_what_it_repeats(tmp_path):
     assert [(e.step, e.value) for e in accumulated(tmp_path).Scalars("loss")] == found.scalars["loss"]
 
 
+def test_files_of_one_second_are_read_in_the_order_in_which_they_were_begun(tmp_path):
+    for number, purge in ((9, None), (10, 2)):
+        before = set(tmp_path.iterdir())
+        writer = SummaryWriter(str(tmp_path), purge_step=purge)
+        for step in (1, 2) if purge is None else (2,):
+            writer.add_scalar("count", number, step)
+        writer.close()
+        (file,) = set(tmp_path.iterdir()) - before
+        file.rename(tmp_path / f"events.out.tfevents.1700000000.host.5.{number}")
+    assert [value for _, value in tensorboard.read(tmp_path).scalars["count"]] == [9, 10]
+
+
 def test_a_file_that_is_cut_anywhere_gives_what_stands_before(run):
     file = only_file(run)
     data = file.read_bytes()

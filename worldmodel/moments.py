@@ -18,8 +18,8 @@ class RunningMoments(nn.Module):
     before  the mean before anything was seen; the variance is 1 then
 
     Of a batch that is not all finite nothing enters: it would not leave again, and an update that is skipped leaves nothing
-    behind. Buffers are replaced and not changed, since a loss that
-    is yet to be differentiated may hold them. Source: Chan et al. 1979 (parallel variance).
+    behind. Buffers are replaced and not changed, since a loss that is yet to be differentiated may hold them.
+    Source: Chan et al. 1979 (parallel variance).
     """
 
     def __init__(self, shape: tuple[int, ...] | int, memory: float | None = None, before: float = 0.0):

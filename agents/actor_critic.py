@@ -40,8 +40,7 @@ class ActorCriticConfig(Frozen):
     slow: float = Field(0.02, gt=0, le=1, description="rate at which the slow critic follows")
     slow_weight: float = Field(1.0, ge=0, description="weight of the slow critic's prediction as a second target")
     penalty: float = Field(
-        0.0,
-        description="taken off each imagined reward per unit of the ensemble's uncertainty; below 0: a bonus that explores",
+        0.0, description="taken off each imagined reward per unit of the ensemble's uncertainty; below 0: a bonus that explores"
     )
     manifold: float = Field(
         0.0,

@@ -143,8 +143,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
         if around is not None and around.norm_reward:
             raise ConfigError(
                 "VecNormalize(norm_obs=False) scales the rewards by a scale that moves: the replay would hold one reward in many "
-                "units. Expected plain rewards: take it off, for the heads predict rewards on a logarithmic scale, and the actor's "
-                "returns are divided by their own."
+                "units. Expected plain rewards: take it off, for they are learned in units of their own size."
             )
         return env
 

@@ -234,7 +234,8 @@ class SavedAlgorithm(BaseAlgorithm):
         unpack_replay(_path(path, ".pkl"), replay, self.obs_spec, self.action_spec)
         replay.cut()
         self.replay, self._last_obs, self._belief = replay, None, None
-        if self.world.scaling.count == 0:  # else what was saved with the weights has them in it already
+        # Else what was saved with the weights has these rows in it already.
+        if self.world.scaling.count == 0 and self.world.heads.scale.squares.count == 0:
             fit_scaling(self.world, replay)
 
     @classmethod

@@ -50,14 +50,14 @@ def played(world: WorldModel, steps: int = 4) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", transitions())
 def test_acting_asks_no_law_for_a_rate_whatever_its_form(kind, monkeypatch):
-    def asked(*args, **kwargs):
-        raise AssertionError("a law was asked for a rate, a density or a loss")
+    asked = []
 
     world = of_form(kind)
     for law in (m for m in world.modules() if isinstance(m, ConditionalDistribution)):
         for name in ("rate", "rates", "log_prob", "loss", "antithetic"):
-            monkeypatch.setattr(type(law), name, asked)
+            monkeypatch.setattr(type(law), name, lambda *args, name=name, **kwargs: asked.append(name))
     played(world)
+    assert asked == []
 
 
 @pytest.mark.parametrize("kind", transitions())

@@ -450,6 +450,17 @@ def test_a_replay_goes_through_a_stream_and_fits_a_fresh_model_s_statistics():
     assert other.world.scaling.count == counted
 
 
+def test_rewards_of_a_loaded_replay_enter_the_scale_once_where_nothing_observed_is_a_vector():
+    model, other, stream = dreamer(catches(False), BeliefPolicy).learn(60), dreamer(catches(False), BeliefPolicy), io.BytesIO()
+    model.replay.cut()
+    model.save_replay_buffer(stream)
+    other.load_replay_buffer(stream)
+    counted = int(other.world.heads.scale.squares.count)
+    assert counted == int(model.world.heads.scale.squares.count) > 0
+    other.load_replay_buffer(stream)
+    assert int(other.world.heads.scale.squares.count) == counted
+
+
 def test_a_replay_of_other_spaces_or_none_is_refused_by_name(tmp_path):
     model = dreamer(Short())
     with pytest.raises(ConfigError, match="no experience to save yet"):

@@ -40,12 +40,15 @@ class ActorCriticConfig(Frozen):
     slow: float = Field(0.02, gt=0, le=1, description="rate at which the slow critic follows")
     slow_weight: float = Field(1.0, ge=0, description="weight of the slow critic's prediction as a second target")
     penalty: float = Field(
-        0.0, description="taken off each imagined reward per unit of the ensemble's uncertainty; below 0: a bonus that explores"
+        0.0,
+        description="taken off each imagined reward, in units of the rewards' own size, per unit of the ensemble's uncertainty; "
+        "below 0: a bonus that explores",
     )
     manifold: float = Field(
         0.0,
         ge=0,
-        description="taken off each imagined reward per nat, and number of the code, that it is less likely than real codes are",
+        description="taken off each imagined reward, in units of the rewards' own size, per nat, and number of the code, that it "
+        "is less likely than real codes are",
     )
     replay_value: float = Field(0.0, ge=0, description="weight of the critic's loss on replayed, real rewards")
     bins: int = Field(127, ge=3, description="bins of the critic's distribution (odd)")
@@ -191,7 +194,7 @@ class ActorCriticLearner:
         logits = self.behaviour.critic(rows[:-1])  # read three times: for the returns, as the baseline, in the critic's loss
         with torch.no_grad():
             value = torch.cat([self.behaviour.two_hot.mean(logits), self._value(rows[-1:])]).transpose(0, 1)  # [N, H+1]
-        reward = (dream.reward - doubt(self.world, dream, self.config.penalty, self.config.manifold)) / unit
+        reward = dream.reward / unit - doubt(self.world, dream, self.config.penalty, self.config.manifold)
         returns = lambda_return(reward, discount, self._value(dream.feature) if through else value, self.config.lam)
         scale = self.scale.update(returns)
         gain = returns / scale if through else log_prob * (returns - value[:, :-1]) / scale

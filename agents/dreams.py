@@ -213,7 +213,7 @@ def _begin(agent: ActsOnBelief, run: Run, aim: Aim | None, generator: torch.Gene
     if aim is None:
         return world.begin(SAMPLES, sampling), None
     score = aim.score(agent, run)
-    state, size = world.begin_where(score, SAMPLES, aim.strength, sampling)
+    state, size = world.begin_where(score, SAMPLES, aim.pull(world), sampling)
     with torch.no_grad():
         usual, led = (float(score(world.dynamics.feature(s)).mean()) for s in (world.begin(1000, sampling), state))
     told = {"toward": aim.toward, "strength": aim.strength, "effective": size, "score": led, "score_unguided": usual}

@@ -50,7 +50,9 @@ class PlanConfig(Frozen):
     momentum: float = Field(0.1, ge=0, lt=1, description="share of the law before in a fitted one")
     colour: float = Field(2.0, ge=0, description="icem: exponent of the noise's spectrum over time; 0: white")
     keep: int = Field(4, ge=0, description="icem: elites that are kept")
-    penalty: float = Field(0.0, ge=0, description="taken off each reward, for each unit of the ensemble's uncertainty")
+    penalty: float = Field(
+        0.0, ge=0, description="taken off each reward, in units of the rewards' own size, per unit of the ensemble's uncertainty"
+    )
     bonus: float = Field(0.0, ge=0, description="added instead, while experience is collected: plans that explore")
     goal: Literal["sum", "last"] = Field("sum", description="distance to a goal: summed over the horizon, or at its end alone")
 
@@ -287,7 +289,7 @@ class PlannerController(DreamerController):
             distance = distance[:, -1] if self.config.plan.goal == "last" else distance.sum(1)
             return -distance - doubtful.sum(1)
         weight = weights(torch.ones_like(dream.reward[:, 0]), self.config.gamma * dream.cont)
-        value = (weight[:, :-1] * (dream.reward - doubtful)).sum(1)
+        value = (weight[:, :-1] * (dream.reward - world.heads.scale.value * doubtful)).sum(1)
         return value + weight[:, -1] * self.value(dream.feature[:, -1]) if self.config.plan.terminal else value
 
     def _weights(self, value: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:

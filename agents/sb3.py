@@ -81,7 +81,9 @@ class SB3Config(Frozen):
     start: Literal["replay", "prior"] = Field("replay", description="imagine from recorded rows, or from the initial distribution")
     observation: Literal["latent", "decoded"] = Field("latent", description="what it sees: features, or expected observations")
     noise: float = Field(0.0, ge=0, description="deviation of normal noise on real continuous actions, which are in [-1, 1]")
-    penalty: float = Field(0.0, description="taken off each imagined reward, per unit of the ensemble's uncertainty")
+    penalty: float = Field(
+        0.0, description="taken off each imagined reward, in units of the rewards' own size, per unit of the ensemble's uncertainty"
+    )
     max_uncertainty: float | None = Field(None, gt=0, description="imagined episodes are truncated beyond this uncertainty")
 
 

@@ -63,7 +63,7 @@ class Aim:
     """Where guided starts are to lead.
 
     toward    reward: expected on arriving there; value: the agent's estimate; goal: minus the squared distance of codes
-    strength  what the score is multiplied by, in nats per unit of it
+    strength  what the score is multiplied by, in nats per unit of it; of rewards and values, per unit of the rewards' own size
     goal      for toward=goal, the moment whose code is meant
     """
 
@@ -76,6 +76,10 @@ class Aim:
             raise ConfigError(f"toward is '{self.toward}'; expected one of {', '.join(TOWARDS)}.")
         if (self.toward == "goal") != (self.goal is not None):
             raise ConfigError("toward=goal and a goal, EPISODE:STEP of the run's replay, belong together: give both or neither.")
+
+    def pull(self, world: WorldModel) -> float:
+        """Nats for each unit of `score`."""
+        return self.strength if self.toward == "goal" else self.strength / float(world.heads.scale.value)
 
     def score(self, agent: ActsOnBelief, run: Run) -> Callable[[Tensor], Tensor]:
         """Features [N, F] -> [N]."""

@@ -119,9 +119,10 @@ class ImaginedWorld:
     observation  "latent": the feature; "decoded": the expected observation, in the environment's own space
     plain        the spaces count from 0 and have one dimension, as SB3's own algorithms need them (see plain.py)
     seed         of the generator; None: a fresh one
-    penalty      taken off each reward per unit of the ensemble's uncertainty; below 0: a bonus that explores
+    penalty      taken off each reward, in units of the rewards' own size, per unit of the ensemble's uncertainty; below 0: a
+                 bonus that explores
     max_uncertainty  an episode is truncated where the ensemble's uncertainty is greater; None: nowhere
-    manifold     taken off each reward per nat, and number of the code, that it is less likely than real codes are
+    manifold     taken off each reward, in those units, per nat, and number of the code, that it is less likely than real codes are
 
     Actions of `step` are canonical tensors; `encode` makes them of those in `action_space`. Raises ConfigError.
     """
@@ -213,7 +214,7 @@ class ImaginedWorld:
         uncertainty = dream.uncertainty[:, 0]
         if self.max_uncertainty is not None:
             over = over | (uncertainty > self.max_uncertainty)
-        reward = reward - doubt(self.world, dream, self.penalty, self.manifold)[:, 0]
+        reward = reward - self.world.heads.scale.value * doubt(self.world, dream, self.penalty, self.manifold)[:, 0]
         return Arrival(dream.feature[:, 1], reward, terminated, over & ~terminated)
 
     # As arrays ------------------------------------------------------------------------------------------------------
@@ -294,9 +295,10 @@ class ImaginedVecEnv(VecEnv):
                   Categories, observed or acted, count from 0 whatever the environment's begin at: so SB3's algorithms take them
     seed          of the worlds' own generator; `seed()` sets it anew, from the next reset on
     replay        recorded experience, where the run's is not meant or there is no run
-    penalty       taken off each reward per unit of the ensemble's uncertainty; below 0: a bonus that explores
+    penalty       taken off each reward, in units of the rewards' own size, per unit of the ensemble's uncertainty; below 0: a
+                 bonus that explores
     max_uncertainty  an episode is truncated where the ensemble's uncertainty is greater; None: nowhere
-    manifold     taken off each reward per nat, and number of the code, that it is less likely than real codes are
+    manifold     taken off each reward, in those units, per nat, and number of the code, that it is less likely than real codes are
 
     What comes out are fresh arrays: SB3 writes into some of them. `render` and `get_images` show what the worlds decode to.
     Raises ConfigError.

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from jaxtyping import config as jaxtyping_config
 from jaxtyping import install_import_hook
 from torch import Tensor
 
@@ -263,6 +264,25 @@ def sequence(batch: Batch, row: int = 0) -> SimpleNamespace:
 def stored(agent) -> SimpleNamespace:
     """All rows that an agent with one environment has stored, in order."""
     return sequence(agent.replay.sample(1, agent.replay.lengths[0], np.random.default_rng(0)))
+
+
+# Shapes -----------------------------------------------------------------------------------------------------------------
+
+WHOLE_RUNS = """adapter check checkpoint checkpoint_zip cli commands disk_replay dyna env_habits exchange house imagined
+interrupted life_signs offline recording remedies replay restarts run sb3 sb3_habits segments sources tensorboard train
+users_space watch""".split()
+"""Test modules, and all of tests/reliability, that train in order to look at files, processes and environments. Checking
+annotations at each call takes two fifths of a training, and the tests of the tensors themselves check them all."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shapes_are_checked(request):
+    """Whether annotations are executed while a module's tests run."""
+    path = request.path
+    off = path.parent.name == "reliability" or path.stem.removeprefix("test_") in WHOLE_RUNS
+    jaxtyping_config.update("jaxtyping_disable", off)
+    yield
+    jaxtyping_config.update("jaxtyping_disable", False)
 
 
 # What was survived ------------------------------------------------------------------------------------------------------

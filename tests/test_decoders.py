@@ -352,6 +352,15 @@ def test_a_draw_is_one_of_the_possible_observations_where_the_mean_lies_between_
     assert float((drawn["vector"].abs() - 1).abs().median()) < 0.45
 
 
+@pytest.mark.parametrize("image", ["gaussian", "bernoulli", "logistic"])
+def test_a_latents_picture_is_drawn_whole_and_not_pixel_by_pixel(image):
+    decoder = build("latent_diffusion", BOTH, image=image)
+    decoder.law.sample = lambda seen, count, sampling: torch.zeros(count, len(seen), decoder.config.size)
+    drawn = decoder.sample(feature(2), Sampling(generator=generator()))
+    assert torch.equal(drawn["picture"][0], drawn["picture"][1])  # one latent, one picture
+    torch.testing.assert_close(drawn["picture"], decoder.mean(feature(2))["picture"].clamp(0, 1))
+
+
 @every_diffusion
 @pytest.mark.parametrize("gradient", ["stop", "full"])
 def test_denoising_reaches_the_feature_only_where_it_may(kind, gradient):

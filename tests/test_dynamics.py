@@ -245,6 +245,13 @@ def test_rates_of_first_rows_come_from_the_initial_distribution_and_others_from_
         torch.testing.assert_close(side[~first], moved)
 
 
+def test_without_free_nats_a_rate_below_0_by_its_noise_trains_like_any_other():
+    world = small_world(latent="gaussian", transition=small("distribution", "mixture"))
+    rate = torch.tensor([-0.3, 0.1], requires_grad=True)
+    world.dynamics._free(world.dynamics.transition, rate).sum().backward()
+    assert torch.equal(rate.grad, torch.ones(2))
+
+
 @every_belief
 def test_free_nats_stop_the_gradient_of_each_row_for_itself_and_leave_the_rate(roll):
     world = roll.world()

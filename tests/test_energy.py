@@ -156,6 +156,13 @@ def test_a_gap_between_energies_stops_training_and_says_what_to_change(trainer):
         law.loss(x, None, sampling=Sampling(generator=generator()))
 
 
+@pytest.mark.parametrize("trainer", ["nce", "cd", "pcd"])
+def test_codes_that_are_not_finite_are_no_divergence_but_a_loss_that_is_not_finite(trainer):
+    x = torch.zeros(30, 2).index_fill(0, torch.tensor([3]), torch.nan)
+    terms = energy(trainer=trainer).loss(x, None, sampling=Sampling(generator=generator()))
+    assert not sum(term.mean() for term in terms.values()).isfinite()
+
+
 def test_chains_that_run_away_stop_training():
     law = energy(trainer="cd", most_moved=1.0)
     law.net = Bowl()

@@ -175,6 +175,7 @@ def test_the_slow_encoder_follows_and_its_codes_are_what_is_predicted():
     with torch.no_grad():
         for p in world.encoder.parameters():
             p += 1.0
+    world.follow()
     terms, trace = losses(world, known_batch())
     moved = [after - before for before, after in zip(start, world.objective.slow.parameters(), strict=True)]
     count = len(list(world.encoder.parameters()))
@@ -184,8 +185,18 @@ def test_the_slow_encoder_follows_and_its_codes_are_what_is_predicted():
     assert not torch.allclose(terms["prediction"].value, own["error"].value)
     assert len(moved) == count + len(list(world.dynamics.posterior_net.parameters()))  # the carry and its laws have no slow copy
     assert not any(name.startswith("objective.slow") for name in parts_reached(world, terms["prediction"].mean()))
-    losses(world.eval(), known_batch())
-    assert torch.equal(moved[0] + start[0], next(world.objective.slow.parameters()))
+    assert torch.equal(moved[0] + start[0], next(world.objective.slow.parameters()))  # by no loss that is only looked at
+
+
+def test_the_slow_encoder_follows_updates_and_none_that_is_skipped():
+    learner = Learner(jepa_world(ema=0.9), TrainConfig(burn_in=0, warmup=0))
+    slow = [[p.clone() for p in learner.world.objective.slow.parameters()]]
+    for spoil in (1.0, torch.nan):
+        batch = learner.prepare(known_batch())
+        learner.update(batch.with_obs({name: spoil * x for name, x in batch.obs.items()}), generator())
+        slow.append([p.clone() for p in learner.world.objective.slow.parameters()])
+    assert learner.skipped == 1
+    assert not all(map(torch.equal, slow[0], slow[1])) and all(map(torch.equal, slow[1], slow[2]))
 
 
 # Configs ---------------------------------------------------------------------------------------------------------------

@@ -82,6 +82,13 @@ def test_training_follows_the_quantile_and_evaluation_leaves_it():
     torch.testing.assert_close(world.marginal_low, seen.lerp(far, 0.01))
 
 
+def test_codes_that_are_not_finite_leave_the_quantile_as_it_was():
+    world = slide()
+    before = world.marginal_low.clone()
+    world.mark_typical(torch.full((20, 2), torch.nan), 0.01)
+    assert torch.equal(world.marginal_low, before)
+
+
 def test_the_imagined_world_and_the_actor_critic_pay_the_same_price():
     world = slide()
     far = State({**world.initial(2).map(torch.clone), "z": torch.tensor([[5.0, 0.0], [0.0, 0.0]])})

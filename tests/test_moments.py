@@ -43,6 +43,17 @@ def test_what_is_not_finite_never_enters(memory, bad):
     assert moments.mean.tolist() == [2, 3] and moments.variance.tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("memory", [None, 0.9])
+def test_statistics_that_are_fixed_on_what_is_not_finite_stay_as_they_were(memory):
+    moments, bad = RunningMoments(2, memory), torch.tensor([[1.0, float("nan")], [2.0, 3.0]])
+    moments.fix(bad)
+    assert float(moments.count) == 0
+    moments.fix(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    before = float(moments.count)
+    moments.fix(bad)
+    assert moments.mean.tolist() == [2, 3] and moments.variance.tolist() == [1, 1] and float(moments.count) == before > 1
+
+
 @pytest.mark.parametrize("size", [1.0, 1e6, 1e-6])
 def test_rewards_of_any_size_are_told_apart(size):
     with torch.random.fork_rng():

@@ -19,6 +19,7 @@ from worldmodel.agents.planner import PlanConfig, PlanLaw, PlannerConfig, Planne
 from worldmodel.data import Dream, State
 from worldmodel.envs.tiny import Chain
 from worldmodel.errors import ConfigError, EnvError
+from worldmodel.heads import Heads, HeadsConfig
 from worldmodel.model import WorldModel
 from worldmodel.run import Run
 from worldmodel.spaces import ActionSpec
@@ -49,6 +50,7 @@ class Bandit(WorldModel):
         nn.Module.__init__(self)
         self.action, self.end, self.uncertain = ActionSpec.from_space(action), end, uncertain
         self.ensemble = nn.Identity() if uncertain else None
+        self.heads = Heads(HeadsConfig(units=1), 1)
         self.feature_dim = self.action.dim + 1
         self.anything = nn.Parameter(torch.zeros(()))
 

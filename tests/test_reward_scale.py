@@ -24,6 +24,8 @@ from stable_baselines3 import A2C
 from worldmodel.agents import JointWorldModel, Planner, latent_policy_kwargs
 from worldmodel.agents.actor_critic import ActorCritic, ActorCriticConfig, ActorCriticLearner
 from worldmodel.agents.experience import fit_scaling
+from worldmodel.agents.starts import Aim
+from worldmodel.data import Sampling
 from worldmodel.envs import ImaginedWorld
 from worldmodel.learner import Learner, TrainConfig
 from worldmodel.weights import cpu_randomness
@@ -35,6 +37,7 @@ OPTIONS = {
     "as it is": {},
     "replayed values, doubt": {
         "agent.replay_value": 0.3,
+        "agent.penalty": 0.5,
         "model.ensemble.members": 2,
         "model.ensemble.units": 8,
     },
@@ -60,8 +63,7 @@ def learned():
 
     @cache
     def learn(name: str, size: float):
-        penalty = {"agent.penalty": 0.5 * size} if "model.ensemble.members" in OPTIONS[name] else {}  # in rewards, as they are
-        return small_dreamer(env(size), **OPTIONS[name], **penalty).learn(36)
+        return small_dreamer(env(size), **OPTIONS[name]).learn(36)
 
     return learn
 
@@ -105,6 +107,9 @@ def test_metrics_of_rewards_are_in_rewards_and_losses_have_no_unit(size):
 def test_plans_are_the_same_and_worth_as_much_in_rewards():
     plans, size = [], 2.0**-20
     config = {
+        "model.ensemble.members": 2,
+        "model.ensemble.units": 8,
+        "agent.plan.penalty": 0.5,
         "agent.plan.method": "mppi",
         "agent.plan.samples": 12,
         "agent.plan.horizon": 3,
@@ -127,10 +132,22 @@ def test_imagined_worlds_pay_in_rewards(size, learned):
     paid = []
     for factor in (1.0, size):
         agent = learned("replayed values, doubt", factor)
-        worlds = ImaginedWorld(agent.world, 6, 5, seed=3, replay=agent.replay, penalty=0.5 * factor)
+        worlds = ImaginedWorld(agent.world, 6, 5, seed=3, replay=agent.replay, penalty=0.5)
         worlds.reset()
         paid.append(torch.stack([worlds.step(worlds.world.action.project(torch.eye(2)[[0, 1] * 3])).reward for _ in range(4)]))
     assert torch.equal(paid[1], size * paid[0]) and paid[0].any()
+
+
+@pytest.mark.parametrize("size", POWERS.values(), ids=POWERS)
+@pytest.mark.parametrize("toward", ["reward", "value"])
+def test_dreams_from_nothing_are_led_as_far_to_rewards_of_any_size(size, toward, learned):
+    led = []
+    for factor in (1.0, size):
+        agent = learned("as it is", factor)
+        world, score = agent.world.eval(), {"reward": agent.world.heads.reward, "value": agent.controller.estimate}[toward]
+        led.append(world.begin_where(score, 8, Aim(toward, 3.0).pull(world), Sampling(generator=generator())))
+    (state, effective), (same, as_effective) = led
+    assert torch.equal(state["z"], same["z"]) and effective == as_effective > 1
 
 
 @pytest.mark.parametrize("size", POWERS.values(), ids=POWERS)

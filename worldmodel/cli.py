@@ -176,7 +176,8 @@ def dream(
     ] = None,
     toward: Annotated[Toward | None, typer.Option(help="Dreams from nothing begin where this is high.", show_default=False)] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="How strongly --toward pulls, in nats per unit of its score.", show_default="1.0")
+        float | None,
+        typer.Option(help="How strongly --toward pulls, in nats; rewards count in units of their own size.", show_default="1.0"),
     ] = None,
     goal: Annotated[
         str | None, typer.Option(metavar="EPISODE:STEP", help="For --toward goal: a row of the run's replay.", show_default=False)

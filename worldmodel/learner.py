@@ -170,6 +170,7 @@ class Learner:
             metrics["gradient_norm"] = norm
         if self.skips.allow(self.updates + self.skips.count + 1, bad):
             self.optimizer.step()
+            self.world.follow()
             self.updates += 1
             if self.average is not self.world:
                 self._follow()

@@ -247,11 +247,14 @@ class WorldModel(nn.Module):
             out |= {f"law/{slot}/{name}": value for name, value in seen.items()}
         return out
 
+    def follow(self) -> None:
+        """What goes after the weights takes its step; for a training to call after each of its own."""
+        if hasattr(self.objective, "follow"):
+            self.objective.follow(self.encoder, self.dynamics)
+
     def loss(self, trace: Trace, batch: Batch, sampling: Sampling | None = None) -> dict[str, Loss]:
         """Every term by name, unscaled. "dyn" trains the prior side, "rep" the posterior, where the rate exceeds the free nats."""
         arrived, sampling = ~batch.is_first, sampling or Sampling()
-        if self.training and hasattr(self.objective, "follow"):
-            self.objective.follow(self.encoder, self.dynamics)
         terms = self.dynamics.losses(trace, batch, sampling) | self.objective(trace, batch, sampling, self.dynamics)
         terms |= self._marginal(trace, sampling, batch.row)
         rows = {"mask": arrived, "weight": batch.weight}  # dreams get from these what experience gave on average
@@ -336,7 +339,8 @@ class WorldModel(nn.Module):
         """`marginal_low`, the 5 % quantile of real codes' log-density, goes by `share` towards that of these codes."""
         low = self.marginal.log_prob(codes, None).float().quantile(0.05)
         known = self.marginal_low > UNKNOWN
-        self.marginal_low.copy_(torch.where(known, self.marginal_low.lerp(low, share), low))
+        new = torch.where(known, self.marginal_low.lerp(low, share), low)
+        self.marginal_low.copy_(torch.where(low.isfinite(), new, self.marginal_low))  # as running moments: it would not leave again
 
     def _looked(self, state: State, sampling: Sampling) -> State:
         """The state after looking at the observation that it would give: what the decoder knows of the world corrects the code."""
@@ -405,7 +409,10 @@ def needs_marginal(world: WorldModel, name: str, value: float | None) -> None:
 
 
 def doubt(world: WorldModel, dream: Dream, penalty: float, manifold: float) -> Float[Tensor, "B H"]:
-    """What is taken off a dream's rewards: for the ensemble's uncertainty, and for codes unlike real ones."""
+    """What is taken off a dream's rewards: for the ensemble's uncertainty, and for codes unlike real ones.
+
+    In units of the rewards' own size, `heads.scale`: the same options are as strong whatever rewards are counted in.
+    """
     doubtful = penalty * dream.uncertainty
     return doubtful + manifold * world.off_manifold(dream.feature[:, 1:]) if manifold else doubtful
 

@@ -50,10 +50,10 @@ class RunningMoments(nn.Module):
     @torch.no_grad()
     def fix(self, rows: Float[Tensor, "N *D"]) -> None:
         """From now on those of these rows, which weigh as much as the memory holds: what comes later moves them no faster."""
-        self.count = torch.zeros_like(self.count)
+        before, self.count = self.count, torch.zeros_like(self.count)
         self.update(rows)
-        if self.memory is not None:
-            self.count = torch.full_like(self.count, round(1 / (1 - self.memory)))
+        after = self.count if self.memory is None else torch.full_like(self.count, round(1 / (1 - self.memory)))
+        self.count = torch.where(self.count > 0, after, before)
 
     def deviation(self, least: float) -> Tensor:
         """float32 [*D], at least `least`."""

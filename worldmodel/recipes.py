@@ -15,6 +15,7 @@ A recipe lies above them: what it says about parts holds whatever model is asked
 
 from __future__ import annotations
 
+import functools
 import importlib.resources
 import re
 from collections.abc import Iterable, Mapping
@@ -102,6 +103,12 @@ def load_yaml(text: str, where: str = "config") -> dict[str, Any]:
 
 
 def _load(text: str, where: str) -> Any:
+    """Plain data of the caller's own."""
+    return _copy(_parsed(text, where))
+
+
+@functools.lru_cache(maxsize=64)  # each agent that is made looks through all recipes
+def _parsed(text: str, where: str) -> Any:
     if len(text) > MAX_CHARACTERS:
         raise ConfigError(f"{where}: {len(text)} characters are more than a config may have ({MAX_CHARACTERS}).")
     try:
@@ -110,7 +117,7 @@ def _load(text: str, where: str) -> Any:
         if node is None:
             return None
         _check(node, {})
-        return _copy(loader.construct_document(node))
+        return loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""

@@ -1,8 +1,9 @@
-"""A process of its own that opens what it is given in every way there is: `python opening.py FOLDER carriers|names`.
+"""A process of its own that opens what it is given in every way there is: `python opening.py FOLDER carriers|names EVERY`.
 
 FOLDER holds `carriers/`, hostile files; `run/`, a good run; `good.zip` and `good.npz`, an agent and a recording; `foreign/`, a run
 whose environment is in a module. An audit hook, which cannot be taken off again, notes what only running code does. One
-line of JSON says for each opening what was opened, how, what was raised and what the hook saw.
+line of JSON says for each opening what was opened, how, what was raised and what the hook saw. Of all pairs of a carrier and a way
+one in EVERY is tried, each way and each carrier among them.
 """
 
 from __future__ import annotations
@@ -11,13 +12,17 @@ import json
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 WATCHED = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen", "socket.")
 HARMLESS = ("socket.gethostname",)
+EVERY = int(sys.argv[3])
 hits: list[str] = []
+turns: Counter[str] = Counter()
+"""How often each way came up."""
 
 
 def watch(event: str, args: tuple) -> None:
@@ -47,7 +52,10 @@ EVIL = "evil_module:Evil-v0"
 
 
 def told(what: str, how: str, act: Callable[[], Any]) -> None:
-    """Opens, and prints what came of it."""
+    """Opens, and prints what came of it; where it is this one's turn."""
+    turns[how] += 1
+    if (turns[how] + list(turns).index(how)) % EVERY:
+        return
     hits.clear()
     raised, message = "", ""
     try:

@@ -224,7 +224,7 @@ def forged_zips(folder: Path, count: int) -> Counter:
 @pytest.mark.parametrize(("form", "damaged"), [("folder", damaged_folders), ("zip", damaged_zips)])
 def test_a_damaged_checkpoint_is_refused_by_name_or_read_bit_for_bit(form, damaged, tmp_path, monkeypatch, figure):
     """Teeth: without the comparison of SHA-256, most damage to numbers is read as it stands."""
-    count = 10_000
+    count = times(3_000, 10_000)
     counts = in_child(lambda: damaged(tmp_path / "whole", count))
     figure("F1", f"{count:,} mutations of a checkpoint ({form}): {summary(counts)}")
     whole = checkpoint._check

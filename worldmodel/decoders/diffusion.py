@@ -210,4 +210,4 @@ class LatentDiffusionDecoder(nn.Module):
     def sample(self, feature: Float[Tensor, "N F"], sampling: Sampling) -> Obs:
         """What a drawn latent decodes to; the noise that the autoencoder could not explain is not drawn."""
         code = self.law.sample(feature[..., -self.inputs :], 1, replace(sampling, noise=None))[0]
-        return self.autodecoder.sample(code, replace(sampling, temperature=0.0))
+        return self.autodecoder.sample(code, replace(sampling, mode=True))

@@ -210,7 +210,7 @@ class Energy(ConditionalDistribution):
         else:
             low = self.tilt(self._chains(x.detach(), context, sampling), context)
             low = low if self.config.trainer == "cd" else low.mean()  # chains that persist belong to no row
-            self._watch("codes and chains differ in f", float((high.mean() - low.mean()).detach()), "most_gap")
+            self._watch(x, "codes and chains differ in f", float((high.mean() - low.mean()).detach()), "most_gap")
             terms, low_squared = {"cd": Loss(low - high, "score")}, low.square()
         far = 0.5 * self.config.magnitude * (high.square() + low_squared)
         base = {f"base/{name}": term for name, term in self.base.loss(x, context, **options).items()}
@@ -249,7 +249,7 @@ class Energy(ConditionalDistribution):
         if self.config.trainer == "cd":
             ends = self._langevin(x, context, steps, sampling)
             moved = ((ends - x) / self._frame(context)[1]).square().mean().sqrt()
-            self._watch("chains moved by", float(moved), "most_moved")
+            self._watch(x, "chains moved by", float(moved), "most_moved")
             return ends
         count, kept = min(len(x.flatten(0, -2)), len(self.chains)), len(self.chains)
         rows = torch.randperm(kept, generator=sampling.generator, device=x.device)[:count]
@@ -260,9 +260,10 @@ class Energy(ConditionalDistribution):
             self.chains[rows] = ends
         return ends
 
-    def _watch(self, what: str, value: float, option: str) -> None:
+    def _watch(self, codes: Tensor, what: str, value: float, option: str) -> None:
+        """NumericsError where training has diverged."""
         limit = getattr(self.config, option)
-        if not abs(value) < limit:  # NaN too
+        if not abs(value) < limit and bool(codes.isfinite().all()):  # a NaN that came in with the codes is named where they are
             raise NumericsError(
                 f"The energy model diverges: {what} {abs(value):.4g}, and {option}={limit:g} is the limit. "
                 "Lower its step or train.lr, raise its magnitude, or use trainer=nce, which needs no chains."

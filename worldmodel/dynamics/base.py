@@ -225,8 +225,11 @@ class Dynamics(nn.Module, ABC):
     def _free(self, law: ConditionalDistribution, rate: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
         """Free nats: the rate itself, without a gradient where it lies below them.
 
-        Closed forms are held row by row, a sampled rate on the batch mean, for the mean of a maximum is biased.
+        Closed forms are held row by row, a sampled rate on the batch mean, for the mean of a maximum is biased. Where none are
+        free nothing is held: a sampled rate is below 0 by its noise alone.
         """
+        if not self.config.free_nats:
+            return rate
         held = rate if hasattr(law, "given") else rate.mean()
         return torch.where(held < self.config.free_nats, rate.detach(), rate)
 
@@ -237,7 +240,7 @@ def spread(terms: dict[str, Loss], where: Bool[Tensor, "B T"]) -> dict[str, Loss
     def wide(value: Tensor) -> Tensor:
         return value.new_zeros(where.shape).masked_scatter(where, value) if value.ndim else value
 
-    return {name: Loss(wide(term.value), term.unit, where) for name, term in terms.items()}
+    return {name: Loss(wide(term.value), term.unit, where if term.value.ndim else None) for name, term in terms.items()}
 
 
 def stacked(steps: list[Carry]) -> Carry:

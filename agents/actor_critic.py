@@ -196,14 +196,14 @@ class ActorCriticLearner:
             value = torch.cat([self.behaviour.two_hot.mean(logits), self._value(rows[-1:])]).transpose(0, 1)  # [N, H+1]
         reward = dream.reward / unit - doubt(self.world, dream, self.config.penalty, self.config.manifold)
         returns = lambda_return(reward, discount, self._value(dream.feature) if through else value, self.config.lam)
-        scale = self.scale.update(returns)
+        scale = self.scale.update(returns, float(unit))
         gain = returns / scale if through else log_prob * (returns - value[:, :-1]) / scale
         actor_loss = -(weight[:, :-1] * (gain + self.config.entropy * entropy)).mean()
         critic_loss = (weight[:, :-1].transpose(0, 1) * self._value_loss(rows[:-1], logits, returns.transpose(0, 1))).mean()
         if self.config.replay_value:
             critic_loss = critic_loss + self.config.replay_value * self._replay_value_loss(trace, batch)
         metrics = self._descend(actor_loss, critic_loss)
-        metrics |= {"train/entropy": float(entropy.detach().mean()), "train/return_scale": self.scale.value * float(unit)}
+        metrics |= {"train/entropy": float(entropy.detach().mean()), "train/return_scale": scale * float(unit)}
         return metrics | {"dream/return": float(returns.detach()[:, 0].mean() * unit)}
 
     def _value(self, feature: Tensor) -> Tensor:

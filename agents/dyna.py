@@ -17,6 +17,7 @@ from worldmodel.agents.experience import Pursuit
 from worldmodel.agents.random import RandomAgent
 from worldmodel.config import Config
 from worldmodel.envs.imagined import ImaginedWorld, Source, latent_space, learned_world, part
+from worldmodel.envs.make import id_of
 from worldmodel.envs.plain import COUNT_FROM_0, plain_action, plain_obs
 from worldmodel.errors import ConfigError
 from worldmodel.model import needs_ensemble
@@ -122,8 +123,7 @@ class DynaCallback(BaseCallback):
     def _student(self) -> RandomAgent:
         """An agent that never acts: its replay and its learner take in what the algorithm meets."""
         env = self.training_env
-        spec = env.get_attr("spec")[0]
-        env_id = getattr(spec, "id", None) or "custom"
+        env_id = id_of(env) or "custom"
         given = {**dict(self.config), "agent": "random"} if isinstance(self.config, Mapping) else None
         if not isinstance(self.config, Config):
             given = given if given is not None else [*(self.config or []), "agent=random"]

@@ -147,7 +147,7 @@ def _first_episodes(
         so_far, taken = so_far + rewards, taken + 1
         ended = starts & running & ~restarted(infos)  # an episode whose environment failed is played again
         for i in np.flatnonzero(ended):
-            returns[i], lengths[i] = float(infos[i]["episode"]["r"]), int(infos[i]["episode"]["l"])
+            returns[i], lengths[i] = float(so_far[i]), int(taken[i])  # a Monitor rounds, and tiny rewards to nothing
         running &= ~ended
         for i in np.flatnonzero(running & (taken >= limit) & ~starts):
             returns[i], lengths[i], running[i] = float(so_far[i]), int(taken[i]), False

@@ -168,7 +168,7 @@ class EpisodeAccount:
         for i in np.flatnonzero(dones).tolist():
             ours = not self.monitored or infos[i].get("TimeLimit.truncated", False)
             if "episode" not in infos[i] and ours and RESTARTED not in infos[i]:
-                seen = {"r": round(float(self.returns[i]), 6), "l": int(self.lengths[i]), "t": round(time.time() - self.begun, 6)}
+                seen = {"r": float(self.returns[i]), "l": int(self.lengths[i]), "t": round(time.time() - self.begun, 6)}
                 infos[i] = {**infos[i], "episode": seen}
             if "episode" in infos[i] or not self.monitored or RESTARTED in infos[i]:
                 self.returns[i] = self.lengths[i] = 0

@@ -94,9 +94,12 @@ class DreamPolicy:
         """SB3's recurrent predict, on the environment's own observations: `state` is the belief."""
         return self.policy.predict(observation, state, episode_start, deterministic)
 
-    def measure(self, real_steps: int, imagined_steps: int, episodes: int = 20) -> DreamResult:
-        """Plays in reality and in the dream, and keeps what came of it in `result`. Raises EnvError, MissingExtraError."""
-        real = float(np.mean(evaluate(self, self.env, episodes, FINAL_SEED)[0]))
+    def measure(self, real_steps: int, imagined_steps: int, episodes: int = 20, max_steps: int | None = None) -> DreamResult:
+        """Plays in reality and in the dream, and keeps what came of it in `result`. Raises EnvError, MissingExtraError.
+
+        max_steps  real episodes are cut there, as by eval.max_steps
+        """
+        real = float(np.mean(evaluate(self, self.env, episodes, FINAL_SEED, max_steps=max_steps)[0]))
         seen = collect(self, self.env, episodes, HELD_OUT_SEED, random=0.0, steps=100)
         generator = torch.Generator(self.device).manual_seed(HELD_OUT_SEED)
         imagined, came = (float(x.mean()) for x in returns(self, seen, generator, 100, 0.0))
@@ -213,15 +216,17 @@ def train_in_dream(
             )
         run = world if isinstance(world, Run) else Run.open(world)
         target = target or run.config.env
+        limit = run.config.eval.max_steps
         policy, counts = _finished(algorithm, run, target, total_timesteps, worlds, dream, algo_kwargs, callback, seed, device)
     else:
         if callback is not None:
             raise ConfigError("train_in_dream: a callback is for a finished world. To alternate, use SB3Agent and its learn().")
         visits = {"worlds": worlds, "visits": rounds, "imagined": max(1, total_timesteps // rounds), **dream}
         config = _in_rounds(Config.from_recipe(str(world), overrides), steps, visits)
+        limit = config.eval.max_steps
         policy, counts = _alternating(algorithm, config, target or config.env, algo_kwargs, seed, device)
     if episodes:
-        policy.measure(*counts, episodes=episodes)
+        policy.measure(*counts, episodes=episodes, max_steps=limit)
     return policy
 
 

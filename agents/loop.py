@@ -233,18 +233,18 @@ class WorldModelAlgorithm(SavedAlgorithm):
         fresh = reset_num_timesteps or self._last_obs is None  # when SB3 resets the environments, as after set_env
         if self._last_obs is None:
             drain(self.env)
-        total_timesteps, callback = self._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name or type(self).__name__, progress_bar
-        )
-        if fresh or self.replay is None or self._belief is None:
-            self.open_streams(self._last_obs)
-        self._logged_at = self.num_timesteps
         try:
+            total_timesteps, callback = self._setup_learn(
+                total_timesteps, callback, reset_num_timesteps, tb_log_name or type(self).__name__, progress_bar
+            )
+            if fresh or self.replay is None or self._belief is None:
+                self.open_streams(self._last_obs)
+            self._logged_at = self.num_timesteps
             callback.on_training_start(locals(), globals())
             goes_on = True
             while goes_on and self.num_timesteps < total_timesteps:
                 goes_on = self._round(callback, log_interval)
-        except BaseException:  # perhaps between the environments' step and the replay: what comes next does not follow
+        except BaseException:  # perhaps between the environments' step or reset and the replay: what comes next does not follow
             self._last_obs = None
             raise
         if goes_on and log_interval is not None and self._logged_at < self.num_timesteps:

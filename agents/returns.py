@@ -34,6 +34,7 @@ def weights(start: Float[Tensor, " B"], discount: Float[Tensor, "B H"]) -> Float
 class ReturnScale:
     """Running 5th to 95th percentile range of the returns, at least 1 (of the unit they come in): what an advantage is divided by.
 
+    `low` and `high` are in rewards, since the unit that returns come in may move.
     Source: Hafner et al. 2023 (DreamerV3), eq. 12.
     """
 
@@ -42,15 +43,19 @@ class ReturnScale:
         self.low: float | None = None
         self.high: float | None = None
 
-    def update(self, returns: Float[Tensor, "..."]) -> float:
-        """Take new returns in; gives the scale. Returns that are not all finite are left out: they would never leave it again."""
+    def update(self, returns: Float[Tensor, "..."], unit: float = 1.0) -> float:
+        """Take returns in, which come in units of so many rewards; gives the scale in those.
+
+        Returns that are not all finite are left out: they would never leave it again.
+        """
         if not returns.isfinite().all():
-            return self.value
-        low, high = torch.quantile(returns.detach().flatten().float(), torch.tensor([0.05, 0.95], device=returns.device)).tolist()
+            return self.value(unit)
+        ends = torch.tensor([0.05, 0.95], device=returns.device)
+        low, high = (unit * x for x in torch.quantile(returns.detach().flatten().float(), ends).tolist())
         self.low = low if self.low is None else self.low + self.rate * (low - self.low)
         self.high = high if self.high is None else self.high + self.rate * (high - self.high)
-        return self.value
+        return self.value(unit)
 
-    @property
-    def value(self) -> float:
-        return 1.0 if self.low is None else max(1.0, self.high - self.low)
+    def value(self, unit: float = 1.0) -> float:
+        """The scale in units of so many rewards."""
+        return 1.0 if self.low is None else max(1.0, (self.high - self.low) / unit)

@@ -221,6 +221,7 @@ class SavedAlgorithm(BaseAlgorithm):
     def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
         """Takes what `save_replay_buffer` wrote in the place of the replay; learning goes on from it with new episodes.
 
+        Running statistics are taken from it where the model has none; else they stay those of what the model has seen.
         ConfigError for truncate_last_traj=False: the environments cannot go on in the middle of an episode.
         """
         if not truncate_last_traj:
@@ -268,6 +269,7 @@ class SavedAlgorithm(BaseAlgorithm):
         if env is not None:
             env = as_trained(agent, as_vec_env(env, seed=state["seed"]))
             agent.n_envs = env.num_envs  # set_env wants as many as before, but here nothing was collected yet
+            agent._check_window()
             agent.set_env(env)
         return agent
 

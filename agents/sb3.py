@@ -32,6 +32,7 @@ from worldmodel.agents.belief import Controller
 from worldmodel.agents.loop import WorldModelAlgorithm
 from worldmodel.config import Frozen, Options
 from worldmodel.data import State
+from worldmodel.envs.extras import absent, install
 from worldmodel.envs.imagined import ImaginedVecEnv, look
 from worldmodel.envs.plain import plain_action, plain_obs, plain_rows
 from worldmodel.errors import ConfigError, MissingExtraError, TrustError
@@ -88,14 +89,18 @@ class SB3Config(Frozen):
 
 
 def algorithm_class(name: str) -> type[BaseAlgorithm]:
-    """SB3's class of a name. Raises MissingExtraError."""
+    """SB3's class of a name. Raises MissingExtraError, and ConfigError where its package is broken."""
     package, attribute = HOMES[name]
     try:
         return getattr(importlib.import_module(package), attribute)
     except ImportError as error:
+        if package.partition(".")[0] not in absent(error):
+            raise ConfigError(
+                f"agent.algo={name} comes with the package '{package}', which is installed and cannot be imported: {error}. "
+                "Correct that installation: it may be of another version than stable-baselines3."
+            ) from error
         raise MissingExtraError(
-            f"agent.algo={name} comes with the package '{package}', which is not installed. Install it with: "
-            "pip install 'worldmodel[contrib]'"
+            f"agent.algo={name} comes with the package '{package}', which is not installed. {install('contrib')}"
         ) from error
 
 

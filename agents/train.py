@@ -143,13 +143,24 @@ class Keeper(BaseCallback):
         self.report.alive(self.model)
         step, every = self.model.num_timesteps, self.config.checkpoint.every
         goes_on = self.evaluate_if_due() and not self.signals
-        if self.progress.evaluated == step or (every and step // every > (step - self.model.n_envs) // every):
-            self.save_on_the_way(fenced=self.config.checkpoint.fence and not self.model.owes)
-            if self.config.checkpoint.fence and not self.recorded and goes_on and step < self.config.train.steps:
+        due = every and step // every > (step - self.model.n_envs) // every
+        if due or self.progress.evaluated == step:  # an evaluation's own is no fence: that would cut episodes at every one
+            fence = self.config.checkpoint.fence and due
+            self.save_on_the_way(fenced=fence and not self.model.owes)
+            if fence and not self.recorded and goes_on and step < self.config.train.steps:
                 self.model.reopen(env_seed(self.seed, step))
         elif (flush := self.config.checkpoint.flush) and step // flush > (step - self.model.n_envs) // flush and not self.recorded:
             self._flush()
         return goes_on
+
+    def pay(self) -> None:
+        """The updates that a signal left owed, before their step is evaluated as if they had been made."""
+        model = self.model
+        if model.num_timesteps and model.owes and not self.signals:
+            self._clock = time.perf_counter()
+            model._update_current_progress_remaining(model.num_timesteps, self.config.train.steps)
+            model.pay()
+            self.tick()
 
     def evaluate_if_due(self) -> bool:
         """False where the run is solved and shall end."""
@@ -473,14 +484,13 @@ def _go_on(session: _Session, run: Run, agent: WorldModelAlgorithm, progress: Pr
     callback = keeper if watch is None else CallbackList([keeper, watch])
     try:
         keeper.save(fenced=config.checkpoint.fence and agent.num_timesteps == 0)
+        keeper.pay()
         if keeper.evaluate_if_due() and agent.num_timesteps < config.train.steps and not session.signals:
             if config.train.data:
                 offline.learn(agent, config.train.steps, callback, report.say)
             else:
                 agent.reopen(env_seed(seed, agent.num_timesteps))
                 agent.learn(config.train.steps - agent.num_timesteps, callback, config.log.every, reset_num_timesteps=False)
-        elif agent.owes and not session.signals:  # a signal came among the updates of the last step
-            agent.pay()
         keeper.save()
         if session.signals:
             raise _interrupted(session, run, agent)

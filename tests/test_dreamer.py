@@ -314,6 +314,12 @@ def test_a_loaded_agent_may_learn_in_more_environments_than_before(tmp_path):
     assert twin.learn(30).num_timesteps == 30 and twin.replay.num_envs == 3
 
 
+def test_more_environments_than_the_replay_has_room_for_are_refused_when_it_is_loaded(tmp_path):
+    small_dreamer(**{"train.capacity": 20}).save(tmp_path / "agent.zip")
+    with pytest.raises(ConfigError, match=r"keeps 5 steps of each of 4 environments.*Raise train\.capacity"):
+        Dreamer.load(tmp_path / "agent.zip", env=DummyVecEnv([Chain] * 4))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_there_is_refused():
     with pytest.raises(ConfigError, match=r"device=cuda.*device=cpu"):

@@ -7,7 +7,7 @@ import pytest
 from conftest import CHAIN, SMALL_WORLD, small
 from small_runs import small_train
 from stable_baselines3 import DQN, PPO, SAC
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from test_imagined import LEARNS
 
 from worldmodel.agents import DynaCallback
@@ -69,6 +69,18 @@ def test_a_world_that_learns_along_takes_in_what_the_environment_got():
     assert len(cells) >= 61
     for before, action, after, first in zip(cells, actions[1:], cells[1:], rows.is_first[0, 1:].tolist()):
         assert first or after == min(max(before + (1 if action == 1 else -1), 0), 4)
+
+
+def test_a_vec_env_that_tells_nothing_of_its_environments_is_learned_along():
+    class Silent(DummyVecEnv):
+        def get_attr(self, attr_name, indices=None):
+            raise AttributeError(attr_name)
+
+    model, callback = dqn(), DynaCallback(ratio=2, every=4, config=SMALL_WORLD)
+    model.set_env(model.env)
+    model.env.__class__ = Silent
+    model.learn(30, callback=callback)
+    assert len(callback.agent.replay) > 30
 
 
 @pytest.mark.parametrize("learns", [False, True])

@@ -14,7 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from test_offline import learn, walks  # noqa: F401 (a fixture)
 
 from worldmodel.agents.loop import WorldModelAlgorithm
-from worldmodel.agents.train import Interrupted, Run
+from worldmodel.agents.train import Interrupted, Keeper, Run
 
 
 def strike(monkeypatch, at: int) -> list[int]:
@@ -59,6 +59,21 @@ def test_updates_that_the_last_step_still_owes_are_made_on_resume(tmp_path, monk
     assert Run.open(tmp_path / "run").checkpoints == [0, 18]
     assert small_train(tmp_path / "run", None, "Nervous-v0", options=options, resume=True).updates == whole
     assert Run.open(tmp_path / "run").agent().learner.updates == whole
+
+
+def test_a_step_is_evaluated_when_what_it_pays_for_has_been_learned(tmp_path, monkeypatch):
+    Nervous.steps = 0
+    seen = []
+    measure = Keeper.measure
+    monkeypatch.setattr(Keeper, "measure", lambda self, *args: seen.append(self.model.learner.updates) or measure(self, *args))
+    options = {**LONG, "train.prefill": 21, "eval.every": 18}
+    strike(monkeypatch, 5)
+    with pytest.raises(Interrupted):
+        small_train(tmp_path / "run", 30, "Nervous-v0", options=options)
+    assert Run.open(tmp_path / "run").checkpoints[-1] == 18
+    seen.clear()  # an evaluation that gave up at once
+    small_train(tmp_path / "run", None, "Nervous-v0", options=options, resume=True)
+    assert seen[0] == LONG["train.pretrain"]
 
 
 def test_a_signal_among_the_updates_of_recorded_experience_ends_them_at_once(tmp_path, monkeypatch, walks):  # noqa: F811
@@ -128,7 +143,9 @@ def assert_counts(rows, begins: bool = True) -> None:
             assert float(rows.obs["obs"][t]) == float(rows.obs["obs"][t - 1]) + 1 == float(rows.reward[t])
 
 
-@pytest.mark.parametrize("place", ["before the step", "in the step", "before the replay", "in the replay", "update", "callback"])
+@pytest.mark.parametrize(
+    "place", ["before the step", "in the step", "before the replay", "in the replay", "update", "callback", "reset"]
+)
 def test_a_script_that_is_interrupted_anywhere_and_learns_on_keeps_no_row_that_does_not_follow(place, monkeypatch):
     env = Counting()
     agent = small_dreamer(env)
@@ -136,6 +153,7 @@ def test_a_script_that_is_interrupted_anywhere_and_learns_on_keeps_no_row_that_d
     if place in ("before the step", "in the step"):
         env.at, env.late = env.calls + 5, place == "in the step"
     owner, name = {
+        "reset": (agent.env, "reset"),
         "before the replay": (agent, "record"),
         "in the replay": (agent.world.scaling, "update"),
         "update": (agent, "update"),
@@ -145,13 +163,14 @@ def test_a_script_that_is_interrupted_anywhere_and_learns_on_keeps_no_row_that_d
 
         def once(*args, **kwargs):
             calls.append(1)
-            if len(calls) == 3:
+            found = inner(*args, **kwargs) if place == "reset" else None
+            if len(calls) == (1 if place == "reset" else 3):
                 raise KeyboardInterrupt
-            return inner(*args, **kwargs)
+            return found if place == "reset" else inner(*args, **kwargs)
 
         monkeypatch.setattr(owner, name, once)
     with pytest.raises(KeyboardInterrupt):
-        agent.learn(30, Raises(5 if place == "callback" else -1), reset_num_timesteps=False)
+        agent.learn(30, Raises(5 if place == "callback" else -1), reset_num_timesteps=place == "reset")
     agent.learn(45, reset_num_timesteps=False)
     rows = stored(agent)
     assert_counts(rows)

@@ -64,9 +64,16 @@ def test_a_step_weighs_how_likely_it_is_reached():
 
 def test_the_scale_is_the_range_from_the_5th_to_the_95th_percentile():
     scale = ReturnScale()
-    assert scale.value == 1.0
+    assert scale.value() == 1.0
     assert scale.update(torch.arange(101.0)) == pytest.approx(90)
-    assert scale.value == pytest.approx(90)
+    assert scale.value() == pytest.approx(90)
+
+
+def test_a_unit_that_moves_takes_the_range_with_it():
+    scale, returns = ReturnScale(), torch.arange(101.0)
+    assert scale.update(returns, unit=8.0) == pytest.approx(90)
+    assert scale.value(2.0) == pytest.approx(4 * 90)
+    assert scale.update(4 * returns, unit=2.0) == pytest.approx(4 * 90)
 
 
 def test_small_returns_are_not_blown_up():

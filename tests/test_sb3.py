@@ -374,3 +374,11 @@ def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(HOMES, "tqc", ("sb3_contrib_that_is_absent", "TQC"))
     with pytest.raises(MissingExtraError, match=r"worldmodel\[contrib\]"):
         algorithm_class("tqc")
+
+
+def test_a_package_that_is_there_and_broken_is_not_called_absent(monkeypatch, tmp_path):
+    (tmp_path / "contrib_of_another_version.py").write_text("from stable_baselines3.common.utils import no_such_name")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(HOMES, "tqc", ("contrib_of_another_version", "TQC"))
+    with pytest.raises(ConfigError, match=r"installed and cannot be imported: .*no_such_name"):
+        algorithm_class("tqc")

@@ -68,6 +68,14 @@ def test_behind_a_fence_a_resumed_run_equals_an_unbroken_one(unbroken, tmp_path,
     assert_equal_runs(unbroken, tmp_path / "run")
 
 
+def test_an_evaluation_is_no_fence_and_cuts_no_episode(tmp_path):
+    options = {**FENCE, "env.num_envs": 1, "eval.every": 10, "checkpoint.every": 40}
+    small_train(tmp_path / "run", 40, "Nervous-v0", options=options)
+    rows = Run.open(tmp_path / "run").replay().stream(0)
+    ends = rows.is_last[0].nonzero().flatten().diff()
+    assert set(ends.tolist()) == {8}, ends  # each episode has its 7 steps
+
+
 def test_behind_a_fence_an_interrupted_run_equals_an_unbroken_one(unbroken, tmp_path):
     trip = {**FENCE, "env.kwargs": {"at": 61, "signals": [int(signal.SIGTERM)]}}
     with pytest.raises(Interrupted):
@@ -399,6 +407,12 @@ def test_a_task_that_never_ends_is_told_at_the_start_and_evaluated_to_the_cut(tm
     longer = small_train(tmp_path / "run", 75, "CliffWalking-v1", options=options, resume=True)
     assert -9 * 100 <= longer.final_return <= -9 and longer.evaluations[-1]["mean_return"] >= -9 * 100
     assert evaluate(Lefty(), CHAIN, episodes=2, max_steps=3)[1] == [3, 3]
+
+
+def test_tiny_rewards_are_evaluated_as_they_are():
+    gym.register("Tiny-v0", lambda: gym.wrappers.TransformReward(Nervous(), lambda reward: 1e-9), max_episode_steps=9)
+    found = evaluate(Lefty(), "Tiny-v0", episodes=2)[0]
+    assert found == pytest.approx([7e-9, 7e-9])
 
 
 def test_a_run_too_short_for_one_sequence_is_refused_before_it_leaves_a_folder(tmp_path):

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import gymnasium as gym
@@ -26,6 +27,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
+from gymnasium.vector.utils import create_empty_array
 from gymnasium.wrappers.vector import NormalizeReward
 from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.vec_env import VecEnv
@@ -77,7 +79,7 @@ class GymVecEnvAdapter(VecEnv):
             raise ConfigError("A VectorEnv takes one `options` for all its environments; set_options got different ones.")
         obs, infos = self.vector_env.reset(seed=self._seeds[0], options=options or None)
         if self._unproven:
-            _prove(self.vector_env, obs, infos)
+            _prove(self.vector_env)
             self._unproven = False
         self._reset_seeds()
         self._reset_options()
@@ -205,10 +207,10 @@ def _by_mask(env: VectorEnv, rows: np.ndarray) -> tuple[Any, dict[str, Any]]:
     return env.reset(options={"reset_mask": rows})
 
 
-def _prove(env: VectorEnv, obs: Any, infos: dict[str, Any]) -> None:
-    """ConfigError, with the wrapper's name, where the reset of some rows does not come through; the environment itself is spared.
+def _prove(env: VectorEnv) -> None:
+    """ConfigError, with the wrapper's name, where the reset of some rows does not come through to the environment.
 
-    obs, infos  what its reset has just given, which stands in for its answer
+    That is spared: zeros stand in for its answer.
     """
     inner, arrived = env.unwrapped, []
     chain = [env]
@@ -218,16 +220,14 @@ def _prove(env: VectorEnv, obs: Any, infos: dict[str, Any]) -> None:
 
     def answer(*, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         arrived.append("reset_mask" in (options or {}))
-        return obs, infos
+        return create_empty_array(inner.single_observation_space, inner.num_envs, fn=np.zeros), {}
 
     try:
         inner.reset = answer
         for wrapper in [] if forgets else chain[-2::-1]:
             arrived.clear()
-            try:
+            with suppress(Exception):  # one that refuses comes before the environment is asked, which is what counts
                 wrapper.reset(options={"reset_mask": np.arange(env.num_envs) == 0})
-            except Exception:
-                arrived.clear()
             if arrived != [True]:
                 forgets = wrapper
                 break
@@ -263,8 +263,10 @@ def _row(obs: Any, i: int) -> Any:
     return {key: x[i] for key, x in obs.items()} if isinstance(obs, dict) else obs[i]
 
 
-def _by_row(infos: dict[str, Any], count: int) -> list[dict[str, Any]]:
+def _by_row(infos: dict[str, Any] | list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """A dict for each environment, of Gymnasium's dict of arrays with masks: `_key` says which have `key`."""
+    if not isinstance(infos, dict):  # DictInfoToList is around it
+        return [dict(info) for info in infos]
     rows: list[dict[str, Any]] = [{} for _ in range(count)]
     for key, value in infos.items():
         if key.startswith("_") and key[1:] in infos:

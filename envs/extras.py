@@ -28,8 +28,8 @@ def register_for(env_id: str) -> None:
         if pattern.match(env_id):
             try:
                 gymnasium.register_envs(importlib.import_module(module))
-            except ImportError as error:
-                if find_spec(module) is not None:
+            except Exception as error:
+                if not isinstance(error, ImportError) or find_spec(module) is not None:
                     raise EnvError(
                         f"'{env_id}' comes with the package '{module}', which is installed and cannot be imported: {error}. "
                         "Correct that installation."

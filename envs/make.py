@@ -19,7 +19,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor
 
 from worldmodel.config import Frozen
 from worldmodel.envs.adapter import GymVecEnvAdapter
-from worldmodel.envs.extras import missing_extra, register_for
+from worldmodel.envs.extras import absent, missing_extra, register_for
 from worldmodel.envs.restarts import LocalVecEnv, ReportFaults, Restarts
 from worldmodel.envs.workers import WorkerVecEnv
 from worldmodel.envs.wrappers import ActionRepeat, CheckedEnv, FlattenSpaces, RenderObservation
@@ -155,7 +155,9 @@ def id_of(env: gym.Env | gym.vector.VectorEnv | VecEnv | None) -> str | None:
 
     Environments in processes of their own are not asked: a spec that cannot be pickled would end the process.
     """
-    held = getattr(env.unwrapped, "envs", ()) if isinstance(env, VecEnv) else [env]
+    inner = env.unwrapped if isinstance(env, VecEnv) else env
+    inner = getattr(inner, "vector_env", inner)  # of an adapter
+    held = getattr(inner, "envs", ()) if isinstance(inner, VecEnv) else [inner]
     ids = {getattr(getattr(one, "spec", None), "id", None) for one in held}
     return ids.pop() if len(ids) == 1 else None
 
@@ -166,13 +168,18 @@ def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
     if module:
         try:
             importlib.import_module(module)
-        except ImportError as error:
-            absent = missing_extra(error)
-            if absent is not None:
-                raise absent from error
-            raise ConfigError(
-                f"env.id '{env_id}': the module '{module}' could not be imported ({error}). Expected an installed module "
-                f"that registers the environment, or {module.replace('.', '/')}.py in the current folder, {os.getcwd()}."
+        except (Exception, SystemExit) as error:
+            extra = missing_extra(error)
+            if extra is not None:
+                raise extra from error
+            if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+                raise ConfigError(
+                    f"env.id '{env_id}': the module '{module}' could not be imported ({error}). Expected an installed module "
+                    f"that registers the environment, or {module.replace('.', '/')}.py in the current folder, {os.getcwd()}."
+                ) from error
+            raise EnvError(
+                f"env.id '{env_id}': the module '{module}' is there, and importing it raised {type(error).__name__}: {error}. "
+                f"{_remedy(error, 'Correct it')}."
             ) from error
     if name not in gym.registry:
         register_for(name)
@@ -217,16 +224,23 @@ def _sees_ends(env: gym.Env) -> bool:
 
 def _explain(error: Exception, config: EnvConfig, index: int) -> None:
     """Raise what the failure of an environment's constructor means to the user."""
-    absent = missing_extra(error)
-    if absent is not None:
-        raise absent from error
+    extra = missing_extra(error)
+    if extra is not None:
+        raise extra from error
     if isinstance(error, TypeError) and "argument" in str(error):
         raise ConfigError(f"env.kwargs {config.kwargs} do not fit '{config.id}': {error}. Correct env.kwargs.") from error
-    newest = _newest(config.id)
-    remedy = f"Use '{newest}', the newest version that is registered" if newest else "Correct the environment or env.kwargs"
+    other, newest = "Correct the environment or env.kwargs", _newest(config.id)
+    if newest and isinstance(error, ImportError | gym.error.Error):  # what retired versions raise: HalfCheetah-v2, Gymnasium itself
+        other = f"Use '{newest}', the newest version that is registered"
     raise EnvError(
-        f"environment {index}: '{config.id}' could not be made: it raised {type(error).__name__}: {error}. {remedy}."
+        f"environment {index}: '{config.id}' could not be made: it raised {type(error).__name__}: {error}. {_remedy(error, other)}."
     ) from error
+
+
+def _remedy(error: BaseException, other: str) -> str:
+    """Installing what an error says is absent, else something other."""
+    names = absent(error)
+    return f"Install '{names[0]}'" if names else other
 
 
 def renders(config: EnvConfig) -> bool:

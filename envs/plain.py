@@ -14,7 +14,7 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 
-from worldmodel.keys import KeySpec
+from worldmodel.keys import KeySpec, discrete
 from worldmodel.spaces import ActionSpec, ObsSpec
 
 COUNT_FROM_0 = "SB3's own algorithms count categories from 0: wrap the environments in worldmodel.envs.PlainVecEnv."
@@ -36,7 +36,7 @@ class Plain:
     @classmethod
     def of(cls, space: spaces.Space, *, action: bool = False) -> Plain:
         if isinstance(space, spaces.Discrete) and space.start != 0:
-            return cls(space, spaces.Discrete(int(space.n)), int(space.start))
+            return cls(space, discrete(int(space.n), 0, space.dtype), int(space.start))
         if isinstance(space, spaces.MultiDiscrete):
             start = np.broadcast_to(getattr(space, "start", 0), space.nvec.shape).astype(np.int64)
             if start.any() or start.ndim > 1:

@@ -105,7 +105,7 @@ class WorkerVecEnv(Renewing, SubprocVecEnv):
             end(self.processes)
             fates = [f"environment {i} ({ended(p)})" for i, p in enumerate(self.processes) if p.exitcode is not None]
             raise EnvError(
-                f"The environments could not be made in processes of their own: {', '.join(fates)}.{unguarded()}"
+                f"The environments could not be made in processes of their own: {', '.join(fates)}.{unguarded(start_method)}"
             ) from error
         self.remotes = [self._line(i, remote, process) for i, (remote, process) in enumerate(zip(self.remotes, self.processes))]
 
@@ -166,8 +166,10 @@ def drain(venv: VecEnv) -> None:
     venv.waiting = False
 
 
-def unguarded() -> str:
+def unguarded(start_method: str | None) -> str:
     """What to do where processes die because each runs the script that started them from its top; "" where that is not it."""
+    if start_method == "fork":
+        return ""
     script = getattr(sys.modules["__main__"], "__file__", None)
     try:
         tree = ast.parse(Path(script or "").read_text())

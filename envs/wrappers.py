@@ -145,7 +145,7 @@ def _checked(space: spaces.Space, value: Any, path: str, env: CheckedEnv) -> Any
             )
         return {key: _checked(sub, value[key], _join(path, key), env) for key, sub in space.spaces.items()}
     if isinstance(space, spaces.Tuple):
-        if not isinstance(value, tuple) or len(value) != len(space.spaces):
+        if not isinstance(value, tuple | list) or len(value) != len(space.spaces):
             env._fail(f"{name} is {_form(value)}", f"a tuple of {len(space.spaces)}", "Return one value an item")
         return tuple(_checked(sub, item, _join(path, i), env) for i, (sub, item) in enumerate(zip(space.spaces, value)))
     if isinstance(space, spaces.Discrete):

@@ -17,6 +17,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecMonitor
 
 from worldmodel.envs import GymVecEnvAdapter, ImaginedVectorEnv, LatentVecEnv, check_vec_env
+from worldmodel.envs.make import as_vec_env, id_of
 from worldmodel.errors import ConfigError, EnvError, UnsupportedSpaceError
 
 DICT = spaces.Dict({"a": VECTOR, "b": spaces.Discrete(3)})
@@ -360,3 +361,26 @@ def test_wrappers_that_can_begin_some_rows_anew_change_nothing():
 
     plain, wrapped = play(vector(lambda env: env)), play(vector(lambda env: gym.wrappers.vector.TransformReward(env, abs)))
     np.testing.assert_equal([step[0] for step in wrapped[1:]], [step[0] for step in plain[1:]])
+
+
+@pytest.mark.parametrize("mode", [NEXT, NEVER])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda env: gym.wrappers.vector.FlattenObservation(env),
+        lambda env: gym.wrappers.vector.FilterObservation(env, ["a"]),
+        lambda env: gym.wrappers.vector.DictInfoToList(env),
+    ],
+    ids=["flattened", "filtered", "infos as a list"],
+)
+def test_wrappers_that_change_the_form_of_what_comes_are_taken(mode, wrap):
+    env = GymVecEnvAdapter(wrap(SyncVectorEnv([toy(0, DICT), toy(1, DICT)], autoreset_mode=mode)))
+    env.reset()
+    ended = [env.step(np.zeros((2, 2), np.float32)) for _ in range(6)]
+    assert any("terminal_observation" in info for *_, infos in ended for info in infos)
+    assert all(info["steps"] for *_, infos in ended for info in infos)
+
+
+def test_the_recipe_of_an_adapters_environments_is_known():
+    vector = gym.make_vec("CartPole-v1", 2, vectorization_mode="sync")
+    assert id_of(GymVecEnvAdapter(vector)) == id_of(as_vec_env(vector)) == id_of(vector) == "CartPole-v1"

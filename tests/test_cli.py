@@ -338,3 +338,8 @@ def test_the_package_says_its_version():
 def test_the_version_is_that_of_the_package(command):
     code, out, _ = command("--version")
     assert (code, out.strip()) == (0, importlib.metadata.version("worldmodel"))
+
+
+def test_the_version_is_all_that_is_printed(command):
+    code, out, _ = command("--version", "info", "cartpole")
+    assert (code, out.strip()) == (0, importlib.metadata.version("worldmodel"))

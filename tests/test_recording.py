@@ -194,8 +194,8 @@ def with_nan(array):
         (lambda e: {"terminations": np.ones(5, bool)}, "step 0 ends the episode, but more steps follow"),
         (lambda e: {"terminations": np.ones(4, bool)}, "terminations have shape"),
         (lambda e: {"rewards": np.ones(0)}, "one number for each of 1 or more steps"),
-        (lambda e: {"observations": {"obs": 1, "more": 2}}, "has shape"),
-        (lambda e: {"observations": [["a"] * 4] * 6}, "which float32 does not hold"),
+        (lambda e: {"observations": {"obs": 1, "more": 2}}, "no array of numbers"),
+        (lambda e: {"observations": [["a"] * 4] * 6}, "no array of numbers"),
     ],
 )
 def test_what_is_ill_is_refused_with_its_place(change, said):
@@ -208,6 +208,17 @@ def test_actions_outside_of_their_box_are_learned_from_as_if_on_its_bounds():
     recording = Recording.from_episodes(VECTOR, ACTIONS["box"], [spoiled(actions=np.full((5, 2), [-7.0, 1.0]))])
     np.testing.assert_array_equal(sequence(replay_of(recording).stream(0)).prev_action[1:], [[-1, 0.5]] * 5)
     np.testing.assert_array_equal(recording.action[0], [-7, 1])
+
+
+def test_pictures_with_their_channels_at_the_other_end_are_turned_and_ragged_ones_named():
+    space, pictures = spaces.Box(0, 255, (8, 6, 3), np.uint8), np.random.default_rng(0).integers(0, 256, (4, 3, 8, 6), np.uint8)
+    episode = {"observations": pictures, "actions": [0, 1, 0], "rewards": [0.0, 1.0, 0.0]}
+    episode |= {"terminations": [False, False, True], "truncations": [False] * 3}
+    taken = Recording.from_episodes(space, spaces.Discrete(2), [episode])
+    assert np.array_equal(taken.obs["obs"], np.moveaxis(pictures, 1, -1))
+    for name, ragged in (("observations", [[0, 1], [0]]), ("rewards", [[0.0], [0.0, 1.0]])):
+        with pytest.raises(ConfigError, match=name.rstrip("s")):
+            Recording.from_episodes(space, spaces.Discrete(2), [{**episode, name: ragged}])
 
 
 def test_an_episode_without_a_last_flag_counts_as_truncated():

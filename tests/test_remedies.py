@@ -237,7 +237,7 @@ def test_a_script_without_a_main_guard_is_named_and_the_guard_helps(guard, helps
     process.join()
     assert process.exitcode == (0 if helps else 1)
     if helps:
-        assert workers.unguarded() == ""
+        assert workers.unguarded(None) == ""
     else:
         with pytest.raises(EnvError, match=r"runs script\.py from its top.*if __name__ == \"__main__\":.*env\.vectorize=dummy"):
             WorkerVecEnv([gymnasium.envs.classic_control.CartPoleEnv], start_method="spawn")
@@ -289,6 +289,41 @@ def test_a_version_that_is_gone_names_the_newest_and_that_one_plays(monkeypatch)
     with pytest.raises(EnvError, match=r"moved to gymnasium-robotics\. Use '([^']*)'") as error:
         make_env("Cheetah-v2")
     plays(make_env(re.search("Use '([^']*)'", str(error.value))[1]))
+
+
+def test_what_an_environment_lacks_is_named_and_no_other_version_of_it(monkeypatch):
+    def lacks(**_):
+        raise ModuleNotFoundError("No module named 'nosuchpkg'", name="nosuchpkg")
+
+    def broken(**_):
+        raise RuntimeError("a bug")
+
+    registry = dict(gymnasium.registry)
+    monkeypatch.setattr(gymnasium.envs.registration, "registry", registry)
+    monkeypatch.setattr(gymnasium, "registry", registry)
+    gymnasium.register("Lacks-v0", lacks), gymnasium.register("Lacks-v1", lacks)
+    gymnasium.register("Broken-v0", broken), gymnasium.register("Broken-v1", broken)
+    with pytest.raises(EnvError, match=r"Install 'nosuchpkg'\.$"):
+        make_env("Lacks-v0")
+    with pytest.raises(EnvError, match=r"Correct the environment or env\.kwargs\.$"):
+        make_env("Broken-v0")
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import nosuchpkg", r"is there, and importing it raised ModuleNotFoundError.*Install 'nosuchpkg'"),
+        ("from numpy import nosuch", r"is there, and importing it raised ImportError.*Correct it"),
+        ("def f(:", r"is there, and importing it raised SyntaxError.*Correct it"),
+        ("x = undefined", r"is there, and importing it raised NameError.*Correct it"),
+        ("raise SystemExit(3)", r"is there, and importing it raised SystemExit.*Correct it"),
+    ],
+)
+def test_a_module_that_is_there_and_broken_is_not_called_absent(code, said, tmp_path, monkeypatch):
+    (tmp_path / "own_and_broken.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(EnvError, match=said):
+        find_spec("own_and_broken:Own-v0")
 
 
 def test_a_package_that_is_there_and_broken_is_not_called_absent(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -439,3 +440,26 @@ def test_broken_actions_are_refused():
         spec.encode(np.zeros((1, 3)))
     with pytest.raises(ValueError, match="row 1"):
         ActionSpec.from_space(spaces.Discrete(3)).encode(np.array([0, 3]))
+
+
+@pytest.mark.parametrize(
+    ("space", "actions"),
+    [
+        (spaces.Discrete(3, start=5), [5.7]),
+        (spaces.MultiBinary(2), [[0.5, 1]]),
+        (spaces.MultiDiscrete([3, 2]), [[1.2, 0]]),
+        (spaces.Box(-1, 1, (2,), np.float32), [[np.nan, 0]]),
+    ],
+    ids=["category", "bits", "categories", "numbers"],
+)
+def test_what_is_no_action_is_refused_and_not_rounded(space, actions):
+    with pytest.raises(ValueError, match=re.escape(str(space))):
+        ActionSpec.from_space(space).encode(np.array(actions))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint8, np.int64])
+def test_categories_keep_their_number_type(dtype):
+    space = spaces.Discrete(3, dtype=dtype)
+    for spec in (ActionSpec.from_space(space), ObsSpec.from_space(space)):
+        again = type(spec).from_json(spec.to_json())
+        assert again.space == spec.space == space and again.space.dtype == dtype

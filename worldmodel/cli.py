@@ -69,6 +69,7 @@ def about(version: Annotated[bool, typer.Option("--version", help="Print the ver
         import importlib.metadata
 
         print(importlib.metadata.version("worldmodel"))
+        raise typer.Exit()
 
 
 @app.command(epilog="Example: worldmodel train cartpole train.ratio=1 --steps 3000 --seed 1")

@@ -26,6 +26,12 @@ TRANSFORM_OBS = "gymnasium.wrappers.TransformObservation"
 TRANSFORM_ACTION = "gymnasium.wrappers.TransformAction"
 
 
+def discrete(n: int, start: int, dtype: np.dtype) -> gym_spaces.Discrete:
+    """Gymnasium's space; older ones know int64 alone."""
+    other = {} if np.dtype(dtype) == np.int64 else {"dtype": np.dtype(dtype).type}
+    return gym_spaces.Discrete(n, start=start, **other)
+
+
 @dataclass(frozen=True, eq=False)
 class KeySpec:
     """One key of an observation (or the action): its raw form, and the canonical one.
@@ -63,7 +69,7 @@ class KeySpec:
         if self.kind == "binary":
             return gym_spaces.MultiBinary(self.raw_shape[0] if len(self.raw_shape) == 1 else self.raw_shape)
         if not self.raw_shape:
-            return gym_spaces.Discrete(self.sizes[0], start=self.start[0])
+            return discrete(self.sizes[0], self.start[0], self.raw_dtype)
         sizes, start = (np.array(v, self.raw_dtype).reshape(self.raw_shape) for v in (self.sizes, self.start))
         return gym_spaces.MultiDiscrete(sizes, dtype=self.raw_dtype.type, start=start)
 

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from worldmodel import checkpoint
+from worldmodel.casts import cast, numbers
 from worldmodel.errors import ConfigError, CorruptError, StorageError
 from worldmodel.keys import KeySpec
 from worldmodel.layouts import Layout
@@ -350,9 +351,9 @@ def _episode(obs_spec: ObsSpec, action_spec: ActionSpec, episode: Mapping[str, A
     if not isinstance(given, Mapping) or given.keys() != obs_spec.keys.keys():
         found = sorted(given) if isinstance(given, Mapping) else type(given).__name__
         raise ConfigError(f"{where} has the observations {found}; expected a dict with the keys {sorted(obs_spec.keys)}.")
-    reward = np.asarray(episode["rewards"])
-    if reward.ndim != 1 or reward.dtype.kind not in "biuf" or not len(reward):
-        found = f"{reward.dtype} {list(reward.shape)}"
+    reward = numbers(episode["rewards"])
+    if reward is None or reward.ndim != 1 or not len(reward):
+        found = "no numbers" if reward is None else f"{reward.dtype} {list(reward.shape)}"
         raise ConfigError(f"{where}: rewards are {found}; expected one number for each of 1 or more steps.")
     steps = len(reward)
     obs = {name: _fitted(key, given[name], steps + 1, f"{where}: observation '{name}'") for name, key in obs_spec.keys.items()}
@@ -368,17 +369,20 @@ def _episode(obs_spec: ObsSpec, action_spec: ActionSpec, episode: Mapping[str, A
 
 def _fitted(key: KeySpec, value: Any, rows: int, where: str) -> np.ndarray:
     """`value` as [rows, *raw_shape] in the space's number type; ConfigError where a number would change its meaning."""
-    given = np.asarray(value)
+    given = numbers(value)
+    if given is None:
+        raise ConfigError(f"{where} is no array of numbers. Expected {[rows, *key.raw_shape]}: T + 1 observations, T actions.")
+    if given.shape == (rows, *(key.turned or ())) != (rows, *key.raw_shape):
+        given = np.moveaxis(given, 1, -1) if key.layout == "hwc" else np.moveaxis(given, -1, 1)  # channels at the other end
     if given.shape != (rows, *key.raw_shape):
         expected = [rows, *key.raw_shape]
         raise ConfigError(f"{where} has shape {list(given.shape)}; expected {expected}: T + 1 observations, T actions.")
     if given.dtype == key.raw_dtype:
         return given
-    with np.errstate(over="ignore", invalid="ignore"):
-        cast = given.astype(key.raw_dtype) if given.dtype.kind in "biuf" else None
-    if cast is None or (key.raw_dtype.kind != "f" and not (cast == given).all()):
+    held = cast(given, key.raw_dtype)
+    if held is None:
         raise ConfigError(f"{where} has dtype {given.dtype}, which {key.raw_dtype} does not hold. Expected values of {key.space}.")
-    return cast
+    return held
 
 
 def _whole(replay: Replay, stream: int) -> tuple:

@@ -181,18 +181,23 @@ class ActionSpec:
         return self.key.space
 
     def encode(self, env_actions: np.ndarray) -> np.ndarray:
-        """The environment's actions [N, ...] -> canonical float32 [N, A]. Raises ValueError for another shape or category."""
+        """The environment's actions [N, ...] -> canonical float32 [N, A]. Raises ValueError for what is no action of the space."""
         actions = np.asarray(env_actions)
         if actions.shape[1:] != self.key.raw_shape:
             raise ValueError(f"Actions have shape {actions.shape}; expected [N, {self.key.raw_shape}] of {self.space}.")
         if self.kind == "continuous":
+            if np.isnan(actions).any():
+                raise ValueError(f"An action is NaN; expected numbers of {self.space}.")
             middle, half = self._affine
             unit = (actions.reshape(len(actions), -1).astype(np.float64) - middle) / np.where(half > 0, half, 1)
             return np.where(half > 0, np.clip(unit, -1, 1), 0).astype(np.float32)
-        fault = self.key.fault(actions)
+        held = cast(actions, self.key.raw_dtype)
+        if held is None:
+            raise ValueError(f"Actions are {actions.dtype} with parts of whole numbers; expected elements of {self.space}.")
+        fault = self.key.fault(held)
         if fault is not None:
             raise ValueError(f"Action of row {int(fault[0].argmax())} {fault[1]}.")
-        return self.key.canonical(torch.as_tensor(actions)).numpy()
+        return self.key.canonical(torch.as_tensor(held)).numpy()
 
     def decode(self, canonical: np.ndarray | Tensor) -> np.ndarray:
         """Canonical [N, A] -> actions for the environment, in its dtype and shape, always inside its bounds.

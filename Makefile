@@ -83,10 +83,10 @@ demo: $(STAMP)
 # ---- checks ------------------------------------------------------------------------------------------------------------
 
 test: $(STAMP)
-	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 reliability: $(STAMP)
-	RELIABILITY=full $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) tests/reliability $(ARGS)
+	RELIABILITY=full $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/reliability $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

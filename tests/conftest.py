@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -275,14 +277,23 @@ users_space watch""".split()
 annotations at each call takes two fifths of a training, and the tests of the tensors themselves check them all."""
 
 
+@contextmanager
+def unchecked(off: bool = True) -> Iterator[None]:
+    """Annotations are not executed in here; for the hundreds of updates that a test is not about."""
+    before = jaxtyping_config.jaxtyping_disable
+    jaxtyping_config.update("jaxtyping_disable", off or before)
+    try:
+        yield
+    finally:
+        jaxtyping_config.update("jaxtyping_disable", before)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _shapes_are_checked(request):
     """Whether annotations are executed while a module's tests run."""
     path = request.path
-    off = path.parent.name == "reliability" or path.stem.removeprefix("test_") in WHOLE_RUNS
-    jaxtyping_config.update("jaxtyping_disable", off)
-    yield
-    jaxtyping_config.update("jaxtyping_disable", False)
+    with unchecked(path.parent.name == "reliability" or path.stem.removeprefix("test_") in WHOLE_RUNS):
+        yield
 
 
 # What was survived ------------------------------------------------------------------------------------------------------

@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 import torch
 from baselines import BASELINES, StackedProtocol
+from control import came
 from gymnasium import spaces
-from rows import Failed, Load, Rows, call, marked, median, number, options, say, spread, table
+from rows import Load, Rows, marked, median, number, options, spread, table
 from stable_baselines3 import DQN
 from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecFrameStack
@@ -115,20 +116,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 def measure(args: Any, rows: Rows) -> int:
     """Runs what is missing, one after the other; gives the number of runs that failed."""
-    failed = 0
-    for side in args.sides:
-        for seed in args.seeds:
-            key = {"row": "catch-encoder", "side": side, "seed": seed}
-            if rows.has(key):
-                continue
-            try:
-                row = rows.add(key, call(__file__, {**key, "max_steps": args.max_steps}, 1, 2 * SECONDS), 1)
-            except Failed as error:
-                failed += 1
-                say(f"failed: {side} seed {seed}: {error}")
-                continue
-            say(f"  solved at {row['solved_at']}, final return {row['final_return']:.2f}")
-    return failed
+    keys = [{"row": "catch-encoder", "side": side, "seed": seed} for side in args.sides for seed in args.seeds]
+    return rows.measure(__file__, [(key, {**key, "max_steps": args.max_steps}, 1) for key in keys], 2 * SECONDS, came)
 
 
 def report(rows: Rows) -> str:

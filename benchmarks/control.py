@@ -23,14 +23,13 @@ import statistics
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rows import Failed, Load, Rows, call, marked, median, number, options, say, spread, table
+from rows import Load, Rows, marked, median, number, options, say, spread, table
 
 from worldmodel.config import Config
 from worldmodel.errors import ConfigError
@@ -177,20 +176,18 @@ def variants(config: Config, baseline: str, ratio: float) -> list[tuple[str, flo
 
 
 def measure(args: argparse.Namespace, rows: Rows) -> int:
-    """Runs what is missing, one after the other; gives the number of runs that failed."""
-    failed = 0
-    for key, job, threads in list(jobs(args)):  # a wrong name or option is found before anything runs
-        if rows.has(key):
-            continue
-        since = time.perf_counter()
-        try:
-            row = rows.add(key, call(__file__, job, threads, 90 * args.max_minutes + 300), threads)
-        except Failed as error:
-            failed += 1
-            say(f"failed: {key['task']} {key['algorithm']} seed {key['seed']}: {error}")
-            continue
-        say(f"  solved at {row['solved_at']}, final return {row['final_return']:.1f}, {time.perf_counter() - since:.0f} s in all")
-    return failed
+    """Runs what is missing; gives the number of runs that failed."""
+    return rows.measure(__file__, jobs(args), seconds_for(args), came)
+
+
+def seconds_for(args: argparse.Namespace) -> float:
+    """After which a worker is given up: a run ends itself before."""
+    return 90 * args.max_minutes + 300
+
+
+def came(row: Mapping[str, Any]) -> str:
+    """What a run came to, in words."""
+    return f"solved at {row['solved_at']}, final return {row['final_return']:.1f}"
 
 
 def grouped(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -28,7 +28,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rows import STALE, Failed, Load, Rows, call, number, options, say, stale, table
+from rows import STALE, Load, Rows, number, options, stale, table
 
 FORMS: dict[str, dict[str, Any]] = {
     "gaussian": {"kind": "gaussian", "standard": True},
@@ -301,11 +301,8 @@ def main() -> int:
             for seed in range(args.seeds)
             for form in args.forms
         ]
-        for key in [] if args.print else [key for key in keys if not rows.has(key)]:
-            try:
-                rows.add(key, call(__file__, key, threads=1, seconds=3600), threads=1)
-            except Failed as failure:
-                say(f"{key['form']} {key['seed']}: {failure}")
+        if not args.print:
+            rows.measure(__file__, [(key, key, 1) for key in keys], 3600)
         out = report(rows, None if args.print else keys)
     if args.json:
         print(json.dumps(out))

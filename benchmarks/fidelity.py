@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from PIL import Image
-from rows import Failed, Load, Rows, call, marked, options, say, spread, table, timed
+from rows import Load, Rows, marked, options, say, spread, table, timed
 from torch import Tensor, nn
 
 from worldmodel.data import Sampling
@@ -261,17 +261,11 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="all rows as one JSON list instead of the table")
     parser.add_argument("--print", action="store_true", help="only the table")
     args = parser.parse_args()
-    rows, failed = Rows("fidelity", args.results, args.again), 0
-    for seed in [] if args.print else args.seeds:
-        key = {"row": "fidelity", "seed": seed, "device": args.device, "updates": args.updates, "depth": args.depth}
-        key |= {"probe_updates": args.probe_updates, "sampler": args.sampler}
-        if rows.has(key):
-            continue
-        try:
-            rows.add(key, call(__file__, {**key, "threads": args.threads}, args.threads, 4 * 3600), args.threads)
-        except Failed as error:
-            failed += 1
-            say(f"failed: seed {seed}: {error}")
+    rows = Rows("fidelity", args.results, args.again)
+    key = {"row": "fidelity", "seed": 0, "device": args.device, "updates": args.updates, "depth": args.depth}
+    key |= {"probe_updates": args.probe_updates, "sampler": args.sampler}
+    jobs = [({**key, "seed": seed}, {**key, "seed": seed, "threads": args.threads}, args.threads) for seed in args.seeds]
+    failed = 0 if args.print else rows.measure(__file__, jobs, 4 * 3600)
     print(json.dumps(list(rows)) if args.json else report(rows))
     return 1 if failed else 0
 

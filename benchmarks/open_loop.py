@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from rows import Failed, Load, Rows, call, marked, options, say, spread, table
+from rows import Load, Rows, marked, options, say, spread, table
 
 TASKS: dict[str, dict[str, Any]] = {
     "cartpole": {"recipe": "cartpole", "context": 5, "horizon": 50, "at": 15},
@@ -82,18 +82,11 @@ def main() -> int:
         print(json.dumps(work(json.loads(args.worker))))
         return 0
     rows = Rows("open_loop", args.results, args.again)
-    for name in [] if args.print else args.tasks:
-        for seed in args.seeds:
-            key = {"task": name, "seed": seed, "overrides": overrides}
-            if rows.has(key):
-                continue
-            job = {**TASKS[name], "seed": seed, "overrides": overrides, "run": args.run}
-            try:
-                rows.add(key, call(__file__, job, threads=1, seconds=3600), threads=1)
-            except Failed as failure:
-                say(f"{name} {seed}: {failure}")
+    keys = [{"task": name, "seed": seed, "overrides": overrides} for name in args.tasks for seed in args.seeds]
+    jobs = [(key, {**TASKS[key["task"]], "seed": key["seed"], "overrides": overrides, "run": args.run}, 1) for key in keys]
+    failed = 0 if args.print else rows.measure(__file__, jobs, 3600)
     print(table(["task", "seeds", "horizon", "error", "persistence", "ratio"], lines(rows)))
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

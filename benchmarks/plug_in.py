@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from control import DYNA_ROW, DYNA_UPDATES, PLUG_IN, jobs, report, work
+from control import DYNA_ROW, DYNA_UPDATES, PLUG_IN, came, jobs, report, seconds_for, work
 from rows import Failed, Load, Rows, call, marked, number, options, say, spread, stale, table, timed
 
 DYNA = {"ratio": 150, "horizon": 15, "every": 10, "config": {"train.prefill": 250, "train.pretrain": 300, "train.ratio": 2.0}}
@@ -75,23 +75,17 @@ def dyna(job: dict[str, Any]) -> dict[str, Any]:
 
 def real_steps(args: argparse.Namespace, rows: Rows, name: str) -> int:
     """Runs what is missing of one row and its baselines; gives the number of runs that failed."""
-    failed = 0
     seeds = args.seeds or SEEDS.get(name, [0, 1, 2])
     asked = {"tasks": [name], "seeds": seeds, "baselines": not args.ours, "only": None, "overrides": [], "max_steps": None}
     asked |= {"max_minutes": args.max_minutes, "verbose": args.verbose}
-    for key, job, threads in jobs(argparse.Namespace(**asked)):
-        if name == "dyna-pendulum" and key["algorithm"] == "worldmodel":
-            key = {**key, "algorithm": DYNA_ROW}
-            job = {**key, "row": "dyna"}
-        if rows.has(key):
-            continue
-        try:
-            row = rows.add(key, call(__file__, job, threads, 90 * args.max_minutes + 300), threads)
-            say(f"  solved at {row['solved_at']}, final return {row['final_return']:.1f}")
-        except Failed as error:
-            failed += 1
-            say(f"failed: {name} {key['algorithm']} seed {key['seed']}: {error}")
-    return failed
+    wanted = list(jobs(argparse.Namespace(**asked)))
+    if name == "dyna-pendulum":
+        wanted = [_of_dyna(*each) if each[0]["algorithm"] == "worldmodel" else each for each in wanted]
+    return rows.measure(__file__, wanted, seconds_for(args), came)
+
+
+def _of_dyna(key: dict[str, Any], job: dict[str, Any], threads: int) -> tuple[dict[str, Any], dict[str, Any], int]:
+    return {**key, "algorithm": DYNA_ROW}, {**job, "row": "dyna"}, threads
 
 
 # Speed ------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from typing import Any
 
 import control
 import gymnasium as gym
-from rows import Failed, Rows, call, marked, options, say, spread, table
+from rows import Rows, marked, options, spread, table
 
 from worldmodel.config import Config
 from worldmodel.errors import ConfigError
@@ -49,22 +49,6 @@ def jobs(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], dict[str, A
             key |= {"max_steps": args.max_steps, "max_minutes": args.max_minutes}
             job = {**key, "recipe": RECIPE, "algorithm": control.OURS, "overrides": scaled, "verbose": args.verbose}
             yield key, job, config.train.threads
-
-
-def measure(args: argparse.Namespace, rows: Rows) -> int:
-    """Runs what is missing, one after the other; gives the number of runs that failed."""
-    failed = 0
-    for key, job, threads in list(jobs(args)):
-        if rows.has(key):
-            continue
-        try:
-            row = rows.add(key, call(__file__, job, threads, 90 * args.max_minutes + 300), threads)
-        except Failed as error:
-            failed += 1
-            say(f"failed: size {key['size']:g} seed {key['seed']}: {error}")
-            continue
-        say(f"  solved at {row['solved_at']}, final return {row['final_return'] / key['size']:.1f} sizes")
-    return failed
 
 
 def report(rows: Rows) -> str:
@@ -104,7 +88,7 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     rows = Rows("reward_scale", args.results, args.again)
     try:
-        failed = 0 if args.print else measure(args, rows)
+        failed = 0 if args.print else rows.measure(__file__, jobs(args), control.seconds_for(args), control.came)
     except ConfigError as error:
         parser.error(str(error))
     print(report(rows))

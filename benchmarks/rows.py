@@ -89,6 +89,32 @@ class Rows:
         say(f"done: {_short(key)}")
         return row
 
+    def measure(
+        self,
+        script: str | Path,
+        jobs: Iterable[tuple[Mapping[str, Any], Mapping[str, Any], int]],
+        seconds: float,
+        tell: Callable[[dict[str, Any]], str] | None = None,
+    ) -> int:
+        """Runs what is missing of (key, job, threads), one after the other, as `call` does; gives the number that failed.
+
+        tell  what is said of a row that has come
+        """
+        failed = 0
+        for key, job, threads in list(jobs):  # a wrong name or option is found before anything runs
+            if self.has(key):
+                continue
+            since = time.perf_counter()
+            try:
+                row = self.add(key, call(script, job, threads, seconds), threads)
+            except Failed as error:
+                failed += 1
+                say(f"failed: {_short(key)}: {error}")
+                continue
+            if tell is not None:
+                say(f"  {tell(row)}, {time.perf_counter() - since:.0f} s in all")
+        return failed
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter(self._rows.values())
 

@@ -271,9 +271,9 @@ def stored(agent) -> SimpleNamespace:
 # Shapes -----------------------------------------------------------------------------------------------------------------
 
 WHOLE_RUNS = """adapter check checkpoint checkpoint_zip cli commands disk_replay dyna env_habits exchange house imagined
-interrupted life_signs offline recording remedies replay restarts run sb3 sb3_habits segments sources tensorboard train
-users_space watch""".split()
-"""Test modules, and all of tests/reliability, that train in order to look at files, processes and environments. Checking
+interrupted isolation life_signs loop offline options recording remedies replay restarts reward_scale run sb3 sb3_habits
+segments sources tensorboard train two_stage users_space watch""".split()
+"""Test modules, and all of tests/reliability, that train in order to look at files, processes, environments or options. Checking
 annotations at each call takes two fifths of a training, and the tests of the tensors themselves check them all."""
 
 

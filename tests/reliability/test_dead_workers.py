@@ -125,7 +125,7 @@ def cases() -> Iterator[tuple[str, int, int, str]]:
 SAID = {HANG: "no answer", signal.SIGSTOP: "no answer", EXIT: "exit code 9", ABORT: "SIGABRT"}
 
 
-def test_a_worker_that_dies_or_hangs_is_named_in_time_and_none_is_left(figure):
+def test_a_worker_that_dies_or_hangs_is_named_in_time_and_none_is_left(figure, monkeypatch):
     """Teeth: without the watch on the process a forked sibling keeps the dead one's pipe open, and "no answer" is said of it; with
     a plain `recv` a stopped worker blocks for ever."""
     tried = late = unnamed = 0

@@ -99,7 +99,7 @@ def small_config(options: dict[str, Any]) -> Config:
 
 def test_a_long_run_does_not_grow(figure):
     """Teeth: traces that are kept, here as a leak of 1 KiB a step on top of what was measured."""
-    steps = times(4_000, 20_000)
+    steps = times(2_400, 20_000)
     found = in_child(__file__, {"what": "grow", "steps": steps}, MALLOC_ARENA_MAX="2")
     at, resident = ([look[name] for look in found["seen"]] for name in ("step", "VmRSS"))
     slope, whole = growth(at, resident)

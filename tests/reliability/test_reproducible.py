@@ -22,9 +22,9 @@ from worldmodel.agents.loop import WorldModelAlgorithm
 from worldmodel.agents.train import env_seed
 from worldmodel.run import Run
 
-STEPS = 120
-OPTIONS = {"train.ratio": 1.0, "train.average": 0.9, "eval.every": 0, "eval.episodes": 1, "checkpoint.every": 50}
-SHOWN = {"log.tensorboard": True, "log.pictures": 60, "log.held_out": 2, "log.every": 1, "eval.every": 50}
+STEPS = 70
+OPTIONS = {"train.ratio": 1.0, "train.average": 0.9, "eval.every": 0, "eval.episodes": 1, "checkpoint.every": 30}
+SHOWN = {"log.tensorboard": True, "log.pictures": 35, "log.held_out": 2, "log.every": 1, "eval.every": 30}
 WORKERS = {"env.num_envs": 3, "env.vectorize": "subproc", "env.kwargs": {"seconds": 0.02}}
 
 

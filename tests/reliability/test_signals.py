@@ -18,7 +18,7 @@ from worldmodel.run import LOCK, Run
 
 def test_a_signal_at_any_moment_ends_the_run_in_order_and_a_second_one_at_once(tmp_path, figure):
     """Teeth: a handler that only remembers hangs on, one that only raises loses the exit code; both are counted."""
-    counts = counted("signals", tmp_path, times(8, 60), "fence")
+    counts = counted("signals", tmp_path, times(6, 60), "fence")
     assert not wrong(counts), counts
     assert counts["twice"] >= counts["struck"] // 4
     ended = f"{counts['struck']} signals ({counts['twice']} of them doubled) in {counts['runs']} runs"

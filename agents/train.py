@@ -276,8 +276,8 @@ def train(
     Exact on resume, on the same device and thread count: weights, optimisers, running statistics, replay (up to the
     checkpoint), counters, the ratio's remainder and all random states. Not exact: the environments. They are reset with
     seeds that follow from (seed, step), and the open episode of each is closed like a truncated one, so a resumed run is
-    another run of equal standing. With checkpoint.fence=true every checkpoint does the same to the unbroken run, and the
-    two are equal bit for bit, as far as the environment is determined by its reset seed.
+    another run of equal standing. With checkpoint.fence=true every checkpoint of checkpoint.every does the same to the
+    unbroken run, and the two are equal bit for bit, as far as the environment is determined by its reset seed.
 
     SIGINT, SIGTERM and SIGHUP finish the step, save and raise Interrupted (a KeyboardInterrupt); a second one aborts.
     Raises ConfigError, UnsupportedSpaceError, MissingExtraError, TrustError, EnvError (the state is saved first), StorageError

@@ -40,7 +40,10 @@ def test_a_row_carries_a_hash_that_any_change_of_the_code_changes(rows, tmp_path
     assert len(set(seen)) == len(seen)
     (tmp_path / "envs/__pycache__").mkdir()
     (tmp_path / "envs/__pycache__/other.pyc").write_bytes(b"x")
-    assert rows._hash(tmp_path) == seen[-1]
+    (tmp_path / "agents/deep/file.py").write_text('"""What it is."""\n\nx = 2  # two\n\n"""And what for."""\n')
+    assert rows._hash(tmp_path) == seen[-1]  # caches and what only people read change no figure
+    (tmp_path / "agents/deep/file.py").write_text('x = 2\ny = """no docstring"""\n')
+    assert rows._hash(tmp_path) != seen[-1]
 
 
 def test_a_row_of_other_code_is_marked_and_measured_again(rows, tmp_path):

@@ -60,7 +60,8 @@ class CheckpointConfig(Frozen):
     keep: int = Field(2, ge=1, description="newest checkpoints that stay")
     failures: int = Field(3, ge=1, description="saves in a row that fail, as on a full disk, at which the run stops")
     fence: bool = Field(
-        False, description="each checkpoint truncates open episodes and reseeds, so that a resumed run equals an unbroken one"
+        False,
+        description="each checkpoint of `every` truncates open episodes and reseeds, so that a resumed run equals an unbroken one",
     )
 
 

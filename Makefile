@@ -4,6 +4,7 @@
 # make lint   ruff
 # make bench  the measured tables; rows that are there already are not measured again     (ARGS="--print")
 # make figures   writes the tables of README and docs from the rows; make figures-check fails where they differ, or quote stale rows unmarked
+# make reference   writes docs/reference from the code; a test fails where it says something else
 # make screenshots   pictures of TensorBoard for the docs, of RUN; wants Debian's packages chromium and chromium-driver
 # make clean  removes caches and builds; runs/ and .venv/ stay
 #
@@ -21,7 +22,7 @@ STAMP := $(VENV)/.installed
 # One thread per worker: two threads of torch under any other load can be slower than one by orders of magnitude.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: help venv demo test reliability lint bench figures figures-check screenshots clean
+.PHONY: help venv demo test reliability lint bench figures figures-check reference screenshots clean
 .DELETE_ON_ERROR:
 
 help:
@@ -99,6 +100,9 @@ figures: $(STAMP)
 
 figures-check: $(STAMP)
 	$(BIN)/python benchmarks/readme.py --check
+
+reference: $(STAMP)
+	$(BIN)/python docs/reference.py
 
 screenshots: $(STAMP)
 	$(BIN)/python docs/screenshots.py $(RUN) --out docs/images --pages scalars images text projector

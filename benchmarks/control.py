@@ -228,26 +228,37 @@ def report(rows: Iterable[dict[str, Any]], folder: Path) -> str:
 
 def comparisons(groups: Mapping[str, Sequence[dict[str, Any]]], folder: Path, of: str | None = None) -> list[str]:
     """Our real steps as a share of those of the best of all that learn no model, of any result file; medians over seeds."""
-    lines, others = [], rivals(folder, of)
-    for text, found in groups.items():
-        key = json.loads(text)
-        task = TASKS.get(key["task"]) or PLUG_IN.get(key["task"]) or Task(key["task"])
-        there = others.get(task.recipe)
-        if key["algorithm"] != task.ours or not there or found[0]["threshold"] is None:
-            continue
-        best = min(there, key=lambda name: median(row["solved_at"] for row in there[name]))
-        ours, least = (median(row["solved_at"] for row in side) for side in (found, there[best]))
-        seeds = f"{len(there[best])} seed{'s' if len(there[best]) > 1 else ''}"
+    lines = []
+    for key, found, best, there in strongest(groups, folder, of):
+        ours, least = (median(row["solved_at"] for row in side) for side in (found, there))
+        seeds = f"{len(there)} seed{'s' if len(there) > 1 else ''}"
         name = " ".join([key["task"], *key["overrides"]])
         if max(ours, least) < float("inf"):
             line = f"{name}: {ours / least:.2f} x the real steps of {best}, {seeds}"
         else:
             line = f"{name}: {number(ours, 1)} real steps, {best} {number(least, 1)}, {seeds}"
-        ends = [[row["solved_at"] or float("inf") for row in side] for side in (found, there[best])]
-        if max(map(min, ends)) <= min(map(max, ends)):
-            line += "; their ranges overlap"
-        lines.append(marked(line, [*found, *there[best]], of))
+        lines.append(marked(line + ("; their ranges overlap" if overlap(found, there) else ""), [*found, *there], of))
     return lines
+
+
+def strongest(
+    groups: Mapping[str, Sequence[dict[str, Any]]], folder: Path, of: str | None = None
+) -> Iterator[tuple[dict[str, Any], Sequence[dict[str, Any]], str, list[dict[str, Any]]]]:
+    """(key, our rows, name and rows of the best of all that learn no model, of any result file) of each group of ours."""
+    others = rivals(folder, of)
+    for text, found in groups.items():
+        key = json.loads(text)
+        task = TASKS.get(key["task"]) or PLUG_IN.get(key["task"]) or Task(key["task"])
+        there = others.get(task.recipe)
+        if key["algorithm"] == task.ours and there and found[0]["threshold"] is not None:
+            best = min(there, key=lambda name: median(row["solved_at"] for row in there[name]))
+            yield key, found, best, there[best]
+
+
+def overlap(*sides: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether the real steps of two groups of runs have a number in common, of which no difference can be told."""
+    ends = [[row["solved_at"] or float("inf") for row in side] for side in sides]
+    return max(map(min, ends)) <= min(map(max, ends))
 
 
 def rivals(folder: Path, of: str | None = None) -> dict[str, dict[str, list[dict[str, Any]]]]:

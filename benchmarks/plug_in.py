@@ -47,6 +47,8 @@ SPEED = ["size=medium", "agent.plan.samples=512", "agent.plan.iterations=6", "ag
 SPEED += ["agent.plan.proposals=24"]
 FITS = {"cartpole": ("ppo", "a2c", "dqn", "qrdqn", "recurrent_ppo"), "pendulum": ("sac", "td3", "tqc")}
 IMAGINED = 8192
+WORLD_STEPS, PREFILL = 400, 300
+"""Random real steps behind the worlds of the eight algorithms, and how many of them at most before anything is learned."""
 MARGIN = {"cartpole": 50.0, "pendulum": 300.0}
 """By how much a mean return of 20 episodes must exceed random play's in the same world, to count as better than it."""
 OTHER = ("mppi", "gap", "algorithms")
@@ -173,9 +175,10 @@ def algorithm(job: dict[str, Any]) -> dict[str, Any]:
     recipe, name, seed = job["recipe"], job["algorithm"], job["seed"]
     if name == "random":
         return {"real_return": run_random(Config.from_recipe(recipe), seed)["final_return"]}
-    quiet = {"log.tensorboard": False, "eval.every": 0, "eval.episodes": 1, "agent": "random"}
+    options = {"log.tensorboard": False, "eval.every": 0, "eval.episodes": 1, "agent": "random"}
+    options["train.prefill"] = min(Config.from_recipe(recipe).train.prefill, PREFILL)
     with tempfile.TemporaryDirectory() as folder:
-        path = wm.train(recipe, 400, seed, Path(folder) / "run", quiet, "cpu").run
+        path = wm.train(recipe, WORLD_STEPS, seed, Path(folder) / "run", options, "cpu").run
         before: list[torch.Tensor] = []
         made = algorithm_class(name)
 

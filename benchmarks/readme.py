@@ -26,7 +26,7 @@ import validity
 from rows import HERE, STALE, Rows, code, marked, median, number, say, spread, stale
 
 ROOT = HERE.parent
-FILES = ("README.md", "docs/forms.md", "docs/dynamics.md", "docs/jepa.md", "docs/one-role.md")
+FILES = ("README.md", "docs/results.md", "docs/forms.md", "docs/dynamics.md", "docs/jepa.md", "docs/one-role.md")
 BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n)(.*?)(<!-- /figures -->)", re.DOTALL)
 MADE = re.compile(r"without † are of code `([0-9a-f]{16})`")
 NONE = "none"
@@ -134,6 +134,22 @@ def _control(figures: Figures) -> str:
     frames = [row for row in figures.rows("plug_in") if row["key"].get("side") == "naturecnn"]
     said = "SB3 DQN on two stacked frames (`catch_encoder.py`)"
     return solved(figures, groups, [("catch", said, frames)]) + beside(figures, groups)
+
+
+@block("headline")
+def _headline(figures: Figures) -> str:
+    """Of each task our runs, and the strongest that learns no model."""
+    groups = {t: rows for t, rows in control.grouped(figures.rows("control")).items() if rows[0]["key"]["task"] in TITLES}
+    groups = {t: rows for t, rows in groups.items() if not rows[0]["key"]["overrides"] and not rows[0]["key"]["max_steps"]}
+    lines, shown = [], []
+    for key, ours, _, theirs in control.strongest(groups, figures.folder, figures.of):
+        steps = [spread((row["solved_at"] for row in side), 1) for side in (ours, theirs)]
+        said = agent(theirs[0]["key"], theirs) if "task" in theirs[0]["key"] else "SB3 DQN on two stacked frames"
+        seeds = "" if len(theirs) == len(ours) else f" ({len(theirs)} seed{'s' if len(theirs) > 1 else ''})"
+        verdict = "ranges overlap" if control.overlap(ours, theirs) else ""
+        lines.append([figures.mark(TITLES[key["task"]], [*ours, *theirs]), steps[0], f"{steps[1]}: {said}{seeds}", verdict])
+        shown += [*ours, *theirs]
+    return figures.table(["task (threshold)", "real steps here", "the strongest without a model", ""], lines, shown)
 
 
 @block("plug-in")

@@ -115,9 +115,9 @@ def test_a_long_run_does_not_grow(figure):
 
 
 def cycle(job: dict[str, Any]) -> dict[str, Any]:
-    """Builds, trains and closes an agent with its environments, ten times."""
+    """Builds, trains and closes an agent with its environments, again and again."""
     seen = []
-    for seed in range(10):
+    for seed in range(job["agents"]):
         agent = make_agent(small_config({"env.num_envs": 2, "env.vectorize": job["vectorize"]}), seed, "cpu")
         agent.learn(60)
         agent.env.close()
@@ -130,11 +130,12 @@ def cycle(job: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("vectorize", ["dummy", "subproc"][: times(1, 2)])
 def test_agents_that_are_closed_leave_nothing_behind(vectorize, figure):
     """Teeth: a list that keeps all agents."""
-    seen = in_child(__file__, {"what": "cycle", "vectorize": vectorize}, MALLOC_ARENA_MAX="2")["seen"]
+    agents = times(6, 10)
+    seen = in_child(__file__, {"what": "cycle", "vectorize": vectorize, "agents": agents}, MALLOC_ARENA_MAX="2")["seen"]
     assert len({(look["fds"], look["threads"]) for look in seen[1:]}) == 1
     more = max(look["VmRSS"] for look in seen[2:]) / seen[1]["VmRSS"] - 1
     assert more <= 0.05
-    figure("M1", f"10 agents built and closed ({vectorize}): {100 * more:+.1f} % of memory after the second")
+    figure("M1", f"{agents} agents built and closed ({vectorize}): {100 * more:+.1f} % of memory after the second")
 
 
 # M2: resume -------------------------------------------------------------------------------------------------------------
@@ -248,19 +249,20 @@ def most_bytes(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("place", ["memory", "disk"])
-def test_ten_times_the_capacity_take_little_more_of_the_disk_than_one(tmp_path, monkeypatch, figure, place):
+def test_many_times_the_capacity_take_little_more_of_the_disk_than_one(tmp_path, monkeypatch, figure, place):
     """Checkpoints at a tenth, experience at a twentieth of the capacity. Teeth: marks that go on naming evicted segments."""
-    capacity, row = 400, 256 * 4 + 2 * 4 + 4 + 1
+    capacity, row, filled = 400, 256 * 4 + 2 * 4 + 4 + 1, times(4, 10)
     monkeypatch.setattr(segments, "MAX_BYTES", capacity * row // 20)
     monkeypatch.setattr("os.fsync", lambda handle: None)  # what is tested is how much is there, not when it is safe
     options = {"agent": "random", "train.replay": place, "train.capacity": capacity, "train.prefill": 10**5, "eval.every": 0}
     options |= {"eval.episodes": 1, "checkpoint.every": capacity // 10, "checkpoint.flush": capacity // 20}
     found = most_bytes(monkeypatch, tmp_path / "run")
-    small_train(tmp_path / "run", 10 * capacity, f"{__name__}:Long-v0", options=options)
-    assert Run.open(tmp_path / "run").replay().added > 10 * capacity
-    assert len(found) > 150
+    small_train(tmp_path / "run", filled * capacity, f"{__name__}:Long-v0", options=options)
+    assert Run.open(tmp_path / "run").replay().added > filled * capacity
+    assert len(found) > 15 * filled
     limit = 1.2 * capacity * row + 2 * segments.MAX_BYTES
-    figure("M4", f"10 x the capacity, replay in {place}: at most {max(found) / (capacity * row):.2f} of its bytes on the disk")
+    most = max(found) / (capacity * row)
+    figure("M4", f"{filled} x the capacity, replay in {place}: at most {most:.2f} of its bytes on the disk")
     assert max(found) <= limit
 
 

@@ -6,24 +6,21 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "DreamPolicy": "sb3.dream_training",
     "Dreamer": "dreamer",
-    "dream": "dreams",
-    "DreamPolicy": "in_dream",
-    "DynaCallback": "dyna",
-    "dreamed_episodes": "exchange",
-    "Interrupted": "train",
+    "DynaCallback": "sb3.dyna",
+    "Interrupted": "training.signals",
+    "JointWorldModel": "sb3.joint",
+    "LatentExtractor": "sb3.extractor",
     "Planner": "planner",
-    "JointWorldModel": "joint",
-    "LatentExtractor": "extractor",
     "RandomAgent": "random",
-    "SB3Agent": "sb3",
-    "TrainResult": "train",
-    "Watch": "watch",
+    "SB3Agent": "sb3.agent",
+    "Watch": "training.watch",
     "WorldModelAlgorithm": "loop",
+    "dreamed_episodes": "exchange",
     "evaluate": "evaluation",
-    "fit_prior": "two_stage",
-    "train_in_dream": "in_dream",
-    "latent_policy_kwargs": "extractor",
+    "latent_policy_kwargs": "sb3.extractor",
+    "train_in_dream": "sb3.dream_training",
 }
 __all__ = sorted(_HOMES)
 

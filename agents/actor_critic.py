@@ -19,7 +19,7 @@ from worldmodel.data import Batch, Dream, Sampling, State, Trace
 from worldmodel.errors import ConfigError
 from worldmodel.learner import Skips, clip_gradients, ill_weights
 from worldmodel.model import WorldModel, doubt, needs_ensemble, needs_marginal
-from worldmodel.networks import MLP, TwoHot
+from worldmodel.nn.networks import MLP, TwoHot
 from worldmodel.spaces import ActionSpec
 
 

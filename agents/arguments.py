@@ -12,8 +12,8 @@ from gymnasium import spaces
 from worldmodel.agents.belief import BeliefPolicy
 from worldmodel.config import Config, describe
 from worldmodel.errors import ConfigError, did_you_mean
-from worldmodel.keys import KeySpec
 from worldmodel.spaces import ObsSpec
+from worldmodel.spaces.keys import KeySpec
 
 SAME = {
     "batch_size": ["train.batch_size"],

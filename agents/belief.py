@@ -11,13 +11,13 @@ import torch
 from stable_baselines3.common.policies import BasePolicy
 from torch import Tensor, nn
 
-from worldmodel.casts import cast
 from worldmodel.data import Sampling, State
 from worldmodel.errors import ConfigError, EnvError
-from worldmodel.keys import KeySpec
 from worldmodel.model import WorldModel, tensors
-from worldmodel.nested import flat
 from worldmodel.spaces import ActionSpec, ObsSpec
+from worldmodel.spaces.casts import cast
+from worldmodel.spaces.keys import KeySpec
+from worldmodel.spaces.nested import flat
 
 
 class Controller(nn.Module):

@@ -18,12 +18,12 @@ from stable_baselines3.common.vec_env import VecEnv
 from worldmodel.agents.arguments import as_seen
 from worldmodel.config import Frozen
 from worldmodel.envs.make import EnvConfig, find_spec, make_vec
-from worldmodel.envs.plain import as_trained
-from worldmodel.envs.restarts import restarted
+from worldmodel.envs.vectors.plain import as_trained
+from worldmodel.envs.vectors.restarts import restarted
 from worldmodel.errors import ConfigError, EnvError
 from worldmodel.registry import register
 from worldmodel.spaces import ActionSpec
-from worldmodel.weights import cpu_randomness
+from worldmodel.storage.weights import cpu_randomness
 
 EVALUATION_SEED, CONFIRMATION_SEED, FINAL_SEED = 10_000, 20_000, 30_000
 """Environment seeds of the first episode of an evaluation, of its confirmation, and of the final return."""

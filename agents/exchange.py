@@ -1,21 +1,17 @@
-"""Experience in and out: what `worldmodel data` does. Episodes of a run, dreamed ones included, as NPZ or as Minari's data sets."""
+"""Dreamed episodes as a recording."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from worldmodel.envs import minari
 from worldmodel.envs.imagined import ImaginedWorld
-from worldmodel.envs.sources import recording
 from worldmodel.errors import ConfigError
-from worldmodel.layouts import Layout
-from worldmodel.recording import Recording, free_name
-from worldmodel.run import CONFIG, Run
+from worldmodel.storage.recording import Recording
+from worldmodel.storage.run import Run
 
 AT_ONCE = 256
 """Dreams that take each step together."""
@@ -80,61 +76,3 @@ def _dreams(agent: Any, worlds: ImaginedWorld, generator: torch.Generator) -> li
         }
         for i, n in enumerate(lengths.tolist())
     ]
-
-
-# The commands ---------------------------------------------------------------------------------------------------------
-
-
-def summary(found: Recording, source: str, out: str | None = None) -> dict[str, Any]:
-    """What `worldmodel data ... --json` prints."""
-    return {
-        "source": source,
-        "out": out,
-        "env_id": found.env_id,
-        "observation_space": str(found.obs_spec.space),
-        "action_space": str(found.action_spec.space),
-        "episodes": found.episodes,
-        "steps": found.steps,
-        "terminated": int(found.terminated.sum()),
-        "mean_return": float(found.returns.mean()),
-        "std_return": float(found.returns.std()),
-        "mean_length": float(found.lengths.mean()),
-    }
-
-
-def import_data(source: str, out: str | Path, layout: Layout | Mapping[str, Layout] | None = None) -> dict[str, Any]:
-    """Writes the episodes of a source into an NPZ file. Raises ConfigError, CorruptError, MissingExtraError, StorageError."""
-    out = free_name(out)
-    found = recording(source, layout)
-    return summary(found, source, str(found.write(out)))
-
-
-def export_data(
-    source: str,
-    out: str,
-    dreamed: int | None = None,
-    **dreams: Any,
-) -> dict[str, Any]:
-    """Writes a source's episodes, or `dreamed` many of a run, as FILE.npz or "minari:ID". Raises what `import_data` does.
-
-    `dreams` are options of `dreamed_episodes`; None is its default.
-    """
-    dreams = {name: value for name, value in dreams.items() if value is not None}
-    if dreams and dreamed is None:
-        raise ConfigError(f"No dreams were asked for, and --{', --'.join(dreams)} is about dreams alone. Add --dreamed N.")
-    to_minari = str(out).startswith(minari.PREFIX)
-    if to_minari:
-        minari.check_free(str(out).removeprefix(minari.PREFIX))
-    else:
-        free_name(out)
-    if dreamed is None:
-        found = recording(source)
-    elif (Path(source) / CONFIG).is_file():
-        found = dreamed_episodes(source, dreamed, **dreams)
-    else:
-        raise ConfigError(f"'{source}' is no run folder, and only a run's agent dreams. Name a run, or leave --dreamed out.")
-    if to_minari:
-        minari.write(str(out).removeprefix(minari.PREFIX), found)
-    else:
-        found.write(out)
-    return summary(found, source, str(out))

@@ -18,14 +18,14 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor, is_vecenv_wrapped
 
-from worldmodel import checkpoint
-from worldmodel.envs.restarts import RESTARTED
-from worldmodel.envs.workers import drain
+from worldmodel.envs.vectors.restarts import RESTARTED
+from worldmodel.envs.vectors.workers import drain
 from worldmodel.errors import ConfigError, CorruptError, EnvError
 from worldmodel.learner import TrainConfig
 from worldmodel.model import WorldModel, tensors
-from worldmodel.replay import Replay, row_bytes
 from worldmodel.spaces import ActionSpec, ObsSpec
+from worldmodel.storage import checkpoint
+from worldmodel.storage.replay import Replay, row_bytes
 
 _log = logging.getLogger(__name__)
 ROWS_AT_ONCE = 4096
@@ -47,7 +47,7 @@ def new_replay(train: TrainConfig, obs: ObsSpec, action: ActionSpec, streams: in
         if folder is None:
             raise ConfigError(
                 "train.replay=disk keeps experience in a run folder, and there is none here. Train with `worldmodel train` or "
-                "worldmodel.agents.train, or leave it at train.replay=memory."
+                "worldmodel.commands.train, or leave it at train.replay=memory."
             )
         return Replay(capacity, obs.store, action.dim, streams, folder)
     if capacity * each > (there := _memory()):

@@ -14,8 +14,8 @@ from worldmodel.agents.evaluation import LIMIT, Abandoned, own_randomness, requi
 from worldmodel.agents.experience import arrivals
 from worldmodel.data import Batch, Episodes, State
 from worldmodel.envs.make import EnvConfig, make_vec
-from worldmodel.envs.plain import as_trained
-from worldmodel.envs.restarts import restarted
+from worldmodel.envs.vectors.plain import as_trained
+from worldmodel.envs.vectors.restarts import restarted
 
 HELD_OUT_SEED = 40_000
 """Environment seed of the first held-out episode."""

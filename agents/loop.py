@@ -25,17 +25,17 @@ from worldmodel.agents.belief import BeliefPolicy, Controller
 from worldmodel.agents.experience import EpisodeAccount, arrivals, fit_scaling, new_replay, steps_held
 from worldmodel.agents.saving import SavedAlgorithm
 from worldmodel.config import Config
+from worldmodel.config.recipes import combine
 from worldmodel.data import Batch, State, Trace
 from worldmodel.envs.make import as_vec_env, id_of, seed_envs
-from worldmodel.envs.restarts import Restarts, restarted
-from worldmodel.envs.workers import drain
+from worldmodel.envs.vectors.restarts import Restarts, restarted
+from worldmodel.envs.vectors.workers import drain
 from worldmodel.errors import ConfigError, EnvError
 from worldmodel.learner import Learner
 from worldmodel.model import WorldModel, tensors
-from worldmodel.recipes import combine
-from worldmodel.replay import Replay
 from worldmodel.spaces import ActionSpec, ObsSpec
-from worldmodel.weights import cpu_randomness
+from worldmodel.storage.replay import Replay
+from worldmodel.storage.weights import cpu_randomness
 
 _log = logging.getLogger(__name__)
 LOG_STEPS = 500

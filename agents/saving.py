@@ -17,16 +17,16 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.utils import get_system_info
 from stable_baselines3.common.vec_env import VecEnv
 
-from worldmodel import checkpoint
 from worldmodel.agents.experience import fit_scaling, pack_replay, unpack_replay
 from worldmodel.config import Config, load_yaml
 from worldmodel.envs.make import as_vec_env
-from worldmodel.envs.plain import as_trained
+from worldmodel.envs.vectors.plain import as_trained
 from worldmodel.errors import ConfigError
-from worldmodel.replay import Replay
-from worldmodel.run import versions
 from worldmodel.spaces import ActionSpec, ObsSpec
-from worldmodel.weights import as_arrays, fill, optimizer_arrays, restore_optimizer
+from worldmodel.storage import checkpoint
+from worldmodel.storage.replay import Replay
+from worldmodel.storage.run import versions
+from worldmodel.storage.weights import as_arrays, fill, optimizer_arrays, restore_optimizer
 
 PLACEHOLDERS = {"clip_range", "exploration_schedule", "learning_rate", "lr_schedule"}
 """What SB3's scripts give `load` as custom_objects whatever the file holds, so that no function in it has to be unpickled."""

@@ -13,15 +13,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from worldmodel import pictures
 from worldmodel.agents.belief import ActsOnBelief
 from worldmodel.data import Sampling, State
 from worldmodel.diagnostics.geometry import interpolation, spherical
 from worldmodel.envs.draw import Viewer
 from worldmodel.errors import ConfigError
 from worldmodel.model import WorldModel
-from worldmodel.replay import Replay
-from worldmodel.run import Run
+from worldmodel.storage.replay import Replay
+from worldmodel.storage.run import Run
+from worldmodel.view import pictures
 
 TOWARDS = ("reward", "value", "goal")
 

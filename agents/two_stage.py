@@ -17,16 +17,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from worldmodel import checkpoint, registry
+from worldmodel import registry
 from worldmodel.config import Config
 from worldmodel.data import Sampling
 from worldmodel.distributions import ConditionalDistribution, Gaussian, GaussianConfig, likelihood
 from worldmodel.errors import ConfigError
 from worldmodel.model import WorldModel
-from worldmodel.replay import Replay
-from worldmodel.run import Run, refuse_existing
 from worldmodel.spaces import ActionSpec, ObsSpec
-from worldmodel.weights import as_arrays, cpu_randomness, fill
+from worldmodel.storage import checkpoint
+from worldmodel.storage.replay import Replay
+from worldmodel.storage.run import Run
+from worldmodel.storage.weights import as_arrays, cpu_randomness, fill
 
 SLOTS = ("initial", "transition", "marginal")
 CHUNK = 256
@@ -139,35 +140,21 @@ def law_of(world: WorldModel, slot: str) -> ConditionalDistribution | None:
     return {"initial": world.dynamics.initial_law, "transition": world.dynamics.transition, "marginal": world.marginal}[slot]
 
 
-def fit_prior(
-    run: Run | str | Path,
-    kind: str | None,
-    slot: str = "initial",
+def fit(
+    run: Run,
+    target: Path,
+    kind: str,
+    slot: str,
+    where: str,
+    options: Mapping[str, Any] | Sequence[str],
     *,
-    options: Mapping[str, Any] | Sequence[str] = (),
-    steps: int = 2000,
-    where: str = "start",
-    lr: float = 2e-3,
-    out: str | Path | None = None,
-    device: str = "cpu",
-    trust: bool = False,
-    log: Callable[[str], object] = lambda text: None,
+    steps: int,
+    lr: float,
+    device: str,
+    trust: bool,
+    log: Callable[[str], object],
 ) -> dict[str, Any]:
-    """Fits a form to a run's codes, as a new run in which it fills the slot; the JSON of `worldmodel fit-prior`.
-
-    kind, options  the form, and its options: {"units": 64} or ["units=64"]
-    slot           initial, transition (given the carry), or marginal
-    steps, lr      gradient steps on batches of 256 codes, and Adam's learning rate
-    where          for the initial slot: codes that open an episode, or all
-    out            the new run's folder; without: RUN-KIND-SLOT
-
-    A fifth of the episodes is held out: the new form is compared there, in nats, with what filled the slot before (an empty
-    marginal: a standard normal law). The agent and the replay come along. The old run is only read. Raises ConfigError.
-    """
-    _check(kind, slot, where, steps)
-    run = run if isinstance(run, Run) else Run.open(run)
-    target = Path(out) if out is not None else run.path.with_name(f"{run.path.name}-{kind}-{slot}")
-    refuse_existing(target)
+    """What `worldmodel.fit_prior` does and returns."""
     config = _with_form(run.config, kind, slot, options)
     tensors, state, manifest = run.read()
     specs = ObsSpec.from_json(state["observation"]), ActionSpec.from_json(state["action"])
@@ -210,7 +197,7 @@ def fit_prior(
     }
 
 
-def _check(kind: str | None, slot: str, where: str, steps: int) -> None:
+def check(kind: str | None, slot: str, where: str, steps: int) -> None:
     if kind is None:
         raise ConfigError(
             f"Which form shall be fitted? Say --kind (kind=...), one of: {', '.join(registry.kinds('distribution'))}."

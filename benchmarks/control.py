@@ -31,9 +31,8 @@ from typing import Any
 import torch
 from rows import Load, Rows, marked, median, number, options, say, spread, table
 
-from worldmodel.config import Config
+from worldmodel.config import Config, list_recipes
 from worldmodel.errors import ConfigError
-from worldmodel.recipes import recipes
 
 OURS = "worldmodel"
 
@@ -122,7 +121,7 @@ def train_ours(job: dict[str, Any], config: Config, path: Path, device: str = "c
 def interrupted(path: Path, config: Config) -> dict[str, Any]:
     """The result of a run that was stopped, from its last checkpoint; its final return is measured here."""
     from worldmodel.agents.evaluation import FINAL_SEED, evaluate, threshold
-    from worldmodel.run import Run
+    from worldmodel.storage.run import Run
 
     with Run.open(path) as run:
         progress, agent = run.manifest()["progress"], run.agent()
@@ -295,7 +294,7 @@ def main() -> int:
     parser.add_argument("--verbose", action="store_true", help="every evaluation of our runs on stderr")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of the recipes; eval.* counts for baselines too")
     args = parser.parse_intermixed_args()
-    known = {name for name, _, _ in recipes()}
+    known = {name for name, _, _ in list_recipes()}
     if args.tasks is None:
         args.tasks = [name for name, task in TASKS.items() if task.recipe in known]
     rows = Rows("control", args.results, args.again)

@@ -38,7 +38,7 @@ from worldmodel.decoders import DiffusionDecoderConfig, LatentDiffusionDecoderCo
 from worldmodel.distributions import Gaussian, GaussianConfig, GaussianLatent, GaussianLatentConfig
 from worldmodel.encoders import Encoder, EncoderConfig
 from worldmodel.envs.draw import scene
-from worldmodel.networks import MLP, ConvEncoder
+from worldmodel.nn.networks import MLP, ConvEncoder
 from worldmodel.registry import build
 from worldmodel.spaces import ObsSpec
 

@@ -71,8 +71,8 @@ def model_of(form: str) -> tuple[str, list[str]]:
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
     """What training and measuring one form came to."""
-    from worldmodel.agents.dreams import dream
-    from worldmodel.run import Run
+    from worldmodel.commands.dream import dream
+    from worldmodel.storage.run import Run
 
     config = Config.from_recipe(job["recipe"], job["overrides"])
     torch.set_num_threads(config.train.threads)
@@ -119,7 +119,7 @@ def cost(form: str, most: float) -> dict[str, Any]:
 
     import worldmodel
     from worldmodel.data import Sampling
-    from worldmodel.run import Run
+    from worldmodel.storage.run import Run
 
     torch.set_num_threads(1)
     model, more = model_of(form)

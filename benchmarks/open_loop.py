@@ -31,9 +31,9 @@ TASKS: dict[str, dict[str, Any]] = {
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
     """Train unless there is a run, then dream."""
-    from worldmodel.agents.dreams import dream
-    from worldmodel.agents.train import train
-    from worldmodel.run import Run
+    from worldmodel.commands.dream import dream
+    from worldmodel.commands.train import train
+    from worldmodel.storage.run import Run
 
     with tempfile.TemporaryDirectory() as folder, Load() as load:
         path = job["run"] or Path(folder) / "run"

@@ -31,8 +31,8 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     import torch
     from stable_baselines3.common.logger import Logger
 
-    from worldmodel.agents import train as training
-    from worldmodel.agents.watch import Watch
+    from worldmodel.agents.training.watch import Watch
+    from worldmodel.commands import train as training
 
     torch.set_num_threads(1)
     spent = {"watch": 0.0, "scalars": 0.0}
@@ -113,10 +113,10 @@ def keep(job: dict[str, Any]) -> dict[str, Any]:
     """Train as anybody does; seconds in all, and in what keeps the state and the experience."""
     import torch
 
-    from worldmodel.agents import train as training
-    from worldmodel.replay import Replay
-    from worldmodel.run import Run
-    from worldmodel.spool import Spool
+    from worldmodel.commands import train as training
+    from worldmodel.storage.replay import Replay
+    from worldmodel.storage.run import Run
+    from worldmodel.storage.spool import Spool
 
     torch.set_num_threads(1)
     clock = Clock()

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from rows import Load, Rows, marked, number, options, table
 
-from worldmodel.replay import Replay
+from worldmodel.storage.replay import Replay
 
 BATCH, LENGTH, ENDS = 16, 64, 0.25
 STORES: dict[str, dict[str, Any]] = {

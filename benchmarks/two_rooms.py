@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from rows import Failed, Load, Rows, call, marked, options, say, spread, table
 
-from worldmodel.agents.train import make_agent
+from worldmodel.agents.training.session import make_agent
 from worldmodel.config import Config
 from worldmodel.data import Batch, Sampling
 from worldmodel.envs.make import make_env

@@ -25,7 +25,7 @@ from worldmodel.data import Sampling
 from worldmodel.diagnostics.likelihood import Importance, importance, stacked
 from worldmodel.distributions import GaussianLatent, GaussianLatentConfig, GaussianPosterior, Inputs, Source
 from worldmodel.model import active_units
-from worldmodel.networks import MLP
+from worldmodel.nn.networks import MLP
 
 
 class Setup(Frozen):

@@ -45,7 +45,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     """Train, fit, draw, decode and compare."""
     import worldmodel
     from worldmodel.agents.held_out import collect
-    from worldmodel.run import Run
+    from worldmodel.storage.run import Run
 
     data, torch_seed = DATA[job["data"]], torch.Generator().manual_seed(job["seed"])
     torch.set_num_threads(1)
@@ -106,7 +106,7 @@ def measure(world, train, held_out, job: dict[str, Any], generator: torch.Genera
 def codes_of(world, rows, generator: torch.Generator) -> dict[str, Any]:
     """Drawn codes, their means, the carries before them and the scaled observations of raw rows [B, T], flat."""
     from worldmodel.data import Sampling
-    from worldmodel.networks import flatten
+    from worldmodel.nn.networks import flatten
 
     rows = rows.to(world.device)
     batch = rows.with_obs(world.inputs(rows.obs))

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from worldmodel.keys import KeySpec
 from worldmodel.spaces import ObsSpec
+from worldmodel.spaces.keys import KeySpec
 
 Point = tuple[float, float]
 Colour = tuple[int, int, int]

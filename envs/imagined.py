@@ -29,13 +29,13 @@ from torch import Tensor
 
 from worldmodel.data import Sampling, State
 from worldmodel.envs.draw import Viewer
-from worldmodel.envs.plain import plain_action, plain_obs
+from worldmodel.envs.vectors.plain import plain_action, plain_obs
 from worldmodel.errors import ConfigError, NumericsError, did_you_mean
 from worldmodel.learner import reuse_memory
 from worldmodel.model import WorldModel, doubt, needs_ensemble, needs_marginal
-from worldmodel.replay import Replay
-from worldmodel.run import Run
 from worldmodel.spaces import ObsSpec
+from worldmodel.storage.replay import Replay
+from worldmodel.storage.run import Run
 
 Start = Literal["replay", "prior"]
 Form = Literal["latent", "decoded"]

@@ -10,7 +10,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 
 from worldmodel.data import Sampling, State
 from worldmodel.envs.imagined import Source, latent_space, learned_world, part
-from worldmodel.envs.plain import Plain, as_known
+from worldmodel.envs.vectors.plain import Plain, as_known
 from worldmodel.errors import ConfigError
 from worldmodel.model import tensors
 

@@ -18,14 +18,14 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor
 
 from worldmodel.config import Frozen
-from worldmodel.envs.adapter import GymVecEnvAdapter
 from worldmodel.envs.extras import absent, missing_extra, register_for
-from worldmodel.envs.restarts import LocalVecEnv, ReportFaults, Restarts
-from worldmodel.envs.workers import WorkerVecEnv
+from worldmodel.envs.vectors.adapter import GymVecEnvAdapter
+from worldmodel.envs.vectors.restarts import LocalVecEnv, ReportFaults, Restarts
+from worldmodel.envs.vectors.workers import WorkerVecEnv
 from worldmodel.envs.wrappers import ActionRepeat, CheckedEnv, FlattenSpaces, RenderObservation
 from worldmodel.errors import ConfigError, EnvError, did_you_mean
-from worldmodel.layouts import Layout
 from worldmodel.registry import register
+from worldmodel.spaces.layouts import Layout
 
 _log = logging.getLogger(__name__)
 

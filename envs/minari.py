@@ -18,12 +18,12 @@ import gymnasium as gym
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
-from worldmodel.checkpoint import storage
 from worldmodel.envs.extras import absent, install
 from worldmodel.envs.wrappers import Leaf, leaves
 from worldmodel.errors import ConfigError, CorruptError, MissingExtraError, StorageError, UnsupportedSpaceError, did_you_mean
-from worldmodel.layouts import Layout
-from worldmodel.recording import Recording
+from worldmodel.spaces.layouts import Layout
+from worldmodel.storage.checkpoint import storage
+from worldmodel.storage.recording import Recording
 
 PREFIX = "minari:"
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from worldmodel.envs import minari
 from worldmodel.errors import ConfigError, did_you_mean
-from worldmodel.layouts import Layout
-from worldmodel.recording import Recording
-from worldmodel.run import CONFIG, Run
 from worldmodel.spaces import ActionSpec, ObsSpec
+from worldmodel.spaces.layouts import Layout
+from worldmodel.storage.recording import Recording
+from worldmodel.storage.run import CONFIG, Run
 
 
 def recording(source: str | Path | Run | Recording, layout: Layout | Mapping[str, Layout] | None = None) -> Recording:

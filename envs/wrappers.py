@@ -13,13 +13,13 @@ import numpy as np
 from gymnasium import spaces
 from PIL import Image
 
-from worldmodel.casts import cast, needs_word, numbers, tell
 from worldmodel.envs.extras import missing_extra
-from worldmodel.envs.plain import Plain
+from worldmodel.envs.vectors.plain import Plain
 from worldmodel.errors import ConfigError, EnvError, UnsupportedSpaceError
-from worldmodel.keys import FLOAT32_MAX
-from worldmodel.nested import joined
 from worldmodel.spaces import ObsSpec
+from worldmodel.spaces.casts import cast, needs_word, numbers, tell
+from worldmodel.spaces.keys import FLOAT32_MAX
+from worldmodel.spaces.nested import joined
 
 _log = logging.getLogger(__name__)
 

@@ -10,7 +10,8 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from worldmodel.agents.train import TrainResult, train
+from worldmodel.agents.training.session import TrainResult
+from worldmodel.commands.train import train
 
 CHAIN = "worldmodel.envs:Chain-v0"
 OPTIONS: dict[str, Any] = {

@@ -7,7 +7,7 @@ import torch
 from conftest import generator
 from torch import Tensor
 
-from worldmodel.attention import CausalTransformer
+from worldmodel.nn.attention import CausalTransformer
 
 B, T, WIDTH, WINDOW = 2, 12, 8, 4
 

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from worldmodel import checkpoint
 from worldmodel.errors import CorruptError, NumericsError, StorageError
+from worldmodel.storage import checkpoint
 
 
 def content(seed: int = 0) -> tuple[dict, dict, dict]:
@@ -150,7 +150,7 @@ def test_a_committed_step_is_never_overwritten_but_a_damaged_one_is_replaced(tmp
 
 
 def test_it_needs_no_torch():
-    code = "import sys, worldmodel.checkpoint; sys.exit('torch' in sys.modules)"
+    code = "import sys, worldmodel.storage.checkpoint; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from test_checkpoint import assert_equal, content, names, put
 
-from worldmodel import checkpoint
 from worldmodel.errors import CorruptError, StorageError
+from worldmodel.storage import checkpoint
 
 
 def test_a_zip_holds_the_same_and_is_the_same_each_time(tmp_path):

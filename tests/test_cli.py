@@ -18,7 +18,7 @@ from PIL import Image
 from small_runs import CHAIN, Nervous, small_train, words
 
 from worldmodel.cli import app
-from worldmodel.run import Run
+from worldmodel.storage.run import Run
 
 TRAIN_KEYS = (
     "env_id recipe seed threads real_steps updates wall_seconds eval_seconds parameters "
@@ -192,10 +192,10 @@ def test_info_describes_a_run_and_a_recipe(command, trained):
 
 
 def test_recipes_are_listed(command):
-    from worldmodel.config import recipes
+    from worldmodel.config import list_recipes
 
     code, out, _ = command("recipes", "--json")
-    assert code == 0 and [(r["name"], r["env_id"], r["description"]) for r in only_object(out)["recipes"]] == recipes()
+    assert code == 0 and [(r["name"], r["env_id"], r["description"]) for r in only_object(out)["recipes"]] == list_recipes()
     assert command("recipes")[0] == 0
 
 

@@ -15,13 +15,13 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from worldmodel import pictures
-from worldmodel.agents import resources
+from worldmodel.agents.training import resources
 from worldmodel.cli import app
 from worldmodel.config import Config, describe
 from worldmodel.envs.make import make_vec
 from worldmodel.envs.tiny import Chain
 from worldmodel.errors import ConfigError
+from worldmodel.view import pictures
 
 
 def command(*args):
@@ -81,7 +81,7 @@ def test_the_final_return_says_of_which_episodes(tmp_path):
 
 
 def test_tables_at_80_columns_cut_no_heading_and_drop_what_is_empty(capsys):
-    from worldmodel.answers import show_dream, table
+    from worldmodel.commands.answers import show_dream, table
 
     numbers = dict.fromkeys(("observation", "persistence", "ratio", "reward", "continue"), [1234.5678] * 3)
     told = {"env_id": "a", "run": "runs/" + 90 * "q", "step": 1, "context": 5, "out": None, "worst": None, "ratio_by_part": {}}

@@ -23,7 +23,7 @@ from worldmodel.config import (
     Part,
     describe,
     differences,
-    recipes,
+    list_recipes,
     resolve,
 )
 from worldmodel.errors import ConfigError
@@ -412,7 +412,7 @@ def test_recipes_are_listed_with_their_environment_and_description(folder):
 
 
 def test_every_recipe_model_and_size_of_ours_is_valid():
-    for recipe, env_id, _ in recipes():
+    for recipe, env_id, _ in list_recipes():
         config = Config.from_recipe(recipe)
         assert (config.recipe, config.env.id) == (recipe, env_id)
         assert Config.from_yaml(config.to_yaml()) == config

@@ -9,7 +9,7 @@ import torch
 from conftest import generator
 from torch import Tensor
 
-from worldmodel.denoising import (
+from worldmodel.nn.diffusion import (
     DATA,
     SAMPLERS,
     bound,

@@ -14,11 +14,11 @@ from small_runs import CHAIN, small_train
 from test_replay import check_rows, fill
 from test_segments import assert_same, files
 
-from worldmodel import checkpoint, segments
 from worldmodel.agents import Dreamer
 from worldmodel.errors import ConfigError, CorruptError, StorageError
-from worldmodel.replay import Replay
-from worldmodel.run import Run
+from worldmodel.storage import checkpoint, segments
+from worldmodel.storage.replay import Replay
+from worldmodel.storage.run import Run
 
 SPEC = {"at": ((2,), np.float32), "picture": ((32, 32, 1), np.uint8)}
 

@@ -21,7 +21,7 @@ from worldmodel.agents.random import RandomAgent
 from worldmodel.data import Batch, Sampling
 from worldmodel.envs.tiny import Chain
 from worldmodel.errors import ConfigError, UnsupportedSpaceError
-from worldmodel.weights import optimizer_arrays
+from worldmodel.storage.weights import optimizer_arrays
 
 # What it takes ---------------------------------------------------------------------------------------------------------
 

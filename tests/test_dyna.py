@@ -11,12 +11,12 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from test_imagined import LEARNS
 
 from worldmodel.agents import DynaCallback
-from worldmodel.agents.dyna import REFILTER
+from worldmodel.agents.sb3.dyna import REFILTER
 from worldmodel.config import Config
 from worldmodel.envs import LatentVecEnv, make_vec
 from worldmodel.envs.imagined import ImaginedWorld, ReplayStarts
 from worldmodel.errors import ConfigError
-from worldmodel.run import Run
+from worldmodel.storage.run import Run
 
 CELLS = np.eye(5, dtype=np.float32)
 

@@ -15,7 +15,7 @@ from worldmodel.data import Sampling
 from worldmodel.distributions import Energy
 from worldmodel.errors import ConfigError, NumericsError
 from worldmodel.learner import Learner, TrainConfig
-from worldmodel.moments import RunningMoments
+from worldmodel.nn.moments import RunningMoments
 
 OPTIONS = {"layers": 2, "steps": 10, "candidates": 64, "buffer": 64, "base": small("distribution", "gaussian")}
 

@@ -13,9 +13,9 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper
 
-from worldmodel.casts import tell
 from worldmodel.envs import CheckedEnv, GymVecEnvAdapter, ImaginedVecEnv, check_vec_env
 from worldmodel.errors import ConfigError, EnvError
+from worldmodel.spaces.casts import tell
 
 BOX = spaces.Box(-2, 2, (2,), np.float32)
 PIXELS = spaces.Box(0, 255, (2,), np.uint8)

@@ -441,8 +441,8 @@ class Moody(gym.Env):
 if __name__ == "__main__":
     gym.register("Moody-v0", Moody)
     from worldmodel.envs import make
-    from worldmodel.envs.restarts import ReportFaults
-    from worldmodel.envs.workers import WorkerVecEnv
+    from worldmodel.envs.vectors.restarts import ReportFaults
+    from worldmodel.envs.vectors.workers import WorkerVecEnv
     from worldmodel.envs.wrappers import CheckedEnv
     from functools import partial
     build = lambda i: ReportFaults(CheckedEnv(Moody(), i))

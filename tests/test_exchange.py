@@ -14,14 +14,14 @@ from small_runs import CHAIN, merged, small_train
 from test_cli import command, only_object  # noqa: F401 (a fixture)
 from test_recording import assert_same
 
-from worldmodel.agents import exchange
 from worldmodel.agents.exchange import dreamed_episodes
-from worldmodel.agents.train import train
+from worldmodel.commands import data as exchange
+from worldmodel.commands.train import train
 from worldmodel.envs.sources import recording
 from worldmodel.errors import ConfigError
 from worldmodel.model import WorldModel
-from worldmodel.recording import Recording
-from worldmodel.run import Run
+from worldmodel.storage.recording import Recording
+from worldmodel.storage.run import Run
 
 KEYS = ("source out env_id observation_space action_space episodes steps terminated mean_return std_return mean_length").split()
 DICT = spaces.Dict({"camera": IMAGE, "joints": VECTOR, "mode": spaces.Discrete(3)})

@@ -22,8 +22,8 @@ from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize, VecTransposeImage
 
 from worldmodel.agents import JointWorldModel, LatentExtractor, latent_policy_kwargs
-from worldmodel.agents import extractor as module
-from worldmodel.agents.extractor import raw_rows
+from worldmodel.agents.sb3 import extractor as module
+from worldmodel.agents.sb3.extractor import raw_rows
 from worldmodel.config import Config
 from worldmodel.envs.make import make_vec
 from worldmodel.errors import ConfigError

@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from worldmodel import agents, registry
-from worldmodel.agents.train import train
+from worldmodel.commands.train import train
 from worldmodel.config import Config
 from worldmodel.envs.make import make_env
 from worldmodel.model import WorldModel
@@ -43,25 +43,24 @@ FOLDERS = {
 }
 """Import name -> folder of the checkout."""
 
-FLOORS = (
-    "errors casts configs",
-    "data registry recipes checkpoint windows moments nested layouts",
-    "config segments keys pictures",
-    "spool spaces",
-    "replay networks weights denoising",
-    "distributions attention recording",
+LAYERS = (
+    "errors configs",
+    "data registry storage.checkpoint storage.windows nn.networks nn.moments nn.diffusion",
+    "config spaces storage.segments view nn.attention",
+    "storage.replay storage.spool storage.weights",
+    "storage.recording distributions",
     "encoders decoders heads ensemble",
     "dynamics objectives",
     "model",
-    "learner run",
-    "diagnostics tensorboard",
+    "learner storage.run",
+    "diagnostics",
     "envs",
     "agents",
-    "answers commands",
+    "commands",
     "cli",
     "__main__",
 )
-"""Rooms from the ground up. A room imports from lower floors, and modules of its own."""
+"""Packages and modules from the ground up. Each imports from lower layers, and from its own package."""
 
 FILE_LINES, FUNCTION_LINES = 560, 75
 """What "about 500" and "about 60" end at."""
@@ -108,13 +107,19 @@ def imports(tree: ast.AST, known: set[str]) -> Iterator[str]:
                 yield inner if inner in known else node.module
 
 
-def room(module: str) -> str:
-    """`agents` of `worldmodel.agents.loop`; the front door `worldmodel` is no room."""
+def package(module: str) -> str:
+    """`agents` of `worldmodel.agents.loop`; `worldmodel` itself, which resolves names lazily, is in none."""
     return module.split(".")[1] if "." in module else ""
 
 
-def floor(module: str) -> int:
-    return next((height for height, rooms in enumerate(FLOORS) if room(module) in rooms.split()), -1)
+def place(module: str) -> str:
+    """What LAYERS calls a module: by itself where it stands there, else by its package."""
+    inner = module.partition(".")[2]
+    return inner if any(inner in names.split() for names in LAYERS) else package(module)
+
+
+def layer(module: str) -> int:
+    return next((height for height, names in enumerate(LAYERS) if place(module) in names.split()), -1)
 
 
 def climbs(module: str, tree: ast.AST, known: set[str]) -> list[str]:
@@ -122,7 +127,7 @@ def climbs(module: str, tree: ast.AST, known: set[str]) -> list[str]:
     return [
         f"{module} imports {target}"
         for target in imports(tree, known)
-        if room(target) != room(module) and not (target != "worldmodel" and floor(target) < floor(module))
+        if package(target) != package(module) and not (target != "worldmodel" and layer(target) < layer(module))
     ]
 
 
@@ -160,15 +165,16 @@ def bare(tree: ast.AST) -> list[str]:
 # Floors -----------------------------------------------------------------------------------------------------------------
 
 
-def test_every_room_stands_on_a_floor():
-    homeless = sorted(m for m in modules() if m != "worldmodel" and floor(m) < 0)
-    assert not homeless, f"{homeless} stand on no floor: add their rooms to FLOORS here and to docs/architecture.md"
+def test_every_module_belongs_to_a_layer():
+    packages = {"worldmodel", "worldmodel.nn", "worldmodel.storage"}  # whose modules stand in layers of their own
+    lost = sorted(m for m in modules() if m not in packages and layer(m) < 0)
+    assert not lost, f"{lost} belong to no layer: add them to LAYERS here and to docs/architecture.md"
 
 
 def test_every_import_leads_downwards():
     known = modules()
     wrong = [line for name, file in known.items() for line in climbs(name, parsed(file), set(known))]
-    assert not wrong, "only lower floors may be imported:\n" + "\n".join(wrong)
+    assert not wrong, "only lower layers may be imported:\n" + "\n".join(wrong)
 
 
 def test_no_modules_import_one_another_in_a_circle():
@@ -179,25 +185,25 @@ def test_no_modules_import_one_another_in_a_circle():
 
 def test_what_is_learned_knows_nothing_of_stable_baselines():
     for name, file in modules().items():
-        if room(name) in ("agents", "envs", "cli"):
+        if package(name) in ("agents", "envs", "commands"):
             continue
         named = {n.module or "" for n in ast.walk(parsed(file)) if isinstance(n, ast.ImportFrom)}
         named |= {alias.name for n in ast.walk(parsed(file)) if isinstance(n, ast.Import) for alias in n.names}
-        assert not [n for n in named if n.startswith("stable_baselines3")], f"{name} imports SB3: only envs, agents and cli may"
+        assert not [n for n in named if n.startswith("stable_baselines3")], f"{name} imports SB3: only envs and agents may"
 
 
 @pytest.mark.parametrize(
     ("source", "wrong"),
     [
         ("from worldmodel.agents.loop import X", 1),
-        ("def f():\n    import worldmodel.run", 1),
+        ("def f():\n    import worldmodel.storage.run", 1),
         ("from worldmodel import learner", 1),
-        ("from worldmodel import WorldModel", 1),  # the front door leads to every floor
+        ("from worldmodel import WorldModel", 1),  # it resolves names of every layer
         ("from worldmodel.decoders import Decoder", 1),  # next door
         ("from worldmodel.encoders import Encoder\nfrom worldmodel import spaces\nimport torch", 0),
     ],
 )
-def test_the_check_of_floors_sees_each_way_up(source, wrong):
+def test_the_check_of_layers_sees_each_way_up(source, wrong):
     assert len(climbs("worldmodel.encoders", ast.parse(source), set(modules()))) == wrong
 
 
@@ -256,7 +262,8 @@ def test_folders_are_imported_under_the_projects_name():
 
 
 def test_importing_the_package_loads_no_torch():
-    code = "import sys, worldmodel, worldmodel.agents, worldmodel.config, worldmodel.checkpoint; sys.exit('torch' in sys.modules)"
+    light = "worldmodel.agents, worldmodel.cli, worldmodel.config, worldmodel.storage.checkpoint"
+    code = f"import sys, worldmodel, {light}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
 
@@ -309,7 +316,10 @@ def test_the_wheel_holds_the_tree_and_nothing_else(wheel):
 
 
 def test_the_wheel_finds_its_recipes_outside_the_checkout(wheel, tmp_path):
-    code = "import worldmodel.config as c, worldmodel.agents as a; print(c.__file__, a.__file__, *(row[0] for row in c.recipes()))"
+    code = (
+        "import worldmodel.config as c, worldmodel.agents as a; "
+        "print(c.__file__, a.__file__, *(row[0] for row in c.list_recipes()))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(wheel)}, capture_output=True, text=True, timeout=120
     )
@@ -485,10 +495,10 @@ MAKERS = {"eye", "arange", "zeros", "ones", "tensor", "linspace", "full", "empty
 
 
 def test_what_runs_on_a_device_makes_its_tensors_there():
-    rooms = "networks denoising distributions attention encoders decoders heads ensemble dynamics objectives model learner".split()
+    rooms = "nn distributions encoders decoders heads ensemble dynamics objectives model learner".split()
     wrong = []
     for name, file in modules().items():
-        if room(name) not in rooms:
+        if package(name) not in rooms:
             continue
         tops = [node for node in ast.walk(parsed(file)) if isinstance(node, ast.FunctionDef)]
         for function in tops:

@@ -19,8 +19,8 @@ from worldmodel.data import Sampling
 from worldmodel.envs import ImaginedEnv, ImaginedVecEnv, ImaginedVectorEnv, ImaginedWorld, Viewer
 from worldmodel.envs.imagined import ReplayStarts
 from worldmodel.errors import ConfigError, NumericsError
-from worldmodel.replay import Replay
-from worldmodel.run import Run
+from worldmodel.storage.replay import Replay
+from worldmodel.storage.run import Run
 
 LEARNS = {
     **{"agent": "random", "eval.every": 0, "checkpoint.every": 0, "train.prefill": 300, "train.pretrain": 120},

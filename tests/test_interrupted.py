@@ -14,7 +14,9 @@ from stable_baselines3.common.callbacks import BaseCallback
 from test_offline import learn, walks  # noqa: F401 (a fixture)
 
 from worldmodel.agents.loop import WorldModelAlgorithm
-from worldmodel.agents.train import Interrupted, Keeper, Run
+from worldmodel.agents.training.callback import Keeper
+from worldmodel.agents.training.signals import Interrupted
+from worldmodel.storage.run import Run
 
 
 def strike(monkeypatch, at: int) -> list[int]:
@@ -84,7 +86,7 @@ def test_a_signal_among_the_updates_of_recorded_experience_ends_them_at_once(tmp
 
 
 def test_a_signal_in_a_visit_to_the_dream_ends_it(tmp_path):
-    from worldmodel.agents.sb3 import SB3Agent
+    from worldmodel.agents.sb3.agent import SB3Agent
     from worldmodel.envs.make import make_vec
 
     config = {"agent.kind": "sb3", "agent.algo": "ppo", "agent.every": 10, "agent.imagined": 100_000, "agent.worlds": 4}
@@ -257,7 +259,7 @@ def test_logs_come_where_no_episode_ends_and_at_the_end(tmp_path):
 
 
 def test_a_checkpoint_comes_at_each_evaluation_and_an_untrained_one_is_named(tmp_path, capsys):
-    from worldmodel.agents.dreams import dream
+    from worldmodel.commands.dream import dream
 
     small_train(tmp_path / "run", 60, options={"checkpoint.every": 0, "checkpoint.keep": 9})
     assert Run.open(tmp_path / "run").checkpoints == [0, 25, 50, 60]

@@ -11,13 +11,13 @@ from gymnasium import spaces
 from small_runs import OPTIONS
 from torch import Tensor
 
-from worldmodel.agents.train import train
+from worldmodel.commands.train import train
 from worldmodel.data import Batch, Loss, Sampling, Trace
 from worldmodel.errors import ConfigError
 from worldmodel.learner import Learner, ScaleConfig, TrainConfig
 from worldmodel.model import ModelConfig, WorldModel
 from worldmodel.objectives import covariance, epps_pulley, variance
-from worldmodel.run import Run
+from worldmodel.storage.run import Run
 
 POINT = {"dynamics": {"latent": {"kind": "point", "size": 3}, "posterior": "observation", "deter": 12, "units": 16}}
 FITTED = small("distribution", "gaussian", std="fitted")

@@ -16,8 +16,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper
 from worldmodel.data import Sampling
 from worldmodel.envs import ImaginedVecEnv, LatentVecEnv, check_vec_env, make_vec
 from worldmodel.errors import ConfigError
-from worldmodel.replay import Replay
-from worldmodel.run import Run
+from worldmodel.storage.replay import Replay
+from worldmodel.storage.run import Run
 
 SPACES = [
     (VECTOR, spaces.Discrete(2)),

@@ -15,7 +15,7 @@ from worldmodel.data import Batch
 from worldmodel.errors import NumericsError
 from worldmodel.learner import Learner, ScaleConfig, TrainConfig
 from worldmodel.model import WorldModel
-from worldmodel.weights import optimizer_arrays, restore_optimizer
+from worldmodel.storage.weights import optimizer_arrays, restore_optimizer
 
 
 def make_learner(world: WorldModel | None = None, **options) -> Learner:

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 from small_runs import small_train
 
-from worldmodel.agents import report
 from worldmodel.agents.loop import WorldModelAlgorithm
-from worldmodel.agents.report import Lines
+from worldmodel.agents.training import report
+from worldmodel.agents.training.report import Lines
 
 
 class Told(WorldModelAlgorithm):

@@ -15,7 +15,7 @@ from worldmodel.envs.tiny import Chain
 from worldmodel.errors import ConfigError, UnsupportedSpaceError
 from worldmodel.learner import Learner, ScaleConfig, TrainConfig
 from worldmodel.model import ModelConfig, WorldModel
-from worldmodel.replay import Replay
+from worldmodel.storage.replay import Replay
 
 MODE = Sampling(mode=True)
 LEFT, RIGHT = 0, 1

@@ -9,8 +9,8 @@ from conftest import generator, known_batch, small, small_world
 
 from worldmodel.heads import Heads, HeadsConfig
 from worldmodel.learner import Learner, TrainConfig
-from worldmodel.moments import RunningMoments
-from worldmodel.weights import as_arrays, fill
+from worldmodel.nn.moments import RunningMoments
+from worldmodel.storage.weights import as_arrays, fill
 
 
 def test_moments_of_parts_are_those_of_all_rows_even_far_from_zero():

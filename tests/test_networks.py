@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import generator
 
-from worldmodel.networks import (
+from worldmodel.nn.networks import (
     MLP,
     BlockGRU,
     BlockLinear,

@@ -15,18 +15,20 @@ from stable_baselines3 import PPO
 from test_recording import toy_recording
 from test_train import assert_equal_runs
 
-from worldmodel import tensorboard
-from worldmodel.agents import experience, offline
+from worldmodel.agents import experience
 from worldmodel.agents.evaluation import evaluate
 from worldmodel.agents.held_out import collect
-from worldmodel.agents.train import Interrupted, _as_sources, train
+from worldmodel.agents.training import offline
+from worldmodel.agents.training.signals import Interrupted
 from worldmodel.cli import app
+from worldmodel.commands.train import _as_sources, train
 from worldmodel.data import Sampling
 from worldmodel.envs import ImaginedVecEnv, sources
 from worldmodel.errors import ConfigError
-from worldmodel.recording import Recording
-from worldmodel.replay import Replay
-from worldmodel.run import Run
+from worldmodel.storage.recording import Recording
+from worldmodel.storage.replay import Replay
+from worldmodel.storage.run import Run
+from worldmodel.view import tensorboard
 
 OFFLINE = {"train.pretrain": 3, "train.ratio": 0.5, "train.capacity": 2000, "checkpoint.every": 20}
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from worldmodel import pictures
 from worldmodel.errors import ConfigError, MissingExtraError, StorageError
+from worldmodel.view import pictures
 
 
 def film(steps: int = 6, height: int = 20, width: int = 31) -> np.ndarray:

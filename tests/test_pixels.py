@@ -13,7 +13,7 @@ from worldmodel.data import Batch, Sampling, State, Trace
 from worldmodel.errors import ConfigError
 from worldmodel.learner import Learner, TrainConfig
 from worldmodel.model import ModelConfig, WorldModel
-from worldmodel.networks import as_code
+from worldmodel.nn.networks import as_code
 
 SIDE, PAST, B, T = 16, 3, 3, 6
 PICTURE = spaces.Box(0, 255, (SIDE, SIDE, 1), np.uint8)

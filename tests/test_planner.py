@@ -21,8 +21,8 @@ from worldmodel.envs.tiny import Chain
 from worldmodel.errors import ConfigError, EnvError
 from worldmodel.heads import Heads, HeadsConfig
 from worldmodel.model import WorldModel
-from worldmodel.run import Run
 from worldmodel.spaces import ActionSpec
+from worldmodel.storage.run import Run
 
 METHODS = ("random", "cem", "icem", "mppi")
 ACTIONS = {

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from worldmodel.config.recipes import dump_yaml, load_yaml, merge, parse_override
 from worldmodel.errors import ConfigError
-from worldmodel.recipes import dump_yaml, load_yaml, merge, parse_override
 
 
 def complaint(call, *args, **kwargs) -> str:

@@ -13,9 +13,9 @@ from gymnasium import spaces
 
 from worldmodel.envs.make import make_vec
 from worldmodel.errors import ConfigError, CorruptError
-from worldmodel.recording import ABOUT, Recording
-from worldmodel.replay import Replay
 from worldmodel.spaces import ActionSpec, ObsSpec
+from worldmodel.storage.recording import ABOUT, Recording
+from worldmodel.storage.replay import Replay
 
 DICT = spaces.Dict({"camera": IMAGE, "joints": VECTOR, "mode": spaces.Discrete(3), "bits": spaces.MultiBinary(2)})
 OBSERVATIONS = {"vector": VECTOR, "image": IMAGE, "category": spaces.Discrete(4, start=2), "dict": DICT}

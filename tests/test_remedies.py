@@ -26,14 +26,14 @@ from worldmodel.envs import (
     make_vec,
     minari,
     sources,
-    workers,
 )
 from worldmodel.envs.make import find_spec, make_env
-from worldmodel.envs.workers import WorkerVecEnv
+from worldmodel.envs.vectors import workers
+from worldmodel.envs.vectors.workers import WorkerVecEnv
 from worldmodel.envs.wrappers import RenderObservation
 from worldmodel.errors import ConfigError, EnvError, MissingExtraError, UnsupportedSpaceError
-from worldmodel.recording import Recording
 from worldmodel.spaces import ActionSpec, ObsSpec
+from worldmodel.storage.recording import Recording
 
 BOX = spaces.Box(-1, 1, (2,), np.float32)
 

@@ -14,14 +14,14 @@ from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from worldmodel.agents import Dreamer, DynaCallback, JointWorldModel, latent_policy_kwargs, train_in_dream
-from worldmodel.agents.dreams import dream
-from worldmodel.agents.exchange import export_data
 from worldmodel.agents.starts import Aim
+from worldmodel.commands.data import export_data
+from worldmodel.commands.dream import dream
 from worldmodel.config import Config
 from worldmodel.envs import Chain, ImaginedVecEnv, make_vec
 from worldmodel.errors import ConfigError, EnvError, StorageError
-from worldmodel.recording import Recording
-from worldmodel.run import Run
+from worldmodel.storage.recording import Recording
+from worldmodel.storage.run import Run
 
 
 @pytest.fixture(scope="module")

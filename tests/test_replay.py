@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from worldmodel.data import Batch
-from worldmodel.replay import Replay
+from worldmodel.storage.replay import Replay
 
 EPISODE = 5
 

@@ -14,7 +14,7 @@ from worldmodel.agents.evaluation import evaluate
 from worldmodel.agents.held_out import collect
 from worldmodel.agents.random import RandomAgent
 from worldmodel.envs.make import EnvConfig, make_vec
-from worldmodel.envs.restarts import RESTARTED, LocalVecEnv, ReportFaults, Restarts
+from worldmodel.envs.vectors.restarts import RESTARTED, LocalVecEnv, ReportFaults, Restarts
 from worldmodel.envs.wrappers import CheckedEnv
 from worldmodel.errors import EnvError, MissingExtraError
 
@@ -129,7 +129,7 @@ def test_each_failure_on_the_way_counts_until_none_is_left():
 
 def test_restarts_count_within_the_window_alone(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("worldmodel.envs.restarts.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("worldmodel.envs.vectors.restarts.time.monotonic", lambda: clock[0])
     restarts = Restarts(2, 10.0)
     for now in (0.0, 5.0, 11.0, 16.0):
         clock[0] = now
@@ -182,7 +182,7 @@ def test_sb3_algorithms_learn_on_and_what_learns_along_stores_no_such_step():
 
 
 def test_restarts_are_logged_and_go_on_being_counted_after_a_resume(tmp_path):
-    from worldmodel.tensorboard import read
+    from worldmodel.view.tensorboard import read
 
     options = {"env.restarts": 3, "log.tensorboard": True, "log.pictures": 0, "log.every": 1, "eval.every": 0}
     for steps, failing in ((30, 7), (60, 9)):

@@ -28,7 +28,7 @@ from worldmodel.agents.starts import Aim
 from worldmodel.data import Sampling
 from worldmodel.envs import ImaginedWorld
 from worldmodel.learner import Learner, TrainConfig
-from worldmodel.weights import cpu_randomness
+from worldmodel.storage.weights import cpu_randomness
 
 POWERS = {"2^20": 2.0**20, "2^-20": 2.0**-20}
 """Sizes that floats multiply by without rounding, so that nothing but the unit may differ in a single bit."""

@@ -10,11 +10,11 @@ import pytest
 import torch
 from small_runs import CHAIN, OPTIONS, small_train
 
-from worldmodel import checkpoint
 from worldmodel.agents import Dreamer
 from worldmodel.config import Config
 from worldmodel.errors import ConfigError, CorruptError, StorageError
-from worldmodel.run import Run
+from worldmodel.storage import checkpoint
+from worldmodel.storage.run import Run
 
 
 @pytest.fixture(scope="module")

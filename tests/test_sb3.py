@@ -18,12 +18,12 @@ from typer.testing import CliRunner
 
 from worldmodel.agents import DreamPolicy, SB3Agent, train_in_dream
 from worldmodel.agents.evaluation import evaluate
-from worldmodel.agents.sb3 import HOMES, algorithm_class, globals_from
-from worldmodel.agents.train import train
+from worldmodel.agents.sb3.agent import HOMES, algorithm_class, globals_from
 from worldmodel.cli import app
+from worldmodel.commands.train import train
 from worldmodel.envs import make_vec
 from worldmodel.errors import ConfigError, MissingExtraError, TrustError
-from worldmodel.run import Run
+from worldmodel.storage.run import Run
 
 PENDULUM = {**SMALL_WORLD, "agent": "random", "eval.every": 0, "eval.episodes": 1, "log.tensorboard": False, "checkpoint.every": 0}
 FITS = {name: "pendulum" if name in ("sac", "td3", "tqc") else "chain" for name in HOMES}

@@ -17,16 +17,16 @@ from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import DummyVecEnv, VecTransposeImage
 from stable_baselines3.ppo import MlpPolicy
 
-from worldmodel import checkpoint
 from worldmodel.agents import Dreamer, Planner, RandomAgent
 from worldmodel.agents.arguments import SAME
 from worldmodel.agents.belief import BeliefPolicy
 from worldmodel.agents.evaluation import evaluate, own_randomness
-from worldmodel.agents.sb3 import globals_from
+from worldmodel.agents.sb3.agent import globals_from
 from worldmodel.config import describe
 from worldmodel.errors import ConfigError, CorruptError, EnvError
 from worldmodel.model import WorldModel
-from worldmodel.weights import cpu_randomness
+from worldmodel.storage import checkpoint
+from worldmodel.storage.weights import cpu_randomness
 
 NANO = {"size": "nano", "train.prefill": 40, "train.pretrain": 1, "train.ratio": 0.02, "train.batch_length": 8}
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from test_replay import GOOD, check_rows, fill, store
 
-from worldmodel import segments
 from worldmodel.data import Batch
 from worldmodel.errors import CorruptError, StorageError
-from worldmodel.replay import Replay
+from worldmodel.storage import segments
+from worldmodel.storage.replay import Replay
 
 
 def assert_same(a: Replay, b: Replay) -> None:

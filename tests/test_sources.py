@@ -16,7 +16,7 @@ from test_recording import ACTIONS, OBSERVATIONS, assert_same, toy_recording
 from worldmodel.envs import minari, sources
 from worldmodel.envs.make import as_vec_env
 from worldmodel.errors import ConfigError, CorruptError, MissingExtraError, UnsupportedSpaceError
-from worldmodel.recording import Recording
+from worldmodel.storage.recording import Recording
 
 
 @pytest.fixture(autouse=True)

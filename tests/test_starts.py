@@ -12,10 +12,10 @@ from small_runs import CHAIN, OPTIONS
 from typer.testing import CliRunner
 
 from worldmodel import ConfigError, Run, registry
-from worldmodel.agents.dreams import dream
 from worldmodel.agents.starts import Aim, Moment, between, between_features, state_at
-from worldmodel.agents.train import train
 from worldmodel.cli import app
+from worldmodel.commands.dream import dream
+from worldmodel.commands.train import train
 from worldmodel.data import Sampling
 from worldmodel.diagnostics.geometry import spherical
 from worldmodel.distributions import tilted

@@ -27,8 +27,8 @@ from tensorboard.util import img_mime_type_detector
 from tensorboard.util.tensor_util import make_ndarray
 from torch.utils.tensorboard import SummaryWriter
 
-from worldmodel import tensorboard
 from worldmodel.errors import ConfigError, CorruptError, StorageError
+from worldmodel.view import tensorboard
 
 YAML = 'env:\n  id: "*a* <b>_c_"  # no **bold**\n\n  list:\n    - 1\n'
 
@@ -123,7 +123,7 @@ def test_charts_that_belong_together_are_laid_out(tmp_path):
 
 
 def test_importing_the_module_leaves_torchs_writer_alone():
-    script = "import sys, worldmodel.tensorboard; sys.exit(any(m in sys.modules for m in ('torch', 'stable_baselines3')))"
+    script = "import sys, worldmodel.view.tensorboard; sys.exit(any(m in sys.modules for m in ('torch', 'stable_baselines3')))"
     assert subprocess.run([sys.executable, "-c", script], timeout=120).returncode == 0
 
 

@@ -13,13 +13,16 @@ import torch
 from small_runs import CHAIN, OPTIONS, Nervous, small_train
 from stable_baselines3 import PPO
 
-from worldmodel import checkpoint
 from worldmodel.agents import evaluation
 from worldmodel.agents.evaluation import evaluate
-from worldmodel.agents.train import Interrupted, TrainResult, env_seed, make_agent, train
+from worldmodel.agents.training.callback import env_seed
+from worldmodel.agents.training.session import TrainResult, make_agent
+from worldmodel.agents.training.signals import Interrupted
+from worldmodel.commands.train import train
 from worldmodel.errors import ConfigError, EnvError, NumericsError, StorageError
 from worldmodel.model import WorldModel
-from worldmodel.run import Run
+from worldmodel.storage import checkpoint
+from worldmodel.storage.run import Run
 
 FENCE = {"train.average": 0.9, "checkpoint.fence": True, "checkpoint.keep": 1, "env.num_envs": 2, "train.ratio": 0.3}
 RESULT_KEYS = (
@@ -137,7 +140,7 @@ def test_a_signal_in_an_evaluation_gives_it_up_and_a_resume_makes_up_for_it(tmp_
 def test_nohup_is_respected():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        from worldmodel.agents.train import Signals
+        from worldmodel.agents.training.signals import Signals
 
         with Signals() as signals:
             signal.raise_signal(signal.SIGHUP)
@@ -248,7 +251,7 @@ def test_solved_is_the_first_confirmed_evaluation_and_may_end_the_run(tmp_path, 
             return [6.0, 6.0], [1, 1]
         return by_seed[seed], [1, 1]
 
-    monkeypatch.setattr("worldmodel.agents.train.evaluate", scripted)
+    monkeypatch.setattr("worldmodel.agents.training.callback.evaluate", scripted)
     result = small_train(tmp_path / "run", 100, options={"eval.threshold": 6.0, "eval.stop_when_solved": True})
     assert (result.solved_at, result.real_steps, result.final_return, result.threshold) == (50, 50, 1.5, 6.0)
     assert asked == [(25, 10_000), (25, 20_000), (50, 10_000), (50, 20_000), (50, 30_000)]
@@ -261,7 +264,7 @@ def test_the_time_of_evaluations_is_kept_apart(tmp_path, monkeypatch):
         time.sleep(0.5)
         return [0.0], [1]
 
-    monkeypatch.setattr("worldmodel.agents.train.evaluate", slow)
+    monkeypatch.setattr("worldmodel.agents.training.callback.evaluate", slow)
     started = time.perf_counter()
     first = small_train(tmp_path / "run", 25)
     second = small_train(tmp_path / "run", 30, resume=True)
@@ -298,7 +301,7 @@ def test_on_resume_only_steps_may_grow_and_other_differences_are_listed(tmp_path
 
 def test_a_finished_run_gives_its_result_back(tmp_path, monkeypatch):
     result = small_train(tmp_path / "run", 30)
-    monkeypatch.setattr("worldmodel.agents.train.make_agent", None)
+    monkeypatch.setattr("worldmodel.agents.training.session.make_agent", None)
     assert small_train(tmp_path / "run", None, resume=True) == result
 
 
@@ -373,7 +376,7 @@ def test_the_thread_count_is_the_recipe_s_while_training_and_the_process_s_after
         seen.append(torch.get_num_threads())
         return [0.0], [1]
 
-    monkeypatch.setattr("worldmodel.agents.train.evaluate", watched)
+    monkeypatch.setattr("worldmodel.agents.training.callback.evaluate", watched)
     small_train(tmp_path / "run", 10, options={"train.threads": 2, "train.prefill": 50})
     assert seen == [2] and torch.get_num_threads() == 1
 

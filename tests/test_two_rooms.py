@@ -8,9 +8,9 @@ import pytest
 from gymnasium.utils.env_checker import check_env as gymnasium_check
 from stable_baselines3.common.env_checker import check_env as sb3_check
 
-from worldmodel.envs.check import check_vec_env
 from worldmodel.envs.make import EnvConfig, make_vec
 from worldmodel.envs.tiny import BALL, TwoRooms
+from worldmodel.envs.vectors.check import check_vec_env
 
 ROOMS = "worldmodel.envs:TwoRooms-v0"
 

@@ -14,11 +14,11 @@ from small_runs import CHAIN, OPTIONS, small_train
 from typer.testing import CliRunner
 
 from worldmodel import ConfigError, Run, fit_prior
-from worldmodel.agents.dreams import dream
 from worldmodel.agents.evaluation import evaluate
-from worldmodel.agents.train import train
 from worldmodel.agents.two_stage import _rows_of, paired, posterior_codes
 from worldmodel.cli import app
+from worldmodel.commands.dream import dream
+from worldmodel.commands.train import train
 
 GAUSSIAN = {name: value for name, value in OPTIONS.items() if not name.startswith("model.dynamics.latent")}
 GAUSSIAN |= {"model.dynamics.latent.kind": "gaussian", "model.dynamics.latent.size": 3, "train.average": 0.9}

@@ -21,19 +21,19 @@ from typer.testing import CliRunner
 
 from worldmodel.agents.belief import Controller
 from worldmodel.agents.dreamer import Dreamer
-from worldmodel.agents.dyna import DynaCallback
 from worldmodel.agents.evaluation import evaluate
-from worldmodel.agents.extractor import latent_policy_kwargs
 from worldmodel.agents.held_out import collect
-from worldmodel.agents.joint import JointWorldModel
 from worldmodel.agents.random import RandomAgent
-from worldmodel.agents.sb3 import SB3Agent
+from worldmodel.agents.sb3.agent import SB3Agent
+from worldmodel.agents.sb3.dyna import DynaCallback
+from worldmodel.agents.sb3.extractor import latent_policy_kwargs
+from worldmodel.agents.sb3.joint import JointWorldModel
 from worldmodel.cli import app
 from worldmodel.data import State
 from worldmodel.envs import ImaginedEnv, ImaginedVecEnv, LatentVecEnv, PlainVecEnv, as_vec_env, make, make_vec
 from worldmodel.errors import ConfigError, EnvError
-from worldmodel.run import Run
 from worldmodel.spaces import ObsSpec
+from worldmodel.storage.run import Run
 
 BOX = spaces.Box(-1, 1, (2,), np.float32)
 TWO = spaces.Discrete(2, start=10)

@@ -15,18 +15,21 @@ from small_runs import small_train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
-from worldmodel import answers, registry, tensorboard
-from worldmodel.agents.dreams import dream, returns
+from worldmodel import registry
 from worldmodel.agents.evaluation import Abandoned
 from worldmodel.agents.held_out import collect
 from worldmodel.agents.random import RandomAgent
-from worldmodel.agents.watch import Watch
+from worldmodel.agents.rollouts import returns
+from worldmodel.agents.training.watch import Watch
 from worldmodel.cli import app
+from worldmodel.commands import console as answers
+from worldmodel.commands.dream import dream
 from worldmodel.data import Sampling
 from worldmodel.dynamics import Dynamics
 from worldmodel.envs.tiny import Chain
 from worldmodel.errors import ConfigError
-from worldmodel.run import Run
+from worldmodel.storage.run import Run
+from worldmodel.view import tensorboard
 
 CATCH = "worldmodel.envs:Catch-v0"
 DRAWN = {"log.tensorboard": True, "log.pictures": 40, "log.held_out": 3}

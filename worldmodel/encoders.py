@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from worldmodel.config import Frozen
 from worldmodel.data import Obs
 from worldmodel.errors import ConfigError, NumericsError, UnsupportedSpaceError
-from worldmodel.keys import FLOAT32_MAX, KeySpec
-from worldmodel.moments import RunningMoments, take_over
-from worldmodel.networks import MLP, ConvEncoder, as_code, symexp, symlog
+from worldmodel.nn.moments import RunningMoments, take_over
+from worldmodel.nn.networks import MLP, ConvEncoder, as_code, symexp, symlog
 from worldmodel.registry import register
 from worldmodel.spaces import ObsSpec
+from worldmodel.spaces.keys import FLOAT32_MAX, KeySpec
 
 RANGE = 20.0
 """Deviations within which a standardised number is as it is; beyond them it grows with the logarithm of what is beyond."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from worldmodel.config import Frozen
 from worldmodel.data import Loss
-from worldmodel.moments import RunningMoments, take_over
+from worldmodel.nn.moments import RunningMoments, take_over
 from worldmodel.registry import register
 
 

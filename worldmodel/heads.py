@@ -12,8 +12,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from worldmodel.config import Frozen
-from worldmodel.moments import LONG_AGO, RunningMoments
-from worldmodel.networks import MLP, TwoHot
+from worldmodel.nn.moments import LONG_AGO, RunningMoments
+from worldmodel.nn.networks import MLP, TwoHot
 from worldmodel.registry import register
 
 

@@ -15,7 +15,7 @@ from worldmodel.config import Frozen
 from worldmodel.data import Batch, Sampling, Trace
 from worldmodel.errors import NumericsError
 from worldmodel.model import WorldModel
-from worldmodel.networks import clip_each
+from worldmodel.nn.networks import clip_each
 from worldmodel.registry import register
 
 

@@ -30,11 +30,11 @@ from worldmodel.encoders import EncoderConfig, InputScaling
 from worldmodel.ensemble import EnsembleConfig
 from worldmodel.errors import ConfigError
 from worldmodel.heads import HeadsConfig
-from worldmodel.networks import flatten
+from worldmodel.nn.networks import flatten
 from worldmodel.objectives import ReconstructionConfig
 from worldmodel.registry import build, part, register
 from worldmodel.spaces import ActionSpec, ObsSpec
-from worldmodel.weights import cpu_randomness, fill
+from worldmodel.storage.weights import cpu_randomness, fill
 
 UNKNOWN = -1e30
 """A quantile of log-densities before any code was seen: nothing lies below it."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from worldmodel.config import Frozen
 from worldmodel.data import Batch, Loss, Sampling, Trace
 from worldmodel.decoders import PixelReader
-from worldmodel.networks import MLP, flatten
+from worldmodel.nn.networks import MLP, flatten
 from worldmodel.registry import register
 
 

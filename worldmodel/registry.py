@@ -27,14 +27,15 @@ ROOMS: tuple[str, ...] = (
     "worldmodel.objectives",
     "worldmodel.model",
     "worldmodel.learner",
-    "worldmodel.run",
+    "worldmodel.storage.run",
     "worldmodel.envs.make",
+    "worldmodel.agents.evaluation",
     "worldmodel.agents.loop",
     "worldmodel.agents.dreamer",
     "worldmodel.agents.planner",
     "worldmodel.agents.random",
-    "worldmodel.agents.sb3",
-    "worldmodel.agents.train",
+    "worldmodel.agents.sb3.agent",
+    "worldmodel.agents.training.report",
 )
 ENTRY_POINTS = "worldmodel.parts"
 

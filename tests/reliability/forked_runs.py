@@ -28,10 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from small_runs import Nervous, small_train
 
-from worldmodel import checkpoint
 from worldmodel.agents.loop import WorldModelAlgorithm
-from worldmodel.agents.train import Interrupted
-from worldmodel.run import Run
+from worldmodel.agents.training.signals import Interrupted
+from worldmodel.storage import checkpoint
+from worldmodel.storage.run import Run
 
 STEPS, SEED = 80, 0
 FENCE = {"checkpoint.fence": True, "checkpoint.flush": 7, "env.num_envs": 2, "train.average": 0.9, "train.ratio": 0.3}

@@ -37,14 +37,15 @@ sys.addaudithook(watch)
 import torch  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
-from worldmodel import checkpoint, tensorboard  # noqa: E402
 from worldmodel.agents import Dreamer, DreamPolicy, SB3Agent, latent_policy_kwargs, starts, train_in_dream  # noqa: E402
-from worldmodel.agents.train import train  # noqa: E402
 from worldmodel.cli import app  # noqa: E402
+from worldmodel.commands.train import train  # noqa: E402
 from worldmodel.config import Config  # noqa: E402
 from worldmodel.envs import ImaginedVecEnv, sources  # noqa: E402
-from worldmodel.recording import Recording  # noqa: E402
-from worldmodel.run import Run  # noqa: E402
+from worldmodel.storage import checkpoint  # noqa: E402
+from worldmodel.storage.recording import Recording  # noqa: E402
+from worldmodel.storage.run import Run  # noqa: E402
+from worldmodel.view import tensorboard  # noqa: E402
 
 torch.set_num_threads(1)
 CHAIN = "worldmodel.envs:Chain-v0"

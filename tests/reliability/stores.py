@@ -11,11 +11,11 @@ import torch
 from gymnasium import spaces
 from small_runs import CHAIN, merged
 
-from worldmodel import checkpoint, segments
 from worldmodel.config import Config
-from worldmodel.replay import Replay
-from worldmodel.run import Run
 from worldmodel.spaces import ActionSpec, ObsSpec
+from worldmodel.storage import checkpoint, segments
+from worldmodel.storage.replay import Replay
+from worldmodel.storage.run import Run
 
 ARRAYS = {step: {"world": {"w": np.full(2000, step, np.float32)}, "agent": {"b": np.full(3, step)}} for step in (1, 2)}
 

@@ -168,7 +168,7 @@ def failing(name: str) -> bool:
 
 def ill_rows(folder: Path) -> int:
     """Stored rows that are not of their space or not finite, that end without an end, or end the world where it did not."""
-    from worldmodel.run import Run
+    from worldmodel.storage.run import Run
 
     opened = Run.open(folder)
     replay, spec = opened.replay(), opened.agent().obs_spec
@@ -190,7 +190,7 @@ def ill_rows(folder: Path) -> int:
 
 def cut_rows(folder: Path) -> tuple[int, int]:
     """(episodes of environment 1 that were cut before their sixth step, those of them that are terminal), the open one left out."""
-    from worldmodel.run import Run
+    from worldmodel.storage.run import Run
 
     rows = Run.open(folder).replay().stream(1)
     cut = (rows.is_last & (rows.reward < 1))[0, :-1]
@@ -221,7 +221,7 @@ def test_bad_environments_work_or_are_named_and_leave_nothing_ill(tmp_path, figu
 def test_with_restarts_a_failure_is_a_truncation_and_is_counted(tmp_path, figure, capfd, caplog):
     """Teeth: a `cut` that does not name the stream closes the sibling's episode too; a step stored in spite of its mark is a
     row whose reward is 0."""
-    from worldmodel.run import Run
+    from worldmodel.storage.run import Run
 
     failed = [name for name in BAD if failing(name)][:: times(3, 1)]
     counted = terminal = ill = 0
@@ -245,7 +245,7 @@ def test_with_restarts_a_failure_is_a_truncation_and_is_counted(tmp_path, figure
 @pytest.mark.parametrize("name", list(DEADLY)[: times(1, 2)])
 def test_a_process_that_fails_in_a_run_is_replaced(tmp_path, name, caplog):
     """Teeth: without the timeout "hangs" takes ten minutes; an abort in this process would end the tests."""
-    from worldmodel.run import Run
+    from worldmodel.storage.run import Run
 
     options = {"env.vectorize": "subproc", "env.timeout": 1.0, "env.restarts": 1}
     assert run(tmp_path / "run", name, **options).real_steps == 60

@@ -19,11 +19,11 @@ from small_runs import small_train
 from test_checkpoint import content, put
 from test_replay import fill, store
 
-from worldmodel import checkpoint, segments
 from worldmodel.agents import Dreamer
 from worldmodel.errors import CorruptError, StorageError
-from worldmodel.replay import Replay
-from worldmodel.run import Run
+from worldmodel.storage import checkpoint, segments
+from worldmodel.storage.replay import Replay
+from worldmodel.storage.run import Run
 
 HEADROOM = 64 << 20
 """Bytes of address space that reading a damaged file of some kilobytes may take besides what the process has."""

@@ -15,8 +15,8 @@ import pytest
 from catalogue import FULL
 
 from worldmodel.envs.make import EnvConfig, make_vec
-from worldmodel.envs.restarts import RESTARTED, ReportFaults, Restarts
-from worldmodel.envs.workers import WorkerVecEnv
+from worldmodel.envs.vectors.restarts import RESTARTED, ReportFaults, Restarts
+from worldmodel.envs.vectors.workers import WorkerVecEnv
 from worldmodel.envs.wrappers import CheckedEnv
 from worldmodel.errors import ConfigError, EnvError
 
@@ -151,7 +151,7 @@ def test_a_worker_that_dies_or_hangs_is_named_in_time_and_none_is_left(figure):
 
 def test_close_ends_stopped_and_hanging_processes_that_nobody_noticed(monkeypatch):
     """Teeth: SIGTERM alone does not end a stopped process, nor one that ignores it."""
-    monkeypatch.setattr("worldmodel.envs.workers.PATIENCE", 0.2)
+    monkeypatch.setattr("worldmodel.envs.vectors.workers.PATIENCE", 0.2)
     venv = workers(timeout=60.0)
     venv.reset()
     pids = [process.pid for process in venv.processes]

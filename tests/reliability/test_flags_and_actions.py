@@ -13,8 +13,8 @@ from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from worldmodel.envs.restarts import LocalVecEnv, ReportFaults, Restarts
-from worldmodel.envs.workers import WorkerVecEnv
+from worldmodel.envs.vectors.restarts import LocalVecEnv, ReportFaults, Restarts
+from worldmodel.envs.vectors.workers import WorkerVecEnv
 from worldmodel.errors import UnsupportedSpaceError
 
 NO_UPDATES = {"train.prefill": 10**6}

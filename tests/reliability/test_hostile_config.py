@@ -23,14 +23,15 @@ from test_damage import in_child, rows_of
 from test_recipes import bomb
 from torch.utils.tensorboard import SummaryWriter
 
-from worldmodel import checkpoint, tensorboard
 from worldmodel.config import Config, describe
+from worldmodel.config.recipes import load_yaml
 from worldmodel.envs import minari, sources
 from worldmodel.errors import ConfigError, StorageError, UnsupportedSpaceError
-from worldmodel.recipes import load_yaml
-from worldmodel.recording import Recording
-from worldmodel.replay import Replay
-from worldmodel.run import Run
+from worldmodel.storage import checkpoint
+from worldmodel.storage.recording import Recording
+from worldmodel.storage.replay import Replay
+from worldmodel.storage.run import Run
+from worldmodel.view import tensorboard
 
 # Names ------------------------------------------------------------------------------------------------------------------
 

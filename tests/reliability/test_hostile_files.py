@@ -30,8 +30,8 @@ from test_damage import in_child, tried
 from worldmodel.agents import Dreamer
 from worldmodel.envs import minari, sources
 from worldmodel.errors import ConfigError, CorruptError, StorageError
-from worldmodel.recording import Recording
-from worldmodel.run import Run
+from worldmodel.storage.recording import Recording
+from worldmodel.storage.run import Run
 
 CHAIN = "worldmodel.envs:Chain-v0"
 NAMED = {"TrustError", "CorruptError", "ConfigError", "StorageError", "Exit2", "Exit4"}

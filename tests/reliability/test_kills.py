@@ -14,11 +14,12 @@ import pytest
 from catalogue import times
 from small_runs import Nervous, small_train
 
-from worldmodel import tensorboard
 from worldmodel.agents.loop import WorldModelAlgorithm
-from worldmodel.agents.train import Interrupted, Keeper
-from worldmodel.replay import Replay
-from worldmodel.run import Run
+from worldmodel.agents.training.callback import Keeper
+from worldmodel.agents.training.signals import Interrupted
+from worldmodel.storage.replay import Replay
+from worldmodel.storage.run import Run
+from worldmodel.view import tensorboard
 
 STEPS, FENCE = forked_runs.STEPS, forked_runs.FENCE
 LOGGED = {**FENCE, "log.tensorboard": True, "log.every": 1, "log.pictures": 0}

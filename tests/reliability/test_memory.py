@@ -20,11 +20,11 @@ from children import in_child, memory
 from small_runs import CHAIN, small_train
 from stable_baselines3.common.callbacks import BaseCallback
 
-from worldmodel import segments
-from worldmodel.agents.train import make_agent
+from worldmodel.agents.training.session import make_agent
 from worldmodel.config import Config
-from worldmodel.replay import Replay
-from worldmodel.run import Run
+from worldmodel.storage import segments
+from worldmodel.storage.replay import Replay
+from worldmodel.storage.run import Run
 
 KIB, MIB = 1024, 1 << 20
 SAMPLES = 40

@@ -21,9 +21,9 @@ from worldmodel.agents.loop import WorldModelAlgorithm
 from worldmodel.data import Batch
 from worldmodel.encoders import InputScaling
 from worldmodel.errors import NumericsError
-from worldmodel.run import Run
 from worldmodel.spaces import ObsSpec
-from worldmodel.weights import optimizer_arrays
+from worldmodel.storage.run import Run
+from worldmodel.storage.weights import optimizer_arrays
 
 AT = 5
 """The update that is spoilt first; one of the world model alone comes before those of actor and critic."""

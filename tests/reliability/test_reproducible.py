@@ -19,8 +19,8 @@ from children import in_child
 from small_runs import small_train
 
 from worldmodel.agents.loop import WorldModelAlgorithm
-from worldmodel.agents.train import env_seed
-from worldmodel.run import Run
+from worldmodel.agents.training.callback import env_seed
+from worldmodel.storage.run import Run
 
 STEPS = 70
 OPTIONS = {"train.ratio": 1.0, "train.average": 0.9, "eval.every": 0, "eval.episodes": 1, "checkpoint.every": 30}

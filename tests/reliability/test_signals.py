@@ -13,7 +13,7 @@ from small_runs import Nervous, small_train
 from test_kills import counted, wrong
 
 from worldmodel.errors import StorageError
-from worldmodel.run import LOCK, Run
+from worldmodel.storage.run import LOCK, Run
 
 
 def test_a_signal_at_any_moment_ends_the_run_in_order_and_a_second_one_at_once(tmp_path, figure):

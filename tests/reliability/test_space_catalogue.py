@@ -21,10 +21,10 @@ from stable_baselines3.common.env_checker import check_env as sb3_check
 from worldmodel.agents.loop import policy_name
 from worldmodel.envs import FlattenSpaces, ImaginedVecEnv
 from worldmodel.envs.make import as_vec_env
-from worldmodel.envs.plain import plain_action, plain_obs
+from worldmodel.envs.vectors.plain import plain_action, plain_obs
 from worldmodel.errors import ConfigError, UnsupportedSpaceError
-from worldmodel.keys import KeySpec
 from worldmodel.spaces import ActionSpec, ObsSpec
+from worldmodel.spaces.keys import KeySpec
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "spaces.md"
 BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"

@@ -21,12 +21,13 @@ from faults import strikes
 from small_runs import small_train
 from test_checkpoint import forked
 
-from worldmodel import checkpoint, segments, tensorboard
-from worldmodel import run as runs
-from worldmodel.agents.train import Keeper
+from worldmodel.agents.training.callback import Keeper
 from worldmodel.errors import ConfigError, CorruptError, StorageError
-from worldmodel.replay import Replay
-from worldmodel.run import Run
+from worldmodel.storage import checkpoint, segments
+from worldmodel.storage import run as runs
+from worldmodel.storage.replay import Replay
+from worldmodel.storage.run import Run
+from worldmodel.view import tensorboard
 
 FINE, REFUSED, ODD = 0, 10, 11
 EIO = lambda n: "error=EIO"  # noqa: E731
@@ -77,7 +78,7 @@ def test_the_kills_find_a_save_that_is_careless(tmp_path, monkeypatch, careless)
 
     if careless == "segment in place":
         store = stores.Runs(tmp_path)
-        monkeypatch.setattr("worldmodel.segments.durable", lambda aside: open(store.final, "wb"))
+        monkeypatch.setattr("worldmodel.storage.segments.durable", lambda aside: open(store.final, "wb"))
         monkeypatch.setattr(Path, "rename", lambda *_: None)
         store.final = None
 

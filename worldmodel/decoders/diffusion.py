@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from worldmodel.data import Loss, Obs, Sampling
 from worldmodel.decoders.standard import Decoder, DecoderConfig
 from worldmodel.decoders.unet import NoiseUNet
-from worldmodel.denoising import DATA, SAMPLERS, Network, edm, evenly
 from worldmodel.distributions import (
     Diffusion,
     DiffusionConfig,
@@ -26,8 +25,9 @@ from worldmodel.distributions import (
     GaussianLatentConfig,
     Posterior,
 )
-from worldmodel.moments import LONG_AGO, RunningMoments, take_over
-from worldmodel.networks import ConvEncoder, NoisePerceptron, StraightMLP, linear
+from worldmodel.nn.diffusion import DATA, SAMPLERS, Network, edm, evenly
+from worldmodel.nn.moments import LONG_AGO, RunningMoments, take_over
+from worldmodel.nn.networks import ConvEncoder, NoisePerceptron, StraightMLP, linear
 from worldmodel.registry import register
 from worldmodel.spaces import ObsSpec
 

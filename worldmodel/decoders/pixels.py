@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from worldmodel.data import Obs, Sampling
-from worldmodel.networks import as_picture
+from worldmodel.nn.networks import as_picture
 
 
 class PixelReader(nn.Module):

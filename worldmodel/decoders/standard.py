@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from worldmodel.config import Frozen
 from worldmodel.data import Loss, Obs, Sampling
 from worldmodel.errors import ConfigError
-from worldmodel.moments import LONG_AGO, RunningMoments, take_over
-from worldmodel.networks import ConvDecoder, StraightMLP, negative_log_likelihood
+from worldmodel.nn.moments import LONG_AGO, RunningMoments, take_over
+from worldmodel.nn.networks import ConvDecoder, StraightMLP, negative_log_likelihood
 from worldmodel.registry import register
 from worldmodel.spaces import ObsSpec
 

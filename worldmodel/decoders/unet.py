@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from worldmodel.networks import CHUNK, initialise, linear, waves
+from worldmodel.nn.networks import CHUNK, initialise, linear, waves
 
 WAVES = 8
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from worldmodel.config import Frozen
 from worldmodel.data import Loss, Obs, Sampling
 from worldmodel.errors import ConfigError
-from worldmodel.networks import clip_each
+from worldmodel.nn.networks import clip_each
 
 
 class UndefinedRate(TypeError):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from worldmodel.config import Frozen
 from worldmodel.distributions.base import ClosedForm, Latent, Posterior, Source
-from worldmodel.networks import MLP
+from worldmodel.nn.networks import MLP
 from worldmodel.registry import register
 
 

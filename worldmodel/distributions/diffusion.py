@@ -9,13 +9,13 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from worldmodel import denoising
 from worldmodel.config import Frozen
 from worldmodel.data import Loss, Sampling
-from worldmodel.denoising import DATA
 from worldmodel.distributions.base import ConditionalDistribution, Latent, Posterior, Source
-from worldmodel.moments import RunningMoments, take_over
-from worldmodel.networks import NoisePerceptron, StraightMLP
+from worldmodel.nn import diffusion as denoising
+from worldmodel.nn.diffusion import DATA
+from worldmodel.nn.moments import RunningMoments, take_over
+from worldmodel.nn.networks import NoisePerceptron, StraightMLP
 from worldmodel.registry import register
 
 AT_ONCE = 1 << 16

@@ -30,8 +30,8 @@ from worldmodel.distributions.base import ClosedForm, ConditionalDistribution, L
 from worldmodel.distributions.gaussian import GaussianConfig
 from worldmodel.distributions.langevin import Level, langevin, uphill
 from worldmodel.errors import ConfigError, NumericsError
-from worldmodel.moments import RunningMoments, take_over
-from worldmodel.networks import MLP
+from worldmodel.nn.moments import RunningMoments, take_over
+from worldmodel.nn.networks import MLP
 from worldmodel.registry import build, part, register
 
 TEMPERATURES = 100

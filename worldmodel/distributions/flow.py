@@ -16,8 +16,8 @@ from worldmodel.config import Frozen
 from worldmodel.data import Sampling
 from worldmodel.distributions.base import ConditionalDistribution, Latent, Source
 from worldmodel.distributions.gaussian import GaussianPosterior
-from worldmodel.moments import RunningMoments, take_over
-from worldmodel.networks import StraightMLP
+from worldmodel.nn.moments import RunningMoments, take_over
+from worldmodel.nn.networks import StraightMLP
 from worldmodel.registry import register
 
 

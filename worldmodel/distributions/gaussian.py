@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from worldmodel.config import Frozen
 from worldmodel.data import Loss
 from worldmodel.distributions.base import ClosedForm, Latent, Posterior, Source
-from worldmodel.moments import LONG_AGO, RunningMoments, take_over
-from worldmodel.networks import StraightMLP
+from worldmodel.nn.moments import LONG_AGO, RunningMoments, take_over
+from worldmodel.nn.networks import StraightMLP
 from worldmodel.registry import register
 
 

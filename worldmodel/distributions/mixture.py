@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from worldmodel.config import Frozen
 from worldmodel.data import Loss, Sampling
 from worldmodel.distributions.base import ConditionalDistribution, Latent, Posterior, Source
-from worldmodel.networks import MLP, StraightMLP
+from worldmodel.nn.networks import MLP, StraightMLP
 from worldmodel.registry import register
 
 

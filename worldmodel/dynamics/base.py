@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from worldmodel.config import Frozen, Part
 from worldmodel.data import Batch, Loss, Sampling, State, Trace
 from worldmodel.distributions import CategoricalLatentConfig, ConditionalDistribution, Inputs, Posterior, Source
-from worldmodel.networks import MLP, StraightMLP, linear, offset_linear
+from worldmodel.nn.networks import MLP, StraightMLP, linear, offset_linear
 from worldmodel.registry import build
 
 Carry = dict[str, Tensor]

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from worldmodel.dynamics.base import Carry, DynamicsConfig, Recurrent
-from worldmodel.networks import linear
+from worldmodel.nn.networks import linear
 from worldmodel.registry import register
 
 

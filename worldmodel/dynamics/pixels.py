@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from worldmodel.config import Frozen
 from worldmodel.data import Batch, Loss, Sampling, State, Trace
 from worldmodel.decoders.unet import NoiseUNet
-from worldmodel.denoising import SAMPLERS, Path, edm, evenly
 from worldmodel.distributions import Inputs, PointLatent, PointLatentConfig, PointPosterior
-from worldmodel.networks import BlockGRU, as_picture, linear, offset_linear
+from worldmodel.nn.diffusion import SAMPLERS, Path, edm, evenly
+from worldmodel.nn.networks import BlockGRU, as_picture, linear, offset_linear
 from worldmodel.registry import register
 
 LEVELS = (0.002, 20.0)

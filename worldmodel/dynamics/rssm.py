@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from worldmodel.data import State
 from worldmodel.distributions import Posterior
 from worldmodel.dynamics.base import Carry, DynamicsConfig, Recurrent, stacked
-from worldmodel.networks import BlockGRU, linear, offset_linear
+from worldmodel.nn.networks import BlockGRU, linear, offset_linear
 from worldmodel.registry import register
 
 

@@ -20,8 +20,8 @@ from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from worldmodel.attention import CausalTransformer
 from worldmodel.dynamics.base import Carry, Dynamics, DynamicsConfig
+from worldmodel.nn.attention import CausalTransformer
 from worldmodel.registry import register
 
 

@@ -1,0 +1,294 @@
+"""`train_in_dream`: an SB3 algorithm learns in a learned world, by its own learn(), and acts in the real one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import VecMonitor
+
+from worldmodel.agents.belief import BeliefPolicy
+from worldmodel.agents.evaluation import FINAL_SEED, evaluate, require_spaces
+from worldmodel.agents.held_out import HELD_OUT_SEED, collect
+from worldmodel.agents.loop import policy_name
+from worldmodel.agents.rollouts import returns
+from worldmodel.agents.sb3.agent import (
+    HOMES,
+    SB3Agent,
+    SB3Config,
+    SB3Controller,
+    algorithm_class,
+    globals_from,
+    make_algorithm,
+    open_algorithm,
+)
+from worldmodel.config import Config
+from worldmodel.envs.imagined import ImaginedVecEnv
+from worldmodel.envs.make import EnvConfig, make_vec
+from worldmodel.envs.vectors.plain import as_trained
+from worldmodel.errors import ConfigError
+from worldmodel.model import ModelConfig, WorldModel
+from worldmodel.spaces import ActionSpec, ObsSpec
+from worldmodel.storage import checkpoint
+from worldmodel.storage.run import CONFIG, Run
+from worldmodel.storage.weights import as_arrays
+
+WORLD, POLICY = "world.zip", "policy.zip"
+"""The files of a saved DreamPolicy: ours, without pickle, and SB3's own."""
+
+
+@dataclass(frozen=True)
+class DreamResult:
+    """What learning in the dream came to.
+
+    algorithm        SB3's class
+    real_steps       steps of the real training environments, random ones included; 0 in a finished world
+    imagined_steps   steps of the imagined ones
+    real_return      mean of 20 greedy real episodes (seeds 30000..)
+    imagined_return  of the first 100 steps from the first observations of 20 other episodes, as the model dreams them
+    gap              that, less the real return of those same 100 steps: what the policy expects and does not get
+    """
+
+    env_id: str
+    algorithm: str
+    real_steps: int
+    imagined_steps: int
+    real_return: float
+    imagined_return: float
+    gap: float
+
+
+class DreamPolicy:
+    """A policy from the dream that acts on real observations; `evaluate_policy` takes it as it is.
+
+    algorithm  the SB3 algorithm itself. It goes on with its own `learn()` where it has an environment: once loaded it needs one
+               first, e.g. `policy.algorithm.set_env(ImaginedVecEnv(run, 64))`
+    world      the world model whose belief it sees
+    result     DreamResult, or None before `measure`
+    """
+
+    def __init__(self, world: WorldModel, controller: SB3Controller, env: EnvConfig, *, seed: int = 0):
+        self.world, self.env, self.seed = world.eval(), env, seed
+        self.policy = BeliefPolicy(world.obs.space, world.action.space, world, controller, seed)
+        self.obs_spec, self.action_spec, self.device = world.obs, world.action, world.device
+        self.result: DreamResult | None = None
+
+    @property
+    def algorithm(self) -> BaseAlgorithm:
+        return self.policy.controller.algorithm
+
+    def predict(
+        self,
+        observation: Any,
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """SB3's recurrent predict, on the environment's own observations: `state` is the belief."""
+        return self.policy.predict(observation, state, episode_start, deterministic)
+
+    def measure(self, real_steps: int, imagined_steps: int, episodes: int = 20, max_steps: int | None = None) -> DreamResult:
+        """Plays in reality and in the dream, and keeps what came of it in `result`. Raises EnvError, MissingExtraError.
+
+        max_steps  real episodes are cut there, as by eval.max_steps
+        """
+        real = float(np.mean(evaluate(self, self.env, episodes, FINAL_SEED, max_steps=max_steps)[0]))
+        seen = collect(self, self.env, episodes, HELD_OUT_SEED, random=0.0, steps=100)
+        generator = torch.Generator(self.device).manual_seed(HELD_OUT_SEED)
+        imagined, came = (float(x.mean()) for x in returns(self, seen, generator, 100, 0.0))
+        name = type(self.algorithm).__name__
+        self.result = DreamResult(self.env.id, name, real_steps, imagined_steps, real, imagined, imagined - came)
+        return self.result
+
+    def save(self, folder: str | Path) -> Path:
+        """A folder: world.zip (safetensors, JSON, checksums; no pickle) and policy.zip, SB3's own file, which is one."""
+        folder = Path(folder)
+        controller = self.policy.controller
+        state = {
+            "model": self.world.config.model_dump(mode="json"),
+            "observation_spec": self.world.obs.to_json(),
+            "action_spec": self.world.action.to_json(),
+            "env": self.env.model_dump(mode="json"),
+            "algorithm": type(self.algorithm).__name__,
+            "sees": controller.sees,
+            "noise": controller.noise,
+            "seed": self.seed,
+            "result": asdict(self.result) if self.result is not None else None,
+        }
+        checkpoint.pack(folder / WORLD, self.algorithm.num_timesteps, {"world": as_arrays(self.world)}, state, {})
+        self.algorithm.save(folder / POLICY)
+        return folder
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, *, trust: bool = False, algorithm: type[BaseAlgorithm] | None = None, device: str = "cpu"
+    ) -> DreamPolicy:
+        """What `save` wrote. trust: SB3's file may run code when it is opened; say that you know where it comes from.
+
+        algorithm  its class, where it is none of SB3's or sb3-contrib's own. Raises TrustError, ConfigError, CorruptError.
+        """
+        folder = Path(folder)
+        if not (folder / WORLD).is_file():
+            raise ConfigError(f"'{folder}' holds no {WORLD}. Expected a folder that DreamPolicy.save wrote.")
+        arrays, state, _ = checkpoint.unpack(folder / WORLD)
+        specs = ObsSpec.from_json(state["observation_spec"]), ActionSpec.from_json(state["action_spec"])
+        world = WorldModel.from_arrays(ModelConfig.parse(state["model"]), *specs, arrays["world"])
+        algorithm = algorithm or _class_called(state["algorithm"])
+        loaded = open_algorithm(algorithm, folder / POLICY, trust=trust, device=device)
+        controller = SB3Controller(loaded, state["sees"], state["noise"])
+        policy = cls(world.to(device), controller, EnvConfig.parse(state["env"]), seed=state["seed"])
+        policy.result = DreamResult(**state["result"]) if state["result"] is not None else None
+        return policy
+
+    def __repr__(self) -> str:
+        return f"DreamPolicy({type(self.algorithm).__name__}, {self.env.id}, {self.result})"
+
+
+def _class_called(name: str) -> type[BaseAlgorithm]:
+    known = [key for key, (_, attribute) in HOMES.items() if attribute == name]
+    if not known:
+        raise ConfigError(f"'{name}' is no algorithm that is known here. Pass its class: DreamPolicy.load(..., algorithm=CLASS).")
+    return algorithm_class(known[0])
+
+
+def train_in_dream(
+    algo: type[BaseAlgorithm] | str,
+    world: Run | str | Path,
+    *,
+    total_timesteps: int,
+    rounds: int = 1,
+    algo_kwargs: Mapping[str, Any] | None = None,
+    steps: int | None = None,
+    worlds: int = 64,
+    horizon: int = 15,
+    start: str = "replay",
+    observation: str = "latent",
+    penalty: float = 0.0,
+    max_uncertainty: float | None = None,
+    overrides: Mapping[str, Any] | Sequence[str] | None = None,
+    env: EnvConfig | str | None = None,
+    callback: BaseCallback | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    episodes: int = 20,
+) -> DreamPolicy:
+    """An unmodified SB3 algorithm learns in imagination, by its own learn(); the policy that comes out acts in reality.
+
+        train_in_dream(PPO, "runs/demo", total_timesteps=100_000)            # a finished world: not one real step
+        train_in_dream(PPO, "cartpole", total_timesteps=400_000, rounds=50)  # alternating
+
+    algo             an algorithm's class (PPO, A2C, DQN, SAC, TD3; RecurrentPPO, TQC, QRDQN with the extra `contrib`), or its name
+    world            a Run or run folder: a finished world. Else a recipe or Gymnasium id: in each of `rounds` rounds the policy
+                     collects real experience, the world model learns from it, and the algorithm learns in the dream
+    total_timesteps  imagined steps of the algorithm, over all rounds; on-policy ones take whole rollouts of n_steps in each world
+    steps            alternating: real steps over all rounds, random ones included (default: the recipe's train.steps)
+    algo_kwargs      arguments of the algorithm, e.g. {"policy_kwargs": ..., "n_steps": 32}, over those that suit imagined worlds
+    worlds, horizon, start, observation, penalty, max_uncertainty: as those of ImaginedVecEnv
+    overrides        alternating: dotted options of the recipe
+    env              where the result is measured (default: the environment of the run or recipe)
+    callback         finished world: an SB3 callback for learn(). An EvalCallback sees what the algorithm sees: give it
+                     LatentVecEnv(make_vec(run.config.env), run)
+    episodes         of the measurement at the end; 0: none, and `result` stays None
+
+    Raises ConfigError for numbers out of range, actions that the algorithm cannot take, and a run of other spaces than `env`.
+    """
+    _require_numbers(total_timesteps=total_timesteps, rounds=rounds, horizon=horizon, worlds=worlds, episodes=episodes + 1)
+    algorithm = algorithm_class(SB3Config(algo=algo).algo) if isinstance(algo, str) else algo
+    if not (isinstance(algorithm, type) and issubclass(algorithm, BaseAlgorithm)):
+        raise ConfigError(f"train_in_dream: algo is a {type(algo).__name__}; expected an algorithm's class, like PPO, or its name.")
+    for name, given, kinds in (("world", world, Run | str | Path), ("env", env, EnvConfig | str | None)):
+        if not isinstance(given, kinds):
+            raise ConfigError(f"train_in_dream: {name} is a {type(given).__name__}; expected one of {kinds}.")
+    target = EnvConfig(id=env) if isinstance(env, str) else env
+    dream = {"horizon": horizon, "start": start, "observation": observation, "penalty": penalty, "max_uncertainty": max_uncertainty}
+    if isinstance(world, Run) or (Path(world) / CONFIG).is_file():
+        if rounds != 1 or steps is not None or overrides:
+            raise ConfigError(
+                "train_in_dream: a run is a finished world: rounds, steps and overrides have no meaning. Leave them out, or pass "
+                "the name of a recipe, to alternate."
+            )
+        run = world if isinstance(world, Run) else Run.open(world)
+        target = target or run.config.env
+        limit = run.config.eval.max_steps
+        policy, counts = _finished(algorithm, run, target, total_timesteps, worlds, dream, algo_kwargs, callback, seed, device)
+    else:
+        if callback is not None:
+            raise ConfigError("train_in_dream: a callback is for a finished world. To alternate, use SB3Agent and its learn().")
+        visits = {"worlds": worlds, "visits": rounds, "imagined": max(1, total_timesteps // rounds), **dream}
+        config = _in_rounds(Config.from_recipe(str(world), overrides), steps, visits)
+        limit = config.eval.max_steps
+        policy, counts = _alternating(algorithm, config, target or config.env, algo_kwargs, seed, device)
+    if episodes:
+        policy.measure(*counts, episodes=episodes, max_steps=limit)
+    return policy
+
+
+def _in_rounds(base: Config, steps: int | None, visits: dict[str, Any]) -> Config:
+    """The recipe's config with an SB3 agent whose visits to the dream share the real steps behind the random ones."""
+    steps, rounds = base.train.steps if steps is None else steps, visits["visits"]
+    ahead = steps - base.train.prefill
+    if rounds > ahead:
+        raise ConfigError(
+            f"train_in_dream: {rounds} rounds need as many real steps behind the {base.train.prefill} random ones "
+            f"(train.prefill), but steps={steps}. Raise steps."
+        )
+    return base.override({"agent": {"kind": "sb3", **visits, "every": ahead // rounds}, "train.steps": steps})
+
+
+def _require_numbers(**named: Any) -> None:
+    for name, number in named.items():
+        if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
+            raise ConfigError(f"train_in_dream: {name} is {number!r}; expected a whole number of at least 1.")
+
+
+def _require_fit(env: EnvConfig, obs: ObsSpec, action: ActionSpec) -> None:
+    """ConfigError where the environment in which the policy is to act has other spaces than the world."""
+    known = SimpleNamespace(obs_spec=obs, action_spec=action)
+    venv = as_trained(known, make_vec(env, 1))
+    try:
+        require_spaces(known, venv, env.id)
+    finally:
+        venv.close()
+
+
+def _finished(algorithm, run: Run, env: EnvConfig, total: int, worlds: int, dream: dict, algo_kwargs, callback, seed, device):
+    """(policy, (real steps, imagined steps)) of learning in a run's world as it is."""
+    world = run.world_model(device=device)
+    _require_fit(env, world.obs, world.action)
+    replay = run.replay() if dream["start"] == "replay" else None
+    generator = torch.Generator().manual_seed(seed)
+    with globals_from(generator):
+        imagined = VecMonitor(ImaginedVecEnv(world, worlds, seed=seed, replay=replay, **dream))
+        made = make_algorithm(algorithm, imagined, seed, device, dict(algo_kwargs or {}))
+        made.learn(total, callback=callback)
+    return DreamPolicy(world, SB3Controller(made, dream["observation"]), env, seed=seed), (0, made.num_timesteps)
+
+
+def _alternating(algorithm, config: Config, env: EnvConfig, algo_kwargs, seed: int, device: str):
+    """The same of learning in turns with the world model, in one agent."""
+    venv = make_vec(config.env, seed=seed)
+    try:
+        specs = ObsSpec.from_space(venv.observation_space, config.env.layout), ActionSpec.from_space(venv.action_space)
+        _require_fit(env, *specs)
+        given = {"algorithm": algorithm, "algo_kwargs": dict(algo_kwargs or {})}
+        agent = SB3Agent(policy_name(specs[0]), venv, config=config, seed=seed, device=device, **given)
+        agent.learn(config.train.steps)
+    finally:
+        venv.close()
+    if not agent.learner.updates:
+        rows = config.train.burn_in + config.train.batch_length
+        raise ConfigError(
+            f"train_in_dream: {agent.num_timesteps} real steps of {agent.n_envs} environments taught the world model nothing: it "
+            f"begins with {config.train.prefill} rows (train.prefill), {rows} of them from one environment. Raise steps."
+        )
+    while agent.visits < config.agent.visits:  # learning began later than the random steps ended
+        agent.visit(config.agent.imagined)
+    policy = DreamPolicy(agent.learner.average, agent.controller, env, seed=seed)
+    return policy, (agent.num_timesteps, agent.imagined_steps)

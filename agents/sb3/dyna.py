@@ -1,0 +1,222 @@
+"""Dyna: an SB3 algorithm's own replay buffer, filled up with imagined transitions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.vec_env import VecNormalize, VecTransposeImage, unwrap_vec_wrapper
+
+from worldmodel.agents.experience import Pursuit
+from worldmodel.agents.random import RandomAgent
+from worldmodel.config import Config
+from worldmodel.envs.imagined import ImaginedWorld, Source, latent_space, learned_world, part
+from worldmodel.envs.make import id_of
+from worldmodel.envs.vectors.plain import COUNT_FROM_0, plain_action, plain_obs
+from worldmodel.errors import ConfigError
+from worldmodel.model import needs_ensemble
+from worldmodel.spaces import ActionSpec, ObsSpec
+from worldmodel.storage.replay import Replay
+
+REFILTER = 25
+"""Updates of a model that learns along after which roll-outs begin at beliefs of its new weights."""
+
+
+class DynaCallback(BaseCallback):
+    """Adds `ratio` imagined transitions for each real one to the ReplayBuffer of DQN, SAC, TD3 and their like.
+
+        SAC("MlpPolicy", "Pendulum-v1", gradient_steps=4).learn(1000, callback=DynaCallback(ratio=10))
+
+    world            a finished world: a Run, a run folder or a WorldModel (that needs `replay`); None: one learns along, from
+                     what the algorithm meets
+    ratio            imagined transitions per real step
+    horizon          steps of each roll-out; it begins at the belief about a recorded row and follows the algorithm's own policy
+    every            real steps (of each environment) between roll-outs; of a world that learns along none comes before its first
+                     update, behind `train.prefill` rows
+    max_uncertainty  a roll-out ends where the ensemble's disagreement is greater (needs model.ensemble.members)
+    replay           recorded experience to begin from, where the run's is not meant
+    recipe, config   of the world model that learns along: as those of Dreamer, e.g. config={"train.ratio": 1.0}
+    seed             of that model, and of all that is drawn here
+
+    The observations are decoded where the algorithm sees the environment's own, and features where it sees a LatentVecEnv.
+    Source: Sutton 1991 (Dyna); Janner et al. 2019 (MBPO, algorithm 2), whose short branches from real states these are.
+    Raises ConfigError for algorithms without such a buffer, for other spaces, and for numbers out of range.
+    """
+
+    def __init__(
+        self,
+        world: Source | None = None,
+        *,
+        ratio: float = 10.0,
+        horizon: int = 1,
+        every: int = 10,
+        max_uncertainty: float | None = None,
+        replay: Replay | None = None,
+        recipe: str | Path | None = None,
+        config: Config | Mapping | Sequence[str] | None = None,
+        seed: int = 0,
+    ):
+        super().__init__()
+        for name, number in (("horizon", horizon), ("every", every)):
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise ConfigError(f"DynaCallback: {name} is {number!r}; expected a whole number of at least 1.")
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not (np.isfinite(ratio) and ratio >= 0):
+            raise ConfigError(f"DynaCallback: ratio is {ratio!r}; expected imagined transitions per real step, 0 or more.")
+        if max_uncertainty is not None and not max_uncertainty > 0:
+            raise ConfigError(f"DynaCallback: max_uncertainty is {max_uncertainty!r}; expected a number above 0, or None: nowhere.")
+        if world is not None and (recipe is not None or config is not None):
+            raise ConfigError("DynaCallback: recipe and config are for a world that learns along. Leave them out, or the world.")
+        if world is None and replay is not None:
+            raise ConfigError("DynaCallback: replay is for a finished world; one that learns along has its own. Leave it out.")
+        if recipe is not None and isinstance(config, Config):
+            raise ConfigError("DynaCallback: a whole Config leaves nothing to a recipe. Give one of them, or only what differs.")
+        self.source, self.ratio, self.horizon, self.every = world, float(ratio), horizon, every
+        self.max_uncertainty, self.seed, self.recorded = max_uncertainty, seed, replay
+        self.recipe, self.config = recipe, config
+        self.agent: RandomAgent | None = None
+        self.imagined = 0
+        self._due, self._left, self._pursuit = 0.0, [], Pursuit()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    # Beginning ------------------------------------------------------------------------------------------------------
+
+    def _init_callback(self) -> None:
+        model = self.model
+        if not isinstance(model, OffPolicyAlgorithm):
+            raise ConfigError(
+                f"Dyna fills a replay buffer, and {type(model).__name__} has none. Use DQN, SAC, TD3, TQC or QRDQN; on-policy "
+                "algorithms learn inside the world: train_in_dream."
+            )
+        if unwrap_vec_wrapper(self.training_env, VecNormalize) is not None:
+            raise ConfigError("Dyna: VecNormalize is around the environment, and imagined observations are plain. Take it off.")
+        if type(model.replay_buffer) not in (ReplayBuffer, DictReplayBuffer):
+            raise ConfigError(
+                f"Dyna adds single transitions, and {type(model.replay_buffer).__name__} takes neighbours for one episode. Use "
+                "SB3's ReplayBuffer or DictReplayBuffer: n_steps=1, and no HER."
+            )
+        if getattr(model.replay_buffer, "optimize_memory_usage", False):
+            raise ConfigError("Dyna: with optimize_memory_usage=True a buffer cannot hold single transitions. Leave it out.")
+        if self.source is None and self.agent is None:
+            self.agent = self._student()
+        self.world, run = (self.agent.learner.average, None) if self.agent is not None else learned_world(self.source)
+        needs_ensemble(self.world, "max_uncertainty", self.max_uncertainty)
+        self._transposed, self._worlds, self._filtered = None, None, 0
+        known, acts = plain_obs(self.world.obs).space, plain_action(self.world.action).space
+        seen, wrapper = model.observation_space, unwrap_vec_wrapper(self.training_env, VecTransposeImage)
+        if wrapper is not None and known == wrapper.venv.observation_space:
+            seen, self._transposed = known, wrapper
+        self._latent = seen == latent_space(self.world)
+        if (not self._latent and seen != known) or model.action_space != acts:
+            raise ConfigError(
+                f"The world model is of another environment: it knows {known} and {acts}, the algorithm {model.observation_space} "
+                f"and {model.action_space}. Pass a run of this environment. {COUNT_FROM_0}"
+            )
+        if self.agent is None and self.recorded is None and run is not None:
+            self.recorded = run.replay()
+
+    def _student(self) -> RandomAgent:
+        """An agent that never acts: its replay and its learner take in what the algorithm meets."""
+        env = self.training_env
+        env_id = id_of(env) or "custom"
+        given = {**dict(self.config), "agent": "random"} if isinstance(self.config, Mapping) else None
+        if not isinstance(self.config, Config):
+            given = given if given is not None else [*(self.config or []), "agent=random"]
+        config = self.config if isinstance(self.config, Config) else Config.from_recipe(self.recipe, given, env_id=env_id)
+        specs = ObsSpec.from_space(env.observation_space, config.env.layout), ActionSpec.from_space(env.action_space)
+        return RandomAgent.from_specs("MlpPolicy", *specs, num_envs=env.num_envs, config=config, seed=self.seed)
+
+    def _on_training_start(self) -> None:
+        self._pursuit.begin(self.model)
+        if self.agent is not None:
+            self.agent.set_logger(self.logger)
+            self.agent.open_streams(self.model._last_obs)
+
+    # At each step ---------------------------------------------------------------------------------------------------
+
+    def _on_training_end(self) -> None:
+        self._pursuit.end(self.model)
+
+    def _on_step(self) -> bool:
+        self._pursuit.step(self.model, self.locals["new_obs"])
+        if self.agent is not None:
+            steps = (self.locals[name] for name in ("actions", "new_obs", "rewards", "dones", "infos"))
+            self.agent.record(*steps)
+            self.agent.num_timesteps = self.num_timesteps
+            self.agent.learn_from_replay()
+            if not self.agent.learner.updates:
+                return True
+        if self.n_calls % self.every == 0:
+            self._due += self.ratio * self.every * self.training_env.num_envs
+            starts = int(self._due / self.horizon)
+            self._due -= starts * self.horizon
+            if starts:
+                self._add(self.roll_out(starts))
+        return True
+
+    def roll_out(self, starts: int) -> list[tuple[Any, Any, np.ndarray, np.ndarray, np.ndarray]]:
+        """(obs, next obs, action, reward, done), rows [n, ...], of each step; ended roll-outs are left out of what follows."""
+        worlds = self._imagined(starts)
+        obs, going, steps = self._seen(worlds.look(worlds.reset())), np.arange(starts), []
+        for _ in range(self.horizon):
+            action = self.model.predict(obs, deterministic=False)[0]
+            arrival = worlds.step(worlds.encode(action))
+            following = self._seen(worlds.look(arrival.feature))
+            reward, done, cut = (x.cpu().numpy() for x in (arrival.reward, arrival.terminated, arrival.truncated))
+            steps.append(tuple(part(x, going) for x in (obs, following, action, reward, done)))
+            going = going[~(done | cut)[going]]
+            obs = following
+            if not len(going):
+                break
+        return steps
+
+    def _imagined(self, starts: int) -> ImaginedWorld:
+        """At least so many worlds, the same ones each time: starts are used again, until the model has learned REFILTER updates."""
+        if self._worlds is None or self._worlds.num_envs < starts:
+            self._worlds = ImaginedWorld(
+                self.world,
+                starts,
+                self.horizon,
+                observation="latent" if self._latent else "decoded",
+                seed=int(torch.randint(2**31, (), generator=self.generator)),
+                replay=self.recorded if self.agent is None else self.agent.replay,
+                max_uncertainty=self.max_uncertainty,
+                plain=True,
+            )
+            self._filtered = self._updates()
+        elif self._updates() >= self._filtered + REFILTER:
+            self._worlds.seed(None)
+            self._filtered = self._updates()
+        return self._worlds
+
+    def _updates(self) -> int:
+        return 0 if self.agent is None else self.agent.learner.updates
+
+    def _seen(self, obs: Any) -> Any:
+        """As the algorithm sees it, which has images transposed."""
+        return obs if self._transposed is None else self._transposed.transpose_observations(obs)
+
+    def _add(self, steps: list[tuple[Any, Any, np.ndarray, np.ndarray, np.ndarray]]) -> None:
+        """Into the buffer, as many rows at a time as it has environments; what is left over waits for the next time."""
+        buffer, envs = self.model.replay_buffer, self.training_env.num_envs
+        rows = [tuple(part(x, i) for x in step) for step in steps for i in range(len(step[3]))]
+        rows = self._left + rows
+        for at in range(0, len(rows) - envs + 1, envs):
+            obs, following, action, reward, done = (_stacked(column) for column in zip(*rows[at : at + envs]))
+            if self.world.action.kind == "continuous":
+                action = self.model.policy.scale_action(action)  # as SB3 stores what it took itself
+            buffer.add(obs, following, action, reward, done, [{} for _ in range(envs)])
+            self.imagined += envs
+        self._left = rows[len(rows) - len(rows) % envs :]
+        self.logger.record("dyna/imagined", self.imagined)
+
+
+def _stacked(rows: Sequence[Any]) -> Any:
+    if isinstance(rows[0], dict):
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    return np.stack(rows)

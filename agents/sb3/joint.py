@@ -1,0 +1,174 @@
+"""Joint training: the world model's loss trains the encoder of an SB3 policy, on what the algorithm itself meets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import VecNormalize, unwrap_vec_wrapper
+
+from worldmodel.agents.experience import Pursuit
+from worldmodel.agents.random import RandomAgent
+from worldmodel.agents.sb3.extractor import LatentExtractor, raw_rows
+from worldmodel.config import Config
+from worldmodel.envs.imagined import Source, learned_world
+from worldmodel.envs.vectors.plain import COUNT_FROM_0, plain_action, plain_obs
+from worldmodel.errors import ConfigError
+from worldmodel.learner import Learner
+from worldmodel.spaces import ActionSpec
+
+
+class JointWorldModel(BaseCallback):
+    """Trains the world model beside an SB3 algorithm, around the policy's encoder: `learn(..., callback=JointWorldModel(run))`.
+
+    run_or_model  the run, its folder or the model that `latent_policy_kwargs(run, mode="joint")` got
+    ratio         world-model updates per real step; default: the run's train.ratio
+    rl_gradients  whether the algorithm's own loss changes the encoder too
+    config        what differs from the run's options of `train`, e.g. {"train.lr": 3e-4}. Unless they are given here,
+                  train.average and train.pretrain are 0, and train.prefill is at most the rows of one batch
+    seed          of the replay's windows and the codes that are drawn
+
+    The world model's encoder is the critic's (DQN's, PPO's: the policy's) and nobody's copy. An actor with an extractor of its own
+    gets a copy after each update, and sends no gradients; target networks follow as SB3 makes them follow. Updates are made
+    between SB3's rollouts, so that no rollout is learned from with another encoder than it was made with; the first ones once
+    the replay holds `train.prefill` rows. Of a model that was never trained, give `train.prefill` and `train.pretrain`: it is
+    then trained first on what the algorithm did first.
+
+    The replay begins empty with each new algorithm object, also after SB3's `load`, whose encoder goes on where it was; decoder,
+    dynamics and heads begin as in `run_or_model`. `agent` is the world model's side, as a RandomAgent that takes no steps:
+    `callback.agent.save(path)` keeps it.
+    """
+
+    agent: RandomAgent
+
+    def __init__(
+        self,
+        run_or_model: Source,
+        *,
+        ratio: float | None = None,
+        rl_gradients: bool = True,
+        config: Mapping[str, Any] | Sequence[str] | None = None,
+        seed: int = 0,
+        verbose: int = 0,
+    ):
+        super().__init__(verbose)
+        if ratio is not None and not ratio >= 0:
+            raise ConfigError(f"JointWorldModel: ratio is {ratio!r}; expected updates per real step, 0 or more.")
+        self.source, self.ratio, self.rl_gradients, self.config, self.seed = run_or_model, ratio, rl_gradients, config or {}, seed
+        self._of: BaseAlgorithm | None = None
+        self._pending, self._pursuit = 0, Pursuit()
+
+    def _on_training_start(self) -> None:
+        if unwrap_vec_wrapper(self.training_env, VecNormalize) is not None:
+            raise ConfigError(
+                "VecNormalize is around the environment: the world model would learn other observations and rewards than it was "
+                "trained on. Take it off; the encoder standardises vectors itself."
+            )
+        if self._of is not self.model:
+            self._begin()
+        self._pursuit.begin(self.model)
+        self.agent.env = self.training_env
+        self.agent.set_logger(self.model.logger)
+        self.agent.open_streams(self._raw(self.model._last_obs))
+
+    def _begin(self) -> None:
+        """The world model of the source, around the encoder of this algorithm."""
+        self.leader, self.followers = leader_and_followers(self.model.policy)
+        world, run = learned_world(self.source)
+        observation, action = plain_obs(world.obs), plain_action(world.action)
+        if observation != self.leader.spec:
+            raise ConfigError(
+                f"The world model observes {observation.space}, the policy's encoder {self.leader.spec.space}. Give "
+                "JointWorldModel the run that latent_policy_kwargs got."
+            )
+        spec = ActionSpec.from_space(self.model.action_space)
+        if spec.to_json() != action.to_json():
+            raise ConfigError(
+                f"The environment's actions are {spec.space}, those of the world model {action.space}. Use a run of this "
+                f"environment. {COUNT_FROM_0}"
+            )
+        self.agent = self._make_agent(world, run.config if run is not None else Config.parse({"env": {"id": "custom"}}))
+        self.leader.lead(self.rl_gradients)
+        for extractor in self._extractors():
+            extractor.scaling = self.leader.scaling  # what was observed is the same for all copies
+        self._sync()
+        self._of, self._pending = self.model, 0
+
+    def _make_agent(self, world, config: Config) -> RandomAgent:
+        batch = config.train.batch_size * (config.train.burn_in + config.train.batch_length)
+        fixed = {"agent": {"kind": "random"}, "model": world.config.model_dump(mode="json")}
+        fixed |= {"train.average": 0.0, "train.pretrain": 0, "train.prefill": min(config.train.prefill, batch)}
+        if self.ratio is not None:
+            fixed["train.ratio"] = self.ratio
+        config = config.override(fixed).override(self.config)
+        options = {"num_envs": self.model.n_envs, "config": config, "seed": self.seed, "device": str(self.model.device)}
+        agent = RandomAgent.from_specs("MlpPolicy", plain_obs(world.obs), plain_action(world.action), **options)
+        agent.world.load_state_dict(world.state_dict())
+        agent.world.scaling, agent.world.encoder = self.leader.scaling, self.leader.encoder
+        if self.leader.posterior_net is not None:
+            agent.world.dynamics.posterior_net = self.leader.posterior_net
+        agent.learner = Learner(agent.world, config.train)
+        return agent
+
+    def _on_step(self) -> bool:
+        seen = self.locals
+        self._pursuit.step(self.model, seen["new_obs"])
+        action = seen["clipped_actions"] if "clipped_actions" in seen else seen["actions"]  # what the environments got
+        infos = [self._raw_info(info) for info in seen["infos"]]
+        self.agent.num_timesteps = self.num_timesteps
+        self.agent.record(np.asarray(action), self._raw(seen["new_obs"]), seen["rewards"], seen["dones"], infos)
+        self._pending += 1
+        return True
+
+    def _on_rollout_start(self) -> None:
+        self._learn()
+
+    def _on_training_end(self) -> None:
+        self._pursuit.end(self.model)
+        self._learn()
+
+    def _learn(self) -> None:
+        """The updates that the steps since the last ones pay for."""
+        before = self.agent.learner.updates
+        for _ in range(self._pending):
+            self.agent.learn_from_replay()
+        self._pending = 0
+        if self.agent.learner.updates > before:
+            self._sync()
+
+    def _sync(self) -> None:
+        self.agent.learner.optimizer.zero_grad(set_to_none=True)  # no gradient of ours is left in the algorithm's parameters
+        for extractor in self.followers:
+            extractor.follow(self.leader)
+
+    def _extractors(self) -> list[LatentExtractor]:
+        return [module for module in self.model.policy.modules() if isinstance(module, LatentExtractor)]
+
+    def _raw(self, obs: Any) -> Any:
+        return raw_rows(self.leader, obs)
+
+    def _raw_info(self, info: dict[str, Any]) -> dict[str, Any]:
+        if "terminal_observation" not in info:
+            return info
+        last = info["terminal_observation"]
+        batch = {name: np.asarray(x)[None] for name, x in last.items()} if isinstance(last, Mapping) else np.asarray(last)[None]
+        raw = self._raw(batch)
+        return {**info, "terminal_observation": {k: x[0] for k, x in raw.items()} if isinstance(raw, Mapping) else raw[0]}
+
+
+def leader_and_followers(policy: Any) -> tuple[LatentExtractor, list[LatentExtractor]]:
+    """(the encoder that learns, the copies that follow it): the critic's, the actor's. Raises ConfigError where there is none."""
+    critic = getattr(policy, "critic", None)
+    value = getattr(policy, "q_net", getattr(policy, "quantile_net", critic))
+    leader = value.features_extractor if value is not None else getattr(policy, "vf_features_extractor", None)
+    if not isinstance(leader, LatentExtractor) or leader.mode != "joint":
+        raise ConfigError(
+            "JointWorldModel found no encoder to train in the policy. Make the algorithm with "
+            "policy_kwargs=latent_policy_kwargs(run, mode='joint')."
+        )
+    actor = getattr(policy, "actor", None)
+    other = actor.features_extractor if actor is not None else getattr(policy, "pi_features_extractor", leader)
+    return leader, [] if other is leader else [other]

@@ -1,0 +1,128 @@
+"""Learning from recorded experience alone: no environment is made, and what acts improves in imagination as it does online.
+
+Steps are those of a schedule: each pays for `train.ratio` updates as a real step would, so that checkpoints, logs, interruptions
+and resumes are the same. Not one of them is a real step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from stable_baselines3.common.callbacks import BaseCallback
+
+from worldmodel import registry
+from worldmodel.agents.experience import fit_scaling, new_replay, steps_held
+from worldmodel.agents.loop import WorldModelAlgorithm, policy_name
+from worldmodel.agents.training.report import SHOWN
+from worldmodel.config import Config
+from worldmodel.envs.sources import recording
+from worldmodel.errors import ConfigError
+from worldmodel.spaces import ActionSpec, ObsSpec
+from worldmodel.storage.recording import Recording
+from worldmodel.storage.run import Run
+
+LOG_STEPS = 50
+"""Steps of the schedule between log entries: there are no episodes to count."""
+
+
+def make_agent(config: Config, seed: int, device: str = "auto", trust: bool = False) -> WorldModelAlgorithm:
+    """A new agent of the config's kind, its replay filled with `train.data` and its running statistics fitted on that.
+
+    Raises ConfigError (the data do not fit one another, the recipe or a batch), UnsupportedSpaceError, StorageError.
+    """
+    if config.train.replay == "disk":
+        raise ConfigError("train.data is learned from in memory; train.replay=disk is for an environment's experience. Drop one.")
+    found = _read(config)
+    agent = _of_specs(config, found.obs_spec, found.action_spec, seed, device, trust)
+    agent.replay = new_replay(config.train, found.obs_spec, found.action_spec, 1, None)
+    found.fill(agent.replay)
+    fit_scaling(agent.world, agent.replay)
+    return agent
+
+
+def reopened(
+    run: Run, config: Config, seed: int, device: str = "auto", trust: bool = False, *, check: bool = False
+) -> WorldModelAlgorithm:
+    """An agent for the checkpoint of a run, whose folder holds the experience: the data need not be there any more.
+
+    check  reads them all the same, and raises ConfigError where their spaces are no longer those of the run
+    """
+    state = run.read()[1]
+    obs_spec, action_spec = ObsSpec.from_json(state["observation"]), ActionSpec.from_json(state["action"])
+    if check:
+        _read(config).require(obs_spec, action_spec, str(run.path))
+    return _of_specs(config, obs_spec, action_spec, seed, device, trust)
+
+
+def learn(agent: WorldModelAlgorithm, steps: int, callback: BaseCallback, say: Callable[[str], object]) -> None:
+    """Learns from the replay until the schedule has reached `steps`, or a callback ends it.
+
+    The first step also pays for `train.pretrain` updates of the world model alone.
+    """
+    agent.start_time, agent._num_timesteps_at_start = time.time_ns(), agent.num_timesteps
+    callback.init_callback(agent)
+    callback.on_training_start(locals(), globals())
+    goes_on = True
+    while goes_on and agent.num_timesteps < steps:
+        agent.num_timesteps += 1
+        agent.spend(1)
+        goes_on = callback.on_step()
+        if agent.num_timesteps % LOG_STEPS == 0 or agent.num_timesteps == steps or not goes_on:
+            _log(agent, steps, say)
+    callback.on_training_end()
+
+
+def _log(agent: WorldModelAlgorithm, steps: int, say: Callable[[str], object]) -> None:
+    """TensorBoard's entries, and about ten lines a run."""
+    logged, every = agent.logger.name_to_value, max(1, steps // (10 * LOG_STEPS)) * LOG_STEPS
+    if agent.num_timesteps % every == 0 or agent.num_timesteps == steps:
+        losses = "  ".join(f"{short} {logged[name]:.3g}" for name, short in SHOWN.items() if name in logged)
+        say(f"step {agent.num_timesteps}/{steps}  {agent.learner.updates} updates  {losses}")
+    agent.dump_logs()
+
+
+def _of_specs(
+    config: Config, obs_spec: ObsSpec, action_spec: ActionSpec, seed: int, device: str, trust: bool
+) -> WorldModelAlgorithm:
+    algorithm = registry.part("agent", config.agent.kind)
+    options = {"config": config, "seed": seed, "device": device, "trust": trust}
+    return algorithm.from_specs(policy_name(obs_spec), obs_spec, action_spec, **options)
+
+
+def _read(config: Config) -> Recording:
+    """The episodes of all sources, if a batch can be made of them."""
+    train = config.train
+    parts = [recording(source, config.env.layout) for source in train.data]
+    for part in parts:
+        _same_environment(part, config)
+    found = Recording.joined(parts)
+    rows, needed = found.steps + found.episodes, train.burn_in + train.batch_length
+    if rows < needed:
+        raise ConfigError(
+            f"{found.origin} has {found.steps} steps in {found.episodes} episodes, {rows} rows with their first observations, but "
+            f"one sequence needs {needed}. Add more with --data, or lower train.batch_length (now {train.batch_length})."
+        )
+    if rows > (kept := steps_held(train, found.obs_spec, found.action_spec)):
+        raise ConfigError(
+            f"{found.origin} has {rows} rows, but the replay keeps {kept}. Raise train.capacity to {rows} or more, as "
+            "far as memory and train.replay_gib allow, or train on fewer sources."
+        )
+    return found
+
+
+def _same_environment(found: Recording, config: Config) -> None:
+    """ConfigError where a recording says that it is of another environment than the recipe, or cannot be of this one."""
+    ours, theirs = config.env.id, found.env_id
+    if theirs is not None and ours.rpartition(":")[2] != theirs.rpartition(":")[2]:
+        raise ConfigError(
+            f"{found.origin} was recorded in '{theirs}', but the recipe is for '{ours}'. Expected one environment: train "
+            f"'{theirs}', choose other data, or say env.id={theirs} if the recipe's other options are meant for it."
+        )
+    size = config.env.pixels
+    shapes = [key.raw_shape for key in found.obs_spec.keys.values()]
+    if size is not None and shapes != [(size, size, 3)]:
+        raise ConfigError(
+            f"{found.origin} has the observations {found.obs_spec.space}, but the recipe sees pictures (env.pixels={size}). "
+            f"Expected Box(0, 255, ({size}, {size}, 3)): choose other data, or say env.pixels=null."
+        )

@@ -1,0 +1,43 @@
+"""What a run may take of memory and disk: told where it is much of what is free."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+
+from worldmodel.agents.loop import WorldModelAlgorithm
+from worldmodel.storage.run import Run
+
+SHARE = 0.25
+"""Of what is free; less than this is not worth a word."""
+
+
+def free_memory() -> int | None:
+    """Bytes that this machine can still give to processes; None where it does not say (only Linux does)."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            found = dict(line.split(":", 1) for line in file)
+        return 1024 * int(found["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def tell(model: WorldModelAlgorithm, run: Run, warn: Callable[[str], object]) -> None:
+    """Warns where the replay may take more than a SHARE of the free memory, and the run more of the disk than there is."""
+    free, keep = shutil.disk_usage(run.path).free, run.config.checkpoint.keep
+    moments = 0 if model.learner.updates else 8 * model.parameter_count  # Adam's two, from the first update on
+    size, written = run.checkpoint_bytes + moments, run.replay_bytes
+    replay, memory = model.replay, free_memory()
+    rows = max(0, replay.disk_bytes - written)
+    if (memory is not None and replay.nbytes > SHARE * memory) or rows > SHARE * free:
+        of = "" if memory is None else f" (of {memory / 1e6:,.0f} MB that are free)"
+        warn(
+            f"The replay may grow to {replay.capacity:,} steps: {replay.nbytes / 1e6:,.0f} MB of memory{of} and "
+            f"{rows / 1e6:,.0f} MB of disk (of {free / 1e6:,.0f} MB). Lower train.capacity or train.replay_gib, or keep it on the "
+            "disk alone (train.replay=disk)."
+        )
+    if free < keep * size + rows:
+        warn(
+            f"The disk of {run.path} has {free / 1e6:.0f} MB left, but {keep} more checkpoints of {size / 1e6:.0f} MB and "
+            f"{rows / 1e6:.0f} MB of replay may come. Free some space, or lower checkpoint.keep or train.capacity."
+        )

@@ -1,0 +1,261 @@
+"""One run from its start, or from its newest checkpoint, to its end."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3.common.callbacks import CallbackList
+from stable_baselines3.common.logger import Logger
+
+from worldmodel import config as configs
+from worldmodel import registry
+from worldmodel.agents.evaluation import FINAL_SEED, Abandoned
+from worldmodel.agents.loop import WorldModelAlgorithm, policy_name
+from worldmodel.agents.training import offline
+from worldmodel.agents.training.callback import Keeper, Progress, env_seed, standing
+from worldmodel.agents.training.report import Bar, Lines, Scalars
+from worldmodel.agents.training.signals import Interrupted, Signals
+from worldmodel.agents.training.watch import Watch
+from worldmodel.config import Config
+from worldmodel.envs.make import as_vec_env
+from worldmodel.errors import ConfigError, EnvError
+from worldmodel.spaces import ObsSpec
+from worldmodel.storage import run as runs
+from worldmodel.storage.run import Run
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to; `real_steps` counts training steps over all environments, random ones included.
+
+    updates        gradient updates of the world model
+    wall_seconds   training alone, over all resumes; evaluation is in eval_seconds
+    parameters     numbers that gradients change, of world model and agent together
+    solved_at      real steps of the first evaluation that reached the threshold and was confirmed; else None
+    final_return   mean of the greedy episodes at the end; None where there was no environment to play them in
+    final_episodes how many they were: the environment's seeds 30,000, 30,001, ... (`worldmodel eval` plays the same)
+    evaluations    [{real_steps, mean_return, std_return, episodes}]
+    run            the run folder
+    """
+
+    env_id: str
+    recipe: str | None
+    seed: int
+    threads: int
+    real_steps: int
+    updates: int
+    wall_seconds: float
+    eval_seconds: float
+    parameters: int
+    threshold: float | None
+    solved_at: int | None
+    final_return: float | None
+    evaluations: list[dict[str, Any]]
+    run: str
+    final_episodes: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Session:
+    """How this process trains, whatever the run."""
+
+    signals: Signals
+    device: str
+    trust: bool
+    keep_newer: bool
+    progress: bool
+    log: Callable[[str], object]
+    warn: Callable[[str], object]
+
+
+def new(session: Session, recipe: Any, run_dir: str | Path | None, given: dict[str, Any], seed: int) -> TrainResult:
+    config = Config.from_recipe(recipe, given)
+    if run_dir is not None:
+        runs.refuse_existing(Path(run_dir))
+    agent = make_agent(config, seed, session.device, session.trust)  # before the folder: what cannot start leaves nothing behind
+    try:
+        with Run.create(run_dir, config, seed) as run:
+            return _go_on(session, run, agent, Progress(overrides=_lasting(given)), seed)
+    finally:
+        _close(agent)
+
+
+def resumed(session: Session, recipe: Any, run_dir: str | Path | None, given: dict[str, Any], seed: int | None) -> TrainResult:
+    path = Path(run_dir) if run_dir is not None else runs.latest_default(Config.from_recipe(recipe, given), seed or 0)
+    with Run.open(path, write=True) as run:
+        manifest = run.manifest() or {}
+        config = _agreed(run, manifest, recipe, given, seed)
+        seed = manifest.get("seed", seed or 0)
+        result = run.result
+        if result is not None and _is_finished(config, result, manifest):
+            session.log(f"{run.path} is finished; --steps may make it longer.")
+            return TrainResult(**result)
+        if config.train.data and run.checkpoints:
+            torch.set_num_threads(config.train.threads)
+            agent = offline.reopened(run, config, seed, session.device, session.trust, check="train.data" in given)
+        else:
+            agent = make_agent(config, seed, session.device, session.trust)
+        try:
+            state = run.resume(agent, keep_newer=session.keep_newer, log=session.log)
+            run.write_config(config)
+            run.write_result(None)
+            progress = Progress(**state) if state is not None else Progress(overrides=_lasting(given))
+            if result is not None:  # the evaluation at the end came after the last checkpoint
+                progress.wall_seconds, progress.eval_seconds = result["wall_seconds"], result["eval_seconds"]
+            session.log(f"{run.path} goes on at {standing(agent)}.")
+            return _go_on(session, run, agent, progress, seed)
+        finally:
+            _close(agent)
+
+
+def _close(agent: WorldModelAlgorithm) -> None:
+    if agent.env is not None:
+        agent.env.close()
+
+
+def _lasting(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The overrides that a resume need not repeat."""
+    return {key: value for key, value in given.items() if key != "train.steps"}
+
+
+def _is_finished(config: Config, result: Mapping[str, Any], manifest: Mapping[str, Any]) -> bool:
+    """Whether nothing is left to do, and what was reached is still there."""
+    solved = config.eval.stop_when_solved and result["solved_at"] is not None
+    committed = manifest.get("step", -1)
+    reached = committed if config.train.data else result["real_steps"]
+    return (solved or reached >= config.train.steps) and committed >= result["real_steps"]
+
+
+def _agreed(run: Run, manifest: Mapping[str, Any], recipe: Any, given: dict[str, Any], seed: int | None) -> Config:
+    """The run's config, perhaps with more steps. ConfigError that lists every other difference from what is asked for now."""
+    before = manifest.get("progress", {}).get("overrides", {})
+    asked = Config.from_recipe(recipe, {**before, **given}) if recipe is not None else run.config.override(given)
+    differs = [row for row in configs.differences(run.config, asked) if row[0] != "train.steps" and not row[0].startswith("eval.")]
+    if seed is not None and seed != manifest.get("seed", seed):
+        differs.append(("seed", manifest["seed"], seed))
+    steps = given.get("train.steps", run.config.train.steps)
+    if steps < run.config.train.steps:
+        differs.append(("train.steps", run.config.train.steps, steps))
+    if differs:
+        lines = "\n".join(f"  {key}: {old} -> {new}" for key, old, new in differs)
+        raise ConfigError(
+            f"{run.path} was made with other options; on resume only eval.* and --steps may change, and steps only grow:\n{lines}\n"
+            "Leave them out, or start a new run with another --run."
+        )
+    evaluation = {key: value for key, value in given.items() if key.partition(".")[0] == "eval"}
+    return run.config.override({**evaluation, "train.steps": steps})
+
+
+def make_agent(config: Config, seed: int, device: str = "auto", trust: bool = False) -> WorldModelAlgorithm:
+    """A new agent of the config's kind with its training environments, or with the experience of `train.data` and none."""
+    train = config.train
+    torch.set_num_threads(train.threads)
+    if train.data:
+        return offline.make_agent(config, seed, device, trust)
+    reached, needed = train.steps // config.env.num_envs + 1, train.burn_in + train.batch_length
+    if reached < needed:
+        raise ConfigError(
+            f"The run ends with {reached} rows of each of {config.env.num_envs} environments in the replay, but one sequence needs "
+            f"{needed}. Raise --steps (now {train.steps}), or lower train.batch_length (now {train.batch_length})."
+        )
+    algorithm = registry.part("agent", config.agent.kind)
+    venv = as_vec_env(config.env, seed=seed)
+    try:
+        policy = policy_name(ObsSpec.from_space(venv.observation_space, config.env.layout))
+        return algorithm(policy, venv, config=config, seed=seed, device=device, trust=trust)
+    except BaseException:
+        venv.close()
+        raise
+
+
+def _go_on(session: Session, run: Run, agent: WorldModelAlgorithm, progress: Progress, seed: int) -> TrainResult:
+    """From where the agent is to the end of the run."""
+    config = run.config
+    report = (Bar if session.progress else Lines)(session.log, config.train.steps)
+    agent.replay_folder = run.replay_folder
+    if config.train.steps <= config.train.prefill and not config.train.data:
+        session.warn(
+            f"Nothing will be learned: the run ends after {config.train.steps} steps, and the first {config.train.prefill} are "
+            f"random ones, only collected. Take more than {config.train.prefill} --steps, or lower train.prefill."
+        )
+    keeper = Keeper(run, progress, session.signals, report, seed, session.warn)
+    outputs = [Scalars(run.path, agent.num_timesteps, session.warn)] if config.log.tensorboard else []
+    agent.set_logger(Logger(str(run.path), outputs))
+    keeper.init_callback(agent)
+    watch = _watch(config, keeper)
+    callback = keeper if watch is None else CallbackList([keeper, watch])
+    try:
+        keeper.save(fenced=config.checkpoint.fence and agent.num_timesteps == 0)
+        keeper.pay()
+        if keeper.evaluate_if_due() and agent.num_timesteps < config.train.steps and not session.signals:
+            if config.train.data:
+                offline.learn(agent, config.train.steps, callback, report.say)
+            else:
+                agent.reopen(env_seed(seed, agent.num_timesteps))
+                agent.learn(config.train.steps - agent.num_timesteps, callback, config.log.every, reset_num_timesteps=False)
+        keeper.save()
+        if session.signals:
+            raise _interrupted(session, run, agent)
+        return _finished(run, agent, keeper, seed)
+    except Abandoned:
+        raise _interrupted(session, run, agent) from None
+    except EnvError as error:
+        keeper.save()
+        if session.signals:  # a signal to the whole group also ends the environments' processes
+            raise _interrupted(session, run, agent) from error
+        raise
+    finally:
+        report.close()
+        agent.logger.close()
+
+
+def _watch(config: Config, keeper: Keeper) -> Watch | None:
+    """The callback that shows held-out episodes; None where nothing would be written, or there is nothing to play in."""
+    if not (config.log.tensorboard and config.log.pictures) or config.train.data:
+        return None
+    return Watch(config.log.pictures, episodes=config.log.held_out, give_up=partial(keeper.asked, "looking at held-out episodes"))
+
+
+def _interrupted(session: Session, run: Run, agent: WorldModelAlgorithm) -> Interrupted:
+    name = signal.Signals(session.signals.received).name
+    command = run.resume_command(session.device, session.trust)
+    text = f"{name}: stopped at {standing(agent)}, saved in {run.path}. Go on with:\n  {command}"
+    return Interrupted(session.signals.received, text)
+
+
+def _finished(run: Run, agent: WorldModelAlgorithm, keeper: Keeper, seed: int) -> TrainResult:
+    recorded = keeper.recorded
+    final = None if recorded else float(np.mean(keeper.measure(run.config.eval.episodes, FINAL_SEED)))
+    progress = keeper.progress
+    result = TrainResult(
+        env_id=run.config.env.id,
+        recipe=run.config.recipe,
+        seed=seed,
+        threads=run.config.train.threads,
+        real_steps=0 if recorded else agent.num_timesteps,
+        updates=agent.learner.updates,
+        wall_seconds=progress.wall_seconds,
+        eval_seconds=progress.eval_seconds,
+        parameters=agent.parameter_count,
+        threshold=keeper.goal,
+        solved_at=progress.solved_at,
+        final_return=final,
+        evaluations=progress.evaluations,
+        run=str(run.path),
+        final_episodes=None if recorded else run.config.eval.episodes,
+    )
+    run.write_result(result.to_json())
+    return result

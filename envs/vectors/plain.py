@@ -1,0 +1,164 @@
+"""Spaces as Stable-Baselines3's own algorithms need them, where the user's are not so: counted from 0, in one dimension.
+
+Those algorithms give the first category the number 0 whatever the space says. Our own agents take every space as it is; what
+is here stands between an algorithm of SB3 and environments, real or imagined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+
+from worldmodel.spaces import ActionSpec, ObsSpec
+from worldmodel.spaces.keys import KeySpec, discrete
+
+COUNT_FROM_0 = "SB3's own algorithms count categories from 0: wrap the environments in worldmodel.envs.PlainVecEnv."
+"""Advice for messages."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A space and its plain form, with the way there and back for one value or many [..., *shape].
+
+    Discrete and MultiDiscrete begin at 0, grids of categories become one row, as do bits as actions; a Box without dimensions
+    gets one. Any other space is its own plain form.
+    """
+
+    inner: spaces.Space
+    outer: spaces.Space
+    start: np.ndarray | int = 0
+
+    @classmethod
+    def of(cls, space: spaces.Space, *, action: bool = False) -> Plain:
+        if isinstance(space, spaces.Discrete) and space.start != 0:
+            return cls(space, discrete(int(space.n), 0, space.dtype), int(space.start))
+        if isinstance(space, spaces.MultiDiscrete):
+            start = np.broadcast_to(getattr(space, "start", 0), space.nvec.shape).astype(np.int64)
+            if start.any() or start.ndim > 1:
+                return cls(space, spaces.MultiDiscrete(space.nvec.reshape(-1), dtype=space.dtype), start)
+        if isinstance(space, spaces.Box) and space.shape == ():
+            return cls(space, spaces.Box(space.low.reshape(1), space.high.reshape(1), dtype=space.dtype))
+        if isinstance(space, spaces.MultiBinary) and action and len(space.shape) > 1:
+            return cls(space, spaces.MultiBinary(int(np.prod(space.shape))))
+        return cls(space, space)
+
+    @property
+    def changes(self) -> bool:
+        return self.inner is not self.outer
+
+    def outward(self, value: Any) -> Any:
+        """The user's value in the plain form."""
+        return self._moved(value, self.inner, self.outer, -1) if self.changes else value
+
+    def inward(self, value: Any) -> Any:
+        """A plain value in the user's form."""
+        return self._moved(value, self.outer, self.inner, 1) if self.changes else value
+
+    def _moved(self, value: Any, here: spaces.Space, there: spaces.Space, sign: int) -> Any:
+        value = np.asarray(value)
+        shape = (*value.shape[: value.ndim - len(here.shape)], *there.shape)
+        if isinstance(here, spaces.Discrete | spaces.MultiDiscrete):
+            start = np.reshape(self.start, here.shape)
+            value = value.astype(np.int64) + (start if sign > 0 else -start)
+        value = np.asarray(value, there.dtype).reshape(shape)
+        return value if isinstance(there, spaces.Box) else value[()]
+
+
+# Specs ----------------------------------------------------------------------------------------------------------------
+
+
+def plain_obs(spec: ObsSpec) -> ObsSpec:
+    """The spec of the plain form; the canonical form is the same."""
+    return ObsSpec({name: _plain_key(key) for name, key in spec.keys.items()}, spec.single)
+
+
+def plain_action(spec: ActionSpec) -> ActionSpec:
+    """The spec of the plain form; the canonical form is the same."""
+    return replace(spec, key=_plain_key(spec.key, action=True))
+
+
+def plain_rows(spec: ObsSpec, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Raw rows {key: [..., *raw_shape]} in the plain form."""
+    return {name: Plain.of(key.space).outward(rows[name]) if _may_change(key) else rows[name] for name, key in spec.keys.items()}
+
+
+def _plain_key(key: KeySpec, action: bool = False) -> KeySpec:
+    if not _may_change(key):
+        return key
+    plain = Plain.of(key.space, action=action)
+    if not plain.changes:
+        return key
+    bounds = {} if key.low is None else {"low": plain.outer.low, "high": plain.outer.high}
+    return replace(key, raw_shape=tuple(plain.outer.shape), start=(0,) * len(key.start), **bounds)
+
+
+def _may_change(key: KeySpec) -> bool:
+    """Cheap to ask, where making the space of a picture is not."""
+    return key.kind in ("categorical", "binary") or not key.raw_shape
+
+
+# Environments ---------------------------------------------------------------------------------------------------------
+
+
+class PlainVecEnv(VecEnvWrapper):
+    """Environments in the plain form, for SB3's own algorithms: `PPO("MlpPolicy", PlainVecEnv(make_vec("YourEnv-v0")))`.
+
+    Where all spaces are plain already it changes nothing. Our own agents need none: they speak the environments' spaces.
+    """
+
+    def __init__(self, venv: VecEnv):
+        observation = venv.observation_space
+        self._named = isinstance(observation, spaces.Dict)
+        parts = dict(observation.spaces) if self._named else {"": observation}
+        self._parts = {name: Plain.of(part) for name, part in parts.items()}
+        self._action = Plain.of(venv.action_space, action=True)
+        outer = {name: part.outer for name, part in self._parts.items()}
+        changed = any(part.changes for part in self._parts.values())
+        self.changes = changed or self._action.changes
+        seen = (spaces.Dict(outer) if self._named else outer[""]) if changed else observation
+        super().__init__(venv, observation_space=seen, action_space=self._action.outer)
+
+    @classmethod
+    def around(cls, venv: VecEnv) -> VecEnv:
+        """The environments in this wrapper, or themselves where nothing would change."""
+        wrapped = cls(venv)
+        return wrapped if wrapped.changes else venv
+
+    def reset(self) -> Any:
+        return self._seen(self.venv.reset())
+
+    def step_async(self, actions: np.ndarray) -> None:
+        self.venv.step_async(self._action.inward(actions))
+
+    def step_wait(self) -> tuple[Any, np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        obs, rewards, dones, infos = self.venv.step_wait()
+        for i in np.flatnonzero(dones):
+            if infos[i].get("terminal_observation") is not None:
+                infos[i]["terminal_observation"] = self._seen(infos[i]["terminal_observation"])
+        return self._seen(obs), rewards, dones, infos
+
+    def _seen(self, obs: Any) -> Any:
+        return {k: part.outward(obs[k]) for k, part in self._parts.items()} if self._named else self._parts[""].outward(obs)
+
+
+def as_trained(model: Any, venv: VecEnv) -> VecEnv:
+    """The environments as a model knows them: plain, where it acts in the plain form of their spaces alone.
+
+    So do SB3's own algorithms, and agents of version 0.1, for which categories were counted from 0. A model that says nothing of
+    its spaces gets the environments as they are.
+    """
+    if hasattr(model, "obs_spec"):
+        return as_known(venv, model.obs_spec.space, model.action_spec.space)
+    return as_known(venv, getattr(model, "observation_space", None), getattr(model, "action_space", None))
+
+
+def as_known(venv: VecEnv, observation: spaces.Space | None, action: spaces.Space | None) -> VecEnv:
+    """`as_trained` for the spaces alone."""
+    plain = PlainVecEnv.around(venv)
+    as_it_is = (observation, action) == (venv.observation_space, venv.action_space)
+    return plain if action == plain.action_space and not as_it_is else venv

@@ -1,0 +1,163 @@
+"""What every command shares: its options, where errors and prints go, and how results are shown to a person."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from worldmodel.errors import (
+    ConfigError,
+    EnvError,
+    MissingExtraError,
+    NumericsError,
+    StorageError,
+    TrustError,
+    UnsupportedSpaceError,
+)
+
+ERRORS = (ConfigError, EnvError, MissingExtraError, NumericsError, StorageError, TrustError, UnsupportedSpaceError)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Options by dotted key, e.g. train.ratio=2.", show_default=False),
+]
+Trust = Annotated[bool, typer.Option("--trust", help="Open agent.path, a zip of Stable-Baselines3, although that can run code.")]
+
+
+class Start(str, Enum):
+    """Where dreams begin."""
+
+    replay, prior = "replay", "prior"
+
+
+# Where things go -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def reported(debug: bool) -> Iterator[None]:
+    """Our errors become one message on stderr and an exit code."""
+    try:
+        yield
+    except ERRORS as error:
+        if debug:
+            traceback.print_exc()
+        say(f"error: {error}")
+        raise typer.Exit(error.exit_code) from None
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a disk or a stream that a library writes to
+        if debug:
+            traceback.print_exc()
+        say(f"error: {error}")
+        raise typer.Exit(StorageError.exit_code) from None
+    except KeyboardInterrupt as stop:
+        say(str(stop) or "Interrupted.")
+        raise typer.Exit(getattr(stop, "exit_code", 130)) from None
+
+
+@contextmanager
+def stdout_kept() -> Iterator[None]:
+    """What environments and libraries print, in Python or below it, goes to stderr."""
+    sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+        os.dup2(2, 1)
+    except OSError:  # a closed stream
+        kept = None
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        if kept is not None:
+            os.dup2(kept, 1)
+            os.close(kept)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def answer(result: Mapping[str, Any], as_json: bool, show: Any) -> None:
+    if as_json:
+        print(json.dumps(result, allow_nan=False), flush=True)
+    else:
+        show(result)
+
+
+# Tables ----------------------------------------------------------------------------------------------------------------
+
+
+def show_training(result: Mapping[str, Any]) -> None:
+    if result["evaluations"]:
+        table(result["evaluations"], ("real_steps", "mean_return", "std_return", "episodes"))
+    shown = {key: value for key, value in result.items() if key not in ("evaluations", "final_episodes")}
+    if (count := result["final_episodes"]) is not None:
+        from worldmodel.agents.evaluation import FINAL_SEED
+
+        which = f"mean of {count} greedy episodes of seeds {FINAL_SEED} to {FINAL_SEED + count - 1}"
+        shown["final_return"] = f"{_cell(result['final_return'], 2)} ({which})"
+    show_pairs(shown)
+
+
+def show_evaluation(result: Mapping[str, Any]) -> None:
+    show_pairs({key: value for key, value in result.items() if key not in ("returns", "lengths")})
+
+
+def show_dream(result: Mapping[str, Any]) -> None:
+    names = ("observation", "persistence", "ratio", "reward", "continue", "uncertainty")
+    columns = {"horizon": "horizons", **{name: name for name in names}}
+    rows = [dict(zip(columns, values)) for values in zip(*(result[key] for key in columns.values()))]
+    known = [row for row in rows if row["reward"] is not None]
+    shown = [row for row in known if row["horizon"] in (1, 2, 3, 5, 7, 10, 15) or row["horizon"] % 10 == 0 or row is known[-1]]
+    table(shown, tuple(columns), digits=4)
+    worst = result["worst"] or {}
+    told = {f"worst at horizon {worst['horizon']}": f"{worst['name']}: {worst['observation']:.3f}"} if worst else {}
+    for part, ratio in result["ratio_by_part"].items():
+        if measured := [row["horizon"] for row in known if row["horizon"] <= 15 and ratio[row["horizon"] - 1] is not None]:
+            told[f"ratio at horizon {measured[-1]} in steps {part}"] = f"{ratio[measured[-1] - 1]:.3f}"
+    show_pairs({**{key: result[key] for key in ("env_id", "run", "step", "context", "out")}, **told})
+
+
+def show_pairs(result: Mapping[str, Any]) -> None:
+    rows = []
+    for key, value in result.items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{k}: {'-' if v is None else v}" for k, v in value.items())
+        rows.append({"": key, " ": value})
+    table(rows, ("", " "))
+
+
+def table(rows: list[Mapping[str, Any]], columns: tuple[str, ...], digits: int = 2) -> None:
+    """Rows under headings that are never cut, in 80 columns where there is no terminal; columns without a value are left out."""
+    from rich.box import ROUNDED
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = tuple(name for name in columns if not name.strip() or any(row[name] not in (None, [], "") for row in rows))
+    shown = Table(show_header=any(name.strip() for name in columns), box=ROUNDED, show_edge=False, pad_edge=False)
+    for name in columns:
+        heading = name.replace("_", " ")
+        shown.add_column(heading, min_width=max(map(len, heading.split()), default=0), overflow="fold")
+    for row in rows:
+        shown.add_row(*[_cell(row[name], digits) for name in columns])
+    Console(markup=False, highlight=False).print(shown)
+
+
+def _cell(value: Any, digits: int) -> str:
+    if value is None or value == []:
+        return "-"
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.{digits}f}" if abs(value) < 10 ** (6 - digits) else f"{value:.6g}"

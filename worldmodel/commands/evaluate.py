@@ -1,0 +1,94 @@
+"""`eval`: how well a run's agent does in fresh environments, and a film of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from worldmodel.commands.console import Debug, Json, RunFolder, Trust, answer, reported, say, show_evaluation, stdout_kept
+
+if TYPE_CHECKING:
+    import numpy as np
+
+EXAMPLE = "worldmodel eval runs/cartpole-s0 --episodes 20 --video play.gif"
+
+
+def evaluate(
+    path: Path, episodes: int, seed: int, step: int | None, video: Path | None, trust: bool, say: Callable[[str], object]
+) -> dict[str, Any]:
+    """Greedy episodes of a run's agent, the first of them filmed where `video` says to which file."""
+    import numpy as np
+    import torch
+
+    from worldmodel.agents.evaluation import evaluate as evaluate_agent
+    from worldmodel.agents.evaluation import tell_untrained
+    from worldmodel.envs.make import frames_per_second, renders
+    from worldmodel.storage.run import Run
+    from worldmodel.view import pictures
+
+    if video is not None:
+        pictures.checked(video)
+    run = Run.open(path)
+    torch.set_num_threads(run.config.train.threads)
+    agent = run.agent(step, trust=trust)
+    tell_untrained(agent, say)
+    frames: list[np.ndarray] | None = [] if video is not None and renders(run.config.env) else None
+    played: list[tuple[Any, float]] = []
+    options = {"max_steps": run.config.eval.max_steps, "frames": frames, "played": played}
+    returns, lengths = evaluate_agent(agent, run.config.env, episodes, seed, **options)
+    if video is not None:
+        film = np.stack(frames) if frames is not None else _drawn(agent, run.config.env.id, [obs for obs, _ in played], say)
+        words = [f"step {t} of {lengths[0]}   return {so_far:.1f} of {returns[0]:.1f}" for t, (_, so_far) in enumerate(played)]
+        pictures.save(video, pictures.captioned(film, words), frames_per_second(run.config.env.id))
+    return {
+        "env_id": run.config.env.id,
+        "run": str(run.path),
+        "step": agent.num_timesteps,
+        "episodes": episodes,
+        "seed": seed,
+        "mean_return": float(np.mean(returns)),
+        "std_return": float(np.std(returns)),
+        "returns": returns,
+        "lengths": lengths,
+    }
+
+
+def _drawn(agent: Any, env_id: str, played: list[Any], say: Callable[[str], object]) -> np.ndarray:
+    """Observations as a film: pictures and known scenes as they are, all else as signals over time."""
+    import numpy as np
+    import torch
+
+    from worldmodel.agents.rollouts import labels, numbers
+    from worldmodel.envs.draw import Viewer
+    from worldmodel.view import pictures
+
+    viewer = Viewer(env_id, agent.obs_spec)
+    rows = [agent.obs_spec.to_rows(obs) for obs in played]
+    obs = agent.obs_spec.canonical({name: torch.from_numpy(np.concatenate([row[name] for row in rows])) for name in rows[0]})
+    say(f"{env_id} does not render: the film shows what it observed.")
+    if viewer.can_draw:
+        return viewer.frames(obs)
+    true = numbers(viewer, obs)
+    return pictures.signal_frames(true, np.full((1, *true.shape), np.nan), labels(viewer), 0)
+
+
+def command(
+    run: RunFolder,
+    episodes: Annotated[int, typer.Option(min=1, help="Greedy episodes.")] = 20,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Environment seed of the first episode. The default repeats the training's final return.")
+    ] = 30_000,
+    step: Annotated[int | None, typer.Option(min=0, help="Which checkpoint.", show_default="the newest good one")] = None,
+    video: Annotated[Path | None, typer.Option(metavar="FILE.gif|mp4", help="An animation of the first episode.")] = None,
+    trust: Trust = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Let a run's agent act greedily in fresh environments."""
+    with reported(debug):
+        with stdout_kept():
+            result = evaluate(run, episodes, seed, step, video, trust, say)
+        answer(result, as_json, show_evaluation)

@@ -1,0 +1,1 @@
+"""What lies on the disk: replay and segments, recordings, checkpoints, run folders."""

@@ -1,0 +1,1 @@
+"""Pictures, plots and TensorBoard's event files."""

@@ -1,0 +1,399 @@
+"""What TensorBoard shows of a run: images, texts, hyperparameters, charts and points; and reading a run's event files back.
+
+`writer` is a `torch.utils.tensorboard.SummaryWriter`; what is written goes into its one event file, never into a sub-run.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import os
+import re
+import socket
+import struct
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from google.protobuf import text_format
+from google.protobuf.message import DecodeError
+from PIL import Image, UnidentifiedImageError
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+
+from worldmodel.errors import ConfigError, CorruptError, StorageError, did_you_mean
+from worldmodel.storage.checkpoint import storage
+from worldmodel.view.pictures import write
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+POINTS, THUMBNAIL = 1000, 48
+"""The projector's most points, and the most pixels a side of a point's picture: a sprite of 1536 px, far below 8192."""
+
+LAYOUT = {
+    "World model": {
+        "error by horizon": ["Multiline", ["world/open_loop/.*", "world/persistence/.*"]],
+        "losses": ["Multiline", ["world/loss/.*"]],
+    },
+    "Agent": {
+        "real and imagined return": ["Multiline", ["dream/real_return$", "dream/imagined_return$"]],
+        "return of an episode": ["Multiline", ["rollout/ep_rew_mean$", "eval/mean_reward$"]],
+    },
+}
+"""The custom charts: {category: {title: [kind, regular expressions of tags]}}."""
+
+_TEXT_SUFFIX = "/text_summary"  # torch appends it to a text's tag
+_LANE, _ALL_ONES = 256, 0xFFFFFFFF
+_files = itertools.count()
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+class EventFile:
+    """An event file that outlives a full disk: what finds no room waits in memory and is written once there is some.
+
+    It stands in for TensorBoard's EventFileWriter, whose thread ends at the first error and takes the run with it.
+
+    warn  gets one line when writing begins to fail
+    """
+
+    FLUSH_BYTES, WAITING_BYTES = 1 << 20, 64 << 20
+
+    def __init__(self, folder: Path, warn: Callable[[str], object]):
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_files)}"
+        self.path, self._warn = Path(folder) / name, warn
+        self._waiting, self._failing = bytearray(), False
+        self.add_event(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self.flush()
+
+    def add_event(self, event: Event) -> None:
+        body = event.SerializeToString()
+        length = struct.pack("<Q", len(body))
+        record = length + struct.pack("<I", _masked_of_length(length)) + body + struct.pack("<I", _masked(body))
+        if len(self._waiting) + len(record) <= self.WAITING_BYTES or not self._failing:
+            self._waiting += record
+        if len(self._waiting) >= self.FLUSH_BYTES and not self._failing:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what waits. A part that is written stays: the rest of its record follows at the next flush."""
+        try:
+            with storage("write", self.path), open(self.path, "ab", buffering=0) as file:
+                while self._waiting:
+                    del self._waiting[: file.write(self._waiting)]
+            self._failing = False
+        except StorageError as error:
+            if not self._failing:
+                self._warn(f"{error} What is logged waits in memory, up to {self.WAITING_BYTES >> 20} MiB.")
+            self._failing = True
+
+    def close(self) -> None:
+        self.flush()
+
+    def get_logdir(self) -> str:
+        return str(self.path.parent)
+
+
+def image(writer: SummaryWriter, tag: str, encoded: bytes, step: int) -> None:
+    """Writes a GIF or PNG, byte for byte, so that an animation stays one. ValueError on other bytes."""
+    try:
+        with Image.open(io.BytesIO(encoded), formats=("GIF", "PNG")) as picture:
+            width, height = picture.size
+    except UnidentifiedImageError:
+        raise ValueError(f"The image '{tag}' is neither a GIF nor a PNG: it begins with {encoded[:8]!r}.") from None
+    content = Summary.Image(encoded_image_string=encoded, height=height, width=width, colorspace=3)
+    # add_image would decode and encode anew, which keeps only the first picture of an animation
+    writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=content)]), step)
+
+
+def text(writer: SummaryWriter, tag: str, content: str, step: int) -> None:
+    """Writes a text that the Text tab shows as it stands (YAML, code): indented, Markdown leaves it alone."""
+    writer.add_text(tag, textwrap.indent(content, "    "), step)
+
+
+def hparams(writer: SummaryWriter, options: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+    """Names the run's options and the tags of its metrics for the HParams tab; the metrics' values are not written here.
+
+    Options that are no bool, int, float or str are written as str, None is left out. ValueError without metrics: TensorBoard
+    shows no run that has none.
+    """
+    if not metrics:
+        raise ValueError("hparams needs at least one metric, the tag of a scalar that this run writes, such as 'eval/mean_reward'.")
+    from torch.utils.tensorboard.summary import hparams as summaries  # slow to import
+
+    plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in options.items() if v is not None}
+    for summary in summaries(plain, dict(metrics)):
+        writer._get_file_writer().add_summary(summary)
+
+
+def layout(writer: SummaryWriter) -> None:
+    """Puts scalars that belong together into one chart of the Custom Scalars tab; see `LAYOUT`."""
+    writer.add_custom_scalars(LAYOUT)
+
+
+# Projector ------------------------------------------------------------------------------------------------------------
+
+
+def projector(folder: Path, codes: np.ndarray, metadata: Mapping[str, Sequence[Any]], thumbnails: np.ndarray | None = None) -> None:
+    """Writes points for the Projector tab of the run in `folder`, in place of earlier ones.
+
+    codes       [N, Z], finite; of more than `POINTS` points as many are taken, evenly over N
+    metadata    {column: N values}; tabs and line breaks become spaces
+    thumbnails  uint8 [N, H, W, 3], reduced to `THUMBNAIL` pixels, or None
+
+    Each file is replaced at once, the configuration last. ValueError on shapes that differ, StorageError.
+    """
+    from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
+
+    codes = np.asarray(codes)
+    _check_points(codes, metadata, thumbnails)
+    chosen = np.linspace(0, len(codes) - 1, min(len(codes), POINTS)).round().astype(int)
+    config = ProjectorConfig()
+    entry = config.embeddings.add(tensor_name="codes", tensor_path="projector/tensors.tsv")
+    files: dict[str, bytes | None] = {"tensors.tsv": _table([f"{x:.7g}" for x in row] for row in codes[chosen].tolist())}
+    files["metadata.tsv"] = files["sprite.png"] = None
+    if metadata:
+        rows = [[_cell(values[i]) for values in metadata.values()] for i in chosen]
+        header = [[_cell(name) for name in metadata]] if len(metadata) > 1 else []  # TensorBoard takes one column without
+        files["metadata.tsv"] = _table(header + rows)
+        entry.metadata_path = "projector/metadata.tsv"
+    if thumbnails is not None:
+        files["sprite.png"], size = _sprite(thumbnails[chosen])
+        entry.sprite.image_path = "projector/sprite.png"
+        entry.sprite.single_image_dim.extend(size)
+    folder = Path(folder)
+    for name, data in files.items():
+        _replace(folder / "projector" / name, data)
+    _replace(folder / "projector_config.pbtxt", text_format.MessageToString(config).encode())
+
+
+def _check_points(codes: np.ndarray, metadata: Mapping[str, Sequence[Any]], thumbnails: np.ndarray | None) -> None:
+    if codes.ndim != 2 or 0 in codes.shape:
+        raise ValueError(f"The projector's codes are an array [N, Z] with at least one point, not {list(codes.shape)}.")
+    if not np.isfinite(codes).all():
+        raise ValueError("The projector's codes hold a value that is not finite, which TensorBoard cannot place.")
+    for name, values in metadata.items():
+        if len(values) != len(codes):
+            raise ValueError(f"The projector's column '{name}' has {len(values)} values, but there are {len(codes)} codes.")
+    if thumbnails is None:
+        return
+    shape = thumbnails.shape
+    if thumbnails.dtype != np.uint8 or len(shape) != 4 or shape[0] != len(codes) or shape[3] != 3 or 0 in shape:
+        wanted = f"uint8 [{len(codes)}, H, W, 3]"
+        raise ValueError(f"The projector's thumbnails are {wanted}, not {thumbnails.dtype} {list(shape)}.")
+
+
+def _cell(value: Any) -> str:
+    # a blank line would be skipped, and every label behind it would name the point before
+    return " ".join(re.split(r"[\t\r\n]+", str(value))).strip() or "-"
+
+
+def _table(rows: Iterator[list[str]] | list[list[str]]) -> bytes:
+    return "".join("\t".join(row) + "\n" for row in rows).encode()
+
+
+def _sprite(thumbnails: np.ndarray) -> tuple[bytes, tuple[int, int]]:
+    """(PNG, (width, height) of a tile): the pictures in rows of a square grid, as TensorBoard counts them."""
+    height, width = thumbnails.shape[1:3]
+    scale = min(1.0, THUMBNAIL / max(height, width))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    side = math.ceil(math.sqrt(len(thumbnails)))
+    sheet = Image.new("RGB", (side * size[0], side * size[1]))
+    for i, picture in enumerate(thumbnails):
+        tile = Image.fromarray(np.ascontiguousarray(picture))
+        sheet.paste(tile.resize(size, Image.Resampling.BOX) if scale < 1 else tile, (i % side * size[0], i // side * size[1]))
+    out = io.BytesIO()
+    sheet.save(out, format="PNG")
+    return out.getvalue(), size
+
+
+def _replace(path: Path, data: bytes | None) -> None:
+    """The file with new content, or gone where that is None."""
+    if data is not None:
+        return write(path, data)
+    with storage("delete", path):
+        path.unlink(missing_ok=True)
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Events:
+    """{tag: [(step, value)]} in order of step: numbers, encoded images as bytes, and texts."""
+
+    scalars: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    images: dict[str, list[tuple[int, bytes]]] = field(default_factory=dict)
+    texts: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
+
+
+def read(folder: Path) -> Events:
+    """What a run's event files hold, over all of them. Numbers have the precision they are stored with, 32 bits.
+
+    Where a resumed run began at step S (the writer's `purge_step`), earlier files' points from S on are left out, as
+    TensorBoard leaves them out. Both checksums of each record are verified. A record that is cut off at the end of a file is
+    what a running or killed writer leaves; what stands before it is returned.
+
+    ConfigError where there is no folder or no event file, CorruptError with file and offset on damage and on foreign files.
+    """
+    events, plugins = Events(), {}
+    for file in _event_files(Path(folder)):
+        for event in _events(file):
+            if event.HasField("session_log") and event.session_log.status == SessionLog.START:
+                _forget(events, event.step)
+            for value in event.summary.value:
+                _add(events, plugins, event.step, value)
+    for kind in (events.scalars, events.images, events.texts):
+        for points in kind.values():
+            points.sort(key=lambda point: point[0])
+    return events
+
+
+def _event_files(folder: Path) -> list[Path]:
+    """Oldest first, by the numbers in their names: the time, and of one second the process's own count."""
+    with storage("read", folder):
+        if not folder.is_dir():
+            if folder.exists():
+                raise ConfigError(f"{folder} is a file. Expected the folder that TensorBoard's event files lie in.")
+            siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+            near = did_you_mean(folder.name, siblings)
+            raise ConfigError(f"{folder} does not exist. Expected the folder that TensorBoard's event files lie in.{near}")
+        found = (p for p in folder.glob("*tfevents*") if p.is_file())
+        files = sorted(found, key=lambda p: [(int(n or 0), text) for n, text in re.findall(r"(\d*)(\D*)", p.name)])
+        if not files:
+            below = sorted({str(p.parent) for depth in ("*/", "*/*/") for p in folder.glob(f"{depth}*tfevents*")})
+            hint = f" There are some in {', '.join(below[:3])}." if below else " Was the run started with TensorBoard logging?"
+            raise ConfigError(f"{folder} holds no event file (expected 'events.out.tfevents.*').{hint}")
+        return files
+
+
+def _add(events: Events, plugins: dict[str, str], step: int, value: Any) -> None:
+    """Files one summary value; kinds that `Events` has no place for are skipped."""
+    kind = value.WhichOneof("value")
+    if kind == "simple_value":
+        events.scalars.setdefault(value.tag, []).append((step, value.simple_value))
+    elif kind == "image":
+        events.images.setdefault(value.tag, []).append((step, value.image.encoded_image_string))
+    elif kind == "tensor":
+        # TensorFlow's writers name the plugin with a tag's first value only
+        plugin = plugins.get(value.tag) or plugins.setdefault(value.tag, value.metadata.plugin_data.plugin_name)
+        if plugin not in ("text", "scalars", "images"):
+            return
+        from tensorboard.util.tensor_util import make_ndarray
+
+        found = make_ndarray(value.tensor).reshape(-1).tolist()
+        if plugin == "scalars":
+            events.scalars.setdefault(value.tag, []).append((step, float(found[0])))
+        elif plugin == "images":  # width, height, pictures
+            events.images.setdefault(value.tag, []).extend((step, encoded) for encoded in found[2:])
+        else:
+            content = "\n".join(part.decode(errors="replace") for part in found)
+            events.texts.setdefault(value.tag.removesuffix(_TEXT_SUFFIX), []).append((step, _unindent(content)))
+
+
+def _unindent(content: str) -> str:
+    """Takes back what `text` puts before the lines that are to show as they stand."""
+    verbatim = all(line.startswith("    ") for line in content.splitlines() if line.strip())
+    return re.sub(r"^    (?=.*\S)", "", content, flags=re.MULTILINE) if verbatim else content
+
+
+def _forget(events: Events, step: int) -> None:
+    for kind in (events.scalars, events.images, events.texts):
+        for tag in list(kind):
+            kind[tag] = [point for point in kind[tag] if point[0] < step]
+            if not kind[tag]:
+                del kind[tag]
+
+
+def _events(path: Path) -> Iterator[Event]:
+    """The events of one file up to where it is cut off."""
+    for offset, body in _records(path):
+        try:
+            event = Event.FromString(body)
+        except DecodeError:
+            raise CorruptError(_foreign(path, offset)) from None
+        if offset == 0 and not event.file_version.startswith("brain.Event:"):
+            raise CorruptError(_foreign(path, offset))
+        yield event
+
+
+def _foreign(path: Path, offset: int) -> str:
+    return f"{path} is no file of TensorBoard's events, to judge by what it holds at byte {offset}. Move it out of the folder."
+
+
+def _records(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(offset, content) of a TFRecord file: length (8 bytes), its checksum (4), content, its checksum (4); and so on."""
+    advice = "Restore it from a copy, or move it out of the folder: the others are read without it."
+    with storage("read", path), open(path, "rb") as file:
+        while True:
+            offset = file.tell()
+            header = file.read(12)
+            if offset == 0 and header[1:8].strip(b"\0"):  # an event file begins with a record of few bytes
+                raise CorruptError(_foreign(path, 0))
+            if len(header) < 12:
+                return
+            length, checksum = struct.unpack("<QI", header)
+            if checksum != _masked_of_length(header[:8]):
+                raise CorruptError(f"{path} is damaged at byte {offset}: the checksum of a record's length differs. {advice}")
+            if offset + 12 + length + 4 > os.fstat(file.fileno()).st_size:
+                return
+            body, end = file.read(length), file.read(4)
+            if len(end) < 4:
+                return
+            if struct.unpack("<I", end)[0] != _masked(body):
+                raise CorruptError(f"{path} is damaged at byte {offset}: the checksum of a record differs. {advice}")
+            yield offset, body
+
+
+# CRC-32C --------------------------------------------------------------------------------------------------------------
+# TensorBoard's own reader takes every damage for a file that is still being written and stops there in silence; its checksum
+# runs at 5 MB/s. This one cuts large contents into lanes that numpy takes through the table side by side.
+
+
+def _advance(state: np.ndarray, table: np.ndarray) -> np.ndarray:
+    return table[state & 0xFF] ^ (state >> 8)
+
+
+@lru_cache(maxsize=1)
+def _tables() -> tuple[np.ndarray, list[int], list[list[int]]]:
+    """(table of a byte as array, as list, [4, 256]: what each byte of a state becomes `_LANE` zero bytes later)."""
+    table = np.arange(256, dtype=np.uint32)
+    for _ in range(8):
+        table = (table >> 1) ^ np.where(table & 1, np.uint32(0x82F63B78), np.uint32(0))
+    later = np.arange(256, dtype=np.uint32) << np.arange(0, 32, 8, dtype=np.uint32)[:, None]
+    for _ in range(_LANE):
+        later = _advance(later, table)
+    return table, table.tolist(), later.tolist()
+
+
+def _crc32c(data: bytes) -> int:
+    table, byte, (a, b, c, d) = _tables()
+    state, whole = _ALL_ONES, 0
+    if len(data) >= 64 * _LANE:  # below, numpy's calls cost more than they save
+        lanes = len(data) // _LANE
+        whole = lanes * _LANE
+        columns = np.frombuffer(data, np.uint8, whole).reshape(lanes, _LANE).T.astype(np.uint32, order="C")
+        parts = np.zeros(lanes, np.uint32)
+        for column in columns:
+            parts = _advance(parts ^ column, table)
+        for part in parts.tolist():  # checksums are linear: a state moves on by a lane of zeros, then the lane's own is added
+            state = a[state & 0xFF] ^ b[state >> 8 & 0xFF] ^ c[state >> 16 & 0xFF] ^ d[state >> 24] ^ part
+    for value in data[whole:]:
+        state = byte[(state ^ value) & 0xFF] ^ (state >> 8)
+    return state ^ _ALL_ONES
+
+
+def _masked(data: bytes) -> int:
+    """The CRC-32C as TFRecord stores it."""
+    crc = _crc32c(data)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & _ALL_ONES
+
+
+_masked_of_length = lru_cache(maxsize=4096)(_masked)

@@ -81,7 +81,7 @@ def test_the_final_return_says_of_which_episodes(tmp_path):
 
 
 def test_tables_at_80_columns_cut_no_heading_and_drop_what_is_empty(capsys):
-    from worldmodel.commands.answers import show_dream, table
+    from worldmodel.commands.console import show_dream, table
 
     numbers = dict.fromkeys(("observation", "persistence", "ratio", "reward", "continue"), [1234.5678] * 3)
     told = {"env_id": "a", "run": "runs/" + 90 * "q", "step": 1, "context": 5, "out": None, "worst": None, "ratio_by_part": {}}

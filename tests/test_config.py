@@ -406,7 +406,7 @@ def test_a_size_may_not_pull_in_other_files(folder):
 
 
 def test_recipes_are_listed_with_their_environment_and_description(folder):
-    rows = recipes(folder)
+    rows = list_recipes(folder)
     assert ("toy", "Toy-v7", "a toy") in rows and ("catch", "toys.envs:Catch-v0", "") in rows
     assert rows == sorted(rows)
 

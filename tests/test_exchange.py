@@ -14,8 +14,9 @@ from small_runs import CHAIN, merged, small_train
 from test_cli import command, only_object  # noqa: F401 (a fixture)
 from test_recording import assert_same
 
+from worldmodel.agents import exchange
 from worldmodel.agents.exchange import dreamed_episodes
-from worldmodel.commands import data as exchange
+from worldmodel.commands import data
 from worldmodel.commands.train import train
 from worldmodel.envs.sources import recording
 from worldmodel.errors import ConfigError
@@ -95,7 +96,7 @@ def test_pictures_dicts_and_continuous_actions_are_dreamed_and_exchanged(tmp_pat
     dreams = dreamed_episodes(result.run, 3, horizon=4)
     assert dreams.obs["camera"].dtype == np.uint8 and dreams.obs["camera"].shape[1:] == (16, 16, 3)
     assert dreams.action.dtype == np.float32 and np.abs(dreams.action).max() <= 2
-    exchange.export_data(result.run, "minari:senses/dreamed-v0", 3, horizon=4)
+    data.export_data(result.run, "minari:senses/dreamed-v0", 3, horizon=4)
     assert_same(dreams, recording("minari:senses/dreamed-v0"))
 
 

@@ -22,7 +22,7 @@ from worldmodel.agents.random import RandomAgent
 from worldmodel.agents.rollouts import returns
 from worldmodel.agents.training.watch import Watch
 from worldmodel.cli import app
-from worldmodel.commands import console as answers
+from worldmodel.commands import console
 from worldmodel.commands.dream import dream
 from worldmodel.data import Sampling
 from worldmodel.dynamics import Dynamics
@@ -239,7 +239,7 @@ def test_one_sentence_says_where_a_dream_is_worse_than_nothing(long_run, capsys)
     worse = [part for part, ratios in result["ratio_by_part"].items() if ratios[-1] > 1]
     (sentence,) = [line for line in said if "nothing changes" in line]  # 3 updates have taught it little
     assert worse and all(f"in steps {part}" in sentence for part in worse)
-    answers.show_dream(result)
+    console.show_dream(result)
     assert "ratio at horizon 15 in steps 200-" in capsys.readouterr().out
 
 

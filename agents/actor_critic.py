@@ -17,8 +17,8 @@ from worldmodel.agents.returns import ReturnScale, lambda_return, weights
 from worldmodel.config import Frozen
 from worldmodel.data import Batch, Dream, Sampling, State, Trace
 from worldmodel.errors import ConfigError
-from worldmodel.learner import Skips, clip_gradients, ill_weights
-from worldmodel.model import WorldModel, doubt, needs_ensemble, needs_marginal
+from worldmodel.learner import SkippedUpdates, clip_gradients, nonfinite_parameters
+from worldmodel.model import WorldModel, needs_ensemble, needs_marginal, reward_penalty
 from worldmodel.nn.networks import MLP, TwoHot
 from worldmodel.spaces import ActionSpec
 
@@ -39,12 +39,12 @@ class ActorCriticConfig(Frozen):
     clip: float = Field(100.0, gt=0, description="greatest norm of each parameter's gradient")
     slow: float = Field(0.02, gt=0, le=1, description="rate at which the slow critic follows")
     slow_weight: float = Field(1.0, ge=0, description="weight of the slow critic's prediction as a second target")
-    penalty: float = Field(
+    uncertainty_penalty: float = Field(
         0.0,
         description="taken off each imagined reward, in units of the rewards' own size, per unit of the ensemble's uncertainty; "
         "below 0: a bonus that explores",
     )
-    manifold: float = Field(
+    typicality_penalty: float = Field(
         0.0,
         ge=0,
         description="taken off each imagined reward, in units of the rewards' own size, per nat, and number of the code, that it "
@@ -172,13 +172,13 @@ class ActorCriticLearner:
 
     def __init__(self, world: WorldModel, behaviour: ActorCritic):
         self.world, self.behaviour, self.config = world, behaviour, behaviour.config
-        needs_ensemble(world, "agent.penalty", self.config.penalty)
-        needs_marginal(world, "agent.manifold", self.config.manifold)
+        needs_ensemble(world, "agent.uncertainty_penalty", self.config.uncertainty_penalty)
+        needs_marginal(world, "agent.typicality_penalty", self.config.typicality_penalty)
         self.actor_optimizer = torch.optim.Adam(behaviour.actor.parameters(), lr=self.config.lr, eps=self.config.eps)
         self.critic_optimizer = torch.optim.Adam(behaviour.critic.parameters(), lr=self.config.lr, eps=self.config.eps)
         self.scale = ReturnScale()
         self.updates = 0
-        self.skips = Skips(" of actor and critic", "Look at the sizes of rewards, or lower agent.lr.")
+        self.skips = SkippedUpdates(" of actor and critic", "Look at the sizes of rewards, or lower agent.lr.")
 
     def update(self, trace: Trace, batch: Batch, generator: torch.Generator | None = None) -> dict[str, float]:
         """Imagine from the batch's states, then one step of the actor and one of the critic; metrics."""
@@ -186,19 +186,21 @@ class ActorCriticLearner:
         self.behaviour.unit.copy_(unit)
         state, alive = self.starts(trace, batch, generator)
         dream, log_prob, entropy = self.imagine(state, generator)
-        through = self.config.gradient == "dynamics"
-        with torch.set_grad_enabled(through):
+        pathwise = self.config.gradient == "dynamics"
+        with torch.set_grad_enabled(pathwise):
             discount = self.config.gamma * dream.cont
         weight = weights(alive, discount.detach())
         rows = dream.feature.detach().transpose(0, 1)  # [H+1, N, F]: contiguous, as is each share of it along time
         logits = self.behaviour.critic(rows[:-1])  # read three times: for the returns, as the baseline, in the critic's loss
         with torch.no_grad():
             value = torch.cat([self.behaviour.two_hot.mean(logits), self._value(rows[-1:])]).transpose(0, 1)  # [N, H+1]
-        reward = dream.reward / unit - doubt(self.world, dream, self.config.penalty, self.config.manifold)
-        returns = lambda_return(reward, discount, self._value(dream.feature) if through else value, self.config.lam)
+        reward = dream.reward / unit - reward_penalty(
+            self.world, dream, self.config.uncertainty_penalty, self.config.typicality_penalty
+        )
+        returns = lambda_return(reward, discount, self._value(dream.feature) if pathwise else value, self.config.lam)
         scale = self.scale.update(returns, float(unit))
-        gain = returns / scale if through else log_prob * (returns - value[:, :-1]) / scale
-        actor_loss = -(weight[:, :-1] * (gain + self.config.entropy * entropy)).mean()
+        objective = returns / scale if pathwise else log_prob * (returns - value[:, :-1]) / scale
+        actor_loss = -(weight[:, :-1] * (objective + self.config.entropy * entropy)).mean()
         critic_loss = (weight[:, :-1].transpose(0, 1) * self._value_loss(rows[:-1], logits, returns.transpose(0, 1))).mean()
         if self.config.replay_value:
             critic_loss = critic_loss + self.config.replay_value * self._replay_value_loss(trace, batch)
@@ -224,7 +226,7 @@ class ActorCriticLearner:
 
         The actor sees features without their own graph; the dream has one where the gradient goes through the model.
         """
-        through = self.config.gradient == "dynamics"
+        pathwise = self.config.gradient == "dynamics"
         log_probs, entropies = [], []
 
         def act(feature: Tensor, step: int) -> Tensor:
@@ -236,7 +238,7 @@ class ActorCriticLearner:
             return action
 
         sampling = Sampling(generator=generator, temperature=self.config.temperature)
-        with torch.set_grad_enabled(through):
+        with torch.set_grad_enabled(pathwise):
             dream = self.world.imagine(state, act, self.config.horizon, sampling)
         return dream, torch.stack(log_probs, 1), torch.stack(entropies, 1)
 
@@ -250,10 +252,10 @@ class ActorCriticLearner:
         for name, (part, optimizer, loss) in steps.items():
             optimizer.zero_grad(set_to_none=True)  # the critic's own: a gradient through the model comes through it, too
             loss.backward()
-            norm, ill = clip_gradients(part, self.config.clip)
+            norm, nonfinite = clip_gradients(part, self.config.clip)
             metrics |= {f"train/{name}_loss": float(loss.detach()), f"train/{name}_gradient_norm": norm}
-            ill = ill if loss.isfinite() else [*ill_weights(part), "loss"]
-            bad += [f"{name}.{where}" for where in ill]
+            nonfinite = nonfinite if loss.isfinite() else [*nonfinite_parameters(part), "loss"]
+            bad += [f"{name}.{where}" for where in nonfinite]
         self.updates += 1
         if self.skips.allow(self.updates, bad):
             self.actor_optimizer.step()

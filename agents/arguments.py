@@ -35,7 +35,7 @@ SAME = {
 """SB3's name -> dotted keys of what comes nearest to it."""
 
 
-def refuse_unknown(algorithm: type, given: Mapping[str, Any], config: Config) -> None:
+def reject_unknown_arguments(algorithm: type, given: Mapping[str, Any], config: Config) -> None:
     """ConfigError that names each argument which the algorithm does not have, and the dotted keys of `config` that mean it."""
     words, rows = [], [row.key for row in describe(config)]
     parameters = {name for cls in algorithm.__mro__ for name in inspect.signature(cls.__init__).parameters if name[0] != "_"}
@@ -63,15 +63,15 @@ def require_own_policy(algorithm: str, policy: Any) -> None:
     )
 
 
-def as_seen(spec: ObsSpec, space: spaces.Space) -> spaces.Space:
+def with_spec_layout(spec: ObsSpec, space: spaces.Space) -> spaces.Space:
     """The space with the axes of its images as the spec has them: SB3 turns images to channels first, or has not turned them."""
     if not isinstance(space, spaces.Dict):
-        return _turned(spec.keys.get("obs"), space)
-    return spaces.Dict({name: _turned(spec.keys.get(name), sub) for name, sub in space.items()})
+        return _match_layout(spec.keys.get("obs"), space)
+    return spaces.Dict({name: _match_layout(spec.keys.get(name), sub) for name, sub in space.items()})
 
 
-def _turned(key: KeySpec | None, space: spaces.Space) -> spaces.Space:
-    if key is None or not isinstance(space, spaces.Box) or space.shape != key.turned or space.shape == key.raw_shape:
+def _match_layout(key: KeySpec | None, space: spaces.Space) -> spaces.Space:
+    if key is None or not isinstance(space, spaces.Box) or space.shape != key.transposed_shape or space.shape == key.raw_shape:
         return space
     source, target = (0, -1) if key.layout == "hwc" else (-1, 0)
     low, high = (np.moveaxis(bound, source, target) for bound in (space.low, space.high))

@@ -17,7 +17,7 @@ from worldmodel.model import WorldModel, tensors
 from worldmodel.spaces import ActionSpec, ObsSpec
 from worldmodel.spaces.casts import cast
 from worldmodel.spaces.keys import KeySpec
-from worldmodel.spaces.nested import flat
+from worldmodel.spaces.nested import flatten
 
 
 class Controller(nn.Module):
@@ -52,7 +52,7 @@ class BeliefPolicy(BasePolicy):
         self.world, self.controller = world, controller
         self.generator = torch.Generator(device=world.device).manual_seed(seed)
 
-    def begin(self, batch_size: int) -> State:
+    def initial_belief(self, batch_size: int) -> State:
         """The belief before anything was seen."""
         return State(
             {
@@ -63,7 +63,7 @@ class BeliefPolicy(BasePolicy):
         )
 
     @torch.no_grad()
-    def follow(
+    def filter_and_act(
         self, belief: State, rows: dict[str, np.ndarray], is_first: np.ndarray, deterministic: bool
     ) -> tuple[np.ndarray, State]:
         """(canonical actions [B, A], belief after them) from raw observation rows [B, ...]."""
@@ -73,7 +73,7 @@ class BeliefPolicy(BasePolicy):
         own = State({name: belief[name] for name in self.world.initial(0)})  # the controller's memory is not the world's
         state = self.world.observe(own, tensors(rows, self.world.device), belief["prev_action"], first, sampling)
         start = self.controller.memory(self.world, len(is_first))
-        memory = State({name: torch.where(_wide(first, x), x, belief[name]) for name, x in start.items()})
+        memory = State({name: torch.where(_broadcast_mask(first, x), x, belief[name]) for name, x in start.items()})
         action, memory = self.controller.act(self.world, state, memory, deterministic, self.generator, rows)
         action = self.world.action.project(action)
         return action.cpu().numpy(), State({**state, **memory, "prev_action": action})
@@ -92,15 +92,15 @@ class BeliefPolicy(BasePolicy):
         EnvError for an observation that training would refuse: not finite, of another shape, of no category.
         """
         observation, vectorized = self.batched(observation)
-        rows = self.world.obs.to_rows(observation)
+        rows = self.world.obs.to_raw(observation)
         self.world.obs.check(rows, "predict")  # a number that is not finite would stay in the belief
         size = len(next(iter(rows.values())))
-        belief = self.begin(size)
+        belief = self.initial_belief(size)
         first = np.ones(size, bool)
         if state is not None:
             belief = belief.like(state)
             first = np.zeros(size, bool) if episode_start is None else np.array(episode_start, bool).reshape(size)
-        action, belief = self.follow(belief, rows, first, deterministic)
+        action, belief = self.filter_and_act(belief, rows, first, deterministic)
         env_action = self.world.action.decode(action)
         return (env_action if vectorized else env_action.squeeze(0)), belief.numpy()
 
@@ -108,9 +108,9 @@ class BeliefPolicy(BasePolicy):
         """The observation, flat, with a batch axis, and whether it had one. EnvError for what `reset` returns as a whole."""
         keys, given = self.world.obs.keys, observation
         if isinstance(given, Mapping | tuple) and not self.world.obs.single:
-            observation = flat(given, keys)
-        whole = isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], Mapping)
-        if whole and (observation is given or observation.keys() != keys.keys()):
+            observation = flatten(given, keys)
+        is_reset_result = isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], Mapping)
+        if is_reset_result and (observation is given or observation.keys() != keys.keys()):
             raise EnvError("predict got (observation, info), which is what reset() returns. Give it the observation: reset()[0].")
         if isinstance(observation, Mapping):
             if observation.keys() != keys.keys():
@@ -154,6 +154,6 @@ def _as_declared(x: Any, key: KeySpec) -> np.ndarray:
     return x if declared is None else declared
 
 
-def _wide(mask: Tensor, like: Tensor) -> Tensor:
+def _broadcast_mask(mask: Tensor, like: Tensor) -> Tensor:
     """A mask [B] that broadcasts over tensors [B, ...]."""
     return mask.view(-1, *[1] * (like.ndim - 1))

@@ -57,7 +57,7 @@ class Dreamer(WorldModelAlgorithm):
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        self.behaviour = ActorCriticLearner(self.learner.average, self.controller)
+        self.behaviour = ActorCriticLearner(self.learner.ema, self.controller)
 
     def _improve(self, trace: Trace, batch: Batch) -> dict[str, float]:
         return self.behaviour.update(trace, batch, self.generator)

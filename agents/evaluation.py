@@ -15,7 +15,7 @@ from gymnasium.wrappers import TimeLimit
 from pydantic import Field
 from stable_baselines3.common.vec_env import VecEnv
 
-from worldmodel.agents.arguments import as_seen
+from worldmodel.agents.arguments import with_spec_layout
 from worldmodel.config import Frozen
 from worldmodel.envs.make import EnvConfig, find_spec, make_vec
 from worldmodel.envs.vectors.plain import as_trained
@@ -27,7 +27,7 @@ from worldmodel.storage.weights import cpu_randomness
 
 EVALUATION_SEED, CONFIRMATION_SEED, FINAL_SEED = 10_000, 20_000, 30_000
 """Environment seeds of the first episode of an evaluation, of its confirmation, and of the final return."""
-LIMIT = 1000
+DEFAULT_MAX_STEPS = 1000
 """Steps after which an episode is cut where neither eval.max_steps nor the environment limits it."""
 
 
@@ -44,7 +44,7 @@ class EvalConfig(Frozen):
     stop_when_solved: bool = Field(False, description="ends the run at the first confirmed evaluation that reaches the threshold")
 
 
-class Abandoned(Exception):
+class EvaluationAborted(Exception):
     """An evaluation was given up because the process is asked to end."""
 
 
@@ -60,14 +60,14 @@ def evaluate(
     seed: int = EVALUATION_SEED,
     *,
     max_steps: int | None = None,
-    give_up: Callable[[], bool] = lambda: False,
+    should_abort: Callable[[], bool] = lambda: False,
     frames: list[np.ndarray] | None = None,
     played: list[tuple[Any, float]] | None = None,
 ) -> tuple[list[float], list[int]]:
     """(returns, lengths) of greedy episodes, one for each environment seed from `seed` on.
 
     model    anything with SB3's `predict(obs, state, episode_start, deterministic)`, SB3's own algorithms included
-    max_steps  cuts longer episodes; None: LIMIT where the environment has no limit of its own
+    max_steps  cuts longer episodes; None: DEFAULT_MAX_STEPS where the environment has no limit of its own
     give_up  asked at every step; raises Abandoned as soon as it says yes
     frames   receives the rendered pictures of the first episode, which needs an environment that renders
     played   receives its observations, each a batch of one, and the return up to there
@@ -81,16 +81,16 @@ def evaluate(
     config = config.model_copy(update={"vectorize": "dummy"})  # processes would cost more than they save
     if frames is not None:
         config = config.model_copy(update={"kwargs": {**config.kwargs, "render_mode": "rgb_array"}})
-    with own_randomness(model, seed):
+    with isolated_rng(model, seed):
         venv = as_trained(model, make_vec(config, episodes, seed))
         try:
             require_spaces(model, venv, config.id)
-            return _first_episodes(model, venv, cut_at(venv, max_steps), give_up, frames, played)
+            return _first_episodes(model, venv, episode_limit(venv, max_steps), should_abort, frames, played)
         finally:
             venv.close()
 
 
-def tell_untrained(agent: Any, log: Callable[[str], object]) -> None:
+def warn_untrained(agent: Any, log: Callable[[str], object]) -> None:
     """Says so where no update has been made: what such an agent does or dreams means nothing."""
     if agent.learner.updates == 0:
         log(f"step {agent.num_timesteps}: untrained. No update of the world model has been made yet: what comes is noise.")
@@ -100,7 +100,7 @@ def require_spaces(model: Any, venv: VecEnv, env_id: str) -> None:
     """ConfigError where a model of ours is for other spaces than the environment's, as one made of recorded data may be."""
     if not hasattr(model, "obs_spec"):
         return
-    space = as_seen(model.obs_spec, venv.observation_space)
+    space = with_spec_layout(model.obs_spec, venv.observation_space)
     named = space.spaces if isinstance(space, spaces.Dict) else {"obs": space}
     actions = ActionSpec.from_space(venv.action_space).to_json()
     shown = {name: (sub.shape, np.dtype(sub.dtype)) for name, sub in named.items()}
@@ -115,45 +115,45 @@ def require_spaces(model: Any, venv: VecEnv, env_id: str) -> None:
             )
 
 
-def cut_at(venv: VecEnv, max_steps: int | None) -> float:
+def episode_limit(venv: VecEnv, max_steps: int | None) -> float:
     """Steps after which an episode in these environments is cut, infinite where they have a limit of their own."""
     if max_steps is not None:
         return max_steps
-    return math.inf if all(venv.env_is_wrapped(TimeLimit)) else LIMIT
+    return math.inf if all(venv.env_is_wrapped(TimeLimit)) else DEFAULT_MAX_STEPS
 
 
 def _first_episodes(
     model: Any,
     venv: VecEnv,
     limit: float,
-    give_up: Callable[[], bool],
+    should_abort: Callable[[], bool],
     frames: list[np.ndarray] | None,
     played: list[tuple[Any, float]] | None,
 ) -> tuple[list[float], list[int]]:
     count = venv.num_envs
     returns, lengths = [0.0] * count, [0] * count
     obs, state, starts, running = venv.reset(), None, np.ones(count, bool), np.ones(count, bool)
-    so_far, taken = np.zeros(count), np.zeros(count, np.int64)
+    returns_so_far, taken = np.zeros(count), np.zeros(count, np.int64)
     while True:
-        if give_up():
-            raise Abandoned
+        if should_abort():
+            raise EvaluationAborted
         if frames is not None and running[0]:
             frames.append(_picture(venv))
         if played is not None and running[0]:
             first = {name: x[:1].copy() for name, x in obs.items()} if isinstance(obs, dict) else obs[:1].copy()
-            played.append((first, float(so_far[0])))
+            played.append((first, float(returns_so_far[0])))
         action, state = model.predict(obs, state=state, episode_start=starts, deterministic=True)
         obs, rewards, starts, infos = venv.step(action)
-        so_far, taken = so_far + rewards, taken + 1
+        returns_so_far, taken = returns_so_far + rewards, taken + 1
         ended = starts & running & ~restarted(infos)  # an episode whose environment failed is played again
         for i in np.flatnonzero(ended):
-            returns[i], lengths[i] = float(so_far[i]), int(taken[i])  # a Monitor rounds, and tiny rewards to nothing
+            returns[i], lengths[i] = float(returns_so_far[i]), int(taken[i])  # a Monitor rounds, and tiny rewards to nothing
         running &= ~ended
         for i in np.flatnonzero(running & (taken >= limit) & ~starts):
-            returns[i], lengths[i], running[i] = float(so_far[i]), int(taken[i]), False
+            returns[i], lengths[i], running[i] = float(returns_so_far[i]), int(taken[i]), False
         if not running.any():
             return returns, lengths
-        so_far[starts] = taken[starts] = 0
+        returns_so_far[starts] = taken[starts] = 0
 
 
 def _picture(venv: VecEnv) -> np.ndarray:
@@ -164,7 +164,7 @@ def _picture(venv: VecEnv) -> np.ndarray:
 
 
 @contextmanager
-def own_randomness(model: Any, seed: int) -> Iterator[None]:
+def isolated_rng(model: Any, seed: int) -> Iterator[None]:
     """Draws in here follow from `seed`, and nothing outside notices them."""
     generator = getattr(getattr(model, "policy", model), "generator", None)
     own = generator if isinstance(generator, torch.Generator) else None

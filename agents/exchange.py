@@ -13,7 +13,7 @@ from worldmodel.errors import ConfigError
 from worldmodel.storage.recording import Recording
 from worldmodel.storage.run import Run
 
-AT_ONCE = 256
+DREAM_BATCH = 256
 """Dreams that take each step together."""
 
 
@@ -41,7 +41,7 @@ def dreamed_episodes(
     replay = run.replay() if start == "replay" else None
     parts, done = [], 0
     while done < episodes:
-        count = min(AT_ONCE, episodes - done)
+        count = min(DREAM_BATCH, episodes - done)
         worlds = ImaginedWorld(agent.policy.world, count, horizon, start=start, seed=seed + done, replay=replay)
         parts += _dreams(agent, worlds, torch.Generator(agent.device).manual_seed(seed + done))
         done += count
@@ -60,11 +60,11 @@ def _dreams(agent: Any, worlds: ImaginedWorld, generator: torch.Generator) -> li
     lengths = np.zeros(worlds.num_envs, np.int64)
     while not lengths.all():
         action, memory = controller.act(world, worlds.state, memory, False, generator)
-        taken = world.action.decode(world.action.project(action))
-        arrival = worlds.step(worlds.encode(taken))
+        env_action = world.action.decode(world.action.project(action))
+        arrival = worlds.step(worlds.encode(env_action))
         terminated, truncated = arrival.terminated.cpu().numpy(), arrival.truncated.cpu().numpy()
         obs.append(world.obs.raw(world.decode(arrival.feature)))
-        steps.append((taken, arrival.reward.cpu().numpy(), terminated, truncated))
+        steps.append((env_action, arrival.reward.cpu().numpy(), terminated, truncated))
         lengths[(lengths == 0) & (terminated | truncated)] = len(steps)
     columns = [np.stack(column, 1) for column in zip(*steps)]  # [N, H, ...]
     seen = {name: np.stack([rows[name] for rows in obs], 1) for name in world.obs.keys}

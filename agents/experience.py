@@ -34,7 +34,7 @@ ROWS_AT_ONCE = 4096
 COLUMNS = ("prev_action", "reward", "is_first", "is_last", "is_terminal")
 
 
-def steps_held(train: TrainConfig, obs: ObsSpec, action: ActionSpec) -> int:
+def replay_capacity(train: TrainConfig, obs: ObsSpec, action: ActionSpec) -> int:
     """Steps that the replay holds at most: train.capacity, or what train.replay_gib has room for."""
     most = math.inf if train.replay_gib is None else train.replay_gib * 2**30 // row_bytes(obs.store, action.dim)
     return int(min(train.capacity, most))
@@ -42,7 +42,7 @@ def steps_held(train: TrainConfig, obs: ObsSpec, action: ActionSpec) -> int:
 
 def new_replay(train: TrainConfig, obs: ObsSpec, action: ActionSpec, streams: int, folder: Path | None) -> Replay:
     """An empty one. ConfigError where it would not fit into the memory, or there is no folder for it."""
-    capacity, each = steps_held(train, obs, action), row_bytes(obs.store, action.dim)
+    capacity, each = replay_capacity(train, obs, action), row_bytes(obs.store, action.dim)
     if train.replay == "disk":
         if folder is None:
             raise ConfigError(
@@ -50,10 +50,10 @@ def new_replay(train: TrainConfig, obs: ObsSpec, action: ActionSpec, streams: in
                 "worldmodel.commands.train, or leave it at train.replay=memory."
             )
         return Replay(capacity, obs.store, action.dim, streams, folder)
-    if capacity * each > (there := _memory()):
+    if capacity * each > (available := _physical_memory()):
         raise ConfigError(
             f"The replay would take {capacity * each / 2**30:.1f} GiB ({capacity:,} steps of {each:,} bytes), and this machine has "
-            f"{there / 2**30:.1f}. Lower train.capacity, set train.replay_gib, or keep it on the disk with train.replay=disk."
+            f"{available / 2**30:.1f}. Lower train.capacity, set train.replay_gib, or keep it on the disk with train.replay=disk."
         )
     return Replay(capacity, obs.store, action.dim, streams)
 
@@ -93,7 +93,7 @@ def unpack_replay(file: Path | io.BufferedIOBase, replay: Replay, obs: ObsSpec, 
     arrays, state, _ = checkpoint.unpack(file)
     if state.get("holds") != "replay":
         raise ConfigError(f"{file} holds no experience. Expected a file that save_replay_buffer wrote.")
-    with _whole(file):
+    with _corrupt_if_malformed(file):
         streams, seen = state["num_envs"], ObsSpec.from_json(state["observation"])
         done = ActionSpec.from_json(state["action"])
     if streams != replay.num_envs:
@@ -101,7 +101,7 @@ def unpack_replay(file: Path | io.BufferedIOBase, replay: Replay, obs: ObsSpec, 
     for what, saved, own in (("observation", seen, obs), ("action", done, action)):
         if saved != own:
             raise ConfigError(f"{file} holds experience with the {what} space {saved.space}, but this agent has {own.space}.")
-    with _whole(file):
+    with _corrupt_if_malformed(file):
         for number in range(replay.num_envs):
             rows = {key: arrays["replay"][f"{number}/obs/{key}"] for key in obs.keys}
             obs.check(rows, f"{file}, environment {number}")
@@ -109,7 +109,7 @@ def unpack_replay(file: Path | io.BufferedIOBase, replay: Replay, obs: ObsSpec, 
 
 
 @contextmanager
-def _whole(file: Any) -> Iterator[None]:
+def _corrupt_if_malformed(file: Any) -> Iterator[None]:
     """What is missing or of another form than `pack_replay` writes is a CorruptError."""
     try:
         yield
@@ -117,12 +117,12 @@ def _whole(file: Any) -> Iterator[None]:
         raise CorruptError(f"{file} holds experience that does not fit together: {error}. Restore it from a copy.") from error
 
 
-def arrivals(
-    following: dict[str, np.ndarray],
+def rows_before_reset(
+    rows_after_reset: dict[str, np.ndarray],
     dones: np.ndarray,
     infos: Sequence[dict],
-    to_rows: Callable[[Any], dict[str, np.ndarray]],
-    before: Callable[[int], dict[str, np.ndarray]],
+    to_raw: Callable[[Any], dict[str, np.ndarray]],
+    previous_row: Callable[[int], dict[str, np.ndarray]],
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """(the rows [N, ...] that a VecEnv's step arrived at, where the world ended [N]) from the rows that come after a reset.
 
@@ -132,19 +132,19 @@ def arrivals(
     ended = np.flatnonzero(dones)
     truncated = np.array([bool(info.get("TimeLimit.truncated", False)) for info in infos])
     if not len(ended):
-        return following, dones & ~truncated
-    arrived = {name: x.copy() for name, x in following.items()}
+        return rows_after_reset, dones & ~truncated
+    arrived = {name: x.copy() for name, x in rows_after_reset.items()}
     told = np.array([i for i in ended if infos[i].get("terminal_observation") is not None], np.int64)
     if len(told):
-        for name, x in to_rows(_stack([infos[i]["terminal_observation"] for i in told])).items():
+        for name, x in to_raw(_stack([infos[i]["terminal_observation"] for i in told])).items():
             arrived[name][told] = x
     for i in np.setdiff1d(ended, told).tolist():
-        for name, x in before(i).items():
+        for name, x in previous_row(i).items():
             arrived[name][i] = x
     return arrived, dones & ~truncated
 
 
-class EpisodeAccount:
+class EpisodeStatistics:
     """Returns and lengths of episodes, told as Monitor tells them where it does not.
 
     It does not where there is none, and at truncations where it stands inside of a time limit. An end that a Monitor does not
@@ -157,10 +157,10 @@ class EpisodeAccount:
             self.monitored |= all(venv.env_is_wrapped(Monitor))
         except (AttributeError, NotImplementedError):  # a VecEnv need not know
             pass
-        self.begun = time.time()
+        self.start_time = time.time()
         self.returns, self.lengths = np.zeros(venv.num_envs), np.zeros(venv.num_envs, np.int64)
 
-    def told(self, rewards: np.ndarray, dones: np.ndarray, infos: Any) -> list[dict[str, Any]]:
+    def with_episode_info(self, rewards: np.ndarray, dones: np.ndarray, infos: Any) -> list[dict[str, Any]]:
         """The infos of a step, one dict for each environment, with `episode` in each that ended one."""
         infos = list(infos) if infos is not None and len(infos) == len(dones) else [{} for _ in dones]
         self.returns += rewards
@@ -168,14 +168,14 @@ class EpisodeAccount:
         for i in np.flatnonzero(dones).tolist():
             ours = not self.monitored or infos[i].get("TimeLimit.truncated", False)
             if "episode" not in infos[i] and ours and RESTARTED not in infos[i]:
-                seen = {"r": float(self.returns[i]), "l": int(self.lengths[i]), "t": round(time.time() - self.begun, 6)}
+                seen = {"r": float(self.returns[i]), "l": int(self.lengths[i]), "t": round(time.time() - self.start_time, 6)}
                 infos[i] = {**infos[i], "episode": seen}
             if "episode" in infos[i] or not self.monitored or RESTARTED in infos[i]:
                 self.returns[i] = self.lengths[i] = 0
         return infos
 
 
-class Pursuit:
+class EnvSyncCheck:
     """Whether an SB3 algorithm still stands where its environments do, as far as a callback can see.
 
     SB3 moves its `_last_obs` on behind the callbacks. An exception, or a callback that stops the training, comes between; a
@@ -183,22 +183,22 @@ class Pursuit:
     """
 
     def __init__(self) -> None:
-        self.sure, self.known = True, []
+        self.in_sync, self.last_obs = True, []
 
-    def begin(self, model: BaseAlgorithm) -> None:
+    def on_training_start(self, model: BaseAlgorithm) -> None:
         """At the start of `learn`: environments that were left are reset."""
-        if not self.sure and any(model._last_obs is obs for obs in self.known):
+        if not self.in_sync and any(model._last_obs is obs for obs in self.last_obs):
             drain(model.env)
             model._last_obs = model.env.reset()
             model._last_episode_starts = np.ones(model.n_envs, bool)
-        self.sure, self.known = False, [model._last_obs]
+        self.in_sync, self.last_obs = False, [model._last_obs]
 
     def step(self, model: BaseAlgorithm, new_obs: Any) -> None:
-        self.known = [model._last_obs, new_obs]
+        self.last_obs = [model._last_obs, new_obs]
 
     def end(self, model: BaseAlgorithm) -> None:
         """At the end of `learn`."""
-        self.sure = model._last_obs is self.known[-1]
+        self.in_sync = model._last_obs is self.last_obs[-1]
 
 
 def _stack(observations: list[Any]) -> Any:
@@ -207,7 +207,7 @@ def _stack(observations: list[Any]) -> Any:
     return np.stack(observations)
 
 
-def _memory() -> float:
+def _physical_memory() -> float:
     """Bytes of memory that this machine has; infinite where it does not say."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

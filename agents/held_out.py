@@ -10,8 +10,8 @@ import torch
 from stable_baselines3.common.vec_env import VecEnv
 
 from worldmodel.agents.belief import ActsOnBelief
-from worldmodel.agents.evaluation import LIMIT, Abandoned, own_randomness, require_spaces
-from worldmodel.agents.experience import arrivals
+from worldmodel.agents.evaluation import DEFAULT_MAX_STEPS, EvaluationAborted, isolated_rng, require_spaces
+from worldmodel.agents.experience import rows_before_reset
 from worldmodel.data import Batch, Episodes, State
 from worldmodel.envs.make import EnvConfig, make_vec
 from worldmodel.envs.vectors.plain import as_trained
@@ -19,7 +19,7 @@ from worldmodel.envs.vectors.restarts import restarted
 
 HELD_OUT_SEED = 40_000
 """Environment seed of the first held-out episode."""
-RANDOM = 0.2
+RANDOM_ACTION_SHARE = 0.2
 """Share of random actions, so that the data also shows what the policy would not do."""
 
 
@@ -30,8 +30,8 @@ def collect(
     seed: int = HELD_OUT_SEED,
     *,
     steps: int | None = None,
-    random: float = RANDOM,
-    give_up: Callable[[], bool] = lambda: False,
+    random: float = RANDOM_ACTION_SHARE,
+    should_abort: Callable[[], bool] = lambda: False,
 ) -> Episodes:
     """Fresh episodes of the agent's greedy policy with a random action in `random` of the steps, one for each seed from `seed` on.
 
@@ -41,40 +41,44 @@ def collect(
     Nothing of the agent changes, its random states included. Raises EnvError, MissingExtraError.
     """
     config = EnvConfig(id=env) if isinstance(env, str) else env
-    with own_randomness(agent, seed):
+    with isolated_rng(agent, seed):
         venv = as_trained(agent, make_vec(config.model_copy(update={"vectorize": "dummy"}), episodes, seed))
         try:
             require_spaces(agent, venv, config.id)
-            return _first_episodes(agent, venv, LIMIT if steps is None else steps, random, np.random.default_rng(seed), give_up)
+            return _first_episodes(
+                agent, venv, DEFAULT_MAX_STEPS if steps is None else steps, random, np.random.default_rng(seed), should_abort
+            )
         finally:
             venv.close()
 
 
 def _first_episodes(
-    agent: ActsOnBelief, venv: VecEnv, steps: float, random: float, rng: np.random.Generator, give_up: Callable[[], bool]
+    agent: ActsOnBelief, venv: VecEnv, steps: float, random: float, rng: np.random.Generator, should_abort: Callable[[], bool]
 ) -> Episodes:
     count, spec, codec = venv.num_envs, agent.obs_spec, agent.action_spec
 
-    def to_rows(obs: Any) -> dict[str, np.ndarray]:
-        rows = spec.to_rows(obs)
+    def to_raw(obs: Any) -> dict[str, np.ndarray]:
+        rows = spec.to_raw(obs)
         spec.check(rows)
         return rows
 
-    rows, belief = to_rows(venv.reset()), agent.policy.begin(count)
+    rows, belief = to_raw(venv.reset()), agent.policy.initial_belief(count)
     no = np.zeros(count, bool)
     taken = [(rows, np.zeros((count, codec.dim), np.float32), np.zeros(count, np.float32), no, no)]
     lengths, starts = np.zeros(count, np.int64), np.ones(count, bool)
     while not lengths.all() and len(taken) <= steps:
-        if give_up():
-            raise Abandoned
-        action, belief = agent.policy.follow(belief, rows, starts, deterministic=True)
+        if should_abort():
+            raise EvaluationAborted
+        action, belief = agent.policy.filter_and_act(belief, rows, starts, deterministic=True)
         action = np.where(rng.random((count, 1)) < random, codec.sample(count, rng), action)
         env_action = codec.decode(action)
         action = codec.encode(env_action)
         belief = State({**belief, "prev_action": torch.as_tensor(action, device=agent.device)})
         obs, reward, starts, infos = venv.step(env_action)
-        past, rows = rows, to_rows(obs)
-        arrived, terminal = arrivals(rows, starts, infos, to_rows, lambda i, past=past: {name: x[i] for name, x in past.items()})
+        past, rows = rows, to_raw(obs)
+        arrived, terminal = rows_before_reset(
+            rows, starts, infos, to_raw, lambda i, past=past: {name: x[i] for name, x in past.items()}
+        )
         taken.append((arrived, action, reward, starts, terminal))
         ended = (lengths == 0) & starts
         lengths[ended] = len(taken) - restarted(infos)[ended]  # of a step in which an environment failed nothing is real

@@ -20,9 +20,9 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.utils import get_device, safe_mean
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_wrapper
 
-from worldmodel.agents.arguments import as_seen, refuse_unknown, require_own_policy
+from worldmodel.agents.arguments import reject_unknown_arguments, require_own_policy, with_spec_layout
 from worldmodel.agents.belief import BeliefPolicy, Controller
-from worldmodel.agents.experience import EpisodeAccount, arrivals, fit_scaling, new_replay, steps_held
+from worldmodel.agents.experience import EpisodeStatistics, fit_scaling, new_replay, replay_capacity, rows_before_reset
 from worldmodel.agents.saving import SavedAlgorithm
 from worldmodel.config import Config
 from worldmodel.config.recipes import combine
@@ -57,7 +57,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
     kind: ClassVar[str]
     replay_folder: pathlib.Path | None = None
     """Where a run keeps experience; None outside of a run."""
-    go_on: Callable[[], bool] = staticmethod(lambda: True)
+    should_continue: Callable[[], bool] = staticmethod(lambda: True)
     """Asked between updates: where it says no they end, and what is left of them stays owed. A run asks for signals there."""
     improves: bool = True
     """Whether an update also improves the controller, on states of the averaged model."""
@@ -88,7 +88,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
             raise ConfigError(f"recipe={recipe!r} stands beside a whole Config, which came from a recipe. Leave one of them out.")
         self.trust = trust
         self.config = config if isinstance(config, Config) else self._resolve(recipe, config, env)
-        refuse_unknown(type(self), others, self.config)
+        reject_unknown_arguments(type(self), others, self.config)
         seed = int(np.random.randint(2**31)) if seed is None else seed
         if isinstance(env, str):
             env = as_vec_env(self.config.env.model_copy(update={"id": env}), seed=seed)
@@ -123,8 +123,10 @@ class WorldModelAlgorithm(SavedAlgorithm):
             )
         env_id = env if isinstance(env, str) else id_of(env)
         overrides = overrides if overrides is not None else []
-        said = combine(overrides)[1].get("agent", {})
-        if not isinstance(said, str) and "kind" not in said:  # else options of this kind would be unknown ones of the recipe's
+        given_agent = combine(overrides)[1].get("agent", {})
+        if (
+            not isinstance(given_agent, str) and "kind" not in given_agent
+        ):  # else options of this kind would be unknown ones of the recipe's
             own = {"agent.kind": self.kind}
             overrides = {**overrides, **own} if isinstance(overrides, Mapping) else [*overrides, f"agent.kind={self.kind}"]
         base = Config.from_recipe(recipe, overrides, env_id=env_id or "custom")
@@ -134,13 +136,13 @@ class WorldModelAlgorithm(SavedAlgorithm):
     def _wrap_env(env: VecEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
         """SB3's hook: no transposed images here, for spaces.py knows the layout; other libraries' scaling is refused."""
         env = as_vec_env(env)
-        around = unwrap_vec_wrapper(env, VecNormalize)
-        if around is not None and around.norm_obs:
+        normalizer = unwrap_vec_wrapper(env, VecNormalize)
+        if normalizer is not None and normalizer.norm_obs:
             raise ConfigError(
                 "VecNormalize is around the environment: its statistics would change what the replay holds. Expected plain "
-                "observations: take it off, the world model standardises vectors itself (model.inputs=standardise)."
+                "observations: take it off, the world model standardises vectors itself (model.vector_scaling=standardise)."
             )
-        if around is not None and around.norm_reward:
+        if normalizer is not None and normalizer.norm_reward:
             raise ConfigError(
                 "VecNormalize(norm_obs=False) scales the rewards by a scale that moves: the replay would hold one reward in many "
                 "units. Expected plain rewards: take it off, for they are learned in units of their own size."
@@ -150,7 +152,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
     def set_env(self, env: gym.Env | VecEnv, force_reset: bool = True) -> None:
         """SB3's; the environment's images may also have their channels at the other end."""
         env, own = self._wrap_env(env, self.verbose), self.observation_space
-        if as_seen(self.obs_spec, env.observation_space) == own:
+        if with_spec_layout(self.obs_spec, env.observation_space) == own:
             self.observation_space = env.observation_space  # with which SB3 compares
         try:
             super().set_env(env, force_reset)
@@ -160,7 +162,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
     def _check_window(self) -> None:
         """ConfigError where the replay can never hold one sequence: nothing would be learned, and nobody told."""
         train = self.config.train
-        held, needed = steps_held(train, self.obs_spec, self.action_spec), train.burn_in + train.batch_length
+        held, needed = replay_capacity(train, self.obs_spec, self.action_spec), train.burn_in + train.batch_length
         kept = held // self.n_envs
         if kept < needed:
             also = "" if train.replay_gib is None else f" and train.replay_gib (now {train.replay_gib})"
@@ -183,11 +185,11 @@ class WorldModelAlgorithm(SavedAlgorithm):
             self.world = WorldModel(self.config.model, self.obs_spec, self.action_spec).to(self.device)
             self.controller = self._make_controller().to(self.device)
         self.learner = Learner(self.world, self.config.train)
-        self.policy = BeliefPolicy(self.observation_space, self.action_space, self.learner.average, self.controller, self.seed)
+        self.policy = BeliefPolicy(self.observation_space, self.action_space, self.learner.ema, self.controller, self.seed)
         self.generator = torch.Generator(device=self.device).manual_seed(self.seed + 1)
         self.rng = np.random.default_rng(self.seed)
         self.replay: Replay | None = None
-        self._credit, self._restarts, self._untold = 0.0, 0, False
+        self._updates_due, self._restarts, self._warned_no_last_obs = 0.0, 0, False
         self._belief: State | None = None
         self._logged_at = 0
 
@@ -207,7 +209,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
             self.rng = np.random.default_rng(seed)
 
     @property
-    def random_until(self) -> int:
+    def prefill_rows(self) -> int:
         """Rows of experience that are collected at random, before anything is learned."""
         return self.config.train.prefill
 
@@ -238,7 +240,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
                 total_timesteps, callback, reset_num_timesteps, tb_log_name or type(self).__name__, progress_bar
             )
             if fresh or self.replay is None or self._belief is None:
-                self.open_streams(self._last_obs)
+                self.start_episodes(self._last_obs)
             self._logged_at = self.num_timesteps
             callback.on_training_start(locals(), globals())
             goes_on = True
@@ -273,7 +275,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
             self.dump_logs()
         return goes_on
 
-    def open_streams(self, obs: Any) -> None:
+    def start_episodes(self, obs: Any) -> None:
         """Episodes begin: open ones end as by truncation, and the first observation of each environment goes into the replay."""
         if self.replay is None:
             self.replay = self._new_replay()
@@ -283,33 +285,35 @@ class WorldModelAlgorithm(SavedAlgorithm):
                 "Use as many, or a fresh agent."
             )
         else:
-            self.replay.cut()
+            self.replay.truncate_open_episodes()
         self._store_first(self._rows(obs), np.arange(self.n_envs))
-        self._belief = self.policy.begin(self.n_envs)
-        self._account = None if self.env is None else EpisodeAccount(self.env)  # of steps of its own; others only `record`
+        self._belief = self.policy.initial_belief(self.n_envs)
+        self._episode_statistics = (
+            None if self.env is None else EpisodeStatistics(self.env)
+        )  # of steps of its own; others only `record`
         self._last_episode_starts = np.ones(self.n_envs, bool)
 
-    def adopt(self, folder: pathlib.Path, log: Callable[[str], object]) -> None:
+    def recover(self, folder: pathlib.Path, log: Callable[[str], object]) -> None:
         """Begins with the experience that lies in a folder, as far as it is intact."""
         self.replay = self._new_replay()
-        self.replay.adopt(folder, log)
+        self.replay.recover(folder, log)
         fit_scaling(self.world, self.replay)
 
     def _new_replay(self) -> Replay:
         return new_replay(self.config.train, self.obs_spec, self.action_spec, self.n_envs, self.replay_folder)
 
-    def reopen(self, seed: int) -> None:
+    def restart_episodes(self, seed: int) -> None:
         """Open episodes end as by truncation, and new ones begin in environments seeded with seed, seed + 1, ..."""
         seed_envs(self.env, seed)
         self._last_obs = self.env.reset()
-        self.open_streams(self._last_obs)
+        self.start_episodes(self._last_obs)
 
     def _rows(self, obs: Any) -> dict[str, np.ndarray]:
-        rows = self.obs_spec.to_rows(obs, self._place)
-        self.obs_spec.check(rows, self._place)
+        rows = self.obs_spec.to_raw(obs, self._location)
+        self.obs_spec.check(rows, self._location)
         return rows
 
-    def _place(self, env: int = 0) -> str:
+    def _location(self, env: int = 0) -> str:
         return f"environment {env}, episode {self._episode_num}, real step {self.num_timesteps}"
 
     def _store_first(self, rows: dict[str, np.ndarray], envs: np.ndarray) -> None:
@@ -324,17 +328,17 @@ class WorldModelAlgorithm(SavedAlgorithm):
 
     def _collect(self) -> tuple[np.ndarray, Any, np.ndarray, np.ndarray, Sequence[dict]]:
         """One step of every environment into the replay: the actions that they got, and what came back."""
-        if self.learner.updates == 0 and self.replay.added < self.random_until:
+        if self.learner.updates == 0 and self.replay.added < self.prefill_rows:
             action = self._random_action()
             self._belief = State({**self._belief, "prev_action": torch.as_tensor(action, device=self.device)})
         else:
-            action, self._belief = self.policy.follow(
+            action, self._belief = self.policy.filter_and_act(
                 self._belief, self._rows(self._last_obs), self._last_episode_starts, deterministic=False
             )
         env_action = self.action_spec.decode(action)
         new_obs, rewards, dones, infos = self.env.step(env_action)
         rewards, dones = np.asarray(rewards), np.asarray(dones, bool)
-        infos = self._account.told(rewards, dones, infos)
+        infos = self._episode_statistics.with_episode_info(rewards, dones, infos)
         self.record(env_action, new_obs, rewards, dones, infos)
         self._last_obs, self._last_episode_starts = new_obs, dones.copy()
         return env_action, new_obs, rewards, dones, infos
@@ -348,47 +352,47 @@ class WorldModelAlgorithm(SavedAlgorithm):
         if not np.isfinite(rewards).all():
             env = int(np.flatnonzero(~np.isfinite(rewards))[0])
             raise EnvError(
-                f"{self._place(env)}: the reward is {rewards[env]}. A finite number was expected; the step was not stored."
+                f"{self._location(env)}: the reward is {rewards[env]}. A finite number was expected; the step was not stored."
             )
-        following = self._rows(new_obs)
-        arrived, terminal = arrivals(following, dones, infos, self._rows, self._row_before)
+        new_rows = self._rows(new_obs)
+        arrived, terminal = rows_before_reset(new_rows, dones, infos, self._rows, self._previous_row)
         lost = restarted(infos)
-        self.replay.cut(np.flatnonzero(lost).tolist())
+        self.replay.truncate_open_episodes(np.flatnonzero(lost).tolist())
         if not lost.all():
             here = np.flatnonzero(~lost)
             arrived = {name: x[here] for name, x in arrived.items()}
             self._store(arrived, action[here], rewards[here], np.zeros(len(here), bool), dones[here], terminal[here], here)
         if dones.any():
             ended = np.flatnonzero(dones)
-            self._store_first({name: x[ended] for name, x in following.items()}, ended)
+            self._store_first({name: x[ended] for name, x in new_rows.items()}, ended)
 
-    def _row_before(self, env: int) -> dict[str, np.ndarray]:
+    def _previous_row(self, env: int) -> dict[str, np.ndarray]:
         """The newest row of one environment [...], which stands in for the last observation of an episode that did not tell it."""
-        if not self._untold:
-            self._untold = True
+        if not self._warned_no_last_obs:
+            self._warned_no_last_obs = True
             _log.warning(
                 "%s: an episode ended without 'terminal_observation' in its info, so that its last observation is unknown; the one "
                 "before stands in for it, here and wherever it is missing. SB3's VecEnvs tell it; a wrapper must keep it.",
-                self._place(env),
+                self._location(env),
             )
         held = self.replay.lengths[env]
         return {name: x[0] for name, x in self.replay.observations(env, held - 1, held).items()}
 
     def _random_action(self) -> np.ndarray:
-        """Uniform actions [N, A]; each is kept for `train.prefill_hold` steps on average, at most until its episode ends.
+        """Uniform actions [N, A]; each is kept for `train.random_action_repeat` steps on average, at most until its episode ends.
 
         White noise averages out: an Acrobot that is pushed at random at every step never swings up in 500 steps,
         one whose pushes last five steps does so in every second episode. Source: Dabney et al. 2021 (temporally
         extended exploration), with a geometric duration.
         """
         fresh = self.action_spec.sample(self.env.num_envs, self.rng)
-        redraw = self._last_episode_starts | (self.rng.random(self.env.num_envs) * self.config.train.prefill_hold < 1)
+        redraw = self._last_episode_starts | (self.rng.random(self.env.num_envs) * self.config.train.random_action_repeat < 1)
         return np.where(redraw[:, None], fresh, self._belief["prev_action"].cpu().numpy())
 
     def learn_from_replay(self) -> None:
         """The updates that the step just taken pays for; the first ones once the prefill is there."""
         if self._is_ready:
-            self.spend(self.n_envs)
+            self.update_for_steps(self.n_envs)
 
     @property
     def _is_ready(self) -> bool:
@@ -397,21 +401,21 @@ class WorldModelAlgorithm(SavedAlgorithm):
         return self.replay is not None and self.replay.added >= train.prefill and max(self.replay.lengths) >= rows
 
     @property
-    def owes(self) -> bool:
+    def has_pending_updates(self) -> bool:
         """Whether updates that are paid for have not been made, as where `go_on` ended them."""
-        return self._is_ready and (self.learner.updates < self.config.train.pretrain or self._credit >= 1)
+        return self._is_ready and (self.learner.updates < self.config.train.pretrain or self._updates_due >= 1)
 
-    def spend(self, steps: int) -> None:
+    def update_for_steps(self, steps: int) -> None:
         """The updates that so many steps pay for; what is left over counts towards the next."""
-        self._credit += self.config.train.ratio * steps
-        self.pay()
+        self._updates_due += self.config.train.ratio * steps
+        self.run_updates()
 
-    def pay(self) -> bool:
+    def run_updates(self) -> bool:
         """The updates that are owed: what is left of `train.pretrain`, then the ratio's. False where `go_on` ended them."""
-        while (first := self.learner.updates < self.config.train.pretrain) or self._credit >= 1:
-            if not self.go_on():
+        while (first := self.learner.updates < self.config.train.pretrain) or self._updates_due >= 1:
+            if not self.should_continue():
                 return False
-            self._credit -= not first
+            self._updates_due -= not first
             self.update(improve=not first)
         return True
 
@@ -419,14 +423,18 @@ class WorldModelAlgorithm(SavedAlgorithm):
         """One gradient step of the world model and, with `improve`, of the controller; the metrics are logged."""
         train = self.config.train
         batch = self.replay.sample(
-            train.batch_size, train.burn_in + train.batch_length, self.rng, newest=train.newest, ends=train.ends
+            train.batch_size,
+            train.burn_in + train.batch_length,
+            self.rng,
+            recent_fraction=train.recent_fraction,
+            terminal_fraction=train.terminal_fraction,
         )
         batch = self.learner.prepare(batch)
         metrics, trace, rows = self.learner.update(batch, self.generator)
         metrics = {f"world/{name}": value for name, value in metrics.items()}
         if improve and self.improves:
-            if self.learner.average is not self.world:
-                trace = self.learner.averaged_trace(batch, self.generator)
+            if self.learner.ema is not self.world:
+                trace = self.learner.ema_trace(batch, self.generator)
             metrics |= self._improve(trace, rows)
         self._n_updates += 1
         if self._logger is not None:

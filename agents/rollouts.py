@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from worldmodel.agents.belief import ActsOnBelief
-from worldmodel.agents.evaluation import own_randomness
-from worldmodel.agents.held_out import HELD_OUT_SEED, RANDOM, collect
-from worldmodel.agents.starts import Aim
+from worldmodel.agents.evaluation import isolated_rng
+from worldmodel.agents.guidance import Guidance
+from worldmodel.agents.held_out import HELD_OUT_SEED, RANDOM_ACTION_SHARE, collect
 from worldmodel.data import Episodes, Obs, Sampling, State
 from worldmodel.diagnostics.rollouts import OpenLoop, open_loop, roll_out
 from worldmodel.envs.draw import Viewer
@@ -31,7 +31,7 @@ SAMPLES = 8
 
 
 @dataclass(frozen=True)
-class Film:
+class RolloutVideo:
     """One open-loop roll-out as pictures: uint8 [T, H, W, 3], None where there is nothing to draw or to plot.
 
     video    real | imagined | error, of one sampled roll-out
@@ -42,28 +42,28 @@ class Film:
     signals: np.ndarray | None
 
 
-def film(
+def rollout_video(
     world: WorldModel, viewer: Viewer, episodes: Episodes, context: int, horizon: int, generator: torch.Generator | None = None
-) -> Film:
+) -> RolloutVideo:
     """The first steps of the longest episode, `context` rows of which the model sees; shorter where the episode ends."""
     longest = int(episodes.lengths.argmax())
     horizon = min(horizon, int(episodes.lengths[longest]) - context)
     if world.decoder is None or horizon < 1:
-        return Film(None, None)
+        return RolloutVideo(None, None)
     which, start = torch.tensor([longest]), torch.tensor([0])
     roll = roll_out(world, episodes, which, start, context, horizon, samples=SAMPLES, generator=generator)
     imagined = {name: torch.cat([roll.seen[name].expand(SAMPLES, -1, *x.shape[3:]), x[0]], 1) for name, x in roll.imagined.items()}
     video = signals = None
     if viewer.can_draw:
-        real, dreamt = (viewer.frames({k: x[0] for k, x in obs.items()}) for obs in (roll.truth, imagined))
-        video = pictures.open_loop_panels(real, dreamt, context)
+        real, imagined_frames = (viewer.frames({k: x[0] for k, x in obs.items()}) for obs in (roll.truth, imagined))
+        video = pictures.open_loop_panels(real, imagined_frames, context)
     if viewer.names:
         true, drawn = numbers(viewer, {k: x[0] for k, x in roll.truth.items()}), numbers(viewer, imagined)
         signals = pictures.signal_frames(true, drawn, labels(viewer), context)
-    return Film(video, signals)
+    return RolloutVideo(video, signals)
 
 
-def from_nothing(agent: ActsOnBelief, viewer: Viewer, state: State, horizon: int, generator: torch.Generator) -> Film:
+def from_prior(agent: ActsOnBelief, viewer: Viewer, state: State, horizon: int, generator: torch.Generator) -> RolloutVideo:
     """Dreams from states that no observation led to, in which the agent acts greedily; the first one is drawn."""
     world = agent.policy.world.eval()
     features = [world.dynamics.feature(state)]
@@ -75,7 +75,7 @@ def from_nothing(agent: ActsOnBelief, viewer: Viewer, state: State, horizon: int
     if viewer.names:
         drawn = numbers(viewer, obs)
         signals = pictures.signal_frames(np.full(drawn.shape[1:], np.nan), drawn, labels(viewer), 0)
-    return Film(video, signals)
+    return RolloutVideo(video, signals)
 
 
 def numbers(viewer: Viewer, obs: Obs) -> np.ndarray:
@@ -108,7 +108,7 @@ def _act(agent: ActsOnBelief, state: State, steps: int, random: float, generator
 
 
 def returns(
-    agent: ActsOnBelief, episodes: Episodes, generator: torch.Generator, steps: int = 100, random: float = RANDOM
+    agent: ActsOnBelief, episodes: Episodes, generator: torch.Generator, steps: int = 100, random: float = RANDOM_ACTION_SHARE
 ) -> tuple[Tensor, Tensor]:
     """(imagined, real) returns [N] of the first `steps` steps of each episode, undiscounted.
 
@@ -144,43 +144,55 @@ def compare(
     episodes: int,
     draw: bool,
     log: Callable[[str], object],
-) -> tuple[OpenLoop, Film]:
+) -> tuple[OpenLoop, RolloutVideo]:
     """(errors, one roll-out as pictures where `draw`) of the agent's world model on fresh episodes."""
     fresh = collect(agent, run.config.env, episodes, steps=run.config.eval.max_steps)
     generator = torch.Generator(agent.device).manual_seed(HELD_OUT_SEED)
     errors = open_loop(agent.policy.world, fresh, context, horizon, samples=SAMPLES, generator=generator)
-    _tell_what_does_not_fit(errors, fresh, log)
-    if (sentence := worse_than_nothing(errors)) is not None:
+    _log_unmeasured_horizons(errors, fresh, log)
+    if (sentence := worse_than_persistence(errors)) is not None:
         log(sentence)
-    return errors, film(agent.policy.world, viewer, fresh, context, horizon, generator) if draw else Film(None, None)
+    return errors, rollout_video(agent.policy.world, viewer, fresh, context, horizon, generator) if draw else RolloutVideo(
+        None, None
+    )
 
 
 def unguided_or_guided(
-    agent: ActsOnBelief, run: Run, viewer: Viewer, aim: Aim | None, horizon: int, *, draw: bool
-) -> tuple[Film, dict[str, Any] | None]:
+    agent: ActsOnBelief, run: Run, viewer: Viewer, guide: Guidance | None, horizon: int, *, draw: bool
+) -> tuple[RolloutVideo, dict[str, Any] | None]:
     """(dreams from nothing as pictures where `draw`, how far they were led)."""
     generator = torch.Generator(agent.device).manual_seed(HELD_OUT_SEED)
-    with own_randomness(agent, HELD_OUT_SEED):
-        state, guided = _begin(agent, run, aim, generator)
-        return from_nothing(agent, viewer, state, horizon, generator) if draw else Film(None, None), guided
+    with isolated_rng(agent, HELD_OUT_SEED):
+        state, guided = _initial_states(agent, run, guide, generator)
+        return from_prior(agent, viewer, state, horizon, generator) if draw else RolloutVideo(None, None), guided
 
 
-def _begin(agent: ActsOnBelief, run: Run, aim: Aim | None, generator: torch.Generator) -> tuple[State, dict[str, Any] | None]:
+def _initial_states(
+    agent: ActsOnBelief, run: Run, guide: Guidance | None, generator: torch.Generator
+) -> tuple[State, dict[str, Any] | None]:
     """(states from nothing, how far they were led)."""
     world, sampling = agent.policy.world.eval(), Sampling(generator=generator)
-    if aim is None:
-        return world.begin(SAMPLES, sampling), None
-    score = aim.score(agent, run)
-    state, size = world.begin_where(score, SAMPLES, aim.pull(world), sampling)
+    if guide is None:
+        return world.sample_initial(SAMPLES, sampling), None
+    score = guide.score(agent, run)
+    state, size = world.sample_initial_tilted(score, SAMPLES, guide.nats_per_unit(world), sampling)
     with torch.no_grad():
-        usual, led = (float(score(world.dynamics.feature(s)).mean()) for s in (world.begin(1000, sampling), state))
-    told = {"toward": aim.toward, "strength": aim.strength, "effective": size, "score": led, "score_unguided": usual}
-    return state, told
+        unguided_score, guided_score = (
+            float(score(world.dynamics.feature(s)).mean()) for s in (world.sample_initial(1000, sampling), state)
+        )
+    guided_report = {
+        "toward": guide.toward,
+        "strength": guide.strength,
+        "effective": size,
+        "score": guided_score,
+        "score_unguided": unguided_score,
+    }
+    return state, guided_report
 
 
-def worst(errors: OpenLoop, viewer: Viewer, at_most: int = 15) -> dict[str, Any] | None:
+def worst(errors: OpenLoop, viewer: Viewer, max_horizon: int = 15) -> dict[str, Any] | None:
     """The number that is predicted worst at the longest measured horizon up to `at_most`: its name, error and ratio."""
-    horizon = errors.longest(at_most)
+    horizon = errors.longest(max_horizon)
     found = None if horizon is None else errors.worst(horizon, [name for name in viewer.names if name in errors.squares])
     if found is None:
         return None
@@ -189,9 +201,9 @@ def worst(errors: OpenLoop, viewer: Viewer, at_most: int = 15) -> dict[str, Any]
     return {"horizon": horizon, "name": viewer.names[key][index], "observation": error, "ratio": ratio}
 
 
-def worse_than_nothing(errors: OpenLoop, at_most: int = 15) -> str | None:
+def worse_than_persistence(errors: OpenLoop, max_horizon: int = 15) -> str | None:
     """One sentence where the model predicts worse than "nothing changes", in all or in a part of the episode; else None."""
-    horizon = errors.longest(at_most)
+    horizon = errors.longest(max_horizon)
     if horizon is None:
         return None
     named = {"all episodes": errors, **{f"steps {part}": own for part, own in errors.parts.items()}}
@@ -207,15 +219,15 @@ def worse_than_nothing(errors: OpenLoop, at_most: int = 15) -> str | None:
 
 def error_figure(errors: OpenLoop, viewer: Viewer) -> bytes:
     """PNG of the errors by horizon: all numbers together, each by itself where there are few, and persistence."""
-    curves, kept = {"all": errors.error().tolist()}, {"all": errors.baseline().tolist()}
+    curves, persistence_curves = {"all": errors.error().tolist()}, {"all": errors.baseline().tolist()}
     names = [(key, i, word) for key, words in viewer.names.items() for i, word in enumerate(words) if key in errors.squares]
     for key, i, word in names if len(names) <= 8 else ():
-        curves[word], kept[word] = (side[key][:, i].sqrt().tolist() for side in (errors.squares, errors.persistence))
+        curves[word], persistence_curves[word] = (side[key][:, i].sqrt().tolist() for side in (errors.squares, errors.persistence))
     unit = "deviations" if viewer.names else "of [0, 1]"
-    return pictures.error_figure(errors.horizons, curves, kept, "Open-loop error (dashed: nothing changes)", unit)
+    return pictures.error_figure(errors.horizons, curves, persistence_curves, "Open-loop error (dashed: nothing changes)", unit)
 
 
-def _tell_what_does_not_fit(errors: OpenLoop, episodes: Episodes, log: Callable[[str], object]) -> None:
+def _log_unmeasured_horizons(errors: OpenLoop, episodes: Episodes, log: Callable[[str], object]) -> None:
     fits = errors.longest(len(errors.count)) or 0
     if fits < len(errors.count):
         longest = int(episodes.lengths.max())
@@ -225,7 +237,7 @@ def _tell_what_does_not_fit(errors: OpenLoop, episodes: Episodes, log: Callable[
         )
 
 
-def write(out: Path, shown: Film, errors: OpenLoop, viewer: Viewer, log: Callable[[str], object]) -> None:
+def write(out: Path, shown: RolloutVideo, errors: OpenLoop, viewer: Viewer, log: Callable[[str], object]) -> None:
     """The film, and the figure of errors beside it."""
     frames = shown.video if shown.video is not None else shown.signals
     if frames is None:

@@ -18,7 +18,7 @@ from stable_baselines3.common.utils import get_system_info
 from stable_baselines3.common.vec_env import VecEnv
 
 from worldmodel.agents.experience import fit_scaling, pack_replay, unpack_replay
-from worldmodel.config import Config, load_yaml
+from worldmodel.config import Config
 from worldmodel.envs.make import as_vec_env
 from worldmodel.envs.vectors.plain import as_trained
 from worldmodel.errors import ConfigError
@@ -26,7 +26,7 @@ from worldmodel.spaces import ActionSpec, ObsSpec
 from worldmodel.storage import checkpoint
 from worldmodel.storage.replay import Replay
 from worldmodel.storage.run import versions
-from worldmodel.storage.weights import as_arrays, fill, optimizer_arrays, restore_optimizer
+from worldmodel.storage.weights import as_arrays, load_arrays, optimizer_arrays, restore_optimizer
 
 PLACEHOLDERS = {"clip_range", "exploration_schedule", "learning_rate", "lr_schedule"}
 """What SB3's scripts give `load` as custom_objects whatever the file holds, so that no function in it has to be unpickled."""
@@ -40,8 +40,8 @@ class SavedAlgorithm(BaseAlgorithm):
     # SB3's parameters -----------------------------------------------------------------------------------------------
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        live = [] if self.learner.average is self.world else ["world"]  # else the policy holds it
-        return ["policy", *live, *(f"optimizers.{name}" for name in self.optimizers_by_name)], []
+        raw_weights = [] if self.learner.ema is self.world else ["world"]  # else the policy holds it
+        return ["policy", *raw_weights, *(f"optimizers.{name}" for name in self.optimizers_by_name)], []
 
     @property
     def optimizers_by_name(self) -> dict[str, torch.optim.Optimizer]:
@@ -67,7 +67,7 @@ class SavedAlgorithm(BaseAlgorithm):
     def content(self) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]:
         """All that the agent is, without its replay: ({file: {name: array}}, JSON state)."""
         arrays = {
-            "world": as_arrays(self.learner.average),
+            "world": as_arrays(self.learner.ema),
             "agent": as_arrays(self.controller),
             "optim": {
                 f"{name}/{key}": x
@@ -75,7 +75,7 @@ class SavedAlgorithm(BaseAlgorithm):
                 for key, x in optimizer_arrays(optimizer).items()
             },
         }
-        if self.learner.average is not self.world:
+        if self.learner.ema is not self.world:
             arrays["optim"] |= {f"live/{name}": x for name, x in as_arrays(self.world).items()}
         for name, generator in self._generators.items():
             arrays["optim"][f"generator/{name}"] = generator.get_state().cpu().numpy()
@@ -99,7 +99,7 @@ class SavedAlgorithm(BaseAlgorithm):
                 "updates": self.learner.updates,
                 "skipped": self.learner.skipped,
                 "restarts": self.restarts,
-                "credit": self._credit,
+                "credit": self._updates_due,
             },
             "rng": self.rng.bit_generator.state,
             "behaviour": self._behaviour_state(),
@@ -119,12 +119,12 @@ class SavedAlgorithm(BaseAlgorithm):
 
     def restore(self, arrays: Mapping[str, Mapping[str, np.ndarray]], state: Mapping[str, Any], *, counters: bool = True) -> None:
         """Take over what `content` gave; with `counters`, also steps, random state and the ratio's remainder."""
-        fill(self.learner.average, arrays["world"])
-        if self.learner.average is not self.world:
-            fill(self.world, _behind("live/", arrays["optim"]))
-        fill(self.controller, arrays["agent"])
+        load_arrays(self.learner.ema, arrays["world"])
+        if self.learner.ema is not self.world:
+            load_arrays(self.world, _without_prefix("live/", arrays["optim"]))
+        load_arrays(self.controller, arrays["agent"])
         for name, optimizer in self.optimizers_by_name.items():
-            restore_optimizer(optimizer, _behind(f"{name}/", arrays["optim"]))
+            restore_optimizer(optimizer, _without_prefix(f"{name}/", arrays["optim"]))
         self._restore_behaviour(state["behaviour"])
         if not counters:
             return
@@ -138,7 +138,11 @@ class SavedAlgorithm(BaseAlgorithm):
         count = state["counters"]
         self.num_timesteps, self._episode_num, self._n_updates = count["num_timesteps"], count["episodes"], count["n_updates"]
         self._restarts = count.get("restarts", 0)
-        self.learner.updates, self.learner.skips.count, self._credit = count["updates"], count["skipped"], float(count["credit"])
+        self.learner.updates, self.learner.skips.count, self._updates_due = (
+            count["updates"],
+            count["skipped"],
+            float(count["credit"]),
+        )
 
     def save(self, path: str | pathlib.Path | io.BufferedIOBase, exclude: Any = None, include: Any = None) -> None:
         """One zip of stored safetensors, JSON and manifest, with nothing in it that could run code; `path` may be an open stream.
@@ -184,7 +188,7 @@ class SavedAlgorithm(BaseAlgorithm):
         kwargs are those of the class; a mapping `config` changes options of the saved one. ConfigError for custom_objects, which
         stand in for pickled objects, and for force_reset=False: the file holds neither.
         """
-        _refuse_stand_ins(custom_objects)
+        _reject_custom_objects(custom_objects)
         if not force_reset:
             raise ConfigError(
                 "load(force_reset=False): a file holds no observation to go on from, so learning begins with a reset. "
@@ -233,7 +237,7 @@ class SavedAlgorithm(BaseAlgorithm):
             raise ConfigError("The agent of a run has the run's experience. Load the agent by itself: Dreamer.load(RUN).")
         replay = self._new_replay()
         unpack_replay(_path(path, ".pkl"), replay, self.obs_spec, self.action_spec)
-        replay.cut()
+        replay.truncate_open_episodes()
         self.replay, self._last_obs, self._belief = replay, None, None
         # Else what was saved with the weights has these rows in it already.
         if self.world.scaling.count == 0 and self.world.heads.scale.squares.count == 0:
@@ -258,9 +262,9 @@ class SavedAlgorithm(BaseAlgorithm):
         if state.get("agent") != cls.kind:
             raise ConfigError(f"The file holds an agent of kind {state.get('agent')!r}, not '{cls.kind}'. Load it with that class.")
         specs = ObsSpec.from_json(state["observation"]), ActionSpec.from_json(state["action"])
-        config, said = Config.parse(load_yaml(state["config"])), dict(state.get("script", {}))
-        verbose = said.pop("verbose", 0)  # set below: making the agent anew is nothing to tell of
-        options = {"seed": state["seed"], "device": device, **said, **kwargs}
+        config, script = Config.from_saved(state["config"]), dict(state.get("script", {}))
+        verbose = script.pop("verbose", 0)  # set below: making the agent anew is nothing to tell of
+        options = {"seed": state["seed"], "device": device, **script, **kwargs}
         if not isinstance(changes := options.get("config"), Config):
             options["config"] = config.override(changes)
         agent = cls.from_specs(state["policy"], *specs, num_envs=state["num_envs"], **options)
@@ -279,7 +283,7 @@ class _Attributes:
         self.__dict__.update(values)
 
 
-def _refuse_stand_ins(custom_objects: Mapping[str, Any] | None) -> None:
+def _reject_custom_objects(custom_objects: Mapping[str, Any] | None) -> None:
     """ConfigError for custom_objects, and a warning where they are those that scripts give for every file."""
     if not custom_objects:
         return
@@ -299,6 +303,6 @@ def _path(path: Any, suffix: str = ".zip") -> pathlib.Path | io.BufferedIOBase:
     return path if path.suffix else path.with_suffix(suffix)
 
 
-def _behind(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _without_prefix(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The arrays whose names start with `prefix`, without it."""
     return {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}

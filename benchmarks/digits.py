@@ -155,7 +155,7 @@ def parted(overrides: list[str], form: str) -> tuple[dict[str, Any], dict[str, A
 # What the rows say ------------------------------------------------------------------------------------------------------
 
 
-def paired(rows: dict[int, dict[str, Any]], base: dict[int, dict[str, Any]]) -> tuple[float, float] | None:
+def clustered_mean(rows: dict[int, dict[str, Any]], base: dict[int, dict[str, Any]]) -> tuple[float, float] | None:
     """(mean, standard error) of nats minus those of `base` at as many draws, over the seeds of both; None under two of them."""
     gains = [row["nats"] - base[seed]["curve"][str(row["draws"])] for seed, row in rows.items() if seed in base]
     if len(gains) < 2:
@@ -178,7 +178,7 @@ def summary(group: dict[str, dict[int, dict[str, Any]]]) -> dict[str, dict[str, 
         for name in ("exact", "gap", "ppca", "log_z", "log_z_ess"):
             if name in next(iter(rows.values())):
                 out[form][name] = statistics.mean(row[name] for row in rows.values())
-        gain = paired(rows, group.get("gaussian", {})) if form not in ("gaussian", "ppca") else None
+        gain = clustered_mean(rows, group.get("gaussian", {})) if form not in ("gaussian", "ppca") else None
         if gain is not None:
             out[form]["gain"], out[form]["gain_se"] = gain
     return out

@@ -111,7 +111,7 @@ class Decoders(nn.Module):
         spec = ObsSpec.from_space(spaces.Box(0, 255, (SIDE, SIDE, 3), np.uint8))
         self.latent = GaussianLatent(GaussianLatentConfig(size=LATENT))
         self.encoder = Encoder(EncoderConfig(depth=depth), spec)
-        self.belief = nn.Linear(self.encoder.out_features, self.latent.parameters)
+        self.posterior = nn.Linear(self.encoder.out_features, self.latent.parameters)
         self.prior = Gaussian(GaussianConfig(standard=True), self.latent, 0)
         own = {"depth": depth, "gradient": "stop"}
         self.diffusion = build(
@@ -121,14 +121,14 @@ class Decoders(nn.Module):
 
     def feature(self, frames: Tensor, generator: torch.Generator):
         """(belief, its draw)."""
-        belief = self.latent.belief(self.belief(self.encoder({"obs": frames})))
-        return belief, self.latent.draw(belief, Sampling(generator=generator), (len(frames),), frames.device)
+        posterior = self.latent.distribution(self.posterior(self.encoder({"obs": frames})))
+        return posterior, self.latent.draw(posterior, Sampling(generator=generator), (len(frames),), frames.device)
 
     def loss(self, frames: Tensor, generator: torch.Generator) -> Tensor:
-        belief, code = self.feature(frames, generator)
+        posterior, code = self.feature(frames, generator)
         terms = list(self.diffusion.loss(code, {"obs": frames}, Sampling(generator=generator)).values())
         terms += self.drawn.loss(code.detach(), {"obs": frames}, Sampling(generator=generator)).values()
-        return sum(term.mean() for term in terms) + belief.kl(self.prior.given(None)).mean()
+        return sum(term.mean() for term in terms) + posterior.kl(self.prior.given(None)).mean()
 
     def pictures(self, feature: Tensor, generator: torch.Generator) -> dict[str, Callable[[], Tensor]]:
         draw = lambda decoder, steps: lambda: decoder.sample(feature, Sampling(generator=generator, steps=steps))["obs"]  # noqa: E731

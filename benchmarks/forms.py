@@ -98,18 +98,18 @@ def carried(agent: Any, config: Config) -> dict[str, Any]:
     """The nats of a code against the transition law, and against the marginal where there is one, on held-out episodes."""
     from worldmodel.agents.held_out import collect
     from worldmodel.data import Sampling
-    from worldmodel.diagnostics.geometry import beliefs
+    from worldmodel.diagnostics.geometry import filter_episodes
 
     world = agent.policy.world.eval()
-    seen = beliefs(world, collect(agent, config.env, 20))
+    seen = filter_episodes(world, collect(agent, config.env, 20))
     law = world.dynamics.transition
     nats = {"rate": seen.rate if math.isfinite(seen.rate) else None, "density": law.density, "active": seen.active}
-    if world.marginal is not None and not world.dynamics.latent.certain:
+    if world.marginal is not None and not world.dynamics.latent.deterministic:
         with torch.no_grad():
             generator = torch.Generator(world.device).manual_seed(0)
-            shape, sampling = seen.code.shape[:-1], Sampling(generator=generator)
-            z = world.dynamics.latent.draw(seen.belief, sampling, shape, world.device)
-            nats["marginal_rate"] = float(world.marginal.rate(seen.belief, z, None, sampling=sampling).mean())
+            shape, sampling = seen.z.shape[:-1], Sampling(generator=generator)
+            z = world.dynamics.latent.draw(seen.posterior, sampling, shape, world.device)
+            nats["marginal_rate"] = float(world.marginal.rate(seen.posterior, z, None, sampling=sampling).mean())
     return nats
 
 

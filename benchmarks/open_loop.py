@@ -1,7 +1,7 @@
 """How far dreams are from what came: open-loop error and its ratio to persistence, by horizon, of recipes trained anew.
 
     python benchmarks/open_loop.py
-    python benchmarks/open_loop.py --tasks cartpole --seeds 0 1 2 train.average=0
+    python benchmarks/open_loop.py --tasks cartpole --seeds 0 1 2 train.ema_decay=0
     python benchmarks/open_loop.py --tasks catch --seeds 0 --run runs/catch-s0
     python benchmarks/open_loop.py --print
 

@@ -31,7 +31,8 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     import torch
     from stable_baselines3.common.logger import Logger
 
-    from worldmodel.agents.training.watch import Watch
+    from worldmodel.agents.training.callback import RunCallback
+    from worldmodel.agents.training.held_out_callback import HeldOutCallback
     from worldmodel.commands import train as training
 
     torch.set_num_threads(1)
@@ -52,9 +53,9 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         return wrapped
 
     for method in ("show", "_introduce"):
-        setattr(Watch, method, counted("watch", getattr(Watch, method)))
+        setattr(HeldOutCallback, method, counted("watch", getattr(HeldOutCallback, method)))
     Logger.dump = counted("scalars", Logger.dump)
-    measure = training.Keeper.measure
+    measure = RunCallback.measure
     evaluating = [0.0]
 
     def measured(*args: Any, **kwargs: Any) -> Any:
@@ -64,7 +65,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         finally:
             evaluating[0] += time.process_time() - since
 
-    training.Keeper.measure = measured
+    RunCallback.measure = measured
     with tempfile.TemporaryDirectory() as folder, Load() as load:
         since = time.process_time()
         result = training.train("cartpole", seed=job["seed"], run_dir=Path(folder) / "run", overrides=["log.pictures=500"])
@@ -114,13 +115,13 @@ def keep(job: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from worldmodel.commands import train as training
+    from worldmodel.storage.disk_columns import DiskColumns
     from worldmodel.storage.replay import Replay
     from worldmodel.storage.run import Run
-    from worldmodel.storage.spool import Spool
 
     torch.set_num_threads(1)
     clock = Clock()
-    for owner, method in ((Run, "save"), (Run, "flush"), (Replay, "save"), (Spool, "put"), (Spool, "windows")):
+    for owner, method in ((Run, "save"), (Run, "flush"), (Replay, "save"), (DiskColumns, "put"), (DiskColumns, "windows")):
         clock.around(owner, method)
     options = [f"train.replay={job['replay']}", *job["options"]]
     with tempfile.TemporaryDirectory() as folder, Load() as load:

@@ -138,7 +138,7 @@ def gap(job: dict[str, Any]) -> dict[str, Any]:
         obs, _ = env.reset(seed=40_000 + episode)
         state, action, first = world.initial(1), torch.zeros(1, world.action.dim), torch.ones(1, dtype=torch.bool)
         for step in range(61):
-            rows = tensors(world.obs.to_rows(np.asarray(obs)[None]))
+            rows = tensors(world.obs.to_raw(np.asarray(obs)[None]))
             state = world.observe(state, rows, action, first, Sampling(mode=True))
             first = torch.zeros(1, dtype=torch.bool)
             if step % 20 == 0:

@@ -201,7 +201,7 @@ def _gap(figures: Figures) -> str:
         sides = [row["by_penalty"][penalty] for row in found]
         gap, real = spread(x["imagined"] - x["real"] for x in sides), spread(x["real"] for x in sides)
         lines.append([figures.mark(penalty, found), gap, real])
-    return figures.table(["`agent.plan.penalty`", "imagined less real return", "real return"], lines, found)
+    return figures.table(["`agent.plan.uncertainty_penalty`", "imagined less real return", "real return"], lines, found)
 
 
 @block("catch-encoder")

@@ -49,7 +49,7 @@ def measure(store: dict[str, Any], count: int) -> dict[str, Any]:
     with Load() as load:
         for _ in range(count + 10):
             since = time.perf_counter()
-            replay.sample(BATCH, LENGTH, rng, ends=ENDS)
+            replay.sample(BATCH, LENGTH, rng, terminal_fraction=ENDS)
             taken.append(1000 * (time.perf_counter() - since))
     median, p95 = np.percentile(taken[10:], [50, 95]).tolist()
     size = {"held": len(replay), "megabytes": replay.nbytes / 1e6}

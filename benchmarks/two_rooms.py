@@ -40,8 +40,8 @@ from worldmodel.objectives import epps_pulley
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "sigreg": {"model.objective.probe": False},
-    "vicreg": {"model.objective.probe": False, "model.objective.anti": "vicreg", "train.scales.collapse": 4.0},
-    "none": {"model.objective.probe": False, "model.objective.anti": "none", "model.objective.inverse": False},
+    "vicreg": {"model.objective.probe": False, "model.objective.anti_collapse": "vicreg", "train.scales.collapse": 4.0},
+    "none": {"model.objective.probe": False, "model.objective.anti_collapse": "none", "model.objective.inverse": False},
     "hybrid": {"model": "hybrid", "train.scales.collapse": 10.0, "train.scales.inverse": 30.0},  # as sigreg, beside nats
 }
 PLAIN = ("random", "straight")
@@ -119,11 +119,11 @@ def random_walks(config: Config, world: Any, episodes: int, length: int = 21) ->
             shown.append(obs)
             places.append(env.unwrapped.position)
             actions.append(action)
-            if not t or rng.random() * config.train.prefill_hold < 1:
+            if not t or rng.random() * config.train.random_action_repeat < 1:
                 action = rng.uniform(-1, 1, 2).astype(np.float32)
             obs = env.step(action)[0]
-    rows = {name: torch.as_tensor(x, device=world.device) for name, x in world.obs.to_rows(np.stack(shown)).items()}
-    seen = {name: x.view(episodes, length, *x.shape[1:]) for name, x in world.inputs(rows).items()}
+    rows = {name: torch.as_tensor(x, device=world.device) for name, x in world.obs.to_raw(np.stack(shown)).items()}
+    seen = {name: x.view(episodes, length, *x.shape[1:]) for name, x in world.preprocess(rows).items()}
     before = torch.as_tensor(np.stack(actions), device=world.device).view(episodes, length, 2)
     first = torch.zeros(episodes, length, dtype=torch.bool, device=world.device)
     first[:, 0] = True
@@ -169,7 +169,7 @@ def length(start: np.ndarray, goal: np.ndarray) -> float:
     """Pixels of the shortest way, through the door if need be."""
     env = TwoRooms()
     env.position, env.goal = start, goal
-    return float(np.linalg.norm(np.diff(np.vstack([start, env.way()]), axis=0), axis=1).sum())
+    return float(np.linalg.norm(np.diff(np.vstack([start, env.shortest_path()]), axis=0), axis=1).sum())
 
 
 def ranked(x: np.ndarray, y: np.ndarray) -> float:
@@ -186,7 +186,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     updates = {} if job["updates"] is None else {"train.pretrain": job["updates"]}
     config = Config.from_recipe("two_rooms", [f"{k}={json.dumps(v)}" for k, v in {**over, **updates}.items()] + job["overrides"])
     if job["variant"] in PLAIN:
-        act = straight if job["variant"] == "straight" else at_random(config.train.prefill_hold)
+        act = straight if job["variant"] == "straight" else at_random(config.train.random_action_repeat)
         return outcome(reach(config, job["episodes"], act))
     with Load() as load:
         since = time.perf_counter()

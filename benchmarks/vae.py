@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from worldmodel import registry
 from worldmodel.config import Frozen
 from worldmodel.data import Sampling
-from worldmodel.diagnostics.likelihood import Importance, importance, stacked
-from worldmodel.distributions import GaussianLatent, GaussianLatentConfig, GaussianPosterior, Inputs, Source
+from worldmodel.diagnostics.likelihood import Importance, concatenated, importance
+from worldmodel.distributions import EncoderInterface, GaussianLatent, GaussianLatentConfig, GaussianPosterior, PosteriorSource
 from worldmodel.model import active_units
 from worldmodel.nn.networks import MLP
 
@@ -61,14 +61,14 @@ class VAE(nn.Module):
         self.latent = GaussianLatent(GaussianLatentConfig(size=latents))
         self.body, self.decoder, self.likelihood = body, decoder, likelihood
         self.head = nn.Linear(body.out_features, self.latent.parameters)
-        source = Source(Inputs({"image": shape}, body.out_features, self.embed), 0, self.posterior)
+        source = PosteriorSource(EncoderInterface({"image": shape}, body.out_features, self.embed), 0, self.posterior)
         self.law = registry.build("distribution", law, self.latent, 0, source)
 
     def embed(self, obs: dict[str, Tensor]) -> Tensor:
         return self.body(obs["image"].flatten(1))
 
     def posterior(self, embed: Tensor, carry: Tensor | None = None) -> GaussianPosterior:
-        return self.latent.belief(self.head(embed))
+        return self.latent.distribution(self.head(embed))
 
     def encode(self, x: Tensor) -> GaussianPosterior:
         return self.posterior(self.embed({"image": x}))
@@ -181,9 +181,9 @@ def seeded(seed: int, make: Callable[[], VAE], begin: Tensor | None = None) -> V
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = make()
-    if begin is not None and hasattr(vae.law, "begin"):
+    if begin is not None and hasattr(vae.law, "init_pseudo_inputs"):
         order = torch.randperm(len(begin), generator=torch.Generator().manual_seed(seed))
-        vae.law.begin({"image": begin[order]})
+        vae.law.init_pseudo_inputs({"image": begin[order]})
     return vae
 
 
@@ -236,10 +236,10 @@ def learn(
 
 
 def _update(vae: VAE, optimizer, x: Tensor, rows: Tensor, beta: float, clip: float, streams: Streams) -> None:
-    belief = vae.encode(x)
-    z = belief.sample(vae.latent.noise((len(x),), streams.codes, x.device))
+    posterior = vae.encode(x)
+    z = posterior.sample(vae.latent.noise((len(x),), streams.codes, x.device))
     exact, sampling = vae.law.density == "exact", Sampling(generator=streams.law)
-    rate = vae.law.rate(belief, z, None, frozen=not exact, sampling=sampling, rows=rows)
+    rate = vae.law.rate(posterior, z, None, frozen=not exact, sampling=sampling, rows=rows)
     loss = (beta * rate - vae.log_likelihood(z, x)).mean()
     if not exact:
         loss = loss + sum(term.mean() for term in vae.law.loss(z.detach(), None, sampling=sampling, rows=rows).values())
@@ -265,9 +265,9 @@ def validation(vae: VAE, x: Tensor, noises: int, chunk: int = 2000) -> float:
     generator, total = torch.Generator().manual_seed(0), 0.0
     prior, _ = log_prior(vae)
     for part in x.split(chunk):
-        belief = vae.encode(part)
-        z = belief.sample(vae.latent.noise((noises, len(part)), generator, part.device))
-        total += float((vae.log_likelihood(z, part) + prior(z) - belief.log_prob(z)).mean(0).sum())
+        posterior = vae.encode(part)
+        z = posterior.sample(vae.latent.noise((noises, len(part)), generator, part.device))
+        total += float((vae.log_likelihood(z, part) + prior(z) - posterior.log_prob(z)).mean(0).sum())
     return total / len(x)
 
 
@@ -302,7 +302,7 @@ def weighed(vae: VAE, x: Tensor, draws: int, seed: int, prior: Callable[[Tensor]
     for part in x.split(rows):
         likelihood = lambda z, part=part: vae.log_likelihood(z, part)  # noqa: E731
         parts.append(importance(vae.encode(part), vae.latent, prior, likelihood, draws, generator))
-    return stacked(parts)
+    return concatenated(parts)
 
 
 def figures(vae: VAE, x: Tensor, found: Importance) -> dict[str, Any]:

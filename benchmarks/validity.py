@@ -68,7 +68,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 def measure(world, train, held_out, job: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
     """Everything about one model; the same draws' noise for each form."""
     from worldmodel.diagnostics.geometry import spherical
-    from worldmodel.diagnostics.validity import Region, detour, nearest, slope
+    from worldmodel.diagnostics.validity import Region, decoder_sensitivity, nearest, path_ratio
     from worldmodel.model import active_units
 
     def decode(z):
@@ -78,26 +78,26 @@ def measure(world, train, held_out, job: dict[str, Any], generator: torch.Genera
     truth = torch.cat([x.flatten(1) for x in real["obs"].values()], 1)
     half = len(truth) // 2  # whole episodes: those of the first half are the region's, the others' the test
     region = Region.of(truth[:half], truth[half:])
-    codes, pairs = held["z"][half:], torch.randperm(len(truth) - half, generator=generator)
+    latents, pairs = held["z"][half:], torch.randperm(len(truth) - half, generator=generator)
     rebuilt = decode(held["mean"][half:])
-    steep = float(slope(decode, codes[:DRAWS], generator=generator).quantile(0.95))
+    steep = float(decoder_sensitivity(decode, latents[:DRAWS], generator=generator).quantile(0.95))
     out: dict[str, Any] = {
         "error": float((rebuilt - truth[half:]).square().mean().sqrt()),
         "radius": region.radius,
-        "codes": {"valid": float(region.holds(decode(codes[:DRAWS])).float().mean())},
+        "codes": {"valid": float(region.contains(decode(latents[:DRAWS])).float().mean())},
         "active": active_units(held["mean"]),
-        "deviation": float(codes.std(0).mean()),
-        "apart": float(nearest(codes, held["z"][:half]).median()),
+        "deviation": float(latents.std(0).mean()),
+        "apart": float(nearest(latents, held["z"][:half]).median()),
     }
-    one, other = codes[:DRAWS], codes[pairs][:DRAWS]
+    one, other = latents[:DRAWS], latents[pairs][:DRAWS]
     for name, middle in (("line", torch.lerp(one, other, 0.5)), ("circle", spherical(one, other, 0.5))):
-        out[f"midpoint, {name}"] = float(region.holds(decode(middle)).float().mean())
-    out["detour"] = float(detour(decode, one[:256], other[:256]).median())
+        out[f"midpoint, {name}"] = float(region.contains(decode(middle)).float().mean())
+    out["detour"] = float(path_ratio(decode, one[:256], other[:256]).median())
     for form in ("N(0, I)", *job["forms"]):
-        z, nats = draws(world, form, fitted, codes, generator)
+        z, nats = draws(world, form, fitted, latents, generator)
         out[form] = {
-            "valid": float(region.holds(decode(z)).float().mean()),
-            "slope": float(slope(decode, z, generator=generator).quantile(0.95)) / max(steep, 1e-9),
+            "valid": float(region.contains(decode(z)).float().mean()),
+            "slope": float(decoder_sensitivity(decode, z, generator=generator).quantile(0.95)) / max(steep, 1e-9),
             "regret": nats,
         }
     return out
@@ -109,7 +109,7 @@ def codes_of(world, rows, generator: torch.Generator) -> dict[str, Any]:
     from worldmodel.nn.networks import flatten
 
     rows = rows.to(world.device)
-    batch = rows.with_obs(world.inputs(rows.obs))
+    batch = rows.with_obs(world.preprocess(rows.obs))
     with torch.no_grad():
         trace = world.trace(batch, None, Sampling(generator=generator))
     found = {"z": trace.z, "mean": trace.posterior.mean, "carry": trace.h}
@@ -127,9 +127,9 @@ def draws(world, form: str, fitted, test, generator: torch.Generator) -> tuple[t
     if form == "N(0, I)":
         return normal.sample(None, DRAWS, Sampling(generator=generator))[:, 0], None
     law = registry.build("distribution", registry.config_class("distribution", form)(), latent, 0, world.dynamics.source)
-    if hasattr(law, "begin"):
+    if hasattr(law, "init_pseudo_inputs"):
         some = torch.randperm(len(fitted["z"]), generator=generator)[: law.config.components]
-        law.begin({name: x[some] for name, x in fitted["obs"].items()}, fitted["carry"][some])
+        law.init_pseudo_inputs({name: x[some] for name, x in fitted["obs"].items()}, fitted["carry"][some])
     law.fit(fitted["z"], steps=FIT_STEPS, generator=generator)
     law.eval()
     z = law.sample(None, DRAWS, Sampling(generator=generator))[:, 0].detach()

@@ -19,7 +19,7 @@ from typer.models import ArgumentInfo
 
 from worldmodel import registry
 from worldmodel.cli import app
-from worldmodel.config import REQUIRED, Config, Row, describe
+from worldmodel.config import REQUIRED, Config, OptionInfo, describe
 
 HERE = Path(__file__).resolve().parent
 PAGES = ("reference/options.md", "reference/command-line.md")
@@ -58,13 +58,13 @@ def default(value: Any) -> str:
     return "required" if value is REQUIRED else f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
 
 
-def options(rows: Iterable[Row]) -> str:
+def options(rows: Iterable[OptionInfo]) -> str:
     """The table of some options."""
     cells = [[f"`{row.key}`", row.type, default(row.default), row.description] for row in rows]
     return table(["option", "type", "default", "meaning"], cells)
 
 
-def without_parts() -> Iterator[Row]:
+def without_parts() -> Iterator[OptionInfo]:
     """The options that belong to no exchangeable part."""
     parts = ("agent.", *(f"model.{slot}." for slot in ("encoder", "decoder", "dynamics", "objective", "heads", "ensemble")))
     for row in describe(Config):

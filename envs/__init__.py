@@ -12,7 +12,7 @@ from typing import Any
 
 import gymnasium
 
-_HOMES = {
+_MODULES = {
     "ActionRepeat": "wrappers",
     "Catch": "tiny",
     "Chain": "tiny",
@@ -36,13 +36,13 @@ _HOMES = {
     "make_vec": "make",
     "scene": "draw",
 }
-__all__ = sorted(_HOMES)
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'worldmodel.envs' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"worldmodel.envs.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"worldmodel.envs.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -43,12 +43,12 @@ def missing_extra(error: BaseException) -> MissingExtraError | None:
     """The error that names our extra, if `error` says that one of its packages is absent, and it is."""
     if not isinstance(error, (ImportError, gymnasium.error.DependencyNotInstalled)):
         return None
-    said = {name.lower() for name in absent(error)}
+    mentioned = {name.lower() for name in absent(error)}
     # Gymnasium wraps the import error in a sentence of its own, which may name a second package in passing.
-    if isinstance(error, gymnasium.error.DependencyNotInstalled) and not said & {module.lower() for module in EXTRAS}:
-        said = set(re.findall(r"\w+", str(error).lower()))
+    if isinstance(error, gymnasium.error.DependencyNotInstalled) and not mentioned & {module.lower() for module in EXTRAS}:
+        mentioned = set(re.findall(r"\w+", str(error).lower()))
     for module, extra in EXTRAS.items():
-        if module.lower() in said and find_spec(module) is None:
+        if module.lower() in mentioned and find_spec(module) is None:
             return MissingExtraError(f"The environment needs the package '{module}', which is not installed. {install(extra)}")
     return None
 

@@ -32,13 +32,13 @@ from worldmodel.envs.draw import Viewer
 from worldmodel.envs.vectors.plain import plain_action, plain_obs
 from worldmodel.errors import ConfigError, NumericsError, did_you_mean
 from worldmodel.learner import reuse_memory
-from worldmodel.model import WorldModel, doubt, needs_ensemble, needs_marginal
+from worldmodel.model import WorldModel, needs_ensemble, needs_marginal, reward_penalty
 from worldmodel.spaces import ObsSpec
 from worldmodel.storage.replay import Replay
 from worldmodel.storage.run import Run
 
 Start = Literal["replay", "prior"]
-Form = Literal["latent", "decoded"]
+ObservationKind = Literal["latent", "decoded"]
 Source = WorldModel | Run | str | Path
 
 
@@ -78,13 +78,13 @@ class ReplayStarts:
             )
         self.world, self.replay = world, replay
         self.pool: State | None = None
-        self.left = 0
+        self.draws_left = 0
 
     def draw(self, count: int, generator: torch.Generator) -> State:
-        if self.pool is None or self.left <= 0:
+        if self.pool is None or self.draws_left <= 0:
             self.pool = self._filter(generator)
-            self.left = self.reuse * self.pool.batch_size
-        self.left -= count
+            self.draws_left = self.reuse * self.pool.batch_size
+        self.draws_left -= count
         rows = torch.randint(self.pool.batch_size, (count,), generator=generator, device=generator.device)
         return self.pool.index(rows)
 
@@ -92,16 +92,16 @@ class ReplayStarts:
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
         length = min(self.length, max(self.replay.lengths))
         batch = self.replay.sample(self.windows, length, np.random.default_rng(seed)).to(self.world.device)
-        trace = self.world.trace(batch.with_obs(self.world.inputs(batch.obs)), None, Sampling(generator=generator))
-        opened = batch.is_first.cumsum(1) > 0
-        known = opened | (torch.arange(length, device=opened.device) >= length // 4)
+        trace = self.world.trace(batch.with_obs(self.world.preprocess(batch.obs)), None, Sampling(generator=generator))
+        episode_started = batch.is_first.cumsum(1) > 0
+        known = episode_started | (torch.arange(length, device=episode_started.device) >= length // 4)
         rows = known & ~batch.is_terminal
         if not rows.any():
             raise ConfigError("start='replay': the world ended at every row of the replay. Collect more, or use start='prior'.")
         return trace.states.index(rows)  # [N, ...]
 
 
-class Arrival(NamedTuple):
+class StepResult(NamedTuple):
     """What a step of N worlds brings: their features, the rewards on arriving there, and how their episodes stand."""
 
     feature: Float[Tensor, "N F"]
@@ -119,10 +119,10 @@ class ImaginedWorld:
     observation  "latent": the feature; "decoded": the expected observation, in the environment's own space
     plain        the spaces count from 0 and have one dimension, as SB3's own algorithms need them (see plain.py)
     seed         of the generator; None: a fresh one
-    penalty      taken off each reward, in units of the rewards' own size, per unit of the ensemble's uncertainty; below 0: a
+    uncertainty_penalty      taken off each reward, in units of the rewards' own size, per unit of the ensemble's uncertainty; below 0: a
                  bonus that explores
     max_uncertainty  an episode is truncated where the ensemble's uncertainty is greater; None: nowhere
-    manifold     taken off each reward, in those units, per nat, and number of the code, that it is less likely than real codes are
+    typicality_penalty     taken off each reward, in those units, per nat, and number of the code, that it is less likely than real codes are
 
     Actions of `step` are canonical tensors; `encode` makes them of those in `action_space`. Raises ConfigError.
     """
@@ -134,12 +134,12 @@ class ImaginedWorld:
         horizon: int = 15,
         *,
         start: Start = "replay",
-        observation: Form = "latent",
+        observation: ObservationKind = "latent",
         seed: int | None = None,
         replay: Replay | None = None,
-        penalty: float = 0.0,
+        uncertainty_penalty: float = 0.0,
         max_uncertainty: float | None = None,
-        manifold: float = 0.0,
+        typicality_penalty: float = 0.0,
         plain: bool = False,
     ):
         for name, number in (("num_envs", num_envs), ("horizon", horizon)):
@@ -151,10 +151,10 @@ class ImaginedWorld:
             if value not in known:
                 raise ConfigError(f"{name} is {value!r}; expected one of {known}.{did_you_mean(str(value), known)}")
         self.world, run = learned_world(source)
-        needs_ensemble(self.world, "penalty", penalty)
+        needs_ensemble(self.world, "uncertainty_penalty", uncertainty_penalty)
         needs_ensemble(self.world, "max_uncertainty", max_uncertainty)
-        needs_marginal(self.world, "manifold", manifold)
-        self.penalty, self.max_uncertainty, self.manifold = penalty, max_uncertainty, manifold
+        needs_marginal(self.world, "typicality_penalty", typicality_penalty)
+        self.uncertainty_penalty, self.max_uncertainty, self.typicality_penalty = uncertainty_penalty, max_uncertainty, typicality_penalty
         if start == "replay" and replay is None:
             if run is None:
                 raise ConfigError(
@@ -191,7 +191,7 @@ class ImaginedWorld:
         """Begins new episodes in the worlds of these numbers (None: in all); their features."""
         rows = torch.arange(self.num_envs, device=self.device) if rows is None else rows
         if self._starts is None:
-            fresh = self.world.dynamics.begin(len(rows), Sampling(generator=self.generator))
+            fresh = self.world.dynamics.sample_initial(len(rows), Sampling(generator=self.generator))
         else:
             fresh = self._starts.draw(len(rows), self.generator)
         self.state = State({name: x.index_copy(0, rows, fresh[name]) for name, x in self.state.items()})
@@ -199,7 +199,7 @@ class ImaginedWorld:
         return self.world.dynamics.feature(fresh)
 
     @torch.no_grad()
-    def step(self, action: Float[Tensor, "N A"]) -> Arrival:
+    def step(self, action: Float[Tensor, "N A"]) -> StepResult:
         """One step of all worlds. Ended ones go on until they are reset. Raises NumericsError."""
         dream = self.world.imagine(self.state, lambda feature, step: action, 1, Sampling(generator=self.generator))
         self.state, self.age = dream.last, self.age + 1
@@ -209,13 +209,13 @@ class ImaginedWorld:
                 "An imagined reward or end is not finite; expected finite numbers. The world model is broken: open an earlier "
                 "checkpoint, run.world_model(step)."
             )
-        lot = torch.rand(self.num_envs, generator=self.generator, device=self.device)
-        terminated, over = lot >= cont, self.age >= self.horizon
+        u = torch.rand(self.num_envs, generator=self.generator, device=self.device)
+        terminated, over = u >= cont, self.age >= self.horizon
         uncertainty = dream.uncertainty[:, 0]
         if self.max_uncertainty is not None:
             over = over | (uncertainty > self.max_uncertainty)
-        reward = reward - self.world.heads.scale.value * doubt(self.world, dream, self.penalty, self.manifold)[:, 0]
-        return Arrival(dream.feature[:, 1], reward, terminated, over & ~terminated)
+        reward = reward - self.world.heads.scale.value * reward_penalty(self.world, dream, self.uncertainty_penalty, self.typicality_penalty)[:, 0]
+        return StepResult(dream.feature[:, 1], reward, terminated, over & ~terminated)
 
     # As arrays ------------------------------------------------------------------------------------------------------
 
@@ -223,9 +223,9 @@ class ImaginedWorld:
         """Canonical actions of those in `action_space` [N, ...]. Raises ValueError for others."""
         return torch.from_numpy(self.action.encode(actions)).to(self.device)
 
-    def look(self, feature: Float[Tensor, "n F"]) -> Any:
+    def to_observations(self, feature: Float[Tensor, "n F"]) -> Any:
         """The observations [n, ...] of features, as fresh arrays in `observation_space` (a dict where that is a Dict)."""
-        return look(self.world, feature, self.obs)
+        return to_observations(self.world, feature, self.obs)
 
     def advance(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, np.ndarray, Any]:
         """One step in which ended worlds begin anew: (obs, reward, terminated, truncated, ended, last).
@@ -233,9 +233,9 @@ class ImaginedWorld:
         obs [N, ...] are the new episodes' first where one ended; `ended` [n] are the numbers of those worlds, `last` [n, ...]
         the observations that they ended with.
         """
-        arrival = self.step(self.encode(actions))
-        obs, reward = self.look(arrival.feature), arrival.reward.cpu().numpy()
-        terminated, truncated = arrival.terminated.cpu().numpy(), arrival.truncated.cpu().numpy()
+        step_result = self.step(self.encode(actions))
+        obs, reward = self.to_observations(step_result.feature), step_result.reward.cpu().numpy()
+        terminated, truncated = step_result.terminated.cpu().numpy(), step_result.truncated.cpu().numpy()
         ended = np.flatnonzero(terminated | truncated)
         last = part(obs, ended)
         self.begin(ended, obs)
@@ -245,7 +245,7 @@ class ImaginedWorld:
         """New episodes in the worlds of these numbers [n], their first observations into those of all worlds."""
         if not len(rows):
             return
-        fresh = self.look(self.reset(torch.from_numpy(rows).to(self.device)))
+        fresh = self.to_observations(self.reset(torch.from_numpy(rows).to(self.device)))
         for into, first in [(obs[name], fresh[name]) for name in obs] if isinstance(obs, dict) else [(obs, fresh)]:
             into[rows] = first
 
@@ -274,7 +274,7 @@ class ImaginedWorld:
         return frames
 
 
-def look(world: WorldModel, feature: Float[Tensor, "n F"], spec: ObsSpec | None) -> Any:
+def to_observations(world: WorldModel, feature: Float[Tensor, "n F"], spec: ObsSpec | None) -> Any:
     """Features as observations: themselves, or what they decode to in the space of a spec; fresh arrays."""
     return feature.cpu().numpy() if spec is None else spec.to_env(spec.raw(world.decode(feature)))
 
@@ -295,10 +295,10 @@ class ImaginedVecEnv(VecEnv):
                   Categories, observed or acted, count from 0 whatever the environment's begin at: so SB3's algorithms take them
     seed          of the worlds' own generator; `seed()` sets it anew, from the next reset on
     replay        recorded experience, where the run's is not meant or there is no run
-    penalty       taken off each reward, in units of the rewards' own size, per unit of the ensemble's uncertainty; below 0: a
+    uncertainty_penalty       taken off each reward, in units of the rewards' own size, per unit of the ensemble's uncertainty; below 0: a
                  bonus that explores
     max_uncertainty  an episode is truncated where the ensemble's uncertainty is greater; None: nowhere
-    manifold     taken off each reward, in those units, per nat, and number of the code, that it is less likely than real codes are
+    typicality_penalty     taken off each reward, in those units, per nat, and number of the code, that it is less likely than real codes are
 
     What comes out are fresh arrays: SB3 writes into some of them. `render` and `get_images` show what the worlds decode to.
     Raises ConfigError.
@@ -311,17 +311,17 @@ class ImaginedVecEnv(VecEnv):
         horizon: int = 15,
         *,
         start: Start = "replay",
-        observation: Form = "latent",
+        observation: ObservationKind = "latent",
         seed: int | None = None,
         replay: Replay | None = None,
-        penalty: float = 0.0,
+        uncertainty_penalty: float = 0.0,
         max_uncertainty: float | None = None,
-        manifold: float = 0.0,
+        typicality_penalty: float = 0.0,
     ):
-        options = {"seed": seed, "replay": replay, "penalty": penalty, "manifold": manifold}
+        options = {"seed": seed, "replay": replay, "uncertainty_penalty": uncertainty_penalty, "typicality_penalty": typicality_penalty}
         options |= {"max_uncertainty": max_uncertainty, "plain": True}
         self.worlds = ImaginedWorld(run_or_model, num_envs, horizon, start=start, observation=observation, **options)
-        self.rows = [ImaginedRow(self.worlds, i) for i in range(num_envs)]
+        self.rows = [ImaginedSubEnv(self.worlds, i) for i in range(num_envs)]
         super().__init__(num_envs, self.worlds.observation_space, self.worlds.action_space)
 
     def reset(self) -> Any:
@@ -329,7 +329,7 @@ class ImaginedVecEnv(VecEnv):
         self._reset_seeds()
         self._reset_options()
         self.reset_infos = [{} for _ in range(self.num_envs)]
-        return self.worlds.look(self.worlds.reset())
+        return self.worlds.to_observations(self.worlds.reset())
 
     def step_async(self, actions: np.ndarray) -> None:
         self._actions = actions
@@ -361,7 +361,7 @@ class ImaginedVecEnv(VecEnv):
         return [False for _ in self._get_indices(indices)]
 
 
-class ImaginedRow:
+class ImaginedSubEnv:
     """One of several imagined worlds, as `get_attr` and `env_method` see it: they step together, so it only looks."""
 
     spec = None
@@ -409,12 +409,12 @@ class ImaginedEnv(gym.Env):
         super().reset(seed=seed)
         if seed is not None:
             self.worlds.seed(seed)
-        return part(self.worlds.look(self.worlds.reset()), 0), {}
+        return part(self.worlds.to_observations(self.worlds.reset()), 0), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        arrival = self.worlds.step(self.worlds.encode(np.asarray(action)[None]))
-        obs = part(self.worlds.look(arrival.feature), 0)
-        return obs, float(arrival.reward), bool(arrival.terminated), bool(arrival.truncated), {}
+        step_result = self.worlds.step(self.worlds.encode(np.asarray(action)[None]))
+        obs = part(self.worlds.to_observations(step_result.feature), 0)
+        return obs, float(step_result.reward), bool(step_result.terminated), bool(step_result.truncated), {}
 
     def render(self) -> np.ndarray | None:
         return self.worlds.frames()[0] if self.render_mode == "rgb_array" else None
@@ -432,7 +432,7 @@ class ImaginedVectorEnv(gym.vector.VectorEnv):
     `reset(options={"reset_mask": rows})` begins some worlds anew, and leaves the others where they are. Raises ConfigError.
     """
 
-    resets_rows = True
+    supports_reset_mask = True
     """`reset` knows `reset_mask` (see adapter.py)."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 30, "autoreset_mode": AutoresetMode.SAME_STEP}
@@ -457,7 +457,7 @@ class ImaginedVectorEnv(gym.vector.VectorEnv):
         self.worlds.check_render_mode(render_mode)
         self.mode = AutoresetMode(autoreset_mode)
         self.metadata = {**self.metadata, "autoreset_mode": self.mode, "render_modes": self.worlds.render_modes}
-        self.num_envs, self.render_mode, self._over = num_envs, render_mode, np.zeros(num_envs, bool)
+        self.num_envs, self.render_mode, self._ended = num_envs, render_mode, np.zeros(num_envs, bool)
         self.single_observation_space, self.single_action_space = self.worlds.observation_space, self.worlds.action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -470,14 +470,14 @@ class ImaginedVectorEnv(gym.vector.VectorEnv):
             raise ConfigError(f"options['reset_mask'] is {mask!r}; expected {self.num_envs} flags, at least one of them True.")
         super().reset(seed=seed)
         if mask is None:
-            self._over[:] = False
+            self._ended[:] = False
             self.worlds.seed(seed)
-            return self.worlds.look(self.worlds.reset()), {}
+            return self.worlds.to_observations(self.worlds.reset()), {}
         if seed is not None:
             self.worlds.seed(seed)
         self.worlds.reset(torch.from_numpy(np.flatnonzero(mask)).to(self.worlds.device))
-        self._over[mask] = False
-        return self.worlds.look(self.worlds.world.dynamics.feature(self.worlds.state)), {}
+        self._ended[mask] = False
+        return self.worlds.to_observations(self.worlds.world.dynamics.feature(self.worlds.state)), {}
 
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         if self.mode is not AutoresetMode.SAME_STEP:
@@ -494,18 +494,18 @@ class ImaginedVectorEnv(gym.vector.VectorEnv):
 
     def _step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """One step in which nothing ends and begins at once."""
-        begins = self._over.copy()
-        if begins.any() and self.mode is AutoresetMode.DISABLED:
+        to_reset = self._ended.copy()
+        if to_reset.any() and self.mode is AutoresetMode.DISABLED:
             raise ConfigError(
-                f"The worlds {np.flatnonzero(begins).tolist()} have ended, and autoreset_mode is DISABLED. Begin them anew "
+                f"The worlds {np.flatnonzero(to_reset).tolist()} have ended, and autoreset_mode is DISABLED. Begin them anew "
                 "before the next step: reset(options={'reset_mask': terminated | truncated})."
             )
-        arrival = self.worlds.step(self.worlds.encode(actions))
-        obs, reward = self.worlds.look(arrival.feature), arrival.reward.cpu().numpy()
-        terminated, truncated = arrival.terminated.cpu().numpy(), arrival.truncated.cpu().numpy()
-        self.worlds.begin(np.flatnonzero(begins), obs)
-        reward[begins], terminated[begins], truncated[begins] = 0, False, False
-        self._over = terminated | truncated
+        step_result = self.worlds.step(self.worlds.encode(actions))
+        obs, reward = self.worlds.to_observations(step_result.feature), step_result.reward.cpu().numpy()
+        terminated, truncated = step_result.terminated.cpu().numpy(), step_result.truncated.cpu().numpy()
+        self.worlds.begin(np.flatnonzero(to_reset), obs)
+        reward[to_reset], terminated[to_reset], truncated[to_reset] = 0, False, False
+        self._ended = terminated | truncated
         return obs, reward, terminated, truncated, {}
 
     def render(self) -> tuple[np.ndarray, ...] | None:

@@ -41,46 +41,46 @@ class LatentVecEnv(VecEnvWrapper):
                     f"The environments' {name} space is {space}; the world model was trained on {known}. Pass environments made "
                     "as in its training: worldmodel.envs.make_vec(run.config.env)."
                 )
-        self._form = Plain.of(venv.action_space, action=True)
-        super().__init__(venv, observation_space=latent_space(self.world), action_space=self._form.outer)
+        self._plain_action = Plain.of(venv.action_space, action=True)
+        super().__init__(venv, observation_space=latent_space(self.world), action_space=self._plain_action.outer)
         self.device = self.world.device
-        self._everyone = np.arange(self.num_envs)
+        self._all = np.arange(self.num_envs)
         self._state = self.world.initial(self.num_envs)
         self._action = np.zeros((self.num_envs, self.world.action.dim), np.float32)
 
     def reset(self) -> np.ndarray:
-        return self._begin(self.venv.reset(), self._everyone)
+        return self._begin(self.venv.reset(), self._all)
 
     def step_async(self, actions: np.ndarray) -> None:
-        actions = self._form.inward(actions)
+        actions = self._plain_action.from_plain(actions)
         self._action = self.world.action.encode(actions)
         self.venv.step_async(actions)
 
     def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
         obs, rewards, dones, infos = self.venv.step_wait()
         ended = np.flatnonzero(dones)
-        told = [i for i in ended if infos[i].get("terminal_observation") is not None]
-        rows = self.world.obs.to_rows(obs)
-        for i in told:
-            for name, x in self.world.obs.to_rows(_batch_of_one(infos[i]["terminal_observation"])).items():
-                rows[name][i] = x[0]
-        feature = self._see(rows, self._everyone, first=False)
+        with_terminal = [i for i in ended if infos[i].get("terminal_observation") is not None]
+        raw = self.world.obs.to_raw(obs)
+        for i in with_terminal:
+            for name, x in self.world.obs.to_raw(_batch_of_one(infos[i]["terminal_observation"])).items():
+                raw[name][i] = x[0]
+        feature = self._filter(raw, self._all, first=False)
         if len(ended):
-            for i in told:
+            for i in with_terminal:
                 infos[i]["terminal_observation"] = feature[i].copy()
             feature[ended] = self._begin(part(obs, ended), ended)
         return feature, rewards, dones, infos
 
     def _begin(self, obs: Any, envs: np.ndarray) -> np.ndarray:
         """Features [n, F] of episodes' first observations."""
-        return self._see(self.world.obs.to_rows(obs), envs, first=True)
+        return self._filter(self.world.obs.to_raw(obs), envs, first=True)
 
-    def _see(self, rows: dict[str, np.ndarray], envs: np.ndarray, first: bool) -> np.ndarray:
+    def _filter(self, raw: dict[str, np.ndarray], envs: np.ndarray, first: bool) -> np.ndarray:
         """Takes observations of some environments into their beliefs; the features [n, F]."""
         at = torch.from_numpy(envs).to(self.device)
         belief = self.world.observe(
             self._state.index(at),
-            tensors(rows, self.device),
+            tensors(raw, self.device),
             torch.from_numpy(self._action[envs]).to(self.device),
             torch.full((len(envs),), first, device=self.device),
             Sampling(mode=True),

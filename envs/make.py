@@ -86,9 +86,9 @@ def make_env(config: EnvConfig | str, index: int = 0, seed: int | None = None) -
             warnings.filterwarnings("ignore", ".*not in the possible render_modes", UserWarning)
             env = gym.make(spec, max_episode_steps=-1, disable_env_checker=True, **kwargs)
     except Exception as error:
-        _explain(error, config, index)
+        _raise_creation_error(error, config, index)
     limit = spec.max_episode_steps if config.max_episode_steps is None else config.max_episode_steps
-    return _prepare(env, index, seed, limit=limit, repeat=config.action_repeat, pixels=config.pixels)
+    return _wrapped(env, index, seed, limit=limit, repeat=config.action_repeat, pixels=config.pixels)
 
 
 def make_vec(config: EnvConfig | str, num_envs: int | None = None, seed: int | None = None) -> VecEnv:
@@ -133,7 +133,7 @@ def as_vec_env(
         raise ConfigError(f"Expected a Gymnasium id, a gymnasium.Env, a VectorEnv or an SB3 VecEnv; got {type(env).__name__}.")
     if num_envs not in (None, 1):
         raise ConfigError(f"One environment cannot be {num_envs}. Pass its id, or a VecEnv.")
-    venv = DummyVecEnv([partial(_prepare, env, 0, seed)])
+    venv = DummyVecEnv([partial(_wrapped, env, 0, seed)])
     if seed is not None:
         venv.seed(seed)
     return venv
@@ -197,7 +197,7 @@ def _make_reporting(config: EnvConfig, index: int, seed: int | None) -> gym.Env:
     return ReportFaults(make_env(config, index, seed))
 
 
-def _prepare(
+def _wrapped(
     env: gym.Env, index: int, seed: int | None, *, limit: int | None = None, repeat: int = 1, pixels: int | None = None
 ) -> gym.Env:
     seed = None if seed is None else seed + index
@@ -208,21 +208,21 @@ def _prepare(
         env = ActionRepeat(env, repeat)
     if pixels is not None:
         env = RenderObservation(env, pixels)
-    monitored = _sees_ends(env)
+    monitored = _has_outer_monitor(env)
     env = FlattenSpaces.wrap(env, plain=False)
     env = env if monitored else Monitor(env)
     env.action_space.seed(seed)
     return env
 
 
-def _sees_ends(env: gym.Env) -> bool:
+def _has_outer_monitor(env: gym.Env) -> bool:
     """Whether a Monitor is around it that every truncation passes: one inside of a time limit never hears of the end."""
     while isinstance(env, gym.Wrapper) and not isinstance(env, Monitor | TimeLimit):
         env = env.env
     return isinstance(env, Monitor)
 
 
-def _explain(error: Exception, config: EnvConfig, index: int) -> None:
+def _raise_creation_error(error: Exception, config: EnvConfig, index: int) -> None:
     """Raise what the failure of an environment's constructor means to the user."""
     extra = missing_extra(error)
     if extra is not None:

@@ -19,10 +19,10 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
 from worldmodel.envs.extras import absent, install
-from worldmodel.envs.wrappers import Leaf, leaves
+from worldmodel.envs.wrappers import LeafArray, leaf_arrays
 from worldmodel.errors import ConfigError, CorruptError, MissingExtraError, StorageError, UnsupportedSpaceError, did_you_mean
 from worldmodel.spaces.layouts import Layout
-from worldmodel.storage.checkpoint import storage
+from worldmodel.storage.checkpoint import storage_errors
 from worldmodel.storage.recording import Recording
 
 PREFIX = "minari:"
@@ -36,11 +36,11 @@ def read(dataset_id: str, layout: Layout | Mapping[str, Layout] | None = None) -
     if not (folder / "data").is_dir():
         raise _absent(minari, dataset_id)
     try:
-        about = minari.dataset.minari_storage.MinariStorage.read_raw_metadata(folder / "data")
-        if not {"observation_space", "action_space"} <= about.keys():
+        metadata = minari.dataset.minari_storage.MinariStorage.read_raw_metadata(folder / "data")
+        if not {"observation_space", "action_space"} <= metadata.keys():
             raise ConfigError(f"{name} says nothing of its spaces. Expected a data set that Minari 0.5 or later wrote.")
         dataset = minari.load_dataset(dataset_id)
-        found = list(leaves(dataset.observation_space, plain=False))
+        found = list(leaf_arrays(dataset.observation_space, plain=False))
         single = not isinstance(dataset.observation_space, (spaces.Dict, spaces.Tuple))
         observation = found[0].plain.outer if single else spaces.Dict({leaf.name: leaf.plain.outer for leaf in found})
         return Recording.from_episodes(
@@ -63,7 +63,7 @@ def read(dataset_id: str, layout: Layout | Mapping[str, Layout] | None = None) -
         ) from error
 
 
-def _episodes(dataset: Any, found: list[Leaf], single: bool) -> Iterator[dict[str, Any]]:
+def _episodes(dataset: Any, found: list[LeafArray], single: bool) -> Iterator[dict[str, Any]]:
     for episode in dataset.iterate_episodes():
         rows = {leaf.name: leaf.of(episode.observations) for leaf in found}
         yield {
@@ -104,7 +104,7 @@ def write(dataset_id: str, recording: Recording) -> Path:
     buffers = [EpisodeBuffer(**recording.episode(number)) for number in range(recording.episodes)]
     exact = {"jpeg_encoding": False} if "jpeg_encoding" in inspect.signature(minari.create_dataset_from_buffers).parameters else {}
     try:
-        with storage("write", folder), warnings.catch_warnings():
+        with storage_errors("write", folder), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that nobody is named as author
             dataset = minari.create_dataset_from_buffers(
                 dataset_id,
@@ -168,7 +168,7 @@ def _well_formed(dataset_id: str) -> str:
 def _folder(dataset_id: str) -> Path:
     from minari.storage.datasets_root_dir import get_dataset_path
 
-    with storage("create", Path("~/.minari")):
+    with storage_errors("create", Path("~/.minari")):
         return Path(get_dataset_path(dataset_id))
 
 

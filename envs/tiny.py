@@ -151,7 +151,7 @@ class TwoRooms(gym.Env):
         self.random_wall, self.speed, self.limit, self.render_mode = random_wall, speed, limit, render_mode
         self.observation_space = spaces.Box(0, 255, (self.side, self.side, 3), np.uint8)
         self.action_space = spaces.Box(-1, 1, (2,), np.float32)
-        self.least, self.most = self.border + self.dot, self.side - self.border - self.dot
+        self.min_position, self.max_position = self.border + self.dot, self.side - self.border - self.dot
         self._build(self.side / 2, 16.0)
         self.position = self.goal = np.zeros(2)
         self.steps = 0
@@ -160,10 +160,10 @@ class TwoRooms(gym.Env):
         super().reset(seed=seed)
         if self.random_wall:
             self._build(*self.np_random.uniform((24, 12), (40, 52)))
-        places = self.np_random.uniform(self.least, self.most, (2, 2))
-        west, east = self.faces()
-        share = (places[:, 0] - self.least) / (self.most - self.least)
-        places[:, 0] = self.least + share[0] * (west - self.least), east + share[1] * (self.most - east)
+        places = self.np_random.uniform(self.min_position, self.max_position, (2, 2))
+        west, east = self.wall_faces()
+        share = (places[:, 0] - self.min_position) / (self.max_position - self.min_position)
+        places[:, 0] = self.min_position + share[0] * (west - self.min_position), east + share[1] * (self.max_position - east)
         self.position, self.goal = places[:: self.np_random.choice((-1, 1))].copy()
         self.steps = 0
         return self.picture(self.position), {**self._info(), "goal_obs": self.goal_image()}
@@ -179,7 +179,7 @@ class TwoRooms(gym.Env):
     def render(self) -> np.ndarray | None:
         return self.picture(self.position) if self.render_mode == "rgb_array" else None
 
-    def faces(self) -> tuple[float, float]:
+    def wall_faces(self) -> tuple[float, float]:
         """The x at which the wall stops the dot's middle: from the west, from the east."""
         half = self.thickness / 2 + self.dot
         return self.wall - half, self.wall + half
@@ -202,9 +202,9 @@ class TwoRooms(gym.Env):
         frame[rows, columns] = np.rint(frame[rows, columns] + cover * (np.array(BALL) - frame[rows, columns]))
         return frame
 
-    def way(self) -> np.ndarray:
+    def shortest_path(self) -> np.ndarray:
         """The corners [N, 2] of a shortest way from the dot to the goal, which is the last."""
-        west, east = self.faces()
+        west, east = self.wall_faces()
         side = np.sign(self.goal[0] - self.position[0])
         corners = [self.goal]
         for x in (east, west) if side > 0 else (west, east):  # from the goal backwards: the door's two ends
@@ -227,12 +227,12 @@ class TwoRooms(gym.Env):
 
     def _moved(self, position: np.ndarray, velocity: np.ndarray) -> np.ndarray:
         x, y = position
-        west, east = self.faces()
+        west, east = self.wall_faces()
         opening = self.gap - self.door, self.gap + self.door
-        x_new = float(np.clip(x + velocity[0], self.least, self.most))
+        x_new = float(np.clip(x + velocity[0], self.min_position, self.max_position))
         if not opening[0] <= y <= opening[1]:
             x_new = min(x_new, west) if x <= west else max(x_new, east)
-        low, high = opening if west < x_new < east else (self.least, self.most)
+        low, high = opening if west < x_new < east else (self.min_position, self.max_position)
         return np.array([x_new, np.clip(y + velocity[1], low, high)])
 
     def _info(self) -> dict[str, Any]:

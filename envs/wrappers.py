@@ -17,9 +17,9 @@ from worldmodel.envs.extras import missing_extra
 from worldmodel.envs.vectors.plain import Plain
 from worldmodel.errors import ConfigError, EnvError, UnsupportedSpaceError
 from worldmodel.spaces import ObsSpec
-from worldmodel.spaces.casts import cast, needs_word, numbers, tell
+from worldmodel.spaces.casts import cast, numbers, warn_once, warning_due
 from worldmodel.spaces.keys import FLOAT32_MAX
-from worldmodel.spaces.nested import joined
+from worldmodel.spaces.nested import join_path
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class CheckedEnv(gym.Wrapper):
         given = {"seed": seed} if options is None else {"seed": seed, "options": options}
         result = self._call("reset", lambda: self.env.reset(**given))
         if not isinstance(result, tuple) or len(result) != 2:
-            self._fail(f"reset returned {_form(result)}", "(observation, info)", "Return both, as Gymnasium does since 0.26")
+            self._fail(f"reset returned {_describe(result)}", "(observation, info)", "Return both, as Gymnasium does since 0.26")
         obs, info = result
         return self._observation(obs), self._info(info)
 
@@ -64,7 +64,7 @@ class CheckedEnv(gym.Wrapper):
         result = self._call("step", lambda: self.env.step(action))
         if not isinstance(result, tuple) or len(result) != 5:
             self._fail(
-                f"step returned {_form(result)}",
+                f"step returned {_describe(result)}",
                 "(observation, reward, terminated, truncated, info)",
                 "Split `done` into terminated and truncated, as Gymnasium does since 0.26",
             )
@@ -88,14 +88,14 @@ class CheckedEnv(gym.Wrapper):
         except EnvError:
             raise
         except (Exception, SystemExit) as error:
-            absent = missing_extra(error)
-            if absent is not None:
-                raise absent from error
-            said = (
+            missing = missing_extra(error)
+            if missing is not None:
+                raise missing from error
+            what = (
                 f"called sys.exit({error.code!r})" if isinstance(error, SystemExit) else f"raised {type(error).__name__}: {error}"
             )
             raise EnvError(
-                f"{self.place()}: {name} {said}. Expected it to return. Correct the environment or its kwargs."
+                f"{self.place()}: {name} {what}. Expected it to return. Correct the environment or its kwargs."
             ) from error
 
     def _observation(self, value: Any) -> Any:
@@ -104,9 +104,9 @@ class CheckedEnv(gym.Wrapper):
     def _reward(self, reward: Any) -> float:
         number = numbers(reward)
         if number is None or number.size != 1:
-            self._fail(f"the reward is {_form(reward)}", "one number", "Return float(reward)")
+            self._fail(f"the reward is {_describe(reward)}", "one number", "Return float(reward)")
         if number.shape or number.dtype.kind == "b":
-            self._tell("the reward", _form(reward), "one number", "Return float(reward)")
+            self._warn_once("the reward", _describe(reward), "one number", "Return float(reward)")
         if not abs(value := float(number.item())) <= FLOAT32_MAX:
             self._fail(f"the reward is {value}", "a finite 32-bit float", "Find where the environment computes it, or clip it")
         return value
@@ -115,17 +115,17 @@ class CheckedEnv(gym.Wrapper):
         if not isinstance(flag, (bool, np.bool_)):
             number = numbers(flag)
             if number is None or number.size != 1 or number.item() not in (0, 1):
-                self._fail(f"'{name}' is {_form(flag)}", "a bool", f"Return bool({name})")
-            self._tell(f"'{name}'", _form(flag), "a bool", f"Return bool({name})")
+                self._fail(f"'{name}' is {_describe(flag)}", "a bool", f"Return bool({name})")
+            self._warn_once(f"'{name}'", _describe(flag), "a bool", f"Return bool({name})")
         return bool(flag)
 
-    def _tell(self, what: str, came: str, declared: str, remedy: str) -> None:
+    def _warn_once(self, what: str, given: str, declared: str, remedy: str) -> None:
         if self.index == 0:  # its siblings do the same, perhaps in processes of their own
-            tell(what, came, declared, remedy)
+            warn_once(what, given, declared, remedy)
 
     def _info(self, info: Any) -> dict[str, Any]:
         if not isinstance(info, dict):
-            self._fail(f"info is {_form(info)}", "a dict", "Return {} where there is nothing to say")
+            self._fail(f"info is {_describe(info)}", "a dict", "Return {} where there is nothing to say")
         return dict(info)
 
     def _fail(self, found: str, expected: str, remedy: str) -> NoReturn:
@@ -137,7 +137,7 @@ def _checked(space: spaces.Space, value: Any, path: str, env: CheckedEnv) -> Any
     name = f"observation '{path or 'obs'}'"
     if isinstance(space, spaces.Dict):
         if not isinstance(value, Mapping):
-            env._fail(f"{name} is {_form(value)}", f"a dict with the keys {list(space.spaces)}", "Return one value a key")
+            env._fail(f"{name} is {_describe(value)}", f"a dict with the keys {list(space.spaces)}", "Return one value a key")
         if value.keys() != space.spaces.keys():
             missing, extra = [k for k in space.spaces if k not in value], [k for k in value if k not in space.spaces]
             env._fail(
@@ -146,14 +146,14 @@ def _checked(space: spaces.Space, value: Any, path: str, env: CheckedEnv) -> Any
         return {key: _checked(sub, value[key], _join(path, key), env) for key, sub in space.spaces.items()}
     if isinstance(space, spaces.Tuple):
         if not isinstance(value, tuple | list) or len(value) != len(space.spaces):
-            env._fail(f"{name} is {_form(value)}", f"a tuple of {len(space.spaces)}", "Return one value an item")
+            env._fail(f"{name} is {_describe(value)}", f"a tuple of {len(space.spaces)}", "Return one value an item")
         return tuple(_checked(sub, item, _join(path, i), env) for i, (sub, item) in enumerate(zip(space.spaces, value)))
     if isinstance(space, spaces.Discrete):
         return _checked_category(space, value, name, env)
     if isinstance(space, (spaces.Box, spaces.MultiDiscrete, spaces.MultiBinary)):
         return _checked_array(space, value, name, env)
     if not space.contains(value):
-        env._fail(f"{name} is {_form(value)}", f"an element of {space}", "Return what the space says")
+        env._fail(f"{name} is {_describe(value)}", f"an element of {space}", "Return what the space says")
     return copy.deepcopy(value)
 
 
@@ -161,9 +161,9 @@ def _checked_category(space: spaces.Discrete, value: Any, name: str, env: Checke
     given = numbers(value)
     array = None if given is None or given.size != 1 else cast(given.reshape(()), np.dtype(np.int64))
     if array is None:
-        env._fail(f"{name} is {_form(value)}", f"one integer of {space}", "Return int(observation)")
+        env._fail(f"{name} is {_describe(value)}", f"one integer of {space}", "Return int(observation)")
     if given.shape or given.dtype.kind not in "iu":
-        env._tell(name, _form(given), "one integer", "Return int(observation)")
+        env._warn_once(name, _describe(given), "one integer", "Return int(observation)")
     if not space.start <= array < space.start + space.n:
         env._fail(f"{name} is {int(array)}", f"a category of {space}", "Correct the environment or its observation_space")
     return np.dtype(space.dtype).type(array)
@@ -173,15 +173,15 @@ def _checked_array(space: spaces.Space, value: Any, name: str, env: CheckedEnv) 
     dtype, shape = np.dtype(space.dtype), tuple(space.shape)
     given = numbers(value)
     if given is None or given.shape != shape:
-        env._fail(f"{name} is {_form(value)}", f"an array of shape {shape}", "Correct the environment or its observation_space")
+        env._fail(f"{name} is {_describe(value)}", f"an array of shape {shape}", "Correct the environment or its observation_space")
     if isinstance(space, spaces.Box):
         remedy = f"Return it as {dtype}, or declare what comes with gymnasium.wrappers.DtypeObservation"
         value = cast(given, dtype)
         if value is None:
             found = f"{name} has dtype {given.dtype} and holds numbers that {dtype} cannot represent"
             env._fail(found, f"{dtype}", "Rescale the observation" if dtype.kind == "f" else remedy)
-        if needs_word(given, dtype):
-            env._tell(name, str(given.dtype), str(dtype), remedy)
+        if warning_due(given, dtype):
+            env._warn_once(name, str(given.dtype), str(dtype), remedy)
         if dtype.kind == "f" and not np.isfinite(value).all():
             env._fail(f"{name} holds NaN or infinity", "finite numbers", "Find where the environment computes it")
         if dtype.kind == "f" and dtype.itemsize > 4 and (np.abs(value) > FLOAT32_MAX).any():
@@ -191,7 +191,7 @@ def _checked_array(space: spaces.Space, value: Any, name: str, env: CheckedEnv) 
     if value is None:
         env._fail(f"{name} is {given.tolist()}", "integers", "Return it as integers")
     if given.dtype.kind == "f":
-        env._tell(name, str(given.dtype), "integers", "Return it as integers")
+        env._warn_once(name, str(given.dtype), "integers", "Return it as integers")
     low = np.asarray(getattr(space, "start", 0))
     high = low + (space.nvec if isinstance(space, spaces.MultiDiscrete) else 2)
     if ((value < low) | (value >= high)).any():
@@ -201,7 +201,7 @@ def _checked_array(space: spaces.Space, value: Any, name: str, env: CheckedEnv) 
     return np.array(value, dtype)
 
 
-def _form(value: Any) -> str:
+def _describe(value: Any) -> str:
     """What a value is, in a few words."""
     if isinstance(value, (np.ndarray, np.generic)):
         return f"an array of shape {value.shape}, dtype {value.dtype}"
@@ -215,7 +215,7 @@ def _join(path: str, key: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Leaf:
+class LeafArray:
     """One array of a nested space: the way to it, its flat name, and its space there and here."""
 
     path: tuple[Any, ...]
@@ -223,23 +223,23 @@ class Leaf:
 
     @property
     def name(self) -> str:
-        return joined(self.path)
+        return join_path(self.path)
 
     def of(self, value: Any) -> Any:
         """Its value in one observation, or in many at once [T, ...]."""
         for step in self.path:
             value = value[step]
-        return self.plain.outward(value)
+        return self.plain.to_plain(value)
 
 
-def leaves(space: spaces.Space, *, plain: bool, path: tuple[Any, ...] = ()) -> Iterator[Leaf]:
+def leaf_arrays(space: spaces.Space, *, plain: bool, path: tuple[Any, ...] = ()) -> Iterator[LeafArray]:
     """All arrays of a space, in its order; `plain`: in their plain form."""
     if isinstance(space, (spaces.Dict, spaces.Tuple)):
         items = space.spaces.items() if isinstance(space, spaces.Dict) else enumerate(space.spaces)
         for key, sub in items:
-            yield from leaves(sub, plain=plain, path=(*path, key))
+            yield from leaf_arrays(sub, plain=plain, path=(*path, key))
     else:
-        yield Leaf(path, Plain.of(space) if plain else Plain(space, space))
+        yield LeafArray(path, Plain.of(space) if plain else Plain(space, space))
 
 
 class FlattenSpaces(gym.Wrapper):
@@ -254,15 +254,15 @@ class FlattenSpaces(gym.Wrapper):
     def __init__(self, env: gym.Env, *, plain: bool = True):
         super().__init__(env)
         space = env.observation_space
-        self._leaves = list(leaves(space, plain=plain))
-        names = [leaf.name for leaf in self._leaves]
+        self._leaf_arrays = list(leaf_arrays(space, plain=plain))
+        names = [leaf.name for leaf in self._leaf_arrays]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice or not names:
             what = f"its flat keys {twice} would be made twice" if twice else "it holds no array"
             raise UnsupportedSpaceError(
                 f"The observation space {space} cannot be flattened: {what}. Rename or add keys in the environment."
             )
-        outer = {leaf.name: leaf.plain.outer for leaf in self._leaves}
+        outer = {leaf.name: leaf.plain.outer for leaf in self._leaf_arrays}
         for name, sub in outer.items():
             if not isinstance(sub, spaces.Box):  # a Box may still need a layout, which is told later
                 ObsSpec.from_space(spaces.Dict({name or "obs": sub}))
@@ -283,11 +283,11 @@ class FlattenSpaces(gym.Wrapper):
         return self._flat(obs), info
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        obs, reward, terminated, truncated, info = self.env.step(self._action.inward(action))
+        obs, reward, terminated, truncated, info = self.env.step(self._action.from_plain(action))
         return self._flat(obs), reward, terminated, truncated, info
 
     def _flat(self, obs: Any) -> Any:
-        return self._leaves[0].of(obs) if self._single else {leaf.name: leaf.of(obs) for leaf in self._leaves}
+        return self._leaf_arrays[0].of(obs) if self._single else {leaf.name: leaf.of(obs) for leaf in self._leaf_arrays}
 
 
 class RenderObservation(gym.Wrapper):
@@ -318,7 +318,9 @@ class RenderObservation(gym.Wrapper):
         frame = self.env.render()
         if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
             place = self.get_wrapper_attr("place")() if self.has_wrapper_attr("place") else "the environment"
-            raise EnvError(f"{place}: render gave {_form(frame)}; expected uint8 [height, width, 3]. Correct its render method.")
+            raise EnvError(
+                f"{place}: render gave {_describe(frame)}; expected uint8 [height, width, 3]. Correct its render method."
+            )
         if frame.shape[:2] == (self.size, self.size):
             return frame.copy()
         return np.array(Image.fromarray(frame).resize((self.size, self.size), Image.Resampling.BOX))

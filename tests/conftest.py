@@ -28,7 +28,7 @@ install_import_hook(
 from worldmodel import registry  # noqa: E402
 from worldmodel.config import Frozen  # noqa: E402
 from worldmodel.data import Batch  # noqa: E402
-from worldmodel.distributions import Inputs, Latent, Posterior, Source  # noqa: E402
+from worldmodel.distributions import EncoderInterface, Latent, Posterior, PosteriorSource  # noqa: E402
 from worldmodel.model import WorldModel  # noqa: E402
 from worldmodel.spaces import ActionSpec, ObsSpec  # noqa: E402
 
@@ -94,7 +94,7 @@ def small_world(
     if dynamics["kind"] == "rssm":
         dynamics.setdefault("posterior", "filtering")
     config = {
-        "inputs": "standardise",
+        "vector_scaling": "standardise",
         "encoder": small("encoder", "standard"),
         "decoder": small("decoder", "standard"),
         "heads": small("heads", "standard"),
@@ -154,12 +154,12 @@ class SmallEyes(torch.nn.Module):
     SHAPES = {"vector": (3,), "image": (1, 2, 2)}
     SIZE = 6
 
-    def __init__(self, latent: Latent, carry_dim: int):
+    def __init__(self, latent: Latent, h_dim: int):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(5)
             self.see, self.judge = torch.nn.Linear(7, self.SIZE), torch.nn.Linear(self.SIZE, latent.parameters)
-            self.carry = torch.nn.Linear(carry_dim, latent.parameters, bias=False) if carry_dim else None
+            self.carry = torch.nn.Linear(h_dim, latent.parameters, bias=False) if h_dim else None
             for layer in (self.see, self.judge):
                 torch.nn.init.orthogonal_(layer.weight, 1.5)
         self.latent = latent
@@ -169,13 +169,13 @@ class SmallEyes(torch.nn.Module):
 
     def posterior(self, embed: Tensor, carry: Tensor) -> Posterior:
         raw = self.judge(embed)
-        return self.latent.belief(raw if self.carry is None else raw + 0.3 * self.carry(carry))
+        return self.latent.distribution(raw if self.carry is None else raw + 0.3 * self.carry(carry))
 
 
-def small_source(latent: Latent, carry_dim: int = 0) -> Source:
+def small_source(latent: Latent, h_dim: int = 0) -> PosteriorSource:
     """What laws made of posteriors are built with; its module is `source.posterior.__self__`."""
-    eyes = SmallEyes(latent, carry_dim)
-    return Source(Inputs(SmallEyes.SHAPES, SmallEyes.SIZE, eyes.encode), carry_dim, eyes.posterior)
+    eyes = SmallEyes(latent, h_dim)
+    return PosteriorSource(EncoderInterface(SmallEyes.SHAPES, SmallEyes.SIZE, eyes.encode), h_dim, eyes.posterior)
 
 
 def assert_near(estimate: Tensor, truth: Tensor, draws: int, spread: Tensor) -> None:
@@ -199,12 +199,12 @@ SMALL_WORLD = {
     **{f"model.{part}.units": 8 for part in ("encoder", "decoder", "heads", "dynamics")},
     **{f"model.{part}.layers": 1 for part in ("encoder", "decoder", "heads")},
     **{f"model.{part}.depth": 2 for part in ("encoder", "decoder")},
-    "model.inputs": "standardise",
+    "model.vector_scaling": "standardise",
     "model.heads.bins": 21,
     "model.dynamics.deter": 8,
     "model.dynamics.latent": {"kind": "categorical", "variables": 2, "classes": 3},
     "train.burn_in": 0,
-    "train.prefill_hold": 1.0,
+    "train.random_action_repeat": 1.0,
     "train.batch_size": 3,
     "train.batch_length": 6,
     "train.prefill": 20,

@@ -69,7 +69,7 @@ def test_what_a_policy_draws_does_not_depend_on_the_form_of_the_prior(kind):
 def test_a_trace_holds_no_loss_and_the_rate_is_told_once_they_are_asked_for(kind):
     world = of_form("flow") if kind == "dyn" else pixels()
     batch = known_batch() if kind == "dyn" else known_batch(world.obs.space)
-    trace = world.trace(batch.with_obs(world.inputs(batch.obs)), None, Sampling())
+    trace = world.trace(batch.with_obs(world.preprocess(batch.obs)), None, Sampling())
     assert set(vars(trace)) == {"embed", "posterior", "z", "h", "feature", "start", "last", "states"}
     learner = Learner(world, TrainConfig(burn_in=0, warmup=0))
     metrics, _, _ = learner.update(learner.prepare(batch))

@@ -102,7 +102,7 @@ def made(space: spaces.Space = TWO_ACTIONS, **options) -> tuple[ActorCriticLearn
     """(a learner with a world of its own, a trace of that world, the batch that it covers)."""
     world = small_world(action=space)
     batch = known_batch(VECTOR, space)
-    batch = batch.with_obs(world.inputs(batch.obs))
+    batch = batch.with_obs(world.preprocess(batch.obs))
     with torch.no_grad():
         trace = world.trace(batch, None, Sampling(generator=generator()))
     torch.manual_seed(0)

@@ -271,7 +271,7 @@ def test_a_vec_env_that_cannot_be_seeded_is_learned_in_and_told_of(error, caplog
 
     agent = small_dreamer(Unseeded([lambda: gym.make(CHAIN)]))
     agent.learn(5)
-    agent.reopen(3)
+    agent.restart_episodes(3)
     assert agent.num_timesteps == 5
     assert all("Unseeded) cannot be seeded" in record.message for record in caplog.records) and len(caplog.records) == 2
 

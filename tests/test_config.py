@@ -91,7 +91,7 @@ class RandomConfig(Frozen):
 def toys(monkeypatch):
     """A registry that knows the classes above and looks for no others."""
     monkeypatch.setattr(registry, "_entries", {})
-    monkeypatch.setattr(registry, "ROOMS", ())
+    monkeypatch.setattr(registry, "MODULES", ())
     monkeypatch.setattr(registry, "_loaded_entry_points", True)
     registry.register("engine", "piston", PistonConfig)(Machine)
     registry.register("engine", "rotor", RotorConfig)(Machine)

@@ -18,7 +18,7 @@ from worldmodel.distributions import ConditionalDistribution, GaussianPosterior,
 from worldmodel.errors import ConfigError
 from worldmodel.model import ModelConfig
 
-LATENTS = [kind for kind in registry.kinds("latent") if not registry.part("latent", kind).certain]
+LATENTS = [kind for kind in registry.kinds("latent") if not registry.part("latent", kind).deterministic]
 LAWS = registry.kinds("distribution")
 SLOTS = ("initial", "transition", "marginal")
 PROMISED = {"gaussian": "ITM", "categorical": "IT", "mixture": "ITM", "vamp": "ITM", "flow": "ITM", "energy": "ITM"}
@@ -200,11 +200,11 @@ PAIRS = {"own": lambda law, *args: law.rates(*args), "sampled": ConditionalDistr
 @pytest.mark.parametrize("rate", RATES.values(), ids=RATES)
 def test_the_rate_is_the_divergence_between_belief_and_law(cell, rate):
     law, draws, rows = cell.build(), 20_000, cell.rows()
-    belief = random_belief(law, rows)
+    posterior = random_belief(law, rows)
     points, volume, logp = whole_space(law, cell)
-    logq = belief.log_prob(points.unsqueeze(1).expand(-1, rows, -1))
+    logq = posterior.log_prob(points.unsqueeze(1).expand(-1, rows, -1))
     truth = (logq.exp() * volume.unsqueeze(-1) * (logq - logp)).sum(0)
-    many = belief.map(lambda x: x.expand(draws, *x.shape))
+    many = posterior.map(lambda x: x.expand(draws, *x.shape))
     z = law.latent.draw(many, Sampling(generator=generator()), (draws, rows), "cpu")
     context = cell.context()
     nats = rate(law, many, z, None if context is None else context.expand(draws, -1, -1))
@@ -216,12 +216,12 @@ def test_the_rate_is_the_divergence_between_belief_and_law(cell, rate):
 @pytest.mark.parametrize("rate", RATES.values(), ids=RATES)
 def test_a_frozen_rate_trains_the_belief_alone(cell, rate):
     law, context, parameters = gradient_setting(cell)
-    belief = law.latent.belief(parameters)
-    z = belief.sample(law.latent.noise((cell.rows(),), generator(), "cpu"))
+    posterior = law.latent.distribution(parameters)
+    z = posterior.sample(law.latent.noise((cell.rows(),), generator(), "cpu"))
     inputs = {"belief": parameters, **own_inputs(law, context)}
-    frozen = rate(law, belief, z, context, frozen=True, sampling=Sampling(generator=generator(1)))
+    frozen = rate(law, posterior, z, context, frozen=True, sampling=Sampling(generator=generator(1)))
     assert reached(frozen, **inputs) == {"belief"}
-    free = rate(law, belief, z, context, sampling=Sampling(generator=generator(1)))
+    free = rate(law, posterior, z, context, sampling=Sampling(generator=generator(1)))
     assert reached(free, **inputs) == set(inputs)
     torch.testing.assert_close(frozen, free)
 
@@ -230,10 +230,10 @@ def test_a_frozen_rate_trains_the_belief_alone(cell, rate):
 @pytest.mark.parametrize("rates", PAIRS.values(), ids=PAIRS)
 def test_of_the_two_rates_one_trains_the_law_and_one_the_belief(cell, rates):
     law, context, parameters = gradient_setting(cell)
-    belief = law.latent.belief(parameters)
-    z = belief.sample(law.latent.noise((cell.rows(),), generator(), "cpu"))
+    posterior = law.latent.distribution(parameters)
+    z = posterior.sample(law.latent.noise((cell.rows(),), generator(), "cpu"))
     inputs = {"belief": parameters, **own_inputs(law, context)}
-    dyn, rep = rates(law, belief, z, context)
+    dyn, rep = rates(law, posterior, z, context)
     torch.testing.assert_close(dyn, rep)
     assert reached(dyn, **inputs) == (set(inputs) - {"belief"} if law.density == "exact" else set())
     assert reached(rep, **inputs) == {"belief"}
@@ -330,8 +330,8 @@ def two_clusters(latent: Latent, n: int, seed: int) -> tuple[Tensor, Tensor]:
     side = (torch.rand(n, generator=generator(seed)) < 0.8).long()
     context = (2.0 * side - 1).unsqueeze(-1).expand(n, CONTEXT)
     raw = torch.tensor([[3.0, -2.0], [-3.0, 1.0]])[side].repeat(1, -(-latent.parameters // 2))[:, : latent.parameters]
-    belief = latent.belief(raw)
-    return belief.sample(latent.noise((n,), generator(seed + 1), "cpu")), context
+    posterior = latent.distribution(raw)
+    return posterior.sample(latent.noise((n,), generator(seed + 1), "cpu")), context
 
 
 @cells(EXACT + BOUND)
@@ -379,20 +379,20 @@ def test_fitting_two_moons_beats_a_gaussian_on_held_out_data(cell):
 
 
 def random_belief(law: ConditionalDistribution, rows: int, seed: int = 3) -> Posterior:
-    return law.latent.belief(torch.randn(rows, law.latent.parameters, generator=generator(seed)))
+    return law.latent.distribution(torch.randn(rows, law.latent.parameters, generator=generator(seed)))
 
 
-def as_torch(belief: Posterior, latent: Latent) -> torch.distributions.Distribution:
+def as_torch(posterior: Posterior, latent: Latent) -> torch.distributions.Distribution:
     """The same belief in torch's own words."""
-    if isinstance(belief, GaussianPosterior):
-        return torch.distributions.Independent(torch.distributions.Normal(belief.mean, belief.std), 1)
-    return torch.distributions.Independent(torch.distributions.OneHotCategorical(belief.probs), 1)
+    if isinstance(posterior, GaussianPosterior):
+        return torch.distributions.Independent(torch.distributions.Normal(posterior.mean, posterior.std), 1)
+    return torch.distributions.Independent(torch.distributions.OneHotCategorical(posterior.probs), 1)
 
 
 @pytest.mark.parametrize("kind", LATENTS)
 def test_a_belief_agrees_with_torchs_own(kind):
     latent = small_latent(kind)
-    one, other = (latent.belief(torch.randn(3, 5, latent.parameters, generator=generator(seed))) for seed in (0, 1))
+    one, other = (latent.distribution(torch.randn(3, 5, latent.parameters, generator=generator(seed))) for seed in (0, 1))
     z = one.sample(latent.noise((3, 5), generator(2), "cpu"))
     assert z.shape == one.mean.shape == one.mode.shape == (3, 5, latent.size)
     reference = as_torch(one, latent)
@@ -406,36 +406,36 @@ def test_a_belief_agrees_with_torchs_own(kind):
 @pytest.mark.parametrize("kind", LATENTS)
 def test_the_mode_is_the_most_likely_code(kind):
     latent = small_latent(kind)
-    belief = latent.belief(torch.randn(40, latent.parameters, generator=generator()))
-    many = belief.map(lambda x: x.expand(200, *x.shape))
+    posterior = latent.distribution(torch.randn(40, latent.parameters, generator=generator()))
+    many = posterior.map(lambda x: x.expand(200, *x.shape))
     drawn = many.sample(latent.noise((200, 40), generator(1), "cpu"))
-    assert (belief.log_prob(belief.mode) >= many.log_prob(drawn).max(0).values - 1e-6).all()
-    assert torch.equal(latent.draw(belief, Sampling(mode=True), (40,), "cpu"), belief.mode)
+    assert (posterior.log_prob(posterior.mode) >= many.log_prob(drawn).max(0).values - 1e-6).all()
+    assert torch.equal(latent.draw(posterior, Sampling(mode=True), (40,), "cpu"), posterior.mode)
 
 
 @pytest.mark.parametrize("kind", LATENTS)
 def test_rows_of_a_belief_are_picked_and_cut_from_the_graph(kind):
     latent = small_latent(kind)
     raw = torch.randn(4, 6, latent.parameters, generator=generator()).requires_grad_()
-    belief, mask = latent.belief(raw), torch.rand(4, 6, generator=generator(1)) < 0.5
-    assert torch.equal(belief.index(mask).mean, belief.mean[mask])
-    assert belief.mean.requires_grad and not belief.detach().mean.requires_grad
+    posterior, mask = latent.distribution(raw), torch.rand(4, 6, generator=generator(1)) < 0.5
+    assert torch.equal(posterior.index(mask).mean, posterior.mean[mask])
+    assert posterior.mean.requires_grad and not posterior.detach().mean.requires_grad
 
 
 @pytest.mark.parametrize("kind", LATENTS)
 def test_the_callers_noise_is_the_draw(kind):
     latent = small_latent(kind)
-    belief = latent.belief(torch.randn(5, latent.parameters, generator=generator()))
+    posterior = latent.distribution(torch.randn(5, latent.parameters, generator=generator()))
     noise = latent.noise((5,), generator(1), "cpu")
-    drawn = latent.draw(belief, Sampling(noise=noise, generator=generator(99)), (5,), "cpu")
-    assert torch.equal(drawn, belief.sample(noise))
-    assert torch.equal(drawn, latent.draw(belief, Sampling(generator=generator(1)), (5,), "cpu"))
+    drawn = latent.draw(posterior, Sampling(noise=noise, generator=generator(99)), (5,), "cpu")
+    assert torch.equal(drawn, posterior.sample(noise))
+    assert torch.equal(drawn, latent.draw(posterior, Sampling(generator=generator(1)), (5,), "cpu"))
 
 
 @pytest.mark.parametrize("kind", LATENTS)
 def test_families_do_not_mix(kind):
     other = next(name for name in LATENTS if name != kind)
-    beliefs = [latent.belief(torch.zeros(1, latent.parameters)) for latent in map(small_latent, (kind, other))]
+    beliefs = [latent.distribution(torch.zeros(1, latent.parameters)) for latent in map(small_latent, (kind, other))]
     with pytest.raises(TypeError, match="no closed form"):
         beliefs[0].kl(beliefs[1])
 

@@ -191,7 +191,7 @@ def test_a_decoder_of_the_latent_does_not_see_the_carry(kind):
     decoder = build(kind, MIXED, reads="latent")
     one, other = feature(3), feature(3)
     other[:, :-LATENT] += 5
-    assert decoder.inputs == LATENT
+    assert decoder.in_features == LATENT
     assert all(torch.equal(x, decoder.mean(other)[name]) for name, x in decoder.mean(one).items())
     assert all(torch.equal(x, decoder.mean(one[:, -LATENT:])[name]) for name, x in decoder.mean(one).items())
     whole = build(kind, MIXED)
@@ -266,7 +266,7 @@ def test_pictures_pull_as_if_their_deviation_were_a_half_at_least_and_the_loss_s
     decoder.errors0.mean.fill_(deviation**2)
     means = torch.rand(3, 1, 8, 8, generator=generator()).requires_grad_()
     x = torch.rand(3, 1, 8, 8, generator=generator(1))
-    nats = decoder._surprise({"obs": means}, {"obs": x})
+    nats = decoder._nll({"obs": means}, {"obs": x})
     expected = -Normal(means, torch.tensor(deviation)).log_prob(x).flatten(1).sum(-1)
     torch.testing.assert_close(nats, expected)
     (slope,) = torch.autograd.grad(nats.sum(), means)
@@ -355,7 +355,7 @@ def test_a_draw_is_one_of_the_possible_observations_where_the_mean_lies_between_
 @pytest.mark.parametrize("image", ["gaussian", "bernoulli", "logistic"])
 def test_a_latents_picture_is_drawn_whole_and_not_pixel_by_pixel(image):
     decoder = build("latent_diffusion", BOTH, image=image)
-    decoder.law.sample = lambda seen, count, sampling: torch.zeros(count, len(seen), decoder.config.size)
+    decoder.prior.sample = lambda seen, count, sampling: torch.zeros(count, len(seen), decoder.config.size)
     drawn = decoder.sample(feature(2), Sampling(generator=generator()))
     assert torch.equal(drawn["picture"][0], drawn["picture"][1])  # one latent, one picture
     torch.testing.assert_close(drawn["picture"], decoder.mean(feature(2))["picture"].clamp(0, 1))

@@ -10,20 +10,20 @@ from conftest import generator
 from torch import Tensor
 
 from worldmodel.nn.diffusion import (
-    DATA,
     SAMPLERS,
+    SIGMA_DATA,
     bound,
     cfm,
     edm,
     euler,
-    even_looks,
+    fixed_samples,
     gaussian_log_prob,
     heun,
-    in_ratios,
-    informative,
+    in_sigmas,
     multistep,
     ode_log_prob,
     per_row,
+    sigma_of_information,
 )
 
 PATHS = {"edm": edm(), "cfm": cfm()}
@@ -66,7 +66,7 @@ def test_heun_beats_euler_with_equally_many_evaluations(path):
 
 
 def test_multistep_beats_euler_with_five_evaluations():
-    path = edm(least=0.02, most=5.0)
+    path = edm(sigma_min=0.02, sigma_max=5.0)
     assert w2(drawn(path, multistep, 5)) < 0.7 * w2(drawn(path, euler, 5))
 
 
@@ -98,18 +98,18 @@ def test_preconditioning_keeps_inputs_and_targets_of_the_network_at_variance_one
     x, noise = (torch.randn(n, 1, generator=generator(seed)) for seed in (0, 1))
     for level in (0.01, 0.5, 0.97):
         levels = torch.full((n,), level)
-        mixed = path.mix(DATA * x, noise, levels)
+        mixed = path.mix(SIGMA_DATA * x, noise, levels)
         skip = path.denoised(lambda scaled, c: torch.zeros_like(scaled), mixed, levels)
         scaled = path.denoised(lambda scaled, c: scaled, mixed, levels) - skip
         one = path.denoised(lambda scaled, c: torch.ones_like(scaled), mixed, levels) - skip
         assert float((scaled / one).var()) == pytest.approx(1, rel=0.02)
-        assert float(((DATA * x - skip) / one).var()) == pytest.approx(1, rel=0.02)
+        assert float(((SIGMA_DATA * x - skip) / one).var()) == pytest.approx(1, rel=0.02)
 
 
 def test_edm_weighs_all_levels_alike():
     level = torch.tensor([0.01, 0.5, 20.0])
     x, noise = (torch.randn(100_000, 1, generator=generator(seed)) for seed in (0, 1))
-    losses = [PATHS["edm"].loss(lambda s, c: torch.zeros_like(s), DATA * x, noise, s.expand(100_000)).mean() for s in level]
+    losses = [PATHS["edm"].loss(lambda s, c: torch.zeros_like(s), SIGMA_DATA * x, noise, s.expand(100_000)).mean() for s in level]
     torch.testing.assert_close(torch.stack(losses), torch.ones(3), rtol=0.02, atol=0)
 
 
@@ -168,8 +168,8 @@ def mixture_samples(n: int) -> Tensor:
 
 
 def bounds(denoise, x: Tensor, looks: int) -> Tensor:
-    uniform, noise, weight = even_looks(looks, x.shape[1])
-    s, nats = informative(uniform)
+    uniform, noise, weight = fixed_samples(looks, x.shape[1])
+    s, nats = sigma_of_information(uniform)
     each = [bound(denoise, x, s[i].expand(len(x)), noise[i].expand_as(x)) for i in range(len(s))]
     return gaussian_log_prob(x) + nats * weight @ torch.stack(each)
 
@@ -183,17 +183,17 @@ def test_the_bound_of_a_wrong_denoiser_lies_below_the_likelihood():
     x = mixture_samples(500)
     wrong = lambda x, s: mixture(x, s) + 0.2 * gaussian_scale(s, x)  # noqa: E731
     gap = mixture_log_prob(x).mean() - bounds(wrong, x, 32).mean()
-    assert float(gap) == pytest.approx(2 * 0.04 * informative(torch.zeros(1))[1], abs=0.2)
+    assert float(gap) == pytest.approx(2 * 0.04 * sigma_of_information(torch.zeros(1))[1], abs=0.2)
 
 
 def gaussian_scale(s: Tensor, x: Tensor) -> Tensor:
-    return per_row(s * DATA / (s**2 + DATA**2).sqrt(), x)
+    return per_row(s * SIGMA_DATA / (s**2 + SIGMA_DATA**2).sqrt(), x)
 
 
 @every_path
 def test_the_bound_of_an_untrained_network_is_exactly_a_gaussian(path):
     x = mixture_samples(20)
-    untrained = in_ratios(path, lambda x, c: torch.zeros_like(x))
+    untrained = in_sigmas(path, lambda x, c: torch.zeros_like(x))
     torch.testing.assert_close(bounds(untrained, x, 4), gaussian_log_prob(x), atol=2e-3, rtol=0)
     torch.testing.assert_close(ode_log_prob(untrained, x, 4), gaussian_log_prob(x), atol=1e-3, rtol=0)
 
@@ -211,12 +211,12 @@ def test_flow_matching_seen_in_ratios_of_noise_denoises_as_edm_does():
     torch.testing.assert_close(native(per_row(1 - t, x) * x, t), exact(PATHS["edm"])(x, s))
     network = lambda scaled, t: scaled.sin()  # noqa: E731
     mixed = per_row(1 - t, x) * x
-    torch.testing.assert_close(in_ratios(PATHS["cfm"], network)(x, s), PATHS["cfm"].denoised(network, mixed, t))
+    torch.testing.assert_close(in_sigmas(PATHS["cfm"], network)(x, s), PATHS["cfm"].denoised(network, mixed, t))
 
 
 def test_levels_of_the_bound_hide_equal_shares_of_information():
-    s, nats = informative(torch.tensor([0.0, 0.5, 1.0]))
-    hidden = 0.5 * torch.log1p((DATA / s) ** 2)
+    s, nats = sigma_of_information(torch.tensor([0.0, 0.5, 1.0]))
+    hidden = 0.5 * torch.log1p((SIGMA_DATA / s) ** 2)
     torch.testing.assert_close(s[[0, 2]], torch.tensor([0.002, 80.0]), rtol=1e-3, atol=0)
     torch.testing.assert_close(hidden[0] - hidden[1], hidden[1] - hidden[2])
     assert float(hidden[0] - hidden[2]) == pytest.approx(nats, rel=1e-4)
@@ -224,7 +224,7 @@ def test_levels_of_the_bound_hide_equal_shares_of_information():
 
 @pytest.mark.parametrize("size", [1, 2, 8])
 def test_even_looks_have_the_moments_of_normal_noise(size):
-    uniform, noise, weight = even_looks(6, size)
+    uniform, noise, weight = fixed_samples(6, size)
     assert uniform.unique().numel() == 6 and float(weight.sum()) == pytest.approx(1, abs=1e-5)
     torch.testing.assert_close(weight @ noise, torch.zeros(size), atol=1e-5, rtol=0)
     torch.testing.assert_close(noise.T @ (weight.unsqueeze(1) * noise), torch.eye(size), atol=1e-5, rtol=0)

@@ -13,7 +13,7 @@ from gymnasium import spaces
 
 from worldmodel import registry
 from worldmodel.data import Batch, Dream, Episodes, Sampling, State
-from worldmodel.diagnostics.geometry import beliefs, interpolation, traversal, usage
+from worldmodel.diagnostics.geometry import filter_episodes, interpolation, traversal, usage
 from worldmodel.diagnostics.rollouts import open_loop, roll_out
 
 LINE = spaces.Box(-np.inf, np.inf, (2,), np.float32)
@@ -56,7 +56,7 @@ class Oracle:
         return Dream(self.actions[-1], half, half, torch.zeros_like(half), torch.stack(features, 1), State({"x": features[-1]}))
 
     def installed(self):
-        world = small_world(LINE, inputs="raw")
+        world = small_world(LINE, vector_scaling="raw")
         world.trace, world.imagine, world.decode = self.trace, self.imagine, lambda feature: {"obs": feature}
         world.scaling.deviation = lambda name: DEVIATION
         return world
@@ -190,27 +190,27 @@ def test_without_a_decoder_rewards_and_ends_are_measured_alone():
 @pytest.mark.parametrize("latent", ["gaussian", "categorical"])
 def test_the_rates_of_the_variables_add_up_to_the_rate_of_the_code(latent):
     world, episodes = small_world(LINE, latent=latent), mixed_episodes(LINE)
-    seen = beliefs(world, episodes)
+    seen = filter_episodes(world, episodes)
     rate = usage(world, seen)
-    rows = episodes.rows.with_obs(world.inputs(episodes.rows.obs))
+    rows = episodes.rows.with_obs(world.preprocess(episodes.rows.obs))
     trace = world.trace(rows, None, Sampling(mode=True))
     each = world.dynamics.losses(trace, rows, Sampling())["dyn"].value.detach()
     assert float(rate.sum()) == pytest.approx(float(each[0, 1:].mean()), rel=1e-4)
     assert seen.rate == pytest.approx(float(each.mean()), rel=1e-4)
-    assert len(seen.step) == 12 and beliefs(world, episodes, most=5).step.tolist() == [0, 1, 2, 3, 4]
+    assert len(seen.step) == 12 and filter_episodes(world, episodes, max_steps=5).step.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_a_transition_that_is_no_closed_form_has_no_rate_by_variable():
     world = small_world(LINE)
     world.dynamics.transition = torch.nn.Identity()
-    assert usage(world, beliefs(small_world(LINE), mixed_episodes(LINE))) is None
+    assert usage(world, filter_episodes(small_world(LINE), mixed_episodes(LINE))) is None
 
 
 @pytest.mark.parametrize("latent", registry.kinds("latent"))
 @pytest.mark.parametrize("slow", [0, 5])
 def test_a_traversal_moves_one_variable_at_a_time(latent, slow):
     world = small_world(LINE, latent=latent, dynamics={"slow": slow})
-    seen = beliefs(world, mixed_episodes(LINE))
+    seen = filter_episodes(world, mixed_episodes(LINE))
     moved = traversal(world, seen, 4, steps=3)
     family, own = world.dynamics.latent, seen.feature[4]
     assert moved.shape[1:] == (3, world.feature_dim)
@@ -230,7 +230,7 @@ def test_an_interpolation_goes_straight_from_one_to_the_other():
 
 def test_the_deviation_of_a_vector_is_known_whatever_the_scale_of_the_inputs():
     for inputs in ("standardise", "symlog", "raw"):
-        world = small_world(LINE, inputs=inputs)
+        world = small_world(LINE, vector_scaling=inputs)
         x = torch.randn(500, 2, generator=generator()) * torch.tensor([3.0, 0.1])
         world.scaling.update({"obs": x})
         torch.testing.assert_close(world.scaling.deviation("obs"), x.std(0, unbiased=False))

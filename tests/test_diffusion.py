@@ -64,10 +64,10 @@ def test_the_bound_is_the_same_each_time(fitted, path):
 @every_path
 def test_the_rate_is_on_average_what_the_bound_says(fitted, path):
     one = fitted[path]
-    belief = one.latent.belief(torch.randn(64, 4, generator=generator()))
-    z = belief.sample(torch.randn(64, 2, generator=generator(1)))
-    expected = (belief.log_prob(z) - one.log_prob(z, None)).mean()
-    sampled = torch.stack([one.rate(belief, z, None, sampling=Sampling(generator=generator(s))).mean() for s in range(60)])
+    posterior = one.latent.distribution(torch.randn(64, 4, generator=generator()))
+    z = posterior.sample(torch.randn(64, 2, generator=generator(1)))
+    expected = (posterior.log_prob(z) - one.log_prob(z, None)).mean()
+    sampled = torch.stack([one.rate(posterior, z, None, sampling=Sampling(generator=generator(s))).mean() for s in range(60)])
     assert float(sampled.mean().detach()) == pytest.approx(float(expected.detach()), abs=0.3)
 
 
@@ -75,8 +75,8 @@ def test_the_rate_is_on_average_what_the_bound_says(fitted, path):
 def test_a_frozen_rate_moves_codes_towards_the_law(fitted, path):
     """Its gradient is that of the negative log-likelihood, on average."""
     one, z = fitted[path], (MEAN + torch.tensor([0.6, 3.0])).expand(400, 2).clone().requires_grad_()
-    belief = one.latent.belief(torch.zeros(400, 4))
-    rate = one.rate(belief, z, None, frozen=True, sampling=Sampling(generator=generator())) - belief.log_prob(z)
+    posterior = one.latent.distribution(torch.zeros(400, 4))
+    rate = one.rate(posterior, z, None, frozen=True, sampling=Sampling(generator=generator())) - posterior.log_prob(z)
     slope = torch.autograd.grad(rate.sum(), z)[0].mean(0)
     torch.testing.assert_close(slope, torch.tensor([0.6, 3.0]) / STD**2, rtol=0.25, atol=0.1)
 
@@ -142,7 +142,7 @@ def test_the_same_noise_gives_the_same_code_and_no_noise_the_mode(fitted, path):
 
 def test_an_untrained_law_is_a_gaussian_of_the_codes_mean_and_deviation():
     one = law().train()
-    one.watch(gaussian(1000))
+    one.update_moments(gaussian(1000))
     x = gaussian(50, seed=4)
     right = torch.distributions.Normal(one.moments.mean.float(), one.moments.deviation(0.0)).log_prob(x).sum(-1)
     torch.testing.assert_close(one.log_prob(x, None), right, atol=5e-3, rtol=0)

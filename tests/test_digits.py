@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from worldmodel.diagnostics.likelihood import FactorModel, Importance, importance, stacked
+from worldmodel.diagnostics.likelihood import FactorModel, Importance, concatenated, importance
 from worldmodel.distributions import GaussianLatent, GaussianLatentConfig, GaussianPosterior
 from worldmodel.errors import ConfigError
 from worldmodel.model import active_units
@@ -48,9 +48,9 @@ def weighed(belief_std: float, draws: int, rows: int = 50) -> tuple[Importance, 
     """z ~ N(0, 1), x = z + 0.5 e in two independent numbers; beliefs around the true posterior's mean, as wide as asked."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, 2, generator=generator) * math.sqrt(1.25)
-    belief = GaussianPosterior(x / 1.25, torch.full_like(x, belief_std))
+    posterior = GaussianPosterior(x / 1.25, torch.full_like(x, belief_std))
     latent = GaussianLatent(GaussianLatentConfig(size=2))
-    found = importance(belief, latent, lambda z: normal(z, 0.0, 1.0), lambda z: normal(x, z, 0.5), draws, generator, chunk=70)
+    found = importance(posterior, latent, lambda z: normal(z, 0.0, 1.0), lambda z: normal(x, z, 0.5), draws, generator, chunk=70)
     return found, normal(x, 0.0, math.sqrt(1.25))
 
 
@@ -73,7 +73,7 @@ def test_a_wrong_belief_is_made_good_by_draws():
 def test_rate_and_distortion_make_up_the_elbo():
     found, _ = weighed(0.7, 140)
     torch.testing.assert_close(-(found.rate + found.distortion), found.bound(1), atol=1e-4, rtol=0)
-    both = stacked([found, found])
+    both = concatenated([found, found])
     torch.testing.assert_close(both.nats, found.nats.repeat(2))
 
 
@@ -133,7 +133,7 @@ def test_many_beliefs_are_scored_as_one_by_one():
     generator = torch.Generator().manual_seed(0)
     mean, std = torch.randn(1, 200, 10, generator=generator), torch.rand(1, 200, 10, generator=generator) + 0.05
     many, x = GaussianPosterior(mean, std), torch.randn(4, 3, 10, generator=generator)
-    assert mean.numel() >= GaussianPosterior.MANY
+    assert mean.numel() >= GaussianPosterior.MATMUL_FROM
     torch.testing.assert_close(many.log_prob_each(x), many.log_prob(x.unsqueeze(-2)), atol=1e-2, rtol=1e-5)
 
 
@@ -143,10 +143,10 @@ def test_pseudo_inputs_begin_at_what_is_given(data):
 
     law = model("vamp", 0, {"components": 20}, data[0], vae.Setup(units=8)).law
     given = data[0][:30]
-    law.begin({"image": given})
+    law.init_pseudo_inputs({"image": given})
     torch.testing.assert_close(torch.sigmoid(law.input0), given[:20].clamp(0.05, 0.95))
     with pytest.raises(ValueError, match="20 pseudo-inputs cannot start at 19"):
-        law.begin({"image": given[:19]})
+        law.init_pseudo_inputs({"image": given[:19]})
 
 
 # Pairs ------------------------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def test_all_forms_of_a_seed_begin_with_the_same_encoder_and_decoder(data):
     assert torch.equal(torch.get_rng_state(), before)
     for form, other in made.items():
         for name, value in made["gaussian"].state_dict().items():
-            assert name.startswith("law.") or torch.equal(other.state_dict()[name], value), (form, name)
+            assert name.startswith("prior.") or torch.equal(other.state_dict()[name], value), (form, name)
     assert not torch.equal(model("gaussian", 4, {}, data[0], setup).head.weight, made["gaussian"].head.weight)
 
 
@@ -203,7 +203,7 @@ def test_patience_begins_after_the_warm_up(data):
 
 
 def test_gains_are_paired_by_seed():
-    from digits import paired, summary, targets
+    from digits import clustered_mean, summary, targets
 
     def row(nats):
         names = ("nats", "rate", "distortion", "active", "ess", "cpu_seconds", "parameters", "law_parameters", "best_epoch")
@@ -211,9 +211,9 @@ def test_gains_are_paired_by_seed():
 
     base = {seed: row(-100.0 - 10 * seed) for seed in range(3)}
     better = {seed: row(-99.0 - 10 * seed + 0.1 * seed) for seed in range(3)}
-    gain, error = paired(better, base)
+    gain, error = clustered_mean(better, base)
     assert gain == pytest.approx(1.1) and error == pytest.approx(0.1 / math.sqrt(3))
-    assert paired({0: better[0]}, base) is None
+    assert clustered_mean({0: better[0]}, base) is None
     found = summary({"gaussian": base, "vamp": better})
     assert [line["met"] for line in targets(found, 2)] == [True, True]
     assert not targets(summary({"gaussian": better, "vamp": base}), 2)[0]["met"]

@@ -42,7 +42,7 @@ def test_windows_are_the_same_whether_rows_lie_on_the_disk_or_in_memory(tmp_path
     for rows in (3, 4, 1, 20, 13, 60):
         fill(disk, rows), fill(memory, rows)
         assert_same(disk, memory)
-        check_rows(disk, disk.sample(32, min(9, *disk.lengths), np.random.default_rng(0), newest=0.2))
+        check_rows(disk, disk.sample(32, min(9, *disk.lengths), np.random.default_rng(0), recent_fraction=0.2))
     assert disk.nbytes < memory.nbytes
     for stream in (0, 1):
         for key, rows in memory.observations(stream, 2, 30).items():
@@ -75,7 +75,7 @@ def test_whatever_happens_disk_and_memory_hold_the_same(tmp_path_factory, operat
         elif what == "one stream":
             fill(disk, much, [1]), fill(memory, much, [1])
         elif what == "cut":
-            disk.cut(), memory.cut()
+            disk.truncate_open_episodes(), memory.truncate_open_episodes()
         elif what == "commit":
             committed = disk.save(folder)
             Replay.sweep(folder, [committed])
@@ -218,7 +218,7 @@ def test_a_replay_that_fits_nowhere_is_refused_with_what_to_change(tmp_path, mon
         Dreamer("MlpPolicy", CHAIN, config={"train.replay": "disk"}, seed=0, device="cpu").learn(10)
     with pytest.raises(ConfigError, match=r"keeps 3 steps .*train\.replay_gib \(now 1e-07\)"):
         small_train(tmp_path / "a", 60, options={"train.replay_gib": 1e-7})
-    monkeypatch.setattr("worldmodel.agents.experience._memory", lambda: 1000.0)
+    monkeypatch.setattr("worldmodel.agents.experience._physical_memory", lambda: 1000.0)
     with pytest.raises(ConfigError, match=r"would take 0.0 GiB .* train.replay=disk"):
         small_train(tmp_path / "b", 60)
     small_train(tmp_path / "c", 60, options={"train.replay": "disk"})

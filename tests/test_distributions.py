@@ -14,27 +14,27 @@ from worldmodel.distributions import CategoricalPosterior, GaussianPosterior
 
 
 def test_a_categorical_draw_inverts_the_cumulative_distribution():
-    belief = CategoricalPosterior(torch.tensor([[0.25, 0.5, 0.25]]).expand(7, 1, 3))
+    posterior = CategoricalPosterior(torch.tensor([[0.25, 0.5, 0.25]]).expand(7, 1, 3))
     noise = torch.tensor([0.0, 0.249, 0.25, 0.5, 0.749, 0.75, 1 - 2**-24]).view(7, 1)
-    assert belief.sample(noise).argmax(-1).tolist() == [0, 0, 1, 1, 1, 2, 2]
+    assert posterior.sample(noise).argmax(-1).tolist() == [0, 0, 1, 1, 1, 2, 2]
 
 
 def test_a_gaussian_draw_inverts_the_cumulative_distribution():
     latent = small_latent("gaussian", size=1)
-    belief = latent.belief(torch.tensor([[0.3, -0.7]]).expand(9, 2))
+    posterior = latent.distribution(torch.tensor([[0.3, -0.7]]).expand(9, 2))
     u = torch.linspace(0.1, 0.9, 9).view(9, 1)
     noise = torch.distributions.Normal(0.0, 1.0).icdf(u)
-    torch.testing.assert_close(belief.sample(noise), torch.distributions.Normal(belief.mean, belief.std).icdf(u))
+    torch.testing.assert_close(posterior.sample(noise), torch.distributions.Normal(posterior.mean, posterior.std).icdf(u))
 
 
 def test_a_categorical_draw_is_one_hot_with_the_gradient_of_its_probabilities():
     latent = small_latent("categorical")
     raw = torch.randn(8, latent.parameters, generator=generator()).requires_grad_()
     pull = torch.randn(8, latent.size, generator=generator(1))
-    z = latent.belief(raw).sample(latent.noise((8,), generator(2), "cpu"))
+    z = latent.distribution(raw).sample(latent.noise((8,), generator(2), "cpu"))
     assert set(z.unique().tolist()) == {0.0, 1.0} and (z.unflatten(-1, (2, 3)).sum(-1) == 1).all()
     (through,) = torch.autograd.grad((z * pull).sum(), raw)
-    (straight,) = torch.autograd.grad((latent.belief(raw).mean * pull).sum(), raw)
+    (straight,) = torch.autograd.grad((latent.distribution(raw).mean * pull).sum(), raw)
     torch.testing.assert_close(through, straight)
     assert through.abs().sum() > 0
 
@@ -49,7 +49,7 @@ def test_a_gaussian_draw_has_the_gradient_of_its_mean_and_deviation():
 
 def test_no_class_is_ever_impossible_so_rates_are_bounded():
     latent = small_latent("categorical", unimix=0.03)
-    sure, opposite = (latent.belief(sign * torch.tensor([[500.0, -500.0, 0.0] * 2])) for sign in (1, -1))
+    sure, opposite = (latent.distribution(sign * torch.tensor([[500.0, -500.0, 0.0] * 2])) for sign in (1, -1))
     assert float(sure.probs.min()) == pytest.approx(0.03 / 3)
     torch.testing.assert_close(sure.probs.sum(-1), torch.ones(1, 2))
     assert float(sure.kl(opposite)) <= 2 * math.log(3 / 0.03)
@@ -57,8 +57,8 @@ def test_no_class_is_ever_impossible_so_rates_are_bounded():
 
 def test_no_gaussian_belief_is_narrower_than_its_floor_and_an_untrained_one_is_standard():
     latent = small_latent("gaussian", min_std=0.2)
-    assert float(latent.belief(torch.full((1, 4), -100.0)).std.min()) == pytest.approx(0.2)
-    assert float(latent.belief(torch.zeros(1, 4)).std.max()) == pytest.approx(1.2)
+    assert float(latent.distribution(torch.full((1, 4), -100.0)).std.min()) == pytest.approx(0.2)
+    assert float(latent.distribution(torch.zeros(1, 4)).std.max()) == pytest.approx(1.2)
 
 
 @pytest.mark.parametrize("context", [None, torch.ones(5, 3)], ids=["alone", "given h"])
@@ -77,9 +77,9 @@ def test_a_fitted_gaussian_learns_its_mean_by_squares_and_its_deviation_from_wha
     context = torch.randn(2000, 1, generator=g)
     codes = torch.cat([2 * context, -context], 1) + torch.tensor([0.5, 0.1]) * torch.randn(2000, 2, generator=g)
     law.train().fit(codes, context, steps=300, lr=0.03, generator=g)
-    belief = law.eval().given(context)
-    assert (belief.mean - torch.cat([2 * context, -context], 1)).abs().mean() < 0.05
-    assert torch.allclose(belief.std[0], torch.tensor([0.5, 0.1]), rtol=0.1)
+    posterior = law.eval().given(context)
+    assert (posterior.mean - torch.cat([2 * context, -context], 1)).abs().mean() < 0.05
+    assert torch.allclose(posterior.std[0], torch.tensor([0.5, 0.1]), rtol=0.1)
     before = law.variance.clone()
     law.loss(codes + 9, context)
     assert torch.equal(law.variance, before)  # outside training nothing is learned
@@ -91,16 +91,16 @@ def test_a_deviation_is_fitted_by_every_way_in_which_the_law_learns():
         return registry.build("distribution", config, small_latent("gaussian"), 0).train()
 
     x = 3 * torch.randn(500, 2, generator=generator())
-    belief = GaussianPosterior(x, torch.full_like(x, 0.1))
+    posterior = GaussianPosterior(x, torch.full_like(x, 0.1))
     still, ways = fresh(), {name: fresh() for name in ("rate", "rates", "loss", "fit")}
-    ways["rate"].rate(belief, x, None)
-    ways["rates"].rates(belief, x, None)
+    ways["rate"].rate(posterior, x, None)
+    ways["rates"].rates(posterior, x, None)
     ways["loss"].loss(x, None)
     ways["fit"].eval().fit(x, steps=1, generator=generator())
     assert {name for name, law in ways.items() if (law.variance > 1.2).all()} == set(ways)
     assert (ways["fit"].variance - 9).abs().max() < 2
-    still.rate(belief, x, None, frozen=True)
-    still.requires_grad_(False).rate(belief, x, None)
+    still.rate(posterior, x, None, frozen=True)
+    still.requires_grad_(False).rate(posterior, x, None)
     assert torch.equal(still.variance, torch.ones(2))
 
 

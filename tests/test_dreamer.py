@@ -145,7 +145,7 @@ def test_a_recurrent_prediction_follows_the_belief_that_training_would_have(lear
     for t, obs in enumerate(observations):
         action, state = learned.predict(obs, state, np.array([t == 0]), deterministic=True)
         actions.append(int(action))
-        beliefs.append(learned.policy.begin(1).like(state))
+        beliefs.append(learned.policy.initial_belief(1).like(state))
     world = learned.world.eval()
     taken = torch.eye(2)[actions].unsqueeze(0)
     previous = torch.cat([torch.zeros(1, 1, 2), taken[:, :-1]], 1)
@@ -153,7 +153,7 @@ def test_a_recurrent_prediction_follows_the_belief_that_training_would_have(lear
     rows = {"obs": torch.from_numpy(observations).unsqueeze(0)}
     batch = Batch(rows, taken, previous, torch.zeros(1, 6), first, first & False, first & False)
     with torch.no_grad():
-        trace = world.trace(batch.with_obs(world.inputs(rows)), None, Sampling(mode=True))
+        trace = world.trace(batch.with_obs(world.preprocess(rows)), None, Sampling(mode=True))
         expected = learned.controller.policy(trace.feature).mode()[0].argmax(-1)
     features = torch.cat([world.dynamics.feature(belief) for belief in beliefs])
     torch.testing.assert_close(features, trace.feature[0], rtol=0, atol=1e-5)
@@ -228,7 +228,7 @@ def test_what_was_saved_comes_back_as_it_was(learned, tmp_path):
         assert np.array_equal(ours[0], theirs[0]) and all(np.array_equal(a, b) for a, b in zip(ours[1], theirs[1]))
     scales = [(agent.behaviour.scale.low, agent.behaviour.scale.high) for agent in (twin, learned)]
     assert scales[0] == scales[1] and None not in scales[0]
-    assert twin.rng.bit_generator.state == learned.rng.bit_generator.state and twin._credit == learned._credit
+    assert twin.rng.bit_generator.state == learned.rng.bit_generator.state and twin._updates_due == learned._updates_due
     for name, optimizer in learned.optimizers_by_name.items():
         ours, theirs = optimizer_arrays(optimizer), optimizer_arrays(twin.optimizers_by_name[name])
         assert ours and ours.keys() == theirs.keys() and all(np.array_equal(ours[key], theirs[key]) for key in ours)
@@ -330,16 +330,16 @@ def test_a_device_that_is_not_there_is_refused():
 
 
 def test_what_acts_imagines_and_is_saved_is_the_averaged_model(tmp_path):
-    agent = small_dreamer(Chain(limit=7), **{"train.average": 0.9}).learn(40)
+    agent = small_dreamer(Chain(limit=7), **{"train.ema_decay": 0.9}).learn(40)
     average, live = (
-        torch.cat([p.detach().flatten() for p in world.parameters()]) for world in (agent.learner.average, agent.world)
+        torch.cat([p.detach().flatten() for p in world.parameters()]) for world in (agent.learner.ema, agent.world)
     )
-    assert agent.policy.world is agent.behaviour.world is agent.learner.average and not torch.equal(average, live)
+    assert agent.policy.world is agent.behaviour.world is agent.learner.ema and not torch.equal(average, live)
     agent.save(tmp_path / "agent.zip")
     loaded = Dreamer.load(tmp_path / "agent.zip")
     assert torch.equal(torch.cat([p.flatten() for p in loaded.policy.world.parameters()]), average)
     assert torch.equal(torch.cat([p.detach().flatten() for p in loaded.world.parameters()]), live)
     assert agent.parameter_count == sum(p.numel() for p in small_dreamer(Chain(limit=7)).policy.parameters() if p.requires_grad)
-    other = small_dreamer(Chain(limit=7), seed=5, **{"train.average": 0.9})
+    other = small_dreamer(Chain(limit=7), seed=5, **{"train.ema_decay": 0.9})
     other.set_parameters(agent.get_parameters())
     assert torch.equal(torch.cat([p.detach().flatten() for p in other.world.parameters()]), live)

@@ -11,7 +11,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from test_imagined import LEARNS
 
 from worldmodel.agents import DynaCallback
-from worldmodel.agents.sb3.dyna import REFILTER
+from worldmodel.agents.sb3.dyna import REFILTER_EVERY
 from worldmodel.config import Config
 from worldmodel.envs import LatentVecEnv, make_vec
 from worldmodel.envs.imagined import ImaginedWorld, ReplayStarts
@@ -96,7 +96,7 @@ def test_roll_outs_share_their_worlds_and_use_starts_again_until_the_model_has_c
     dqn().learn(60, callback=callback)
     assert len(rolled) > 20 and set(rolled) == {5} and len(made) == 1
     updates = callback.agent.learner.updates if learns else 0
-    assert len(filtered) == 1 + updates // REFILTER and (updates > 40) == learns
+    assert len(filtered) == 1 + updates // REFILTER_EVERY and (updates > 40) == learns
 
 
 def test_on_latents_the_buffer_gets_features(chain):

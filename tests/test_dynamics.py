@@ -123,7 +123,7 @@ def test_a_trace_has_the_shapes_that_it_promises(roll):
     assert trace.z.shape == trace.posterior.mean.shape == (B, T, size)
     assert trace.feature.shape == (B, T, world.feature_dim) == (*trace.h.shape[:2], world.dynamics.feature_dim)
     sides = rates(world, trace, Inputs.random(world).is_first)
-    assert set(sides) == (set() if world.dynamics.latent.certain else {"dyn", "rep"})
+    assert set(sides) == (set() if world.dynamics.latent.deterministic else {"dyn", "rep"})
     assert all(x.shape == (B, T) for x in sides.values())
     assert all(x.shape[:2] == (B, T) and x.dtype == torch.float32 for x in numbers(trace).values())
     assert all(torch.equal(state[name], trace.states[name][:, -1]) for name in state)
@@ -212,7 +212,7 @@ def test_the_same_seed_gives_the_same_bits(roll):
             dreamt = world.dynamics.imagine(trace.last, inputs.prev_action[:, 0], sampling)
         runs.append(numbers(trace) | dict(dreamt))
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
-    assert torch.equal(runs[0]["feature"], runs[2]["feature"]) == world.dynamics.latent.certain
+    assert torch.equal(runs[0]["feature"], runs[2]["feature"]) == world.dynamics.latent.deterministic
     assert torch.equal(torch.get_rng_state(), before)
     twins = [torch.cat([p.flatten() for p in roll.world().parameters()]) for _ in range(2)]
     assert torch.equal(*twins)
@@ -222,10 +222,10 @@ def test_the_same_seed_gives_the_same_bits(roll):
 def test_a_beginning_is_drawn_from_the_initial_distribution(roll):
     world, n = roll.world(), 4000
     with torch.no_grad():
-        state = world.dynamics.begin(n, Sampling(generator=generator()))
-        again = world.dynamics.begin(n, Sampling(generator=generator()))
+        state = world.dynamics.sample_initial(n, Sampling(generator=generator()))
+        again = world.dynamics.sample_initial(n, Sampling(generator=generator()))
         _, trace = observe(world, start_state(world), Inputs.random(world).part(0, 1))
-        mean = world.dynamics.initial_law.sample(None, 20_000, Sampling(generator=generator(1))).mean((0, 1))
+        mean = world.dynamics.initial_prior.sample(None, 20_000, Sampling(generator=generator(1))).mean((0, 1))
     assert_equal(dict(state), dict(again), 0)
     assert_near(state["z"].mean(0), mean, n, state["z"].std(0))
     torch.testing.assert_close(state["h"], trace.h[:1, 0].expand(n, -1))  # row 0 begins an episode there
@@ -236,7 +236,7 @@ def test_rates_of_first_rows_come_from_the_initial_distribution_and_others_from_
     world = roll.world()
     inputs = Inputs.random(world)
     _, trace = observe(world, start_state(world), inputs)
-    first, law = inputs.is_first, world.dynamics.initial_law
+    first, law = inputs.is_first, world.dynamics.initial_prior
     with torch.no_grad():
         begun = law.rate(trace.posterior.index(first), trace.z[first], None)
         moved = world.dynamics.transition.rate(trace.posterior.index(~first), trace.z[~first], trace.h[~first])
@@ -248,7 +248,7 @@ def test_rates_of_first_rows_come_from_the_initial_distribution_and_others_from_
 def test_without_free_nats_a_rate_below_0_by_its_noise_trains_like_any_other():
     world = small_world(latent="gaussian", transition=small("distribution", "mixture"))
     rate = torch.tensor([-0.3, 0.1], requires_grad=True)
-    world.dynamics._free(world.dynamics.transition, rate).sum().backward()
+    world.dynamics._free_nats(world.dynamics.transition, rate).sum().backward()
     assert torch.equal(rate.grad, torch.ones(2))
 
 

@@ -10,7 +10,7 @@ from conftest import generator, small, small_world
 from gymnasium import spaces
 
 from worldmodel import registry
-from worldmodel.encoders import InputScaling
+from worldmodel.encoders import VectorScaling
 from worldmodel.spaces import ObsSpec
 
 INF = np.inf
@@ -38,7 +38,7 @@ def canonical(n: int, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def test_running_statistics_are_those_of_all_that_was_seen():
-    scaling, batches = InputScaling("standardise", SPEC), [canonical(n, seed) for seed, n in enumerate((1, 7, 32, 3))]
+    scaling, batches = VectorScaling("standardise", SPEC), [canonical(n, seed) for seed, n in enumerate((1, 7, 32, 3))]
     for batch in batches:
         scaling.update(batch)
     assert float(scaling.count) == 43
@@ -50,7 +50,7 @@ def test_running_statistics_are_those_of_all_that_was_seen():
 
 
 def test_many_small_updates_far_from_zero_lose_no_precision():
-    scaling, rng = InputScaling("standardise", ObsSpec.from_space(spaces.Box(-INF, INF, (1,)))), np.random.default_rng(0)
+    scaling, rng = VectorScaling("standardise", ObsSpec.from_space(spaces.Box(-INF, INF, (1,)))), np.random.default_rng(0)
     seen = (1e4 + 0.5 * rng.normal(size=(2000, 1))).astype(np.float32)
     for row in seen:
         scaling.update({"obs": torch.from_numpy(row).unsqueeze(0)})
@@ -58,7 +58,7 @@ def test_many_small_updates_far_from_zero_lose_no_precision():
 
 
 def test_standardised_vectors_have_mean_zero_and_deviation_one():
-    scaling, batch = InputScaling("standardise", SPEC), canonical(500)
+    scaling, batch = VectorScaling("standardise", SPEC), canonical(500)
     scaling.update(batch)
     scaled = scaling(batch)
     for name in ("speed", "far"):
@@ -68,7 +68,7 @@ def test_standardised_vectors_have_mean_zero_and_deviation_one():
 
 @pytest.mark.parametrize("kind", ["standardise", "symlog", "raw"])
 def test_every_scale_inverts_and_touches_vectors_alone(kind):
-    scaling, batch = InputScaling(kind, SPEC), canonical(200)
+    scaling, batch = VectorScaling(kind, SPEC), canonical(200)
     scaling.update(batch)
     before = {name: x.clone() for name, x in batch.items()}
     scaled = scaling(batch)
@@ -83,7 +83,7 @@ def test_every_scale_inverts_and_touches_vectors_alone(kind):
 
 
 def test_before_anything_was_seen_vectors_pass_unchanged_and_constants_never_explode():
-    scaling, batch = InputScaling("standardise", SPEC), canonical(5)
+    scaling, batch = VectorScaling("standardise", SPEC), canonical(5)
     torch.testing.assert_close(scaling({**batch, "speed": torch.ones(5, 3)})["speed"], torch.ones(5, 3))
     constant = {**batch, "speed": torch.full((5, 3), 3.0)}
     scaling.update(constant)
@@ -91,14 +91,14 @@ def test_before_anything_was_seen_vectors_pass_unchanged_and_constants_never_exp
 
 
 def test_numbers_far_from_all_that_was_seen_keep_their_order_and_come_back():
-    scaling = InputScaling("standardise", ObsSpec.from_space(spaces.Box(-INF, INF, (1,))))
+    scaling = VectorScaling("standardise", ObsSpec.from_space(spaces.Box(-INF, INF, (1,))))
     scaling.update({"obs": 0.05 * torch.randn(300, 1, generator=generator())})
     track = torch.linspace(-2.4, 2.4, 97).unsqueeze(1).requires_grad_()  # up to 48 deviations
     scaled = scaling({"obs": track})["obs"]
     assert (scaled.diff(dim=0) > 0).all()
     assert (torch.autograd.grad(scaled.sum(), track)[0] > 0).all()
     torch.testing.assert_close(scaling.inverse({"obs": scaled.detach()})["obs"], track.detach(), rtol=1e-4, atol=1e-5)
-    assert 0.3 < float(scaling.beyond({"obs": scaled})) < 0.7
+    assert 0.3 < float(scaling.compressed_fraction({"obs": scaled})) < 0.7
     assert scaling({"obs": torch.full((1, 1), INF)})["obs"].isnan().all()
 
 
@@ -112,7 +112,7 @@ def test_after_300_random_steps_of_cartpole_all_of_its_track_is_told_apart():
     world.scaling.update(world.obs.canonical({"obs": torch.from_numpy(np.stack(rows))}))
     track = torch.zeros(23, 4)
     track[:, 0] = torch.linspace(1.3, 2.4, 23)
-    seen = world.inputs({"obs": track})  # what is encoded, and what is decoded towards
+    seen = world.preprocess({"obs": track})  # what is encoded, and what is decoded towards
     assert (seen["obs"][:, 0].diff() > 0.01).all()
     unlikely = world.decoder.eval().loss(torch.zeros(23, world.feature_dim), seen)["observation"].value
     assert (unlikely.diff() > 0).all()
@@ -123,7 +123,7 @@ def test_after_300_random_steps_of_cartpole_all_of_its_track_is_told_apart():
 def test_a_clock_in_seconds_since_1970_keeps_its_seconds(dtype):
     spec = ObsSpec.from_space(spaces.Box(0, 2**40, (1,), dtype))
     for step in (1, 900):
-        scaling, seconds = InputScaling("standardise", spec), 1_700_000_000 + step * np.arange(100).reshape(-1, 1)
+        scaling, seconds = VectorScaling("standardise", spec), 1_700_000_000 + step * np.arange(100).reshape(-1, 1)
         rows = spec.canonical({"obs": torch.from_numpy(seconds.astype(dtype))})
         scaling.update(rows)
         scaled = scaling(rows)["obs"]
@@ -133,7 +133,7 @@ def test_a_clock_in_seconds_since_1970_keeps_its_seconds(dtype):
 
 
 def test_statistics_are_saved_with_the_model_and_are_not_trained():
-    scaling, twin = InputScaling("standardise", SPEC), InputScaling("standardise", SPEC)
+    scaling, twin = VectorScaling("standardise", SPEC), VectorScaling("standardise", SPEC)
     scaling.update(canonical(50))
     assert not list(scaling.parameters())
     twin.load_state_dict(scaling.state_dict())
@@ -142,7 +142,7 @@ def test_statistics_are_saved_with_the_model_and_are_not_trained():
 
 
 def test_a_world_without_vectors_has_nothing_to_scale():
-    scaling = InputScaling("standardise", ObsSpec.from_space(spaces.Discrete(3)))
+    scaling = VectorScaling("standardise", ObsSpec.from_space(spaces.Discrete(3)))
     scaling.update({"obs": torch.eye(3)})
     assert torch.equal(scaling({"obs": torch.eye(3)})["obs"], torch.eye(3))
 
@@ -176,7 +176,7 @@ def test_every_kind_of_observation_is_encoded(kind, space):
 @every_encoder
 def test_rows_are_encoded_apart(kind):
     encoder = build(kind, MIXED).eval()
-    obs = InputScaling("raw", SPEC)(canonical(6))
+    obs = VectorScaling("raw", SPEC)(canonical(6))
     torch.testing.assert_close(encoder({name: x[2:4] for name, x in obs.items()}), encoder(obs)[2:4], rtol=1e-4, atol=1e-5)
 
 

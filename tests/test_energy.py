@@ -45,7 +45,7 @@ class Bowl(nn.Module):
 def bowl(**options) -> Energy:
     law = energy(base=small("distribution", "gaussian", standard=True), **options)
     law.net = Bowl()
-    law._fixed = generator  # it has no parameters
+    law._fixed_generator = generator  # it has no parameters
     return law
 
 
@@ -149,10 +149,10 @@ def test_a_base_must_be_an_exact_law_of_such_codes(base):
 
 @pytest.mark.parametrize("trainer", ["cd", "pcd"])
 def test_a_gap_between_energies_stops_training_and_says_what_to_change(trainer):
-    law = energy(trainer=trainer, most_gap=5.0)
+    law = energy(trainer=trainer, max_gap=5.0)
     law.net = Bowl()
     x = torch.tensor([[9.0, 9.0]]).expand(30, 2)
-    with pytest.raises(NumericsError, match=r"most_gap=5 .*step.*magnitude.*trainer=nce"):
+    with pytest.raises(NumericsError, match=r"max_gap=5 .*step.*magnitude.*trainer=nce"):
         law.loss(x, None, sampling=Sampling(generator=generator()))
 
 
@@ -164,16 +164,16 @@ def test_codes_that_are_not_finite_are_no_divergence_but_a_loss_that_is_not_fini
 
 
 def test_chains_that_run_away_stop_training():
-    law = energy(trainer="cd", most_moved=1.0)
+    law = energy(trainer="cd", max_displacement=1.0)
     law.net = Bowl()
     law.net.slope, law.net.curve = torch.tensor([50.0, 0.0]), 0.0
-    with pytest.raises(NumericsError, match="most_moved=1 "):
+    with pytest.raises(NumericsError, match="max_displacement=1 "):
         law.loss(torch.zeros(30, 2), None, sampling=Sampling(generator=generator()))
 
 
 def test_where_the_base_has_no_closed_form_f_reads_codes_in_their_running_units():
     law = energy(base=small("distribution", "gaussian"))
-    law.framed = False
+    law.base_has_moments = False
     law.moments = RunningMoments(2, law.MEMORY)
     law.train().loss(5 + 3 * torch.randn(5000, 2, generator=generator()), None, sampling=Sampling(generator=generator()))
     torch.testing.assert_close(law.moments.mean.float(), torch.full((2,), 5.0), atol=0.2, rtol=0)

@@ -50,7 +50,7 @@ def test_disagreement_is_in_deviations_of_the_embedding_whatever_their_unit():
 
 def test_nothing_across_an_episodes_end_is_predicted():
     world, batch = sure(), known_batch()
-    batch = batch.with_obs(world.inputs(batch.obs))
+    batch = batch.with_obs(world.preprocess(batch.obs))
     trace = world.trace(batch, None, Sampling(generator=generator()))
     loss = world.loss(trace, batch)["ensemble"]
     assert torch.equal(loss.mask, ~batch.is_first[:, 1:]) and loss.unit == "score"
@@ -64,7 +64,7 @@ def test_nothing_across_an_episodes_end_is_predicted():
 
 def test_no_gradient_leaves_the_ensemble():
     world, batch = sure(), known_batch()
-    batch = batch.with_obs(world.inputs(batch.obs))
+    batch = batch.with_obs(world.preprocess(batch.obs))
     trace = world.trace(batch, None, Sampling(generator=generator()))
     loss = world.loss(trace, batch)["ensemble"].value
     parameters = {name: p for name, p in world.named_parameters() if p.requires_grad}

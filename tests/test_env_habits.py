@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper
 
 from worldmodel.envs import CheckedEnv, GymVecEnvAdapter, ImaginedVecEnv, check_vec_env
 from worldmodel.errors import ConfigError, EnvError
-from worldmodel.spaces.casts import tell
+from worldmodel.spaces.casts import warn_once
 
 BOX = spaces.Box(-2, 2, (2,), np.float32)
 PIXELS = spaces.Box(0, 255, (2,), np.uint8)
@@ -37,7 +37,7 @@ class Loose(gym.Env):
 
 @pytest.fixture(autouse=True)
 def untold():
-    tell.cache_clear()
+    warn_once.cache_clear()
 
 
 HALVES, ONES = np.array([0.5, 1.0], np.float32), np.ones(2, np.uint8)

@@ -278,7 +278,7 @@ def test_any_supported_space_reaches_a_vec_env_and_the_canonical_form(space, act
     observations, actions = ObsSpec.from_space(venv.observation_space), ActionSpec.from_space(venv.action_space)
     obs = venv.reset()
     for _ in range(3):
-        observations.check(observations.to_rows(obs))
+        observations.check(observations.to_raw(obs))
         obs, *_ = venv.step(actions.decode(actions.sample(1, np.random.default_rng(0))))
     assert all(action_space.contains(action) for action in puppet.actions)
 

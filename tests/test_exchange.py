@@ -55,7 +55,7 @@ def test_dreamed_episodes_are_episodes_of_the_environments_spaces(run, start):
 
 
 def test_dreams_in_several_batches_are_as_many_as_were_asked_for(run, monkeypatch):
-    monkeypatch.setattr(exchange, "AT_ONCE", 3)
+    monkeypatch.setattr(exchange, "DREAM_BATCH", 3)
     dreams = dreamed_episodes(run, 7, horizon=2)
     assert dreams.episodes == 7 and not np.array_equal(dreams.obs["obs"][:2], dreams.obs["obs"][6:8])
 

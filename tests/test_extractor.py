@@ -23,7 +23,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNorm
 
 from worldmodel.agents import JointWorldModel, LatentExtractor, latent_policy_kwargs
 from worldmodel.agents.sb3 import extractor as module
-from worldmodel.agents.sb3.extractor import raw_rows
+from worldmodel.agents.sb3.extractor import raw_observations
 from worldmodel.config import Config
 from worldmodel.envs.make import make_vec
 from worldmodel.errors import ConfigError
@@ -66,11 +66,11 @@ def samples(world, count: int, seed: int = 0) -> dict[str, np.ndarray]:
     space.seed(seed)
     found = [space.sample() for _ in range(count)]
     batch = np.stack(found) if world.obs.single else {name: np.stack([o[name] for o in found]) for name in world.obs.keys}
-    return world.obs.to_rows(batch)
+    return world.obs.to_raw(batch)
 
 
 def code_of(world, rows) -> torch.Tensor:
-    embed = world.encoder(world.inputs(tensors(rows)))
+    embed = world.encoder(world.preprocess(tensors(rows)))
     return world.dynamics.posterior(embed, world.initial(len(embed))["h"]).mean
 
 
@@ -103,7 +103,7 @@ def test_it_gives_what_the_world_model_gives_for_the_raw_observation(name, outpu
     extractor = make(A2C, env, latent_policy_kwargs(world, output=output)).policy.features_extractor
     rows = samples(world, 6)
     raw = world.obs.to_env(rows)
-    expected = code_of(world, rows) if output == "code" else world.encoder(world.inputs(tensors(rows)))
+    expected = code_of(world, rows) if output == "code" else world.encoder(world.preprocess(tensors(rows)))
     transposed = VecTransposeImage(toys(SPACES[name])) if isinstance(env, VecTransposeImage) else None
     given = transposed.transpose_observations(raw) if transposed is not None else raw
     as_tensors = {k: torch.as_tensor(x) for k, x in given.items()} if isinstance(given, dict) else torch.as_tensor(given)
@@ -135,7 +135,7 @@ def test_each_stacked_frame_is_encoded_and_they_stand_side_by_side_oldest_first(
     extractor, obs, frames = model.policy.features_extractor, model.env.reset(), []
     for _ in range(4):
         obs = model.env.step([0])[0]
-        frames.append(raw_rows(extractor, obs))
+        frames.append(raw_observations(extractor, obs))
     codes = code_of(world, {"obs": np.concatenate(frames[-3:])})
     got = model.policy.extract_features(torch.as_tensor(obs))
     torch.testing.assert_close(got[0], codes.flatten(), rtol=0, atol=1e-6)
@@ -191,7 +191,7 @@ def world_of_recipe(recipe: str, space, action=TWO_ACTIONS) -> WorldModel:
 def test_a_model_of_every_recipe_is_an_extractor_or_the_error_names_the_reason(space, recipe):
     world, met = world_of_recipe(recipe, SPACES[space]), A2C._wrap_env(toys(SPACES[space]), monitor_wrapper=False)
     rows = samples(world, 3)
-    embed, codes = world.encoder(world.inputs(tensors(rows))), getattr(world.dynamics, "posterior_net", None) is not None
+    embed, codes = world.encoder(world.preprocess(tensors(rows))), getattr(world.dynamics, "posterior_net", None) is not None
     given = torch.as_tensor(rows["obs"] if space == "vector" else np.moveaxis(rows["obs"], -1, 1))
     for output in ("embedding", "code"):
         if output == "code" and not codes:

@@ -83,30 +83,30 @@ def codes(n: int = 400, shift: float = 30.0) -> torch.Tensor:
     return torch.randn(n, 2, generator=generator()) * torch.tensor([5.0, 0.1]) + shift
 
 
-def belief(n: int = 400):
-    return small_latent("gaussian").belief(torch.zeros(n, 4))
+def posterior(n: int = 400):
+    return small_latent("gaussian").distribution(torch.zeros(n, 4))
 
 
 def test_whitening_follows_the_codes_of_training_and_stands_still_in_eval():
     form = law()
     form.eval().loss(codes(), None)
-    form.rate(belief(), codes(), None)
+    form.rate(posterior(), codes(), None)
     assert int(form.moments.count) == 0
     form.train().loss(codes(), None)
     torch.testing.assert_close(form.moments.mean.float(), codes().mean(0))
     torch.testing.assert_close(form.moments.variance.float(), codes().var(0, correction=0))
-    form.rates(belief(), codes(shift=0.0), None)
+    form.rates(posterior(), codes(shift=0.0), None)
     assert int(form.moments.count) == 2
     torch.testing.assert_close(form.moments.mean.float(), (codes().mean(0) + codes(shift=0.0).mean(0)) / 2)
     torch.testing.assert_close(form.moments.variance.float(), torch.cat([codes(), codes(shift=0.0)]).var(0), rtol=0.02, atol=0)
-    form.rate(belief(), codes(), None, frozen=True)
+    form.rate(posterior(), codes(), None, frozen=True)
     form.requires_grad_(False).loss(codes(), None)
     assert int(form.moments.count) == 2
 
 
 def test_the_two_rates_are_equal_though_the_whitening_moves_on():
     form = law(bend=0.3).train()
-    dyn, rep = form.rates(belief(), codes(), None)
+    dyn, rep = form.rates(posterior(), codes(), None)
     torch.testing.assert_close(dyn, rep)
     assert int(form.moments.count) == 1
 

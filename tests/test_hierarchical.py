@@ -48,10 +48,10 @@ def test_variables_of_a_code_depend_on_one_another_through_the_upper_level(laten
 @every_latent
 def test_the_rate_is_the_sum_of_the_levels_and_closed_forms_save_it_their_noise(latent):
     form, n = law(latent), 20_000
-    one = form.latent.belief(torch.randn(1, form.latent.parameters, generator=generator(3)))
-    belief = one.map(lambda p: p.expand(n, *p.shape[1:]))
-    z = belief.sample(form.latent.noise((n,), generator(), "cpu"))
-    nats, sampled = form.rate(belief, z, None).detach(), (belief.log_prob(z) - form.log_prob(z, None)).detach()
+    one = form.latent.distribution(torch.randn(1, form.latent.parameters, generator=generator(3)))
+    posterior = one.map(lambda p: p.expand(n, *p.shape[1:]))
+    z = posterior.sample(form.latent.noise((n,), generator(), "cpu"))
+    nats, sampled = form.rate(posterior, z, None).detach(), (posterior.log_prob(z) - form.log_prob(z, None)).detach()
     assert_near(nats.mean(), sampled.mean(), n, sampled.std())
     assert nats.std() < sampled.std()
 
@@ -59,14 +59,14 @@ def test_the_rate_is_the_sum_of_the_levels_and_closed_forms_save_it_their_noise(
 @every_latent
 def test_a_frozen_rate_reaches_the_upper_code_through_what_it_says_of_the_lower_and_no_parameter(latent):
     form = law(latent)
-    belief = form.latent.belief(torch.randn(1, form.latent.parameters, generator=generator(3)))
-    z = belief.sample(form.latent.noise((1,), generator(), "cpu")).requires_grad_()
-    frozen = form.rate(belief, z, None, frozen=True)
+    posterior = form.latent.distribution(torch.randn(1, form.latent.parameters, generator=generator(3)))
+    z = posterior.sample(form.latent.noise((1,), generator(), "cpu")).requires_grad_()
+    frozen = form.rate(posterior, z, None, frozen=True)
     (through,) = torch.autograd.grad(frozen.sum(), z, retain_graph=True)
     assert through[:, : form.upper.latent.size].abs().sum() > 0
     own = dict(form.named_parameters())
     assert not reached(frozen, **own)
-    assert reached(form.rates(belief, z, None)[0], **own) == set(own)
+    assert reached(form.rates(posterior, z, None)[0], **own) == set(own)
 
 
 def test_levels_may_have_forms_of_their_own():
@@ -103,12 +103,12 @@ def test_each_level_is_fitted_as_it_is_by_itself():
 
 def test_training_lets_each_level_keep_its_statistics_and_a_frozen_rate_does_not():
     form = law(upper={"kind": "flow"}, lower={"kind": "gaussian", "std": "fitted"}).train()
-    belief = form.latent.belief(torch.zeros(20, 6))
+    posterior = form.latent.distribution(torch.zeros(20, 6))
     z = 50 + torch.randn(20, 3, generator=generator())
     seen = {name: x.clone() for name, x in form.named_buffers()}
-    form.rate(belief, z, None, frozen=True)
+    form.rate(posterior, z, None, frozen=True)
     assert all(torch.equal(x, seen[name]) for name, x in form.named_buffers())
-    for learn in (lambda: form.loss(z, None), lambda: form.rate(belief, 2 * z, None)):
+    for learn in (lambda: form.loss(z, None), lambda: form.rate(posterior, 2 * z, None)):
         learn()
         moved = dict(form.named_buffers())
         assert not any(torch.equal(moved[name], seen[name]) for name in ("upper.moments.mean", "lower.errors.mean"))

@@ -45,9 +45,9 @@ FOLDERS = {
 
 LAYERS = (
     "errors configs",
-    "data registry storage.checkpoint storage.windows nn.networks nn.moments nn.diffusion",
+    "data registry renamed storage.checkpoint storage.windows nn.networks nn.moments nn.diffusion",
     "config spaces storage.segments view nn.attention",
-    "storage.replay storage.spool storage.weights",
+    "storage.replay storage.disk_columns storage.weights",
     "storage.recording distributions",
     "encoders decoders heads ensemble",
     "dynamics objectives",
@@ -276,7 +276,7 @@ def test_every_public_name_resolves(module):
 
 
 def test_every_room_of_the_registry_is_there():
-    assert not set(registry.ROOMS) - set(modules())
+    assert not set(registry.MODULES) - set(modules())
 
 
 # What is shipped --------------------------------------------------------------------------------------------------------
@@ -477,7 +477,7 @@ def read_names() -> set[str]:
 
 def test_every_option_is_read_and_every_choice_of_one_stands_in_a_test():
     """Of a model's parts tests/test_options.py asks more: that each option changes something."""
-    read = read_names() | {"most_gap", "most_moved"}  # handed on as words in distributions.energy
+    read = read_names() | {"max_gap", "max_displacement"}  # handed on as words in distributions.energy
     tried = "\n".join(file.read_text(encoding="utf-8") for file in [*(ROOT / "tests").glob("*.py"), *ROOT.glob("configs/*/*.yaml")])
     idle = []
     for role, kind, config in registry.entries():
@@ -489,7 +489,7 @@ def test_every_option_is_read_and_every_choice_of_one_stands_in_a_test():
     assert not idle, "\n".join(idle)
 
 
-ON_THE_CPU = {"edm_grid", "cfm", "even_looks", "fit"}
+ON_THE_CPU = {"edm_grid", "cfm", "fixed_samples", "fit"}
 """Functions that make small tensors on the CPU, which their callers bring to where the others are."""
 MAKERS = {"eye", "arange", "zeros", "ones", "tensor", "linspace", "full", "empty", "rand", "randn", "randint", "randperm"}
 

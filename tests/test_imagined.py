@@ -48,7 +48,7 @@ def recorded(world, episodes: int = 12, length: int = 4) -> Replay:
     space = world.obs.space
     space.seed(0)
     for row in range(episodes * length):
-        obs = world.obs.to_rows(_batch_of_one(space.sample()))
+        obs = world.obs.to_raw(_batch_of_one(space.sample()))
         first, last = row % length == 0, row % length == length - 1
         terminal = last and (row // length) % 2 == 0
         replay.add(obs, world.action.sample(1, rng), np.ones(1), *(np.array([flag]) for flag in (first, last, terminal)))

@@ -14,7 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from test_offline import learn, walks  # noqa: F401 (a fixture)
 
 from worldmodel.agents.loop import WorldModelAlgorithm
-from worldmodel.agents.training.callback import Keeper
+from worldmodel.agents.training.callback import RunCallback
 from worldmodel.agents.training.signals import Interrupted
 from worldmodel.storage.run import Run
 
@@ -66,8 +66,8 @@ def test_updates_that_the_last_step_still_owes_are_made_on_resume(tmp_path, monk
 def test_a_step_is_evaluated_when_what_it_pays_for_has_been_learned(tmp_path, monkeypatch):
     Nervous.steps = 0
     seen = []
-    measure = Keeper.measure
-    monkeypatch.setattr(Keeper, "measure", lambda self, *args: seen.append(self.model.learner.updates) or measure(self, *args))
+    measure = RunCallback.measure
+    monkeypatch.setattr(RunCallback, "measure", lambda self, *args: seen.append(self.model.learner.updates) or measure(self, *args))
     options = {**LONG, "train.prefill": 21, "eval.every": 18}
     strike(monkeypatch, 5)
     with pytest.raises(Interrupted):
@@ -95,9 +95,9 @@ def test_a_signal_in_a_visit_to_the_dream_ends_it(tmp_path):
     options = {key: value for key, value in OPTIONS.items() if not key.startswith("agent.")}
     agent = SB3Agent("MlpPolicy", make_vec("Nervous-v0", 1, 0), config={**options, **config}, seed=0, device="cpu")
     asked = []
-    agent.go_on = lambda: asked.append(1) is None and agent.controller.algorithm.num_timesteps < 40
+    agent.should_continue = lambda: asked.append(1) is None and agent.controller.algorithm.num_timesteps < 40
     agent.learn(30)
-    assert agent.visits == 0 and agent.owes and agent.imagined_steps < 400
+    assert agent.visits == 0 and agent.has_pending_updates and agent.imagined_steps < 400
 
 
 # A script --------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from worldmodel.model import WorldModel
 
 RECIPES = sorted(file.name.removesuffix(".yaml") for file in (importlib.resources.files("worldmodel.configs") / "model").iterdir())
 CLIP = 0.1
-SMALL = {"size": "nano", "model.encoder.depth": 4, "model.decoder.depth": 4, "train.average": 0.0, "train.burn_in": 0}
+SMALL = {"size": "nano", "model.encoder.depth": 4, "model.decoder.depth": 4, "train.ema_decay": 0.0, "train.burn_in": 0}
 PICTURES = {"model.dynamics.depth": 4, "model.dynamics.past": 2, "model.dynamics.frames": 4}
 
 
@@ -122,10 +122,10 @@ REMOVED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 """What is taken away, from which recipe, and the options with it and without it."""
 LAWS = {kind: registry.part("distribution", kind) for kind in registry.kinds("distribution")}
-for kind in (kind for kind, law in LAWS.items() if "gaussian" in law.latents):
+for kind in (kind for kind, law in LAWS.items() if "gaussian" in law.latent_kinds):
     if "marginal" in LAWS[kind].slots:
         REMOVED[f"a weightless marginal {kind}"] = ("gaussian", {"model__marginal__kind": kind}, {})
-    if "initial" in LAWS[kind].slots and not LAWS[kind].of_beliefs:
+    if "initial" in LAWS[kind].slots and not LAWS[kind].of_posteriors:
         REMOVED[f"an initial {kind} of points"] = ("jepa", {"model__initial__kind": kind}, {"model__initial__kind": "gaussian"})
 
 
@@ -136,6 +136,6 @@ def test_what_reaches_only_itself_leaves_all_else_and_the_shared_draws_as_they_a
     with_it = build(recipe(name, **options), like=without)
     scales = ONES | {"marginal": float("weightless" not in what)}
     (there, drawn), (gone, as_drawn) = (after(world, scales) for world in (with_it, without))
-    changed = {x for x in differing(there, gone) if not ("initial" in what and x.startswith("dynamics.initial_law"))}
+    changed = {x for x in differing(there, gone) if not ("initial" in what and x.startswith("dynamics.initial_prior"))}
     assert there.keys() & gone.keys() and not changed
     assert torch.equal(drawn, as_drawn)

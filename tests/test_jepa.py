@@ -33,7 +33,7 @@ def jepa_world(kind: str = "jepa", action: spaces.Space = TWO_ACTIONS, heads: st
 
 
 def losses(world: WorldModel, batch: Batch) -> tuple[dict[str, Loss], Trace]:
-    prepared = batch.with_obs(world.inputs(batch.obs))
+    prepared = batch.with_obs(world.preprocess(batch.obs))
     trace = world.trace(prepared, None, Sampling(generator=generator()))
     return world.loss(trace, prepared, Sampling(generator=generator())), trace
 
@@ -51,12 +51,12 @@ def test_prediction_trains_encoder_dynamics_and_transition_and_the_rest_has_its_
     world = jepa_world()
     terms, _ = losses(world, known_batch())
     found = {name: parts_reached(world, term.mean()) for name, term in terms.items()}
-    assert {*UPSTREAM, "dynamics.code_in", "dynamics.action_in"} <= found["prediction"]
+    assert {*UPSTREAM, "dynamics.z_in", "dynamics.action_in"} <= found["prediction"]
     assert not any(name.startswith(("objective", "heads", "dynamics.initial")) for name in found["prediction"])
     assert found["collapse/sigreg"] == {"encoder", "dynamics.posterior_net"}
     assert found["inverse"] == {"encoder", "dynamics.posterior_net", "objective.inverse"}
     assert found["observation"] == {"objective.decoder"}
-    assert found["fit/initial/error"] == {"dynamics.initial_law"}
+    assert found["prior/initial/error"] == {"dynamics.initial_prior"}
     assert found["reward"] == found["continue"] == {"heads"}
 
 
@@ -102,7 +102,7 @@ def test_nothing_is_told_across_the_border_of_an_episode(action):
 def test_what_opens_an_episode_leaves_the_fitted_deviation_alone():
     batch = known_batch()
     world = jepa_world()
-    trace = world.trace(batch.with_obs(world.inputs(batch.obs)), None, Sampling(mode=True))
+    trace = world.trace(batch.with_obs(world.preprocess(batch.obs)), None, Sampling(mode=True))
     far = 100 * batch.is_first.unsqueeze(-1)
     value = world.dynamics.predict(trace, batch, trace.z + far, Sampling())["error"].value
     assert world.dynamics.transition.variance.max() < 5 and not value[batch.is_first].any() and value[~batch.is_first].all()
@@ -138,17 +138,17 @@ def test_the_statistic_tells_points_and_lumps_from_a_gaussian():
 
 
 def test_vicreg_is_content_with_white_codes_and_not_with_small_or_equal_numbers():
-    codes = torch.randn(4096, 3, generator=generator())
-    assert variance(codes) < 0.02 and covariance(codes) < 0.01
-    assert abs(float(variance(0.25 * codes)) - 0.75) < 0.02
-    assert abs(float(covariance(codes[:, :1].expand(-1, 3))) - 2) < 0.2
+    latents = torch.randn(4096, 3, generator=generator())
+    assert variance(latents) < 0.02 and covariance(latents) < 0.01
+    assert abs(float(variance(0.25 * latents)) - 0.75) < 0.02
+    assert abs(float(covariance(latents[:, :1].expand(-1, 3))) - 2) < 0.2
 
 
 def spread_after_training(**options) -> tuple[Tensor, Tensor]:
     """(eigenvalues of the codes' covariance, final prediction loss) after 60 updates on walks of four numbers."""
     world = jepa_world(probe=False, **options)
     scales = dict.fromkeys(ScaleConfig.model_fields, 1.0) | {"collapse": 50.0, "reward": 0.0, "cont": 0.0}
-    learner = Learner(world, TrainConfig(lr=1e-2, eps=1e-8, clip=100.0, burn_in=0, warmup=0, average=0.0, scales=scales))
+    learner = Learner(world, TrainConfig(lr=1e-2, eps=1e-8, clip=100.0, burn_in=0, warmup=0, ema_decay=0.0, scales=scales))
     g = generator()
     batch = known_batch(rows=32)
     walk = torch.randn(32, 6, 4, generator=g).cumsum(1)
@@ -159,10 +159,10 @@ def spread_after_training(**options) -> tuple[Tensor, Tensor]:
 
 
 def test_codes_collapse_without_what_keeps_them_apart_and_not_with_it():
-    alone, told = spread_after_training(anti="none", inverse=False)
-    assert alone.max() < 0.1 and told < 0.02  # all codes are nearly one, which is easy to predict
+    alone, predicted = spread_after_training(anti_collapse="none", inverse=False)
+    assert alone.max() < 0.1 and predicted < 0.02  # all codes are nearly one, which is easy to predict
     for anti in ("sigreg", "vicreg"):
-        kept, _ = spread_after_training(anti=anti)
+        kept, _ = spread_after_training(anti_collapse=anti)
         assert kept.min() > 0.3, anti
 
 
@@ -170,12 +170,12 @@ def test_codes_collapse_without_what_keeps_them_apart_and_not_with_it():
 
 
 def test_the_slow_encoder_follows_and_its_codes_are_what_is_predicted():
-    world = jepa_world(ema=0.9)
+    world = jepa_world(ema_decay=0.9)
     start = [p.clone() for p in world.objective.slow.parameters()]
     with torch.no_grad():
         for p in world.encoder.parameters():
             p += 1.0
-    world.follow()
+    world.update_targets()
     terms, trace = losses(world, known_batch())
     moved = [after - before for before, after in zip(start, world.objective.slow.parameters(), strict=True)]
     count = len(list(world.encoder.parameters()))
@@ -189,7 +189,7 @@ def test_the_slow_encoder_follows_and_its_codes_are_what_is_predicted():
 
 
 def test_the_slow_encoder_follows_updates_and_none_that_is_skipped():
-    learner = Learner(jepa_world(ema=0.9), TrainConfig(burn_in=0, warmup=0))
+    learner = Learner(jepa_world(ema_decay=0.9), TrainConfig(burn_in=0, warmup=0))
     slow = [[p.clone() for p in learner.world.objective.slow.parameters()]]
     for spoil in (1.0, torch.nan):
         batch = learner.prepare(known_batch())

@@ -45,7 +45,7 @@ class Recorder(VecEnvWrapper):
     def _row(self, i, obs, action, reward, first, last, terminal):
         one = {name: np.asarray(x)[None] for name, x in obs.items()} if isinstance(obs, dict) else np.asarray(obs)[None]
         flags = (np.array([flag]) for flag in (first, last, terminal))
-        self.replays[i].add(self.world.obs.to_rows(one), action, np.array([reward]), *flags)
+        self.replays[i].add(self.world.obs.to_raw(one), action, np.array([reward]), *flags)
 
     def _each(self, obs):
         return [{name: x[i] for name, x in obs.items()} if isinstance(obs, dict) else obs[i] for i in range(self.num_envs)]
@@ -87,7 +87,7 @@ def test_the_belief_is_that_of_training_row_by_row(observation, action, posterio
         batch = replay.sample(1, len(replay), np.random.default_rng(0))
         assert batch.is_first.sum() > 2 and batch.is_last.any()
         with torch.no_grad():
-            trace = world.trace(batch.with_obs(world.inputs(batch.obs)), None, Sampling(mode=True))
+            trace = world.trace(batch.with_obs(world.preprocess(batch.obs)), None, Sampling(mode=True))
         np.testing.assert_allclose(np.stack(features), trace.feature[0].numpy(), atol=1e-5)
 
 

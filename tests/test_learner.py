@@ -62,7 +62,7 @@ OWNERS = {
     "observation": ["objective.decoder"],
     "reward": ["heads.reward_net"],
     "cont": ["heads.cont_net"],
-    "dyn": ["dynamics.transition", "dynamics.initial_law"],
+    "dyn": ["dynamics.transition", "dynamics.initial_prior"],
     "rep": ["dynamics.posterior_out"],
     "marginal": ["marginal"],
 }
@@ -285,35 +285,35 @@ def test_an_optimiser_that_never_stepped_restores_to_one_that_never_stepped():
 
 
 def test_the_average_is_the_exponential_mean_of_the_weights_after_each_update():
-    learner = make_learner(average=0.9)
+    learner = make_learner(ema_decay=0.9)
     expected = {name: p.detach().clone() for name, p in learner.world.named_parameters()}
     for i in range(1, 5):
         step(learner, i)
         keep = min(0.9, i / (i + 10))
         expected = {name: keep * expected[name] + (1 - keep) * p.detach() for name, p in learner.world.named_parameters()}
-    for name, p in learner.average.named_parameters():
+    for name, p in learner.ema.named_parameters():
         torch.testing.assert_close(p, expected[name])
-    assert not any(p.requires_grad for p in learner.average.parameters())
-    assert not same(content(learner.average), content(learner.world))
+    assert not any(p.requires_grad for p in learner.ema.parameters())
+    assert not same(content(learner.ema), content(learner.world))
 
 
 def test_the_average_shares_what_was_observed_and_takes_over_what_was_fitted():
-    learner = make_learner(average=0.9)
+    learner = make_learner(ema_decay=0.9)
     learner.world.scaling.update({"obs": 5 + torch.randn(50, 4, generator=generator())})
-    assert float(learner.average.scaling.count) == 50
+    assert float(learner.ema.scaling.count) == 50
     step(learner)
-    assert torch.equal(learner.average.decoder.log_std("obs"), learner.world.decoder.log_std("obs"))
+    assert torch.equal(learner.ema.decoder.log_std("obs"), learner.world.decoder.log_std("obs"))
 
 
 def test_an_update_that_is_skipped_leaves_the_average_as_it_was():
-    learner = make_learner(average=0.9)
+    learner = make_learner(ema_decay=0.9)
     step(learner)
-    before = content(learner.average)
+    before = content(learner.ema)
     learner.world.heads.reward_net[-1].bias.data[3] = torch.nan
     step(learner)
-    assert learner.skipped == 1 and same(content(learner.average), before)
+    assert learner.skipped == 1 and same(content(learner.ema), before)
 
 
 def test_without_averaging_there_is_one_model():
-    learner = make_learner(average=0.0)
-    assert learner.average is learner.world
+    learner = make_learner(ema_decay=0.0)
+    assert learner.ema is learner.world

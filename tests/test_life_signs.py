@@ -11,13 +11,13 @@ from small_runs import small_train
 
 from worldmodel.agents.loop import WorldModelAlgorithm
 from worldmodel.agents.training import report
-from worldmodel.agents.training.report import Lines
+from worldmodel.agents.training.report import LineReport
 
 
 class Told(WorldModelAlgorithm):
     """What the report asks of an agent, and nothing else of one."""
 
-    owes = True
+    has_pending_updates = True
 
     def __init__(self, step: int, updates: int, pretrain: int = 0, ratio: float = 1.0):
         self.num_timesteps, self.learner = step, SimpleNamespace(updates=updates)
@@ -33,7 +33,7 @@ def clock(monkeypatch):
 
 
 def test_a_run_says_in_every_phase_that_it_is_alive(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "EVERY", 0.0, raising=False)
+    monkeypatch.setattr(report, "LINE_INTERVAL", 0.0, raising=False)
     said = []
     options = {"train.pretrain": 4, "log.tensorboard": True, "log.pictures": 30, "log.held_out": 1}
     small_train(tmp_path / "run", 40, options=options, log=said.append)
@@ -51,7 +51,7 @@ def test_a_run_says_in_every_phase_that_it_is_alive(tmp_path, monkeypatch):
 
 def test_a_line_comes_when_half_a_minute_was_silent_and_only_then(clock):
     said = []
-    lines = Lines(said.append, 4000)
+    lines = LineReport(said.append, 4000)
     lines.start(Told(500, 0, 1500))
     for update in range(1, 601):  # 2 a second
         clock.now += 0.5
@@ -66,7 +66,7 @@ def test_a_line_comes_when_half_a_minute_was_silent_and_only_then(clock):
 
 def test_steps_a_second_are_recent_ones_and_time_in_evaluations_is_none(clock):
     said = []
-    lines = Lines(said.append, 10_000)
+    lines = LineReport(said.append, 10_000)
     lines.start(Told(0, 0))
     for step in range(1, 2001):  # random ones, 100 a second
         clock.now += 0.01

@@ -157,8 +157,8 @@ def test_vectors_are_scaled_by_all_that_was_collected():
 
 def test_the_belief_forgets_the_past_where_an_episode_begins():
     agent, told = small_dreamer(Chain(limit=5)), []
-    follow = agent.policy.follow
-    agent.policy.follow = lambda *args, **options: told.append(bool(args[2][0])) or follow(*args, **options)
+    filter_and_act = agent.policy.filter_and_act
+    agent.policy.filter_and_act = lambda *args, **options: told.append(bool(args[2][0])) or filter_and_act(*args, **options)
     agent.learn(60)
     rows = stored(agent)
     acted_at = rows.is_first[:-1][~rows.is_first[1:]].tolist()  # the rows at which an action was taken

@@ -51,7 +51,7 @@ def test_no_loss_of_the_recurrence_reaches_the_codes():
     world = mdn_rnn()
     embed = embedding(world)
     trace = traced(world, embed)
-    own = dict(world.dynamics.lstm.named_parameters()) | {"code_in": world.dynamics.code_in.weight}
+    own = dict(world.dynamics.lstm.named_parameters()) | {"z_in": world.dynamics.z_in.weight}
     losses = world.dynamics.losses(trace, flagged(FIRST), Sampling())
     assert reached(losses["dyn"].value, embed=embed, **own) == set(own)
     assert reached(trace.h, embed=embed, **own) == set(own)
@@ -77,7 +77,7 @@ def test_the_carry_remembers_further_back_than_its_output():
     one = world.dynamics.imagine(state, action, Sampling(mode=True))["h"]
     other = world.dynamics.imagine(type(state)({**state, "c": state["c"] + 1}), action, Sampling(mode=True))["h"]
     assert (one - other).abs().max() > 1e-2
-    first = world.dynamics.begin(1, Sampling(mode=True))
+    first = world.dynamics.sample_initial(1, Sampling(mode=True))
     for name in ("h", "c"):
         torch.testing.assert_close(trace.states[name][0, 3], first[name][0])
 

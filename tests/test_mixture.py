@@ -65,7 +65,7 @@ def test_a_draw_is_differentiable_in_the_drawn_components_parameters():
 def test_every_row_of_a_context_has_its_own_mixture():
     form, context = law(3), torch.randn(4, 3, generator=generator())
     mix = form.components(context)
-    assert mix.log_weights.shape == (4, 5) and mix.beliefs.mean.shape == (4, 5, 2)
+    assert mix.log_weights.shape == (4, 5) and mix.distributions.mean.shape == (4, 5, 2)
     torch.testing.assert_close(mix.log_weights.exp().sum(-1), torch.ones(4))
     x = torch.randn(4, 2, generator=generator(1))
     torch.testing.assert_close(form.log_prob(x, context)[2], form.log_prob(x[2:3], context[2:3])[0])
@@ -86,8 +86,8 @@ def test_no_component_dies_whatever_the_weights_and_none_narrows_onto_one_code()
     form.raw.data[:, 2:] = -1000.0
     mix = form.components(None)
     assert float(mix.log_weights.detach().exp().min()) == pytest.approx(0.01)
-    assert float(mix.beliefs.std.detach().min()) == pytest.approx(form.latent.min_std)
-    form.log_prob(mix.beliefs.mean[0], None).sum().backward()
+    assert float(mix.distributions.std.detach().min()) == pytest.approx(form.latent.min_std)
+    form.log_prob(mix.distributions.mean[0], None).sum().backward()
     assert (form.raw.grad[:, :2].isfinite()).all() and form.logits.grad.isfinite().all()
 
 
@@ -115,26 +115,26 @@ def test_a_mixture_of_nothing_is_refused():
 def test_many_narrow_components_are_scored_as_well_as_few():
     latent = small_latent("gaussian", size=8)
     raw = torch.cat([3 * torch.randn(200, 8, generator=generator()), torch.full((200, 8), -20.0)], -1)  # deviations of 0.01
-    beliefs = latent.belief(raw)
-    x = beliefs.mean[:50] + 0.01 * torch.randn(50, 8, generator=generator(1))
-    each = torch.stack([beliefs.index(slice(k, k + 1)).log_prob(x) for k in range(200)], -1)
+    distributions = latent.distribution(raw)
+    x = distributions.mean[:50] + 0.01 * torch.randn(50, 8, generator=generator(1))
+    each = torch.stack([distributions.index(slice(k, k + 1)).log_prob(x) for k in range(200)], -1)
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(beliefs.log_prob_each(x), each, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(distributions.log_prob_each(x), each, rtol=1e-4, atol=1e-3)
 
 
 def test_over_mirrored_draws_a_sampled_rate_moves_the_mean_as_the_closed_form_does():
     """Drawn alone, z pulls the mean towards itself; of z and its mirror image only the belief's mean is left."""
     narrow = law(components=1)
-    belief = GaussianPosterior(torch.tensor([[0.3, -0.2]]), torch.tensor([[0.5, 0.2]]))
-    z = belief.sample(torch.tensor([[1.3, -0.7]]))
+    posterior = GaussianPosterior(torch.tensor([[0.3, -0.2]]), torch.tensor([[0.5, 0.2]]))
+    z = posterior.sample(torch.tensor([[1.3, -0.7]]))
     gradients = {}
-    for name, codes in (("one", (z,)), ("both", narrow.antithetic(belief, z))):
-        rates = [narrow.rates(belief, code, None)[0] for code in codes]
+    for name, codes in (("one", (z,)), ("both", narrow.antithetic(posterior, z))):
+        rates = [narrow.rates(posterior, code, None)[0] for code in codes]
         gradients[name] = torch.autograd.grad(sum(rates).sum() / len(rates), narrow.raw)[0][0, :2]
-    closed = torch.autograd.grad(belief.kl(narrow.components(None).beliefs).sum(), narrow.raw)[0][0, :2]
+    closed = torch.autograd.grad(posterior.kl(narrow.components(None).distributions).sum(), narrow.raw)[0][0, :2]
     torch.testing.assert_close(gradients["both"], closed)
     assert (gradients["one"] - closed).abs().max() > 0.1
-    assert registry.build("distribution", small("distribution", "gaussian"), small_latent("gaussian"), 0).antithetic(belief, z) == (
+    assert registry.build("distribution", small("distribution", "gaussian"), small_latent("gaussian"), 0).antithetic(posterior, z) == (
         z,
     )
-    assert small_latent("categorical").belief(torch.zeros(1, 6)).mirror(torch.zeros(1, 6)) is None
+    assert small_latent("categorical").distribution(torch.zeros(1, 6)).mirror(torch.zeros(1, 6)) is None

@@ -62,7 +62,7 @@ def trained(request) -> tuple[WorldModel, Replay]:
     learner = Learner(world, TrainConfig(lr=8e-3, eps=1e-8, clip=100.0, burn_in=0, warmup=0, scales=scales))
     with unchecked():
         for _ in range(300):
-            learner.update(learner.prepare(replay.sample(8, 10, rng, ends=0.25)), g)
+            learner.update(learner.prepare(replay.sample(8, 10, rng, terminal_fraction=0.25)), g)
     return world.eval(), replay
 
 
@@ -107,9 +107,9 @@ def test_imagination_with_logged_actions_reproduces_what_was_seen(trained):
 
 def test_a_truncated_row_goes_on_and_a_terminal_one_does_not(trained):
     world, replay = trained
-    batch = replay.sample(64, 10, np.random.default_rng(1), ends=1.0)
+    batch = replay.sample(64, 10, np.random.default_rng(1), terminal_fraction=1.0)
     with torch.no_grad():
-        trace = world.trace(batch.with_obs(world.inputs(batch.obs)), None, MODE)
+        trace = world.trace(batch.with_obs(world.preprocess(batch.obs)), None, MODE)
         cont = world.heads.cont(trace.feature)
     seen = torch.arange(10) >= 1  # a window may open in the middle of an episode
     truncated, terminal = batch.is_last & ~batch.is_terminal & seen, batch.is_terminal & seen
@@ -120,10 +120,10 @@ def test_a_truncated_row_goes_on_and_a_terminal_one_does_not(trained):
 def test_a_belief_from_one_observation_is_that_of_an_episodes_first_step(trained):
     world, _ = trained
     obs = np.eye(5, dtype=np.float32)
-    belief = world.encode(obs)
+    posterior = world.encode(obs)
     first = torch.ones(5, dtype=torch.bool)
     state = world.observe(world.initial(5), {"obs": torch.from_numpy(obs)}, torch.zeros(5, 2), first, MODE)
-    torch.testing.assert_close(belief.mode, state["z"])
+    torch.testing.assert_close(posterior.mode, state["z"])
 
 
 def test_a_belief_from_one_observation_draws_nothing_from_the_transition(trained, monkeypatch):
@@ -136,7 +136,7 @@ def test_a_belief_from_one_observation_draws_nothing_from_the_transition(trained
 
 
 def traced(world: WorldModel, batch: Batch):
-    prepared = batch.with_obs(world.inputs(batch.obs))
+    prepared = batch.with_obs(world.preprocess(batch.obs))
     return world.trace(prepared, None, Sampling(generator=generator())), prepared
 
 
@@ -171,8 +171,8 @@ def test_a_marginal_adds_its_rate_and_trains_the_encoder():
     world = small_world(latent="gaussian", marginal=small("distribution", "gaussian", standard=True))
     trace, batch = traced(world, known_batch())
     term = world.loss(trace, batch)["marginal"]
-    belief = trace.posterior
-    torch.testing.assert_close(term.value, 0.5 * (belief.std**2 + belief.mean**2 - 1 - 2 * belief.std.log()).sum(-1))
+    posterior = trace.posterior
+    torch.testing.assert_close(term.value, 0.5 * (posterior.std**2 + posterior.mean**2 - 1 - 2 * posterior.std.log()).sum(-1))
     term.mean().backward()
     assert all(p.grad is not None for p in world.encoder.parameters())
 
@@ -221,7 +221,7 @@ def test_observing_an_episodes_first_step_ignores_the_state_and_the_action_befor
 def test_observing_step_by_step_is_the_trace():
     world, batch = small_world().eval(), known_batch()
     with torch.no_grad():
-        trace = world.trace(batch.with_obs(world.inputs(batch.obs)), None, MODE)
+        trace = world.trace(batch.with_obs(world.preprocess(batch.obs)), None, MODE)
     state = world.initial(3)
     for t in range(6):
         rows = {name: x[:, t] for name, x in batch.obs.items()}
@@ -234,7 +234,7 @@ def test_raw_pictures_and_numbers_reach_the_encoder_on_their_inner_scale_and_com
     world = small_world(space)
     rows = {name: torch.from_numpy(np.stack([space[name].sample() for _ in range(40)])) for name in space}
     world.scaling.update(world.obs.canonical(rows))
-    inner = world.inputs(rows)
+    inner = world.preprocess(rows)
     assert inner["camera"].shape == (40, 3, 16, 16) and 0 <= inner["camera"].min() and inner["camera"].max() <= 1
     torch.testing.assert_close(inner["speed"].std(0, unbiased=False), torch.ones(2))
     feature = torch.randn(4, world.feature_dim, generator=generator())
@@ -319,10 +319,10 @@ def test_rollouts_of_observations_are_refused_where_each_pixel_would_be_drawn_on
 
 def test_rollouts_of_observations_look_at_what_each_step_decodes_to():
     world = small_world(latent="gaussian", rollouts="observation").eval()
-    start, action = world.begin(3, MODE), torch.zeros(3, 2)
+    start, action = world.sample_initial(3, MODE), torch.zeros(3, 2)
     dream = world.imagine(start, lambda feature, step: action, 1, MODE)
     blind = world.dynamics.imagine(start, world.action.project(action), MODE)
-    looked = world.dynamics.look(blind, world.encoder(world.decoder.mean(world.dynamics.feature(blind))), MODE)
+    looked = world.dynamics.correct(blind, world.encoder(world.decoder.mean(world.dynamics.feature(blind))), MODE)
     torch.testing.assert_close(dream.feature[:, 1], world.dynamics.feature(looked))
     assert not torch.allclose(dream.feature[:, 1], world.dynamics.feature(blind))
 
@@ -387,11 +387,11 @@ def test_dreams_end_and_pay_as_often_as_the_world_where_both_are_random():
     replay.extend({"obs": rng.normal(size=(rows, 2)).astype(np.float32)}, actions, pay * last, first, last, last)
     heads = small("heads", "standard", bins=41, limit=6.0)
     world = small_world(spaces.Box(-9, 9, (2,), np.float32), latent="gaussian", heads=heads)
-    learner = Learner(world, TrainConfig(lr=3e-3, average=0.98))
+    learner = Learner(world, TrainConfig(lr=3e-3, ema_decay=0.98))
     with unchecked():
         for _ in range(400):
-            learner.update(learner.prepare(replay.sample(16, 16, rng, ends=0.25)), g)
-    world, batch = learner.average.eval(), learner.prepare(replay.sample(128, 16, rng))
+            learner.update(learner.prepare(replay.sample(16, 16, rng, terminal_fraction=0.25)), g)
+    world, batch = learner.ema.eval(), learner.prepare(replay.sample(128, 16, rng))
     with torch.no_grad():
         starts = world.trace(batch, None, Sampling(generator=g)).states.index(~batch.is_terminal)
         turns = torch.eye(2)
@@ -405,7 +405,7 @@ def test_a_laws_own_loss_is_averaged_over_all_rows_as_every_other_is():
     world = small_world(latent="gaussian", transition=small("distribution", "energy"), initial=small("distribution", "energy"))
     trace, batch = traced(world, known_batch())
     terms = world.dynamics.losses(trace, batch, Sampling(generator=generator()))
-    fits = {name: term for name, term in terms.items() if name.startswith("fit/")}
+    fits = {name: term for name, term in terms.items() if name.startswith("prior/")}
     assert {name.split("/")[1] for name in fits} == {"transition", "initial"}
     for name, term in fits.items():
         counted = batch.is_first if "initial" in name else ~batch.is_first

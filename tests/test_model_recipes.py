@@ -53,7 +53,7 @@ def losses(recipe: str, key: str | None = None, value: object = None) -> dict[st
         other.load_state_dict({**weights, **own})
         world = other
     batch = known_batch()
-    batch = batch.with_obs(world.inputs(batch.obs))
+    batch = batch.with_obs(world.preprocess(batch.obs))
     sampling = Sampling(generator=generator())
     return world.loss(world.trace(batch, None, sampling), batch, sampling)
 

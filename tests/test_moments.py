@@ -10,7 +10,7 @@ from conftest import generator, known_batch, small, small_world
 from worldmodel.heads import Heads, HeadsConfig
 from worldmodel.learner import Learner, TrainConfig
 from worldmodel.nn.moments import RunningMoments
-from worldmodel.storage.weights import as_arrays, fill
+from worldmodel.storage.weights import as_arrays, load_arrays
 
 
 def test_moments_of_parts_are_those_of_all_rows_even_far_from_zero():
@@ -46,11 +46,11 @@ def test_what_is_not_finite_never_enters(memory, bad):
 @pytest.mark.parametrize("memory", [None, 0.9])
 def test_statistics_that_are_fixed_on_what_is_not_finite_stay_as_they_were(memory):
     moments, bad = RunningMoments(2, memory), torch.tensor([[1.0, float("nan")], [2.0, 3.0]])
-    moments.fix(bad)
+    moments.reset_to(bad)
     assert float(moments.count) == 0
-    moments.fix(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    moments.reset_to(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     before = float(moments.count)
-    moments.fix(bad)
+    moments.reset_to(bad)
     assert moments.mean.tolist() == [2, 3] and moments.variance.tolist() == [1, 1] and float(moments.count) == before > 1
 
 
@@ -96,7 +96,7 @@ def test_statistics_under_the_names_of_0_1_0_are_taken_over():
     }
     old |= {"ensemble.mean": ensemble.mean.numpy(), "ensemble.variance": ensemble.variance.numpy(), "ensemble.batches": np.array(1)}
     old |= {f"{name.removesuffix('errors.mean')}variance": x for name, x in now.items() if name.endswith(".errors.mean")}
-    fill(fresh, old)
+    load_arrays(fresh, old)
     for name, x in as_arrays(fresh).items():
         if not name.endswith((".count", "errors0.variance", "errors.variance", "squares.variance")):
             np.testing.assert_allclose(x, now[name], rtol=1e-6, err_msg=name)

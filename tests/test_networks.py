@@ -16,7 +16,7 @@ from worldmodel.nn.networks import (
     ConvDecoder,
     ConvEncoder,
     TwoHot,
-    halvings,
+    halved_sizes,
     initialise,
     linear,
     negative_log_likelihood,
@@ -172,8 +172,8 @@ def test_pictures_of_any_size_are_encoded_and_come_back_in_their_size(size, chan
     image = torch.rand(2, *shape, generator=generator())
     assert encoder(image).shape == (2, encoder.out_features)
     assert decoder(random(2, 7)).shape == (2, *shape)
-    smallest = halvings(size)[-1]
-    assert 4 <= min(smallest) < 8 and len(halvings(size)) == int(math.log2(min(size))) - 1
+    smallest = halved_sizes(size)[-1]
+    assert 4 <= min(smallest) < 8 and len(halved_sizes(size)) == int(math.log2(min(size))) - 1
 
 
 @pytest.mark.parametrize("size", [(7, 64), (64, 7), (4, 4)])

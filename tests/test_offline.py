@@ -96,7 +96,7 @@ def test_the_run_folder_is_like_any_other(walks, tmp_path):
 
 def test_running_statistics_are_those_of_the_data(walks, tmp_path, monkeypatch):
     monkeypatch.setattr(experience, "ROWS_AT_ONCE", 17)
-    world = Run.open(learn(tmp_path / "run", walks, steps=1, options={"model.inputs": "standardise"}).run).world_model()
+    world = Run.open(learn(tmp_path / "run", walks, steps=1, options={"model.vector_scaling": "standardise"}).run).world_model()
     obs = Recording.read(walks).obs["obs"]
     mean, deviation = world.scaling.statistics(0, torch.zeros((), dtype=torch.float64))
     np.testing.assert_allclose(mean, obs.mean(0), rtol=1e-6)
@@ -113,7 +113,7 @@ def test_it_learns_what_the_data_show(walks, tmp_path):
         run = Run.open(learn(tmp_path / str(steps), walks, steps=steps, options=options).run)
         world, batch = run.world_model(), run.replay().sample(20, 6, np.random.default_rng(0))
         with torch.no_grad():
-            batch = batch.with_obs(world.inputs(batch.obs))
+            batch = batch.with_obs(world.preprocess(batch.obs))
             losses = world.loss(world.trace(batch, None, Sampling(mode=True)), batch)
         errors.append({name: float(losses[name].mean()) for name in ("observation", "reward", "continue")})
     assert all(errors[1][name] < 0.7 * errors[0][name] for name in ("reward", "continue")), errors
@@ -140,7 +140,7 @@ def test_where_the_environment_turns_out_to_have_other_spaces_both_are_shown(obs
 
 @pytest.mark.parametrize("fence", [False, True])
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(walks, tmp_path, fence, no_environment):
-    options = {"checkpoint.fence": fence, "train.average": 0.9}
+    options = {"checkpoint.fence": fence, "train.ema_decay": 0.9}
     learn(tmp_path / "whole", walks, 45, options=options)
     learn(tmp_path / "broken", walks, 13, options=options)
     copy = tmp_path / "moved.npz"

@@ -45,15 +45,15 @@ BESIDE: dict[tuple[str, str], dict[str, Any]] = {
 
 BELONGS: dict[tuple[str, str], dict[str, Any]] = {
     ("decoder", "levels"): {"image": "logistic"},
-    ("objective", "covariance"): {"anti": "vicreg"},
+    ("objective", "covariance"): {"anti_collapse": "vicreg"},
     **{("ensemble", name): {"members": 2} for name in ("units", "layers")},
     **{("energy", name): {"trainer": "pcd"} for name in ("buffer", "reinit")},
-    **{("energy", name): {"trainer": "cd"} for name in ("most_gap", "most_moved")},
+    **{("energy", name): {"trainer": "cd"} for name in ("max_gap", "max_displacement")},
     ("energy", "candidates"): {"sampler": "resampling"},
     **{("energy", name): {"sampler": "langevin"} for name in ("steps", "step", "clip")},
     ("rssm", "posterior_layers"): {"posterior": "observation"},
     ("rssm", "slow_every"): {"slow": 4},
-    ("vamp", "renew"): {"inputs": "exemplar"},
+    ("vamp", "renew"): {"pseudo_inputs": "exemplar"},
 }
 """Options of one choice of another one, as their descriptions say, and that choice."""
 
@@ -126,7 +126,7 @@ def does(world: WorldModel, seen: str) -> Iterator[tuple[str, Tensor]]:
             yield from ((name, getattr(dream, name)) for name in ("feature", "reward", "cont", "uncertainty"))
             if world.decoder is not None:
                 yield from world.decoder.sample(dream.feature.flatten(0, 1), Sampling(generator=generator(4))).items()
-            for slot, (law, where) in world._laws(rows.is_first).items():
+            for slot, (law, where) in world._priors(rows.is_first).items():
                 if law.density != "none":
                     yield slot, law.log_prob(trace.z[where], trace.h[where] if slot == "transition" else None)
     except NumericsError:

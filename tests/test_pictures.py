@@ -103,19 +103,19 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path, monkeypatch):
 
 def test_panels_stand_side_by_side_and_equal_ones_have_no_error():
     real = film(4, 32, 48)
-    shown = pictures.open_loop_panels(real, real, context=2, least=64)
+    shown = pictures.open_loop_panels(real, real, context=2, min_size=64)
     assert shown.shape[0] == 4 and shown.shape[2] == 3 * (2 * 48 + 8) + 8
     left = [slice(4 + i * (96 + 12), 4 + i * (96 + 12) + 96) for i in range(3)]
     panels = [shown[:, 22 + 4 : 22 + 4 + 64, x] for x in left]
     assert np.array_equal(panels[0], panels[1]) and np.array_equal(panels[0][:, ::2, ::2], real) and not panels[2].any()
-    other = pictures.open_loop_panels(real, np.zeros_like(real), context=2, least=64)
+    other = pictures.open_loop_panels(real, np.zeros_like(real), context=2, min_size=64)
     assert other[:, 26:90, left[2]].max() == 255 and not other[:, 26:90, left[1]].any()
 
 
 def test_seen_frames_are_marked_otherwise_than_imagined_ones():
     shown = pictures.open_loop_panels(film(4), film(4), context=2)
     borders = [tuple(int(x) for x in frame[30, 1]) for frame in shown]
-    assert borders == [pictures.SEEN, pictures.SEEN, pictures.DREAMT, pictures.DREAMT]
+    assert borders == [pictures.CONTEXT, pictures.CONTEXT, pictures.IMAGINED, pictures.IMAGINED]
     captions = [frame[:22].tobytes() for frame in shown]
     assert len(set(captions)) == 4  # the step is written in each
 
@@ -129,9 +129,9 @@ def test_signals_grow_with_time_and_show_what_came_and_what_was_believed():
     true, imagined = signals()
     shown = pictures.signal_frames(true, imagined, ["a", "b", "c"], context=5)
     assert len(shown) == 20
-    drawn = [(frame == np.array(pictures.TRUTH, np.uint8)).all(-1).sum() for frame in shown]
+    drawn = [(frame == np.array(pictures.REAL, np.uint8)).all(-1).sum() for frame in shown]
     assert drawn[0] == 0 and drawn[-1] > drawn[9] > 50
-    assert (shown[-1] == np.array(pictures.BELIEF, np.uint8)).all(-1).sum() > 50
+    assert (shown[-1] == np.array(pictures.PREDICTED, np.uint8)).all(-1).sum() > 50
     assert (shown[-1] == np.array(pictures.SPREAD, np.uint8)).all(-1).sum() > 50
     assert not np.array_equal(shown, pictures.signal_frames(true + np.linspace(0, 3, 20)[:, None], imagined, list("abc"), 5))
     assert not np.array_equal(shown, pictures.signal_frames(true, -imagined, list("abc"), 5))
@@ -159,6 +159,6 @@ def test_figures_are_pngs_that_show_their_numbers():
 
 def test_a_grid_has_each_picture_in_its_place():
     frames = np.stack([film(3, 16, 16), 255 - film(3, 16, 16)])
-    shown = pictures.grid(frames, ["a", "b"], "title", least=16)
+    shown = pictures.grid(frames, ["a", "b"], "title", min_size=16)
     assert np.array_equal(shown[22:38, 44:60], frames[0, 0]) and np.array_equal(shown[41:57, 63:79], frames[1, 1])
     assert np.array_equal(np.asarray(opened(pictures.png(shown))), shown)

@@ -13,7 +13,7 @@ from worldmodel.data import Batch, Sampling, State, Trace
 from worldmodel.errors import ConfigError
 from worldmodel.learner import Learner, TrainConfig
 from worldmodel.model import ModelConfig, WorldModel
-from worldmodel.nn.networks import as_code
+from worldmodel.nn.networks import picture_to_latent
 
 SIDE, PAST, B, T = 16, 3, 3, 6
 PICTURE = spaces.Box(0, 255, (SIDE, SIDE, 1), np.uint8)
@@ -35,7 +35,7 @@ def pixels(seed: int = 0, shaken: bool = True, rollouts: str = "latent", **optio
 
 def inputs(world: WorldModel, seed: int = 0) -> Batch:
     batch = known_batch(PICTURE, seed=seed)
-    return batch.with_obs(world.inputs(batch.obs))
+    return batch.with_obs(world.preprocess(batch.obs))
 
 
 def before(world: WorldModel, seed: int = 7) -> State:
@@ -61,7 +61,7 @@ def test_a_feature_ends_in_the_picture_that_was_seen():
     trace = traced(world, batch)
     size = SIDE * SIDE
     assert trace.z.shape == (B, T, size) and trace.feature.shape == (B, T, world.feature_dim) == (B, T, 12 + 16 + size)
-    assert torch.equal(world.dynamics.code(trace.feature), trace.z) and torch.equal(trace.z, as_code(batch.obs["obs"]))
+    assert torch.equal(world.dynamics.z_of(trace.feature), trace.z) and torch.equal(trace.z, picture_to_latent(batch.obs["obs"]))
     assert not world.dynamics.losses(trace, batch, MODE) and trace.z.norm(dim=-1).max() <= 1
     assert {name: x.shape for name, x in trace.last.items()} == {name: x.shape for name, x in world.initial(B).items()}
     assert torch.equal(world.dynamics.feature(trace.last), trace.feature[:, -1])
@@ -147,7 +147,7 @@ def test_a_dream_ends_each_feature_in_the_picture_that_it_decodes_to(rollouts):
     torch.testing.assert_close(dream.feature, again.feature)
     assert world.decode(dream.feature[:, 1])["obs"].shape == (B, 1, SIDE, SIDE)
     picture = np.random.default_rng(0).integers(0, 256, (2, SIDE, SIDE, 1), np.uint8)
-    assert torch.equal(world.encode(picture).mean, as_code(torch.from_numpy(picture).permute(0, 3, 1, 2) / 255))
+    assert torch.equal(world.encode(picture).mean, picture_to_latent(torch.from_numpy(picture).permute(0, 3, 1, 2) / 255))
 
 
 def test_drawn_pictures_have_the_levels_of_a_byte_and_come_from_the_generator():
@@ -167,10 +167,10 @@ def test_pictures_train_the_u_net_and_rewards_the_carry():
     trace = world.trace(batch, None, Sampling(generator=generator()))
     terms = world.loss(trace, batch, Sampling(generator=generator()))
     assert not trace.z.requires_grad and not trace.states["pictures"].requires_grad
-    assert set(terms) == {"fit/transition/denoise", "reward", "continue"}
+    assert set(terms) == {"prior/transition/denoise", "reward", "continue"}
     parts = {name: p for name, p in world.named_parameters() if not name.startswith("heads")}
     unet = {name for name in parts if name.startswith("dynamics.unet")}
-    assert reached(terms["fit/transition/denoise"].mean(), **parts) == unet
+    assert reached(terms["prior/transition/denoise"].mean(), **parts) == unet
     assert reached(terms["reward"].mean(), **parts) == set(parts) - unet
 
 
@@ -186,7 +186,7 @@ def test_the_loss_of_some_pictures_stands_for_all_rows_but_those_that_open_an_ep
 
 
 def test_training_adds_noise_that_is_the_same_for_a_whole_channel():
-    world, shown = pixels(frames=64, level_mean=-4.6, level_std=1e-3), []
+    world, shown = pixels(frames=64, log_sigma_mean=-4.6, log_sigma_std=1e-3), []
     world.dynamics.unet.register_forward_pre_hook(lambda module, args: shown.append(args[0]))
     batch = inputs(world)
     trace = traced(world, batch)
@@ -243,7 +243,7 @@ def test_a_moving_dot_is_foretold_better_than_by_standing_still():
         learner.update(learner.prepare(dots(16, 6, seed)), generator(seed))
     world.eval()
     held_out = dots(32, 6, 1000)
-    held_out = held_out.with_obs(world.inputs(held_out.obs))
+    held_out = held_out.with_obs(world.preprocess(held_out.obs))
     trace, truth = traced(world, held_out.window(0, 5)), held_out.obs["obs"][:, 5]
     with torch.no_grad():
         dreamt = world.dynamics.imagine(trace.last, held_out.prev_action[:, 5], Sampling(generator=generator()))
@@ -266,4 +266,4 @@ def test_what_it_cannot_predict_is_refused_with_the_way_out():
     with pytest.raises(ConfigError, match="latent"):
         ModelConfig.parse({**PARTS, "dynamics": {"kind": "pixels", "latent": {"kind": "gaussian"}}})
     with pytest.raises(ConfigError, match="no initial distribution"):
-        pixels().begin(2)
+        pixels().sample_initial(2)

@@ -15,7 +15,7 @@ from torch import nn
 
 from worldmodel.agents import Planner
 from worldmodel.agents.evaluation import evaluate
-from worldmodel.agents.planner import PlanConfig, PlanLaw, PlannerConfig, PlannerController, coloured, flops, uniform
+from worldmodel.agents.planner import PlanConfig, PlanDistribution, PlannerConfig, PlannerController, colored_noise, flops, uniform
 from worldmodel.data import Dream, State
 from worldmodel.envs.tiny import Chain
 from worldmodel.errors import ConfigError, EnvError
@@ -91,13 +91,13 @@ def test_every_method_finds_the_best_plan_of_each_state_with_every_kind_of_actio
     atol = 0.0 if kind != "Box" else 0.25 if method == "random" else 0.1
     torch.testing.assert_close(found.best, wanted.expand_as(found.best).contiguous(), rtol=0, atol=atol)
     if method != "random":
-        torch.testing.assert_close(found.law.mode(), wanted.expand_as(found.best).contiguous(), rtol=0, atol=atol)
+        torch.testing.assert_close(found.distribution.mode(), wanted.expand_as(found.best).contiguous(), rtol=0, atol=atol)
 
 
 def test_a_fitted_law_narrows_and_better_elites_weigh_more_with_mppi():
     world = Bandit(ACTIONS["Box"])
     one, six = (search(world, "Box", method="cem", iterations=n) for n in (1, 6))
-    assert six.law.spread.mean() < 0.5 * one.law.spread.mean()
+    assert six.distribution.std.mean() < 0.5 * one.distribution.std.mean()
     made = controller(world, method="mppi")
     weight = made._weights(torch.tensor([[3.0, 2.0, 1.0]]))
     torch.testing.assert_close(weight, torch.tensor([[3.0, 2.0, 1.0]]).mul(2.0).softmax(1))  # deviation 1, temperature 0.5
@@ -144,13 +144,13 @@ def test_the_policys_proposals_are_found_where_chance_would_not_find_them():
 def test_uncertain_plans_are_avoided_for_a_penalty_and_sought_for_a_bonus():
     world = Bandit(ACTIONS["Box"], uncertain=1.0)
     state = world.state([[0.0, 0.0]])
-    made = controller(world, penalty=0.0, bonus=4.0, method="icem")
+    made = controller(world, uncertainty_penalty=0.0, bonus=4.0, method="icem")
     plain, away, towards = (made.search(world, state, made.memory(world, 1), generator(), p) for p in (0.0, 4.0, -4.0))
     assert plain.best[0, 0, 0].abs() < 0.1 and away.best[0, 0, 0].abs() < 0.1 and towards.best[0, 0, 0].abs() > 0.9
     greedy, _ = made.act(world, state, made.memory(world, 1), True, generator())
     curious, _ = made.act(world, state, made.memory(world, 1), False, generator())
     assert greedy[0, 0].abs() < 0.1 and curious[0, 0].abs() > 0.7  # the bonus is for collecting alone
-    with pytest.raises(ConfigError, match=r"agent\.plan\.penalty.*ensemble"):
+    with pytest.raises(ConfigError, match=r"agent\.plan\.uncertainty_penalty.*ensemble"):
         made.search(Bandit(ACTIONS["Box"]), state, made.memory(world, 1), generator(), 1.0)
 
 
@@ -165,7 +165,7 @@ def test_the_next_search_begins_with_the_plan_shifted_by_one_step(kind):
     torch.testing.assert_close(start["plan"], uniform(world.action, start["plan"]).contiguous())
     found = made.search(world, world.state(WANTED[kind]), start, generator(5))
     _, memory = made.act(world, world.state(WANTED[kind]), start, True, generator(5))
-    torch.testing.assert_close(memory["plan"][:, :-1], found.law.center[:, 1:])
+    torch.testing.assert_close(memory["plan"][:, :-1], found.distribution.center[:, 1:])
     torch.testing.assert_close(memory["plan"][:, -1], start["plan"][:, -1])
     torch.testing.assert_close(memory["elites"][:, :, :-1], found.elites[:, :3, 1:])
     assert memory["elites"].shape == (2, 3, 3, world.action.dim)
@@ -194,28 +194,28 @@ def test_draws_of_categories_and_bits_have_the_laws_probabilities():
     noise = torch.randn(1, 20_000, 1, 2, generator=generator())
     groups = ActionSpec.from_space(ACTIONS["MultiDiscrete"])
     center = torch.tensor([[[0.9, 0.1, 0.2, 0.5, 0.3]]])
-    torch.testing.assert_close(PlanLaw(groups, center, None).draw(noise).mean(1), center, rtol=0, atol=0.02)
+    torch.testing.assert_close(PlanDistribution(groups, center, None).sample(noise).mean(1), center, rtol=0, atol=0.02)
     bits = ActionSpec.from_space(spaces.MultiBinary(2))
     share = torch.tensor([[[0.8, 0.25]]])
-    torch.testing.assert_close(PlanLaw(bits, share, None).draw(noise).mean(1), share, rtol=0, atol=0.02)
+    torch.testing.assert_close(PlanDistribution(bits, share, None).sample(noise).mean(1), share, rtol=0, atol=0.02)
 
 
 def test_a_law_over_categories_keeps_a_share_of_each():
     spec = ActionSpec.from_space(ACTIONS["Discrete"])
-    law = PlanLaw(spec, torch.full((1, 1, 3), 1 / 3), None)
+    distribution = PlanDistribution(spec, torch.full((1, 1, 3), 1 / 3), None)
     elites = torch.tensor([1.0, 0, 0]).expand(1, 4, 1, 3)
-    fitted = law.fitted(elites, torch.full((1, 4), 0.25), PlanConfig(momentum=0.0, min_std=0.06), 1.0)
+    fitted = distribution.fitted(elites, torch.full((1, 4), 0.25), PlanConfig(momentum=0.0, min_std=0.06), 1.0)
     torch.testing.assert_close(fitted.center, torch.tensor([[[0.96, 0.02, 0.02]]]))
 
 
 def test_coloured_noise_has_unit_variance_and_lasts():
     white = torch.randn(1, 20_000, 12, 1, generator=generator())
-    assert coloured(white, 0.0) is white
+    assert colored_noise(white, 0.0) is white
     for exponent in (1.0, 2.0):
-        noise = coloured(white, exponent)[0, :, :, 0]
+        noise = colored_noise(white, exponent)[0, :, :, 0]
         torch.testing.assert_close(noise.var(0), torch.ones(12), rtol=0, atol=0.05)
         assert (noise[:, :-1] * noise[:, 1:]).mean() > 0.35
-    assert coloured(white[:, :, :1], 2.0).shape == (1, 20_000, 1, 1)
+    assert colored_noise(white[:, :, :1], 2.0).shape == (1, 20_000, 1, 1)
 
 
 def test_the_counter_of_operations_counts_every_candidate():
@@ -261,7 +261,7 @@ def test_an_episodes_start_forgets_the_plan():
     _, belief = agent.predict(obs, None, None)
     _, belief = agent.predict(obs, belief, np.zeros(2, bool))
     fresh = agent.policy.controller.memory(agent.policy.world, 2)["plan"]
-    names = list(agent.policy.begin(2))
+    names = list(agent.policy.initial_belief(2))
     held = dict(zip(names, belief))["plan"]
     assert not np.allclose(held, fresh.numpy())
     seen = []
@@ -376,7 +376,7 @@ def test_a_pure_search_estimates_nothing():
         ({"agent.plan.proposals": 16}, "leave none of the samples=16"),
         ({"agent.plan.method": "icem", "agent.plan.keep": 5}, "keep=5 is more than the 4 elites"),
         ({"agent.plan.horizon": 0}, "agent.plan.horizon"),
-        ({"agent.plan.penalty": 1.0}, r"agent.plan.penalty=1 needs uncertainty"),
+        ({"agent.plan.uncertainty_penalty": 1.0}, r"agent.plan.uncertainty_penalty=1 needs uncertainty"),
         ({"agent.plan.method": "cma"}, "agent.plan.method"),
     ],
 )

@@ -14,7 +14,7 @@ from gymnasium import spaces
 from worldmodel.envs.make import make_vec
 from worldmodel.errors import ConfigError, CorruptError
 from worldmodel.spaces import ActionSpec, ObsSpec
-from worldmodel.storage.recording import ABOUT, Recording
+from worldmodel.storage.recording import METADATA_NAME, Recording
 from worldmodel.storage.replay import Replay
 
 DICT = spaces.Dict({"camera": IMAGE, "joints": VECTOR, "mode": spaces.Discrete(3), "bits": spaces.MultiBinary(2)})
@@ -68,7 +68,7 @@ def assert_same(one, two):
 
 def replay_of(recording, capacity=1000):
     replay = Replay(capacity, recording.obs_spec.store, recording.action_spec.dim, 1)
-    recording.fill(replay)
+    recording.append_to(replay)
     return replay
 
 
@@ -98,7 +98,7 @@ def test_numpy_reads_the_file(tmp_path):
     recording = toy_recording(DICT)
     with np.load(recording.write(tmp_path / "toy.npz"), allow_pickle=False) as file:
         assert np.array_equal(file["observation/camera"], recording.obs["camera"])
-        assert np.array_equal(file["lengths"], [5, 5, 5]) and json.loads(file[ABOUT])["format"] == "worldmodel-episodes"
+        assert np.array_equal(file["lengths"], [5, 5, 5]) and json.loads(file[METADATA_NAME])["format"] == "worldmodel-episodes"
 
 
 def test_what_chain_did_is_recorded_as_it_happened():
@@ -149,7 +149,7 @@ def test_many_rows_at_once_are_many_rows_one_by_one():
         flags = (rows.is_first[[i]], rows.is_last[[i]], rows.is_terminal[[i]])
         one_by_one.add(obs, rows.prev_action[[i]], rows.reward[[i]], *flags)
     assert at_once.ends == one_by_one.ends and at_once.added == one_by_one.added == 30
-    one, two = (r.sample(40, 4, np.random.default_rng(0), ends=0.5) for r in (at_once, one_by_one))
+    one, two = (r.sample(40, 4, np.random.default_rng(0), terminal_fraction=0.5) for r in (at_once, one_by_one))
     assert torch.equal(one.obs["obs"], two.obs["obs"]) and torch.equal(one.action, two.action)
 
 
@@ -254,7 +254,7 @@ def test_a_foreign_file_is_told_from_a_damaged_one(tmp_path):
     with pytest.raises(CorruptError, match="no intact NPZ"):
         Recording.read(tmp_path / "text.npz")
     with zipfile.ZipFile(tmp_path / "later.npz", "w") as archive:
-        archive.writestr(ABOUT, json.dumps({"format": "worldmodel-episodes", "version": 2}))
+        archive.writestr(METADATA_NAME, json.dumps({"format": "worldmodel-episodes", "version": 2}))
     with pytest.raises(ConfigError, match="version 2; this version reads"):
         Recording.read(tmp_path / "later.npz")
 
@@ -310,8 +310,8 @@ def npy_bytes(array):
         ({"lengths": npy_bytes(np.array([2**62, 5, 5]))}, "no number of steps"),
         ({"lengths": npy_bytes(np.array([2**39, 5, 5]))}, "expected"),
         ({"lengths": npy_bytes(np.array([[5], [5], [5]]))}, "one number for each episode"),
-        ({ABOUT: b"{]"}, "damaged"),
-        ({ABOUT: json.dumps({"format": "worldmodel-episodes", "version": 1, "observation": {}}).encode()}, "damaged"),
+        ({METADATA_NAME: b"{]"}, "damaged"),
+        ({METADATA_NAME: json.dumps({"format": "worldmodel-episodes", "version": 1, "observation": {}}).encode()}, "damaged"),
     ],
 )
 def test_a_file_that_lies_about_itself_is_refused(members, said, tmp_path):

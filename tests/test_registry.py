@@ -40,7 +40,7 @@ class Rotor:
 def empty(monkeypatch):
     """A registry in which nothing is registered and no room or plug-in is looked for."""
     monkeypatch.setattr(registry, "_entries", {})
-    monkeypatch.setattr(registry, "ROOMS", ())
+    monkeypatch.setattr(registry, "MODULES", ())
     monkeypatch.setattr(registry, "_loaded_entry_points", True)
 
 
@@ -82,12 +82,12 @@ def test_a_part_whose_config_cannot_hold_its_kind_is_refused_when_registered(emp
 def write_room(folder: Path, name: str, text: str, monkeypatch) -> None:
     (folder / f"{name}.py").write_text(textwrap.dedent(text))
     monkeypatch.syspath_prepend(folder)
-    monkeypatch.setattr(registry, "ROOMS", ("room_that_nobody_wrote", name))
+    monkeypatch.setattr(registry, "MODULES", ("room_that_nobody_wrote", name))
     monkeypatch.delitem(sys.modules, name, raising=False)
 
 
 def test_a_name_that_is_missing_is_looked_for_in_the_rooms_and_absent_rooms_are_passed_over(empty, tmp_path, monkeypatch):
-    room = """
+    module_text = """
         from typing import Literal
         from worldmodel.config import Frozen
         from worldmodel.registry import register
@@ -96,7 +96,7 @@ def test_a_name_that_is_missing_is_looked_for_in_the_rooms_and_absent_rooms_are_
         @register("engine", "steam", SteamConfig)
         class Steam: ...
         """
-    write_room(tmp_path, "toy_room_with_steam", room, monkeypatch)
+    write_room(tmp_path, "toy_room_with_steam", module_text, monkeypatch)
     assert "toy_room_with_steam" not in sys.modules
     assert registry.config_class("engine", "steam").__name__ == "SteamConfig"
     assert registry.kinds("engine") == ["steam"] and registry.roles() == ["engine"]

@@ -63,8 +63,8 @@ def plays(env):
     """Steps it as training would, and reads what comes."""
     venv = as_vec_env(env)
     spec, action = ObsSpec.from_space(venv.observation_space), ActionSpec.from_space(venv.action_space)
-    spec.check(spec.to_rows(venv.reset()))
-    spec.check(spec.to_rows(venv.step(action.decode(action.sample(1, np.random.default_rng(0))))[0]))
+    spec.check(spec.to_raw(venv.reset()))
+    spec.check(spec.to_raw(venv.step(action.decode(action.sample(1, np.random.default_rng(0))))[0]))
 
 
 def observed(space, layout=None):
@@ -237,7 +237,7 @@ def test_a_script_without_a_main_guard_is_named_and_the_guard_helps(guard, helps
     process.join()
     assert process.exitcode == (0 if helps else 1)
     if helps:
-        assert workers.unguarded(None) == ""
+        assert workers.main_guard_hint(None) == ""
     else:
         with pytest.raises(EnvError, match=r"runs script\.py from its top.*if __name__ == \"__main__\":.*env\.vectorize=dummy"):
             WorkerVecEnv([gymnasium.envs.classic_control.CartPoleEnv], start_method="spawn")

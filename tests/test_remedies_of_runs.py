@@ -14,7 +14,7 @@ from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from worldmodel.agents import Dreamer, DynaCallback, JointWorldModel, latent_policy_kwargs, train_in_dream
-from worldmodel.agents.starts import Aim
+from worldmodel.agents.guidance import Guidance
 from worldmodel.commands.data import export_data
 from worldmodel.commands.dream import dream
 from worldmodel.config import Config
@@ -159,14 +159,14 @@ REMEDIES = {
         lambda made: agent().learn(2).save_replay_buffer(made.folder / "replay.pkl"),
     ),
     "uncertainty without an ensemble": (
-        lambda made: agent(**{"agent.penalty": 1.0}),
+        lambda made: agent(**{"agent.uncertainty_penalty": 1.0}),
         "model.ensemble.members=5",
-        lambda made: agent(**{"agent.penalty": 1.0, "model.ensemble.members": 5}),
+        lambda made: agent(**{"agent.uncertainty_penalty": 1.0, "model.ensemble.members": 5}),
     ),
     "no law of all codes": (
-        lambda made: agent(**{"agent.manifold": 1.0}),
+        lambda made: agent(**{"agent.typicality_penalty": 1.0}),
         "Train with model.marginal",
-        lambda made: agent(**{"agent.manifold": 1.0, "model.marginal.kind": "mixture"}),
+        lambda made: agent(**{"agent.typicality_penalty": 1.0, "model.marginal.kind": "mixture"}),
     ),
     "a run that is there": (
         lambda made: small_train(made.run, 40),
@@ -189,9 +189,9 @@ REMEDIES = {
         lambda made: Run.open(made.run).world_model(Run.open(made.run).checkpoints[-1]),
     ),
     "led dreams of real episodes": (
-        lambda made: dream(made.run, horizon=2, aim=Aim("reward")),
+        lambda made: dream(made.run, horizon=2, guide=Guidance("reward")),
         "start='prior'",
-        lambda made: dream(made.run, horizon=2, aim=Aim("reward"), start="prior"),
+        lambda made: dream(made.run, horizon=2, guide=Guidance("reward"), start="prior"),
     ),
     "a recording's suffix": (
         lambda made: recorded(made).write(made.folder / "a.hdf5"),

@@ -100,7 +100,7 @@ def test_every_window_of_a_turning_ring_holds_consecutive_rows(rows, image):
     replay = fill(store(capacity=60, num_envs=3, image=image), rows)
     rng = np.random.default_rng(0)
     for length in (1, 2, 7):
-        check_rows(replay, replay.sample(64, length, rng, newest=0.1, ends=0.2))
+        check_rows(replay, replay.sample(64, length, rng, recent_fraction=0.1, terminal_fraction=0.2))
 
 
 def test_eviction_leaves_exactly_the_newest_rows_in_reach():
@@ -118,13 +118,13 @@ def test_ends_are_forgotten_with_their_rows():
     fill(replay, 3)
     assert replay.ends == 3  # 2994 is the oldest row that is held
     for _ in range(20):
-        check_rows(replay, replay.sample(8, 3, np.random.default_rng(1), ends=1.0))
+        check_rows(replay, replay.sample(8, 3, np.random.default_rng(1), terminal_fraction=1.0))
 
 
 @pytest.mark.parametrize("length", [1, 3, 12, 20])
 def test_windows_drawn_for_ends_hold_an_end(length):
     replay = fill(store(capacity=40, num_envs=2), 33)
-    batch = replay.sample(500, length, np.random.default_rng(0), ends=1.0)
+    batch = replay.sample(500, length, np.random.default_rng(0), terminal_fraction=1.0)
     assert batch.is_last.any(1).all()
     if length == 3:  # the end takes every place in the window
         assert {tuple(r) for r in batch.is_last.tolist()} == {(True, False, False), (False, True, False), (False, False, True)}
@@ -133,12 +133,12 @@ def test_windows_drawn_for_ends_hold_an_end(length):
 
 def test_without_any_end_the_share_falls_back_to_all_windows():
     replay = fill(store(), 4)
-    assert len(set(sequences(replay.sample(100, 2, np.random.default_rng(0), ends=1.0))[:, 0])) == 3
+    assert len(set(sequences(replay.sample(100, 2, np.random.default_rng(0), terminal_fraction=1.0))[:, 0])) == 3
 
 
 def test_newest_windows_end_at_each_streams_newest_row_in_turn():
     replay = fill(fill(store(capacity=40, num_envs=4), 8), 5, [1, 3])
-    batch = replay.sample(8, 6, np.random.default_rng(0), newest=1.0)
+    batch = replay.sample(8, 6, np.random.default_rng(0), recent_fraction=1.0)
     assert sequences(batch)[:, -1].tolist() in ([7, 12] * 4, [12, 7] * 4)
     assert sorted(batch.obs["at"][:, 0, 0].tolist()) == [0, 0, 1, 1, 2, 2, 3, 3]
     assert (batch.action[:, -1] == 0).all()
@@ -147,9 +147,9 @@ def test_newest_windows_end_at_each_streams_newest_row_in_turn():
 def test_shares_hold_on_average_and_leave_room_for_the_rest():
     replay = fill(store(capacity=400), 400)
     rng = np.random.default_rng(0)
-    newest = np.mean([(sequences(replay.sample(4, 3, rng, newest=0.1))[:, -1] == 399).mean() for _ in range(2000)])
+    newest = np.mean([(sequences(replay.sample(4, 3, rng, recent_fraction=0.1))[:, -1] == 399).mean() for _ in range(2000)])
     assert newest == pytest.approx(0.1 + 0.9 / 398, abs=0.015)
-    assert len(set(sequences(replay.sample(16, 3, rng, newest=0.25, ends=0.25))[:, 0])) > 8
+    assert len(set(sequences(replay.sample(16, 3, rng, recent_fraction=0.25, terminal_fraction=0.25))[:, 0])) > 8
 
 
 def every_window(replay: Replay, length: int) -> list[tuple[int, int]]:
@@ -191,7 +191,7 @@ SHARES = [(0.0, 0.25), (0.2, 0.0), (0.1, 0.6), (0.0, 0.0)]
 @pytest.mark.parametrize("length", [1, 4, 9])
 def test_weighed_by_its_weight_the_mixture_of_windows_is_the_uniform_law_of_all(length, newest, ends):
     replay = fill(fill(store(capacity=42, num_envs=3), 4), 18, [0, 2])  # 14, 4 and 14 rows held, the oldest overwritten
-    batch = replay.sample(3000, length, np.random.default_rng(0), newest=newest, ends=ends)
+    batch = replay.sample(3000, length, np.random.default_rng(0), recent_fraction=newest, terminal_fraction=ends)
     weight, chance = weighed(batch), chances(replay, length, newest, ends)
     assert weight.keys() == chance.keys() and max(weight.values()) <= 1 / (1 - newest - ends) + 1e-6
     for window, p in chance.items():  # so for whatever is said of a window
@@ -201,7 +201,7 @@ def test_weighed_by_its_weight_the_mixture_of_windows_is_the_uniform_law_of_all(
 def test_what_is_weighed_has_the_mean_of_all_windows_also_where_shares_are_no_whole_numbers():
     replay, rng = fill(store(capacity=100), 97), np.random.default_rng(0)
     truth = np.mean([any(e % EPISODE == EPISODE - 1 for e in range(q, q + 3)) for _, q in every_window(replay, 3)])
-    draws = [replay.sample(2, 3, rng, newest=0.3, ends=0.45) for _ in range(8000)]
+    draws = [replay.sample(2, 3, rng, recent_fraction=0.3, terminal_fraction=0.45) for _ in range(8000)]
     ended, weight = (torch.cat(parts) for parts in zip(*((b.is_last.any(1), b.weight[:, 0]) for b in draws)))
     assert float((weight * ended).mean()) == pytest.approx(truth, abs=0.02)
     assert float(weight.mean()) == pytest.approx(1, abs=0.03) and float(ended.float().mean()) > truth + 0.05
@@ -209,16 +209,16 @@ def test_what_is_weighed_has_the_mean_of_all_windows_also_where_shares_are_no_wh
 
 def test_without_a_uniform_share_weights_are_those_among_what_is_drawn():
     replay = fill(fill(store(capacity=60, num_envs=2), 8), 5, [1])
-    newest = replay.sample(4, 3, np.random.default_rng(0), newest=1.0)
+    newest = replay.sample(4, 3, np.random.default_rng(0), recent_fraction=1.0)
     assert newest.weight.tolist() == [[1.0] * 3] * 4
-    batch = replay.sample(200, 3, np.random.default_rng(0), ends=1.0)
+    batch = replay.sample(200, 3, np.random.default_rng(0), terminal_fraction=1.0)
     weight, chance = weighed(batch), chances(replay, 3, 0.0, 1.0)
     products = [weight[window] * chance[window] for window in weight]
     assert max(products) == pytest.approx(min(products)) and float(batch.weight.mean()) == pytest.approx(1)
 
 
 def test_without_any_end_nothing_is_weighed_for_ends():
-    assert (fill(store(), 4).sample(16, 2, np.random.default_rng(0), ends=0.5).weight == 1).all()
+    assert (fill(store(), 4).sample(16, 2, np.random.default_rng(0), terminal_fraction=0.5).weight == 1).all()
 
 
 def test_windows_are_drawn_uniformly_over_all_streams():
@@ -233,7 +233,7 @@ def test_windows_are_drawn_uniformly_over_all_streams():
 
 def test_the_same_generator_gives_the_same_batch_and_another_one_another():
     replay = fill(store(capacity=200, num_envs=2), 100)
-    a, b, c = (replay.sample(8, 4, np.random.default_rng(s), newest=0.1, ends=0.3) for s in (1, 1, 2))
+    a, b, c = (replay.sample(8, 4, np.random.default_rng(s), recent_fraction=0.1, terminal_fraction=0.3) for s in (1, 1, 2))
     assert torch.equal(a.obs["at"], b.obs["at"])
     assert torch.equal(a.action, b.action)
     assert not torch.equal(a.obs["at"], c.obs["at"])
@@ -256,7 +256,7 @@ def test_streams_may_grow_unevenly():
     replay = fill(store(capacity=90, num_envs=3), 6)
     fill(replay, 9, [2, 0])
     assert replay.lengths == (15, 6, 15)
-    batch = replay.sample(200, 10, np.random.default_rng(0), newest=0.3, ends=0.3)
+    batch = replay.sample(200, 10, np.random.default_rng(0), recent_fraction=0.3, terminal_fraction=0.3)
     check_rows(replay, batch)
     assert set(batch.obs["at"][:, 0, 0].tolist()) == {0.0, 2.0}
 

@@ -133,10 +133,10 @@ def test_restarts_count_within_the_window_alone(monkeypatch):
     restarts = Restarts(2, 10.0)
     for now in (0.0, 5.0, 11.0, 16.0):
         clock[0] = now
-        restarts.spend(EnvError("x"))
+        restarts.record_failure(EnvError("x"))
     clock[0] = 20.0
     with pytest.raises(EnvError):
-        restarts.spend(EnvError("x"))
+        restarts.record_failure(EnvError("x"))
     assert restarts.count == 4
 
 

@@ -24,7 +24,7 @@ from stable_baselines3 import A2C
 from worldmodel.agents import JointWorldModel, Planner, latent_policy_kwargs
 from worldmodel.agents.actor_critic import ActorCritic, ActorCriticConfig, ActorCriticLearner
 from worldmodel.agents.experience import fit_scaling
-from worldmodel.agents.starts import Aim
+from worldmodel.agents.guidance import Guidance
 from worldmodel.data import Sampling
 from worldmodel.envs import ImaginedWorld
 from worldmodel.learner import Learner, TrainConfig
@@ -37,7 +37,7 @@ OPTIONS = {
     "as it is": {},
     "replayed values, doubt": {
         "agent.replay_value": 0.3,
-        "agent.penalty": 0.5,
+        "agent.uncertainty_penalty": 0.5,
         "model.ensemble.members": 2,
         "model.ensemble.units": 8,
     },
@@ -109,7 +109,7 @@ def test_plans_are_the_same_and_worth_as_much_in_rewards():
     config = {
         "model.ensemble.members": 2,
         "model.ensemble.units": 8,
-        "agent.plan.penalty": 0.5,
+        "agent.plan.uncertainty_penalty": 0.5,
         "agent.plan.method": "mppi",
         "agent.plan.samples": 12,
         "agent.plan.horizon": 3,
@@ -132,7 +132,7 @@ def test_imagined_worlds_pay_in_rewards(size, learned):
     paid = []
     for factor in (1.0, size):
         agent = learned("replayed values, doubt", factor)
-        worlds = ImaginedWorld(agent.world, 6, 5, seed=3, replay=agent.replay, penalty=0.5)
+        worlds = ImaginedWorld(agent.world, 6, 5, seed=3, replay=agent.replay, uncertainty_penalty=0.5)
         worlds.reset()
         paid.append(torch.stack([worlds.step(worlds.world.action.project(torch.eye(2)[[0, 1] * 3])).reward for _ in range(4)]))
     assert torch.equal(paid[1], size * paid[0]) and paid[0].any()
@@ -145,7 +145,7 @@ def test_dreams_from_nothing_are_led_as_far_to_rewards_of_any_size(size, toward,
     for factor in (1.0, size):
         agent = learned("as it is", factor)
         world, score = agent.world.eval(), {"reward": agent.world.heads.reward, "value": agent.controller.estimate}[toward]
-        led.append(world.begin_where(score, 8, Aim(toward, 3.0).pull(world), Sampling(generator=generator())))
+        led.append(world.sample_initial_tilted(score, 8, Guidance(toward, 3.0).nats_per_unit(world), Sampling(generator=generator())))
     (state, effective), (same, as_effective) = led
     assert torch.equal(state["z"], same["z"]) and effective == as_effective > 1
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from worldmodel.agents import DreamPolicy, SB3Agent, train_in_dream
 from worldmodel.agents.evaluation import evaluate
-from worldmodel.agents.sb3.agent import HOMES, algorithm_class, globals_from
+from worldmodel.agents.sb3.agent import HOMES, algorithm_class, seeded_globals
 from worldmodel.cli import app
 from worldmodel.commands.train import train
 from worldmodel.envs import make_vec
@@ -92,7 +92,7 @@ def test_a_recurrent_policy_remembers_within_an_episode_and_forgets_at_its_start
     obs = make_vec(CHAIN, 2).reset()
     _, state = policy.predict(obs, None, None, deterministic=True)
     _, later = policy.predict(obs, state, np.array([False, True]), deterministic=True)
-    names = list(policy.policy.begin(2))
+    names = list(policy.policy.initial_belief(2))
     h = {name: x for name, x in zip(names, later)}["lstm_h"]
     first = {name: x for name, x in zip(names, state)}["lstm_h"]
     assert not np.allclose(h[0], first[0]) and np.allclose(h[1], first[1], atol=1e-6)
@@ -123,7 +123,7 @@ def test_nothing_of_the_processes_random_states_changes_and_the_same_seed_gives_
 
 def test_draws_of_sb3_follow_the_generator():
     def draw(seed: int):
-        with globals_from(torch.Generator().manual_seed(seed)):
+        with seeded_globals(torch.Generator().manual_seed(seed)):
             return torch.rand(2).tolist(), np.random.rand(2).tolist()
 
     assert draw(1) == draw(1) != draw(2)
@@ -351,7 +351,7 @@ def test_sb3s_file_is_opened_with_trust_alone(chain, tmp_path):
         ("ppo", {"rounds": 0}, "rounds is 0"),
         ("ppo", {"total_timesteps": True}, "total_timesteps is True"),
         ("ppo", {"rounds": 2}, "a run is a finished world"),
-        ("ppo", {"penalty": 1.0}, r"penalty=1 needs uncertainty"),
+        ("ppo", {"uncertainty_penalty": 1.0}, r"uncertainty_penalty=1 needs uncertainty"),
         ("ppo", {"env": "CartPole-v1"}, r"The model observes .*CartPole-v1"),
         ("ppo", {"algo_kwargs": {"gama": 0.9}}, r"PPO refused its arguments.*gama"),
         ("trpo", {}, "algo"),

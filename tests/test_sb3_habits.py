@@ -20,8 +20,8 @@ from stable_baselines3.ppo import MlpPolicy
 from worldmodel.agents import Dreamer, Planner, RandomAgent
 from worldmodel.agents.arguments import SAME
 from worldmodel.agents.belief import BeliefPolicy
-from worldmodel.agents.evaluation import evaluate, own_randomness
-from worldmodel.agents.sb3.agent import globals_from
+from worldmodel.agents.evaluation import evaluate, isolated_rng
+from worldmodel.agents.sb3.agent import seeded_globals
 from worldmodel.config import describe
 from worldmodel.errors import ConfigError, CorruptError, EnvError
 from worldmodel.model import WorldModel
@@ -163,10 +163,10 @@ def test_seeding_leaves_the_process_s_cuda_generators_alone(inside, monkeypatch)
             first = torch.rand(2)
         assert torch.equal(first, torch.rand(2, generator=torch.Generator().manual_seed(3)))
     elif inside == "globals_from":
-        with globals_from(torch.Generator().manual_seed(0)):
+        with seeded_globals(torch.Generator().manual_seed(0)):
             torch.rand(2)
     elif inside == "own_randomness":
-        with own_randomness(None, 3):
+        with isolated_rng(None, 3):
             torch.rand(2)
     elif inside == "from_spaces":
         WorldModel.from_spaces(spaces.Box(-1, 1, (2,)), spaces.Discrete(2), seed=3)
@@ -372,7 +372,7 @@ def test_a_model_of_pictures_is_evaluated_in_environments_of_either_form(catcher
     for other in (turned, not turned):
         venv = catches(other)
         venv.seed(4)
-        with own_randomness(model, 0):
+        with isolated_rng(model, 0):
             returns.append(evaluate_policy(model, venv, 3, return_episode_rewards=True))
     assert returns[0] == returns[1]
     assert len(evaluate(model, CATCH, 2)[0]) == 2
@@ -425,7 +425,7 @@ def test_the_replay_that_a_checkpoint_callback_saves_is_loaded_again(made, tmp_p
     assert model.replay_buffer is None
     model.learn(42, CheckpointCallback(20, tmp_path, save_replay_buffer=True))
     assert sorted(x.name for x in tmp_path.iterdir()) == ["rl_model_40_steps.zip", "rl_model_replay_buffer_40_steps.pkl"]
-    model.replay_buffer.cut()
+    model.replay_buffer.truncate_open_episodes()
     model.save_replay_buffer(tmp_path / "all")
 
     again = Dreamer.load(tmp_path / "rl_model_40_steps", env=DummyVecEnv([made, made]), config={"train.ratio": 0.5})
@@ -439,7 +439,7 @@ def test_the_replay_that_a_checkpoint_callback_saves_is_loaded_again(made, tmp_p
 
 def test_a_replay_goes_through_a_stream_and_fits_a_fresh_model_s_statistics():
     model, other, stream = dreamer(Short()).learn(30), dreamer(Short()), io.BytesIO()
-    model.replay.cut()
+    model.replay.truncate_open_episodes()
     model.save_replay_buffer(stream)
     other.load_replay_buffer(stream)
     assert same_rows(other.replay, model.replay) > 30
@@ -452,7 +452,7 @@ def test_a_replay_goes_through_a_stream_and_fits_a_fresh_model_s_statistics():
 
 def test_rewards_of_a_loaded_replay_enter_the_scale_once_where_nothing_observed_is_a_vector():
     model, other, stream = dreamer(catches(False), BeliefPolicy).learn(60), dreamer(catches(False), BeliefPolicy), io.BytesIO()
-    model.replay.cut()
+    model.replay.truncate_open_episodes()
     model.save_replay_buffer(stream)
     other.load_replay_buffer(stream)
     counted = int(other.world.heads.scale.squares.count)

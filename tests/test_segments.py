@@ -23,7 +23,7 @@ def assert_same(a: Replay, b: Replay) -> None:
     assert (a.added_by_stream, a.lengths, a.ends, a.obs_spec) == (b.added_by_stream, b.lengths, b.ends, b.obs_spec)
     for length in (1, 3, min(a.lengths)):
         for seed in range(3):
-            x, y = (r.sample(16, length, np.random.default_rng(seed), newest=0.2, ends=0.3) for r in (a, b))
+            x, y = (r.sample(16, length, np.random.default_rng(seed), recent_fraction=0.2, terminal_fraction=0.3) for r in (a, b))
             for key in x.obs:
                 assert torch.equal(x.obs[key], y.obs[key])
             for field in fields(Batch)[1:]:
@@ -53,32 +53,32 @@ def test_what_was_saved_is_loaded(tmp_path, rows):
 
 
 def test_saves_are_incremental_and_old_marks_stay_loadable_until_swept(tmp_path):
-    replay, marks, copies = store(capacity=40, num_envs=2), [None], []
+    replay, snapshot, copies = store(capacity=40, num_envs=2), [None], []
     for rows in (3, 11, 0, 9, 30, 1, 1):
         fill(replay, rows)
-        marks.append(replay.save(tmp_path, marks[-1]))
-        copies.append(Replay.load(tmp_path, marks[-1]))
+        snapshot.append(replay.save(tmp_path, snapshot[-1]))
+        copies.append(Replay.load(tmp_path, snapshot[-1]))
         assert_same(copies[-1], replay)
     assert files(tmp_path) == [f"segment-{i:09d}.bin" for i in range(1, 7)]  # nothing new, no file
-    for copy, mark in zip(copies, marks[1:]):
+    for copy, mark in zip(copies, snapshot[1:]):
         assert_same(Replay.load(tmp_path, mark), copy)
-    assert [n for n, _ in marks[-1]["segments"]] == [4, 5, 6]  # 1 to 3 hold evicted rows only
+    assert [n for n, _ in snapshot[-1]["segments"]] == [4, 5, 6]  # 1 to 3 hold evicted rows only
     rows = [segments.read_header(tmp_path, n, replay._column_spec, 2).rows for n in (1, 2, 3, 4, 5, 6)]
     assert rows == [6, 22, 18, 40, 2, 2]  # of 60 new rows, 20 were evicted before they were saved
 
     (tmp_path / ".tmp-123").write_text("left behind")
-    Replay.sweep(tmp_path, marks[-2:])
+    Replay.sweep(tmp_path, snapshot[-2:])
     assert files(tmp_path) == [f"segment-{i:09d}.bin" for i in (4, 5, 6)]
-    assert_same(Replay.load(tmp_path, marks[-1]), replay)
+    assert_same(Replay.load(tmp_path, snapshot[-1]), replay)
 
 
 def test_a_segment_stays_while_any_stream_needs_it(tmp_path):
     replay = fill(store(capacity=40, num_envs=2), 8)
-    marks = fill(replay, 30, [1]).save(tmp_path)
-    assert [n for n, _ in marks["segments"]] == [1]
-    marks = fill(replay, 30, [1]).save(tmp_path, marks)
-    assert [n for n, _ in marks["segments"]] == [1, 2]
-    assert_same(Replay.load(tmp_path, marks), replay)
+    snapshot = fill(replay, 30, [1]).save(tmp_path)
+    assert [n for n, _ in snapshot["segments"]] == [1]
+    snapshot = fill(replay, 30, [1]).save(tmp_path, snapshot)
+    assert [n for n, _ in snapshot["segments"]] == [1, 2]
+    assert_same(Replay.load(tmp_path, snapshot), replay)
 
 
 def test_marks_survive_json(tmp_path):
@@ -89,45 +89,45 @@ def test_marks_survive_json(tmp_path):
 def test_a_big_save_is_split_so_that_eviction_frees_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(segments, "MAX_BYTES", 1000)
     replay = fill(fill(store(capacity=200, num_envs=2), 60), 31, [1])
-    marks = replay.save(tmp_path)
+    snapshot = replay.save(tmp_path)
     assert len(files(tmp_path)) == 4
     assert max(p.stat().st_size for p in tmp_path.iterdir()) < 2000
-    assert_same(Replay.load(tmp_path, marks), replay)
+    assert_same(Replay.load(tmp_path, snapshot), replay)
 
 
 def test_a_future_that_the_checkpoint_does_not_know_is_dropped_aloud_or_kept_aloud(tmp_path):
     replay = fill(store(capacity=40), 12)
-    marks = replay.save(tmp_path)
+    snapshot = replay.save(tmp_path)
     fill(replay, 5)
-    later = replay.save(tmp_path, marks)
+    later = replay.save(tmp_path, snapshot)
     fill(replay, 4)
     replay.save(tmp_path, later)
     said: list[str] = []
-    dropped = Replay.load(tmp_path, marks, log=said.append)
+    dropped = Replay.load(tmp_path, snapshot, log=said.append)
     assert dropped.added == 12
     assert said == ["Replay: 9 steps newer than the checkpoint are dropped."]
-    check_rows(dropped, dropped.sample(50, 4, np.random.default_rng(0), newest=0.2))
-    kept = Replay.load(tmp_path, marks, keep_newer=True, log=said.append)
+    check_rows(dropped, dropped.sample(50, 4, np.random.default_rng(0), recent_fraction=0.2))
+    kept = Replay.load(tmp_path, snapshot, keep_newer=True, log=said.append)
     assert_same(kept, replay)
     assert said[1] == "Replay: 9 steps newer than the checkpoint are kept."
     fill(kept, 2)
-    assert_same(Replay.load(tmp_path, kept.save(tmp_path, marks)), kept)
+    assert_same(Replay.load(tmp_path, kept.save(tmp_path, snapshot)), kept)
 
 
 def test_a_retold_future_replaces_the_one_that_was_dropped(tmp_path):
     replay = fill(store(capacity=40), 12)
-    marks = replay.save(tmp_path)
-    fill(replay, 7).save(tmp_path, marks)
-    other = fill(Replay.load(tmp_path, marks), 3)
-    told = other.save(tmp_path, marks)
-    assert_same(Replay.load(tmp_path, marks, keep_newer=True), other)
+    snapshot = replay.save(tmp_path)
+    fill(replay, 7).save(tmp_path, snapshot)
+    other = fill(Replay.load(tmp_path, snapshot), 3)
+    told = other.save(tmp_path, snapshot)
+    assert_same(Replay.load(tmp_path, snapshot, keep_newer=True), other)
     assert_same(Replay.load(tmp_path, told), other)
 
 
 def test_damage_behind_the_marks_costs_only_what_is_behind_it(tmp_path):
     replay = fill(store(capacity=40), 12)
-    marks = replay.save(tmp_path)
-    middle = fill(replay, 5).save(tmp_path, marks)
+    snapshot = replay.save(tmp_path)
+    middle = fill(replay, 5).save(tmp_path, snapshot)
     copy = Replay.load(tmp_path, middle)
     fill(replay, 4).save(tmp_path, middle)
     last = segments.path_of(tmp_path, 3)
@@ -135,49 +135,49 @@ def test_damage_behind_the_marks_costs_only_what_is_behind_it(tmp_path):
     for damaged in (whole[:-1], whole[:100], whole[:5], whole[:-9] + b"\xff" + whole[-8:]):
         put(last, damaged)
         said: list[str] = []
-        assert_same(Replay.load(tmp_path, marks, keep_newer=True, log=said.append), copy)
+        assert_same(Replay.load(tmp_path, snapshot, keep_newer=True, log=said.append), copy)
         assert "segment-000000003.bin" in said[0]
         assert said[-1] == "Replay: 5 steps newer than the checkpoint are kept."
 
 
 def test_every_flipped_byte_is_noticed(tmp_path):
     replay = fill(store(capacity=8, num_envs=2, action_dim=1), 5)
-    marks = replay.save(tmp_path)
+    snapshot = replay.save(tmp_path)
     path = segments.path_of(tmp_path, 1)
     whole = path.read_bytes()
     for at in range(len(whole)):
         for mask in (0x01, 0xFF):
             put(path, whole[:at] + bytes([whole[at] ^ mask]) + whole[at + 1 :])
             with pytest.raises(CorruptError, match=re.escape(path.name)):
-                Replay.load(tmp_path, marks)
+                Replay.load(tmp_path, snapshot)
     put(path, whole)
-    assert_same(Replay.load(tmp_path, marks), replay)
+    assert_same(Replay.load(tmp_path, snapshot), replay)
 
 
 def test_a_cut_or_lengthened_file_is_noticed(tmp_path):
-    marks = fill(store(capacity=8), 5).save(tmp_path)
+    snapshot = fill(store(capacity=8), 5).save(tmp_path)
     path = segments.path_of(tmp_path, 1)
     whole = path.read_bytes()
     for damaged in [*(whole[:n] for n in range(len(whole))), whole + b"\0", whole + whole, whole[:40] + b"\0" + whole[40:]]:
         put(path, damaged)
         with pytest.raises(CorruptError, match=r"segment-000000001\.bin"):
-            Replay.load(tmp_path, marks)
+            Replay.load(tmp_path, snapshot)
 
 
 def test_damage_names_the_offset_of_its_block(tmp_path):
-    marks = fill(store(capacity=8), 5).save(tmp_path)
+    snapshot = fill(store(capacity=8), 5).save(tmp_path)
     path = segments.path_of(tmp_path, 1)
     whole = bytearray(path.read_bytes())
     whole[-30] ^= 1
     put(path, whole)
     with pytest.raises(CorruptError, match=r"segment-000000001\.bin is damaged at offset \d+: a block's CRC"):
-        Replay.load(tmp_path, marks)
+        Replay.load(tmp_path, snapshot)
 
 
 def test_a_missing_or_foreign_segment_is_noticed(tmp_path):
     replay = fill(store(capacity=40), 4)
-    marks = replay.save(tmp_path)
-    marks = fill(replay, 4).save(tmp_path, marks)
+    snapshot = replay.save(tmp_path)
+    snapshot = fill(replay, 4).save(tmp_path, snapshot)
     one, two = (segments.path_of(tmp_path, n) for n in (1, 2))
     held = one.read_bytes()
     other = tmp_path / "other"
@@ -192,52 +192,52 @@ def test_a_missing_or_foreign_segment_is_noticed(tmp_path):
     ]:
         damage()
         with pytest.raises(CorruptError, match=message):
-            Replay.load(tmp_path, marks)
+            Replay.load(tmp_path, snapshot)
         put(one, held)
     with pytest.raises(CorruptError, match="segments are missing from its marks"):
-        Replay.load(tmp_path, {**marks, "segments": marks["segments"][1:]})
+        Replay.load(tmp_path, {**snapshot, "segments": snapshot["segments"][1:]})
     with pytest.raises(CorruptError, match="other columns"):
-        Replay.load(tmp_path, {**marks, "obs": {"at": [[2], "<i4"]}})
+        Replay.load(tmp_path, {**snapshot, "obs": {"at": [[2], "<i4"]}})
     for rows in ([7], [9], [8, 0], ["x"], None):
         with pytest.raises(CorruptError, match="marks"):
-            Replay.load(tmp_path, {**marks, "rows": rows})
+            Replay.load(tmp_path, {**snapshot, "rows": rows})
     for key in ("rows", "segments", "obs", "capacity"):
         with pytest.raises(CorruptError, match="marks"):
-            Replay.load(tmp_path, {k: v for k, v in marks.items() if k != key})
+            Replay.load(tmp_path, {k: v for k, v in snapshot.items() if k != key})
 
 
 def test_a_lying_header_allocates_nothing(tmp_path):
     path = segments.path_of(tmp_path, 1)
     replay = fill(store(capacity=40), 4)
-    marks = replay.save(tmp_path)
+    snapshot = replay.save(tmp_path)
     header = segments.Header(1, (0,), (10**15,))
     columns = replay._column_spec
     segments.write(tmp_path, header, columns, lambda name, *_: np.zeros((1, *columns[name][0])))
     with pytest.raises(CorruptError, match=f"{path.name} has .* bytes, but its header implies"):
-        Replay.load(tmp_path, marks)
+        Replay.load(tmp_path, snapshot)
 
 
 def test_an_emptied_folder_is_written_anew(tmp_path):
     replay = fill(store(capacity=40), 9)
-    marks = replay.save(tmp_path)
+    snapshot = replay.save(tmp_path)
     segments.path_of(tmp_path, 1).unlink()
     fill(replay, 2)
-    assert_same(Replay.load(tmp_path, replay.save(tmp_path, marks)), replay)
+    assert_same(Replay.load(tmp_path, replay.save(tmp_path, snapshot)), replay)
 
 
 def test_marks_of_another_replay_are_refused(tmp_path):
-    marks = fill(store(capacity=40), 9).save(tmp_path)
+    snapshot = fill(store(capacity=40), 9).save(tmp_path)
     with pytest.raises(ValueError, match="of another replay"):
-        store(capacity=40).save(tmp_path, marks)
+        store(capacity=40).save(tmp_path, snapshot)
     with pytest.raises(ValueError, match="of another replay"):
-        fill(store(capacity=50), 9).save(tmp_path, marks)
+        fill(store(capacity=50), 9).save(tmp_path, snapshot)
 
 
 def test_a_full_disk_is_a_named_error_and_leaves_the_last_save_whole(tmp_path):
     replay = fill(store(capacity=40, image=True), 9)
-    marks = replay.save(tmp_path)
+    snapshot = replay.save(tmp_path)
     before = files(tmp_path)
-    copy = Replay.load(tmp_path, marks)
+    copy = Replay.load(tmp_path, snapshot)
     fill(replay, 30)
     pid = os.fork()
     if pid == 0:  # the limit cannot be lifted again, so it lives and dies with a child
@@ -245,7 +245,7 @@ def test_a_full_disk_is_a_named_error_and_leaves_the_last_save_whole(tmp_path):
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
         try:
-            replay.save(tmp_path, marks)
+            replay.save(tmp_path, snapshot)
             os._exit(1)
         except StorageError as error:
             os._exit(0 if "Free some disk space" in str(error) and str(tmp_path) in str(error) else 2)
@@ -253,12 +253,12 @@ def test_a_full_disk_is_a_named_error_and_leaves_the_last_save_whole(tmp_path):
             os._exit(3)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert files(tmp_path) == before
-    assert_same(Replay.load(tmp_path, marks), copy)
-    assert_same(Replay.load(tmp_path, replay.save(tmp_path, marks)), replay)
+    assert_same(Replay.load(tmp_path, snapshot), copy)
+    assert_same(Replay.load(tmp_path, replay.save(tmp_path, snapshot)), replay)
 
 
 def test_a_kill_at_any_step_of_a_save_or_a_sweep_loses_nothing_that_was_committed(tmp_path):
-    def killed_at(n: int, folder: Path, replay: Replay, marks: dict) -> int:
+    def killed_at(n: int, folder: Path, replay: Replay, snapshot: dict) -> int:
         pid = os.fork()
         if pid == 0:
             left = [n]
@@ -274,8 +274,8 @@ def test_a_kill_at_any_step_of_a_save_or_a_sweep_loses_nothing_that_was_committe
 
             for name in ("open", "fsync", "rename", "unlink", "close"):
                 setattr(os, name, counted(getattr(os, name)))
-            later = fill(replay, 25).save(folder, marks)
-            Replay.sweep(folder, [marks, later])
+            later = fill(replay, 25).save(folder, snapshot)
+            Replay.sweep(folder, [snapshot, later])
             os._exit(0)
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
@@ -283,11 +283,11 @@ def test_a_kill_at_any_step_of_a_save_or_a_sweep_loses_nothing_that_was_committe
         folder = tmp_path / str(n)
         replay = fill(store(capacity=20), 5)
         replay.save(folder)  # named by no checkpoint: for the sweep
-        marks = replay.save(folder)
-        status = killed_at(n, folder, replay, marks)
-        assert_same(Replay.load(folder, marks, log=lambda said: None), replay)
-        again = fill(Replay.load(folder, marks, log=lambda said: None), 7)
-        told = again.save(folder, marks)
+        snapshot = replay.save(folder)
+        status = killed_at(n, folder, replay, snapshot)
+        assert_same(Replay.load(folder, snapshot, log=lambda said: None), replay)
+        again = fill(Replay.load(folder, snapshot, log=lambda said: None), 7)
+        told = again.save(folder, snapshot)
         Replay.sweep(folder, [told])
         assert files(folder) == [segments.path_of(folder, number).name for number, _ in told["segments"]]
         assert_same(Replay.load(folder, told), again)

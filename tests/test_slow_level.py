@@ -54,7 +54,7 @@ def test_the_slow_carry_is_part_of_the_feature_and_heard_by_the_fast_one():
     state = model.initial(2).map(lambda x: torch.randn(x.shape, generator=generator()))
     state, other = (State({**state, "slow": state["slow"] + more, "clock": torch.ones(2, 1)}) for more in (0, 1))
     assert model.feature_dim == model.dynamics.feature(state).shape[-1] == 12 + 5 + 2
-    assert torch.equal(model.dynamics.code(model.dynamics.feature(state)), state["z"])
+    assert torch.equal(model.dynamics.z_of(model.dynamics.feature(state)), state["z"])
     one, two = (model.dynamics.imagine(s, torch.zeros(2, 2), Sampling(mode=True)) for s in (state, other))
     assert torch.equal(one["slow"], state["slow"]) and (one["h"] - two["h"]).abs().max() > 1e-4
 

@@ -133,7 +133,7 @@ def test_an_observation_survives_the_way_there_and_back(case):
     space, layout, kind, shape = case
     spec = ObsSpec.from_space(space, layout)
     assert (spec.keys["obs"].kind, spec.keys["obs"].shape) == (kind, shape)
-    rows = spec.to_rows(batch(space))
+    rows = spec.to_raw(batch(space))
     spec.check(rows)
     canonical = spec.canonical(tensors(rows))["obs"]
     assert canonical.dtype == spec.keys["obs"].canonical_dtype and canonical.shape == (6, *shape)
@@ -150,7 +150,7 @@ def test_an_observation_survives_the_way_there_and_back(case):
 def test_any_leading_dimensions_give_the_same_numbers(case):
     space, layout, _, shape = case
     spec = ObsSpec.from_space(space, layout)
-    rows = tensors(spec.to_rows(batch(space)))["obs"]
+    rows = tensors(spec.to_raw(batch(space)))["obs"]
     flat = spec.canonical({"obs": rows})["obs"]
     folded = spec.canonical({"obs": rows.reshape(2, 3, *rows.shape[1:])})["obs"]
     assert folded.shape == (2, 3, *shape)
@@ -183,7 +183,7 @@ def test_a_dict_keeps_its_keys_and_converts_each():
         "camera": "image", "speed": "vector", "gear": "categorical", "lamps": "binary",
     }  # fmt: skip
     obs = batch(DICT)
-    rows = spec.to_rows(obs)
+    rows = spec.to_raw(obs)
     spec.check(rows)
     back = spec.raw(spec.canonical(tensors(rows)))
     for key in obs:
@@ -214,7 +214,7 @@ def test_pixels_and_categories_land_where_they_belong():
 def test_rows_are_copies():
     spec = ObsSpec.from_space(box(-1, 1, (3,)))
     buffer = np.zeros((2, 3), np.float32)
-    rows = spec.to_rows(buffer)
+    rows = spec.to_raw(buffer)
     buffer[:] = 1
     assert (rows["obs"] == 0).all()
 
@@ -274,7 +274,7 @@ BAD_ROWS = {
 @pytest.mark.parametrize("key, spoil, where", BAD_ROWS.values(), ids=list(BAD_ROWS))
 def test_check_names_the_environment_and_key_of_a_bad_row(key, spoil, where):
     spec = ObsSpec.from_space(DICT)
-    rows = spec.to_rows(batch(DICT))
+    rows = spec.to_raw(batch(DICT))
     spec.check(rows, place)
     spoil(rows[key])
     with pytest.raises(EnvError, match=f"{where}, episode 12, step 40: observation '{key}'"):
@@ -301,11 +301,11 @@ def test_missing_and_extra_keys_are_named():
     spec = ObsSpec.from_space(DICT)
     obs = batch(DICT)
     obs["lidar"] = obs.pop("speed")
-    for function in (spec.to_rows, spec.check):
+    for function in (spec.to_raw, spec.check):
         with pytest.raises(EnvError, match=r"here: missing observation keys \['speed'\], extra keys \['lidar'\]"):
             function(obs, "here")
     with pytest.raises(EnvError, match="expected a dict"):
-        spec.to_rows(obs["camera"])
+        spec.to_raw(obs["camera"])
 
 
 @pytest.mark.parametrize(
@@ -324,19 +324,19 @@ def test_missing_and_extra_keys_are_named():
 def test_what_is_no_array_of_the_space_is_refused(value):
     spec = ObsSpec.from_space(box(-1, 1, (3,)))
     with pytest.raises(EnvError, match="here: observation 'obs'"):
-        spec.to_rows(value, "here")
+        spec.to_raw(value, "here")
 
 
 def test_casts_pass_that_lose_nothing_but_digits():
     spec = ObsSpec.from_space(box(0, 255, (2,), np.uint8))
-    assert spec.to_rows(np.array([[1, 255]]))["obs"].dtype == np.uint8
+    assert spec.to_raw(np.array([[1, 255]]))["obs"].dtype == np.uint8
     with pytest.raises(EnvError, match="uint8"):
-        spec.to_rows(np.array([[1, 256]]))
+        spec.to_raw(np.array([[1, 256]]))
     with pytest.raises(EnvError, match="uint8"):
-        spec.to_rows(np.array([[1.5, 2.0]]))
-    assert spec.to_rows(np.array([[1.0, 2.0]]))["obs"].tolist() == [[1, 2]]
+        spec.to_raw(np.array([[1.5, 2.0]]))
+    assert spec.to_raw(np.array([[1.0, 2.0]]))["obs"].tolist() == [[1, 2]]
     wide = ObsSpec.from_space(box(-1, 1, (2,), np.float64))
-    assert wide.to_rows(np.zeros((1, 2), np.float32))["obs"].dtype == np.float64
+    assert wide.to_raw(np.zeros((1, 2), np.float32))["obs"].dtype == np.float64
 
 
 def test_canonical_refuses_another_shape():

@@ -12,7 +12,7 @@ from small_runs import CHAIN, OPTIONS
 from typer.testing import CliRunner
 
 from worldmodel import ConfigError, Run, registry
-from worldmodel.agents.starts import Aim, Moment, between, between_features, state_at
+from worldmodel.agents.guidance import Guidance, ReplayPosition, between, between_features, state_at
 from worldmodel.cli import app
 from worldmodel.commands.dream import dream
 from worldmodel.commands.train import train
@@ -52,8 +52,8 @@ def test_led_starts_score_higher_and_carry_what_an_episode_begins_with():
     world = small_world(latent="gaussian").eval()
     for p in world.heads.reward_net.parameters():
         p.data += 0.3 * torch.randn(p.shape, generator=generator())
-    usual = world.begin(500, Sampling(generator=generator()))
-    led, size = world.begin_where(world.heads.reward, 500, 5.0, Sampling(generator=generator()))
+    usual = world.sample_initial(500, Sampling(generator=generator()))
+    led, size = world.sample_initial_tilted(world.heads.reward, 500, 5.0, Sampling(generator=generator()))
     torch.testing.assert_close(led["h"], usual["h"])
     assert led["z"].shape == usual["z"].shape and size > 1
     rewards = [world.heads.reward(world.dynamics.feature(state)).mean() for state in (led, usual)]
@@ -63,17 +63,17 @@ def test_led_starts_score_higher_and_carry_what_an_episode_begins_with():
 def test_a_moment_is_the_filters_state_at_that_row(run):
     world, replay = run.world_model(), run.replay()
     rows = replay.stream(0)
-    trace = world.trace(rows.with_obs(world.inputs(rows.obs)), None, Sampling(mode=True))
+    trace = world.trace(rows.with_obs(world.preprocess(rows.obs)), None, Sampling(mode=True))
     second = int(rows.is_first[0].nonzero()[1])
-    state = state_at(world, replay, Moment(1, 2))
+    state = state_at(world, replay, ReplayPosition(1, 2))
     for name, x in state.items():
         torch.testing.assert_close(x[0], trace.states[name][0, second + 2])
     with pytest.raises(ConfigError, match="rows, and none of number 5000"):
-        state_at(world, replay, Moment(0, 5000))
+        state_at(world, replay, ReplayPosition(0, 5000))
     with pytest.raises(ConfigError, match="counted from 0"):
-        state_at(world, replay, Moment(5000, 0))
+        state_at(world, replay, ReplayPosition(5000, 0))
     with pytest.raises(ConfigError, match="EPISODE:STEP"):
-        Moment.parse("4")
+        ReplayPosition.parse("4")
 
 
 def test_the_arc_keeps_the_length_that_the_line_loses():
@@ -93,16 +93,16 @@ def test_pairs_without_an_arc_get_the_line_and_others_beside_them_their_arc():
 
 def test_what_lies_between_begins_and_ends_at_the_moments(run):
     world = run.world_model()
-    ends = [world.dynamics.feature(state_at(world, run.replay(), Moment(0, step)))[0] for step in (0, 3)]
+    ends = [world.dynamics.feature(state_at(world, run.replay(), ReplayPosition(0, step)))[0] for step in (0, 3)]
     for path in between_features(world, *ends, 7):
         assert path.shape == (7, world.feature_dim)
         torch.testing.assert_close(path[[0, -1]], torch.stack(ends))
 
 
 def test_dreams_toward_reward_value_and_goal_say_how_far_they_were_led(run, tmp_path):
-    for aim in (Aim("reward", 3.0), Aim("value", 3.0), Aim("goal", 2.0, Moment(0, 1))):
-        told = dream(run, 2, 3, "prior", tmp_path / f"{aim.toward}.gif", aim=aim)["guided"]
-        assert told["toward"] == aim.toward and told["effective"] > 0 and (tmp_path / f"{aim.toward}.gif").stat().st_size > 500
+    for guide in (Guidance("reward", 3.0), Guidance("value", 3.0), Guidance("goal", 2.0, ReplayPosition(0, 1))):
+        told = dream(run, 2, 3, "prior", tmp_path / f"{guide.toward}.gif", guide=guide)["guided"]
+        assert told["toward"] == guide.toward and told["effective"] > 0 and (tmp_path / f"{guide.toward}.gif").stat().st_size > 500
     assert told["score"] > told["score_unguided"]
     assert dream(run, 2, 3, "prior")["guided"] is None
 

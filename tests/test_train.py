@@ -24,7 +24,7 @@ from worldmodel.model import WorldModel
 from worldmodel.storage import checkpoint
 from worldmodel.storage.run import Run
 
-FENCE = {"train.average": 0.9, "checkpoint.fence": True, "checkpoint.keep": 1, "env.num_envs": 2, "train.ratio": 0.3}
+FENCE = {"train.ema_decay": 0.9, "checkpoint.fence": True, "checkpoint.keep": 1, "env.num_envs": 2, "train.ratio": 0.3}
 RESULT_KEYS = (
     "env_id recipe seed threads real_steps updates wall_seconds eval_seconds parameters "
     "threshold solved_at final_return evaluations run final_episodes"
@@ -51,7 +51,7 @@ def assert_equal_runs(one, two):
             np.testing.assert_array_equal(x, other_tensors[file][name], err_msg=f"{file}.{name}")
     rows, others = Run.open(one).replay(), Run.open(two).replay()
     assert rows.added_by_stream == others.added_by_stream and rows.ends == others.ends
-    a, b = (r.sample(50, 6, np.random.default_rng(0), ends=0.5) for r in (rows, others))
+    a, b = (r.sample(50, 6, np.random.default_rng(0), terminal_fraction=0.5) for r in (rows, others))
     for name in ("action", "reward", "is_first", "is_last", "is_terminal"):
         assert torch.equal(getattr(a, name), getattr(b, name)), name
     assert torch.equal(a.obs["obs"], b.obs["obs"])
@@ -401,7 +401,7 @@ def test_scalars_go_into_the_run_folder_and_a_resume_repeats_none(tmp_path):
 
 
 def test_a_task_that_never_ends_is_told_at_the_start_and_evaluated_to_the_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "LIMIT", 30)
+    monkeypatch.setattr(evaluation, "DEFAULT_MAX_STEPS", 30)
     said = []
     result = small_train(tmp_path / "run", 60, "CliffWalking-v1", log=said.append)
     assert any("eval.max_steps" in line and "30 steps" in line for line in said)

@@ -156,11 +156,11 @@ def test_dropout_is_of_training_and_not_of_dreams():
 
 def test_a_window_of_one_row_and_a_first_carry_agree_with_a_beginning():
     world = transformer("categorical")
-    state = world.begin(3000, Sampling(generator=generator()))
+    state = world.sample_initial(3000, Sampling(generator=generator()))
     x = part(inputs(world, openings=(0,)), 0, 1)
     torch.testing.assert_close(state["h"][0].detach(), observe(world, x)[1].h[0, 0])
     assert float(state["age"].min()) == float(state["age"].max()) == 1
-    probs = world.dynamics.initial_law.given(None).mean.detach()
+    probs = world.dynamics.initial_prior.given(None).mean.detach()
     assert_near(state["z"].mean(0, keepdim=True), probs, 3000, state["z"].std(0))
 
 

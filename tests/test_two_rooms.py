@@ -52,7 +52,7 @@ def test_only_the_way_through_the_door_leads_to_the_goal(random_wall):
             held["action"] = rng.uniform(-1, 1, 2)
         return held["action"]
 
-    assert play(env, lambda env: towards(env, env.way()[0])) == 1
+    assert play(env, lambda env: towards(env, env.shortest_path()[0])) == 1
     assert play(env, lambda env: towards(env, env.goal)) <= 0.5
     assert play(env, lasting) <= 0.25
 
@@ -62,9 +62,9 @@ def test_start_and_goal_lie_in_different_rooms_and_come_from_the_seed():
     layouts, sides = set(), set()
     for seed in range(40):
         obs, info = env.reset(seed=seed)
-        west, east = env.faces()
+        west, east = env.wall_faces()
         first, last = sorted((info["position"][0], info["goal"][0]))
-        assert env.least <= first <= west and east <= last <= env.most
+        assert env.min_position <= first <= west and east <= last <= env.max_position
         layouts.add((env.wall, env.gap))
         sides.add(info["position"][0] < west)
         again, other = env.reset(seed=seed)
@@ -86,7 +86,7 @@ def test_the_goal_is_a_picture_of_its_own_and_not_in_the_observation():
 def test_walls_stop_the_axis_that_runs_into_them():
     env = TwoRooms()
     env.reset(seed=0)
-    west, east = env.faces()
+    west, east = env.wall_faces()
     env.position = np.array([west - 1, 50.0])
     env.step(np.array([1.0, 1.0]))
     assert env.position.tolist() == [west, 52]
@@ -99,7 +99,7 @@ def test_walls_stop_the_axis_that_runs_into_them():
     assert env.position[1] == env.gap + env.door
     env.position = np.array([60.0, 60.0])
     env.step(np.array([1.0, 1.0]))
-    assert env.position.tolist() == [env.most, env.most] and east < env.most
+    assert env.position.tolist() == [env.max_position, env.max_position] and east < env.max_position
 
 
 @pytest.mark.parametrize("options", [{"speed": 10.0}, {"speed": 0.0}, {"limit": 0}])

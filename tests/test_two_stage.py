@@ -15,13 +15,13 @@ from typer.testing import CliRunner
 
 from worldmodel import ConfigError, Run, fit_prior
 from worldmodel.agents.evaluation import evaluate
-from worldmodel.agents.two_stage import _rows_of, paired, posterior_codes
+from worldmodel.agents.two_stage import _rows_for_slot, clustered_mean, posterior_samples
 from worldmodel.cli import app
 from worldmodel.commands.dream import dream
 from worldmodel.commands.train import train
 
 GAUSSIAN = {name: value for name, value in OPTIONS.items() if not name.startswith("model.dynamics.latent")}
-GAUSSIAN |= {"model.dynamics.latent.kind": "gaussian", "model.dynamics.latent.size": 3, "train.average": 0.9}
+GAUSSIAN |= {"model.dynamics.latent.kind": "gaussian", "model.dynamics.latent.size": 3, "train.ema_decay": 0.9}
 GAUSSIAN |= {"train.lr": 1e-2, "train.ratio": 1.0}  # so that codes are far from normal after 80 steps
 
 
@@ -53,17 +53,17 @@ def test_the_new_run_opens_dreams_evaluates_and_learns_on_and_the_old_one_is_unt
 def test_all_that_is_not_the_new_law_is_as_it_was_optimiser_included(run, tmp_path):
     fit_prior(run, "energy", "initial", options={"units": 8}, steps=5, out=tmp_path / "new")
     old, new = run.read()[0], Run.open(tmp_path / "new").read()[0]
-    kept = [name for name in old["world"] if "initial_law" not in name]
+    kept = [name for name in old["world"] if "initial_prior" not in name]
     assert all(np.array_equal(old["world"][name], new["world"][name]) for name in kept) and len(kept) > 20
     assert all(np.array_equal(old["agent"][name], new["agent"][name]) for name in old["agent"])
     agents = run.agent(), Run.open(tmp_path / "new").agent()
     for name, p in agents[0].world.named_parameters():
-        if "initial_law" not in name:
+        if "initial_prior" not in name:
             q = dict(agents[1].world.named_parameters())[name]
             moments = [a.learner.optimizer.state[x]["exp_avg"] for a, x in zip(agents, (p, q))]
             assert torch.equal(p, q) and torch.equal(*moments)
-    law = agents[1].world.dynamics.initial_law.state_dict()
-    assert all(torch.equal(x, agents[1].policy.world.dynamics.initial_law.state_dict()[name]) for name, x in law.items())
+    law = agents[1].world.dynamics.initial_prior.state_dict()
+    assert all(torch.equal(x, agents[1].policy.world.dynamics.initial_prior.state_dict()[name]) for name, x in law.items())
 
 
 def test_a_form_that_fits_gains_nats_over_a_standard_normal(run, tmp_path):
@@ -71,39 +71,39 @@ def test_a_form_that_fits_gains_nats_over_a_standard_normal(run, tmp_path):
     assert result["before"] is None and result["density"] == "exact"
     assert result["gain"] == pytest.approx(result["nats"] - result["nats_before"], abs=1e-4)
     assert result["gain"] > 2 * result["standard_error"]
-    world, codes = Run.open(tmp_path / "new").world_model(), posterior_codes(run.world_model(), run.replay(), generator()).code
+    world, codes = Run.open(tmp_path / "new").world_model(), posterior_samples(run.world_model(), run.replay(), generator()).z
     below = float((world.marginal.log_prob(codes, None) < world.marginal_low).float().mean())
-    assert below == pytest.approx(0.05, abs=0.04)  # so that agent.manifold can be used in it at once
+    assert below == pytest.approx(0.05, abs=0.04)  # so that agent.typicality_penalty can be used in it at once
 
 
 def test_codes_are_the_filters_draws_and_first_rows_come_many_times(run):
     world, replay = run.world_model(), run.replay()
-    codes = posterior_codes(world, replay, generator())
+    codes = posterior_samples(world, replay, generator())
     batch = replay.stream(0)
     firsts = int(batch.is_first.sum())
     assert int(codes.first.sum()) == 16 * firsts and int((~codes.first).sum()) == batch.is_first.numel() - firsts
     assert len(codes.episode.unique()) == firsts
-    assert len(codes.code[codes.first].unique(dim=0)) == 16 * firsts
+    assert len(codes.z[codes.first].unique(dim=0)) == 16 * firsts
 
 
 def test_only_the_law_of_first_rows_is_shown_them_many_times(run):
-    codes, rows = posterior_codes(run.world_model(), run.replay(), generator()), run.replay().stream(0)
+    codes, rows = posterior_samples(run.world_model(), run.replay(), generator()), run.replay().stream(0)
     held, firsts = rows.is_first.numel(), int(rows.is_first.sum())
     counts = {
-        slot: len(_rows_of(codes, *slot).row) for slot in (("marginal", "start"), ("initial", "anywhere"), ("initial", "start"))
+        slot: len(_rows_for_slot(codes, *slot).row) for slot in (("marginal", "start"), ("initial", "anywhere"), ("initial", "start"))
     }
     assert counts == {("marginal", "start"): held, ("initial", "anywhere"): held, ("initial", "start"): 16 * firsts}
-    assert sorted(_rows_of(codes, "marginal", "start").row.tolist()) == rows.row[0].tolist()
-    assert len(_rows_of(codes, "transition", "start").row) == held - firsts
+    assert sorted(_rows_for_slot(codes, "marginal", "start").row.tolist()) == rows.row[0].tolist()
+    assert len(_rows_for_slot(codes, "transition", "start").row) == held - firsts
 
 
 @pytest.mark.parametrize("inputs", ["observation", "feature", "exemplar"])
 def test_pseudo_inputs_begin_at_rows_of_the_replay(run, inputs, tmp_path):
-    options = {"inputs": inputs, "components": 4}
+    options = {"pseudo_inputs": inputs, "components": 4}
     result = fit_prior(run, "vamp", "marginal", options=options, steps=1, lr=1e-9, out=tmp_path / "new")
     world, rows = Run.open(tmp_path / "new").world_model(), run.replay().stream(0)
     assert math.isfinite(result["gain"])
-    embeddings = world.encoder(world.inputs(rows.obs | {"obs": rows.obs["obs"][0]}))
+    embeddings = world.encoder(world.preprocess(rows.obs | {"obs": rows.obs["obs"][0]}))
     assert torch.cdist(world.marginal.embeddings(), embeddings).amin(1).max() < 1e-3
     if inputs == "exemplar":
         at = torch.searchsorted(rows.row[0], world.marginal.row)
@@ -112,14 +112,14 @@ def test_pseudo_inputs_begin_at_rows_of_the_replay(run, inputs, tmp_path):
 
 def test_more_pseudo_inputs_than_rows_are_refused_with_how_many_there_are(run, tmp_path):
     with pytest.raises(ConfigError, match=r"components=\d+, or train"):
-        fit_prior(run, "vamp", options={"inputs": "exemplar", "components": 500}, out=tmp_path / "new")
+        fit_prior(run, "vamp", options={"pseudo_inputs": "exemplar", "components": 500}, out=tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("slot", ["initial", "transition"])
 def test_a_run_with_a_slow_encoder_gets_another_law_too(slot, tmp_path):
     options = {k: v for k, v in OPTIONS.items() if ".latent" not in k}
-    options |= {"model": "jepa", "model.dynamics.latent.size": 3, "model.objective.ema": 0.9}
+    options |= {"model": "jepa", "model.dynamics.latent.size": 3, "model.objective.ema_decay": 0.9}
     train(CHAIN, steps=60, run_dir=tmp_path / "old", overrides=options, device="cpu")
     fit_prior(tmp_path / "old", "mixture", slot, options={"components": 2}, steps=5, out=tmp_path / "new")
     assert getattr(Run.open(tmp_path / "new").config.model, slot).kind == "mixture"
@@ -129,7 +129,7 @@ def test_a_run_with_a_slow_encoder_gets_another_law_too(slot, tmp_path):
 def test_the_error_of_a_gain_is_that_of_episodes_and_not_of_rows():
     rng = torch.Generator().manual_seed(0)
     each = torch.randn(200, generator=rng).double()
-    mean, error = paired(each.repeat_interleave(50), torch.arange(200).repeat_interleave(50))
+    mean, error = clustered_mean(each.repeat_interleave(50), torch.arange(200).repeat_interleave(50))
     assert mean == pytest.approx(float(each.mean())) and error == pytest.approx(float(each.std()) / 200**0.5, rel=1e-6)
 
 

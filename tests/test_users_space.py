@@ -106,7 +106,7 @@ class Right(Controller):
         flat = as_vec_env(env).envs[0]
         self.seen, self.env = [], env
         for _ in range(50):
-            self.seen.append((spec.to_rows(_batch(flat.reset()[0])), env.right[env.which]))
+            self.seen.append((spec.to_raw(_batch(flat.reset()[0])), env.right[env.which]))
 
     def act(self, world, state, memory, deterministic, generator, rows=None) -> tuple[Tensor, State]:
         actions = []
@@ -125,7 +125,7 @@ def test_predict_takes_nested_observations_alone_and_many_at_once_and_refuses_wh
         model.predict(env.reset())
     with pytest.raises(EnvError, match="missing observation keys"):
         model.predict(dict(model.get_env().reset(), extra=1) if case == "tuple" else {"arm": {}})
-    assert set(model.world.obs.to_rows(_stacked(obs, obs))) == set(model.observation_space.spaces)
+    assert set(model.world.obs.to_raw(_stacked(obs, obs))) == set(model.observation_space.spaces)
 
 
 def _stacked(*many):
@@ -311,7 +311,7 @@ def test_an_encoder_inside_an_algorithm_that_counts_from_0_sees_what_the_world_m
     obs = np.arange(4)
     got = model.policy.extract_features(model.policy.obs_to_tensor(obs)[0], model.policy.pi_features_extractor)
     with torch.no_grad():
-        torch.testing.assert_close(got.detach(), world.encoder(world.inputs({"obs": torch.as_tensor(obs + 3)})))
+        torch.testing.assert_close(got.detach(), world.encoder(world.preprocess({"obs": torch.as_tensor(obs + 3)})))
     callback = JointWorldModel(world, config={"train.batch_size": 2, "train.batch_length": 4, "train.prefill": 8})
     model.learn(16, callback=callback)
     assert callback.agent.learner.updates > 0

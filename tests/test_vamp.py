@@ -20,12 +20,12 @@ KINDS = ("observation", "feature", "exemplar")
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def law(kind: str = "observation", context: int = 0, carry: int = 0, seed: int = 0, **options) -> VampPrior:
+def law(kind: str = "observation", context: int = 0, h: int = 0, seed: int = 0, **options) -> VampPrior:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         latent = small_latent("gaussian")
-        config = small("distribution", "vamp", inputs=kind, **options)
-        return registry.build("distribution", config, latent, context, small_source(latent, carry))
+        config = small("distribution", "vamp", pseudo_inputs=kind, **options)
+        return registry.build("distribution", config, latent, context, small_source(latent, h))
 
 
 def eyes(form: VampPrior) -> SmallEyes:
@@ -43,10 +43,10 @@ def rows(*numbers: int) -> torch.Tensor:
 @every_kind
 def test_a_component_is_the_posterior_at_a_pseudo_input(kind):
     form = law(kind)
-    mix, belief = form.components(None), form.source.posterior(form.embeddings(), torch.zeros(5, 0))
-    torch.testing.assert_close(mix.beliefs.mean, belief.mean)
+    mix, posterior = form.components(None), form.source.posterior(form.embeddings(), torch.zeros(5, 0))
+    torch.testing.assert_close(mix.distributions.mean, posterior.mean)
     x = torch.randn(7, 2, generator=generator())
-    each = torch.stack([belief.index(slice(k, k + 1)).log_prob(x) for k in range(5)])
+    each = torch.stack([posterior.index(slice(k, k + 1)).log_prob(x) for k in range(5)])
     torch.testing.assert_close(form.log_prob(x, None), torch.logsumexp(each, 0) - math.log(5))
 
 
@@ -54,29 +54,29 @@ def test_pseudo_images_stay_between_black_and_white():
     form, seen = law("observation"), {}
     form.input1.data.mul_(100)
     encode = eyes(form).encode
-    watched = replace(form.source.inputs, encode=lambda obs: seen.update(obs) or encode(obs))
-    form.source = replace(form.source, inputs=watched)
+    watched = replace(form.source.encoder, encode=lambda obs: seen.update(obs) or encode(obs))
+    form.source = replace(form.source, encoder=watched)
     form.embeddings()
     assert 0 <= seen["image"].min() < 0.01 and 0.99 < seen["image"].max() <= 1 and seen["vector"].abs().max() > 1
 
 
 @every_kind
-@pytest.mark.parametrize("where", [{}, {"carry": 3}, {"context": 3, "carry": 3}, {"context": 3}], ids=str)
+@pytest.mark.parametrize("where", [{}, {"h": 3}, {"context": 3, "h": 3}, {"context": 3}], ids=str)
 def test_the_rate_trains_pseudo_inputs_and_encoder_and_a_frozen_one_neither(kind, where):
     form = law(kind, **where)
     context = torch.randn(4, 3, generator=generator()) if where.get("context") else None
-    belief = form.latent.belief(torch.randn(4, 4, generator=generator(1)))
-    z = belief.mean.clone()
+    posterior = form.latent.distribution(torch.randn(4, 4, generator=generator(1)))
+    z = posterior.mean.clone()
     inputs = {f"own {n}": p for n, p in form.named_parameters()} | {f"eyes {n}": p for n, p in eyes(form).named_parameters()}
     if kind == "feature":
         inputs = {n: p for n, p in inputs.items() if not n.startswith("eyes see")}
-    assert reached(form.rate(belief, z, context), **inputs) == set(inputs)
-    assert reached(form.rates(belief, z, context)[0], **inputs) == set(inputs)
-    assert not reached(form.rate(belief, z, context, frozen=True), **inputs)
-    assert not reached(form.rates(belief, z, context)[1], **inputs)
+    assert reached(form.rate(posterior, z, context), **inputs) == set(inputs)
+    assert reached(form.rates(posterior, z, context)[0], **inputs) == set(inputs)
+    assert not reached(form.rate(posterior, z, context, frozen=True), **inputs)
+    assert not reached(form.rates(posterior, z, context)[1], **inputs)
     own = {name for name, _ in form.named_parameters()}
     pseudo = {"observation": {"input0", "input1"}, "feature": {"embed"}, "exemplar": set()}[kind]
-    assert pseudo <= own and ("carry" in own) == (where == {"carry": 3} and kind != "exemplar")
+    assert pseudo <= own and ("h" in own) == (where == {"h": 3} and kind != "exemplar")
 
 
 def test_the_weights_are_equal_learned_or_given_by_the_context():
@@ -93,39 +93,39 @@ def test_the_weights_are_equal_learned_or_given_by_the_context():
 
 def test_an_exemplar_is_left_out_of_the_law_of_its_own_row_and_of_no_other():
     form = law("exemplar")
-    form.remember(observations(5), torch.zeros(5, 0), rows(10, 11, 12, 13, 14))
-    belief = eyes(form).posterior(eyes(form).encode(observations(5)), torch.zeros(5, 0))
-    z = belief.mean.detach()
+    form.replace_exemplars(observations(5), torch.zeros(5, 0), rows(10, 11, 12, 13, 14))
+    posterior = eyes(form).posterior(eyes(form).encode(observations(5)), torch.zeros(5, 0))
+    z = posterior.mean.detach()
     order = form.row.argsort()
     held_out = []
     for i in range(5):
         others = [int(k) for k in order if form.row[k] != 10 + i]
-        parts = torch.stack([form.components(None).beliefs.index(k).log_prob(z[i]) for k in others])
-        held_out.append(belief.index(i).log_prob(z[i]) - (torch.logsumexp(parts, 0) - math.log(4)))
-    torch.testing.assert_close(form.rate(belief, z, None, rows=rows(10, 11, 12, 13, 14)), torch.stack(held_out))
-    unseen = form.rate(belief, z, None, rows=rows(90, 91, 92, 93, 94))
-    torch.testing.assert_close(unseen, form.rate(belief, z, None))
+        parts = torch.stack([form.components(None).distributions.index(k).log_prob(z[i]) for k in others])
+        held_out.append(posterior.index(i).log_prob(z[i]) - (torch.logsumexp(parts, 0) - math.log(4)))
+    torch.testing.assert_close(form.rate(posterior, z, None, rows=rows(10, 11, 12, 13, 14)), torch.stack(held_out))
+    unseen = form.rate(posterior, z, None, rows=rows(90, 91, 92, 93, 94))
+    torch.testing.assert_close(unseen, form.rate(posterior, z, None))
     assert not torch.allclose(unseen, torch.stack(held_out))
 
 
 def test_exemplars_begin_with_their_rows_and_carries_and_are_left_out_of_their_own_laws():
-    form, given = law("exemplar", carry=3), observations(7)
-    carry = torch.randn(7, 3, generator=generator())
-    form.begin(given, carry, torch.arange(20, 27))
-    assert form.row.tolist() == [20, 21, 22, 23, 24] and torch.equal(form.carry, carry[:5])
+    form, given = law("exemplar", h=3), observations(7)
+    h = torch.randn(7, 3, generator=generator())
+    form.init_pseudo_inputs(given, h, torch.arange(20, 27))
+    assert form.row.tolist() == [20, 21, 22, 23, 24] and torch.equal(form.h, h[:5])
     weights = form.components(None, rows(22, 99)).log_weights.exp()
     torch.testing.assert_close(weights[0], torch.tensor([0.25, 0.25, 0.0, 0.25, 0.25]))
-    form.begin(given)
+    form.init_pseudo_inputs(given)
     assert (form.row == -1).all()
 
 
 def test_the_oldest_exemplars_make_room_and_no_row_is_held_twice():
     form = law("exemplar", renew=2)
     for start in range(0, 8, 2):
-        form.remember(observations(4, start), torch.zeros(4, 0), rows(start, start + 1, start, start + 1))
+        form.replace_exemplars(observations(4, start), torch.zeros(4, 0), rows(start, start + 1, start, start + 1))
     assert sorted(form.row.tolist()) == [3, 4, 5, 6, 7]
     before = form.row.clone()
-    form.remember(observations(3), torch.zeros(3, 0), rows(3, 4, 5))
+    form.replace_exemplars(observations(3), torch.zeros(3, 0), rows(3, 4, 5))
     assert torch.equal(before, form.row)
     assert torch.equal(form.input0[form.row == 6][0], observations(4, 6)["vector"][0])
 
@@ -133,13 +133,13 @@ def test_the_oldest_exemplars_make_room_and_no_row_is_held_twice():
 def test_an_observation_that_is_not_finite_is_no_exemplar():
     form, seen = law("exemplar"), observations(3)
     seen["vector"][1, 0] = torch.nan
-    form.remember(seen, torch.zeros(3, 0), rows(1, 2, 3))
+    form.replace_exemplars(seen, torch.zeros(3, 0), rows(1, 2, 3))
     assert set(form.row.tolist()) == {-1, 1, 3} and form.input0.isfinite().all()
 
 
 def test_exemplars_are_saved_with_the_weights():
     form, fresh = law("exemplar"), law("exemplar", seed=1)
-    form.remember(observations(5), torch.zeros(5, 0), rows(1, 2, 3, 4, 5))
+    form.replace_exemplars(observations(5), torch.zeros(5, 0), rows(1, 2, 3, 4, 5))
     fresh.load_state_dict(form.state_dict())
     x = torch.randn(3, 2, generator=generator())
     assert torch.equal(form.log_prob(x, None), fresh.log_prob(x, None)) and torch.equal(form.row, fresh.row)
@@ -147,11 +147,11 @@ def test_exemplars_are_saved_with_the_weights():
 
 @pytest.mark.parametrize("slot", ["initial", "transition", "marginal"])
 def test_training_shows_each_slot_the_rows_that_it_is_a_law_of_and_eval_shows_none(slot):
-    config = small("distribution", "vamp", inputs="exemplar", renew=5, weights="equal")
+    config = small("distribution", "vamp", pseudo_inputs="exemplar", renew=5, weights="equal")
     world = small_world(latent="gaussian", **{slot: config})
-    law = world.marginal if slot == "marginal" else getattr(world.dynamics, "initial_law" if slot == "initial" else slot)
+    law = world.marginal if slot == "marginal" else getattr(world.dynamics, "initial_prior" if slot == "initial" else slot)
     batch = known_batch()
-    batch = batch.with_obs(world.inputs(batch.obs))
+    batch = batch.with_obs(world.preprocess(batch.obs))
     numbered = replace(batch, row=torch.arange(18).view(3, 6))
     world.eval().trace(numbered)
     assert (law.row == -1).all()
@@ -169,17 +169,17 @@ def test_training_shows_each_slot_the_rows_that_it_is_a_law_of_and_eval_shows_no
 @every_kind
 @pytest.mark.parametrize("posterior", ["filtering", "observation"])
 def test_a_model_learns_with_a_vamp_law_in_every_slot(kind, posterior):
-    config = small("distribution", "vamp", inputs=kind, renew=2)
+    config = small("distribution", "vamp", pseudo_inputs=kind, renew=2)
     world = small_world(latent="gaussian", dynamics={"posterior": posterior}, transition=config, initial=config, marginal=config)
-    learner = Learner(world, TrainConfig(burn_in=0, warmup=0, average=0.9))
+    learner = Learner(world, TrainConfig(burn_in=0, warmup=0, ema_decay=0.9))
     looked = []
     for seed in range(3):
         batch = replace(known_batch(seed=seed), row=torch.arange(18).view(3, 6) + 18 * seed)
         metrics, _, _ = learner.update(learner.prepare(batch), generator(seed))
-        looked.append({name for name in metrics if name.startswith("law/")})
-    told = {f"law/{slot}/{name}" for slot in ("initial", "transition", "marginal") for name in ("used", "spread")}
+        looked.append({name for name in metrics if name.startswith("prior/")})
+    told = {f"prior/{slot}/{name}" for slot in ("initial", "transition", "marginal") for name in ("used", "spread")}
     assert learner.updates == 3 and looked == [told, set(), set()]  # the laws are looked at now and then
-    assert all(torch.equal(a, b) for a, b in zip(world.buffers(), learner.average.buffers()))
+    assert all(torch.equal(a, b) for a, b in zip(world.buffers(), learner.ema.buffers()))
 
 
 # Its place in a model ---------------------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def test_without_an_encoder_the_error_says_what_to_take_instead():
 
 def test_a_carry_that_the_context_cannot_stand_for_is_refused():
     with pytest.raises(ConfigError, match=r"dynamics\.posterior=observation"):
-        law(context=3, carry=5)
+        law(context=3, h=5)
 
 
 def test_codes_without_beliefs_are_refused_when_the_config_is_read():

@@ -16,11 +16,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from typer.testing import CliRunner
 
 from worldmodel import registry
-from worldmodel.agents.evaluation import Abandoned
+from worldmodel.agents.evaluation import EvaluationAborted
 from worldmodel.agents.held_out import collect
 from worldmodel.agents.random import RandomAgent
 from worldmodel.agents.rollouts import returns
-from worldmodel.agents.training.watch import Watch
+from worldmodel.agents.training.held_out_callback import HeldOutCallback
 from worldmodel.cli import app
 from worldmodel.commands import console
 from worldmodel.commands.dream import dream
@@ -101,8 +101,8 @@ def test_episodes_can_be_cut_and_given_up():
     agent = small_dreamer(Chain())
     cut = collect(agent, CHAIN, 3, steps=2)
     assert cut.lengths.tolist() == [3, 3, 3] and not cut.rows.is_last.any()
-    with pytest.raises(Abandoned):
-        collect(agent, CHAIN, 1, give_up=lambda: True)
+    with pytest.raises(EvaluationAborted):
+        collect(agent, CHAIN, 1, should_abort=lambda: True)
 
 
 @pytest.mark.parametrize("env_id", [CHAIN, CATCH, "Pendulum-v1"])
@@ -186,18 +186,18 @@ def test_a_run_without_tensorboard_or_without_pictures_shows_nothing(tmp_path):
 
 def test_watch_works_in_an_sb3_script_and_says_what_it_needs(tmp_path):
     with pytest.raises(ConfigError, match="tensorboard_log"):
-        small_dreamer().learn(10, callback=Watch(5))
-    model = small_dreamer(tensorboard_log=str(tmp_path)).learn(40, callback=Watch(20, episodes=2, horizon=3))
+        small_dreamer().learn(10, callback=HeldOutCallback(5))
+    model = small_dreamer(tensorboard_log=str(tmp_path)).learn(40, callback=HeldOutCallback(20, episodes=2, horizon=3))
     (folder,) = tmp_path.iterdir()
     assert [event.step for event in events(folder).Scalars("dream/gap")] == [20, 40] and model.num_timesteps == 40
     with pytest.raises(ConfigError, match="at least 1"):
-        Watch(every=0)
+        HeldOutCallback(every=0)
 
 
 def test_a_model_whose_environment_has_no_id_is_watched_in_the_one_that_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"without an id.*env='ID'"):
-        small_dreamer(Chain(limit=7), tensorboard_log=str(tmp_path)).learn(10, callback=Watch(5))
-    small_dreamer(Chain(limit=7), tensorboard_log=str(tmp_path)).learn(40, callback=Watch(20, env=CHAIN, episodes=2))
+        small_dreamer(Chain(limit=7), tensorboard_log=str(tmp_path)).learn(10, callback=HeldOutCallback(5))
+    small_dreamer(Chain(limit=7), tensorboard_log=str(tmp_path)).learn(40, callback=HeldOutCallback(20, env=CHAIN, episodes=2))
     assert "dream/gap" in events(max(tmp_path.iterdir())).Tags()["scalars"]
 
 
@@ -342,14 +342,14 @@ def _entry(part):
 
 
 def test_dynamics_without_an_initial_distribution_are_refused_a_dream_from_nothing(chain_run, monkeypatch):
-    monkeypatch.delattr(Dynamics, "begin")
+    monkeypatch.delattr(Dynamics, "sample_initial")
     with pytest.raises(ConfigError, match="no initial distribution"):
         dream(chain_run, horizon=3, start="prior")
 
 
-def test_a_dream_from_nothing_begins_as_the_initial_law_says(chain_run):
+def test_a_dream_from_nothing_begins_as_the_initial_prior_says(chain_run):
     world = Run.open(chain_run).world_model()
-    one, same, other = (world.begin(5, Sampling(generator=generator(seed)))["z"] for seed in (0, 0, 1))
+    one, same, other = (world.sample_initial(5, Sampling(generator=generator(seed)))["z"] for seed in (0, 0, 1))
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 

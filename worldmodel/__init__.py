@@ -10,7 +10,7 @@ import importlib
 import importlib.metadata
 from typing import Any
 
-_HOMES = {
+_MODULES = {
     "Config": "worldmodel.config",
     "ConfigError": "worldmodel.errors",
     "CorruptError": "worldmodel.errors",
@@ -30,15 +30,15 @@ _HOMES = {
     "fit_prior": "worldmodel.commands.fit_prior",
     "train": "worldmodel.commands.train",
 }
-__all__ = sorted(_HOMES)
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return importlib.metadata.version("worldmodel")
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'worldmodel' has no attribute '{name}'")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -166,7 +166,7 @@ class Sampling:
     noise: Tensor | None = None
     update: int | None = None
 
-    def apart(self, name: str) -> Sampling:
+    def substream(self, name: str) -> Sampling:
         """The same for a part from which no gradient goes to others: within an update it draws from a stream of its own, so that
         nobody else's draws depend on whether it is there."""
         if self.generator is None or self.update is None:

@@ -14,7 +14,7 @@ from worldmodel.config import Frozen
 from worldmodel.data import Obs
 from worldmodel.errors import ConfigError, NumericsError, UnsupportedSpaceError
 from worldmodel.nn.moments import RunningMoments, take_over
-from worldmodel.nn.networks import MLP, ConvEncoder, as_code, symexp, symlog
+from worldmodel.nn.networks import MLP, ConvEncoder, picture_to_latent, symexp, symlog
 from worldmodel.registry import register
 from worldmodel.spaces import ObsSpec
 from worldmodel.spaces.keys import FLOAT32_MAX, KeySpec
@@ -23,7 +23,7 @@ RANGE = 20.0
 """Deviations within which a standardised number is as it is; beyond them it grows with the logarithm of what is beyond."""
 
 
-class InputScaling(nn.Module):
+class VectorScaling(nn.Module):
     """Vectors on a scale that a squared error can see; images and categories pass unchanged.
 
     standardise: by running mean and deviation of all that was collected, kept with the model (CartPole's pole angle
@@ -47,9 +47,9 @@ class InputScaling(nn.Module):
 
         NumericsError where one is not finite: it would never leave them again. Then nothing is taken in.
         """
-        if ill := [name for name in self.vectors if not obs[name].isfinite().all()]:
+        if nonfinite := [name for name in self.vectors if not obs[name].isfinite().all()]:
             raise NumericsError(
-                f"Observation '{ill[0]}' is not finite, so it was kept out of the statistics. Check what it comes from."
+                f"Observation '{nonfinite[0]}' is not finite, so it was kept out of the statistics. Check what it comes from."
             )
         for name, moments in zip(self.vectors, self.moments, strict=True):
             moments.update(obs[name])
@@ -77,9 +77,9 @@ class InputScaling(nn.Module):
 
     def inverse(self, obs: Obs) -> Obs:
         """From the inner scale to canonical observations."""
-        return self._each(obs, symexp, _original, self.types)
+        return self._each(obs, symexp, _unstandardised, self.types)
 
-    def beyond(self, obs: Obs) -> Float[Tensor, ""] | None:
+    def compressed_fraction(self, obs: Obs) -> Float[Tensor, ""] | None:
         """The share of numbers on the inner scale that are compressed; None where none can be."""
         if self.kind != "standardise" or not self.vectors:
             return None
@@ -120,19 +120,19 @@ def convolution(key: KeySpec, depth: int) -> ConvEncoder:
 def _standardised(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """In deviations, compressed beyond RANGE; what is not finite is NaN, lest an infinity pass for a number."""
     x = (x - mean) / std
-    beyond = x.abs() - RANGE
-    x = torch.where(beyond > 0, x.sign() * (RANGE + beyond.clamp_min(0).log1p()), x)
+    compressed = x.abs() - RANGE
+    x = torch.where(compressed > 0, x.sign() * (RANGE + compressed.clamp_min(0).log1p()), x)
     return torch.where(x.isfinite(), x, torch.nan)
 
 
-def _original(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def _unstandardised(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Inverse of `_standardised`; nothing that a network says is beyond float32."""
-    beyond = x.abs() - RANGE
-    x = torch.where(beyond > 0, x.sign() * (RANGE + beyond.clamp(0, MOST).expm1()), x)
+    compressed = x.abs() - RANGE
+    x = torch.where(compressed > 0, x.sign() * (RANGE + compressed.clamp(0, MAX_LOG).expm1()), x)
     return (x * std + mean).clamp(-FLOAT32_MAX, FLOAT32_MAX)
 
 
-MOST = 200.0
+MAX_LOG = 200.0
 """More than the logarithm of what float32 holds in deviations of any size."""
 
 
@@ -203,4 +203,4 @@ class PixelEncoder(nn.Module):
 
     def forward(self, obs: Obs) -> Float[Tensor, "N E"]:
         picture = obs[self.name]
-        return torch.cat([self.perceptron(self.convolution(picture)), as_code(picture)], -1)
+        return torch.cat([self.perceptron(self.convolution(picture)), picture_to_latent(picture)], -1)

@@ -33,7 +33,7 @@ class EnsembleConfig(Frozen):
         return members
 
 
-class Parallel(nn.Module):
+class EnsembleLinear(nn.Module):
     """K linear layers side by side: [K, N, I] -> [K, N, O]."""
 
     def __init__(self, members: int, inputs: int, outputs: int):
@@ -61,7 +61,7 @@ class Ensemble(nn.Module):
         super().__init__()
         widths = [feature_dim + action_dim, *[config.units] * config.layers, embed_dim]
         self.members = config.members
-        self.layers = nn.ModuleList(Parallel(config.members, *pair) for pair in pairwise(widths))
+        self.layers = nn.ModuleList(EnsembleLinear(config.members, *pair) for pair in pairwise(widths))
         self.moments = RunningMoments(embed_dim, self.MEMORY)
 
     def forward(self, feature: Float[Tensor, "N F"], action: Float[Tensor, "N A"]) -> Float[Tensor, "K N E"]:
@@ -75,11 +75,11 @@ class Ensemble(nn.Module):
         self,
         feature: Float[Tensor, "B T F"],
         action: Float[Tensor, "B T A"],
-        following: Float[Tensor, "B T E"],
+        next_embed: Float[Tensor, "B T E"],
         mask: Bool[Tensor, "B T"],
     ) -> Loss:
         """Half the squared error, summed over members and averaged over the embedding, where the mask holds."""
-        target = following.detach().flatten(0, 1).float()
+        target = next_embed.detach().flatten(0, 1).float()
         if self.training:
             if len(rows := target[mask.flatten()]) > 1:  # one alone has no deviation
                 self.moments.update(rows)

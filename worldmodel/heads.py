@@ -37,7 +37,7 @@ class RewardScale(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.squares = RunningMoments((), before=1.0)
+        self.squares = RunningMoments((), initial_mean=1.0)
 
     @torch.no_grad()
     def update(self, reward: Float[Tensor, "*N"]) -> None:
@@ -48,16 +48,20 @@ class RewardScale(nn.Module):
     @property
     def value(self) -> Float[Tensor, ""]:
         """One unit, in rewards: float32, above 0."""
-        return self.squares.mean.sqrt().float().clamp_min(SMALLEST)
+        return self.squares.mean.sqrt().float().clamp_min(MIN_SCALE)
 
     def former(self, arrays: dict, prefix: str) -> None:
         """Of 0.1.0, which learned them as they were, and goes on so."""
-        known = f"{prefix}squares."
-        if f"{known}count" not in arrays:
-            arrays |= {f"{known}count": np.array(LONG_AGO), f"{known}mean": np.array(1.0), f"{known}variance": np.array(1.0)}
+        prefix_squares = f"{prefix}squares."
+        if f"{prefix_squares}count" not in arrays:
+            arrays |= {
+                f"{prefix_squares}count": np.array(LONG_AGO),
+                f"{prefix_squares}mean": np.array(1.0),
+                f"{prefix_squares}variance": np.array(1.0),
+            }
 
 
-SMALLEST = 1e-30
+MIN_SCALE = 1e-30
 """The least unit: dividing by a smaller one leaves float32."""
 
 

@@ -15,7 +15,7 @@ from worldmodel.config import Frozen
 from worldmodel.data import Batch, Sampling, Trace
 from worldmodel.errors import NumericsError
 from worldmodel.model import WorldModel
-from worldmodel.nn.networks import clip_each
+from worldmodel.nn.networks import clip_each_norm
 from worldmodel.registry import register
 
 
@@ -28,7 +28,7 @@ class ScaleConfig(Frozen):
     dyn: float = Field(1.0, ge=0, description="rate, training the transition and initial distributions")
     rep: float = Field(0.1, ge=0, description="rate, training the posterior")
     marginal: float = Field(1.0, ge=0, description="beta of a VAE: the rate against the marginal")
-    fit: float = Field(1.0, ge=0, description="own losses of laws without an exact density, such as denoising")
+    prior: float = Field(1.0, ge=0, description="own losses of laws without an exact density, such as denoising")
     denoise: float = Field(1.0, ge=0, description="own loss of a decoder that draws by diffusion")
     prediction: float = Field(1.0, ge=0, description="of codes from codes (jepa, hybrid)")
     collapse: float = Field(5.0, ge=0, description="what keeps codes apart (jepa, hybrid); independent of the batch's size")
@@ -45,7 +45,7 @@ class TrainConfig(Frozen):
         (), description="recorded experience to learn from instead of an environment: .npz files, folders of them, minari:ID, runs"
     )
     prefill: int = Field(500, ge=0, description="rows of random experience before the first update: steps, and first observations")
-    prefill_hold: float = Field(1.0, ge=1, description="steps for which each of those random actions is kept, on average")
+    random_action_repeat: float = Field(1.0, ge=1, description="steps for which each of those random actions is kept, on average")
     pretrain: int = Field(100, ge=0, description="updates of the world model right after them")
     ratio: float = Field(0.5, ge=0, description="updates per real step")
     batch_size: int = Field(16, ge=1, description="sequences in a batch")
@@ -58,12 +58,12 @@ class TrainConfig(Frozen):
     replay_gib: float | None = Field(
         None, gt=0, description="GiB that the replay holds at most, if that is less than capacity; its oldest steps make room"
     )
-    newest: float = Field(0.0, ge=0, le=1, description="share of sequences that are the newest experience")
-    ends: float = Field(0.25, ge=0, le=1, description="share of sequences chosen so that an episode ends in them")
+    recent_fraction: float = Field(0.0, ge=0, le=1, description="share of sequences that are the newest experience")
+    terminal_fraction: float = Field(0.25, ge=0, le=1, description="share of sequences chosen so that an episode ends in them")
     lr: float = Field(1e-3, gt=0, description="Adam's learning rate for the world model")
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
     clip: float = Field(100.0, gt=0, description="greatest norm of each parameter's gradient")
-    average: float = Field(
+    ema_decay: float = Field(
         0.0, ge=0, lt=1, description="share that the averaged weights keep at each update: what others see; 0: none"
     )
     warmup: int = Field(0, ge=0, description="updates over which the weights of rep and marginal grow from 0")
@@ -85,11 +85,11 @@ def reuse_memory() -> bool:
     except (AttributeError, OSError):  # not glibc
         return False
     M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
-    wishes = {M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: (1 << 31) - 1, M_TOP_PAD: 64 << 20}
-    return all([mallopt(name, value) == 1 for name, value in wishes.items()])
+    settings = {M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: (1 << 31) - 1, M_TOP_PAD: 64 << 20}
+    return all([mallopt(name, value) == 1 for name, value in settings.items()])
 
 
-class Skips:
+class SkippedUpdates:
     """Updates that were not applied because a number in them was not finite. Three in a row raise NumericsError.
 
     what    whose updates: "" or words behind "Update 7"
@@ -103,16 +103,16 @@ class Skips:
         self.count = 0
         self.in_a_row = 0
 
-    def allow(self, update: int, bad: list[str]) -> bool:
+    def allow(self, update: int, nonfinite: list[str]) -> bool:
         """Whether this update may be applied; `bad` names what in it is not finite."""
-        if not bad:
+        if not nonfinite:
             self.in_a_row = 0
             return True
         self.count += 1
         self.in_a_row += 1
         if self.in_a_row >= self.PATIENCE:
             raise NumericsError(
-                f"Update {update}{self.what}: not finite: {', '.join(bad[:5])}; {self.PATIENCE} updates in a row were skipped. "
+                f"Update {update}{self.what}: not finite: {', '.join(nonfinite[:5])}; {self.PATIENCE} updates in a row were skipped. "
                 f"Finite numbers were expected. {self.remedy}"
             )
         return False
@@ -123,7 +123,7 @@ class Learner:
 
     world    the model that gradients change
     average  the exponential average of its weights over updates, which predicts better than any single one and is what
-             everybody else looks at; `world` itself where train.average is 0
+             everybody else looks at; `world` itself where train.ema_decay is 0
 
     An update with a non-finite loss or gradient changes no weight, and is counted in `skips`.
     """
@@ -135,21 +135,21 @@ class Learner:
         self.world, self.config = world, config
         self.optimizer = torch.optim.Adam(world.parameters(), lr=config.lr, eps=config.eps)
         self.updates = 0
-        self.skips = Skips("", "Look at the sizes of observations and rewards, or lower train.lr.")
+        self.skips = SkippedUpdates("", "Look at the sizes of observations and rewards, or lower train.lr.")
         if config.reuse_memory:
             reuse_memory()
-        self.average = world
-        if config.average:
-            self.average = copy.deepcopy(world).requires_grad_(False)
-            self.average.scaling, self.average.heads.scale = world.scaling, world.heads.scale  # what came is no matter of averaging
+        self.ema = world
+        if config.ema_decay:
+            self.ema = copy.deepcopy(world).requires_grad_(False)
+            self.ema.scaling, self.ema.heads.scale = world.scaling, world.heads.scale  # what came is no matter of averaging
         if config.compile:
-            for model in {world, self.average}:
+            for model in {world, self.ema}:
                 model.dynamics.compile_step()
 
     def prepare(self, batch: Batch) -> Batch:
         """A sampled batch on the model's device, its observations canonical and on the inner scale."""
         batch = batch.to(self.world.device)
-        return batch.with_obs(self.world.inputs(batch.obs))
+        return batch.with_obs(self.world.preprocess(batch.obs))
 
     def update(self, batch: Batch, generator: torch.Generator | None = None) -> tuple[dict[str, float], Trace, Batch]:
         """One step on a prepared batch of burn_in + batch_length rows: (metrics, trace, the rows that it covers)."""
@@ -161,23 +161,23 @@ class Learner:
             total = sum(self.weight(name) * mean for name, mean in means.items())
         self.optimizer.zero_grad(set_to_none=True)
         metrics = {f"loss/{name}": float(mean.detach()) for name, mean in means.items()}
-        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-        if bad or not _finite(batch.reward):  # an infinite one would pass for the greatest that the heads can code
-            bad = self._causes(batch) + bad
+        nonfinite = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if nonfinite or not _finite(batch.reward):  # an infinite one would pass for the greatest that the heads can code
+            nonfinite = self._nonfinite_inputs(batch) + nonfinite
         else:
             total.backward()
-            norm, bad = clip_gradients(self.world, self.config.clip)
+            norm, nonfinite = clip_gradients(self.world, self.config.clip)
             metrics["gradient_norm"] = norm
-        if self.skips.allow(self.updates + self.skips.count + 1, bad):
+        if self.skips.allow(self.updates + self.skips.count + 1, nonfinite):
             self.optimizer.step()
-            self.world.follow()
+            self.world.update_targets()
             self.updates += 1
-            if self.average is not self.world:
-                self._follow()
+            if self.ema is not self.world:
+                self._update_ema()
         if self.updates % self.MEASURE_EVERY == 1:
             metrics |= self.world.measures(trace, batch.is_first)
-        if (beyond := self.world.scaling.beyond(batch.obs)) is not None:
-            metrics["beyond_range"] = float(beyond)
+        if (compressed := self.world.scaling.compressed_fraction(batch.obs)) is not None:
+            metrics["beyond_range"] = float(compressed)
         metrics["active_units"] = self.world.active_units(trace)
         if "dyn" in losses:
             metrics["rate"] = metrics["loss/dyn"]
@@ -189,9 +189,9 @@ class Learner:
         return self.skips.count
 
     @torch.no_grad()
-    def averaged_trace(self, batch: Batch, generator: torch.Generator | None = None) -> Trace:
+    def ema_trace(self, batch: Batch, generator: torch.Generator | None = None) -> Trace:
         """What the averaged model makes of the rows that `update` covers of the same prepared batch: states to imagine from."""
-        return self._trace(self.average.eval(), batch, generator)[0]
+        return self._trace(self.ema.eval(), batch, generator)[0]
 
     def _trace(self, world: WorldModel, batch: Batch, generator: torch.Generator | None) -> tuple[Trace, Batch]:
         """(trace, the rows behind the burn-in, which it covers)."""
@@ -205,40 +205,40 @@ class Learner:
         return world.trace(batch, state, sampling), batch
 
     @torch.no_grad()
-    def _follow(self) -> None:
+    def _update_ema(self) -> None:
         """The average takes a step towards the weights, a larger one in the first updates."""
-        keep = min(self.config.average, self.updates / (self.updates + 10))
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.world.parameters()), 1 - keep)
-        for own, new in zip(self.average.buffers(), self.world.buffers(), strict=True):
+        keep = min(self.config.ema_decay, self.updates / (self.updates + 10))
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.world.parameters()), 1 - keep)
+        for own, new in zip(self.ema.buffers(), self.world.buffers(), strict=True):
             own.copy_(new)
 
     def weight(self, name: str) -> float:
-        """What a loss counts for at this update; of "fit/transition/nll" the first word names the scale."""
+        """What a loss counts for at this update; of "prior/transition/nll" the first word names the scale."""
         name = name.partition("/")[0]
         scale = getattr(self.config.scales, "cont" if name == "continue" else name)
         if name in ("rep", "marginal") and self.config.warmup:
             scale *= min(1.0, self.updates / self.config.warmup)
         return scale
 
-    def _causes(self, batch: Batch) -> list[str]:
+    def _nonfinite_inputs(self, batch: Batch) -> list[str]:
         """What goes into the losses and is not finite."""
         seen = {f"observation '{name}'": x for name, x in batch.obs.items()}
-        inputs = {**seen, "reward": batch.reward, "action": batch.prev_action}
-        return [name for name, x in inputs.items() if not _finite(x)] + ill_weights(self.world)
+        checked = {**seen, "reward": batch.reward, "action": batch.prev_action}
+        return [name for name, x in checked.items() if not _finite(x)] + nonfinite_parameters(self.world)
 
 
-def ill_weights(module: nn.Module) -> list[str]:
+def nonfinite_parameters(module: nn.Module) -> list[str]:
     """Names of the parameters that are not finite."""
     return [name for name, p in module.named_parameters() if not _finite(p)]
 
 
-def clip_gradients(module: nn.Module, greatest: float) -> tuple[float, list[str]]:
+def clip_gradients(module: nn.Module, max_norm: float) -> tuple[float, list[str]]:
     """(the norm of the gradient as it was, the parameters where it is not finite); where all of it is, each one's is clipped."""
-    norm = clip_each(module.parameters(), greatest)
+    norm = clip_each_norm(module.parameters(), max_norm)
     if norm.isfinite():
         return float(norm), []
-    bad = [name for name, p in module.named_parameters() if p.grad is not None and not _finite(p.grad)]
-    return float(norm), bad or ["gradient_norm"]  # finite numbers may have squares that are not
+    nonfinite = [name for name, p in module.named_parameters() if p.grad is not None and not _finite(p.grad)]
+    return float(norm), nonfinite or ["gradient_norm"]  # finite numbers may have squares that are not
 
 
 def _finite(x: Tensor) -> bool:

@@ -20,13 +20,13 @@ from worldmodel.distributions import (
     CategoricalConfig,
     CategoricalLatent,
     ConditionalDistribution,
+    EncoderInterface,
     GaussianConfig,
-    Inputs,
     Posterior,
     tilted,
 )
 from worldmodel.dynamics import RSSMConfig
-from worldmodel.encoders import EncoderConfig, InputScaling
+from worldmodel.encoders import EncoderConfig, VectorScaling
 from worldmodel.ensemble import EnsembleConfig
 from worldmodel.errors import ConfigError
 from worldmodel.heads import HeadsConfig
@@ -34,20 +34,20 @@ from worldmodel.nn.networks import flatten
 from worldmodel.objectives import ReconstructionConfig
 from worldmodel.registry import build, part, register
 from worldmodel.spaces import ActionSpec, ObsSpec
-from worldmodel.storage.weights import cpu_randomness, fill
+from worldmodel.storage.weights import cpu_randomness, load_arrays
 
 UNKNOWN = -1e30
 """A quantile of log-densities before any code was seen: nothing lies below it."""
-MARK_EVERY, MARK_CODES, MARK_SHARE = 50, 64, 0.2
+TYPICALITY_EVERY, TYPICALITY_LATENTS, TYPICALITY_RATE = 50, 64, 0.2
 """Updates between two looks at how likely real codes are, the codes looked at, and how far their quantile is followed: a look
 costs a likelihood, which a diffusion takes a hundred times as long for as for an update of the rest."""
-CLOSED_FORMS = {"categorical": CategoricalConfig(), "gaussian": GaussianConfig()}
+DEFAULT_DISTRIBUTIONS = {"categorical": CategoricalConfig(), "gaussian": GaussianConfig()}
 
 
 class ModelConfig(Frozen):
     """The parts of a world model; each has its own options."""
 
-    inputs: Literal["standardise", "symlog", "raw"] = Field("standardise", description="scale of vector observations")
+    vector_scaling: Literal["standardise", "symlog", "raw"] = Field("standardise", description="scale of vector observations")
     encoder: Part["encoder"] = EncoderConfig()
     decoder: Part["decoder"] = DecoderConfig()
     dynamics: Part["dynamics"] = RSSMConfig()
@@ -64,16 +64,16 @@ class ModelConfig(Frozen):
     )
 
     @model_validator(mode="after")
-    def _forms_fit_their_slots(self) -> ModelConfig:
+    def _distributions_fit_their_slots(self) -> ModelConfig:
         latent = build("latent", self.dynamics.latent)
         for slot in ("transition", "initial", "marginal"):
-            form = getattr(self, slot)
-            if form is not None:
-                part("distribution", form.kind).check(form, latent, slot, f"model.{slot}")
+            distribution = getattr(self, slot)
+            if distribution is not None:
+                part("distribution", distribution.kind).check(distribution, latent, slot, f"model.{slot}")
         return self
 
     @model_validator(mode="after")
-    def _what_is_looked_at_can_be_decoded(self) -> ModelConfig:
+    def _observation_rollouts_need_a_decoder(self) -> ModelConfig:
         if self.rollouts == "observation" and not getattr(self.objective, "probe", True):
             raise ValueError(
                 "model.rollouts=observation decodes every step, and model.objective.probe=false leaves no decoder. "
@@ -82,18 +82,18 @@ class ModelConfig(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _predicted_codes_are_points(self) -> ModelConfig:
-        looks = getattr(self.dynamics, "posterior", "observation")
-        if getattr(self.objective, "points", False) and (self.dynamics.latent.kind, looks) != ("point", "observation"):
+    def _predicted_latents_are_points(self) -> ModelConfig:
+        posterior = getattr(self.dynamics, "posterior", "observation")
+        if getattr(self.objective, "points", False) and (self.dynamics.latent.kind, posterior) != ("point", "observation"):
             raise ValueError(
                 f"model.objective.kind={self.objective.kind} predicts codes that are points and tell of one observation alone: set "
                 f"model.dynamics.latent.kind=point (now {self.dynamics.latent.kind}) and model.dynamics.posterior=observation "
-                f"(now {looks}), as model=jepa and model=hybrid do."
+                f"(now {posterior}), as model=jepa and model=hybrid do."
             )
         return self
 
     @model_validator(mode="after")
-    def _pictures_have_their_own_parts(self) -> ModelConfig:
+    def _pixel_parts_go_together(self) -> ModelConfig:
         parts = {name: getattr(self, name) for name in ("encoder", "dynamics", "objective")}
         own = {name for name, part in parts.items() if getattr(part, "pixels", False)}
         if not own:
@@ -113,9 +113,9 @@ class ModelConfig(Frozen):
 register("group", "model", ModelConfig)(ModelConfig)
 
 
-def own_form(dynamics: Frozen) -> Frozen:
+def default_distribution(dynamics: Frozen) -> Frozen:
     """The closed form that fills a slot which the config leaves open: the family of the codes of these dynamics."""
-    return CLOSED_FORMS[build("latent", dynamics.latent).family.kind].replace(units=dynamics.units)
+    return DEFAULT_DISTRIBUTIONS[build("latent", dynamics.latent).family.kind].replace(units=dynamics.units)
 
 
 class WorldModel(nn.Module):
@@ -124,11 +124,11 @@ class WorldModel(nn.Module):
     def __init__(self, config: ModelConfig, obs: ObsSpec, action: ActionSpec):
         super().__init__()
         self.config, self.obs, self.action = config, obs, action
-        own = own_form(config.dynamics)
-        self.scaling = InputScaling(config.inputs, obs)
+        own = default_distribution(config.dynamics)
+        self.scaling = VectorScaling(config.vector_scaling, obs)
         self.encoder = build("encoder", config.encoder, obs)
-        inputs = Inputs({name: key.shape for name, key in obs.keys.items()}, self.encoder.out_features, self._embed)
-        self.dynamics = build("dynamics", config.dynamics, inputs, action.dim, config.transition or own, config.initial or own)
+        interface = EncoderInterface({name: key.shape for name, key in obs.keys.items()}, self.encoder.out_features, self._embed)
+        self.dynamics = build("dynamics", config.dynamics, interface, action.dim, config.transition or own, config.initial or own)
         self.feature_dim = self.dynamics.feature_dim
         latent = self.dynamics.latent
         self.marginal = None
@@ -145,10 +145,10 @@ class WorldModel(nn.Module):
                 f"model.rollouts=observation decodes every step, and model.objective={config.objective.kind} learns no decoder. "
                 "Use model.rollouts=latent, or an objective that reconstructs."
             )
-        if config.rollouts == "observation" and getattr(self.decoder, "speckled", []):
+        if config.rollouts == "observation" and getattr(self.decoder, "pixelwise_noise", []):
             raise ConfigError(
                 f"model.rollouts=observation looks at what is drawn, and model.decoder.kind={config.decoder.kind} draws each pixel "
-                f"of '{self.decoder.speckled[0]}' on its own: noise that no picture has. Use model.decoder.kind=diffusion (or "
+                f"of '{self.decoder.pixelwise_noise[0]}' on its own: noise that no picture has. Use model.decoder.kind=diffusion (or "
                 "latent_diffusion), which draws pictures, or model.rollouts=latent."
             )
         self.heads = build("heads", config.heads, self.feature_dim)
@@ -175,7 +175,7 @@ class WorldModel(nn.Module):
         """The model of saved weights {name: array}; no random state moves. Raises ConfigError where they do not fit."""
         with cpu_randomness():
             world = cls(config, obs, action)
-        fill(world, arrays)
+        load_arrays(world, arrays)
         return world
 
     def _embed(self, obs: Obs) -> Float[Tensor, "N E"]:
@@ -190,17 +190,17 @@ class WorldModel(nn.Module):
         """The state before anything was seen."""
         return self.dynamics.initial(batch_size)
 
-    def inputs(self, rows: dict[str, Tensor]) -> Obs:
+    def preprocess(self, rows: dict[str, Tensor]) -> Obs:
         """Raw rows [*N, ...] of the store -> scaled canonical observations."""
         return self.scaling(self.obs.canonical(rows))
 
-    def begin(self, batch_size: int, sampling: Sampling | None = None) -> State:
+    def sample_initial(self, batch_size: int, sampling: Sampling | None = None) -> State:
         """States from nothing: what the initial distribution p(z_0) draws. Raises ConfigError where the dynamics has none."""
-        if not hasattr(self.dynamics, "begin"):
+        if not hasattr(self.dynamics, "sample_initial"):
             raise ConfigError(f"model.dynamics={self.config.dynamics.kind} has no initial distribution. Start from the replay.")
-        return self.dynamics.begin(batch_size, sampling or Sampling())
+        return self.dynamics.sample_initial(batch_size, sampling or Sampling())
 
-    def begin_where(
+    def sample_initial_tilted(
         self, score: Callable[[Tensor], Tensor], batch_size: int, strength: float, sampling: Sampling | None = None
     ) -> tuple[State, float]:
         """(states from nothing that score high, effective sample size): draws of p(z_0) exp(strength * score(feature)).
@@ -208,81 +208,81 @@ class WorldModel(nn.Module):
         score   features [N, F] -> [N], such as `heads.reward`
         """
         sampling = sampling or Sampling()
-        start = self.begin(1, sampling)
+        start = self.sample_initial(1, sampling)
 
         def states(z: Tensor) -> State:
             return State({**start.map(lambda x: x.expand(len(z), *x.shape[1:])), "z": z})
 
-        law = self.dynamics.initial_law
-        z, size = tilted(law, lambda z: score(self.dynamics.feature(states(z))), batch_size, strength, sampling)
+        prior = self.dynamics.initial_prior
+        z, size = tilted(prior, lambda z: score(self.dynamics.feature(states(z))), batch_size, strength, sampling)
         return states(z), size
 
     def trace(self, batch: Batch, state: State | None = None, sampling: Sampling | None = None) -> Trace:
-        """One pass over a batch whose `obs` is already on the inner scale (see `inputs`)."""
+        """One pass over a batch whose `obs` is already on the inner scale (see `preprocess`)."""
         batch_size, length = batch.shape
         embed = self.encoder({name: flatten(x) for name, x in batch.obs.items()}).view(batch_size, length, -1)
         state = state if state is not None else self.initial(batch_size)
         trace = self.dynamics.observe(state, embed, batch.prev_action, batch.is_first, sampling or Sampling())[1]
         if self.training and batch.row is not None:
-            for law, rows in self._laws(batch.is_first).values():
-                if getattr(law, "remembers", False):
-                    law.remember({name: x[rows] for name, x in batch.obs.items()}, trace.h[rows], batch.row[rows])
+            for prior, rows in self._priors(batch.is_first).values():
+                if getattr(prior, "has_exemplars", False):
+                    prior.replace_exemplars({name: x[rows] for name, x in batch.obs.items()}, trace.h[rows], batch.row[rows])
         return trace
 
-    def _laws(self, is_first: Bool[Tensor, "B T"]) -> dict[str, tuple[ConditionalDistribution, Bool[Tensor, "B T"]]]:
+    def _priors(self, is_first: Bool[Tensor, "B T"]) -> dict[str, tuple[ConditionalDistribution, Bool[Tensor, "B T"]]]:
         """{slot: (its law, the rows whose codes it is a law of)} for the slots that are filled."""
         laws = {
-            "initial": (getattr(self.dynamics, "initial_law", None), is_first),
+            "initial": (getattr(self.dynamics, "initial_prior", None), is_first),
             "transition": (self.dynamics.transition, ~is_first),
             "marginal": (self.marginal, torch.ones_like(is_first)),
         }
-        return {slot: (law, rows) for slot, (law, rows) in laws.items() if law is not None and rows.any()}
+        return {slot: (prior, rows) for slot, (prior, rows) in laws.items() if prior is not None and rows.any()}
 
     @torch.no_grad()
     def measures(self, trace: Trace, is_first: Bool[Tensor, "B T"]) -> dict[str, float]:
-        """{"law/<slot>/<name>": number}: what each law says of itself at the codes of a trace."""
+        """{"prior/<slot>/<name>": number}: what each law says of itself at the codes of a trace."""
         out = {}
-        for slot, (law, rows) in self._laws(is_first).items():
-            seen = law.measures(trace.z[rows], trace.h[rows] if slot == "transition" else None)
-            out |= {f"law/{slot}/{name}": value for name, value in seen.items()}
+        for slot, (prior, rows) in self._priors(is_first).items():
+            seen = prior.measures(trace.z[rows], trace.h[rows] if slot == "transition" else None)
+            out |= {f"prior/{slot}/{name}": value for name, value in seen.items()}
         return out
 
-    def follow(self) -> None:
+    def update_targets(self) -> None:
         """What goes after the weights takes its step; for a training to call after each of its own."""
         if hasattr(self.objective, "follow"):
-            self.objective.follow(self.encoder, self.dynamics)
+            self.objective.update_targets(self.encoder, self.dynamics)
 
     def loss(self, trace: Trace, batch: Batch, sampling: Sampling | None = None) -> dict[str, Loss]:
         """Every term by name, unscaled. "dyn" trains the prior side, "rep" the posterior, where the rate exceeds the free nats."""
-        arrived, sampling = ~batch.is_first, sampling or Sampling()
+        not_first, sampling = ~batch.is_first, sampling or Sampling()
         terms = self.dynamics.losses(trace, batch, sampling) | self.objective(trace, batch, sampling, self.dynamics)
         terms |= self._marginal(trace, sampling, batch.row)
-        rows = {"mask": arrived, "weight": batch.weight}  # dreams get from these what experience gave on average
+        rows = {"mask": not_first, "weight": batch.weight}  # dreams get from these what experience gave on average
         terms["reward"] = Loss(self.heads.reward_loss(trace.feature, batch.reward), **rows)
         terms["continue"] = Loss(self.heads.cont_loss(trace.feature, 1 - batch.is_terminal.to(trace.feature)), **rows)
         if self.ensemble is not None:
             after = trace.embed[:, 1:]
-            terms["ensemble"] = self.ensemble.loss(trace.feature[:, :-1], batch.prev_action[:, 1:], after, arrived[:, 1:])
+            terms["ensemble"] = self.ensemble.loss(trace.feature[:, :-1], batch.prev_action[:, 1:], after, not_first[:, 1:])
         return terms
 
     def _marginal(self, trace: Trace, sampling: Sampling, rows: Tensor | None) -> dict[str, Loss]:
         """The rate against the one law of all codes, and what that law itself learns from where the rate does not train it."""
-        law, options = self.marginal, {"sampling": sampling.apart("marginal"), "rows": rows}
-        if law is None:
+        prior, options = self.marginal, {"sampling": sampling.substream("marginal"), "rows": rows}
+        if prior is None:
             return {}
-        exact = law.density == "exact"
+        exact = prior.density == "exact"
         terms = {}
-        if self.training and law.density != "none":
-            if not int(self.marginal_age) % MARK_EVERY:
-                codes = trace.z.detach().flatten(0, -2)
-                self.mark_typical(codes[:: -(-len(codes) // MARK_CODES)], MARK_SHARE)
+        if self.training and prior.density != "none":
+            if not int(self.marginal_age) % TYPICALITY_EVERY:
+                latents = trace.z.detach().flatten(0, -2)
+                self.fit_typicality(latents[:: -(-len(latents) // TYPICALITY_LATENTS)], TYPICALITY_RATE)
             self.marginal_age += 1
-        if not self.dynamics.latent.certain:
-            codes = law.antithetic(trace.posterior, trace.z)
-            both = [law.rate(trace.posterior, code, None, frozen=not exact, **options) for code in codes]
+        if not self.dynamics.latent.deterministic:
+            latents = prior.antithetic(trace.posterior, trace.z)
+            both = [prior.rate(trace.posterior, z, None, frozen=not exact, **options) for z in latents]
             terms["marginal"] = Loss(sum(both) / len(both))
-        if not exact or self.dynamics.latent.certain:
-            terms |= {f"fit/marginal/{name}": term for name, term in law.loss(trace.z.detach(), None, **options).items()}
+        if not exact or self.dynamics.latent.deterministic:
+            terms |= {f"prior/marginal/{name}": term for name, term in prior.loss(trace.z.detach(), None, **options).items()}
         return terms
 
     @torch.no_grad()
@@ -295,7 +295,7 @@ class WorldModel(nn.Module):
         sampling: Sampling | None = None,
     ) -> State:
         """The state after one real step, from raw observation rows [B, ...]; no gradient."""
-        embed = self.encoder(self.inputs(obs)).unsqueeze(1)
+        embed = self.encoder(self.preprocess(obs)).unsqueeze(1)
         prev_action = torch.where(is_first.unsqueeze(-1), torch.zeros_like(prev_action), prev_action)
         sampling = sampling or Sampling()
         return self.dynamics.observe(state, embed, prev_action.unsqueeze(1), is_first.unsqueeze(1), sampling)[0]
@@ -313,7 +313,7 @@ class WorldModel(nn.Module):
             actions.append(policy(features[-1], step))
             state = self.dynamics.imagine(state, self.action.project(actions[-1]), sampling)
             if self.config.rollouts == "observation":
-                state = self._looked(state, sampling)
+                state = self._reencoded(state, sampling)
             features.append(self.dynamics.feature(state))
         rows = torch.stack(features)  # [H+1, B, F]: time first, so that what follows reads it without a copy
         reward, cont = (head(rows[1:]).transpose(0, 1) for head in (self.heads.reward, self.heads.cont))
@@ -328,31 +328,31 @@ class WorldModel(nn.Module):
         Raises ConfigError where there is no marginal, or one without a density.
         """
         needs_marginal(self, "log_density", 1.0)
-        return self.marginal.log_prob(self.dynamics.code(feature), None)
+        return self.marginal.log_prob(self.dynamics.z_of(feature), None)
 
-    def off_manifold(self, feature: Float[Tensor, "*N F"]) -> Float[Tensor, "*N"]:
+    def atypicality(self, feature: Float[Tensor, "*N F"]) -> Float[Tensor, "*N"]:
         """Nats per number of the code by which a feature is less likely than 95 % of real codes; 0 where it is not."""
         return (self.marginal_low - self.log_density(feature)).clamp_min(0) / self.dynamics.latent.size
 
     @torch.no_grad()
-    def mark_typical(self, codes: Float[Tensor, "N Z"], share: float = 1.0) -> None:
+    def fit_typicality(self, latents: Float[Tensor, "N Z"], share: float = 1.0) -> None:
         """`marginal_low`, the 5 % quantile of real codes' log-density, goes by `share` towards that of these codes."""
-        low = self.marginal.log_prob(codes, None).float().quantile(0.05)
+        low = self.marginal.log_prob(latents, None).float().quantile(0.05)
         known = self.marginal_low > UNKNOWN
         new = torch.where(known, self.marginal_low.lerp(low, share), low)
         self.marginal_low.copy_(torch.where(low.isfinite(), new, self.marginal_low))  # as running moments: it would not leave again
 
-    def _looked(self, state: State, sampling: Sampling) -> State:
+    def _reencoded(self, state: State, sampling: Sampling) -> State:
         """The state after looking at the observation that it would give: what the decoder knows of the world corrects the code."""
         obs = self.decoder.sample(self.dynamics.feature(state), sampling)
-        return self.dynamics.look(state, self.encoder(obs), replace(sampling, noise=None))
+        return self.dynamics.correct(state, self.encoder(obs), replace(sampling, noise=None))
 
     @torch.no_grad()
     def encode(self, obs) -> Posterior:
         """The belief about z from single observations [N, ...] in the environment's own form, as at an episode's first step."""
-        rows = {name: torch.as_tensor(x, device=self.device) for name, x in self.obs.to_rows(obs).items()}
-        embed = self.encoder(self.inputs(rows))
-        return self.dynamics.posterior(embed, self.dynamics.first_carry(len(embed))["h"])
+        rows = {name: torch.as_tensor(x, device=self.device) for name, x in self.obs.to_raw(obs).items()}
+        embed = self.encoder(self.preprocess(rows))
+        return self.dynamics.posterior(embed, self.dynamics.first_recurrent(len(embed))["h"])
 
     @torch.no_grad()
     def decode(self, feature: Float[Tensor, "N F"]) -> Obs:
@@ -365,7 +365,7 @@ class WorldModel(nn.Module):
                 f"model.objective={self.config.objective.kind} learns no decoder, so features cannot be shown as observations. "
                 "Use an objective that reconstructs, such as model.objective=reconstruction."
             )
-        if feature.shape[-1] not in (self.feature_dim, self.decoder.inputs):
+        if feature.shape[-1] not in (self.feature_dim, self.decoder.in_features):
             raise ValueError(
                 f"decode: a feature has {self.feature_dim} numbers, not {feature.shape[-1]}; take one from a trace or a dream."
             )
@@ -384,9 +384,9 @@ class WorldModel(nn.Module):
         return int((gain > threshold).sum())
 
 
-def active_units(mean: Float[Tensor, "N Z"], least: float = 0.01) -> int:
+def active_units(mean: Float[Tensor, "N Z"], threshold: float = 0.01) -> int:
     """Numbers of the code whose mean differs between observations, with a variance above `least`. Source: Burda et al. 2016."""
-    return int((mean.var(0) > least).sum())
+    return int((mean.var(0) > threshold).sum())
 
 
 def needs_ensemble(world: WorldModel, name: str, value: float | None) -> None:
@@ -408,13 +408,13 @@ def needs_marginal(world: WorldModel, name: str, value: float | None) -> None:
         )
 
 
-def doubt(world: WorldModel, dream: Dream, penalty: float, manifold: float) -> Float[Tensor, "B H"]:
+def reward_penalty(world: WorldModel, dream: Dream, uncertainty_penalty: float, typicality_penalty: float) -> Float[Tensor, "B H"]:
     """What is taken off a dream's rewards: for the ensemble's uncertainty, and for codes unlike real ones.
 
     In units of the rewards' own size, `heads.scale`: the same options are as strong whatever rewards are counted in.
     """
-    doubtful = penalty * dream.uncertainty
-    return doubtful + manifold * world.off_manifold(dream.feature[:, 1:]) if manifold else doubtful
+    penalty = uncertainty_penalty * dream.uncertainty
+    return penalty + typicality_penalty * world.atypicality(dream.feature[:, 1:]) if typicality_penalty else penalty
 
 
 def tensors(rows: dict[str, np.ndarray], device: torch.device | str = "cpu") -> dict[str, Tensor]:

@@ -33,26 +33,26 @@ class Reconstruction(nn.Module):
     def __init__(self, config: ReconstructionConfig, decoder: nn.Module, encoder: nn.Module, dynamics: nn.Module, action_dim: int):
         super().__init__()
         self.decoder = decoder
-        self.autoencoder = dynamics.latent.certain
+        self.deterministic = dynamics.latent.deterministic
 
     def forward(self, trace: Trace, batch: Batch, sampling: Sampling, dynamics: nn.Module) -> dict[str, Loss]:
-        losses = decoded(self.decoder, trace.feature, batch, sampling)
-        if self.autoencoder:  # points have no rate that would train the transition
-            losses |= fitted(trace, batch, sampling, dynamics)
+        losses = decoder_losses(self.decoder, trace.feature, batch, sampling)
+        if self.deterministic:  # points have no rate that would train the transition
+            losses |= prior_losses(trace, batch, sampling, dynamics)
         return losses
 
 
-def decoded(decoder: nn.Module, feature: Float[Tensor, "B T F"], batch: Batch, sampling: Sampling) -> dict[str, Loss]:
+def decoder_losses(decoder: nn.Module, feature: Float[Tensor, "B T F"], batch: Batch, sampling: Sampling) -> dict[str, Loss]:
     """What a decoder makes of every row's observation, [B, T]."""
     obs = {name: flatten(x) for name, x in batch.obs.items()}
-    terms = decoder.loss(flatten(feature), obs, sampling.apart("decoder"))
+    terms = decoder.loss(flatten(feature), obs, sampling.substream("decoder"))
     return {name: Loss(term.value.view(batch.shape), term.unit) for name, term in terms.items()}
 
 
-def fitted(trace: Trace, batch: Batch, sampling: Sampling, dynamics: nn.Module) -> dict[str, Loss]:
+def prior_losses(trace: Trace, batch: Batch, sampling: Sampling, dynamics: nn.Module) -> dict[str, Loss]:
     """The transition's own losses at codes that it does not shape; where an episode opens there is none."""
     own = dynamics.predict(trace, batch, trace.z.detach(), sampling)
-    return {f"fit/transition/{name}": Loss(term.value, term.unit, ~batch.is_first) for name, term in own.items()}
+    return {f"prior/transition/{name}": Loss(term.value, term.unit, ~batch.is_first) for name, term in own.items()}
 
 
 class PixelObjectiveConfig(Frozen):
@@ -71,7 +71,7 @@ class PixelObjective(nn.Module):
         self.decoder = PixelReader(dynamics.name, dynamics.shape)
 
     def forward(self, trace: Trace, batch: Batch, sampling: Sampling, dynamics: nn.Module) -> dict[str, Loss]:
-        return fitted(trace, batch, sampling, dynamics)
+        return prior_losses(trace, batch, sampling, dynamics)
 
 
 # Codes that are predicted, not decoded ---------------------------------------------------------------------------------
@@ -83,12 +83,14 @@ class PredictiveConfig(Frozen):
     points: ClassVar[bool] = True
     """Needs point codes of single observations."""
 
-    anti: Literal["sigreg", "vicreg", "none"] = Field("sigreg", description="what keeps all codes from becoming one; none: nothing")
+    anti_collapse: Literal["sigreg", "vicreg", "none"] = Field(
+        "sigreg", description="what keeps all codes from becoming one; none: nothing"
+    )
     slices: int = Field(64, ge=1, description="sigreg: random directions of each update")
     covariance: float = Field(1.75, ge=0, description="vicreg: weight of the covariance beside the variance's 1")
     inverse: bool = Field(True, description="a perceptron tells the action from the codes before and after it")
     units: int = Field(128, ge=1, description="width of that perceptron")
-    ema: float = Field(0.0, ge=0, lt=1, description="share that a slow encoder keeps, whose codes are predicted; 0: none")
+    ema_decay: float = Field(0.0, ge=0, lt=1, description="share that a slow encoder keeps, whose codes are predicted; 0: none")
 
 
 class JepaConfig(PredictiveConfig):
@@ -120,43 +122,43 @@ class Jepa(nn.Module):
         self.decoder = decoder if getattr(config, "probe", True) else None
         self.inverse = MLP(2 * dynamics.latent.size, config.units, 1, action_dim) if config.inverse else None
         self.latent = dynamics.latent
-        self.slow = copy.deepcopy(self._of_codes(encoder, dynamics)).requires_grad_(False) if config.ema else None
+        self.slow = copy.deepcopy(self._latent_modules(encoder, dynamics)).requires_grad_(False) if config.ema_decay else None
 
     @staticmethod
-    def _of_codes(encoder: nn.Module, dynamics: nn.Module) -> nn.ModuleList:
+    def _latent_modules(encoder: nn.Module, dynamics: nn.Module) -> nn.ModuleList:
         """All that a code depends on: no carry and no law."""
         return nn.ModuleList([encoder, dynamics.posterior_net])
 
     @torch.no_grad()
-    def follow(self, encoder: nn.Module, dynamics: nn.Module) -> None:
+    def update_target_encoder(self, encoder: nn.Module, dynamics: nn.Module) -> None:
         """The slow encoder takes a step towards the encoder."""
         if self.slow is not None:
-            live = self._of_codes(encoder, dynamics).parameters()
-            torch._foreach_lerp_(list(self.slow.parameters()), list(live), 1 - self.config.ema)
+            online = self._latent_modules(encoder, dynamics).parameters()
+            torch._foreach_lerp_(list(self.slow.parameters()), list(online), 1 - self.config.ema_decay)
 
-    def decoded_from(self, feature: Tensor) -> Tensor:
+    def decoder_input(self, feature: Tensor) -> Tensor:
         """The feature as the decoder gets it."""
         return feature.detach()
 
     def forward(self, trace: Trace, batch: Batch, sampling: Sampling, dynamics: nn.Module) -> dict[str, Loss]:
-        arrived = ~batch.is_first
-        told = list(dynamics.predict(trace, batch, self._targets(trace, batch), sampling).values())
-        unit = "nats" if all(term.unit == "nats" for term in told) else "score"
-        terms = {"prediction": Loss(sum(term.value for term in told), unit, arrived)}
-        codes = flatten(trace.z).float()
-        if self.config.anti == "sigreg":
-            directions = torch.randn(codes.shape[1], self.config.slices, generator=sampling.generator, device=codes.device)
-            statistic = epps_pulley(codes, directions / directions.norm(dim=0)).mean()
-            terms["collapse/sigreg"] = Loss(statistic / len(codes), "score")
-        elif self.config.anti == "vicreg":
-            terms["collapse/variance"] = Loss(variance(codes), "score")
-            terms["collapse/covariance"] = Loss(self.config.covariance * covariance(codes), "score")
+        not_first = ~batch.is_first
+        predicted = list(dynamics.predict(trace, batch, self._targets(trace, batch), sampling).values())
+        unit = "nats" if all(term.unit == "nats" for term in predicted) else "score"
+        terms = {"prediction": Loss(sum(term.value for term in predicted), unit, not_first)}
+        latents = flatten(trace.z).float()
+        if self.config.anti_collapse == "sigreg":
+            directions = torch.randn(latents.shape[1], self.config.slices, generator=sampling.generator, device=latents.device)
+            statistic = epps_pulley(latents, directions / directions.norm(dim=0)).mean()
+            terms["collapse/sigreg"] = Loss(statistic / len(latents), "score")
+        elif self.config.anti_collapse == "vicreg":
+            terms["collapse/variance"] = Loss(variance(latents), "score")
+            terms["collapse/covariance"] = Loss(self.config.covariance * covariance(latents), "score")
         if self.inverse is not None:
             action = self.inverse(torch.cat([trace.z[:, :-1], trace.z[:, 1:]], -1))
             error = 0.5 * (action - batch.prev_action[:, 1:]).square().sum(-1)
-            terms["inverse"] = Loss(error, "score", arrived[:, 1:])
+            terms["inverse"] = Loss(error, "score", not_first[:, 1:])
         if self.decoder is not None:
-            terms |= decoded(self.decoder, self.decoded_from(trace.feature), batch, sampling)
+            terms |= decoder_losses(self.decoder, self.decoder_input(trace.feature), batch, sampling)
         return terms
 
     def _targets(self, trace: Trace, batch: Batch) -> Float[Tensor, "B T Z"]:
@@ -166,7 +168,7 @@ class Jepa(nn.Module):
         encoder, posterior = self.slow
         with torch.no_grad():
             embed = encoder({name: flatten(x) for name, x in batch.obs.items()})
-            return self.latent.belief(posterior(embed)).mean.view(trace.z.shape)
+            return self.latent.distribution(posterior(embed)).mean.view(trace.z.shape)
 
 
 class HybridConfig(PredictiveConfig):
@@ -180,11 +182,11 @@ class HybridConfig(PredictiveConfig):
 class Hybrid(Jepa):
     """`Jepa`, and -ln p(obs | feature), which by `decoder_grad` reaches all upstream or the decoder alone."""
 
-    def decoded_from(self, feature: Tensor) -> Tensor:
+    def decoder_input(self, feature: Tensor) -> Tensor:
         return feature if self.config.decoder_grad == "full" else feature.detach()
 
 
-def epps_pulley(codes: Float[Tensor, "N Z"], directions: Float[Tensor, "Z S"]) -> Float[Tensor, " S"]:
+def epps_pulley(latents: Float[Tensor, "N Z"], directions: Float[Tensor, "Z S"]) -> Float[Tensor, " S"]:
     """How far codes are from N(0, I) along each direction of unit length: the Epps-Pulley statistic T.
 
         T = N * integral over t of |phi(t) - exp(-t^2 / 2)|^2 exp(-t^2 / 2),   phi the codes' characteristic function
@@ -193,21 +195,21 @@ def epps_pulley(codes: Float[Tensor, "N Z"], directions: Float[Tensor, "Z S"]) -
     whatever N and Z are; where all codes are one point at the origin T = 0.402 N. Source: Epps and Pulley 1983; Balestriero
     and LeCun 2025 (LeJEPA, SIGReg).
     """
-    knots = torch.linspace(0, 3, 17, device=codes.device)
+    knots = torch.linspace(0, 3, 17, device=latents.device)
     weight = torch.full_like(knots, 2 * 3 / 16)
     weight[[0, -1]] /= 2
     normal = torch.exp(-knots.square() / 2)
-    angle = (codes @ directions).unsqueeze(-1) * knots
+    angle = (latents @ directions).unsqueeze(-1) * knots
     gap = (angle.cos().mean(0) - normal).square() + angle.sin().mean(0).square()
-    return len(codes) * gap @ (weight * normal)
+    return len(latents) * gap @ (weight * normal)
 
 
-def variance(codes: Float[Tensor, "N Z"]) -> Tensor:
+def variance(latents: Float[Tensor, "N Z"]) -> Tensor:
     """How far the numbers' deviations stay below 1, on average. Source: Bardes et al. 2022 (VICReg), eq. 1 and 2."""
-    return (1 - (codes.var(0) + 1e-4).sqrt()).clamp_min(0).mean()
+    return (1 - (latents.var(0) + 1e-4).sqrt()).clamp_min(0).mean()
 
 
-def covariance(codes: Float[Tensor, "N Z"]) -> Tensor:
+def covariance(latents: Float[Tensor, "N Z"]) -> Tensor:
     """Squared covariances between different numbers, summed over pairs, per number. Source: Bardes et al. 2022, eq. 3 and 4."""
-    table = (codes - codes.mean(0)).T @ (codes - codes.mean(0)) / (len(codes) - 1)
-    return (table.square().sum() - table.diagonal().square().sum()) / codes.shape[1]
+    table = (latents - latents.mean(0)).T @ (latents - latents.mean(0)) / (len(latents) - 1)
+    return (table.square().sum() - table.diagonal().square().sum()) / latents.shape[1]

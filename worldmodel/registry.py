@@ -17,7 +17,7 @@ from typing import Any, TypeVar, get_args
 from worldmodel.errors import ConfigError, did_you_mean
 
 # From the lower floors to the upper ones: a search stops at the first room that has the name.
-ROOMS: tuple[str, ...] = (
+MODULES: tuple[str, ...] = (
     "worldmodel.encoders",
     "worldmodel.decoders",
     "worldmodel.heads",
@@ -120,20 +120,20 @@ def has(role: str, kind: str) -> bool:
 
 def load(until: tuple[str, str] | None = None) -> None:
     """Import the rooms, then the entry points, stopping as soon as `until` is registered."""
-    for room in ROOMS:
+    for module in MODULES:
         if until in _entries:
             return
-        if room not in sys.modules:
-            _import_room(room)
+        if module not in sys.modules:
+            _import_module(module)
     if until not in _entries:
         _load_entry_points()
 
 
-def _import_room(room: str) -> None:
+def _import_module(module: str) -> None:
     try:
-        importlib.import_module(room)
+        importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name != room:  # the room is there, but something that it needs is not
+        if error.name != module:  # the room is there, but something that it needs is not
             raise
 
 

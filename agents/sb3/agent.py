@@ -33,8 +33,8 @@ from worldmodel.agents.loop import WorldModelAlgorithm
 from worldmodel.config import Frozen, Options
 from worldmodel.data import State
 from worldmodel.envs.extras import absent, install
-from worldmodel.envs.imagined import ImaginedVecEnv, look
-from worldmodel.envs.vectors.plain import plain_action, plain_obs, plain_rows
+from worldmodel.envs.imagined import ImaginedVecEnv, to_observations
+from worldmodel.envs.vectors.plain import plain_action, plain_obs, plain_raw
 from worldmodel.errors import ConfigError, MissingExtraError, TrustError
 from worldmodel.model import WorldModel
 from worldmodel.registry import register
@@ -48,16 +48,16 @@ HOMES = {
 """Name in configs -> (package, class)."""
 
 OFF_POLICY = {"learning_starts": 0, "train_freq": 1, "gradient_steps": 4}
-VALUES = {**OFF_POLICY, "buffer_size": 50_000, "batch_size": 128, "learning_rate": 1e-3, "target_update_interval": 256}
+VALUE_BASED = {**OFF_POLICY, "buffer_size": 50_000, "batch_size": 128, "learning_rate": 1e-3, "target_update_interval": 256}
 ON_POLICY = {"n_steps": 16, "gamma": 0.99, "gae_lambda": 0.95}
-OF_DQN = {"exploration_rate", "_n_calls"}
+DQN_COUNTERS = {"exploration_rate", "_n_calls"}
 """What DQN and its like count besides their steps."""
-FITTING: dict[str, dict[str, Any]] = {
+DREAM_DEFAULTS: dict[str, dict[str, Any]] = {
     "PPO": {**ON_POLICY, "batch_size": 256, "n_epochs": 10, "learning_rate": 1e-3, "ent_coef": 1e-3},
     "A2C": {**ON_POLICY, "n_steps": 8, "learning_rate": 1e-3},
     "RecurrentPPO": {**ON_POLICY, "batch_size": 256, "n_epochs": 4, "learning_rate": 1e-3},
-    "DQN": VALUES,
-    "QRDQN": {**VALUES, "gradient_steps": 1},
+    "DQN": VALUE_BASED,
+    "QRDQN": {**VALUE_BASED, "gradient_steps": 1},
     "SAC": {**OFF_POLICY, "buffer_size": 50_000, "learning_rate": 1e-3},
     "TD3": {**OFF_POLICY, "buffer_size": 50_000, "learning_rate": 1e-3},
     "TQC": {**OFF_POLICY, "buffer_size": 50_000, "learning_rate": 1e-3},
@@ -82,7 +82,7 @@ class SB3Config(Frozen):
     start: Literal["replay", "prior"] = Field("replay", description="imagine from recorded rows, or from the initial distribution")
     observation: Literal["latent", "decoded"] = Field("latent", description="what it sees: features, or expected observations")
     noise: float = Field(0.0, ge=0, description="deviation of normal noise on real continuous actions, which are in [-1, 1]")
-    penalty: float = Field(
+    uncertainty_penalty: float = Field(
         0.0, description="taken off each imagined reward, in units of the rewards' own size, per unit of the ensemble's uncertainty"
     )
     max_uncertainty: float | None = Field(None, gt=0, description="imagined episodes are truncated beyond this uncertainty")
@@ -124,7 +124,7 @@ def open_algorithm(algorithm: type[BaseAlgorithm], path: str | Path, *, trust: b
 
 
 @contextmanager
-def globals_from(generator: torch.Generator, algorithm: BaseAlgorithm | None = None) -> Iterator[None]:
+def seeded_globals(generator: torch.Generator, algorithm: BaseAlgorithm | None = None) -> Iterator[None]:
     """SB3 draws from the process's own random states: in here they follow from `generator`, and outside nothing of it is seen.
 
     So does the action space of `algorithm`, from which DQN draws its random actions. CUDA's generators are left as the user seeded
@@ -153,7 +153,7 @@ def make_algorithm(
     kind = "MultiInput" if hasattr(space, "spaces") else "Cnn" if image else "Mlp"
     recurrent = any("Recurrent" in c.__name__ for c in algorithm.__mro__)
     policy = f"{kind}{'LstmPolicy' if recurrent else 'Policy'}"
-    fitting = next((FITTING[c.__name__] for c in algorithm.__mro__ if c.__name__ in FITTING), {})
+    fitting = next((DREAM_DEFAULTS[c.__name__] for c in algorithm.__mro__ if c.__name__ in DREAM_DEFAULTS), {})
     given = {**fitting, "seed": seed, "device": device, **options}
     try:
         return algorithm(given.pop("policy", policy), dream, **given)
@@ -189,44 +189,46 @@ class SB3Controller(Controller):
         if self.lstm is None:
             return State({})
         zeros = torch.zeros(batch_size, self.lstm[0], self.lstm[2], device=world.device)
-        under_way = torch.zeros(batch_size, dtype=torch.bool, device=world.device)
-        return State({"lstm_h": zeros, "lstm_c": zeros.clone(), "under_way": under_way})
+        started = torch.zeros(batch_size, dtype=torch.bool, device=world.device)
+        return State({"lstm_h": zeros, "lstm_c": zeros.clone(), "started": started})
 
     def act(
         self, world: WorldModel, state: State, memory: State, deterministic: bool, generator: torch.Generator, rows: Any = None
     ) -> tuple[Tensor, State]:
         if self.sees == "real" and rows is not None:
-            seen = world.obs.to_env(plain_rows(world.obs, rows))
+            obs_for_policy = world.obs.to_env(plain_raw(world.obs, rows))
         else:
-            seen = look(world, world.dynamics.feature(state), plain_obs(world.obs) if self.sees != "latent" else None)
-        carried, first = None, None
+            obs_for_policy = to_observations(
+                world, world.dynamics.feature(state), plain_obs(world.obs) if self.sees != "latent" else None
+            )
+        lstm_state, first = None, None
         if self.lstm is not None:
-            carried = tuple(memory[name].transpose(0, 1).contiguous().cpu().numpy() for name in ("lstm_h", "lstm_c"))
-            first = ~memory["under_way"].cpu().numpy()
-        with globals_from(generator, self.algorithm):
-            action, carried = self.algorithm.predict(seen, carried, first, deterministic)
+            lstm_state = tuple(memory[name].transpose(0, 1).contiguous().cpu().numpy() for name in ("lstm_h", "lstm_c"))
+            first = ~memory["started"].cpu().numpy()
+        with seeded_globals(generator, self.algorithm):
+            action, lstm_state = self.algorithm.predict(obs_for_policy, lstm_state, first, deterministic)
         if self.lstm is not None:
-            h, c = (torch.as_tensor(x, device=world.device).transpose(0, 1).contiguous() for x in carried)
-            memory = State({"lstm_h": h, "lstm_c": c, "under_way": torch.ones_like(memory["under_way"])})
+            h, c = (torch.as_tensor(x, device=world.device).transpose(0, 1).contiguous() for x in lstm_state)
+            memory = State({"lstm_h": h, "lstm_c": c, "started": torch.ones_like(memory["started"])})
         action = torch.as_tensor(plain_action(world.action).encode(action), device=world.device)
         if self.noise and not deterministic and world.action.kind == "continuous":
             action = action + self.noise * torch.randn(action.shape, generator=generator, device=action.device)
         return action, memory
 
 
-class _Ask(BaseCallback):
+class _StopCallback(BaseCallback):
     """Ends a visit to the dream where `go_on` says no."""
 
-    def __init__(self, go_on: Callable[[], bool]):
+    def __init__(self, should_continue: Callable[[], bool]):
         super().__init__()
-        self.go_on, self.ended = go_on, False
+        self.should_continue, self.ended = should_continue, False
 
     def _on_step(self) -> bool:
-        self.ended = not self.go_on()
+        self.ended = not self.should_continue()
         return not self.ended
 
 
-class _Forward(Logger):
+class _ForwardingLogger(Logger):
     """SB3's logger of the algorithm in the dream: what it records is averaged into the run's own log, under names of its own."""
 
     def __init__(self, target: Callable[[], Logger | None]):
@@ -269,14 +271,14 @@ class SB3Agent(WorldModelAlgorithm):
         config = self.config.agent
         algorithm = self._algorithm_class or algorithm_class(config.algo)
         options = {**config.options, **(self._algo_kwargs or {})}
-        with globals_from(torch.Generator().manual_seed(self.seed)):
-            if self.fixed:
-                return SB3Controller(self._opened(algorithm), "real", config.noise)
+        with seeded_globals(torch.Generator().manual_seed(self.seed)):
+            if self.is_fixed:
+                return SB3Controller(self._load_policy(algorithm), "real", config.noise)
             made = make_algorithm(algorithm, self._dream(self.world, None), self.seed, self.device, options)
-        made.set_logger(_Forward(lambda: self._logger))
+        made.set_logger(_ForwardingLogger(lambda: self._logger))
         return SB3Controller(made, config.observation, config.noise)
 
-    def _opened(self, algorithm: type[BaseAlgorithm]) -> BaseAlgorithm:
+    def _load_policy(self, algorithm: type[BaseAlgorithm]) -> BaseAlgorithm:
         """The algorithm of `agent.path`. ConfigError where it was trained on other spaces."""
         path = Path(self.config.agent.path)
         made = open_algorithm(algorithm, path, trust=self.trust, device=self.device)
@@ -290,18 +292,18 @@ class SB3Agent(WorldModelAlgorithm):
         return made
 
     @property
-    def fixed(self) -> bool:
+    def is_fixed(self) -> bool:
         """Whether the policy comes from a file, and learns no more."""
         return self.config.agent.path is not None
 
     @property
-    def random_until(self) -> int:
+    def prefill_rows(self) -> int:
         """A policy that comes with its skill collects from the first step on."""
-        return 0 if self.fixed else super().random_until
+        return 0 if self.is_fixed else super().prefill_rows
 
     def _dream(self, world: WorldModel, replay: Replay | None) -> VecMonitor:
         """The imagined worlds; without experience they are there for their spaces alone."""
-        names = ("horizon", "start", "observation", "penalty", "max_uncertainty")
+        names = ("horizon", "start", "observation", "uncertainty_penalty", "max_uncertainty")
         options = {name: getattr(self.config.agent, name) for name in names}
         options |= {} if replay is not None else {"start": "prior"}
         return VecMonitor(ImaginedVecEnv(world, self.config.agent.worlds, seed=self.seed, replay=replay, **options))
@@ -313,32 +315,34 @@ class SB3Agent(WorldModelAlgorithm):
 
     # Learning -------------------------------------------------------------------------------------------------------
 
-    def spend(self, steps: int) -> None:
+    def update_for_steps(self, steps: int) -> None:
         """The world model's updates, and a visit to the dream where one is due."""
-        self._since_visit += 0 if self.fixed else steps
-        super().spend(steps)
+        self._since_visit += 0 if self.is_fixed else steps
+        super().update_for_steps(steps)
 
     @property
     def _visit_is_due(self) -> bool:
-        most = self.config.agent.visits
-        return not self.fixed and self._since_visit >= self.config.agent.every and (most is None or self.visits < most)
+        max_phases = self.config.agent.visits
+        return (
+            not self.is_fixed and self._since_visit >= self.config.agent.every and (max_phases is None or self.visits < max_phases)
+        )
 
     @property
-    def owes(self) -> bool:
-        return super().owes or (self._is_ready and self._visit_is_due)
+    def has_pending_updates(self) -> bool:
+        return super().has_pending_updates or (self._is_ready and self._visit_is_due)
 
-    def pay(self) -> bool:
-        if not super().pay():
+    def run_updates(self) -> bool:
+        if not super().run_updates():
             return False
         while self._visit_is_due:
-            if not (self.go_on() and self.visit(self.config.agent.imagined)):
+            if not (self.should_continue() and self.visit(self.config.agent.imagined)):
                 return False
             self._since_visit -= self.config.agent.every
         return True
 
-    def reopen(self, seed: int) -> None:
-        super().reopen(seed)
-        if isinstance(self.algorithm, OffPolicyAlgorithm) and not self.fixed:
+    def restart_episodes(self, seed: int) -> None:
+        super().restart_episodes(seed)
+        if isinstance(self.algorithm, OffPolicyAlgorithm) and not self.is_fixed:
             self.algorithm.replay_buffer.reset()
 
     def visit(self, steps: int) -> bool:
@@ -348,34 +352,34 @@ class SB3Agent(WorldModelAlgorithm):
         it: then it counts as none, and is owed.
         """
         algorithm = self.algorithm
-        dream = self._dream(self.learner.average, self.replay)
+        dream = self._dream(self.learner.ema, self.replay)
         dream.seed(int(torch.randint(2**31, (), generator=self.generator, device=self.generator.device)))
         algorithm.set_env(dream, force_reset=True)
         if isinstance(algorithm, OffPolicyAlgorithm) and self.config.agent.observation == "latent":
             algorithm.replay_buffer.reset()
-        with globals_from(self.generator, algorithm), _progress(algorithm, self._current_progress_remaining):
+        with seeded_globals(self.generator, algorithm), _fixed_progress(algorithm, self._current_progress_remaining):
             before = algorithm.num_timesteps
-            ask = _Ask(self.go_on)
-            algorithm.learn(steps, callback=ask, log_interval=1, reset_num_timesteps=before == 0)
+            stop = _StopCallback(self.should_continue)
+            algorithm.learn(steps, callback=stop, log_interval=1, reset_num_timesteps=before == 0)
         self.imagined_steps += algorithm.num_timesteps - before
-        self.visits += not ask.ended
+        self.visits += not stop.ended
         self.policy.set_training_mode(False)
-        return not ask.ended
+        return not stop.ended
 
     # Saving ---------------------------------------------------------------------------------------------------------
 
     @property
     def optimizers_by_name(self) -> dict[str, torch.optim.Optimizer]:
-        if self.fixed:
+        if self.is_fixed:
             return super().optimizers_by_name
         names, _ = self.algorithm._get_torch_save_params()
-        own = {name: _at(self.algorithm, name) for name in names if name != "policy"}
+        own = {name: _get_by_path(self.algorithm, name) for name in names if name != "policy"}
         return {**super().optimizers_by_name, **{name: x for name, x in own.items() if isinstance(x, torch.optim.Optimizer)}}
 
     @property
     def _variables(self) -> dict[str, Tensor]:
         """Tensors that the algorithm learns besides its networks, such as SAC's entropy coefficient."""
-        return {name: _at(self.algorithm, name) for name in self.algorithm._get_torch_save_params()[1]}
+        return {name: _get_by_path(self.algorithm, name) for name in self.algorithm._get_torch_save_params()[1]}
 
     def content(self) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]:
         arrays, state = super().content()
@@ -386,7 +390,7 @@ class SB3Agent(WorldModelAlgorithm):
         given = self._algorithm_class is not None or bool(self._algo_kwargs)
         counts = {"steps": self.algorithm.num_timesteps, "updates": self.algorithm._n_updates}
         counts |= {"since_visit": self._since_visit, "imagined": self.imagined_steps, "visits": self.visits}
-        counts |= {name: getattr(self.algorithm, name) for name in OF_DQN if hasattr(self.algorithm, name)}
+        counts |= {name: getattr(self.algorithm, name) for name in DQN_COUNTERS if hasattr(self.algorithm, name)}
         return {**counts, "given": given, "file": self._digest}
 
     def restore(self, arrays: Mapping[str, Mapping[str, np.ndarray]], state: Mapping[str, Any], *, counters: bool = True) -> None:
@@ -404,7 +408,7 @@ class SB3Agent(WorldModelAlgorithm):
                 "This agent was made with an algorithm or algo_kwargs that no file holds. Expected them again: "
                 "SB3Agent.load(path, algorithm=..., algo_kwargs=...)."
             )
-        for name in OF_DQN & state.keys():
+        for name in DQN_COUNTERS & state.keys():
             setattr(self.algorithm, name, state[name])
         self.visits = state["visits"]
         self.algorithm.num_timesteps, self.algorithm._n_updates = state["steps"], state["updates"]
@@ -420,7 +424,7 @@ def _fits(real: gym.Space, trained: gym.Space) -> bool:
 
 
 @contextmanager
-def _progress(algorithm: BaseAlgorithm, remaining: float) -> Iterator[None]:
+def _fixed_progress(algorithm: BaseAlgorithm, remaining: float) -> Iterator[None]:
     """SB3 would count the progress of its schedules within each learn(): in here it stands at `remaining`."""
     algorithm._update_current_progress_remaining = lambda done, total: setattr(algorithm, "_current_progress_remaining", remaining)
     try:
@@ -429,7 +433,7 @@ def _progress(algorithm: BaseAlgorithm, remaining: float) -> Iterator[None]:
         del algorithm._update_current_progress_remaining
 
 
-def _at(root: Any, dotted: str) -> Any:
+def _get_by_path(root: Any, dotted: str) -> Any:
     for name in dotted.split("."):
         root = getattr(root, name)
     return root

@@ -25,9 +25,9 @@ from worldmodel.agents.sb3.agent import (
     SB3Config,
     SB3Controller,
     algorithm_class,
-    globals_from,
     make_algorithm,
     open_algorithm,
+    seeded_globals,
 )
 from worldmodel.config import Config
 from worldmodel.envs.imagined import ImaginedVecEnv
@@ -102,9 +102,9 @@ class DreamPolicy:
         real = float(np.mean(evaluate(self, self.env, episodes, FINAL_SEED, max_steps=max_steps)[0]))
         seen = collect(self, self.env, episodes, HELD_OUT_SEED, random=0.0, steps=100)
         generator = torch.Generator(self.device).manual_seed(HELD_OUT_SEED)
-        imagined, came = (float(x.mean()) for x in returns(self, seen, generator, 100, 0.0))
+        imagined, real_prefix_return = (float(x.mean()) for x in returns(self, seen, generator, 100, 0.0))
         name = type(self.algorithm).__name__
-        self.result = DreamResult(self.env.id, name, real_steps, imagined_steps, real, imagined, imagined - came)
+        self.result = DreamResult(self.env.id, name, real_steps, imagined_steps, real, imagined, imagined - real_prefix_return)
         return self.result
 
     def save(self, folder: str | Path) -> Path:
@@ -170,7 +170,7 @@ def train_in_dream(
     horizon: int = 15,
     start: str = "replay",
     observation: str = "latent",
-    penalty: float = 0.0,
+    uncertainty_penalty: float = 0.0,
     max_uncertainty: float | None = None,
     overrides: Mapping[str, Any] | Sequence[str] | None = None,
     env: EnvConfig | str | None = None,
@@ -190,7 +190,7 @@ def train_in_dream(
     total_timesteps  imagined steps of the algorithm, over all rounds; on-policy ones take whole rollouts of n_steps in each world
     steps            alternating: real steps over all rounds, random ones included (default: the recipe's train.steps)
     algo_kwargs      arguments of the algorithm, e.g. {"policy_kwargs": ..., "n_steps": 32}, over those that suit imagined worlds
-    worlds, horizon, start, observation, penalty, max_uncertainty: as those of ImaginedVecEnv
+    worlds, horizon, start, observation, uncertainty_penalty, max_uncertainty: as those of ImaginedVecEnv
     overrides        alternating: dotted options of the recipe
     env              where the result is measured (default: the environment of the run or recipe)
     callback         finished world: an SB3 callback for learn(). An EvalCallback sees what the algorithm sees: give it
@@ -207,7 +207,7 @@ def train_in_dream(
         if not isinstance(given, kinds):
             raise ConfigError(f"train_in_dream: {name} is a {type(given).__name__}; expected one of {kinds}.")
     target = EnvConfig(id=env) if isinstance(env, str) else env
-    dream = {"horizon": horizon, "start": start, "observation": observation, "penalty": penalty, "max_uncertainty": max_uncertainty}
+    dream = {"horizon": horizon, "start": start, "observation": observation, "uncertainty_penalty": uncertainty_penalty, "max_uncertainty": max_uncertainty}
     if isinstance(world, Run) or (Path(world) / CONFIG).is_file():
         if rounds != 1 or steps is not None or overrides:
             raise ConfigError(
@@ -217,14 +217,16 @@ def train_in_dream(
         run = world if isinstance(world, Run) else Run.open(world)
         target = target or run.config.env
         limit = run.config.eval.max_steps
-        policy, counts = _finished(algorithm, run, target, total_timesteps, worlds, dream, algo_kwargs, callback, seed, device)
+        policy, counts = _train_in_fixed_world(
+            algorithm, run, target, total_timesteps, worlds, dream, algo_kwargs, callback, seed, device
+        )
     else:
         if callback is not None:
             raise ConfigError("train_in_dream: a callback is for a finished world. To alternate, use SB3Agent and its learn().")
         visits = {"worlds": worlds, "visits": rounds, "imagined": max(1, total_timesteps // rounds), **dream}
         config = _in_rounds(Config.from_recipe(str(world), overrides), steps, visits)
         limit = config.eval.max_steps
-        policy, counts = _alternating(algorithm, config, target or config.env, algo_kwargs, seed, device)
+        policy, counts = _train_alternating(algorithm, config, target or config.env, algo_kwargs, seed, device)
     if episodes:
         policy.measure(*counts, episodes=episodes, max_steps=limit)
     return policy
@@ -233,13 +235,13 @@ def train_in_dream(
 def _in_rounds(base: Config, steps: int | None, visits: dict[str, Any]) -> Config:
     """The recipe's config with an SB3 agent whose visits to the dream share the real steps behind the random ones."""
     steps, rounds = base.train.steps if steps is None else steps, visits["visits"]
-    ahead = steps - base.train.prefill
-    if rounds > ahead:
+    learning_steps = steps - base.train.prefill
+    if rounds > learning_steps:
         raise ConfigError(
             f"train_in_dream: {rounds} rounds need as many real steps behind the {base.train.prefill} random ones "
             f"(train.prefill), but steps={steps}. Raise steps."
         )
-    return base.override({"agent": {"kind": "sb3", **visits, "every": ahead // rounds}, "train.steps": steps})
+    return base.override({"agent": {"kind": "sb3", **visits, "every": learning_steps // rounds}, "train.steps": steps})
 
 
 def _require_numbers(**named: Any) -> None:
@@ -258,20 +260,22 @@ def _require_fit(env: EnvConfig, obs: ObsSpec, action: ActionSpec) -> None:
         venv.close()
 
 
-def _finished(algorithm, run: Run, env: EnvConfig, total: int, worlds: int, dream: dict, algo_kwargs, callback, seed, device):
+def _train_in_fixed_world(
+    algorithm, run: Run, env: EnvConfig, total: int, worlds: int, dream: dict, algo_kwargs, callback, seed, device
+):
     """(policy, (real steps, imagined steps)) of learning in a run's world as it is."""
     world = run.world_model(device=device)
     _require_fit(env, world.obs, world.action)
     replay = run.replay() if dream["start"] == "replay" else None
     generator = torch.Generator().manual_seed(seed)
-    with globals_from(generator):
+    with seeded_globals(generator):
         imagined = VecMonitor(ImaginedVecEnv(world, worlds, seed=seed, replay=replay, **dream))
         made = make_algorithm(algorithm, imagined, seed, device, dict(algo_kwargs or {}))
         made.learn(total, callback=callback)
     return DreamPolicy(world, SB3Controller(made, dream["observation"]), env, seed=seed), (0, made.num_timesteps)
 
 
-def _alternating(algorithm, config: Config, env: EnvConfig, algo_kwargs, seed: int, device: str):
+def _train_alternating(algorithm, config: Config, env: EnvConfig, algo_kwargs, seed: int, device: str):
     """The same of learning in turns with the world model, in one agent."""
     venv = make_vec(config.env, seed=seed)
     try:
@@ -290,5 +294,5 @@ def _alternating(algorithm, config: Config, env: EnvConfig, algo_kwargs, seed: i
         )
     while agent.visits < config.agent.visits:  # learning began later than the random steps ended
         agent.visit(config.agent.imagined)
-    policy = DreamPolicy(agent.learner.average, agent.controller, env, seed=seed)
+    policy = DreamPolicy(agent.learner.ema, agent.controller, env, seed=seed)
     return policy, (agent.num_timesteps, agent.imagined_steps)

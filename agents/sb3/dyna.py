@@ -13,7 +13,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecNormalize, VecTransposeImage, unwrap_vec_wrapper
 
-from worldmodel.agents.experience import Pursuit
+from worldmodel.agents.experience import EnvSyncCheck
 from worldmodel.agents.random import RandomAgent
 from worldmodel.config import Config
 from worldmodel.envs.imagined import ImaginedWorld, Source, latent_space, learned_world, part
@@ -24,7 +24,7 @@ from worldmodel.model import needs_ensemble
 from worldmodel.spaces import ActionSpec, ObsSpec
 from worldmodel.storage.replay import Replay
 
-REFILTER = 25
+REFILTER_EVERY = 25
 """Updates of a model that learns along after which roll-outs begin at beliefs of its new weights."""
 
 
@@ -81,7 +81,7 @@ class DynaCallback(BaseCallback):
         self.recipe, self.config = recipe, config
         self.agent: RandomAgent | None = None
         self.imagined = 0
-        self._due, self._left, self._pursuit = 0.0, [], Pursuit()
+        self._transitions_due, self._leftover, self._env_sync = 0.0, [], EnvSyncCheck()
         self.generator = torch.Generator().manual_seed(seed)
 
     # Beginning ------------------------------------------------------------------------------------------------------
@@ -103,10 +103,10 @@ class DynaCallback(BaseCallback):
         if getattr(model.replay_buffer, "optimize_memory_usage", False):
             raise ConfigError("Dyna: with optimize_memory_usage=True a buffer cannot hold single transitions. Leave it out.")
         if self.source is None and self.agent is None:
-            self.agent = self._student()
-        self.world, run = (self.agent.learner.average, None) if self.agent is not None else learned_world(self.source)
+            self.agent = self._make_learner()
+        self.world, run = (self.agent.learner.ema, None) if self.agent is not None else learned_world(self.source)
         needs_ensemble(self.world, "max_uncertainty", self.max_uncertainty)
-        self._transposed, self._worlds, self._filtered = None, None, 0
+        self._transposed, self._worlds, self._filtered_at = None, None, 0
         known, acts = plain_obs(self.world.obs).space, plain_action(self.world.action).space
         seen, wrapper = model.observation_space, unwrap_vec_wrapper(self.training_env, VecTransposeImage)
         if wrapper is not None and known == wrapper.venv.observation_space:
@@ -120,7 +120,7 @@ class DynaCallback(BaseCallback):
         if self.agent is None and self.recorded is None and run is not None:
             self.recorded = run.replay()
 
-    def _student(self) -> RandomAgent:
+    def _make_learner(self) -> RandomAgent:
         """An agent that never acts: its replay and its learner take in what the algorithm meets."""
         env = self.training_env
         env_id = id_of(env) or "custom"
@@ -132,18 +132,18 @@ class DynaCallback(BaseCallback):
         return RandomAgent.from_specs("MlpPolicy", *specs, num_envs=env.num_envs, config=config, seed=self.seed)
 
     def _on_training_start(self) -> None:
-        self._pursuit.begin(self.model)
+        self._env_sync.on_training_start(self.model)
         if self.agent is not None:
             self.agent.set_logger(self.logger)
-            self.agent.open_streams(self.model._last_obs)
+            self.agent.start_episodes(self.model._last_obs)
 
     # At each step ---------------------------------------------------------------------------------------------------
 
     def _on_training_end(self) -> None:
-        self._pursuit.end(self.model)
+        self._env_sync.end(self.model)
 
     def _on_step(self) -> bool:
-        self._pursuit.step(self.model, self.locals["new_obs"])
+        self._env_sync.step(self.model, self.locals["new_obs"])
         if self.agent is not None:
             steps = (self.locals[name] for name in ("actions", "new_obs", "rewards", "dones", "infos"))
             self.agent.record(*steps)
@@ -152,9 +152,9 @@ class DynaCallback(BaseCallback):
             if not self.agent.learner.updates:
                 return True
         if self.n_calls % self.every == 0:
-            self._due += self.ratio * self.every * self.training_env.num_envs
-            starts = int(self._due / self.horizon)
-            self._due -= starts * self.horizon
+            self._transitions_due += self.ratio * self.every * self.training_env.num_envs
+            starts = int(self._transitions_due / self.horizon)
+            self._transitions_due -= starts * self.horizon
             if starts:
                 self._add(self.roll_out(starts))
         return True
@@ -162,16 +162,16 @@ class DynaCallback(BaseCallback):
     def roll_out(self, starts: int) -> list[tuple[Any, Any, np.ndarray, np.ndarray, np.ndarray]]:
         """(obs, next obs, action, reward, done), rows [n, ...], of each step; ended roll-outs are left out of what follows."""
         worlds = self._imagined(starts)
-        obs, going, steps = self._seen(worlds.look(worlds.reset())), np.arange(starts), []
+        obs, active, steps = self._for_algorithm(worlds.to_observations(worlds.reset())), np.arange(starts), []
         for _ in range(self.horizon):
             action = self.model.predict(obs, deterministic=False)[0]
-            arrival = worlds.step(worlds.encode(action))
-            following = self._seen(worlds.look(arrival.feature))
-            reward, done, cut = (x.cpu().numpy() for x in (arrival.reward, arrival.terminated, arrival.truncated))
-            steps.append(tuple(part(x, going) for x in (obs, following, action, reward, done)))
-            going = going[~(done | cut)[going]]
-            obs = following
-            if not len(going):
+            step_result = worlds.step(worlds.encode(action))
+            next_obs = self._for_algorithm(worlds.to_observations(step_result.feature))
+            reward, done, truncated = (x.cpu().numpy() for x in (step_result.reward, step_result.terminated, step_result.truncated))
+            steps.append(tuple(part(x, active) for x in (obs, next_obs, action, reward, done)))
+            active = active[~(done | truncated)[active]]
+            obs = next_obs
+            if not len(active):
                 break
         return steps
 
@@ -188,35 +188,35 @@ class DynaCallback(BaseCallback):
                 max_uncertainty=self.max_uncertainty,
                 plain=True,
             )
-            self._filtered = self._updates()
-        elif self._updates() >= self._filtered + REFILTER:
+            self._filtered_at = self._updates()
+        elif self._updates() >= self._filtered_at + REFILTER_EVERY:
             self._worlds.seed(None)
-            self._filtered = self._updates()
+            self._filtered_at = self._updates()
         return self._worlds
 
     def _updates(self) -> int:
         return 0 if self.agent is None else self.agent.learner.updates
 
-    def _seen(self, obs: Any) -> Any:
+    def _for_algorithm(self, obs: Any) -> Any:
         """As the algorithm sees it, which has images transposed."""
         return obs if self._transposed is None else self._transposed.transpose_observations(obs)
 
     def _add(self, steps: list[tuple[Any, Any, np.ndarray, np.ndarray, np.ndarray]]) -> None:
         """Into the buffer, as many rows at a time as it has environments; what is left over waits for the next time."""
         buffer, envs = self.model.replay_buffer, self.training_env.num_envs
-        rows = [tuple(part(x, i) for x in step) for step in steps for i in range(len(step[3]))]
-        rows = self._left + rows
-        for at in range(0, len(rows) - envs + 1, envs):
-            obs, following, action, reward, done = (_stacked(column) for column in zip(*rows[at : at + envs]))
+        transitions = [tuple(part(x, i) for x in step) for step in steps for i in range(len(step[3]))]
+        transitions = self._leftover + transitions
+        for at in range(0, len(transitions) - envs + 1, envs):
+            obs, next_obs, action, reward, done = (_stacked(column) for column in zip(*transitions[at : at + envs]))
             if self.world.action.kind == "continuous":
                 action = self.model.policy.scale_action(action)  # as SB3 stores what it took itself
-            buffer.add(obs, following, action, reward, done, [{} for _ in range(envs)])
+            buffer.add(obs, next_obs, action, reward, done, [{} for _ in range(envs)])
             self.imagined += envs
-        self._left = rows[len(rows) - len(rows) % envs :]
+        self._leftover = transitions[len(transitions) - len(transitions) % envs :]
         self.logger.record("dyna/imagined", self.imagined)
 
 
-def _stacked(rows: Sequence[Any]) -> Any:
-    if isinstance(rows[0], dict):
-        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    return np.stack(rows)
+def _stacked(transitions: Sequence[Any]) -> Any:
+    if isinstance(transitions[0], dict):
+        return {name: np.stack([transition[name] for transition in transitions]) for name in transitions[0]}
+    return np.stack(transitions)

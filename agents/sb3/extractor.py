@@ -19,12 +19,12 @@ from stable_baselines3.common.vec_env import VecTransposeImage
 from torch import Tensor, nn
 
 from worldmodel.config import Frozen
-from worldmodel.distributions import Inputs
-from worldmodel.encoders import InputScaling
+from worldmodel.distributions import EncoderInterface
+from worldmodel.encoders import VectorScaling
 from worldmodel.envs.imagined import Source, learned_world
 from worldmodel.envs.vectors.plain import COUNT_FROM_0, plain_obs
 from worldmodel.errors import ConfigError, did_you_mean
-from worldmodel.model import WorldModel, own_form
+from worldmodel.model import WorldModel, default_distribution
 from worldmodel.registry import build, config_class
 from worldmodel.spaces import ObsSpec
 from worldmodel.spaces.keys import KeySpec
@@ -34,28 +34,28 @@ from worldmodel.storage.weights import cpu_randomness
 MODES, OUTPUTS = ("frozen", "finetune", "joint"), ("code", "embedding")
 
 
-class _Tensors(dict):
+class _Weights(dict):
     """Encoder weights by name, as something that can be referred to weakly."""
 
 
-class _Handed(dict):
+class _WeightsReference(dict):
     """Where weights can be found again, as plain data; they themselves live in this process as long as it, or a copy, does."""
 
-    def __init__(self, place: Mapping[str, Any], tensors: _Tensors):
-        super().__init__(place)
+    def __init__(self, location: Mapping[str, Any], tensors: _Weights):
+        super().__init__(location)
         self.tensors = tensors
 
-    def __copy__(self) -> _Handed:
-        return _Handed(self, self.tensors)
+    def __copy__(self) -> _WeightsReference:
+        return _WeightsReference(self, self.tensors)
 
-    def __deepcopy__(self, memo: dict) -> _Handed:
-        return _Handed(self, self.tensors)
+    def __deepcopy__(self, memo: dict) -> _WeightsReference:
+        return _WeightsReference(self, self.tensors)
 
     def __reduce__(self) -> tuple:
         return dict, (dict(self),)
 
 
-_weights: WeakValueDictionary[str, _Tensors] = WeakValueDictionary()
+_weights: WeakValueDictionary[str, _Weights] = WeakValueDictionary()
 """Digest -> encoder weights that this process handed out, so that policies which are built later find them."""
 
 
@@ -83,7 +83,7 @@ def latent_policy_kwargs(
     if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
         raise ConfigError(f"frames is {frames!r}; expected a whole number of at least 1.")
     world, run = learned_world(run_or_model)
-    missing = _no_code(world)
+    missing = _why_no_latent(world)
     if output == "code" and missing:
         raise ConfigError(
             f"output='code' needs a posterior that looks at the observation alone. {missing} Use output='embedding', train with "
@@ -96,11 +96,11 @@ def latent_policy_kwargs(
             stacklevel=2,
         )
     output = output or ("embedding" if missing else "code")
-    parts = ["inputs", "encoder", *(["dynamics"] if output == "code" else [])]
+    parts = ["vector_scaling", "encoder", *(["dynamics"] if output == "code" else [])]
     config = world.config.model_dump(mode="json")
     weights = encoder_weights(world, output)
     digest = _digest(weights)
-    place = _Handed({"digest": digest, **_place(run)}, _weights.setdefault(digest, _Tensors(weights)))
+    location = _WeightsReference({"digest": digest, **_weights_location(run)}, _weights.setdefault(digest, _Weights(weights)))
     kwargs = {
         "observation": plain_obs(world.obs).to_json(),
         "model": {part: config[part] for part in parts},
@@ -108,7 +108,7 @@ def latent_policy_kwargs(
         "output": output,
         "frames": frames,
         "normalize_images": normalize_images,
-        "weights": place,
+        "weights": location,
     }
     return {
         "features_extractor_class": LatentExtractor,
@@ -148,8 +148,8 @@ class LatentExtractor(BaseFeaturesExtractor):
             net, latent = _posterior(_config("dynamics", model), encoder) if output == "code" else (None, None)
         super().__init__(observation_space, frames * (latent.size if latent is not None else encoder.out_features))
         self.mode, self.output, self.frames, self.spec, self.latent = mode, output, frames, spec, latent
-        self.seen = arrives_as(spec, observation_space, frames, normalize_images)
-        self.scaling, self.encoder, self.posterior_net = InputScaling(model["inputs"], spec), encoder, net
+        self.policy_spec = preprocessed_spec(spec, observation_space, frames, normalize_images)
+        self.scaling, self.encoder, self.posterior_net = VectorScaling(model["vector_scaling"], spec), encoder, net
         self.source = dict(weights)
         self.register_buffer("filled", torch.tensor(False))
         self._checked = False
@@ -159,14 +159,14 @@ class LatentExtractor(BaseFeaturesExtractor):
         self.detached = True
         self.requires_grad_(False)
         if mode == "finetune":
-            self.lead(True)
+            self.unfreeze(True)
 
-    def lead(self, gradients: bool) -> None:
+    def unfreeze(self, gradients: bool) -> None:
         """From now on its weights are learned; `gradients`: by the algorithm too, for what it gives is no longer detached."""
         self.requires_grad_(True)
         self.detached = not gradients
 
-    def follow(self, leader: LatentExtractor) -> None:
+    def copy_from(self, leader: LatentExtractor) -> None:
         """Takes over the leader's weights; no gradient reaches this copy."""
         self.load_state_dict(leader.state_dict())
         self.requires_grad_(False)
@@ -186,24 +186,24 @@ class LatentExtractor(BaseFeaturesExtractor):
         obs = {"obs": observations} if self.spec.single else observations
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detached):
             rows = {name: self._frames(name, obs[name]) for name in self.spec.keys}
-            features = self.encoder(self.scaling(self.seen.canonical(rows)))
+            features = self.encoder(self.scaling(self.policy_spec.canonical(rows)))
             if self.posterior_net is not None:
-                features = self.latent.belief(self.posterior_net(features)).mean
+                features = self.latent.distribution(self.posterior_net(features)).mean
             count = len(features) // self.frames
             return features.view(self.frames, count, -1).transpose(0, 1).reshape(count, -1)  # [N, frames * F]
 
     def _frames(self, name: str, x: Tensor) -> Tensor:
         """What SB3 hands over of one key -> [frames * N, *raw_shape], all first frames first, as `seen` expects it."""
-        key = self.seen.keys[name]
+        key = self.policy_spec.keys[name]
         if self.frames == 1:
             return x.reshape(len(x), *key.raw_shape)
         return torch.cat(x.chunk(self.frames, dim=_stack_axis(key)))
 
     def _check_filled(self) -> None:
         if not bool(self.filled):
-            place = f" or in the run folder '{self.source['run']}'" if self.source.get("run") else ""
+            location = f" or in the run folder '{self.source['run']}'" if self.source.get("run") else ""
             raise ConfigError(
-                f"The encoder has no weights: those with digest {self.source.get('digest')} were not found in this process{place}, "
+                f"The encoder has no weights: those with digest {self.source.get('digest')} were not found in this process{location}, "
                 "and none were loaded. Load the algorithm from its zip, or make policy_kwargs anew with latent_policy_kwargs(run)."
             )
         self._checked = True
@@ -212,7 +212,7 @@ class LatentExtractor(BaseFeaturesExtractor):
 # How SB3 hands observations over ------------------------------------------------------------------------------------------
 
 
-def arrives_as(spec: ObsSpec, space: spaces.Space, frames: int, normalize_images: bool) -> ObsSpec:
+def preprocessed_spec(spec: ObsSpec, space: spaces.Space, frames: int, normalize_images: bool) -> ObsSpec:
     """The spec of single frames in a policy's `space` as SB3 preprocesses them, whose canonical form is that of `spec`.
 
     Raises ConfigError where the space is not the one of `spec`, transposed as SB3 does it and stacked `frames` times.
@@ -226,11 +226,11 @@ def arrives_as(spec: ObsSpec, space: spaces.Space, frames: int, normalize_images
         transposed = _transposed(own)
         if given[name] != own and (transposed is None or given[name] != transposed):
             raise _other_space(spec, space, frames)
-        keys[name] = _handed_over(key, given[name], given[name] != own, normalize_images)
+        keys[name] = _preprocessed_key(key, given[name], given[name] != own, normalize_images)
     return ObsSpec(keys, spec.single)
 
 
-def _handed_over(key: KeySpec, space: spaces.Space, transposed: bool, normalize_images: bool) -> KeySpec:
+def _preprocessed_key(key: KeySpec, space: spaces.Space, transposed: bool, normalize_images: bool) -> KeySpec:
     """How one key reaches a features extractor."""
     scaled = normalize_images and is_image_space(space)
     if key.kind == "categorical":  # one-hot already
@@ -248,15 +248,15 @@ def _handed_over(key: KeySpec, space: spaces.Space, transposed: bool, normalize_
     return replace(key, layout=layout, raw_shape=shape, raw_dtype=np.dtype(np.float32), high=high)
 
 
-def raw_rows(extractor: LatentExtractor, obs: Any) -> Any:
+def raw_observations(extractor: LatentExtractor, obs: Any) -> Any:
     """The environments' own observations [N, ...] out of a policy's: not transposed, and the newest frame alone."""
     single = extractor.spec.single
     rows = {"obs": obs} if single else dict(obs)
     for name, key in extractor.spec.keys.items():
-        seen, x = extractor.seen.keys[name], np.asarray(rows[name])
+        policy_spec, x = extractor.policy_spec.keys[name], np.asarray(rows[name])
         if extractor.frames > 1:
-            x = np.split(x, extractor.frames, axis=_stack_axis(seen))[-1]
-        rows[name] = np.moveaxis(x, -3, -1) if seen.layout != key.layout else x
+            x = np.split(x, extractor.frames, axis=_stack_axis(policy_spec))[-1]
+        rows[name] = np.moveaxis(x, -3, -1) if policy_spec.layout != key.layout else x
     return rows["obs"] if single else rows
 
 
@@ -303,9 +303,9 @@ def encoder_weights(world: WorldModel, output: str) -> dict[str, Tensor]:
 def _find_weights(source: Mapping[str, Any], output: str) -> dict[str, Tensor] | None:
     """The weights of a digest: those of this process, else those of the run where it is still there."""
     digest, path = source.get("digest"), source.get("run")
-    handed = _weights.get(digest)
-    if handed is not None or not path:
-        return handed
+    in_process = _weights.get(digest)
+    if in_process is not None or not path:
+        return in_process
     try:
         run = Run.open(path)
         step = source.get("step")
@@ -323,12 +323,12 @@ def _digest(weights: Mapping[str, Tensor]) -> str:
     return found.hexdigest()[:16]
 
 
-def _place(run: Run | None) -> dict[str, Any]:
+def _weights_location(run: Run | None) -> dict[str, Any]:
     """Where the weights can be found again, as long as the run is kept."""
     return {} if run is None else {"run": str(run.path), "step": run.read()[1]["counters"]["num_timesteps"]}
 
 
-def _no_code(world: WorldModel) -> str:
+def _why_no_latent(world: WorldModel) -> str:
     """Why an observation alone has no code in this model; empty where it has one."""
     if getattr(world.config.dynamics, "pixels", False):
         return "This run predicts pictures as they are: it has no latent code, only a summary that is learned for rewards and ends."
@@ -344,8 +344,8 @@ def _config(role: str, model: Mapping[str, Any]) -> Frozen:
 
 def _posterior(config: Frozen, encoder: nn.Module) -> tuple[nn.Module, Any]:
     """(embedding -> parameters of the belief, the family of codes) of dynamics whose posterior sees the observation alone."""
-    law = own_form(config)
-    dynamics = build("dynamics", config, Inputs({}, encoder.out_features, encoder.forward), 1, law, law)
+    prior = default_distribution(config)
+    dynamics = build("dynamics", config, EncoderInterface({}, encoder.out_features, encoder.forward), 1, prior, prior)
     return dynamics.posterior_net, dynamics.latent
 
 

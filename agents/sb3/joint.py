@@ -10,9 +10,9 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecNormalize, unwrap_vec_wrapper
 
-from worldmodel.agents.experience import Pursuit
+from worldmodel.agents.experience import EnvSyncCheck
 from worldmodel.agents.random import RandomAgent
-from worldmodel.agents.sb3.extractor import LatentExtractor, raw_rows
+from worldmodel.agents.sb3.extractor import LatentExtractor, raw_observations
 from worldmodel.config import Config
 from worldmodel.envs.imagined import Source, learned_world
 from worldmodel.envs.vectors.plain import COUNT_FROM_0, plain_action, plain_obs
@@ -28,7 +28,7 @@ class JointWorldModel(BaseCallback):
     ratio         world-model updates per real step; default: the run's train.ratio
     rl_gradients  whether the algorithm's own loss changes the encoder too
     config        what differs from the run's options of `train`, e.g. {"train.lr": 3e-4}. Unless they are given here,
-                  train.average and train.pretrain are 0, and train.prefill is at most the rows of one batch
+                  train.ema_decay and train.pretrain are 0, and train.prefill is at most the rows of one batch
     seed          of the replay's windows and the codes that are drawn
 
     The world model's encoder is the critic's (DQN's, PPO's: the policy's) and nobody's copy. An actor with an extractor of its own
@@ -58,8 +58,8 @@ class JointWorldModel(BaseCallback):
         if ratio is not None and not ratio >= 0:
             raise ConfigError(f"JointWorldModel: ratio is {ratio!r}; expected updates per real step, 0 or more.")
         self.source, self.ratio, self.rl_gradients, self.config, self.seed = run_or_model, ratio, rl_gradients, config or {}, seed
-        self._of: BaseAlgorithm | None = None
-        self._pending, self._pursuit = 0, Pursuit()
+        self._prepared_for: BaseAlgorithm | None = None
+        self._pending_steps, self._env_sync = 0, EnvSyncCheck()
 
     def _on_training_start(self) -> None:
         if unwrap_vec_wrapper(self.training_env, VecNormalize) is not None:
@@ -67,14 +67,14 @@ class JointWorldModel(BaseCallback):
                 "VecNormalize is around the environment: the world model would learn other observations and rewards than it was "
                 "trained on. Take it off; the encoder standardises vectors itself."
             )
-        if self._of is not self.model:
-            self._begin()
-        self._pursuit.begin(self.model)
+        if self._prepared_for is not self.model:
+            self._prepare()
+        self._env_sync.on_training_start(self.model)
         self.agent.env = self.training_env
         self.agent.set_logger(self.model.logger)
-        self.agent.open_streams(self._raw(self.model._last_obs))
+        self.agent.start_episodes(self._raw(self.model._last_obs))
 
-    def _begin(self) -> None:
+    def _prepare(self) -> None:
         """The world model of the source, around the encoder of this algorithm."""
         self.leader, self.followers = leader_and_followers(self.model.policy)
         world, run = learned_world(self.source)
@@ -91,16 +91,16 @@ class JointWorldModel(BaseCallback):
                 f"environment. {COUNT_FROM_0}"
             )
         self.agent = self._make_agent(world, run.config if run is not None else Config.parse({"env": {"id": "custom"}}))
-        self.leader.lead(self.rl_gradients)
+        self.leader.unfreeze(self.rl_gradients)
         for extractor in self._extractors():
             extractor.scaling = self.leader.scaling  # what was observed is the same for all copies
         self._sync()
-        self._of, self._pending = self.model, 0
+        self._prepared_for, self._pending_steps = self.model, 0
 
     def _make_agent(self, world, config: Config) -> RandomAgent:
         batch = config.train.batch_size * (config.train.burn_in + config.train.batch_length)
         fixed = {"agent": {"kind": "random"}, "model": world.config.model_dump(mode="json")}
-        fixed |= {"train.average": 0.0, "train.pretrain": 0, "train.prefill": min(config.train.prefill, batch)}
+        fixed |= {"train.ema_decay": 0.0, "train.pretrain": 0, "train.prefill": min(config.train.prefill, batch)}
         if self.ratio is not None:
             fixed["train.ratio"] = self.ratio
         config = config.override(fixed).override(self.config)
@@ -114,41 +114,45 @@ class JointWorldModel(BaseCallback):
         return agent
 
     def _on_step(self) -> bool:
-        seen = self.locals
-        self._pursuit.step(self.model, seen["new_obs"])
-        action = seen["clipped_actions"] if "clipped_actions" in seen else seen["actions"]  # what the environments got
-        infos = [self._raw_info(info) for info in seen["infos"]]
+        step_locals = self.locals
+        self._env_sync.step(self.model, step_locals["new_obs"])
+        action = (
+            step_locals["clipped_actions"] if "clipped_actions" in step_locals else step_locals["actions"]
+        )  # what the environments got
+        infos = [self._raw_info(info) for info in step_locals["infos"]]
         self.agent.num_timesteps = self.num_timesteps
-        self.agent.record(np.asarray(action), self._raw(seen["new_obs"]), seen["rewards"], seen["dones"], infos)
-        self._pending += 1
+        self.agent.record(
+            np.asarray(action), self._raw(step_locals["new_obs"]), step_locals["rewards"], step_locals["dones"], infos
+        )
+        self._pending_steps += 1
         return True
 
     def _on_rollout_start(self) -> None:
         self._learn()
 
     def _on_training_end(self) -> None:
-        self._pursuit.end(self.model)
+        self._env_sync.end(self.model)
         self._learn()
 
     def _learn(self) -> None:
         """The updates that the steps since the last ones pay for."""
         before = self.agent.learner.updates
-        for _ in range(self._pending):
+        for _ in range(self._pending_steps):
             self.agent.learn_from_replay()
-        self._pending = 0
+        self._pending_steps = 0
         if self.agent.learner.updates > before:
             self._sync()
 
     def _sync(self) -> None:
         self.agent.learner.optimizer.zero_grad(set_to_none=True)  # no gradient of ours is left in the algorithm's parameters
         for extractor in self.followers:
-            extractor.follow(self.leader)
+            extractor.copy_from(self.leader)
 
     def _extractors(self) -> list[LatentExtractor]:
         return [module for module in self.model.policy.modules() if isinstance(module, LatentExtractor)]
 
     def _raw(self, obs: Any) -> Any:
-        return raw_rows(self.leader, obs)
+        return raw_observations(self.leader, obs)
 
     def _raw_info(self, info: dict[str, Any]) -> dict[str, Any]:
         if "terminal_observation" not in info:

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
-from worldmodel.agents.evaluation import CONFIRMATION_SEED, EVALUATION_SEED, Abandoned, cut_at, evaluate, threshold
+from worldmodel.agents.evaluation import CONFIRMATION_SEED, EVALUATION_SEED, EvaluationAborted, episode_limit, evaluate, threshold
 from worldmodel.agents.loop import WorldModelAlgorithm
 from worldmodel.agents.training import resources
-from worldmodel.agents.training.report import Lines
+from worldmodel.agents.training.report import LineReport
 from worldmodel.agents.training.signals import Signals
 from worldmodel.errors import StorageError
 from worldmodel.storage.run import Run
@@ -36,22 +36,28 @@ class Progress:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
 
 
-class Keeper(BaseCallback):
+class RunCallback(BaseCallback):
     """Evaluates, confirms, checkpoints and stops; asked after every round of real steps."""
 
     def __init__(
-        self, run: Run, progress: Progress, signals: Signals, report: Lines, seed: int, warn: Callable[[str], object] = _log.warning
+        self,
+        run: Run,
+        progress: Progress,
+        signals: Signals,
+        report: LineReport,
+        seed: int,
+        warn: Callable[[str], object] = _log.warning,
     ):
         super().__init__()
         self.run, self.config, self.seed = run, run.config, seed
         self.progress, self.signals, self.report, self.warn = progress, signals, report, warn
-        self.recorded = bool(self.config.train.data)  # then there is no environment
-        self.goal = self.config.eval.threshold if self.recorded else threshold(self.config.eval, self.config.env.id)
+        self.is_offline = bool(self.config.train.data)  # then there is no environment
+        self.threshold = self.config.eval.threshold if self.is_offline else threshold(self.config.eval, self.config.env.id)
         self._clock: float | None = None
         self._failed = self._failed_in_a_row = 0
 
     def _init_callback(self) -> None:
-        self.model.go_on = lambda: not self.asked()
+        self.model.should_continue = lambda: not self.asked()
 
     def asked(self, doing: str | None = None) -> bool:
         """Whether the process is asked to end; whoever asks also shows that the run is alive, `doing` what is no training."""
@@ -59,8 +65,8 @@ class Keeper(BaseCallback):
         return bool(self.signals)
 
     def _on_training_start(self) -> None:
-        resources.tell(self.model, self.run, self.warn)
-        if not self.recorded and math.isfinite(limit := cut_at(self.model.env, self.config.eval.max_steps)):
+        resources.warn_if_large(self.model, self.run, self.warn)
+        if not self.is_offline and math.isfinite(limit := episode_limit(self.model.env, self.config.eval.max_steps)):
             self.report.say(
                 f"Episodes of evaluations are cut after {limit:,} steps: {self.config.env.id} "
                 "may have no limit of its own. eval.max_steps sets another."
@@ -75,29 +81,31 @@ class Keeper(BaseCallback):
         due = every and step // every > (step - self.model.n_envs) // every
         if due or self.progress.evaluated == step:  # an evaluation's own is no fence: that would cut episodes at every one
             fence = self.config.checkpoint.fence and due
-            self.save_on_the_way(fenced=fence and not self.model.owes)
-            if fence and not self.recorded and goes_on and step < self.config.train.steps:
-                self.model.reopen(env_seed(self.seed, step))
-        elif (flush := self.config.checkpoint.flush) and step // flush > (step - self.model.n_envs) // flush and not self.recorded:
+            self.try_save(fenced=fence and not self.model.has_pending_updates)
+            if fence and not self.is_offline and goes_on and step < self.config.train.steps:
+                self.model.restart_episodes(env_seed(self.seed, step))
+        elif (
+            (flush := self.config.checkpoint.flush) and step // flush > (step - self.model.n_envs) // flush and not self.is_offline
+        ):
             self._flush()
         return goes_on
 
-    def pay(self) -> None:
+    def run_updates(self) -> None:
         """The updates that a signal left owed, before their step is evaluated as if they had been made."""
         model = self.model
-        if model.num_timesteps and model.owes and not self.signals:
+        if model.num_timesteps and model.has_pending_updates and not self.signals:
             self._clock = time.perf_counter()
             model._update_current_progress_remaining(model.num_timesteps, self.config.train.steps)
-            model.pay()
-            self.tick()
+            model.run_updates()
+            self.add_wall_time()
 
     def evaluate_if_due(self) -> bool:
         """False where the run is solved and shall end."""
-        step, every = self.model.num_timesteps, 0 if self.recorded else self.config.eval.every
+        step, every = self.model.num_timesteps, 0 if self.is_offline else self.config.eval.every
         if every and step // every > self.progress.evaluated // every:
             try:
                 self._evaluate(step)
-            except Abandoned:  # it is made up for on resume
+            except EvaluationAborted:  # it is made up for on resume
                 return False
         return not (self.config.eval.stop_when_solved and self.progress.solved_at is not None)
 
@@ -106,31 +114,33 @@ class Keeper(BaseCallback):
         returns = self.measure(episodes, EVALUATION_SEED)
         mean = float(np.mean(returns))
         note = ""
-        if self.goal is not None and mean >= self.goal and self.progress.solved_at is None:
+        if self.threshold is not None and mean >= self.threshold and self.progress.solved_at is None:
             confirmed = float(np.mean(self.measure(episodes, CONFIRMATION_SEED)))
-            note = f"  confirmed by {confirmed:.1f}: solved" if confirmed >= self.goal else f"  not confirmed ({confirmed:.1f})"
-            self.progress.solved_at = step if confirmed >= self.goal else None
-        row = {"real_steps": step, "mean_return": mean, "std_return": float(np.std(returns)), "episodes": episodes}
-        self.progress.evaluations.append(row)
+            note = (
+                f"  confirmed by {confirmed:.1f}: solved" if confirmed >= self.threshold else f"  not confirmed ({confirmed:.1f})"
+            )
+            self.progress.solved_at = step if confirmed >= self.threshold else None
+        entry = {"real_steps": step, "mean_return": mean, "std_return": float(np.std(returns)), "episodes": episodes}
+        self.progress.evaluations.append(entry)
         self.progress.evaluated = step
         self.model.logger.record("eval/mean_reward", mean)
         self.model.logger.dump(step)
-        self.report.evaluated(self.model, row, note)
+        self.report.evaluated(self.model, entry, note)
 
     def measure(self, episodes: int, seed: int) -> list[float]:
         """Returns of greedy episodes; their time counts as evaluation."""
-        self.tick()
+        self.add_wall_time()
         started = time.perf_counter()
         try:
-            most = self.config.eval.max_steps
+            max_steps = self.config.eval.max_steps
             asked = partial(self.asked, "evaluating")
-            return evaluate(self.model, self.config.env, episodes, seed, max_steps=most, give_up=asked)[0]
+            return evaluate(self.model, self.config.env, episodes, seed, max_steps=max_steps, should_abort=asked)[0]
         finally:
             self.progress.eval_seconds += time.perf_counter() - started
             if self._clock is not None:
                 self._clock = time.perf_counter()
 
-    def tick(self) -> None:
+    def add_wall_time(self) -> None:
         """Training time goes on the account up to now; what comes before the first step is no training."""
         if self._clock is not None:
             now = time.perf_counter()
@@ -139,10 +149,10 @@ class Keeper(BaseCallback):
 
     def save(self, fenced: bool = False) -> None:
         """Commits this step, unless it is; `fenced` where all that follows begins with `reopen`."""
-        self.tick()
+        self.add_wall_time()
         self.run.save(self.model, asdict(self.progress), fenced=fenced)
 
-    def save_on_the_way(self, fenced: bool = False) -> None:
+    def try_save(self, fenced: bool = False) -> None:
         """`save`, where a disk that says no is told, and tried again at the next checkpoint, but not for ever."""
         limit = self.config.checkpoint.failures
         try:

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from stable_baselines3.common.callbacks import BaseCallback
 
 from worldmodel import registry
-from worldmodel.agents.experience import fit_scaling, new_replay, steps_held
+from worldmodel.agents.experience import fit_scaling, new_replay, replay_capacity
 from worldmodel.agents.loop import WorldModelAlgorithm, policy_name
-from worldmodel.agents.training.report import SHOWN
+from worldmodel.agents.training.report import SHOWN_LOSSES
 from worldmodel.config import Config
 from worldmodel.envs.sources import recording
 from worldmodel.errors import ConfigError
@@ -36,12 +36,12 @@ def make_agent(config: Config, seed: int, device: str = "auto", trust: bool = Fa
     found = _read(config)
     agent = _of_specs(config, found.obs_spec, found.action_spec, seed, device, trust)
     agent.replay = new_replay(config.train, found.obs_spec, found.action_spec, 1, None)
-    found.fill(agent.replay)
+    found.append_to(agent.replay)
     fit_scaling(agent.world, agent.replay)
     return agent
 
 
-def reopened(
+def agent_for_resume(
     run: Run, config: Config, seed: int, device: str = "auto", trust: bool = False, *, check: bool = False
 ) -> WorldModelAlgorithm:
     """An agent for the checkpoint of a run, whose folder holds the experience: the data need not be there any more.
@@ -51,7 +51,7 @@ def reopened(
     state = run.read()[1]
     obs_spec, action_spec = ObsSpec.from_json(state["observation"]), ActionSpec.from_json(state["action"])
     if check:
-        _read(config).require(obs_spec, action_spec, str(run.path))
+        _read(config).check_same_spaces(obs_spec, action_spec, str(run.path))
     return _of_specs(config, obs_spec, action_spec, seed, device, trust)
 
 
@@ -66,7 +66,7 @@ def learn(agent: WorldModelAlgorithm, steps: int, callback: BaseCallback, say: C
     goes_on = True
     while goes_on and agent.num_timesteps < steps:
         agent.num_timesteps += 1
-        agent.spend(1)
+        agent.update_for_steps(1)
         goes_on = callback.on_step()
         if agent.num_timesteps % LOG_STEPS == 0 or agent.num_timesteps == steps or not goes_on:
             _log(agent, steps, say)
@@ -77,7 +77,7 @@ def _log(agent: WorldModelAlgorithm, steps: int, say: Callable[[str], object]) -
     """TensorBoard's entries, and about ten lines a run."""
     logged, every = agent.logger.name_to_value, max(1, steps // (10 * LOG_STEPS)) * LOG_STEPS
     if agent.num_timesteps % every == 0 or agent.num_timesteps == steps:
-        losses = "  ".join(f"{short} {logged[name]:.3g}" for name, short in SHOWN.items() if name in logged)
+        losses = "  ".join(f"{short} {logged[name]:.3g}" for name, short in SHOWN_LOSSES.items() if name in logged)
         say(f"step {agent.num_timesteps}/{steps}  {agent.learner.updates} updates  {losses}")
     agent.dump_logs()
 
@@ -103,7 +103,7 @@ def _read(config: Config) -> Recording:
             f"{found.origin} has {found.steps} steps in {found.episodes} episodes, {rows} rows with their first observations, but "
             f"one sequence needs {needed}. Add more with --data, or lower train.batch_length (now {train.batch_length})."
         )
-    if rows > (kept := steps_held(train, found.obs_spec, found.action_spec)):
+    if rows > (kept := replay_capacity(train, found.obs_spec, found.action_spec)):
         raise ConfigError(
             f"{found.origin} has {rows} rows, but the replay keeps {kept}. Raise train.capacity to {rows} or more, as "
             "far as memory and train.replay_gib allow, or train on fewer sources."

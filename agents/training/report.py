@@ -18,9 +18,9 @@ from worldmodel.config import Frozen
 from worldmodel.registry import register
 from worldmodel.view.tensorboard import EventFile
 
-SHOWN = {"world/loss/observation": "obs", "world/loss/reward": "reward"}
+SHOWN_LOSSES = {"world/loss/observation": "obs", "world/loss/reward": "reward"}
 """Logged losses that the bar shows, under short names."""
-EVERY = 30.0
+LINE_INTERVAL = 30.0
 """Seconds without a line after which one says that the run is alive."""
 WINDOW = 30.0
 """Seconds over which "recent" is measured."""
@@ -36,7 +36,7 @@ class LogConfig(Frozen):
     held_out: int = Field(8, ge=1, description="episodes of each look")
 
 
-class Pace:
+class Throughput:
     """Real steps and updates a second over the last WINDOW seconds of training; evaluations and looks are no part of it."""
 
     def __init__(self) -> None:
@@ -59,15 +59,15 @@ class Pace:
         self._marks.clear()
 
 
-class Lines:
+class LineReport:
     """A line for each evaluation, given to `log`, and one every half minute in which there was none: what goes on, how fast."""
 
     def __init__(self, log: Callable[[str], object], total: int):
-        self._log, self.total, self.pace = log, total, Pace()
-        self._said = time.perf_counter()
+        self._log, self.total, self.pace = log, total, Throughput()
+        self._last_line_at = time.perf_counter()
 
     def say(self, text: str) -> None:
-        self._said = time.perf_counter()
+        self._last_line_at = time.perf_counter()
         self._log(text)
 
     def start(self, model: WorldModelAlgorithm) -> None:
@@ -79,7 +79,7 @@ class Lines:
             self.pace.note(model)
         else:
             self.pace.pause()
-        if time.perf_counter() - self._said >= EVERY:
+        if time.perf_counter() - self._last_line_at >= LINE_INTERVAL:
             self.say(self.sign(model, doing))
 
     def sign(self, model: WorldModelAlgorithm, doing: str | None = None) -> str:
@@ -89,10 +89,10 @@ class Lines:
         left = seconds_left(model, self.pace, self.total)
         return "  ".join(words if left is None else [*words, f"about {duration(left)} left"])
 
-    def evaluated(self, model: WorldModelAlgorithm, row: Mapping[str, Any], note: str = "") -> None:
+    def evaluated(self, model: WorldModelAlgorithm, entry: Mapping[str, Any], note: str = "") -> None:
         self.say(
-            f"step {row['real_steps']}/{self.total}  return {row['mean_return']:.1f} +- {row['std_return']:.1f} "
-            f"({row['episodes']} episodes)  {self.pace.steps:.0f} steps/s{note}"
+            f"step {entry['real_steps']}/{self.total}  return {entry['mean_return']:.1f} +- {entry['std_return']:.1f} "
+            f"({entry['episodes']} episodes)  {self.pace.steps:.0f} steps/s{note}"
         )
 
     def close(self) -> None:
@@ -102,12 +102,12 @@ class Lines:
 def phase(model: WorldModelAlgorithm) -> str:
     """What training is at: experience that nothing is learned from yet, the world model alone, or all of it."""
     made, first = model.learner.updates, model.config.train.pretrain
-    if made == 0 and not model.owes:
+    if made == 0 and not model.has_pending_updates:
         return "collecting"
     return f"pretraining {made}/{first}" if made < first else "learning"
 
 
-def seconds_left(model: WorldModelAlgorithm, pace: Pace, total: int) -> float | None:
+def seconds_left(model: WorldModelAlgorithm, pace: Throughput, total: int) -> float | None:
     """Until the last step, at the recent pace and without evaluations; None where nothing tells, as before the first updates."""
     train, steps, made = model.config.train, max(0, total - model.num_timesteps), model.learner.updates
     if made < train.pretrain:  # the steps to come cost what their updates cost
@@ -123,7 +123,7 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-class Bar(Lines):
+class ProgressBar(LineReport):
     """A rich progress bar on stderr, with recent steps per second, the last return and losses; lines appear above it."""
 
     def __init__(self, log: Callable[[str], object], total: int):
@@ -151,20 +151,20 @@ class Bar(Lines):
 
     def alive(self, model: WorldModelAlgorithm, doing: str | None = None) -> None:
         """Here the bar is the sign of life."""
-        self._said = now = time.perf_counter()
+        self._last_line_at = now = time.perf_counter()
         super().alive(model, doing)
         if now - self._drawn < 0.2 and model.num_timesteps < self.total:  # drawing costs more than a small step
             return
         self._drawn = now
         logged = model.logger.name_to_value
-        self._losses |= {short: float(logged[name]) for name, short in SHOWN.items() if name in logged}
+        self._losses |= {short: float(logged[name]) for name, short in SHOWN_LOSSES.items() if name in logged}
         recent = model.ep_info_buffer[-1]["r"] if model.ep_info_buffer else None
         words = [] if (doing or phase(model)) == "learning" else [doing or phase(model)]
         words += ([] if recent is None else [f"return {recent:.1f}"]) + [f"{k} {v:.3g}" for k, v in self._losses.items()]
         self._bar.update(self._task, completed=model.num_timesteps, rate=f"{self.pace.steps:.0f}", info="  ".join(words))
 
-    def evaluated(self, model: WorldModelAlgorithm, row: Mapping[str, Any], note: str = "") -> None:
-        super().evaluated(model, row, note)
+    def evaluated(self, model: WorldModelAlgorithm, entry: Mapping[str, Any], note: str = "") -> None:
+        super().evaluated(model, entry, note)
         self._bar.update(self._task, completed=model.num_timesteps)
 
     def close(self) -> None:

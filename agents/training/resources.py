@@ -8,7 +8,7 @@ from collections.abc import Callable
 from worldmodel.agents.loop import WorldModelAlgorithm
 from worldmodel.storage.run import Run
 
-SHARE = 0.25
+WARN_SHARE = 0.25
 """Of what is free; less than this is not worth a word."""
 
 
@@ -22,22 +22,22 @@ def free_memory() -> int | None:
         return None
 
 
-def tell(model: WorldModelAlgorithm, run: Run, warn: Callable[[str], object]) -> None:
+def warn_if_large(model: WorldModelAlgorithm, run: Run, warn: Callable[[str], object]) -> None:
     """Warns where the replay may take more than a SHARE of the free memory, and the run more of the disk than there is."""
     free, keep = shutil.disk_usage(run.path).free, run.config.checkpoint.keep
     moments = 0 if model.learner.updates else 8 * model.parameter_count  # Adam's two, from the first update on
     size, written = run.checkpoint_bytes + moments, run.replay_bytes
     replay, memory = model.replay, free_memory()
-    rows = max(0, replay.disk_bytes - written)
-    if (memory is not None and replay.nbytes > SHARE * memory) or rows > SHARE * free:
+    replay_disk_bytes = max(0, replay.disk_bytes - written)
+    if (memory is not None and replay.nbytes > WARN_SHARE * memory) or replay_disk_bytes > WARN_SHARE * free:
         of = "" if memory is None else f" (of {memory / 1e6:,.0f} MB that are free)"
         warn(
             f"The replay may grow to {replay.capacity:,} steps: {replay.nbytes / 1e6:,.0f} MB of memory{of} and "
-            f"{rows / 1e6:,.0f} MB of disk (of {free / 1e6:,.0f} MB). Lower train.capacity or train.replay_gib, or keep it on the "
+            f"{replay_disk_bytes / 1e6:,.0f} MB of disk (of {free / 1e6:,.0f} MB). Lower train.capacity or train.replay_gib, or keep it on the "
             "disk alone (train.replay=disk)."
         )
-    if free < keep * size + rows:
+    if free < keep * size + replay_disk_bytes:
         warn(
             f"The disk of {run.path} has {free / 1e6:.0f} MB left, but {keep} more checkpoints of {size / 1e6:.0f} MB and "
-            f"{rows / 1e6:.0f} MB of replay may come. Free some space, or lower checkpoint.keep or train.capacity."
+            f"{replay_disk_bytes / 1e6:.0f} MB of replay may come. Free some space, or lower checkpoint.keep or train.capacity."
         )

@@ -17,13 +17,13 @@ from stable_baselines3.common.logger import Logger
 
 from worldmodel import config as configs
 from worldmodel import registry
-from worldmodel.agents.evaluation import FINAL_SEED, Abandoned
+from worldmodel.agents.evaluation import FINAL_SEED, EvaluationAborted
 from worldmodel.agents.loop import WorldModelAlgorithm, policy_name
 from worldmodel.agents.training import offline
-from worldmodel.agents.training.callback import Keeper, Progress, env_seed, standing
-from worldmodel.agents.training.report import Bar, Lines, Scalars
+from worldmodel.agents.training.callback import Progress, RunCallback, env_seed, standing
+from worldmodel.agents.training.held_out_callback import HeldOutCallback
+from worldmodel.agents.training.report import LineReport, ProgressBar, Scalars
 from worldmodel.agents.training.signals import Interrupted, Signals
-from worldmodel.agents.training.watch import Watch
 from worldmodel.config import Config
 from worldmodel.envs.make import as_vec_env
 from worldmodel.errors import ConfigError, EnvError
@@ -88,7 +88,7 @@ def new(session: Session, recipe: Any, run_dir: str | Path | None, given: dict[s
     agent = make_agent(config, seed, session.device, session.trust)  # before the folder: what cannot start leaves nothing behind
     try:
         with Run.create(run_dir, config, seed) as run:
-            return _go_on(session, run, agent, Progress(overrides=_lasting(given)), seed)
+            return _train_run(session, run, agent, Progress(overrides=_saved_overrides(given)), seed)
     finally:
         _close(agent)
 
@@ -97,7 +97,7 @@ def resumed(session: Session, recipe: Any, run_dir: str | Path | None, given: di
     path = Path(run_dir) if run_dir is not None else runs.latest_default(Config.from_recipe(recipe, given), seed or 0)
     with Run.open(path, write=True) as run:
         manifest = run.manifest() or {}
-        config = _agreed(run, manifest, recipe, given, seed)
+        config = _resume_config(run, manifest, recipe, given, seed)
         seed = manifest.get("seed", seed or 0)
         result = run.result
         if result is not None and _is_finished(config, result, manifest):
@@ -105,18 +105,18 @@ def resumed(session: Session, recipe: Any, run_dir: str | Path | None, given: di
             return TrainResult(**result)
         if config.train.data and run.checkpoints:
             torch.set_num_threads(config.train.threads)
-            agent = offline.reopened(run, config, seed, session.device, session.trust, check="train.data" in given)
+            agent = offline.agent_for_resume(run, config, seed, session.device, session.trust, check="train.data" in given)
         else:
             agent = make_agent(config, seed, session.device, session.trust)
         try:
             state = run.resume(agent, keep_newer=session.keep_newer, log=session.log)
             run.write_config(config)
             run.write_result(None)
-            progress = Progress(**state) if state is not None else Progress(overrides=_lasting(given))
+            progress = Progress(**state) if state is not None else Progress(overrides=_saved_overrides(given))
             if result is not None:  # the evaluation at the end came after the last checkpoint
                 progress.wall_seconds, progress.eval_seconds = result["wall_seconds"], result["eval_seconds"]
             session.log(f"{run.path} goes on at {standing(agent)}.")
-            return _go_on(session, run, agent, progress, seed)
+            return _train_run(session, run, agent, progress, seed)
         finally:
             _close(agent)
 
@@ -126,7 +126,7 @@ def _close(agent: WorldModelAlgorithm) -> None:
         agent.env.close()
 
 
-def _lasting(given: Mapping[str, Any]) -> dict[str, Any]:
+def _saved_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
     """The overrides that a resume need not repeat."""
     return {key: value for key, value in given.items() if key != "train.steps"}
 
@@ -139,11 +139,13 @@ def _is_finished(config: Config, result: Mapping[str, Any], manifest: Mapping[st
     return (solved or reached >= config.train.steps) and committed >= result["real_steps"]
 
 
-def _agreed(run: Run, manifest: Mapping[str, Any], recipe: Any, given: dict[str, Any], seed: int | None) -> Config:
+def _resume_config(run: Run, manifest: Mapping[str, Any], recipe: Any, given: dict[str, Any], seed: int | None) -> Config:
     """The run's config, perhaps with more steps. ConfigError that lists every other difference from what is asked for now."""
-    before = manifest.get("progress", {}).get("overrides", {})
+    before = run.config.in_new_names(manifest.get("progress", {}).get("overrides", {}))
     asked = Config.from_recipe(recipe, {**before, **given}) if recipe is not None else run.config.override(given)
-    differs = [row for row in configs.differences(run.config, asked) if row[0] != "train.steps" and not row[0].startswith("eval.")]
+    differs = [
+        entry for entry in configs.differences(run.config, asked) if entry[0] != "train.steps" and not entry[0].startswith("eval.")
+    ]
     if seed is not None and seed != manifest.get("seed", seed):
         differs.append(("seed", manifest["seed"], seed))
     steps = given.get("train.steps", run.config.train.steps)
@@ -181,39 +183,39 @@ def make_agent(config: Config, seed: int, device: str = "auto", trust: bool = Fa
         raise
 
 
-def _go_on(session: Session, run: Run, agent: WorldModelAlgorithm, progress: Progress, seed: int) -> TrainResult:
+def _train_run(session: Session, run: Run, agent: WorldModelAlgorithm, progress: Progress, seed: int) -> TrainResult:
     """From where the agent is to the end of the run."""
     config = run.config
-    report = (Bar if session.progress else Lines)(session.log, config.train.steps)
+    report = (ProgressBar if session.progress else LineReport)(session.log, config.train.steps)
     agent.replay_folder = run.replay_folder
     if config.train.steps <= config.train.prefill and not config.train.data:
         session.warn(
             f"Nothing will be learned: the run ends after {config.train.steps} steps, and the first {config.train.prefill} are "
             f"random ones, only collected. Take more than {config.train.prefill} --steps, or lower train.prefill."
         )
-    keeper = Keeper(run, progress, session.signals, report, seed, session.warn)
+    run_callback = RunCallback(run, progress, session.signals, report, seed, session.warn)
     outputs = [Scalars(run.path, agent.num_timesteps, session.warn)] if config.log.tensorboard else []
     agent.set_logger(Logger(str(run.path), outputs))
-    keeper.init_callback(agent)
-    watch = _watch(config, keeper)
-    callback = keeper if watch is None else CallbackList([keeper, watch])
+    run_callback.init_callback(agent)
+    held_out_callback = _held_out_callback(config, run_callback)
+    callback = run_callback if held_out_callback is None else CallbackList([run_callback, held_out_callback])
     try:
-        keeper.save(fenced=config.checkpoint.fence and agent.num_timesteps == 0)
-        keeper.pay()
-        if keeper.evaluate_if_due() and agent.num_timesteps < config.train.steps and not session.signals:
+        run_callback.save(fenced=config.checkpoint.fence and agent.num_timesteps == 0)
+        run_callback.run_updates()
+        if run_callback.evaluate_if_due() and agent.num_timesteps < config.train.steps and not session.signals:
             if config.train.data:
                 offline.learn(agent, config.train.steps, callback, report.say)
             else:
-                agent.reopen(env_seed(seed, agent.num_timesteps))
+                agent.restart_episodes(env_seed(seed, agent.num_timesteps))
                 agent.learn(config.train.steps - agent.num_timesteps, callback, config.log.every, reset_num_timesteps=False)
-        keeper.save()
+        run_callback.save()
         if session.signals:
             raise _interrupted(session, run, agent)
-        return _finished(run, agent, keeper, seed)
-    except Abandoned:
+        return _final_result(run, agent, run_callback, seed)
+    except EvaluationAborted:
         raise _interrupted(session, run, agent) from None
     except EnvError as error:
-        keeper.save()
+        run_callback.save()
         if session.signals:  # a signal to the whole group also ends the environments' processes
             raise _interrupted(session, run, agent) from error
         raise
@@ -222,11 +224,13 @@ def _go_on(session: Session, run: Run, agent: WorldModelAlgorithm, progress: Pro
         agent.logger.close()
 
 
-def _watch(config: Config, keeper: Keeper) -> Watch | None:
+def _held_out_callback(config: Config, run_callback: RunCallback) -> HeldOutCallback | None:
     """The callback that shows held-out episodes; None where nothing would be written, or there is nothing to play in."""
     if not (config.log.tensorboard and config.log.pictures) or config.train.data:
         return None
-    return Watch(config.log.pictures, episodes=config.log.held_out, give_up=partial(keeper.asked, "looking at held-out episodes"))
+    return HeldOutCallback(
+        config.log.pictures, episodes=config.log.held_out, should_abort=partial(run_callback.asked, "looking at held-out episodes")
+    )
 
 
 def _interrupted(session: Session, run: Run, agent: WorldModelAlgorithm) -> Interrupted:
@@ -236,26 +240,26 @@ def _interrupted(session: Session, run: Run, agent: WorldModelAlgorithm) -> Inte
     return Interrupted(session.signals.received, text)
 
 
-def _finished(run: Run, agent: WorldModelAlgorithm, keeper: Keeper, seed: int) -> TrainResult:
-    recorded = keeper.recorded
-    final = None if recorded else float(np.mean(keeper.measure(run.config.eval.episodes, FINAL_SEED)))
-    progress = keeper.progress
+def _final_result(run: Run, agent: WorldModelAlgorithm, run_callback: RunCallback, seed: int) -> TrainResult:
+    is_offline = run_callback.is_offline
+    final = None if is_offline else float(np.mean(run_callback.measure(run.config.eval.episodes, FINAL_SEED)))
+    progress = run_callback.progress
     result = TrainResult(
         env_id=run.config.env.id,
         recipe=run.config.recipe,
         seed=seed,
         threads=run.config.train.threads,
-        real_steps=0 if recorded else agent.num_timesteps,
+        real_steps=0 if is_offline else agent.num_timesteps,
         updates=agent.learner.updates,
         wall_seconds=progress.wall_seconds,
         eval_seconds=progress.eval_seconds,
         parameters=agent.parameter_count,
-        threshold=keeper.goal,
+        threshold=run_callback.threshold,
         solved_at=progress.solved_at,
         final_return=final,
         evaluations=progress.evaluations,
         run=str(run.path),
-        final_episodes=None if recorded else run.config.eval.episodes,
+        final_episodes=None if is_offline else run.config.eval.episodes,
     )
     run.write_result(result.to_json())
     return result

@@ -69,8 +69,8 @@ class GymVecEnvAdapter(VecEnv):
                 f"{vector_env}: metadata['autoreset_mode'] is {self.mode!r}; expected a gymnasium.vector.AutoresetMode. Without it "
                 "nobody knows which steps are transitions."
             )
-        self._reset_rows = reset_rows or _way_to_reset(vector_env, self.mode)
-        self._unproven = self._reset_rows is _by_mask and isinstance(vector_env, VectorWrapper)
+        self._reset_rows = reset_rows or _find_reset_rows(vector_env, self.mode)
+        self._mask_unchecked = self._reset_rows is _by_mask and isinstance(vector_env, VectorWrapper)
         super().__init__(vector_env.num_envs, observation, action)
 
     def reset(self) -> Any:
@@ -78,12 +78,12 @@ class GymVecEnvAdapter(VecEnv):
         if any(other != options for other in self._options):
             raise ConfigError("A VectorEnv takes one `options` for all its environments; set_options got different ones.")
         obs, infos = self.vector_env.reset(seed=self._seeds[0], options=options or None)
-        if self._unproven:
-            _prove(self.vector_env)
-            self._unproven = False
+        if self._mask_unchecked:
+            _check_reset_mask(self.vector_env)
+            self._mask_unchecked = False
         self._reset_seeds()
         self._reset_options()
-        self.reset_infos = _by_row(infos, self.num_envs)
+        self.reset_infos = _infos_per_env(infos, self.num_envs)
         return _copied(obs)
 
     def step_async(self, actions: np.ndarray) -> None:
@@ -93,15 +93,15 @@ class GymVecEnvAdapter(VecEnv):
         obs, rewards, terminated, truncated, infos = self.vector_env.step(self._actions)
         obs, terminated, truncated = _copied(obs), np.asarray(terminated, bool), np.asarray(truncated, bool)
         dones = terminated | truncated
-        rows = _by_row(infos, self.num_envs)
+        rows = _infos_per_env(infos, self.num_envs)
         if dones.any():
-            last = self._begin_anew(obs, dones, rows)
+            last = self._reset_ended(obs, dones, rows)
             for i in np.flatnonzero(dones).tolist():
                 rows[i]["terminal_observation"] = last[i]
                 rows[i]["TimeLimit.truncated"] = bool(truncated[i] and not terminated[i])
         return obs, np.array(rewards, np.float32), dones, rows
 
-    def _begin_anew(self, obs: Any, dones: np.ndarray, rows: list[dict[str, Any]]) -> dict[int, Any]:
+    def _reset_ended(self, obs: Any, dones: np.ndarray, rows: list[dict[str, Any]]) -> dict[int, Any]:
         """The last observations of ended environments, by number; puts their new episodes' first ones into `obs`."""
         ended = np.flatnonzero(dones).tolist()
         if self.mode is AutoresetMode.SAME_STEP:
@@ -118,8 +118,8 @@ class GymVecEnvAdapter(VecEnv):
             return last
         last = {i: _copied(_row(obs, i)) for i in ended}
         fresh, infos = self._reset_rows(self.vector_env, dones.copy())
-        begun = _by_row(infos, self.num_envs)
-        self.reset_infos = [begun[i] if dones[i] else old for i, old in enumerate(self.reset_infos)]
+        new_infos = _infos_per_env(infos, self.num_envs)
+        self.reset_infos = [new_infos[i] if dones[i] else old for i, old in enumerate(self.reset_infos)]
         pairs = [(obs[key], fresh[key]) for key in obs] if isinstance(obs, dict) else [(obs, fresh)]
         for old, new in pairs:
             old[dones] = new[dones]
@@ -139,7 +139,7 @@ class GymVecEnvAdapter(VecEnv):
         return all(inner.call("has_wrapper_attr", attr_name)) if hasattr(inner, "call") else hasattr(inner, attr_name)
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        inner = self._having(attr_name)
+        inner = self._envs_with(attr_name)
         if isinstance(inner, SyncVectorEnv):
             return [env.get_wrapper_attr(attr_name) for env in self._envs(indices)]
         values = inner.get_attr(attr_name) if hasattr(inner, "get_attr") else [getattr(inner, attr_name)] * inner.num_envs
@@ -156,7 +156,7 @@ class GymVecEnvAdapter(VecEnv):
             raise NotImplementedError(f"{inner} has no single environments whose '{attr_name}' could be set.")
 
     def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
-        inner = self._having(method_name)
+        inner = self._envs_with(method_name)
         if isinstance(inner, SyncVectorEnv):
             return [env.get_wrapper_attr(method_name)(*method_args, **method_kwargs) for env in self._envs(indices)]
         if hasattr(inner, "call") and list(self._indices(indices)) == list(range(self.num_envs)):
@@ -167,11 +167,11 @@ class GymVecEnvAdapter(VecEnv):
         if isinstance(self.vector_env.unwrapped, SyncVectorEnv):
             return [is_wrapped(env, wrapper_class) for env in self._envs(indices)]
         if isinstance(self.vector_env.unwrapped, AsyncVectorEnv):  # they tell what they are called: <Monitor<TimeLimit<...>>>
-            chains, names = self.vector_env.unwrapped.call("__str__"), _named(wrapper_class)
+            chains, names = self.vector_env.unwrapped.call("__str__"), _class_names(wrapper_class)
             return [not names.isdisjoint(re.findall(r"<(\w+)", chains[i])) for i in self._indices(indices)]
         return [False for _ in self._indices(indices)]
 
-    def _having(self, name: str) -> VectorEnv:
+    def _envs_with(self, name: str) -> VectorEnv:
         """The VectorEnv; AttributeError where its environments lack the name: AsyncVectorEnv would end its processes."""
         if not self.has_attr(name):
             raise AttributeError(f"The environments of {self.vector_env} have no attribute '{name}'.")
@@ -185,14 +185,14 @@ class GymVecEnvAdapter(VecEnv):
         return range(self.vector_env.num_envs) if indices is None else self._get_indices(indices)
 
 
-def _way_to_reset(env: VectorEnv, mode: AutoresetMode) -> ResetRows | None:
+def _find_reset_rows(env: VectorEnv, mode: AutoresetMode) -> ResetRows | None:
     """How some rows of this environment begin anew; None where it does that itself in the same step. Raises ConfigError."""
     if mode is AutoresetMode.SAME_STEP:
         return None
     inner = env.unwrapped
     if mode is AutoresetMode.DISABLED or isinstance(inner, SyncVectorEnv):
         return _by_mask
-    if getattr(inner, "resets_rows", False) or (isinstance(inner, AsyncVectorEnv) and inner.shared_memory):
+    if getattr(inner, "supports_reset_mask", False) or (isinstance(inner, AsyncVectorEnv) and inner.shared_memory):
         return _by_mask
     if isinstance(env, CartPoleVectorEnv):
         return _cart_pole
@@ -207,34 +207,34 @@ def _by_mask(env: VectorEnv, rows: np.ndarray) -> tuple[Any, dict[str, Any]]:
     return env.reset(options={"reset_mask": rows})
 
 
-def _prove(env: VectorEnv) -> None:
+def _check_reset_mask(env: VectorEnv) -> None:
     """ConfigError, with the wrapper's name, where the reset of some rows does not come through to the environment.
 
     That is spared: zeros stand in for its answer.
     """
-    inner, arrived = env.unwrapped, []
+    inner, mask_received = env.unwrapped, []
     chain = [env]
     while isinstance(chain[-1], VectorWrapper):
         chain.append(chain[-1].env)
-    forgets = next((one for one in chain if isinstance(one, NormalizeReward)), None)
+    faulty = next((one for one in chain if isinstance(one, NormalizeReward)), None)
 
     def answer(*, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        arrived.append("reset_mask" in (options or {}))
+        mask_received.append("reset_mask" in (options or {}))
         return create_empty_array(inner.single_observation_space, inner.num_envs, fn=np.zeros), {}
 
     try:
         inner.reset = answer
-        for wrapper in [] if forgets else chain[-2::-1]:
-            arrived.clear()
+        for wrapper in [] if faulty else chain[-2::-1]:
+            mask_received.clear()
             with suppress(Exception):  # one that refuses comes before the environment is asked, which is what counts
                 wrapper.reset(options={"reset_mask": np.arange(env.num_envs) == 0})
-            if arrived != [True]:
-                forgets = wrapper
+            if mask_received != [True]:
+                faulty = wrapper
                 break
     finally:
         del inner.reset
-    if forgets is not None:
-        name = type(forgets).__name__
+    if faulty is not None:
+        name = type(faulty).__name__
         raise ConfigError(
             f"{name} is around a VectorEnv whose ended rows are begun anew one by one (autoreset_mode "
             f"{env.metadata['autoreset_mode'].name}), and it does not pass a reset of some rows on, or forgets the others with it. "
@@ -250,9 +250,9 @@ def _cart_pole(env: CartPoleVectorEnv, rows: np.ndarray) -> tuple[np.ndarray, di
     return env.state.T.astype(np.float32), {}
 
 
-def _named(wrapper: type) -> set[str]:
+def _class_names(wrapper: type) -> set[str]:
     """The names of a class and of those derived from it."""
-    return {wrapper.__name__}.union(*map(_named, wrapper.__subclasses__()))
+    return {wrapper.__name__}.union(*map(_class_names, wrapper.__subclasses__()))
 
 
 def _copied(obs: Any) -> Any:
@@ -263,7 +263,7 @@ def _row(obs: Any, i: int) -> Any:
     return {key: x[i] for key, x in obs.items()} if isinstance(obs, dict) else obs[i]
 
 
-def _by_row(infos: dict[str, Any] | list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+def _infos_per_env(infos: dict[str, Any] | list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """A dict for each environment, of Gymnasium's dict of arrays with masks: `_key` says which have `key`."""
     if not isinstance(infos, dict):  # DictInfoToList is around it
         return [dict(info) for info in infos]
@@ -272,7 +272,7 @@ def _by_row(infos: dict[str, Any] | list[dict[str, Any]], count: int) -> list[di
         if key.startswith("_") and key[1:] in infos:
             continue
         have = np.asarray(infos.get(f"_{key}", np.ones(count, bool)))
-        values = _by_row(value, count) if isinstance(value, dict) else value
+        values = _infos_per_env(value, count) if isinstance(value, dict) else value
         if not isinstance(values, np.ndarray) and getattr(values, "ndim", 0):  # of torch or JAX
             values = np.asarray(values)
         if not isinstance(values, np.ndarray | list | tuple) or len(values) != count:

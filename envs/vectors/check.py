@@ -41,8 +41,8 @@ def check_vec_env(venv: VecEnv, steps: int = 200, seed: int = 0) -> None:
     first = check.play(actions, seed, checked=True)
     check.ends(first)
     check.same(first, check.play(actions, seed), "two plays of the same seed and actions differ", "Seed everything in reset")
-    spoilt = check.play(actions, seed, spoil=True)
-    check.same(first, spoilt, "what the caller writes into returned arrays changes what comes", "Return copies")
+    corrupted = check.play(actions, seed, corrupt=True)
+    check.same(first, corrupted, "what the caller writes into returned arrays changes what comes", "Return copies")
 
 
 class _Check:
@@ -85,11 +85,11 @@ class _Check:
                 except NotImplementedError:  # environments that are one array may have no methods of their own
                     continue
                 if not isinstance(answer, list) or len(answer) != count:
-                    self.fail(f"{name} with indices={indices} gave {_form(answer)}", f"a list of {count}")
+                    self.fail(f"{name} with indices={indices} gave {_describe(answer)}", f"a list of {count}")
 
     # Play -----------------------------------------------------------------------------------------------------------
 
-    def play(self, actions: list[np.ndarray], seed: int, *, checked: bool = False, spoil: bool = False) -> list[dict[str, Any]]:
+    def play(self, actions: list[np.ndarray], seed: int, *, checked: bool = False, corrupt: bool = False) -> list[dict[str, Any]]:
         """Copies of all that came: obs of the reset, then obs, rewards, dones and terminal observations of each step."""
         venv = self.venv
         venv.seed(seed)
@@ -97,50 +97,50 @@ class _Check:
         if checked:
             self.observations(obs, "reset")
             if not isinstance(venv.reset_infos, list | tuple) or len(venv.reset_infos) != self.count:
-                self.fail(f"reset_infos is {_form(venv.reset_infos)}", f"a list of {self.count} dicts")
-        story = [{"obs": copy.deepcopy(obs)}]
-        held: dict[str, Any] = {"obs": obs}
+                self.fail(f"reset_infos is {_describe(venv.reset_infos)}", f"a list of {self.count} dicts")
+        transcript = [{"obs": copy.deepcopy(obs)}]
+        returned: dict[str, Any] = {"obs": obs}
         for action in actions:
-            if spoil:
-                _spoil(held)
+            if corrupt:
+                _corrupt(returned)
             result = venv.step(action)
             if checked:
                 self.step(result)
-                self.fresh(held, story[-1], result)
+                self.fresh(returned, transcript[-1], result)
             obs, rewards, dones, infos = result
             ends = [infos[i]["terminal_observation"] for i in np.flatnonzero(dones)]
-            held = {"obs": obs, "rewards": rewards, "dones": dones, "ends": ends}
-            story.append(copy.deepcopy(held))
-        return story
+            returned = {"obs": obs, "rewards": rewards, "dones": dones, "ends": ends}
+            transcript.append(copy.deepcopy(returned))
+        return transcript
 
     def observations(self, obs: Any, where: str) -> None:
         if isinstance(obs, tuple):
             self.fail(f"{where} gave a tuple of {len(obs)}", "observations alone; the infos go into reset_infos")
         space = self.venv.observation_space
         if isinstance(space, spaces.Dict) and (not isinstance(obs, dict) or obs.keys() != space.spaces.keys()):
-            self.fail(f"{where} gave {_form(obs)}", f"a dict with the keys {list(space.spaces)}")
+            self.fail(f"{where} gave {_describe(obs)}", f"a dict with the keys {list(space.spaces)}")
         for name, part, x in _parts(space, obs):
             what = f"{where}: observation{f' {name!r}' if name else ''}"
             if not isinstance(x, np.ndarray) or x.shape != (self.count, *part.shape) or x.dtype != part.dtype:
-                self.fail(f"{what} is {_form(x)}", f"an array of shape {(self.count, *part.shape)}, dtype {part.dtype}")
+                self.fail(f"{what} is {_describe(x)}", f"an array of shape {(self.count, *part.shape)}, dtype {part.dtype}")
             for i in range(self.count):
                 if not part.contains(x[i]):
                     self.fail(f"{what} of environment {i} is outside the space", f"an element of {part}")
 
     def step(self, result: Any) -> None:
         if not isinstance(result, tuple) or len(result) != 4:
-            self.fail(f"step gave {_form(result)}", "(obs, rewards, dones, infos)", "Join terminated and truncated in dones")
+            self.fail(f"step gave {_describe(result)}", "(obs, rewards, dones, infos)", "Join terminated and truncated in dones")
         obs, rewards, dones, infos = result
         self.observations(obs, "step")
         for name, x, kind, words in (("rewards", rewards, "f", "floats"), ("dones", dones, "b", "bools")):
             if not isinstance(x, np.ndarray) or x.shape != (self.count,) or x.dtype.kind != kind:
-                self.fail(f"{name} is {_form(x)}", f"an array of {self.count} {words}")
+                self.fail(f"{name} is {_describe(x)}", f"an array of {self.count} {words}")
         if not np.isfinite(rewards).all():
             self.fail(f"rewards are {rewards}", "finite numbers")
         if not rewards.flags.writeable:
             self.fail("rewards are read-only", "an array that SB3 can add bootstrapped values to", "Return a copy")
         if not isinstance(infos, list | tuple) or len(infos) != self.count or not all(isinstance(x, dict) for x in infos):
-            self.fail(f"infos is {_form(infos)}", f"a list of {self.count} dicts")
+            self.fail(f"infos is {_describe(infos)}", f"a list of {self.count} dicts")
         if len({id(info) for info in infos}) != self.count:
             self.fail("infos holds one dict twice", "a dict for each environment: VecMonitor writes into them")
         for i, info in enumerate(infos):
@@ -162,33 +162,35 @@ class _Check:
         space, last = self.venv.observation_space, info["terminal_observation"]
         named = isinstance(space, spaces.Dict)
         if named != isinstance(last, dict) or (named and last.keys() != space.spaces.keys()):
-            self.fail(f"terminal_observation is {_form(last)}", f"an element of {space}")
+            self.fail(f"terminal_observation is {_describe(last)}", f"an element of {space}")
         for _, part, x in _parts(space, last):
             if getattr(x, "dtype", part.dtype) != part.dtype or not part.contains(x):
-                self.fail(f"terminal_observation is {_form(x)}", f"an element of {part}, without a batch axis")
+                self.fail(f"terminal_observation is {_describe(x)}", f"an element of {part}, without a batch axis")
 
-    def fresh(self, held: dict[str, Any], copied: dict[str, Any], result: tuple[Any, ...]) -> None:
+    def fresh(self, returned: dict[str, Any], copied: dict[str, Any], result: tuple[Any, ...]) -> None:
         """That a step has left alone what the one before gave, and gives arrays of its own."""
-        if not _same(held, copied):
+        if not _same(returned, copied):
             self.fail("arrays of one step were written to in the next", "fresh arrays every time", "Return copies")
         obs, rewards, dones, infos = result
         ends = [info["terminal_observation"] for info, done in zip(infos, dones) if done]
         for new in _arrays([obs, rewards, dones]):
-            if any(np.shares_memory(new, old) for old in [*_arrays(held), *_arrays(ends)]):
+            if any(np.shares_memory(new, old) for old in [*_arrays(returned), *_arrays(ends)]):
                 self.fail("arrays that were returned share memory", "fresh arrays every time", "Return copies")
 
     # What was seen --------------------------------------------------------------------------------------------------
 
-    def ends(self, story: list[dict[str, Any]]) -> None:
+    def ends(self, transcript: list[dict[str, Any]]) -> None:
         """That new episodes begin in the step that ends the old ones: the observation there is another than the last one."""
-        pairs = [(last, _row(step["obs"], i)) for step in story[1:] for last, i in zip(step["ends"], np.flatnonzero(step["dones"]))]
+        pairs = [
+            (last, _row(step["obs"], i)) for step in transcript[1:] for last, i in zip(step["ends"], np.flatnonzero(step["dones"]))
+        ]
         if not pairs:
             warnings.warn(
-                f"check_vec_env: no episode ended in {len(story) - 1} steps, so ends were not checked. Raise `steps`.",
+                f"check_vec_env: no episode ended in {len(transcript) - 1} steps, so ends were not checked. Raise `steps`.",
                 stacklevel=3,
             )
             return
-        varied = any(not _same(story[0]["obs"], step["obs"]) for step in story[1:])
+        varied = any(not _same(transcript[0]["obs"], step["obs"]) for step in transcript[1:])
         if varied and all(_same(last, first) for last, first in pairs):
             self.fail(
                 "the observation after an end is the terminal one",
@@ -228,14 +230,14 @@ def _same(one: Any, other: Any) -> bool:
     return len(ours) == len(theirs) and all(np.array_equal(a, b) for a, b in zip(ours, theirs))
 
 
-def _spoil(held: dict[str, Any]) -> None:
+def _corrupt(returned: dict[str, Any]) -> None:
     """Writes other numbers into every array that can be written to."""
-    for x in _arrays(held):
+    for x in _arrays(returned):
         if x.flags.writeable:
             x[...] = ~x if x.dtype.kind in "biu" else x + 1
 
 
-def _form(value: Any) -> str:
+def _describe(value: Any) -> str:
     """What a value is, in a few words."""
     if isinstance(value, np.ndarray | np.generic):
         return f"an array of shape {value.shape}, dtype {value.dtype}"

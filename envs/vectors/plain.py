@@ -51,15 +51,15 @@ class Plain:
     def changes(self) -> bool:
         return self.inner is not self.outer
 
-    def outward(self, value: Any) -> Any:
+    def to_plain(self, value: Any) -> Any:
         """The user's value in the plain form."""
-        return self._moved(value, self.inner, self.outer, -1) if self.changes else value
+        return self._convert(value, self.inner, self.outer, -1) if self.changes else value
 
-    def inward(self, value: Any) -> Any:
+    def from_plain(self, value: Any) -> Any:
         """A plain value in the user's form."""
-        return self._moved(value, self.outer, self.inner, 1) if self.changes else value
+        return self._convert(value, self.outer, self.inner, 1) if self.changes else value
 
-    def _moved(self, value: Any, here: spaces.Space, there: spaces.Space, sign: int) -> Any:
+    def _convert(self, value: Any, here: spaces.Space, there: spaces.Space, sign: int) -> Any:
         value = np.asarray(value)
         shape = (*value.shape[: value.ndim - len(here.shape)], *there.shape)
         if isinstance(here, spaces.Discrete | spaces.MultiDiscrete):
@@ -82,9 +82,9 @@ def plain_action(spec: ActionSpec) -> ActionSpec:
     return replace(spec, key=_plain_key(spec.key, action=True))
 
 
-def plain_rows(spec: ObsSpec, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def plain_raw(spec: ObsSpec, raw: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Raw rows {key: [..., *raw_shape]} in the plain form."""
-    return {name: Plain.of(key.space).outward(rows[name]) if _may_change(key) else rows[name] for name, key in spec.keys.items()}
+    return {name: Plain.of(key.space).to_plain(raw[name]) if _may_change(key) else raw[name] for name, key in spec.keys.items()}
 
 
 def _plain_key(key: KeySpec, action: bool = False) -> KeySpec:
@@ -130,20 +130,20 @@ class PlainVecEnv(VecEnvWrapper):
         return wrapped if wrapped.changes else venv
 
     def reset(self) -> Any:
-        return self._seen(self.venv.reset())
+        return self._plain_obs(self.venv.reset())
 
     def step_async(self, actions: np.ndarray) -> None:
-        self.venv.step_async(self._action.inward(actions))
+        self.venv.step_async(self._action.from_plain(actions))
 
     def step_wait(self) -> tuple[Any, np.ndarray, np.ndarray, list[dict[str, Any]]]:
         obs, rewards, dones, infos = self.venv.step_wait()
         for i in np.flatnonzero(dones):
             if infos[i].get("terminal_observation") is not None:
-                infos[i]["terminal_observation"] = self._seen(infos[i]["terminal_observation"])
-        return self._seen(obs), rewards, dones, infos
+                infos[i]["terminal_observation"] = self._plain_obs(infos[i]["terminal_observation"])
+        return self._plain_obs(obs), rewards, dones, infos
 
-    def _seen(self, obs: Any) -> Any:
-        return {k: part.outward(obs[k]) for k, part in self._parts.items()} if self._named else self._parts[""].outward(obs)
+    def _plain_obs(self, obs: Any) -> Any:
+        return {k: part.to_plain(obs[k]) for k, part in self._parts.items()} if self._named else self._parts[""].to_plain(obs)
 
 
 def as_trained(model: Any, venv: VecEnv) -> VecEnv:

@@ -41,15 +41,15 @@ class ReportFaults(gym.Wrapper):
             try:
                 return self.env.reset(seed=seed, options=options)
             except Exception as error:
-                report = _report(error)
-        return blank(self.observation_space), report
+                report = _fault_info(error)
+        return zero_observation(self.observation_space), report
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         try:
             return self.env.step(action)
         except Exception as error:
-            self._fault = _report(error)
-            return blank(self.observation_space), 0.0, False, True, dict(self._fault)
+            self._fault = _fault_info(error)
+            return zero_observation(self.observation_space), 0.0, False, True, dict(self._fault)
 
 
 class Restarts:
@@ -59,7 +59,7 @@ class Restarts:
         self.limit, self.window, self.count = limit, window, 0
         self._times: deque[float] = deque()
 
-    def spend(self, error: Exception) -> None:
+    def record_failure(self, error: Exception) -> None:
         """One more for this error; raises it where none is left, and where a new environment would be no better."""
         now = time.monotonic()
         while self._times and now - self._times[0] > self.window:
@@ -73,7 +73,7 @@ class Restarts:
         _log.warning("%s It is made anew: restart %d.", error, self.count)
 
 
-class Renewing(VecEnv):
+class RestartingVecEnv(VecEnv):
     """What a VecEnv of environments in ReportFaults has besides: fresh ones in place of those that failed.
 
     A step in which one failed has not happened: its info holds RESTARTED and nothing else of the environment, and for SB3 the
@@ -85,7 +85,7 @@ class Renewing(VecEnv):
     restarts: Restarts
     _base: int | None = None
 
-    def _made_anew(self, index: int, seed: int | None) -> tuple[Any, dict[str, Any]]:
+    def _recreate(self, index: int, seed: int | None) -> tuple[Any, dict[str, Any]]:
         """What the reset of a fresh environment with this number gives. Raises EnvError."""
         raise NotImplementedError
 
@@ -99,7 +99,7 @@ class Renewing(VecEnv):
         self.reset_infos = list(self.reset_infos)
         for i, info in enumerate(self.reset_infos):
             if FAULT in info:
-                self._put(obs, i, *self._begin_anew(i, info[FAULT]))
+                self._write_first(obs, i, *self._restart(i, info[FAULT]))
         self._last = obs
         return obs
 
@@ -110,35 +110,35 @@ class Renewing(VecEnv):
             if FAULT in info:
                 infos[i] = {RESTARTED: info[FAULT][1], "TimeLimit.truncated": True, "terminal_observation": _row(self._last, i)}
                 rewards[i], dones[i] = 0, True
-                self._put(obs, i, *self._begin_anew(i, info[FAULT]))
+                self._write_first(obs, i, *self._restart(i, info[FAULT]))
             elif dones[i] and FAULT in self.reset_infos[i]:
-                self._put(obs, i, *self._begin_anew(i, self.reset_infos[i][FAULT]))
+                self._write_first(obs, i, *self._restart(i, self.reset_infos[i][FAULT]))
         self._last = obs
         return obs, rewards, dones, infos
 
-    def _begin_anew(self, index: int, fault: tuple[str, str] | None) -> tuple[Any, dict[str, Any]]:
+    def _restart(self, index: int, fault: tuple[str, str] | None) -> tuple[Any, dict[str, Any]]:
         while fault is not None:
             name, message = fault
-            self.restarts.spend(ERRORS.get(name, EnvError)(message))
+            self.restarts.record_failure(ERRORS.get(name, EnvError)(message))
             self._failures[index] += 1
             seed = None
             if self._base is not None:
                 seed = int(np.random.SeedSequence([self._base, index, self._failures[index]]).generate_state(1)[0])
             try:
-                obs, info = self._made_anew(index, seed)
+                obs, info = self._recreate(index, seed)
                 fault = info.get(FAULT)
             except EnvError as error:
                 fault = ("EnvError", str(error))
         return obs, info
 
-    def _put(self, obs: VecEnvObs, index: int, first: Any, info: dict[str, Any]) -> None:
+    def _write_first(self, obs: VecEnvObs, index: int, first: Any, info: dict[str, Any]) -> None:
         """The first observation of an episode into those of all environments."""
         for into, value in [(obs[key], first[key]) for key in obs] if isinstance(obs, Mapping) else [(obs, first)]:
             into[index] = value
         self.reset_infos[index] = info
 
 
-class LocalVecEnv(Renewing, DummyVecEnv):
+class LocalVecEnv(RestartingVecEnv, DummyVecEnv):
     """SB3's DummyVecEnv of environments that are made anew; `env_fns` make them in ReportFaults."""
 
     def __init__(self, env_fns: Sequence[Callable[[], gym.Env]], restarts: Restarts):
@@ -146,7 +146,7 @@ class LocalVecEnv(Renewing, DummyVecEnv):
         self._failures = [0] * len(self._env_fns)
         super().__init__(self._env_fns)
 
-    def _made_anew(self, index: int, seed: int | None) -> tuple[Any, dict[str, Any]]:
+    def _recreate(self, index: int, seed: int | None) -> tuple[Any, dict[str, Any]]:
         with contextlib.suppress(Exception):  # what is broken need not close
             self.envs[index].close()
         self.envs[index] = _patch_env(self._env_fns[index]())
@@ -158,14 +158,14 @@ def restarted(infos: Sequence[Mapping[str, Any]]) -> np.ndarray:
     return np.array([RESTARTED in info for info in infos], bool)
 
 
-def blank(space: gym.Space) -> Any:
+def zero_observation(space: gym.Space) -> Any:
     """An observation that stands where there is none."""
     if isinstance(space, gym.spaces.Dict):
-        return {key: blank(sub) for key, sub in space.items()}
+        return {key: zero_observation(sub) for key, sub in space.items()}
     return np.zeros(space.shape, space.dtype)
 
 
-def _report(error: Exception) -> dict[str, Any]:
+def _fault_info(error: Exception) -> dict[str, Any]:
     return {FAULT: (type(error).__name__, str(error) if type(error).__name__ in ERRORS else f"{type(error).__name__}: {error}")}
 
 

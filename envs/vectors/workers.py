@@ -16,14 +16,14 @@ from typing import Any
 import gymnasium as gym
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrapper
 
-from worldmodel.envs.vectors.restarts import FAULT, Renewing, Restarts, blank
+from worldmodel.envs.vectors.restarts import FAULT, RestartingVecEnv, Restarts, zero_observation
 from worldmodel.errors import EnvError
 
-PATIENCE = 5.0
+SHUTDOWN_SECONDS = 5.0
 """Seconds that processes have to end of themselves."""
 
 
-class Line:
+class WorkerConnection:
     """The way to one worker: SB3 sends and receives here as it does over a pipe.
 
     Where no answer comes within `timeout` seconds, or the process is gone, `recv` gives the report of that (see ReportFaults);
@@ -34,11 +34,11 @@ class Line:
     def __init__(self, index: int, remote: Connection, process: BaseProcess, space: gym.Space, timeout: float | None):
         self.index, self.remote, self.process, self.space, self.timeout = index, remote, process, space, timeout
         self.episode = self.steps = 0
-        self.command, self.asked = "", 0.0
+        self.command, self.sent_at = "", 0.0
         self.hung = False
 
     def send(self, message: tuple[str, Any]) -> None:
-        self.command, self.asked = message[0], time.monotonic()
+        self.command, self.sent_at = message[0], time.monotonic()
         if self.command == "reset":
             self.episode, self.steps = self.episode + 1, 0
         self.steps += self.command == "step"
@@ -46,7 +46,7 @@ class Line:
             self.remote.send(message)
 
     def recv(self) -> Any:
-        left = None if self.timeout is None else max(0.0, self.asked + self.timeout - time.monotonic())
+        left = None if self.timeout is None else max(0.0, self.sent_at + self.timeout - time.monotonic())
         try:
             # A sibling that was forked may hold a copy of the pipe's other end: the process is watched as well.
             if not self.hung and not wait([self.remote, self.process.sentinel], left):
@@ -59,27 +59,27 @@ class Line:
                 return answer
         except (EOFError, OSError):
             pass
-        message = f"environment {self.index}, episode {self.episode}, step {self.steps}: {self._fate()}"
+        message = f"environment {self.index}, episode {self.episode}, step {self.steps}: {self._cause()}"
         report = {FAULT: ("EnvError", message)}
         if self.command == "step":
-            return blank(self.space), 0.0, True, report, {}
+            return zero_observation(self.space), 0.0, True, report, {}
         if self.command == "reset":
-            return blank(self.space), report
+            return zero_observation(self.space), report
         raise EnvError(message)
 
-    def _fate(self) -> str:
+    def _cause(self) -> str:
         if self.hung:
             return (
                 f"no answer to '{self.command}' within {self.timeout:g} s, and its process was killed. Expected one: correct the "
                 "environment, or raise env.timeout where it is only slow."
             )
-        return f"its process is gone ({ended(self.process)}); expected an answer. env.vectorize=dummy shows what it printed."
+        return f"its process is gone ({exit_reason(self.process)}); expected an answer. env.vectorize=dummy shows what it printed."
 
     def close(self) -> None:
         self.remote.close()
 
 
-class WorkerVecEnv(Renewing, SubprocVecEnv):
+class WorkerVecEnv(RestartingVecEnv, SubprocVecEnv):
     """SB3's SubprocVecEnv that raises its workers' errors here, or makes those environments anew in processes of their own.
 
     env_fns   make environments in ReportFaults
@@ -102,43 +102,43 @@ class WorkerVecEnv(Renewing, SubprocVecEnv):
         try:
             super().__init__(self._env_fns, start_method=start_method)
         except (EOFError, OSError) as error:
-            end(self.processes)
-            fates = [f"environment {i} ({ended(p)})" for i, p in enumerate(self.processes) if p.exitcode is not None]
+            stop_processes(self.processes)
+            causes = [f"environment {i} ({exit_reason(p)})" for i, p in enumerate(self.processes) if p.exitcode is not None]
             raise EnvError(
-                f"The environments could not be made in processes of their own: {', '.join(fates)}.{unguarded(start_method)}"
+                f"The environments could not be made in processes of their own: {', '.join(causes)}.{main_guard_hint(start_method)}"
             ) from error
-        self.remotes = [self._line(i, remote, process) for i, (remote, process) in enumerate(zip(self.remotes, self.processes))]
+        self.remotes = [self._connect(i, remote, process) for i, (remote, process) in enumerate(zip(self.remotes, self.processes))]
 
-    def _line(self, index: int, remote: Connection, process: BaseProcess) -> Line:
-        return Line(index, remote, process, self.observation_space, self.timeout)
+    def _connect(self, index: int, remote: Connection, process: BaseProcess) -> WorkerConnection:
+        return WorkerConnection(index, remote, process, self.observation_space, self.timeout)
 
-    def _made_anew(self, index: int, seed: int | None) -> tuple[Any, dict[str, Any]]:
+    def _recreate(self, index: int, seed: int | None) -> tuple[Any, dict[str, Any]]:
         old = self.remotes[index]
         old.send(("close", None))
-        end([old.process])
+        stop_processes([old.process])
         old.close()
         try:
             fresh = SubprocVecEnv([self._env_fns[index]], self._start_method)
         except (EOFError, OSError) as error:
             raise EnvError(f"environment {index}: it could not be made anew in a process of its own.") from error
-        line = self._line(index, fresh.remotes[0], fresh.processes[0])
-        line.episode = old.episode
-        self.remotes[index], self.processes[index] = line, line.process
-        line.send(("reset", (seed, None)))
-        return line.recv()
+        worker = self._connect(index, fresh.remotes[0], fresh.processes[0])
+        worker.episode = old.episode
+        self.remotes[index], self.processes[index] = worker, worker.process
+        worker.send(("reset", (seed, None)))
+        return worker.recv()
 
     def close(self) -> None:
         if self.closed:
             return
-        deadline = time.monotonic() + PATIENCE
-        for line in self.remotes:
+        deadline = time.monotonic() + SHUTDOWN_SECONDS
+        for worker in self.remotes:
             with contextlib.suppress(EOFError, OSError):
-                if self.waiting and line.remote.poll(max(0.0, deadline - time.monotonic())):
-                    line.remote.recv()
-            line.send(("close", None))
-        end(self.processes)
-        for line in self.remotes:
-            line.close()
+                if self.waiting and worker.remote.poll(max(0.0, deadline - time.monotonic())):
+                    worker.remote.recv()
+            worker.send(("close", None))
+        stop_processes(self.processes)
+        for worker in self.remotes:
+            worker.close()
         self.closed = True
 
 
@@ -166,7 +166,7 @@ def drain(venv: VecEnv) -> None:
     venv.waiting = False
 
 
-def unguarded(start_method: str | None) -> str:
+def main_guard_hint(start_method: str | None) -> str:
     """What to do where processes die because each runs the script that started them from its top; "" where that is not it."""
     if start_method == "fork":
         return ""
@@ -184,19 +184,19 @@ def unguarded(start_method: str | None) -> str:
     )
 
 
-def end(processes: Sequence[BaseProcess]) -> None:
+def stop_processes(processes: Sequence[BaseProcess]) -> None:
     """Waits for processes that were told to end, and ends those that do not: also a stopped one, which takes no SIGTERM."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + SHUTDOWN_SECONDS
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
-    for insist in ("terminate", "kill"):
+    for method in ("terminate", "kill"):
         for process in processes:
             if process.is_alive():
-                getattr(process, insist)()
+                getattr(process, method)()
                 process.join(1)
 
 
-def ended(process: BaseProcess) -> str:
+def exit_reason(process: BaseProcess) -> str:
     """How a process ended: `exit code 9`, `SIGKILL`."""
     process.join(1)  # its pipe breaks a moment before it is reaped
     code = process.exitcode

@@ -34,7 +34,7 @@ from worldmodel.storage import checkpoint
 from worldmodel.storage.run import Run
 
 STEPS, SEED = 80, 0
-FENCE = {"checkpoint.fence": True, "checkpoint.flush": 7, "env.num_envs": 2, "train.average": 0.9, "train.ratio": 0.3}
+FENCE = {"checkpoint.fence": True, "checkpoint.flush": 7, "env.num_envs": 2, "train.ema_decay": 0.9, "train.ratio": 0.3}
 KINDS = {"fence": FENCE, "disk": {**FENCE, "train.replay": "disk"}, "none": {**FENCE, "checkpoint.fence": False}}
 SAVE = 0.02
 """About how many seconds a save takes."""

@@ -37,7 +37,7 @@ sys.addaudithook(watch)
 import torch  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
-from worldmodel.agents import Dreamer, DreamPolicy, SB3Agent, latent_policy_kwargs, starts, train_in_dream  # noqa: E402
+from worldmodel.agents import Dreamer, DreamPolicy, SB3Agent, guidance, latent_policy_kwargs, train_in_dream  # noqa: E402
 from worldmodel.cli import app  # noqa: E402
 from worldmodel.commands.train import train  # noqa: E402
 from worldmodel.config import Config  # noqa: E402
@@ -205,7 +205,7 @@ def names(folder: Path) -> None:
         "Dreamer.load": lambda: Dreamer.load(run),
         "latent_policy_kwargs": lambda: latent_policy_kwargs(run),
         "ImaginedVecEnv": lambda: ImaginedVecEnv(run, 2).reset(),
-        "starts.between": lambda: starts.between(run, "0:0", "0:1", out / "between.gif"),
+        "starts.between": lambda: guidance.between(run, "0:0", "0:1", out / "between.gif"),
         "info": lambda: command("info", run),
         "data info": lambda: command("data", "info", run),
         "data export": lambda: command("data", "export", run, "--out", out / "real.npz"),

@@ -98,7 +98,7 @@ class Runs:
 
     def act(self, folder: Path) -> None:
         with Run.open(folder, write=True) as run:
-            run._marks = run.manifest()["replay"]
+            run._snapshot = run.manifest()["replay"]
             run.save(self.algorithm(2), {})
 
     def state(self, folder: Path) -> int:
@@ -106,8 +106,8 @@ class Runs:
             step = Checkpoints().looked_at(folder / "checkpoints")
             assert same_rows(run.replay(), replay_of(step))
             if step == 2:  # the next save sweeps; a segment that nobody names may stay until then
-                run._marks = run.manifest()["replay"]
-                Replay.sweep(folder / "replay", [run._marks])
+                run._snapshot = run.manifest()["replay"]
+                Replay.sweep(folder / "replay", [run._snapshot])
             for number in segments.numbers(folder / "replay"):
                 segments.read(folder / "replay", number, replay_of(1)._column_spec, 2)
         assert not [p for p in folder.rglob("*") if p.name.startswith((".tmp-", ".trash-"))]

@@ -200,7 +200,7 @@ def cut_rows(folder: Path) -> tuple[int, int]:
 def test_bad_environments_work_or_are_named_and_leave_nothing_ill(tmp_path, figure, capfd, monkeypatch):
     """Teeth: without CheckedEnv most of them are not named, and NaN and 1e39 reach the replay; without its copies the last
     observation of "one buffer for all" is the next episode's first."""
-    monkeypatch.setattr("worldmodel.agents.evaluation.LIMIT", 100)
+    monkeypatch.setattr("worldmodel.agents.evaluation.DEFAULT_MAX_STEPS", 100)
     unnamed, ill, resumed, again = [], 0, 0, 0
     for i, (name, (_, _, (error, said))) in enumerate(BAD.items()):
         folder = tmp_path / str(i)

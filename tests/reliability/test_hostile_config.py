@@ -200,7 +200,7 @@ def test_keys_of_observations_are_kept_or_refused_and_write_no_other_file(tmp_pa
         found = read_back(file)
         assert found.obs.keys() == recording.obs.keys() and found.obs_spec.to_json() == recording.obs_spec.to_json()
         replay = Replay(8, recording.obs_spec.store, recording.action_spec.dim, 1)
-        found.fill(replay)
+        found.append_to(replay)
         assert rows_of(Replay.load(root / "replay", replay.save(root / "replay"))) == rows_of(replay)
 
     @hostile(times(150, 1_500))

@@ -15,7 +15,7 @@ from catalogue import times
 from small_runs import Nervous, small_train
 
 from worldmodel.agents.loop import WorldModelAlgorithm
-from worldmodel.agents.training.callback import Keeper
+from worldmodel.agents.training.callback import RunCallback
 from worldmodel.agents.training.signals import Interrupted
 from worldmodel.storage.replay import Replay
 from worldmodel.storage.run import Run
@@ -45,14 +45,14 @@ def trained(folder: Path, options: dict = LOGGED, steps: int = STEPS, **kwargs) 
 
 def stopped(folder: Path, at: int, **kwargs) -> None:
     """The run up to real step `at`, where a signal stops it."""
-    on_step = Keeper._on_step
+    on_step = RunCallback._on_step
 
     def stop(self) -> bool:
         self.signals.received = signal.SIGTERM if self.model.num_timesteps >= at else None
         return on_step(self)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(Keeper, "_on_step", stop)
+        patch.setattr(RunCallback, "_on_step", stop)
         trained(folder, **kwargs)
 
 
@@ -174,7 +174,7 @@ def forgetful(patch: pytest.MonkeyPatch, item: str) -> None:
     if item == "replay":
         patch.setattr(Replay, "load", lambda *args, **kwargs: Replay._from_identity(load(*args, **kwargs)._identity(), None, True))
         patch.setattr(
-            Run, "resume", lambda self, *args, **kwargs: [resume(self, *args, **kwargs), setattr(self, "_marks", None)][0]
+            Run, "resume", lambda self, *args, **kwargs: [resume(self, *args, **kwargs), setattr(self, "_snapshot", None)][0]
         )
     elif OMISSIONS[item] is None:
         patch.setattr(Run, "resume", forgets_progress)

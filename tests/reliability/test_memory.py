@@ -190,7 +190,7 @@ def larger(job: dict[str, Any]) -> dict[str, Any]:
     milliseconds = []
     for _ in range(job["batches"]):
         since = time.perf_counter()
-        batch = replay.sample(16, 32, rng, ends=0.25)
+        batch = replay.sample(16, 32, rng, terminal_fraction=0.25)
         milliseconds.append(1000 * (time.perf_counter() - since))
         greatest = max(greatest, memory()["RssAnon"])
         seen = batch.obs["obs"].numpy()

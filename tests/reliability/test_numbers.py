@@ -19,7 +19,7 @@ from small_runs import small_train, words
 from worldmodel import cli
 from worldmodel.agents.loop import WorldModelAlgorithm
 from worldmodel.data import Batch
-from worldmodel.encoders import InputScaling
+from worldmodel.encoders import VectorScaling
 from worldmodel.errors import NumericsError
 from worldmodel.spaces import ObsSpec
 from worldmodel.storage.run import Run
@@ -256,7 +256,7 @@ def test_rewards_of_1e30_and_the_largest_there_are_teach_without_a_number_that_i
 
 
 def test_observations_too_large_to_be_squared_end_the_command_with_its_code(tmp_path, monkeypatch, capfd):
-    options = {**OPTIONS, "env.kwargs": {"see": 1e25}, "model.inputs": "raw"}
+    options = {**OPTIONS, "env.kwargs": {"see": 1e25}, "model.vector_scaling": "raw"}
     command = ["train", "Loud-v0", *words(options), "--steps", "60", "--run", str(tmp_path / "run")]
     monkeypatch.setattr("sys.argv", ["worldmodel", *command])
     with pytest.raises(SystemExit) as stop:
@@ -264,7 +264,7 @@ def test_observations_too_large_to_be_squared_end_the_command_with_its_code(tmp_
     assert stop.value.code == 5
     assert re.search(r"not finite: .*loss/observation", capfd.readouterr().err)
     assert ill_checkpoints(tmp_path / "run") == 0
-    small_train(tmp_path / "standardised", 40, "Loud-v0", options={**options, "model.inputs": "standardise"})
+    small_train(tmp_path / "standardised", 40, "Loud-v0", options={**options, "model.vector_scaling": "standardise"})
     assert ill_checkpoints(tmp_path / "standardised") == 0
 
 
@@ -275,7 +275,7 @@ def test_observations_too_large_to_be_squared_end_the_command_with_its_code(tmp_
 def test_statistics_take_in_no_number_that_would_never_leave_them(bad):
     """Teeth: an InputScaling that does not look."""
     space = gym.spaces.Dict({name: gym.spaces.Box(-9, 9, (2,), np.float32) for name in ("one", "other")})
-    scaling = InputScaling("standardise", ObsSpec.from_space(space))
+    scaling = VectorScaling("standardise", ObsSpec.from_space(space))
     scaling.update({name: torch.rand(8, 2) for name in ("one", "other")})
     before = {name: x.clone() for name, x in scaling.state_dict().items()}
     with pytest.raises(NumericsError, match="Observation 'other' is not finite"):
@@ -284,7 +284,7 @@ def test_statistics_take_in_no_number_that_would_never_leave_them(bad):
 
 
 def test_statistics_of_the_largest_numbers_there_are_stay_finite():
-    scaling = InputScaling("standardise", ObsSpec.from_space(Loud.observation_space))
+    scaling = VectorScaling("standardise", ObsSpec.from_space(Loud.observation_space))
     for sign in (1, -1, 1):
         rows = {"obs": sign * torch.full((100, 2), 3e38)}
         scaling.update(rows)

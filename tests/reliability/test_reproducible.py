@@ -23,7 +23,7 @@ from worldmodel.agents.training.callback import env_seed
 from worldmodel.storage.run import Run
 
 STEPS = 70
-OPTIONS = {"train.ratio": 1.0, "train.average": 0.9, "eval.every": 0, "eval.episodes": 1, "checkpoint.every": 30}
+OPTIONS = {"train.ratio": 1.0, "train.ema_decay": 0.9, "eval.every": 0, "eval.episodes": 1, "checkpoint.every": 30}
 SHOWN = {"log.tensorboard": True, "log.pictures": 35, "log.held_out": 2, "log.every": 1, "eval.every": 30}
 WORKERS = {"env.num_envs": 3, "env.vectorize": "subproc", "env.kwargs": {"seconds": 0.02}}
 

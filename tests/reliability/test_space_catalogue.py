@@ -152,7 +152,7 @@ def trained(observation: spaces.Space, action: spaces.Space, layout: str | None)
     seen_spec, taken_spec = plain_obs(agent.obs_spec), plain_action(agent.action_spec)
     for _ in range(4):
         seen, rewards, *_ = dream.step(taken_spec.decode(taken_spec.sample(2, np.random.default_rng(0))))
-        seen_spec.check(seen_spec.to_rows(seen))
+        seen_spec.check(seen_spec.to_raw(seen))
         assert np.isfinite(rewards).all()
     one = as_vec_env(Toy(observation, action)).envs[0]
     sb3_check(FlattenSpaces.wrap(one), warn=False)

@@ -21,7 +21,7 @@ from faults import strikes
 from small_runs import small_train
 from test_checkpoint import forked
 
-from worldmodel.agents.training.callback import Keeper
+from worldmodel.agents.training.callback import RunCallback
 from worldmodel.errors import ConfigError, CorruptError, StorageError
 from worldmodel.storage import checkpoint, segments
 from worldmodel.storage import run as runs
@@ -78,7 +78,7 @@ def test_the_kills_find_a_save_that_is_careless(tmp_path, monkeypatch, careless)
 
     if careless == "segment in place":
         store = stores.Runs(tmp_path)
-        monkeypatch.setattr("worldmodel.storage.segments.durable", lambda aside: open(store.final, "wb"))
+        monkeypatch.setattr("worldmodel.storage.segments.durable", lambda temporary: open(store.final, "wb"))
         monkeypatch.setattr(Path, "rename", lambda *_: None)
         store.final = None
 
@@ -224,13 +224,13 @@ def small_disk(tmp_path):
 
 def at_steps(patch: pytest.MonkeyPatch, acts: dict[int, Callable[[Any], object]]) -> None:
     """Does something to a training, with its model, when it has reached a real step, before anything is saved there."""
-    on_step = Keeper._on_step
+    on_step = RunCallback._on_step
 
     def step(self) -> bool:
         acts.get(self.model.num_timesteps, lambda model: None)(self.model)
         return on_step(self)
 
-    patch.setattr(Keeper, "_on_step", step)
+    patch.setattr(RunCallback, "_on_step", step)
 
 
 LOGGED = {"log.tensorboard": True, "log.every": 1, "log.pictures": 0, "eval.every": 0}
@@ -359,7 +359,7 @@ def test_what_is_newest_is_said_by_numbers_and_not_by_the_clock(tmp_path, figure
     assert checkpoint.prune(tmp_path, keep=1) == [10, 9]
     runs = stores.Runs(tmp_path / "run")
     with Run.open(runs.template, write=True) as run:
-        run._marks = run.manifest()["replay"]
+        run._snapshot = run.manifest()["replay"]
         run.config = run.config.override({"checkpoint.keep": 2})
         run.save(runs.algorithm(2), {})
         for file in (run.path / "replay").iterdir():

@@ -28,7 +28,7 @@ from worldmodel.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from worldmodel.agents.starts import Aim
+    from worldmodel.agents.guidance import Guidance
     from worldmodel.diagnostics.rollouts import OpenLoop
     from worldmodel.storage.run import Run
 
@@ -42,7 +42,7 @@ def dream(
     start: Literal["replay", "prior"] = "replay",
     out: str | Path | None = None,
     *,
-    aim: Aim | None = None,
+    guide: Guidance | None = None,
     episodes: int | None = None,
     device: str = "cpu",
     trust: bool = False,
@@ -63,7 +63,7 @@ def dream(
     import torch
 
     from worldmodel.agents import rollouts
-    from worldmodel.agents.evaluation import tell_untrained
+    from worldmodel.agents.evaluation import warn_untrained
     from worldmodel.diagnostics.rollouts import OpenLoop
     from worldmodel.envs.draw import Viewer
     from worldmodel.storage.run import Run
@@ -74,15 +74,15 @@ def dream(
     run = run if isinstance(run, Run) else Run.open(run)
     out = None if out is None else pictures.checked(Path(out))
     agent = run.agent(device=device, trust=trust)
-    tell_untrained(agent, log)
+    warn_untrained(agent, log)
     viewer = Viewer(run.config.env.id, agent.obs_spec)
-    if aim is not None and start != "prior":
+    if guide is not None and start != "prior":
         raise ConfigError("Only dreams from nothing can be led: add --start prior (start='prior'), or leave --toward out.")
     if out is not None and agent.policy.world.decoder is None:
         agent.policy.world.decode(torch.zeros(0, agent.policy.world.feature_dim))  # says why there is nothing to show
     guided = None
     if start == "prior":
-        shown, guided = rollouts.unguided_or_guided(agent, run, viewer, aim, horizon, draw=out is not None)
+        shown, guided = rollouts.unguided_or_guided(agent, run, viewer, guide, horizon, draw=out is not None)
         log("Dreams from the initial distribution: nothing real to compare with, so errors are null.")
         errors = OpenLoop.unknown(context, horizon)
     else:
@@ -159,7 +159,7 @@ def command(
     """Let a run's world model dream beside fresh real episodes, and measure how far it is off by horizon."""
     with reported(debug):
         with stdout_kept():
-            from worldmodel.agents import starts
+            from worldmodel.agents import guidance as guidance_module
 
             if between is not None:
                 one, comma, other = between.partition(",")
@@ -177,17 +177,19 @@ def command(
                     raise ConfigError(
                         f"--between shows no dream, which {', '.join(extra)} would be of: leave out one or the other."
                     )
-                result = starts.between(run, one, other, out, trust=trust)
+                result = guidance_module.between(run, one, other, out, trust=trust)
             else:
-                aim = None
+                guide = None
                 if toward is not None:
                     strength = 1.0 if guidance is None else guidance
-                    aim = starts.Aim(toward.value, strength, None if goal is None else starts.Moment.parse(goal))
+                    guide = guidance_module.Guidance(
+                        toward.value, strength, None if goal is None else guidance_module.ReplayPosition.parse(goal)
+                    )
                 elif goal is not None:
                     raise ConfigError("--goal names where --toward goal leads: add that.")
                 elif guidance is not None:
                     raise ConfigError("--guidance says how strongly --toward pulls: add that.")
                 given = {"context": context, "horizon": horizon, "start": start.value if start else None}
                 given = {name: value for name, value in given.items() if value is not None}
-                result = dream(run, **given, out=out, aim=aim, trust=trust, log=say)
+                result = dream(run, **given, out=out, guide=guide, trust=trust, log=say)
         answer(result, as_json, show_pairs if between is not None else show_dream)

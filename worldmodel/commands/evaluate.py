@@ -24,7 +24,7 @@ def evaluate(
     import torch
 
     from worldmodel.agents.evaluation import evaluate as evaluate_agent
-    from worldmodel.agents.evaluation import tell_untrained
+    from worldmodel.agents.evaluation import warn_untrained
     from worldmodel.envs.make import frames_per_second, renders
     from worldmodel.storage.run import Run
     from worldmodel.view import pictures
@@ -34,15 +34,19 @@ def evaluate(
     run = Run.open(path)
     torch.set_num_threads(run.config.train.threads)
     agent = run.agent(step, trust=trust)
-    tell_untrained(agent, say)
+    warn_untrained(agent, say)
     frames: list[np.ndarray] | None = [] if video is not None and renders(run.config.env) else None
     played: list[tuple[Any, float]] = []
     options = {"max_steps": run.config.eval.max_steps, "frames": frames, "played": played}
     returns, lengths = evaluate_agent(agent, run.config.env, episodes, seed, **options)
     if video is not None:
-        film = np.stack(frames) if frames is not None else _drawn(agent, run.config.env.id, [obs for obs, _ in played], say)
+        video_frames = (
+            np.stack(frames)
+            if frames is not None
+            else _draw_observations(agent, run.config.env.id, [obs for obs, _ in played], say)
+        )
         words = [f"step {t} of {lengths[0]}   return {so_far:.1f} of {returns[0]:.1f}" for t, (_, so_far) in enumerate(played)]
-        pictures.save(video, pictures.captioned(film, words), frames_per_second(run.config.env.id))
+        pictures.save(video, pictures.captioned(video_frames, words), frames_per_second(run.config.env.id))
     return {
         "env_id": run.config.env.id,
         "run": str(run.path),
@@ -56,7 +60,7 @@ def evaluate(
     }
 
 
-def _drawn(agent: Any, env_id: str, played: list[Any], say: Callable[[str], object]) -> np.ndarray:
+def _draw_observations(agent: Any, env_id: str, played: list[Any], say: Callable[[str], object]) -> np.ndarray:
     """Observations as a film: pictures and known scenes as they are, all else as signals over time."""
     import numpy as np
     import torch
@@ -66,7 +70,7 @@ def _drawn(agent: Any, env_id: str, played: list[Any], say: Callable[[str], obje
     from worldmodel.view import pictures
 
     viewer = Viewer(env_id, agent.obs_spec)
-    rows = [agent.obs_spec.to_rows(obs) for obs in played]
+    rows = [agent.obs_spec.to_raw(obs) for obs in played]
     obs = agent.obs_spec.canonical({name: torch.from_numpy(np.concatenate([row[name] for row in rows])) for name in rows[0]})
     say(f"{env_id} does not render: the film shows what it observed.")
     if viewer.can_draw:

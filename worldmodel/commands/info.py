@@ -46,9 +46,9 @@ def info(name: str, overrides: list[str], trust: bool) -> dict[str, Any]:
 
 def _parts(config: Config) -> dict[str, str | None]:
     """{slot: kind} of everything that the registry chose; None where a slot is empty."""
-    from worldmodel.model import own_form
+    from worldmodel.model import default_distribution
 
-    own = own_form(config.model.dynamics).kind
+    own = default_distribution(config.model.dynamics).kind
     parts = {}
     for slot in type(config.model).model_fields:
         value = getattr(config.model, slot)

@@ -16,11 +16,11 @@ RECIPES_EXAMPLE = "worldmodel recipes --json"
 def options(prefix: str, overrides: list[str]) -> list[dict[str, Any]]:
     """Every option whose dotted key begins with `prefix`, its default and what it means; `overrides` choose other kinds."""
     from worldmodel.config import REQUIRED, Config
-    from worldmodel.config import describe as rows_of
+    from worldmodel.config import describe as describe_options
     from worldmodel.errors import ConfigError, did_you_mean
 
     made = Config.from_recipe({"env": {"id": "custom"}}, overrides)
-    rows = [row._asdict() for row in rows_of(made)]
+    rows = [row._asdict() for row in describe_options(made)]
     rows = [{**row, "default": REQUIRED} if row["key"] == "env.id" else row for row in rows]
     found = [row for row in rows if row["key"].startswith(prefix)]
     if not found:

@@ -86,11 +86,11 @@ def train(
     from worldmodel.agents.training.signals import Signals
     from worldmodel.storage import run as runs
 
-    recipe, run_dir = runs.run_first(recipe, run_dir, resume)
+    recipe, run_dir = runs.recipe_or_run(recipe, run_dir, resume)
     threads = torch.get_num_threads()
     try:
         with Signals() as signals:
-            how = session.Session(signals, device, trust, keep_newer, progress, log or _tell, log or _log.warning)
+            how = session.Session(signals, device, trust, keep_newer, progress, log or _default_log, log or _log.warning)
             if resume:
                 return session.resumed(how, recipe, run_dir, given, seed)
             return session.new(how, recipe, run_dir, given, seed or 0)
@@ -98,7 +98,7 @@ def train(
         torch.set_num_threads(threads)
 
 
-def _tell(text: str) -> None:
+def _default_log(text: str) -> None:
     if _log.isEnabledFor(logging.INFO):
         _log.info(text)
     else:

@@ -1,6 +1,6 @@
 """YAML recipes -> frozen, typed configs: `recipes` reads and layers them, `config` checks and types them."""
 
-from worldmodel.config.config import REQUIRED, Config, Frozen, Group, Options, Part, Row, describe, differences, resolve
+from worldmodel.config.config import REQUIRED, Config, Frozen, Group, OptionInfo, Options, Part, describe, differences, resolve
 from worldmodel.config.recipes import dump_yaml, list_recipes, load_yaml, merge, parse_override
 
 __all__ = [
@@ -8,9 +8,9 @@ __all__ = [
     "Config",
     "Frozen",
     "Group",
+    "OptionInfo",
     "Options",
     "Part",
-    "Row",
     "describe",
     "differences",
     "dump_yaml",

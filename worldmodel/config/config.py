@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args
 import pydantic
 from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticUndefined, ValidationError, core_schema
 
-from worldmodel import registry
+from worldmodel import registry, renamed
 from worldmodel.config.recipes import combine, dump_yaml, layers, load_yaml, merge
 from worldmodel.errors import ConfigError, did_you_mean
 
@@ -58,7 +58,7 @@ class Frozen(pydantic.BaseModel, metaclass=_RaisesConfigError):
         unknown = [str(name) for name in data if name not in cls.model_fields]
         if unknown:
             raise _errors(cls, {name: f"is not an option of {cls.__name__}." for name in unknown}, data)
-        return {name: _fit(cls.model_fields[name], value) for name, value in data.items()}
+        return {name: _coerce(cls.model_fields[name], value) for name, value in data.items()}
 
     @classmethod
     def parse(cls: type[Self], data: Any) -> Self:
@@ -73,7 +73,7 @@ class Frozen(pydantic.BaseModel, metaclass=_RaisesConfigError):
         return type(self).parse(merge(self.model_dump(), changes))
 
 
-class _Named:
+class _Registered:
     """Annotation: the registry names the value's class, under `role` and its own `kind`, or under a fixed `kind`."""
 
     def __init__(self, role: str, kind: str | None = None, *, group: bool = False) -> None:
@@ -89,7 +89,7 @@ class _Named:
         if not isinstance(kind, str):
             raise ValueError(f"should be a mapping with a 'kind', one of: {', '.join(registry.kinds(self.role))}")
         if self.group and not registry.has(self.role, kind) and (self.kind or not registry.kinds(self.role)):
-            return Unowned  # no installed room has options for this group
+            return EmptyGroup  # no installed room has options for this group
         return registry.config_class(self.role, kind)
 
     def validate(self, value: Any) -> Frozen:
@@ -98,7 +98,7 @@ class _Named:
             config = self.config_class(value)
         except ConfigError as error:
             raise _errors(Frozen, {"kind": f"cannot be chosen: {error}"}, value if isinstance(value, Mapping) else {}) from None
-        if config is Unowned and set(value) - {"kind"}:
+        if config is EmptyGroup and set(value) - {"kind"}:
             raise ValueError(f"nothing that is installed has options here, so it must be empty, not {value!r}")
         return config.model_validate(value)
 
@@ -111,17 +111,17 @@ class Part:
     """
 
     def __class_getitem__(cls, role: str) -> Any:
-        return Annotated[Any, _Named(role)]
+        return Annotated[Any, _Registered(role)]
 
 
 class Group:
     """`Group["train"]`: a field whose class a room registered with `@register("group", "train")`."""
 
     def __class_getitem__(cls, name: str) -> Any:
-        return Annotated[Any, _Named("group", name, group=True)]
+        return Annotated[Any, _Registered("group", name, group=True)]
 
 
-class Unowned(Frozen):
+class EmptyGroup(Frozen):
     """A group for which no installed room has options."""
 
     kind: str | None = None
@@ -146,10 +146,10 @@ Options = Annotated[dict[str, Any], pydantic.AfterValidator(_plain)]
 """Field type for free keyword arguments (of an environment, of a wrapper): any plain, finite data."""
 
 
-def _named(field: pydantic.fields.FieldInfo) -> _Named | None:
+def _registered(field: pydantic.fields.FieldInfo) -> _Registered | None:
     """The `Part` or `Group` annotation of a field, also within `... | None`."""
     inner = [m for option in get_args(field.annotation) for m in getattr(option, "__metadata__", ())]
-    return next((m for m in [*field.metadata, *inner] if isinstance(m, _Named)), None)
+    return next((m for m in [*field.metadata, *inner] if isinstance(m, _Registered)), None)
 
 
 def _default(field: pydantic.fields.FieldInfo) -> Any:
@@ -157,12 +157,12 @@ def _default(field: pydantic.fields.FieldInfo) -> Any:
     default = field.get_default(call_default_factory=True)
     if isinstance(default, Frozen):
         return default.model_dump()
-    return {"kind": default} if isinstance(default, str) and _named(field) else default
+    return {"kind": default} if isinstance(default, str) and _registered(field) else default
 
 
 def _class_of(field: pydantic.fields.FieldInfo, value: Mapping) -> type[Frozen] | None:
     """The config class of a nested mapping, None for plain data and for parts that do not exist."""
-    named = _named(field)
+    named = _registered(field)
     if named:
         try:
             return named.config_class(value)
@@ -172,9 +172,9 @@ def _class_of(field: pydantic.fields.FieldInfo, value: Mapping) -> type[Frozen] 
     return next((o for o in options if isinstance(o, type) and issubclass(o, Frozen)), None)
 
 
-def _fit(field: pydantic.fields.FieldInfo, value: Any) -> Any:
+def _coerce(field: pydantic.fields.FieldInfo, value: Any) -> Any:
     """A file's value in the field's own types, merged over its default where both are mappings."""
-    if isinstance(value, str) and _named(field):
+    if isinstance(value, str) and _registered(field):
         value = {"kind": value}
     if isinstance(value, Mapping):
         default = _default(field)
@@ -233,7 +233,10 @@ def _config_error(error: ValidationError, root: type[Frozen]) -> ConfigError:
 
 def _hint(key: str, cls: type[Frozen], root: type[Frozen]) -> str:
     """Where an unknown key may belong: a near sibling, another kind of the same part, or elsewhere in the tree."""
-    leaf = key.rpartition(".")[2]
+    before, _, leaf = key.rpartition(".")
+    if leaf in (names := renamed.options_of(cls)):
+        now = names[leaf]
+        return " It is gone: nothing used it." if now is None else f" It is called '{before}{'.' if before else ''}{now}' now."
     near = did_you_mean(leaf, cls.model_fields)
     known = registry.entries()
     role = next((role for role, _, config in known if config is cls and role != "group"), None)
@@ -242,7 +245,7 @@ def _hint(key: str, cls: type[Frozen], root: type[Frozen]) -> str:
         return f" It is an option of {role} {' and '.join(repr(k) for k in kinds)}."
     if near.startswith(" Did"):
         return near
-    elsewhere = [row.key for row in describe(root) if row.key.rpartition(".")[2] == leaf]
+    elsewhere = [option.key for option in describe(root) if option.key.rpartition(".")[2] == leaf]
     return f" Did you mean {' or '.join(repr(k) for k in elsewhere[:3])}?" if elsewhere else near
 
 
@@ -256,7 +259,7 @@ class Config(Frozen):
     description: str = pydantic.Field("", description="one line about it")
     env: Group["env"] = {}
     model: Group["model"] = {}
-    agent: Annotated[Any, _Named("agent", group=True)] = pydantic.Field({"kind": "dreamer"}, description="what acts")
+    agent: Annotated[Any, _Registered("agent", group=True)] = pydantic.Field({"kind": "dreamer"}, description="what acts")
     train: Group["train"] = {}
     eval: Group["eval"] = {}
     checkpoint: Group["checkpoint"] = {}
@@ -277,6 +280,23 @@ class Config(Frozen):
     def from_yaml(cls, text: str, where: str = "config") -> Config:
         """What `to_yaml` wrote; equal to the config that wrote it."""
         return cls.parse(load_yaml(text, where))
+
+    @classmethod
+    def from_saved(cls, text: str, where: str = "config") -> Config:
+        """`from_yaml` of a run's own file, which release 0.1 may have written with the names of its time."""
+        return cls.parse(_in_new_names(cls, load_yaml(text, where)))
+
+    def in_new_names(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """Dotted overrides that a run was made with, by the names that its options have today."""
+        found = {}
+        for key, value in overrides.items():
+            config, path = self, []
+            for name in key.split("."):
+                path.append(renamed.options_of(type(config)).get(name, name))
+                config = getattr(config, path[-1] or "", None)
+            if None not in path:
+                found[".".join(path)] = value
+        return found
 
     def to_yaml(self) -> str:
         """Every option with its value, in the order of the classes."""
@@ -325,11 +345,11 @@ def _with_kinds(cls: type[Frozen], data: Mapping) -> dict[str, Any]:
     out = {}
     for name, value in data.items():
         field = cls.model_fields.get(name)
-        if field is not None and _named(field) and isinstance(value, str):
+        if field is not None and _registered(field) and isinstance(value, str):
             value = {"kind": value}
         if field is not None and isinstance(value, Mapping):
             default = _default(field)
-            if _named(field) and isinstance(default, Mapping) and "kind" in default:
+            if _registered(field) and isinstance(default, Mapping) and "kind" in default:
                 value = {"kind": default["kind"], **value}
             inner = _class_of(field, value)
             value = _with_kinds(inner, value) if inner else value
@@ -337,7 +357,19 @@ def _with_kinds(cls: type[Frozen], data: Mapping) -> dict[str, Any]:
     return out
 
 
-class Row(NamedTuple):
+def _in_new_names(cls: type[Frozen], data: Mapping) -> dict[str, Any]:
+    """The data with the options that release 0.1 called otherwise under the names of today."""
+    out = {}
+    for name, value in data.items():
+        name = renamed.options_of(cls).get(name, name)
+        field = cls.model_fields.get(name or "")
+        inner = _class_of(field, value) if field is not None and isinstance(value, Mapping) else None
+        if name is not None:
+            out[name] = _in_new_names(inner, value) if inner else value
+    return out
+
+
+class OptionInfo(NamedTuple):
     """One option as `describe` lists it."""
 
     key: str
@@ -349,35 +381,39 @@ class Row(NamedTuple):
 REQUIRED = "(required)"
 
 
-def describe(config: type[Frozen] | Frozen, prefix: str = "") -> list[Row]:
+def describe(config: type[Frozen] | Frozen, prefix: str = "") -> list[OptionInfo]:
     """Every option below a config class with its default, or below a config with its value, under its dotted key.
 
     Parts are followed into the kind that is the default (or the value); their `kind` is a row of its own.
     """
     if isinstance(config, Frozen):
-        return list(_rows(type(config), config.model_dump(), prefix))
-    return list(_rows(config, {}, prefix))
+        return list(_option_infos(type(config), config.model_dump(), prefix))
+    return list(_option_infos(config, {}, prefix))
 
 
-def _rows(cls: type[Frozen], given: Mapping, prefix: str) -> Iterator[Row]:
+def _option_infos(cls: type[Frozen], given: Mapping, prefix: str) -> Iterator[OptionInfo]:
     for name, field in cls.model_fields.items():
         value = merge(_default(field), given[name]) if name in given else _default(field)
         inner = _class_of(field, value) if isinstance(value, Mapping) else None
-        named = _named(field)
+        named = _registered(field)
         if named and not named.kind:
             kind = value.get("kind") if isinstance(value, Mapping) else value
             key = f"{prefix}{name}.kind" if isinstance(value, Mapping) else prefix + name
             words = [*registry.kinds(named.role), *(["null"] if type(None) in get_args(field.annotation) else [])]
-            yield Row(key, " | ".join(words) or named.role, _shown(kind), field.description or "")
+            yield OptionInfo(key, " | ".join(words) or named.role, _shown(kind), field.description or "")
         elif inner is None and not named:
-            yield Row(prefix + name, _type_name(field.annotation, field.metadata), _shown(value), field.description or "")
+            yield OptionInfo(prefix + name, _type_name(field.annotation, field.metadata), _shown(value), field.description or "")
         if inner is not None:
-            yield from (row for row in _rows(inner, value, f"{prefix}{name}.") if not (named and row.key == f"{prefix}{name}.kind"))
+            yield from (
+                option
+                for option in _option_infos(inner, value, f"{prefix}{name}.")
+                if not (named and option.key == f"{prefix}{name}.kind")
+            )
 
 
 def differences(old: Frozen, new: Frozen) -> list[tuple[str, Any, Any]]:
     """(dotted key, old value, new value) of every option that differs; None where one side has no such option."""
-    before, after = ({row.key: row.default for row in describe(config)} for config in (old, new))
+    before, after = ({option.key: option.default for option in describe(config)} for config in (old, new))
     keys = [*before, *(key for key in after if key not in before)]
     return [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
 
@@ -392,7 +428,7 @@ def _type_name(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     limits = [f"{sign} {getattr(m, word)}" for m in metadata for word, sign in signs.items() if getattr(m, word, None) is not None]
     if origin is Annotated:
-        named = next((m for m in args[1:] if isinstance(m, _Named)), None)
+        named = next((m for m in args[1:] if isinstance(m, _Registered)), None)
         name = named.role if named else _type_name(args[0], args[1:])
     elif origin is Literal:
         name = " | ".join(str(a) for a in args)

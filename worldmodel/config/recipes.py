@@ -266,8 +266,8 @@ def _refuse_to_undo(asked: str, fragment: Mapping, body: Mapping, given: Mapping
     wanted, fixed = _kinds(fragment), _kinds(body)
     for key in sorted(wanted.keys() & fixed.keys()):
         if wanted[key] != fixed[key] and not _sets(given, key):
-            said = f"{asked} means {key}={wanted[key]}, but the recipe sets {key}={fixed[key]}"
-            raise ConfigError(f"{said}. Choose one by giving {key} itself.")
+            conflict = f"{asked} means {key}={wanted[key]}, but the recipe sets {key}={fixed[key]}"
+            raise ConfigError(f"{conflict}. Choose one by giving {key} itself.")
 
 
 def _sets(tree: Any, key: str) -> bool:
@@ -304,11 +304,11 @@ def _same_env(one: str, other: Any) -> bool:
 
 def list_recipes(folder: str | Path | None = None) -> list[tuple[str, str | None, str]]:
     """(name, env id, description) of every recipe, sorted by name; those of the user's folder hide ours of the same name."""
-    rows = []
+    entries = []
     for name, file in sorted(_files("env", folder).items()):
         body = _read(file)
-        rows.append((name, _env_id(body), str(body.get("description") or "")))
-    return rows
+        entries.append((name, _env_id(body), str(body.get("description") or "")))
+    return entries
 
 
 def _files(part: str, folder: str | Path | None) -> dict[str, Any]:
@@ -351,13 +351,13 @@ def _find(recipe: str | Path | Mapping | None, folder: str | Path | None, *, kno
         return {"recipe": recipe, **_read(files[recipe])}
     if isinstance(recipe, Path) or recipe.endswith((".yaml", ".yml")):
         return {"recipe": Path(recipe).stem, **_read(Path(recipe))}
-    rows = list_recipes(folder)
-    made_for = sorted((name for name, env_id, _ in rows if _same_env(recipe, env_id)), key=lambda name: (len(name), name))
+    entries = list_recipes(folder)
+    made_for = sorted((name for name, env_id, _ in entries if _same_env(recipe, env_id)), key=lambda name: (len(name), name))
     if made_for:  # `cartpole` before `cartpole-pixels`
         return {"recipe": made_for[0], **_read(files[made_for[0]])}
     if known_env or re.search(r"-v\d+$|:", recipe):
         return {"env": {"id": recipe}}
-    ids = [env_id for _, env_id, _ in rows if env_id]
+    ids = [env_id for _, env_id, _ in entries if env_id]
     hint = did_you_mean(recipe, [*files, *ids])
     raise ConfigError(
         f"no recipe or environment is called '{recipe}'.{hint} A file ends in .yaml, a gym id in -v0, and a run folder "

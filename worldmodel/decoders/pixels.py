@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from worldmodel.data import Obs, Sampling
-from worldmodel.nn.networks import as_picture
+from worldmodel.nn.networks import latent_to_picture
 
 
 class PixelReader(nn.Module):
@@ -16,10 +16,10 @@ class PixelReader(nn.Module):
 
     def __init__(self, name: str, shape: tuple[int, ...]):
         super().__init__()
-        self.name, self.shape, self.inputs = name, shape, math.prod(shape)
+        self.name, self.shape, self.in_features = name, shape, math.prod(shape)
 
     def mean(self, feature: Float[Tensor, "N F"]) -> Obs:
-        return {self.name: as_picture(feature[..., -self.inputs :], self.shape)}
+        return {self.name: latent_to_picture(feature[..., -self.in_features :], self.shape)}
 
     def sample(self, feature: Float[Tensor, "N F"], sampling: Sampling) -> Obs:
         """The same: what was drawn is the picture itself."""

@@ -16,7 +16,7 @@ from worldmodel.config import Frozen
 from worldmodel.data import Loss, Obs, Sampling
 from worldmodel.errors import ConfigError
 from worldmodel.nn.moments import LONG_AGO, RunningMoments, take_over
-from worldmodel.nn.networks import ConvDecoder, StraightMLP, negative_log_likelihood
+from worldmodel.nn.networks import ConvDecoder, SkipMLP, negative_log_likelihood
 from worldmodel.registry import register
 from worldmodel.spaces import ObsSpec
 
@@ -62,27 +62,29 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig, spec: ObsSpec, feature_dim: int, latent_dim: int):
         super().__init__()
         self.config, self.spec = config, spec
-        self.inputs = feature_dim if config.reads == "feature" else latent_dim
+        self.in_features = feature_dim if config.reads == "feature" else latent_dim
         self.images = [name for name, key in spec.keys.items() if key.kind == "image"]
         self.vectors = [name for name, key in spec.keys.items() if key.kind != "image"]
-        self.speckled = list(self.images)  # pictures of which a draw is noise of each pixel on its own
-        self.convolutions = nn.ModuleList(ConvDecoder(self.inputs, spec.keys[name].shape, config.depth) for name in self.images)
+        self.pixelwise_noise = list(self.images)  # pictures of which a draw is noise of each pixel on its own
+        self.convolutions = nn.ModuleList(
+            ConvDecoder(self.in_features, spec.keys[name].shape, config.depth) for name in self.images
+        )
         self.widths = [spec.keys[name].shape[0] for name in self.vectors]
         if self.vectors:
-            self.perceptron = StraightMLP(self.inputs, config.units, config.layers, sum(self.widths))
+            self.perceptron = SkipMLP(self.in_features, config.units, config.layers, sum(self.widths))
         own = {"image": config.image, "vector": "gaussian", "binary": "bernoulli", "categorical": "categorical"}
-        self.laws = {name: own[key.kind] for name, key in spec.keys.items()}
-        self.spread = [name for name, law in self.laws.items() if law in ("gaussian", "logistic")]
-        for i, name in enumerate(self.spread):
+        self.likelihoods = {name: own[key.kind] for name, key in spec.keys.items()}
+        self.with_sigma = [name for name, likelihood in self.likelihoods.items() if likelihood in ("gaussian", "logistic")]
+        for i, name in enumerate(self.with_sigma):
             width = 1 if name in self.images else spec.keys[name].shape[0]
             if config.sigma == "learned":
                 self.register_parameter(f"log_std{i}", nn.Parameter(torch.zeros(width)))
             else:
-                self.register_module(f"errors{i}", RunningMoments(width, self.MEMORY, before=1.0))
+                self.register_module(f"errors{i}", RunningMoments(width, self.MEMORY, initial_mean=1.0))
 
     def output(self, feature: Float[Tensor, "N F"]) -> Obs:
         """Means of Gaussian keys, middles of logistic ones, logits of all others, on the scaled observation's scale."""
-        x = feature[..., -self.inputs :]
+        x = feature[..., -self.in_features :]
         out = {name: conv(x) for name, conv in zip(self.images, self.convolutions, strict=True)}
         if self.vectors:
             out |= dict(zip(self.vectors, self.perceptron(x).split(self.widths, -1), strict=True))
@@ -91,7 +93,7 @@ class Decoder(nn.Module):
     def log_std(self, name: str) -> Tensor:
         """ln of the deviation of a Gaussian or logistic key, not below the floor."""
         floor = math.log(self.config.min_sigma_image if name in self.images else self.config.min_sigma)
-        i = self.spread.index(name)
+        i = self.with_sigma.index(name)
         if self.config.sigma == "learned":
             return getattr(self, f"log_std{i}").clamp_min(floor)
         return (0.5 * getattr(self, f"errors{i}").mean.log()).float().clamp_min(floor)
@@ -101,25 +103,25 @@ class Decoder(nn.Module):
 
         Raises ConfigError where image=bernoulli and pixels lie outside [0, 1].
         """
-        return {"observation": Loss(self._surprise(self.output(feature), obs))}
+        return {"observation": Loss(self._nll(self.output(feature), obs))}
 
-    def _surprise(self, out: Obs, obs: Obs) -> Float[Tensor, " N"]:
+    def _nll(self, out: Obs, obs: Obs) -> Float[Tensor, " N"]:
         """-ln p(obs), given what `output` gave; a training decoder fits its deviations to it."""
         total = torch.zeros((), device=next(iter(out.values())).device)
-        for name, law in self.laws.items():
+        for name, likelihood in self.likelihoods.items():
             x, y = obs[name], out[name]
-            if name in self.spread and self.training and self.config.sigma == "fitted":
-                self._fit(name, x, y if law == "gaussian" else y.clamp(0, 1))
-            if name in self.spread and name in self.images:  # the deviation's own gradient, where it is learned, stays whole
+            if name in self.with_sigma and self.training and self.config.sigma == "fitted":
+                self._update_sigma(name, x, y if likelihood == "gaussian" else y.clamp(0, 1))
+            if name in self.with_sigma and name in self.images:  # the deviation's own gradient, where it is learned, stays whole
                 weight = (self.log_std(name).detach().exp() / self.config.weight_sigma_image).square().clamp_max(1)
                 y = y.detach().lerp(y, weight)
-            if law == "categorical":
+            if likelihood == "categorical":
                 nats = -x * torch.cat([part.log_softmax(-1) for part in y.split(self.spec.keys[name].sizes, -1)], -1)
-            elif law == "bernoulli":
+            elif likelihood == "bernoulli":
                 if name in self.images:
-                    _within_one(name, x)
+                    _check_unit_range(name, x)
                 nats = F.binary_cross_entropy_with_logits(y, x, reduction="none")
-            elif law == "gaussian":
+            elif likelihood == "gaussian":
                 nats = negative_log_likelihood(x, y, self._each(name, x).log())
             else:
                 nats = discrete_logistic(x, y, self._each(name, x) * LOGISTIC, self.config.levels)
@@ -131,14 +133,14 @@ class Decoder(nn.Module):
         return self.log_std(name).exp().view(1, -1, *[1] * (like.ndim - 2))
 
     @torch.no_grad()
-    def _fit(self, name: str, x: Tensor, mean: Tensor) -> None:
+    def _update_sigma(self, name: str, x: Tensor, mean: Tensor) -> None:
         error = (x - mean).square()
         error = error.flatten(1).mean(1, keepdim=True) if name in self.images else error
-        getattr(self, f"errors{self.spread.index(name)}").update(error)
+        getattr(self, f"errors{self.with_sigma.index(name)}").update(error)
 
     def former(self, arrays: dict, prefix: str) -> None:
         """Names of 0.1.0, which kept the logarithm of a deviation."""
-        for i in range(len(self.spread)) if self.config.sigma == "fitted" else ():
+        for i in range(len(self.with_sigma)) if self.config.sigma == "fitted" else ():
             if (name := f"{prefix}log_std{i}") in arrays:
                 arrays[name] = np.exp(2.0 * np.asarray(arrays[name], np.float64))
                 take_over(arrays, f"{prefix}errors{i}", mean=name, count=LONG_AGO)
@@ -150,38 +152,38 @@ class Decoder(nn.Module):
     def _means(self, out: Obs) -> Obs:
         means = {}
         for name, y in out.items():
-            if self.laws[name] == "categorical":
+            if self.likelihoods[name] == "categorical":
                 y = torch.cat([part.softmax(-1) for part in y.split(self.spec.keys[name].sizes, -1)], -1)
-            elif self.laws[name] == "bernoulli":
+            elif self.likelihoods[name] == "bernoulli":
                 y = torch.sigmoid(y)
-            elif self.laws[name] == "logistic":
+            elif self.likelihoods[name] == "logistic":
                 y = logistic_mean(y, self._each(name, y) * LOGISTIC)
             means[name] = y
         return means
 
     def sample(self, feature: Float[Tensor, "N F"], sampling: Sampling) -> Obs:
         """A drawn observation, pixels in [0, 1]; `sampling.mode` gives the mean, one-hot categories and whole bits."""
-        return self._draws(self.output(feature), sampling)
+        return self._sample_from(self.output(feature), sampling)
 
-    def _draws(self, out: Obs, sampling: Sampling) -> Obs:
+    def _sample_from(self, out: Obs, sampling: Sampling) -> Obs:
         drawn = self._means(out)
-        for name, law in self.laws.items():
+        for name, likelihood in self.likelihoods.items():
             x = drawn[name]
             draw = None if sampling.mode else torch.rand(x.shape, generator=sampling.generator, device=x.device)
-            if law == "categorical":
-                drawn[name] = _categories(x, self.spec.keys[name].sizes, draw)
-            elif law == "bernoulli" and (draw is not None or name not in self.images):
+            if likelihood == "categorical":
+                drawn[name] = _one_hot_sample(x, self.spec.keys[name].sizes, draw)
+            elif likelihood == "bernoulli" and (draw is not None or name not in self.images):
                 drawn[name] = (x > (0.5 if draw is None else draw)).to(x)
-            elif law == "gaussian" and draw is not None:
+            elif likelihood == "gaussian" and draw is not None:
                 noise = torch.randn(x.shape, generator=sampling.generator, device=x.device)
                 drawn[name] = x + sampling.temperature * self._each(name, x) * noise
-            elif law == "logistic" and draw is not None:
+            elif likelihood == "logistic" and draw is not None:
                 scale, steps = sampling.temperature * self._each(name, x) * LOGISTIC, self.config.levels - 1
                 drawn[name] = ((out[name] + scale * draw.clamp(1e-6, 1 - 1e-6).logit()).clamp(0, 1) * steps).round() / steps
         return drawn | {name: drawn[name].clamp(0, 1) for name in self.images}
 
 
-def _categories(probs: Tensor, sizes: tuple[int, ...], draw: Tensor | None) -> Tensor:
+def _one_hot_sample(probs: Tensor, sizes: tuple[int, ...], draw: Tensor | None) -> Tensor:
     """One-hot vectors side by side: the likeliest of each group, or those that uniform numbers choose (Gumbel's way)."""
     scores = probs.log() if draw is None else probs.log() - (-draw.clamp(1e-9, 1 - 1e-7).log()).log()
     chosen = [torch.zeros_like(part).scatter(-1, part.argmax(-1, keepdim=True), 1.0) for part in scores.split(sizes, -1)]
@@ -192,25 +194,25 @@ LOGISTIC = math.sqrt(3) / math.pi
 """Scale of a logistic law of deviation 1."""
 
 
-def discrete_logistic(x: Tensor, middle: Tensor, scale: Tensor, levels: int) -> Tensor:
+def discrete_logistic(x: Tensor, location: Tensor, scale: Tensor, levels: int) -> Tensor:
     """-ln P(x) in nats, of numbers in [0, 1] that were rounded to `levels` even ones; what lies beyond the ends goes to them.
 
     Source: Salimans et al. 2017 (PixelCNN++), eq. 2, with one component.
     """
     half = 0.5 / (levels - 1)
     x = (x * (levels - 1)).round() / (levels - 1)
-    above, below = (x + half - middle) / scale, (x - half - middle) / scale
+    above, below = (x + half - location) / scale, (x - half - location) / scale
     # sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - exp(a - b)), and nothing of it underflows
     inside = F.logsigmoid(above) + F.logsigmoid(-below) + torch.log(-torch.expm1(-2 * half / scale))
     return -torch.where(x <= 0, F.logsigmoid(above), torch.where(x >= 1, F.logsigmoid(-below), inside))
 
 
-def logistic_mean(middle: Tensor, scale: Tensor) -> Tensor:
+def logistic_mean(location: Tensor, scale: Tensor) -> Tensor:
     """Mean of a logistic law of which all beyond 0 and 1 is moved there; rounding to levels moves it by less than half of one."""
-    return scale * (F.softplus(middle / scale) - F.softplus((middle - 1) / scale))
+    return scale * (F.softplus(location / scale) - F.softplus((location - 1) / scale))
 
 
-def _within_one(name: str, x: Tensor) -> None:
+def _check_unit_range(name: str, x: Tensor) -> None:
     if bool((x < 0).any() | (x > 1).any()):
         raise ConfigError(
             f"model.decoder.image=bernoulli needs pixels in [0, 1], and those of '{name}' go from {float(x.min()):g} to "

@@ -15,7 +15,7 @@ from worldmodel.model import WorldModel
 
 
 @dataclass(frozen=True)
-class Beliefs:
+class FilteredStates:
     """What a model thinks at R rows of episodes, noise left out.
 
     episode, step  [R]  where the rows are
@@ -30,27 +30,27 @@ class Beliefs:
     episode: Int[Tensor, " R"]
     step: Int[Tensor, " R"]
     rows: Batch
-    belief: Posterior
-    code: Float[Tensor, "R Z"]
-    carry: Float[Tensor, "R D"]
+    posterior: Posterior
+    z: Float[Tensor, "R Z"]
+    h: Float[Tensor, "R D"]
     feature: Float[Tensor, "R F"]
     rate: float
     active: int
 
 
 @torch.no_grad()
-def beliefs(world: WorldModel, episodes: Episodes, most: int = 100) -> Beliefs:
+def filter_episodes(world: WorldModel, episodes: Episodes, max_steps: int = 100) -> FilteredStates:
     """The beliefs about the first `most` rows of each episode."""
     world.eval()
     each = torch.arange(len(episodes.lengths))
-    window, inside = episodes.windows(each, torch.zeros_like(each), min(most, int(episodes.lengths.max())))
+    window, inside = episodes.windows(each, torch.zeros_like(each), min(max_steps, int(episodes.lengths.max())))
     rows = window.to(world.device)
-    batch = rows.with_obs(world.inputs(rows.obs))
+    batch = rows.with_obs(world.preprocess(rows.obs))
     trace = world.trace(batch, None, Sampling(mode=True))
     draws = Sampling(generator=torch.Generator(world.device).manual_seed(0))  # what is only looked at moves no random state
     rate = world.dynamics.losses(trace, batch, draws).get("dyn")
     episode, step = inside.nonzero(as_tuple=True)
-    return Beliefs(
+    return FilteredStates(
         episode,
         step,
         window.map(lambda x: x[inside].unsqueeze(1)),
@@ -64,27 +64,27 @@ def beliefs(world: WorldModel, episodes: Episodes, most: int = 100) -> Beliefs:
 
 
 @torch.no_grad()
-def usage(world: WorldModel, seen: Beliefs) -> Float[Tensor, " V"] | None:
+def usage(world: WorldModel, seen: FilteredStates) -> Float[Tensor, " V"] | None:
     """Mean KL of each variable of the code against the transition law, in nats per step, over rows that open no episode.
 
     None where that law has no closed form, or does not split by variable.
     """
     given = getattr(world.dynamics.transition, "given", None)
-    if given is None or not hasattr(seen.belief, "kl_elements"):
+    if given is None or not hasattr(seen.posterior, "kl_elements"):
         return None
     later = seen.step > 0
-    return seen.belief.index(later).kl_elements(given(seen.carry[later])).mean(0).cpu()
+    return seen.posterior.index(later).kl_elements(given(seen.h[later])).mean(0).cpu()
 
 
 @torch.no_grad()
-def traversal(world: WorldModel, seen: Beliefs, row: int, steps: int = 7, width: float = 2.5) -> Float[Tensor, "V S F"]:
+def traversal(world: WorldModel, seen: FilteredStates, row: int, steps: int = 7, width: float = 2.5) -> Float[Tensor, "V S F"]:
     """The features of one row with one variable of its code moved at a time, over what the code does in all rows.
 
     Real numbers go over `width` deviations to both sides of their mean, categories through their classes (the first `steps`).
     """
-    moved = world.dynamics.latent.traverse(seen.code[row], seen.code, steps, width)
-    before = seen.feature[row, : -moved.shape[-1]]  # a feature ends in its code
-    return torch.cat([before.expand(*moved.shape[:2], -1), moved], -1)
+    moved = world.dynamics.latent.traverse(seen.z[row], seen.z, steps, width)
+    prefix = seen.feature[row, : -moved.shape[-1]]  # a feature ends in its code
+    return torch.cat([prefix.expand(*moved.shape[:2], -1), moved], -1)
 
 
 def interpolation(one: Float[Tensor, " F"], other: Float[Tensor, " F"], steps: int = 9) -> Float[Tensor, "S F"]:

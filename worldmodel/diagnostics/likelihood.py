@@ -48,22 +48,22 @@ class Importance:
 
         Source: Burda, Grosse and Salakhutdinov 2016 (IWAE), eq. 8. ValueError where there are fewer.
         """
-        have, rows = self.log_weight.shape
-        if not 1 <= draws <= have:
-            raise ValueError(f"A bound of {draws} draws needs as many weights, and there are {have}: draw more.")
-        groups = self.log_weight[: have // draws * draws].reshape(-1, draws, rows)
+        available, observations = self.log_weight.shape
+        if not 1 <= draws <= available:
+            raise ValueError(f"A bound of {draws} draws needs as many weights, and there are {available}: draw more.")
+        groups = self.log_weight[: available // draws * draws].reshape(-1, draws, observations)
         return (groups.logsumexp(1) - math.log(draws)).mean(0)
 
     def curve(self) -> dict[int, float]:
         """The mean bound over the observations at K = 1, 10, 100, ... and at all draws: its slope tells what more would bring."""
-        have = self.log_weight.shape[0]
-        steps = [10**n for n in range(len(str(have)))]
-        return {k: float(self.bound(k).mean()) for k in sorted({*steps, have})}
+        available = self.log_weight.shape[0]
+        steps = [10**n for n in range(len(str(available)))]
+        return {k: float(self.bound(k).mean()) for k in sorted({*steps, available})}
 
 
 @torch.no_grad()
 def importance(
-    belief: Posterior,
+    posterior: Posterior,
     latent: Latent,
     log_prior: LogDensity,
     log_likelihood: LogDensity,
@@ -76,19 +76,19 @@ def importance(
     log_prior [k, N, Z] -> [k, N]: ln p(z). log_likelihood [k, N, Z] -> [k, N]: ln p(x_n|z).
     Source: Burda, Grosse and Salakhutdinov 2016 (IWAE), section 3.
     """
-    rows = belief.mean.shape[0]
+    observations = posterior.mean.shape[0]
     logs, rates, distortions = [], [], []
     for start in range(0, draws, chunk):
         count = min(chunk, draws - start)
-        z = belief.sample(latent.noise((count, rows), generator, belief.mean.device))
-        rate, likelihood = belief.log_prob(z) - log_prior(z), log_likelihood(z)
+        z = posterior.sample(latent.noise((count, observations), generator, posterior.mean.device))
+        rate, likelihood = posterior.log_prob(z) - log_prior(z), log_likelihood(z)
         logs.append(likelihood - rate)
         rates.append(rate.sum(0))
         distortions.append(-likelihood.sum(0))
     return Importance(torch.cat(logs), sum(rates) / draws, sum(distortions) / draws)
 
 
-def stacked(parts: Iterable[Importance]) -> Importance:
+def concatenated(parts: Iterable[Importance]) -> Importance:
     """The same draws of other observations, side by side."""
     parts = list(parts)
     return Importance(
@@ -120,9 +120,9 @@ class FactorModel:
 
     def log_prob(self, x: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
         """ln N(x; mean, weight weight^T + sigma^2 I), in nats and in double precision."""
-        weight, away = self.weight.double(), (x - self.mean).double()
+        weight, centred = self.weight.double(), (x - self.mean).double()
         size = weight.shape[0]
         covariance = weight @ weight.T + self.sigma**2 * torch.eye(size, dtype=torch.double, device=weight.device)
         lower = torch.linalg.cholesky(covariance)
-        white = torch.linalg.solve_triangular(lower, away.T, upper=False)
+        white = torch.linalg.solve_triangular(lower, centred.T, upper=False)
         return -0.5 * (size * math.log(2 * math.pi) + white.square().sum(0)) - lower.diagonal().log().sum()

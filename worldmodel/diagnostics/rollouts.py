@@ -62,20 +62,20 @@ def roll_out(
     window, inside = episodes.windows(episode, start, context + horizon)
     window, inside = window.to(world.device), inside.to(world.device)
     sampling = Sampling(generator=generator)
-    seen = window.window(0, context).with_obs(world.inputs({name: x[:, :context] for name, x in window.obs.items()}))
+    seen = window.window(0, context).with_obs(world.preprocess({name: x[:, :context] for name, x in window.obs.items()}))
     trace = world.trace(seen.map(lambda x: x.repeat_interleave(samples, 0)), None, sampling)
     action = window.action[:, context - 1 :].repeat_interleave(samples, 0)
     dream = world.imagine(trace.last, lambda feature, step: action[:, step], horizon, sampling)
     shape = (len(episode), samples)
-    imagined, looked = {}, {}
+    imagined, reconstructed = {}, {}
     if world.decoder is not None:
-        looked = _decoded(world, trace.feature.unflatten(0, shape)[:, 0])
+        reconstructed = _decoded(world, trace.feature.unflatten(0, shape)[:, 0])
         imagined = _decoded(world, dream.feature[:, 1:].unflatten(0, shape))
     return Rollout(
         window=window,
         inside=inside,
         truth=world.obs.canonical(window.obs),
-        seen=looked,
+        seen=reconstructed,
         imagined=imagined,
         reward=dream.reward.unflatten(0, shape),
         cont=dream.cont.unflatten(0, shape),
@@ -144,9 +144,9 @@ class OpenLoop:
         baseline = float(self.persistence[key][horizon - 1, index])
         return key, index, square**0.5, (square / baseline) ** 0.5 if baseline else float("nan")
 
-    def longest(self, at_most: int) -> int | None:
+    def longest(self, max_horizon: int) -> int | None:
         """The longest horizon up to `at_most` that fits anywhere."""
-        fits = [h for h, n in zip(self.horizons, self.count.tolist()) if n and h <= at_most]
+        fits = [h for h, n in zip(self.horizons, self.count.tolist()) if n and h <= max_horizon]
         return max(fits, default=None)
 
 
@@ -175,12 +175,12 @@ def open_loop(
         roll = roll_out(world, episodes, episode[rows], start[rows], context, horizon, samples=samples, generator=generator)
         for which in part[rows].unique().tolist():
             sums[which].add(world, roll, torch.nonzero(part[rows] == which)[:, 0].to(world.device), context)
-    whole = _Sums(horizon, sizes)
+    total = _Sums(horizon, sizes)
     for each in sums:
-        whole.merge(each)
-    measured = world.ensemble is not None
-    parts = {name: each.means(context, measured) for name, each in zip(PARTS, sums)}
-    return replace(whole.means(context, measured), parts=parts)
+        total.merge(each)
+    has_ensemble = world.ensemble is not None
+    parts = {name: each.means(context, has_ensemble) for name, each in zip(PARTS, sums)}
+    return replace(total.means(context, has_ensemble), parts=parts)
 
 
 class _Sums:
@@ -192,18 +192,18 @@ class _Sums:
 
     def add(self, world: WorldModel, roll: Rollout, chosen: Int[Tensor, " N"], context: int) -> None:
         """The roll-outs of some of the starts."""
-        inside, came = roll.inside[chosen, context:].float(), roll.window.window(context)
-        reward = (roll.reward[chosen].mean(1) - came.reward[chosen]).square()
-        cont = (roll.cont[chosen].mean(1) - (~came.is_terminal[chosen]).float()).square()
-        told = torch.stack([torch.ones_like(inside), reward, cont, roll.uncertainty[chosen].mean(1)])
-        self.columns += (inside * told).sum(1).cpu()
+        inside, observed = roll.inside[chosen, context:].float(), roll.window.window(context)
+        reward = (roll.reward[chosen].mean(1) - observed.reward[chosen]).square()
+        cont = (roll.cont[chosen].mean(1) - (~observed.is_terminal[chosen]).float()).square()
+        per_step = torch.stack([torch.ones_like(inside), reward, cont, roll.uncertainty[chosen].mean(1)])
+        self.columns += (inside * per_step).sum(1).cpu()
         for name in self.squares:
             x, unit = roll.truth[name][chosen], world.scaling.deviation(name)
             weight = inside.view(*inside.shape, *[1] * (x.ndim - 2))
             error = weight * ((roll.imagined[name][chosen].mean(1) - x[:, context:]) / unit).square()
-            kept = weight * ((x[:, context - 1 : context] - x[:, context:]) / unit).square()
+            persistence_error = weight * ((x[:, context - 1 : context] - x[:, context:]) / unit).square()
             self.squares[name] += error.sum(0).flatten(1).cpu()
-            self.persistence[name] += kept.sum(0).flatten(1).cpu()
+            self.persistence[name] += persistence_error.sum(0).flatten(1).cpu()
 
     def merge(self, other: _Sums) -> None:
         self.columns += other.columns
@@ -211,11 +211,11 @@ class _Sums:
             for name, x in theirs.items():
                 mine[name] += x
 
-    def means(self, context: int, measured: bool) -> OpenLoop:
+    def means(self, context: int, has_ensemble: bool) -> OpenLoop:
         """`measured` where an ensemble has an uncertainty to tell."""
         count, reward, cont, uncertainty = self.columns
         squares, persistence = ({k: x / count.unsqueeze(-1) for k, x in s.items()} for s in (self.squares, self.persistence))
-        uncertainty = uncertainty / count if measured else torch.full_like(count, torch.nan)
+        uncertainty = uncertainty / count if has_ensemble else torch.full_like(count, torch.nan)
         return OpenLoop(context, count.to(torch.int64), squares, persistence, (reward / count).sqrt(), cont / count, uncertainty)
 
 

@@ -40,12 +40,12 @@ class Region:
             raise ValueError(f"A region needs real observations on both sides, not {len(reference)} and {len(others)}.")
         return cls(reference, float(nearest(others, reference).quantile(share)))
 
-    def holds(self, x: Float[Tensor, "N D"]) -> Bool[Tensor, " N"]:
+    def contains(self, x: Float[Tensor, "N D"]) -> Bool[Tensor, " N"]:
         """Whether each row lies in the region: its complement among draws from a prior is the prior's hole mass."""
         return nearest(x, self.reference) <= self.radius
 
 
-def slope(
+def decoder_sensitivity(
     decode: Callable[[Tensor], Tensor], z: Float[Tensor, "N Z"], *, probes: int = 8, generator: torch.Generator | None = None
 ) -> Float[Tensor, " N"]:
     """Root mean square change of `decode` [N, Z] -> [N, D] per unit step of the code: ||J||_F / sqrt(Z) at each row.
@@ -60,7 +60,7 @@ def slope(
     return (total / probes / z.shape[1]).sqrt()
 
 
-def detour(
+def path_ratio(
     decode: Callable[[Tensor], Tensor], one: Float[Tensor, "N Z"], other: Float[Tensor, "N Z"], steps: int = 16
 ) -> Float[Tensor, " N"]:
     """Length of the decoded straight line between two codes over the distance of its ends; 1: nothing but the way there."""

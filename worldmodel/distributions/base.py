@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from worldmodel.config import Frozen
 from worldmodel.data import Loss, Obs, Sampling
 from worldmodel.errors import ConfigError
-from worldmodel.nn.networks import clip_each
+from worldmodel.nn.networks import clip_each_norm
 
 
 class UndefinedRate(TypeError):
@@ -74,7 +74,7 @@ class Latent(ABC):
 
     kind: ClassVar[str]
     """The name under which configs know it."""
-    certain: ClassVar[bool] = False
+    deterministic: ClassVar[bool] = False
     """Whether beliefs are points: then no rate exists."""
     size: int
     """Z: numbers in a flat code."""
@@ -84,7 +84,7 @@ class Latent(ABC):
     """The axis of a belief's parameters along which its variables lie."""
     parameters: int
     """Numbers that a network must give for one belief."""
-    metric: ClassVar[bool]
+    continuous: ClassVar[bool]
     """Whether the size of a code's numbers means something: a network that normalises them away could not go beyond
     what it was trained on."""
 
@@ -98,7 +98,7 @@ class Latent(ABC):
         """Noise for one draw per element of `shape`."""
 
     @abstractmethod
-    def belief(self, parameters: Float[Tensor, "*N P"]) -> Posterior:
+    def distribution(self, parameters: Float[Tensor, "*N P"]) -> Posterior:
         """The belief that a network's output stands for."""
 
     @abstractmethod
@@ -106,19 +106,19 @@ class Latent(ABC):
         """The family of codes with that many variables of the same kind."""
 
     @abstractmethod
-    def traverse(self, code: Float[Tensor, " Z"], codes: Float[Tensor, "N Z"], steps: int, width: float) -> Float[Tensor, "V S Z"]:
+    def traverse(self, z: Float[Tensor, " Z"], latents: Float[Tensor, "N Z"], steps: int, width: float) -> Float[Tensor, "V S Z"]:
         """`code` with one of its V variables moved at a time, over what that variable does in `codes`."""
 
-    def draw(self, belief: Posterior, sampling: Sampling, shape: tuple[int, ...], device) -> Float[Tensor, "*N Z"]:
+    def draw(self, distribution: Posterior, sampling: Sampling, shape: tuple[int, ...], device) -> Float[Tensor, "*N Z"]:
         """The mode, or a draw from the caller's noise, or from the generator's."""
         if sampling.mode:
-            return belief.mode
+            return distribution.mode
         noise = sampling.noise if sampling.noise is not None else self.noise(shape, sampling.generator, device)
-        return belief.sample(noise, sampling.temperature)
+        return distribution.sample(noise, sampling.temperature)
 
 
 @dataclass(frozen=True)
-class Inputs:
+class EncoderInterface:
     """What a dynamics model is told about the encoder.
 
     shapes   {key: shape} of a scaled canonical observation
@@ -133,16 +133,16 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Source:
+class PosteriorSource:
     """How the model comes to a belief: for forms whose components are posteriors. It holds bound methods and no module.
 
-    inputs     the encoder's side
+    encoder    the encoder's side
     carry_dim  D: numbers of the carry that the posterior reads beside the embedding; 0 where it reads none
     posterior  (embedding [*N, E], carry [*N, D]) -> belief about z; the two broadcast; a carry of width 0 where it reads none
     """
 
-    inputs: Inputs
-    carry_dim: int
+    encoder: EncoderInterface
+    h_dim: int
     posterior: Callable[[Tensor, Tensor], Posterior]
 
 
@@ -157,17 +157,17 @@ class ConditionalDistribution(nn.Module, ABC):
     density: ClassVar[Literal["exact", "bound", "unnormalised", "none"]]
     slots: ClassVar[frozenset[str]]
     """Where the form may stand: initial, transition, marginal."""
-    latents: ClassVar[frozenset[str]]
+    latent_kinds: ClassVar[frozenset[str]]
     """The kinds of codes that it is a law of."""
-    of_beliefs: ClassVar[bool] = False
+    of_posteriors: ClassVar[bool] = False
     """Whether it is made of the model's own posteriors, which point codes do not have."""
 
     def __init__(self, latent: Latent, context_dim: int):
         super().__init__()
-        if latent.kind not in self.latents:
+        if latent.kind not in self.latent_kinds:
             raise TypeError(
-                f"{type(self).__name__} is a law of {' or '.join(sorted(self.latents))} codes, not of {latent.kind} ones: "
-                f"set model.dynamics.latent.kind={min(self.latents)}."
+                f"{type(self).__name__} is a law of {' or '.join(sorted(self.latent_kinds))} codes, not of {latent.kind} ones: "
+                f"set model.dynamics.latent.kind={min(self.latent_kinds)}."
             )
         self.latent = latent
         self.event_shape = (latent.size,)
@@ -183,12 +183,12 @@ class ConditionalDistribution(nn.Module, ABC):
             raise ConfigError(
                 f"{where}.kind={config.kind} has no such slot: over latent codes it fills {' and '.join(sorted(cls.slots))}."
             )
-        if latent.family.kind not in cls.latents:
+        if latent.family.kind not in cls.latent_kinds:
             raise ConfigError(
-                f"{where}.kind={config.kind} is a law of {' or '.join(sorted(cls.latents))} codes and does not fit "
+                f"{where}.kind={config.kind} is a law of {' or '.join(sorted(cls.latent_kinds))} codes and does not fit "
                 f"model.dynamics.latent.kind={latent.kind}: change one of them."
             )
-        if cls.of_beliefs and latent.certain:
+        if cls.of_posteriors and latent.deterministic:
             raise ConfigError(
                 f"{where}.kind={config.kind} is made of beliefs, and model.dynamics.latent.kind={latent.kind} has none: "
                 "change one of them."
@@ -267,7 +267,7 @@ class ConditionalDistribution(nn.Module, ABC):
 
     def fit(
         self,
-        codes: Float[Tensor, "N D"],
+        latents: Float[Tensor, "N D"],
         context: Float[Tensor, "N C"] | None = None,
         *,
         steps: int = 1000,
@@ -276,43 +276,43 @@ class ConditionalDistribution(nn.Module, ABC):
         generator: torch.Generator | None = None,
     ) -> float:
         """Fit to frozen codes after the fact (two-stage); gives the last loss. Nothing upstream moves."""
-        codes, sampling = codes.detach(), Sampling(generator=generator)
+        latents, sampling = latents.detach(), Sampling(generator=generator)
         context = None if context is None else context.detach()
         trainable = [p for p in self.parameters() if p.requires_grad]
         if not trainable:
-            return float(sum(term.mean() for term in self.loss(codes, context, sampling=sampling).values()).detach())
+            return float(sum(term.mean() for term in self.loss(latents, context, sampling=sampling).values()).detach())
         optimizer = torch.optim.Adam(trainable, lr=lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         value = torch.zeros(())
         for _ in range(steps):
-            rows = torch.randint(len(codes), (min(batch, len(codes)),), generator=generator, device=codes.device)
+            rows = torch.randint(len(latents), (min(batch, len(latents)),), generator=generator, device=latents.device)
             given = None if context is None else context[rows]
-            value = sum(term.mean() for term in self.loss(codes[rows], given, sampling=sampling).values())
+            value = sum(term.mean() for term in self.loss(latents[rows], given, sampling=sampling).values())
             optimizer.zero_grad(set_to_none=True)
             value.backward()
-            clip_each(trainable, 10.0)
+            clip_each_norm(trainable, 10.0)
             optimizer.step()
             schedule.step()
         return float(value.detach())
 
 
-def likelihood(law: ConditionalDistribution, x: Tensor, context: Tensor | None, log_z: Tensor | None = None) -> Tensor:
+def likelihood(distribution: ConditionalDistribution, x: Tensor, context: Tensor | None, log_z: Tensor | None = None) -> Tensor:
     """ln p(x | context) [*N] in nats, normalised, so that forms can be compared; of a bound, the bound.
 
     log_z   what an unnormalised law's own `log_z` estimated
     Raises ConfigError where a law is unnormalised and there is none, and where a law has no density.
     """
-    name = type(law).__name__
-    if law.density == "none":
+    name = type(distribution).__name__
+    if distribution.density == "none":
         raise ConfigError(f"{name} has no density, and its likelihood was asked for. Use a form that has one, such as flow.")
-    if law.density != "unnormalised":
-        return law.log_prob(x, context)
+    if distribution.density != "unnormalised":
+        return distribution.log_prob(x, context)
     if log_z is None:
         raise ConfigError(
             f"{name} gives its density up to a factor Z(context), and its likelihood was asked for. Estimate ln Z with "
             "law.log_z(context), and see that the effective sample size which comes with it is no small share of its draws."
         )
-    return law.log_prob(x, context) - log_z
+    return distribution.log_prob(x, context) - log_z
 
 
 class ClosedForm(ConditionalDistribution):
@@ -325,9 +325,9 @@ class ClosedForm(ConditionalDistribution):
         """The law for each row of the context; without context its batch shape is [1]."""
 
     def sample(self, context: Tensor | None, count: int = 1, sampling: Sampling | None = None) -> Float[Tensor, "K N D"]:
-        belief = self.given(context)
-        mean = belief.mean
-        rows = belief.map(lambda x: x.expand(count, *x.shape))
+        distribution = self.given(context)
+        mean = distribution.mean
+        rows = distribution.map(lambda x: x.expand(count, *x.shape))
         return self.latent.draw(rows, sampling or Sampling(), (count, *mean.shape[:-1]), mean.device)
 
     def log_prob(self, x: Float[Tensor, "*N D"], context: Tensor | None) -> Float[Tensor, "*N"]:

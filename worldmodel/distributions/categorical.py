@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from worldmodel.config import Frozen
-from worldmodel.distributions.base import ClosedForm, Latent, Posterior, Source
+from worldmodel.distributions.base import ClosedForm, Latent, Posterior, PosteriorSource
 from worldmodel.nn.networks import MLP
 from worldmodel.registry import register
 
@@ -82,7 +82,7 @@ class CategoricalLatent(Latent):
     """probs = (1 - unimix) softmax(logits) + unimix / C: no class is ever impossible, so rates stay bounded."""
 
     kind = "categorical"
-    metric = False
+    continuous = False
     axis = -2
 
     def __init__(self, config: CategoricalLatentConfig):
@@ -92,7 +92,7 @@ class CategoricalLatent(Latent):
     def noise(self, shape, generator, device) -> Tensor:
         return torch.rand(*shape, self.variables, generator=generator, device=device)
 
-    def belief(self, parameters: Tensor) -> CategoricalPosterior:
+    def distribution(self, parameters: Tensor) -> CategoricalPosterior:
         logits = parameters.float().unflatten(-1, (self.variables, self.classes))  # rates lose too much in bf16
         probs = torch.softmax(logits, -1)
         return CategoricalPosterior(probs * (1 - self.unimix) + self.unimix / self.classes if self.unimix else probs)
@@ -100,12 +100,12 @@ class CategoricalLatent(Latent):
     def part(self, variables: int) -> CategoricalLatent:
         return CategoricalLatent(CategoricalLatentConfig(variables=variables, classes=self.classes, unimix=self.unimix))
 
-    def traverse(self, code, codes, steps, width) -> Tensor:
+    def traverse(self, z, latents, steps, width) -> Tensor:
         """The first S classes of each variable, one after the other; `width` does not matter."""
         classes = min(steps, self.classes)
-        moved = code.view(self.variables, self.classes).expand(self.variables, classes, -1, -1).clone()
-        each = torch.arange(self.variables, device=code.device)
-        moved[each, :, each] = torch.eye(self.classes, device=code.device)[:classes]
+        moved = z.view(self.variables, self.classes).expand(self.variables, classes, -1, -1).clone()
+        each = torch.arange(self.variables, device=z.device)
+        moved[each, :, each] = torch.eye(self.classes, device=z.device)[:classes]
         return moved.flatten(-2)
 
 
@@ -122,9 +122,9 @@ class Categorical(ClosedForm):
     """Independent categorical variables given the context."""
 
     slots = frozenset({"initial", "transition"})
-    latents = frozenset({"categorical"})
+    latent_kinds = frozenset({"categorical"})
 
-    def __init__(self, config: CategoricalConfig, latent: Latent, context_dim: int, source: Source | None = None):
+    def __init__(self, config: CategoricalConfig, latent: Latent, context_dim: int, source: PosteriorSource | None = None):
         super().__init__(latent, context_dim)
         if context_dim:
             self.net = MLP(context_dim, config.units, config.layers, latent.parameters)
@@ -132,4 +132,4 @@ class Categorical(ClosedForm):
             self.free = nn.Parameter(torch.zeros(1, latent.parameters))
 
     def given(self, context: Tensor | None) -> CategoricalPosterior:
-        return self.latent.belief(self.net(context) if self.context_dim else self.free)
+        return self.latent.distribution(self.net(context) if self.context_dim else self.free)

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from worldmodel.config import Frozen
 from worldmodel.data import Loss, Sampling
-from worldmodel.distributions.base import ConditionalDistribution, Latent, Posterior, Source
+from worldmodel.distributions.base import ConditionalDistribution, Latent, Posterior, PosteriorSource
 from worldmodel.nn import diffusion as denoising
-from worldmodel.nn.diffusion import DATA
+from worldmodel.nn.diffusion import SIGMA_DATA
 from worldmodel.nn.moments import RunningMoments, take_over
-from worldmodel.nn.networks import NoisePerceptron, StraightMLP
+from worldmodel.nn.networks import DenoisingMLP, SkipMLP
 from worldmodel.registry import register
 
-AT_ONCE = 1 << 16
+MAX_BATCH = 1 << 16
 """Noisy views that are denoised together by `log_prob`."""
 
 
@@ -34,12 +34,12 @@ class DiffusionConfig(Frozen):
         "multistep",
         description="multistep: second order with one evaluation a step; euler: first order; heun: two evaluations a step",
     )
-    most: float = Field(5.0, gt=0, description="edm: noise that a draw starts from, beside codes of deviation 0.5")
-    least: float = Field(0.02, gt=0, description="edm: noise of the last step")
-    level_mean: float = Field(-1.2, description="edm: mean of ln(noise) in training")
-    level_std: float = Field(1.8, gt=0, description="edm: its deviation, wide enough for laws that are nearly points")
+    sigma_max: float = Field(5.0, gt=0, description="edm: noise that a draw starts from, beside codes of deviation 0.5")
+    sigma_min: float = Field(0.02, gt=0, description="edm: noise of the last step")
+    log_sigma_mean: float = Field(-1.2, description="edm: mean of ln(noise) in training")
+    log_sigma_std: float = Field(1.8, gt=0, description="edm: its deviation, wide enough for laws that are nearly points")
     draws: int = Field(4, ge=1, description="noise levels at which each code is denoised in an update")
-    looks: int = Field(4, ge=1, description="noisy looks at each code that estimate the rate in training")
+    rate_samples: int = Field(4, ge=1, description="noisy looks at each code that estimate the rate in training")
     levels: int = Field(16, ge=1, description="noise levels of log_prob, at each of which it looks 4 times per number of the code")
     memory: float = Field(0.99, ge=0, lt=1, description="share that the running mean and variance of codes keep at each update")
 
@@ -62,16 +62,16 @@ class Diffusion(ConditionalDistribution):
 
     density = "bound"
     slots = frozenset({"initial", "transition", "marginal"})
-    latents = frozenset({"gaussian"})
+    latent_kinds = frozenset({"gaussian"})
 
-    def __init__(self, config: DiffusionConfig, latent: Latent, context_dim: int, source: Source | None = None):
+    def __init__(self, config: DiffusionConfig, latent: Latent, context_dim: int, source: PosteriorSource | None = None):
         super().__init__(latent, context_dim)
         self.config = config
         self.path = denoising.cfm()
         if config.path == "edm":
-            self.path = denoising.edm(config.level_mean, config.level_std, config.least, config.most)
-        self.network = NoisePerceptron(latent.size, context_dim, config.units, config.layers)
-        self.frame = StraightMLP(context_dim, config.units, 1, latent.parameters) if context_dim else None
+            self.path = denoising.edm(config.log_sigma_mean, config.log_sigma_std, config.sigma_min, config.sigma_max)
+        self.network = DenoisingMLP(latent.size, context_dim, config.units, config.layers)
+        self.frame = SkipMLP(context_dim, config.units, 1, latent.parameters) if context_dim else None
         self.moments = RunningMoments(latent.size, config.memory)
 
     # Codes <-> data of deviation DATA
@@ -79,15 +79,15 @@ class Diffusion(ConditionalDistribution):
     def whitening(self, context: Tensor | None) -> tuple[Float[Tensor, "*N D"], Float[Tensor, "*N D"]]:
         """(mean, what one unit of standardised data is in the code), for each row or for all."""
         if self.frame is None:
-            return self.moments.mean.float(), self.moments.deviation(1e-4) / DATA
-        belief = self.latent.belief(self.frame(context))
-        return belief.mean, belief.std / DATA
+            return self.moments.mean.float(), self.moments.deviation(1e-4) / SIGMA_DATA
+        distribution = self.latent.distribution(self.frame(context))
+        return distribution.mean, distribution.std / SIGMA_DATA
 
     @torch.no_grad()
-    def watch(self, codes: Float[Tensor, "N D"]) -> None:
+    def update_moments(self, latents: Float[Tensor, "N D"]) -> None:
         """Take codes into the running statistics. The first ones set them: there is nothing to be remembered before."""
-        if len(codes) > 1:
-            self.moments.update(codes)
+        if len(latents) > 1:
+            self.moments.update(latents)
 
     def former(self, arrays: dict, prefix: str) -> None:
         """Names of 0.1.0."""
@@ -133,21 +133,21 @@ class Diffusion(ConditionalDistribution):
         """{"denoise": squared error of the network, summed over the code, a mean over `draws` levels for each row [*N]};
         with a context also {"frame": -ln of the Gaussian in front, in nats}, which the denoiser does not move."""
         generator = None if sampling is None else sampling.generator
-        codes = x.flatten(0, -2)
-        given, terms = None if context is None else context.flatten(0, -2), {}
+        latents = x.flatten(0, -2)
+        context_rows, terms = None if context is None else context.flatten(0, -2), {}
         if self.frame is not None:
-            nats = -self.latent.belief(self.frame(given)).log_prob(codes)
+            nats = -self.latent.distribution(self.frame(context_rows)).log_prob(latents)
             terms["frame"] = Loss(nats.view(x.shape[:-1]))
         elif self.training:
-            self.watch(codes)
+            self.update_moments(latents)
         with torch.no_grad():
-            mean, unit = self.whitening(given)
+            mean, unit = self.whitening(context_rows)
         draws = self.config.draws
-        data = ((codes - mean) / unit).repeat(draws, 1)
-        given = None if given is None else given.repeat(draws, 1)
-        level = self.path.drawn(denoising.evenly(len(data), generator, data.device))
+        data = ((latents - mean) / unit).repeat(draws, 1)
+        context_rows = None if context_rows is None else context_rows.repeat(draws, 1)
+        level = self.path.drawn(denoising.low_discrepancy(len(data), generator, data.device))
         noise = torch.randn(data.shape, generator=generator, device=data.device)
-        value = self.path.loss(self._network(given), data, noise, level)
+        value = self.path.loss(self._network(context_rows), data, noise, level)
         return {"denoise": Loss(value.view(draws, *x.shape[:-1]).mean(0), "score"), **terms}
 
     def rate(
@@ -162,17 +162,22 @@ class Diffusion(ConditionalDistribution):
     ) -> Float[Tensor, "*N"]:
         """An upper bound of KL(posterior || self) in expectation, from `looks` noisy looks at z, differentiable in z."""
         generator = None if sampling is None else sampling.generator
-        looks, codes = self.config.looks, z.flatten(0, -2)
-        uniform = denoising.evenly(looks * len(codes), generator, codes.device).view(len(codes), looks).T
-        noise = torch.randn(looks, *codes.shape, generator=generator, device=codes.device)
-        weight = torch.full_like(uniform, 1 / looks)
-        given = None if context is None else context.flatten(0, -2)
+        rate_samples, latents = self.config.rate_samples, z.flatten(0, -2)
+        uniform = (
+            denoising.low_discrepancy(rate_samples * len(latents), generator, latents.device).view(len(latents), rate_samples).T
+        )
+        noise = torch.randn(rate_samples, *latents.shape, generator=generator, device=latents.device)
+        weight = torch.full_like(uniform, 1 / rate_samples)
+        context_rows = None if context is None else context.flatten(0, -2)
         own = dict(self.named_parameters())
         if frozen:
-            own, given = {name: p.detach() for name, p in own.items()}, None if given is None else given.detach()
+            own, context_rows = (
+                {name: p.detach() for name, p in own.items()},
+                None if context_rows is None else context_rows.detach(),
+            )
         # functional_call replaces parameters inside `forward` alone
-        law = torch.func.functional_call(self, own, (codes, given, uniform, noise, weight))
-        return posterior.log_prob(z) - law.view(z.shape[:-1])
+        log_prior = torch.func.functional_call(self, own, (latents, context_rows, uniform, noise, weight))
+        return posterior.log_prob(z) - log_prior.view(z.shape[:-1])
 
     def log_prob(self, x: Float[Tensor, "*N D"], context: Tensor | None) -> Float[Tensor, "*N"]:
         """A lower bound of ln p(x | context) in nats, but for the error of averaging over a fixed set of looks."""
@@ -187,28 +192,30 @@ class Diffusion(ConditionalDistribution):
         weight: Float[Tensor, "K N"] | None = None,
     ) -> Float[Tensor, "*N"]:
         """The bound from given looks at N rows, by default from the fixed ones of `log_prob`."""
-        codes = x.flatten(0, -2)
-        given = None if context is None else context.expand(*x.shape[:-1], -1).flatten(0, -2)
+        latents = x.flatten(0, -2)
+        context_rows = None if context is None else context.expand(*x.shape[:-1], -1).flatten(0, -2)
         if uniform is not None:
-            return self._bound(codes, given, uniform, noise, weight).view(x.shape[:-1])
-        looks = [part.to(codes).unsqueeze(1) for part in denoising.even_looks(self.config.levels, self.latent.size)]
+            return self._bound(latents, context_rows, uniform, noise, weight).view(x.shape[:-1])
+        rate_samples = [part.to(latents).unsqueeze(1) for part in denoising.fixed_samples(self.config.levels, self.latent.size)]
         parts = []
-        for start in range(0, len(codes), size := max(1, AT_ONCE // len(looks[0]))):
+        for start in range(0, len(latents), size := max(1, MAX_BATCH // len(rate_samples[0]))):
             rows = slice(start, start + size)
-            own = codes[rows]
-            fixed = [part.expand(-1, len(own), *part.shape[2:]) for part in looks]
-            parts.append(self._bound(own, None if given is None else given[rows], *fixed))
+            own = latents[rows]
+            fixed = [part.expand(-1, len(own), *part.shape[2:]) for part in rate_samples]
+            parts.append(self._bound(own, None if context_rows is None else context_rows[rows], *fixed))
         return torch.cat(parts).view(x.shape[:-1])
 
-    def _bound(self, codes: Tensor, context: Tensor | None, uniform: Tensor, noise: Tensor, weight: Tensor) -> Float[Tensor, " N"]:
+    def _bound(
+        self, latents: Tensor, context: Tensor | None, uniform: Tensor, noise: Tensor, weight: Tensor
+    ) -> Float[Tensor, " N"]:
         mean, unit = self.whitening(context)
-        data = (codes - mean) / unit
-        s, nats = denoising.informative(uniform)
+        data = (latents - mean) / unit
+        s, nats = denoising.sigma_of_information(uniform)
         count = len(s)
-        given = None if context is None else context.expand(count, *context.shape).flatten(0, 1)
-        denoise = denoising.in_ratios(self.path, self._network(given))
-        looked = denoising.bound(denoise, data.expand(count, *data.shape).flatten(0, 1), s.flatten(), noise.flatten(0, 1))
-        gain = nats * (weight * looked.view(s.shape)).sum(0)
+        context_rows = None if context is None else context.expand(count, *context.shape).flatten(0, 1)
+        denoise = denoising.in_sigmas(self.path, self._network(context_rows))
+        bounds = denoising.bound(denoise, data.expand(count, *data.shape).flatten(0, 1), s.flatten(), noise.flatten(0, 1))
+        gain = nats * (weight * bounds.view(s.shape)).sum(0)
         return denoising.gaussian_log_prob(data) + gain - unit.log().sum(-1)
 
     def ode_log_prob(self, x: Float[Tensor, "*N D"], context: Tensor | None, steps: int = 32) -> Float[Tensor, "*N"]:
@@ -218,12 +225,12 @@ class Diffusion(ConditionalDistribution):
         """
         if self.latent.size > 64:
             raise ValueError(f"ode_log_prob takes one backward pass per number of a code, and {self.latent.size} are more than 64.")
-        codes = x.detach().flatten(0, -2)
-        given = None if context is None else context.detach().expand(*x.shape[:-1], -1).flatten(0, -2)
-        denoise = denoising.in_ratios(self.path, self._network(given))
+        latents = x.detach().flatten(0, -2)
+        context_rows = None if context is None else context.detach().expand(*x.shape[:-1], -1).flatten(0, -2)
+        denoise = denoising.in_sigmas(self.path, self._network(context_rows))
         with torch.no_grad():
-            mean, unit = self.whitening(given)
-        value = denoising.ode_log_prob(denoise, (codes - mean) / unit, steps) - unit.log().sum(-1)
+            mean, unit = self.whitening(context_rows)
+        value = denoising.ode_log_prob(denoise, (latents - mean) / unit, steps) - unit.log().sum(-1)
         return value.view(x.shape[:-1])
 
     @torch.no_grad()
@@ -235,16 +242,16 @@ class Diffusion(ConditionalDistribution):
         if len(x) < 2:
             return {}
         mean, unit = self.whitening(context)
-        deviation = ((x - mean) / unit).std(0) / DATA
+        deviation = ((x - mean) / unit).std(0) / SIGMA_DATA
         return {"narrowest": float(deviation.min()), "widest": float(deviation.max())}
 
-    def fit(self, codes, context=None, **options) -> float:
+    def fit(self, latents, context=None, **options) -> float:
         """As every law's; the statistics are those of all codes, and stand still while the network learns."""
         if self.frame is None:
-            self.moments.fix(codes)
+            self.moments.reset_to(latents)
         training = self.training
         self.eval()
         try:
-            return super().fit(codes, context, **options)
+            return super().fit(latents, context, **options)
         finally:
             self.train(training)

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from worldmodel.config import Frozen, Part
 from worldmodel.data import Loss, Sampling
-from worldmodel.distributions.base import ClosedForm, ConditionalDistribution, Latent, Posterior, Source
+from worldmodel.distributions.base import ClosedForm, ConditionalDistribution, Latent, Posterior, PosteriorSource
 from worldmodel.distributions.gaussian import GaussianConfig
-from worldmodel.distributions.langevin import Level, langevin, uphill
+from worldmodel.distributions.langevin import LogDensity, gradient_ascent, langevin
 from worldmodel.errors import ConfigError, NumericsError
 from worldmodel.nn.moments import RunningMoments, take_over
 from worldmodel.nn.networks import MLP
@@ -49,7 +49,9 @@ class EnergyConfig(Frozen):
         "nce", description="noise-contrastive estimation, contrastive divergence, or the persistent one (without a context)"
     )
     negatives: int = Field(8, ge=1, description="nce: draws of the base for each code")
-    others: int = Field(4, ge=0, description="nce with a context: other rows' contexts from which each code is told apart")
+    context_negatives: int = Field(
+        4, ge=0, description="nce with a context: other rows' contexts from which each code is told apart"
+    )
     magnitude: float = Field(0.001, ge=0, description="weight of f squared, at codes and at chains: keeps energies near 0")
     buffer: int = Field(1024, ge=1, description="pcd: chains that are kept, and saved with the weights")
     reinit: float = Field(0.05, ge=0, le=1, description="pcd: share of the chains that begin anew at a draw of the base")
@@ -61,15 +63,17 @@ class EnergyConfig(Frozen):
     step: float = Field(0.5, gt=0, description="size of a Langevin step, in deviations of the base")
     clip: float = Field(10.0, gt=0, description="greatest gradient in a step, per deviation of the base")
     normaliser: int = Field(32, ge=2, description="draws of the base that estimate ln Z in a rate")
-    most_gap: float = Field(100.0, gt=0, description="cd, pcd: |mean f(codes) - mean f(chains)| at which training has diverged")
-    most_moved: float = Field(20.0, gt=0, description="cd: deviations of the base that chains may move on average until it has")
+    max_gap: float = Field(100.0, gt=0, description="cd, pcd: |mean f(codes) - mean f(chains)| at which training has diverged")
+    max_displacement: float = Field(
+        20.0, gt=0, description="cd: deviations of the base that chains may move on average until it has"
+    )
 
     @model_validator(mode="after")
     def _base_is_exact(self) -> EnergyConfig:
-        law = part("distribution", self.base.kind)
-        if law.density != "exact" or not law.latents & Energy.latents:
+        base_class = part("distribution", self.base.kind)
+        if base_class.density != "exact" or not base_class.latent_kinds & Energy.latent_kinds:
             raise ValueError(f"base={self.base.kind} is no exact law of gaussian codes: use one that is, such as base=gaussian.")
-        if law.of_beliefs:
+        if base_class.of_posteriors:
             raise ValueError(
                 f"base={self.base.kind} is made of the encoder's beliefs, which an energy's base, trained by codes alone, must not "
                 "reach: use base=mixture, or the form itself without an energy."
@@ -87,18 +91,18 @@ class Energy(ConditionalDistribution):
 
     density = "unnormalised"
     slots = frozenset({"initial", "transition", "marginal"})
-    latents = frozenset({"gaussian"})
+    latent_kinds = frozenset({"gaussian"})
     MEMORY = 0.99
     """The share of the running mean and deviation that stays at each update."""
 
-    def __init__(self, config: EnergyConfig, latent: Latent, context_dim: int, source: Source | None = None):
+    def __init__(self, config: EnergyConfig, latent: Latent, context_dim: int, source: PosteriorSource | None = None):
         super().__init__(latent, context_dim)
         self.check(config, latent, "transition" if context_dim else "initial", "energy")
         self.config = config
         self.base: ConditionalDistribution = build("distribution", config.base, latent, context_dim, source)
         self.net = MLP(latent.size + context_dim, config.units, config.layers, 1, scale=0, norm=False)
-        self.framed = isinstance(self.base, ClosedForm)
-        if not self.framed:
+        self.base_has_moments = isinstance(self.base, ClosedForm)
+        if not self.base_has_moments:
             self.moments = RunningMoments(latent.size, self.MEMORY)
         if config.trainer == "pcd":
             self.register_buffer("chains", torch.randn(config.buffer, latent.size))
@@ -121,7 +125,7 @@ class Energy(ConditionalDistribution):
 
     def tilt(self, x: Float[Tensor, "*N D"], context: Tensor | None) -> Float[Tensor, "*N"]:
         """f(x, context), in nats."""
-        centre, spread = self._frame(context)
+        centre, spread = self._base_moments(context)
         seen = (x - centre) / spread
         if context is not None:
             seen = torch.cat([seen, context.expand(*seen.shape[:-1], -1)], -1)
@@ -137,7 +141,7 @@ class Energy(ConditionalDistribution):
         effective sample size. Below a tenth of `count` use `ais`: annealed importance sampling, in which each draw goes
         from the base to the law by 100 Langevin steps. Without `sampling` the noise is fixed. Source: Neal 2001.
         """
-        sampling = Sampling(generator=self._fixed()) if sampling is None else Sampling(generator=sampling.generator)
+        sampling = Sampling(generator=self._fixed_generator()) if sampling is None else Sampling(generator=sampling.generator)
         z = self.base.sample(context, count, sampling)
         if not ais:
             weight = self.tilt(z, context)
@@ -164,8 +168,8 @@ class Energy(ConditionalDistribution):
         steps = sampling.steps or self.config.steps
         if sampling.mode:
             start = self.base.sample(context, 1, sampling)
-            scale = self.config.step * self._frame(context)[1]
-            top = uphill(self._level(context), start.detach(), scale, steps, self.config.clip)
+            scale = self.config.step * self._base_moments(context)[1]
+            top = gradient_ascent(self._level(context), start.detach(), scale, steps, self.config.clip)
             return (start + (top - start).detach()).expand(count, -1, -1)
         if self.config.sampler == "langevin":
             start = self.base.sample(context, count, sampling)
@@ -173,19 +177,19 @@ class Energy(ConditionalDistribution):
         pool = self.base.sample(context, count * self.config.candidates, sampling).unflatten(0, (-1, count))  # [M, K, N, D]
         with torch.no_grad():
             share = (self.tilt(pool, context) / sampling.temperature**2).softmax(0).cumsum(0)
-            lot = torch.rand(share.shape[1:], generator=sampling.generator, device=share.device)
-            chosen = (share[:-1] < lot).sum(0)
+            uniform = torch.rand(share.shape[1:], generator=sampling.generator, device=share.device)
+            chosen = (share[:-1] < uniform).sum(0)
         return pool.gather(0, chosen[None, ..., None].expand(1, *pool.shape[1:]))[0]
 
     def _langevin(
         self, z: Float[Tensor, "*N D"], context: Tensor | None, steps: int, sampling: Sampling, weight: float = 1.0
     ) -> Float[Tensor, "*N D"]:
         """Langevin steps on base exp(weight f) at the temperature of `sampling`; no gradient."""
-        scale = self.config.step * self._frame(context)[1] * sampling.temperature
+        scale = self.config.step * self._base_moments(context)[1] * sampling.temperature
         level = self._level(context, weight, sampling.temperature)
         return langevin(level, z, scale, steps, sampling.generator, self.config.clip)
 
-    def _level(self, context: Tensor | None, weight: float = 1.0, temperature: float = 1.0) -> Level:
+    def _level(self, context: Tensor | None, weight: float = 1.0, temperature: float = 1.0) -> LogDensity:
         """ln of base exp(weight f) at a temperature, which is that of deviations."""
 
         def level(z: Tensor) -> Tensor:
@@ -202,21 +206,21 @@ class Energy(ConditionalDistribution):
         """ "base/...": the base's own terms; the trainer's and "magnitude", scores. NumericsError where chains diverge."""
         sampling = Sampling(generator=None if sampling is None else sampling.generator)
         if self.training:
-            self._remember(x.detach())
+            self._update_moments(x.detach())
         options = {"sampling": sampling, "rows": rows}
         high = self.tilt(x, context)
         if self.config.trainer == "nce":
-            terms, low_squared = self._contrast(x, high, context, sampling)
+            terms, low_squared = self._nce_loss(x, high, context, sampling)
         else:
-            low = self.tilt(self._chains(x.detach(), context, sampling), context)
+            low = self.tilt(self._chain_ends(x.detach(), context, sampling), context)
             low = low if self.config.trainer == "cd" else low.mean()  # chains that persist belong to no row
-            self._watch(x, "codes and chains differ in f", float((high.mean() - low.mean()).detach()), "most_gap")
+            self._check_divergence(x, "codes and chains differ in f", float((high.mean() - low.mean()).detach()), "max_gap")
             terms, low_squared = {"cd": Loss(low - high, "score")}, low.square()
         far = 0.5 * self.config.magnitude * (high.square() + low_squared)
         base = {f"base/{name}": term for name, term in self.base.loss(x, context, **options).items()}
         return {**base, **terms, "magnitude": Loss(far, "score")}
 
-    def _contrast(
+    def _nce_loss(
         self, x: Float[Tensor, "*N D"], high: Float[Tensor, "*N"], context: Tensor | None, sampling: Sampling
     ) -> tuple[dict[str, Loss], Float[Tensor, "*N"]]:
         """(loss, mean square of f at draws of the base), f being ln p / base where the logistic loss is least.
@@ -224,46 +228,46 @@ class Energy(ConditionalDistribution):
         With a context each code is also told apart from itself under other rows' contexts: among (z, c_j), by ln p(z | c_j).
         Other rows' codes under one context would do as well only if their own density were known: they favour ln p(z | c) / q(z).
         """
-        few = self.config.negatives
+        count = self.config.negatives
         rows, given = x.flatten(0, -2), None if context is None else context.flatten(0, -2)
         with torch.no_grad():
-            noise = self.base.sample(given, few if given is not None else few * len(rows), sampling).view(few, *rows.shape)
+            noise = self.base.sample(given, count if given is not None else count * len(rows), sampling).view(count, *rows.shape)
         low = self.tilt(noise, given)
-        told = F.softplus(math.log(few) - high.flatten()) + F.softplus(low - math.log(few)).sum(0)
-        terms = {"nce": Loss(told.view(high.shape), "score")}
-        if given is not None and self.config.others and len(rows) > 1:
-            shift = torch.randint(1, len(rows), (self.config.others, 1), generator=sampling.generator, device=x.device)
+        logistic = F.softplus(math.log(count) - high.flatten()) + F.softplus(low - math.log(count)).sum(0)
+        terms = {"nce": Loss(logistic.view(high.shape), "score")}
+        if given is not None and self.config.context_negatives and len(rows) > 1:
+            shift = torch.randint(1, len(rows), (self.config.context_negatives, 1), generator=sampling.generator, device=x.device)
             each = torch.arange(len(rows), device=x.device)
-            them = given[torch.cat([each.unsqueeze(0), (each + shift) % len(rows)])]  # own context first
-            wide = rows.expand(len(them), -1, -1)
+            contexts = given[torch.cat([each.unsqueeze(0), (each + shift) % len(rows)])]  # own context first
+            wide = rows.expand(len(contexts), -1, -1)
             with torch.no_grad():
-                level = self.base.log_prob(wide, them)
-            own = -(level + self.tilt(wide, them)).log_softmax(0)[0]
+                level = self.base.log_prob(wide, contexts)
+            own = -(level + self.tilt(wide, contexts)).log_softmax(0)[0]
             terms["contexts"] = Loss(own.view(high.shape), "score")
         return terms, low.square().mean(0).view(high.shape)
 
     @torch.no_grad()
-    def _chains(self, x: Float[Tensor, "*N D"], context: Tensor | None, sampling: Sampling) -> Float[Tensor, "*M D"]:
+    def _chain_ends(self, x: Float[Tensor, "*N D"], context: Tensor | None, sampling: Sampling) -> Float[Tensor, "*M D"]:
         """Ends of Langevin chains: from the codes, or from where those of earlier updates ended."""
         steps = self.config.steps
         if self.config.trainer == "cd":
             ends = self._langevin(x, context, steps, sampling)
-            moved = ((ends - x) / self._frame(context)[1]).square().mean().sqrt()
-            self._watch(x, "chains moved by", float(moved), "most_moved")
+            moved = ((ends - x) / self._base_moments(context)[1]).square().mean().sqrt()
+            self._check_divergence(x, "chains moved by", float(moved), "max_displacement")
             return ends
-        count, kept = min(len(x.flatten(0, -2)), len(self.chains)), len(self.chains)
-        rows = torch.randperm(kept, generator=sampling.generator, device=x.device)[:count]
-        anew = torch.rand(count, 1, generator=sampling.generator, device=x.device) < self.config.reinit
-        start = torch.where(anew, self.base.sample(None, count, sampling)[:, 0], self.chains[rows])
+        count, stored = min(len(x.flatten(0, -2)), len(self.chains)), len(self.chains)
+        rows = torch.randperm(stored, generator=sampling.generator, device=x.device)[:count]
+        restarted = torch.rand(count, 1, generator=sampling.generator, device=x.device) < self.config.reinit
+        start = torch.where(restarted, self.base.sample(None, count, sampling)[:, 0], self.chains[rows])
         ends = self._langevin(start, None, steps, sampling)
         if self.training:
             self.chains[rows] = ends
         return ends
 
-    def _watch(self, codes: Tensor, what: str, value: float, option: str) -> None:
+    def _check_divergence(self, latents: Tensor, what: str, value: float, option: str) -> None:
         """NumericsError where training has diverged."""
         limit = getattr(self.config, option)
-        if not abs(value) < limit and bool(codes.isfinite().all()):  # a NaN that came in with the codes is named where they are
+        if not abs(value) < limit and bool(latents.isfinite().all()):  # a NaN that came in with the codes is named where they are
             raise NumericsError(
                 f"The energy model diverges: {what} {abs(value):.4g}, and {option}={limit:g} is the limit. "
                 "Lower its step or train.lr, raise its magnitude, or use trainer=nce, which needs no chains."
@@ -273,14 +277,14 @@ class Energy(ConditionalDistribution):
     def measures(self, x: Float[Tensor, "N D"], context: Float[Tensor, "N C"] | None) -> dict[str, float]:
         """f: how far codes are lifted, in nats; effective: share of the base's draws that count in ln Z; base/...: its own."""
         count = self.config.normaliser
-        looks = Sampling(generator=torch.Generator(x.device).manual_seed(0))  # what is only looked at moves no random state
-        log_z, size = self.log_z(context, count, looks)
+        fixed = Sampling(generator=torch.Generator(x.device).manual_seed(0))  # what is only looked at moves no random state
+        log_z, size = self.log_z(context, count, fixed)
         base = {f"base/{name}": value for name, value in self.base.measures(x, context).items()}
         return {"f": float((self.tilt(x, context) - log_z).mean()), "effective": float(size.mean() / count), **base}
 
     def fit(
         self,
-        codes: Float[Tensor, "M D"],
+        latents: Float[Tensor, "M D"],
         context: Float[Tensor, "M C"] | None = None,
         *,
         steps: int = 500,
@@ -290,42 +294,42 @@ class Energy(ConditionalDistribution):
     ) -> float:
         """The base first, by itself; then f, with the base still learning."""
         options = {"steps": steps, "batch": batch, "lr": lr, "generator": generator}
-        self.base.fit(codes, context, **options)
-        if not self.framed:
-            self.moments.fix(codes)
+        self.base.fit(latents, context, **options)
+        if not self.base_has_moments:
+            self.moments.reset_to(latents)
         if self.config.trainer == "pcd":
             with torch.no_grad():
                 self.chains.copy_(self.base.sample(None, len(self.chains), Sampling(generator=generator))[:, 0])
         training = self.training
         try:
-            return super(Energy, self.train()).fit(codes, context, **options)
+            return super(Energy, self.train()).fit(latents, context, **options)
         finally:
             self.train(training)
 
     # The base's units -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _frame(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _base_moments(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """(centre, deviation) of the base, [*N D] or broadcast to it."""
-        if not self.framed:
+        if not self.base_has_moments:
             return self.moments.mean.float(), self.moments.deviation(1e-3)
-        belief = self.base.given(context)
-        return belief.mean, belief.std
+        distribution = self.base.given(context)
+        return distribution.mean, distribution.std
 
     @torch.no_grad()
-    def _remember(self, x: Float[Tensor, "*N D"]) -> None:
+    def _update_moments(self, x: Float[Tensor, "*N D"]) -> None:
         """Running mean and deviation of the codes, where the base cannot tell its own."""
         rows = x.flatten(0, -2)
-        if not self.framed and len(rows) > 1:
+        if not self.base_has_moments and len(rows) > 1:
             self.moments.update(rows)
 
     def former(self, arrays: dict, prefix: str) -> None:
         """Names of 0.1.0, which kept a deviation."""
-        if (name := f"{prefix}spread") in arrays and not self.framed:
+        if (name := f"{prefix}spread") in arrays and not self.base_has_moments:
             arrays[name] = arrays[name] ** 2
             take_over(arrays, f"{prefix}moments", mean=f"{prefix}centre", variance=name, count=f"{prefix}seen")
 
-    def _fixed(self) -> torch.Generator:
+    def _fixed_generator(self) -> torch.Generator:
         """Noise that is the same at each call."""
         device = next(self.net.parameters()).device
         return torch.Generator(device).manual_seed(0)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from worldmodel.config import Frozen
 from worldmodel.data import Sampling
-from worldmodel.distributions.base import ConditionalDistribution, Latent, Source
+from worldmodel.distributions.base import ConditionalDistribution, Latent, PosteriorSource
 from worldmodel.distributions.gaussian import GaussianPosterior
 from worldmodel.nn.moments import RunningMoments, take_over
-from worldmodel.nn.networks import StraightMLP
+from worldmodel.nn.networks import SkipMLP
 from worldmodel.registry import register
 
 
@@ -43,18 +43,18 @@ class Flow(ConditionalDistribution):
 
     density = "exact"
     slots = frozenset({"initial", "transition", "marginal"})
-    latents = frozenset({"gaussian"})
+    latent_kinds = frozenset({"gaussian"})
     REACH = 5.0
     """The splines act on [-REACH, REACH]."""
-    ALARM = 0.05
+    WARN_OUTSIDE = 0.05
     """The share of whitened numbers outside from which on `measures` warns."""
     MEMORY = 0.99
     """The share of the running statistics that stays at each update."""
 
-    def __init__(self, config: FlowConfig, latent: Latent, context_dim: int, source: Source | None = None):
+    def __init__(self, config: FlowConfig, latent: Latent, context_dim: int, source: PosteriorSource | None = None):
         super().__init__(latent, context_dim)
         if context_dim:
-            self.frame = StraightMLP(context_dim, config.units, 1, latent.parameters)
+            self.frame = SkipMLP(context_dim, config.units, 1, latent.parameters)
         else:
             self.moments = RunningMoments(latent.size, self.MEMORY)
         sizes = {"hidden_features": [config.units] * config.layers, "activation": nn.SiLU}
@@ -68,7 +68,7 @@ class Flow(ConditionalDistribution):
     def whitening(self, context: Tensor | None) -> GaussianPosterior:
         """The Gaussian in front, for each row of the context; without context its batch shape is [1]."""
         if self.context_dim:
-            return self.latent.belief(self.frame(context))
+            return self.latent.distribution(self.frame(context))
         return GaussianPosterior(self.moments.mean.float().unsqueeze(0), self.moments.deviation(1e-3).unsqueeze(0))
 
     def whitened(self, x: Float[Tensor, "*N D"], context: Tensor | None) -> Float[Tensor, "*N D"]:
@@ -99,27 +99,27 @@ class Flow(ConditionalDistribution):
     def rate(self, posterior, z, context, *, frozen: bool = False, sampling=None, rows=None):
         nats = super().rate(posterior, z, context, frozen=frozen, sampling=sampling, rows=rows)
         if not frozen:
-            self._follow(z)
+            self._update_moments(z)
         return nats
 
     def loss(self, x, context, *, sampling=None, rows=None):
         terms = super().loss(x, context, sampling=sampling, rows=rows)
-        self._follow(x)
+        self._update_moments(x)
         return terms
 
-    def fit(self, codes, context=None, **options) -> float:
+    def fit(self, latents, context=None, **options) -> float:
         """As everywhere; the whitening is that of all the codes, and stays."""
         training = self.training
         if not self.context_dim:
-            self.moments.fix(codes)
+            self.moments.reset_to(latents)
         self.eval()
         try:
-            return super().fit(codes, context, **options)
+            return super().fit(latents, context, **options)
         finally:
             self.train(training)
 
     @torch.no_grad()
-    def _follow(self, x: Tensor) -> None:
+    def _update_moments(self, x: Tensor) -> None:
         """Takes codes into the running statistics, after they were scored; nothing moves in eval mode or in frozen weights."""
         x = x.detach().flatten(0, -2)
         if self.context_dim or not self.training or len(x) < 2 or not next(self.parameters()).requires_grad:
@@ -139,7 +139,7 @@ class Flow(ConditionalDistribution):
     def measures(self, x: Float[Tensor, "N D"], context: Float[Tensor, "N C"] | None) -> dict[str, float]:
         """outside: see there; a warning from ALARM on."""
         share = self.outside(x, context)
-        if share > self.ALARM:
+        if share > self.WARN_OUTSIDE:
             warnings.warn(
                 f"Flow: {share:.0%} of the whitened numbers lie beyond {self.REACH:g}, where splines do nothing. "
                 "Lower train.lr, or fit the flow to frozen codes (`fit`), which whitens by all of them.",

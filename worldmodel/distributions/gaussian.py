@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from worldmodel.config import Frozen
 from worldmodel.data import Loss
-from worldmodel.distributions.base import ClosedForm, Latent, Posterior, Source
+from worldmodel.distributions.base import ClosedForm, Latent, Posterior, PosteriorSource
 from worldmodel.nn.moments import LONG_AGO, RunningMoments, take_over
-from worldmodel.nn.networks import StraightMLP
+from worldmodel.nn.networks import SkipMLP
 from worldmodel.registry import register
 
 
@@ -24,7 +24,7 @@ from worldmodel.registry import register
 class GaussianPosterior(Posterior):
     """N(mean, std^2), independent over the code's numbers."""
 
-    MANY: ClassVar[int] = 1024
+    MATMUL_FROM: ClassVar[int] = 1024
     """K Z, from which on the densities of all K beliefs are taken by matrix products."""
 
     mean_: Float[Tensor, "*N Z"]
@@ -53,7 +53,7 @@ class GaussianPosterior(Posterior):
         In double precision, which autocast leaves alone too: the squares cancel, and narrow components would be off by nats.
         """
         mean, std = self.mean_.double(), self.std.double()
-        if mean.shape[:-2].numel() != 1 or mean.shape[-2:].numel() < self.MANY:
+        if mean.shape[:-2].numel() != 1 or mean.shape[-2:].numel() < self.MATMUL_FROM:
             return super().log_prob_each(x)
         mean, std = mean.reshape(mean.shape[-2:]), std.reshape(std.shape[-2:])
         precision, x = std**-2, x.double()
@@ -90,7 +90,7 @@ class GaussianLatent(Latent):
     """std = softplus(raw + ln(e - 1)) + min_std: an untrained network believes about N(0, 1)."""
 
     kind = "gaussian"
-    metric = True
+    continuous = True
     axis = -1
 
     def __init__(self, config: GaussianLatentConfig):
@@ -100,18 +100,18 @@ class GaussianLatent(Latent):
     def noise(self, shape, generator, device) -> Tensor:
         return torch.randn(*shape, self.size, generator=generator, device=device)
 
-    def belief(self, parameters: Tensor) -> GaussianPosterior:
+    def distribution(self, parameters: Tensor) -> GaussianPosterior:
         mean, raw = parameters.float().chunk(2, -1)  # rates lose too much in bf16
         return GaussianPosterior(mean, F.softplus(raw + math.log(math.e - 1)) + self.min_std)
 
     def part(self, variables: int) -> GaussianLatent:
         return GaussianLatent(GaussianLatentConfig(size=variables, min_std=self.min_std))
 
-    def traverse(self, code, codes, steps, width) -> Tensor:
+    def traverse(self, z, latents, steps, width) -> Tensor:
         """S evenly spaced values, `width` deviations to both sides of each number's mean."""
-        values = codes.mean(0) + codes.std(0) * torch.linspace(-width, width, steps, device=code.device).unsqueeze(-1)
-        moved = code.expand(self.size, steps, -1).clone()
-        each = torch.arange(self.size, device=code.device)
+        values = latents.mean(0) + latents.std(0) * torch.linspace(-width, width, steps, device=z.device).unsqueeze(-1)
+        moved = z.expand(self.size, steps, -1).clone()
+        each = torch.arange(self.size, device=z.device)
         moved[each, :, each] = values.T
         return moved
 
@@ -137,20 +137,20 @@ class Gaussian(ClosedForm):
     """
 
     slots = frozenset({"initial", "transition", "marginal"})
-    latents = frozenset({"gaussian"})
+    latent_kinds = frozenset({"gaussian"})
     MEMORY = 0.95
     """The share of the fitted variance that stays at each update."""
 
-    def __init__(self, config: GaussianConfig, latent: Latent, context_dim: int, source: Source | None = None):
+    def __init__(self, config: GaussianConfig, latent: Latent, context_dim: int, source: PosteriorSource | None = None):
         super().__init__(latent, context_dim)
         self.standard, self.fitted = config.standard, config.std == "fitted" and not config.standard
         outputs = latent.size if self.fitted else latent.parameters
         if self.fitted:
-            self.errors = RunningMoments(latent.size, self.MEMORY, before=1.0)
+            self.errors = RunningMoments(latent.size, self.MEMORY, initial_mean=1.0)
         if config.standard:
             self.register_buffer("origin", torch.zeros(1, latent.size), persistent=False)
         elif context_dim:
-            self.net = StraightMLP(context_dim, config.units, config.layers, outputs)
+            self.net = SkipMLP(context_dim, config.units, config.layers, outputs)
         else:
             self.free = nn.Parameter(torch.zeros(1, outputs))
 
@@ -160,7 +160,7 @@ class Gaussian(ClosedForm):
             return GaussianPosterior(mean, torch.ones_like(mean))
         raw = self.net(context) if self.context_dim else self.free
         if not self.fitted:
-            return self.latent.belief(raw)
+            return self.latent.distribution(raw)
         return GaussianPosterior(raw.float(), self.variance.sqrt().clamp_min(self.latent.min_std).expand(raw.shape))
 
     @property
@@ -171,12 +171,12 @@ class Gaussian(ClosedForm):
     def rate(self, posterior, z, context, *, frozen: bool = False, sampling=None, rows=None):
         prior = self.given(context)
         if not frozen:
-            self._fit((posterior.mean - prior.mean).square() + posterior.std.square())
+            self._update_variance((posterior.mean - prior.mean).square() + posterior.std.square())
         return posterior.kl(prior.detach() if frozen else prior)
 
     def rates(self, posterior, z, context, *, sampling=None, rows=None):
         prior = self.given(context)
-        self._fit((posterior.mean - prior.mean).square() + posterior.std.square())
+        self._update_variance((posterior.mean - prior.mean).square() + posterior.std.square())
         return posterior.detach().kl(prior), posterior.kl(prior.detach())
 
     def loss(self, x, context, *, sampling=None, rows=None) -> dict[str, Loss]:
@@ -184,19 +184,19 @@ class Gaussian(ClosedForm):
         if not self.fitted:
             return super().loss(x, context, sampling=sampling, rows=rows)
         error = (x - self.given(context).mean).square()
-        self._fit(error)
+        self._update_variance(error)
         return {"error": Loss(0.5 * error.sum(-1), "score")}
 
-    def fit(self, codes, context=None, **options) -> float:
+    def fit(self, latents, context=None, **options) -> float:
         """As everywhere; a fitted deviation is that of the errors at all the codes."""
-        value = super().fit(codes, context, **options)
+        value = super().fit(latents, context, **options)
         if self.fitted:
             with torch.no_grad():
-                self.errors.fix((codes - self.given(context).mean).square().flatten(0, -2))
+                self.errors.reset_to((latents - self.given(context).mean).square().flatten(0, -2))
         return value
 
     @torch.no_grad()
-    def _fit(self, error: Float[Tensor, "*N Z"]) -> None:
+    def _update_variance(self, error: Float[Tensor, "*N Z"]) -> None:
         """Takes squared errors into the fitted variance, in training alone and not in frozen weights.
 
         Those of an update that is not finite leave nothing behind.

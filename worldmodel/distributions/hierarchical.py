@@ -12,7 +12,7 @@ from torch import Tensor
 
 from worldmodel.config import Frozen, Part
 from worldmodel.data import Loss, Sampling
-from worldmodel.distributions.base import ConditionalDistribution, Latent, Posterior, Source
+from worldmodel.distributions.base import ConditionalDistribution, Latent, Posterior, PosteriorSource
 from worldmodel.errors import ConfigError
 from worldmodel.registry import build, config_class, part, register
 
@@ -39,9 +39,9 @@ class Hierarchical(ConditionalDistribution):
 
     density = "exact"
     slots = frozenset({"initial", "transition"})
-    latents = frozenset({"gaussian", "categorical"})
+    latent_kinds = frozenset({"gaussian", "categorical"})
 
-    def __init__(self, config: HierarchicalConfig, latent: Latent, context_dim: int, source: Source | None = None):
+    def __init__(self, config: HierarchicalConfig, latent: Latent, context_dim: int, source: PosteriorSource | None = None):
         super().__init__(latent, context_dim)
         self.check(config, latent, "transition" if context_dim else "initial", "hierarchical")
         self.top = config.top
@@ -64,20 +64,20 @@ class Hierarchical(ConditionalDistribution):
             level = getattr(config, name)
             if level is None:
                 continue
-            law = part("distribution", level.kind)
-            if law.density != "exact":
+            level_class = part("distribution", level.kind)
+            if level_class.density != "exact":
                 raise ConfigError(
                     f"{where}.{name}.kind={level.kind} has no exact density, so the levels' rates would not add up: "
                     "take another form."
                 )
-            if law.of_beliefs:
+            if level_class.of_posteriors:
                 raise ConfigError(
                     f"{where}.{name}.kind={level.kind} is made of beliefs about whole codes, and a level is a part of one: "
                     "take another form, such as mixture."
                 )
-            law.check(level, latent.part(size), inner, f"{where}.{name}")
+            level_class.check(level, latent.part(size), inner, f"{where}.{name}")
 
-    def _below(self, z1: Tensor, context: Tensor | None) -> Tensor:
+    def _lower_context(self, z1: Tensor, context: Tensor | None) -> Tensor:
         """The lower level's context."""
         return z1 if context is None else torch.cat([context, z1], -1)
 
@@ -85,13 +85,13 @@ class Hierarchical(ConditionalDistribution):
         """From the top down; options of sampling hold at both levels."""
         sampling = replace(sampling or Sampling(), noise=None)
         z1 = self.upper.sample(context, count, sampling)
-        below = self._below(z1, None if context is None else context.expand(count, *context.shape))
+        below = self._lower_context(z1, None if context is None else context.expand(count, *context.shape))
         z2 = self.lower.sample(below.flatten(0, -2), 1, sampling)[0]
         return torch.cat([z1, z2.view(*z1.shape[:-1], -1)], -1)
 
     def log_prob(self, x: Float[Tensor, "*N D"], context: Tensor | None) -> Float[Tensor, "*N"]:
         z1, z2 = x.tensor_split([self.cut], -1)
-        return self.upper.log_prob(z1, context) + self.lower.log_prob(z2, self._below(z1, context))
+        return self.upper.log_prob(z1, context) + self.lower.log_prob(z2, self._lower_context(z1, context))
 
     def rate(self, posterior, z, context, *, frozen: bool = False, sampling=None, rows=None):
         if not frozen:
@@ -107,22 +107,22 @@ class Hierarchical(ConditionalDistribution):
         axis, rest = self.latent.axis, self.latent.variables - self.top
         q1 = posterior.map(lambda p: p.narrow(axis, 0, self.top))
         q2 = posterior.map(lambda p: p.narrow(axis, self.top, rest))
-        return self.upper.rate(q1, z1, context) + self.lower.rate(q2, z2, self._below(z1, context))
+        return self.upper.rate(q1, z1, context) + self.lower.rate(q2, z2, self._lower_context(z1, context))
 
     def loss(self, x, context, *, sampling=None, rows=None) -> dict[str, Loss]:
         """What each level minimises, its name in front."""
         (z1, z2), options = x.tensor_split([self.cut], -1), {"sampling": sampling, "rows": rows}
         levels = {"upper": self.upper.loss(z1, context, **options)}
-        levels["lower"] = self.lower.loss(z2, self._below(z1, context), **options)
+        levels["lower"] = self.lower.loss(z2, self._lower_context(z1, context), **options)
         return {f"{level}/{name}": term for level, terms in levels.items() for name, term in terms.items()}
 
-    def fit(self, codes, context=None, **options) -> float:
+    def fit(self, latents, context=None, **options) -> float:
         """The upper level and then the lower one, each as it is fitted by itself: neither learns from the other."""
-        z1, z2 = codes.detach().tensor_split([self.cut], -1)
-        return self.upper.fit(z1, context, **options) + self.lower.fit(z2, self._below(z1, context), **options)
+        z1, z2 = latents.detach().tensor_split([self.cut], -1)
+        return self.upper.fit(z1, context, **options) + self.lower.fit(z2, self._lower_context(z1, context), **options)
 
     def measures(self, x: Float[Tensor, "N D"], context: Float[Tensor, "N C"] | None) -> dict[str, float]:
         """What each level says, its name in front."""
         z1, z2 = x.tensor_split([self.cut], -1)
-        levels = {"upper": self.upper.measures(z1, context), "lower": self.lower.measures(z2, self._below(z1, context))}
+        levels = {"upper": self.upper.measures(z1, context), "lower": self.lower.measures(z2, self._lower_context(z1, context))}
         return {f"{level}/{name}": value for level, seen in levels.items() for name, value in seen.items()}

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from worldmodel.config import Frozen
 from worldmodel.data import Loss, Sampling
-from worldmodel.distributions.base import ConditionalDistribution, Latent, Posterior, Source
-from worldmodel.nn.networks import MLP, StraightMLP
+from worldmodel.distributions.base import ConditionalDistribution, Latent, Posterior, PosteriorSource
+from worldmodel.nn.networks import MLP, SkipMLP
 from worldmodel.registry import register
 
 
@@ -27,18 +27,18 @@ class Components:
     """
 
     log_weights: Float[Tensor, "*N K"]
-    beliefs: Posterior
+    distributions: Posterior
 
     def log_prob(self, x: Float[Tensor, "*M Z"]) -> Float[Tensor, "*M"]:
         """In nats. The sum over components stands outside the product over a code's numbers: one component explains all of them."""
-        return torch.logsumexp(self.log_weights + self.beliefs.log_prob_each(x), -1)
+        return torch.logsumexp(self.log_weights + self.distributions.log_prob_each(x), -1)
 
     def sample(self, latent: Latent, count: int, sampling: Sampling) -> Float[Tensor, "S *N Z"]:
         """A component by its weight, then a draw of it; `temperature` sharpens the weights and narrows the components.
 
         Differentiable in the drawn component's parameters, not in the weights. `mode`: the mode of the heaviest component.
         """
-        batch = torch.broadcast_shapes(self.log_weights.shape, self.beliefs.mean.shape[:-1])[:-1]
+        batch = torch.broadcast_shapes(self.log_weights.shape, self.distributions.mean.shape[:-1])[:-1]
         log_weights = self.log_weights.detach().expand(*batch, -1)
         if sampling.mode:
             chosen = log_weights.argmax(-1).expand(count, *batch)
@@ -46,35 +46,35 @@ class Components:
             passed = torch.softmax(log_weights / sampling.temperature, -1).cumsum(-1)[..., :-1]
             u = torch.rand(count, *batch, 1, generator=sampling.generator, device=passed.device)
             chosen = (passed < u).sum(-1)
-        inner = self.beliefs.mean.ndim - 1
+        axis = self.distributions.mean.ndim - 1
 
         def pick(p: Tensor) -> Tensor:
-            own = p.shape[inner:]  # what stands behind the components' axis
+            own = p.shape[axis:]  # what stands behind the components' axis
             index = chosen.view(*chosen.shape, 1, *[1] * len(own))
             return torch.take_along_dim(p.expand(1, *batch, -1, *own), index, chosen.ndim).squeeze(chosen.ndim)
 
-        return latent.draw(self.beliefs.map(pick), replace(sampling, noise=None), chosen.shape, chosen.device)
+        return latent.draw(self.distributions.map(pick), replace(sampling, noise=None), chosen.shape, chosen.device)
 
     def shares(self, x: Float[Tensor, "*M Z"]) -> Float[Tensor, "*M K"]:
         """How likely each component is to have made x."""
-        return torch.softmax(self.log_weights + self.beliefs.log_prob_each(x), -1)
+        return torch.softmax(self.log_weights + self.distributions.log_prob_each(x), -1)
 
     def spread(self) -> Float[Tensor, ""]:
         """KL between two different components, in nats, averaged over all pairs; 0 where there is one only."""
-        inner, k = self.beliefs.mean.ndim - 1, self.beliefs.mean.shape[-2]
-        one, other = self.beliefs.map(lambda p: p.unsqueeze(inner)), self.beliefs.map(lambda p: p.unsqueeze(inner - 1))
+        axis, k = self.distributions.mean.ndim - 1, self.distributions.mean.shape[-2]
+        one, other = self.distributions.map(lambda p: p.unsqueeze(axis)), self.distributions.map(lambda p: p.unsqueeze(axis - 1))
         return one.kl(other).sum((-2, -1)).mean() / max(1, k * (k - 1))
 
     def detach(self) -> Components:
-        return Components(self.log_weights.detach(), self.beliefs.detach())
+        return Components(self.log_weights.detach(), self.distributions.detach())
 
 
-class Mixed(ConditionalDistribution):
+class MixtureForm(ConditionalDistribution):
     """Forms whose law given the context is a mixture of the latent's beliefs: an exact density, and rates estimated at z."""
 
     density = "exact"
     slots = frozenset({"initial", "transition", "marginal"})
-    latents = frozenset({"gaussian", "categorical"})
+    latent_kinds = frozenset({"gaussian", "categorical"})
 
     @abstractmethod
     def components(self, context: Tensor | None, rows: Tensor | None = None) -> Components:
@@ -87,13 +87,13 @@ class Mixed(ConditionalDistribution):
         return self.components(context).log_prob(x)
 
     def rate(self, posterior, z, context, *, frozen: bool = False, sampling=None, rows=None):
-        law = self.components(context, rows)
-        return posterior.log_prob(z) - (law.detach() if frozen else law).log_prob(z)
+        mixture = self.components(context, rows)
+        return posterior.log_prob(z) - (mixture.detach() if frozen else mixture).log_prob(z)
 
     def rates(self, posterior, z, context, *, sampling=None, rows=None):
-        law, still = self.components(context, rows), z.detach()
-        dyn = posterior.detach().log_prob(still) - law.log_prob(still)
-        return dyn, posterior.log_prob(z) - law.detach().log_prob(z)
+        mixture, z_detached = self.components(context, rows), z.detach()
+        dyn = posterior.detach().log_prob(z_detached) - mixture.log_prob(z_detached)
+        return dyn, posterior.log_prob(z) - mixture.detach().log_prob(z)
 
     def loss(self, x, context, *, sampling=None, rows=None) -> dict[str, Loss]:
         return {"nll": Loss(-self.components(context, rows).log_prob(x))}
@@ -109,7 +109,7 @@ class Mixed(ConditionalDistribution):
 
 def network(latent: Latent, inputs: int, units: int, layers: int, outputs: int) -> nn.Module:
     """From a context to numbers about codes: with a linear path where the size of a code's numbers means something."""
-    return (StraightMLP if latent.metric else MLP)(inputs, units, layers, outputs)
+    return (SkipMLP if latent.continuous else MLP)(inputs, units, layers, outputs)
 
 
 class MixtureConfig(Frozen):
@@ -123,14 +123,14 @@ class MixtureConfig(Frozen):
 
 
 @register("distribution", "mixture", MixtureConfig)
-class Mixture(Mixed):
+class Mixture(MixtureForm):
     """Without a context a mixture with free parameters, with one a mixture density network.
 
     Components start apart, each about as wide as N(0, 1); the latent's own floor keeps them from narrowing onto single codes.
     Source: Bishop 1994 (mixture density networks); Ha and Schmidhuber 2018 (as a transition, temperature on weights and width).
     """
 
-    def __init__(self, config: MixtureConfig, latent: Latent, context_dim: int, source: Source | None = None):
+    def __init__(self, config: MixtureConfig, latent: Latent, context_dim: int, source: PosteriorSource | None = None):
         super().__init__(latent, context_dim)
         self.count, self.floor = config.components, config.floor
         if context_dim:
@@ -146,4 +146,4 @@ class Mixture(Mixed):
             logits = logits + moved[..., : self.count]
             raw = raw + moved[..., self.count :].unflatten(-1, raw.shape[-2:])
         weights = torch.softmax(logits.float(), -1) * (1 - self.floor) + self.floor / self.count
-        return Components(weights.log(), self.latent.belief(raw))
+        return Components(weights.log(), self.latent.distribution(raw))

@@ -65,8 +65,8 @@ class PointLatent(Latent):
     """The network's output is the code."""
 
     kind = "point"
-    metric = True
-    certain = True
+    continuous = True
+    deterministic = True
     axis = -1
 
     def __init__(self, config: PointLatentConfig):
@@ -79,11 +79,11 @@ class PointLatent(Latent):
     def noise(self, shape, generator, device) -> Tensor:
         return torch.empty(*shape, 0, device=device)
 
-    def belief(self, parameters: Tensor) -> PointPosterior:
+    def distribution(self, parameters: Tensor) -> PointPosterior:
         return PointPosterior(parameters.float())
 
     def part(self, variables: int) -> PointLatent:
         return PointLatent(PointLatentConfig(size=variables))
 
-    def traverse(self, code, codes, steps, width) -> Tensor:
-        return self.family.traverse(code, codes, steps, width)
+    def traverse(self, z, latents, steps, width) -> Tensor:
+        return self.family.traverse(z, latents, steps, width)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from worldmodel.config import Frozen
 from worldmodel.data import Obs
-from worldmodel.distributions.base import Latent, Source
-from worldmodel.distributions.mixture import Components, Mixed, network
+from worldmodel.distributions.base import Latent, PosteriorSource
+from worldmodel.distributions.mixture import Components, MixtureForm, network
 from worldmodel.errors import ConfigError
 from worldmodel.registry import register
 
@@ -22,7 +22,7 @@ class VampConfig(Frozen):
     """How many pseudo-inputs there are, and where they live."""
 
     kind: Literal["vamp"] = "vamp"
-    inputs: Literal["observation", "feature", "exemplar"] = Field(
+    pseudo_inputs: Literal["observation", "feature", "exemplar"] = Field(
         "observation",
         description="pseudo-inputs are learned observations, learned embeddings, or observations that came (exemplars)",
     )
@@ -34,7 +34,7 @@ class VampConfig(Frozen):
 
 
 @register("distribution", "vamp", VampConfig)
-class VampPrior(Mixed):
+class VampPrior(MixtureForm):
     """p(z | h) = sum_k w_k(h) q(z | u_k, h): the posterior q at K pseudo-inputs u_k. Without context weights are free or equal.
 
     observation  u_k are learned observations, seen through the encoder: the paper's
@@ -46,30 +46,32 @@ class VampPrior(Mixed):
     Source: Tomczak and Welling 2018, eq. 9 to 11; exemplars: Norouzi et al. 2020 (Exemplar VAE), eq. 4 and section 3.
     """
 
-    of_beliefs = True
+    of_posteriors = True
 
-    def __init__(self, config: VampConfig, latent: Latent, context_dim: int, source: Source | None = None):
+    def __init__(self, config: VampConfig, latent: Latent, context_dim: int, source: PosteriorSource | None = None):
         super().__init__(latent, context_dim)
         if source is None:
             raise ConfigError(
                 "A vamp law is made of a model's own posteriors and was given none. Use it as model.transition, model.initial or "
                 "model.marginal of a model whose codes are beliefs, not within another law; else take distribution 'mixture'."
             )
-        if context_dim and source.carry_dim not in (0, context_dim):
+        if context_dim and source.h_dim not in (0, context_dim):
             raise ConfigError(
-                f"vamp: its context has {context_dim} numbers, but the posterior reads a carry of {source.carry_dim}. "
+                f"vamp: its context has {context_dim} numbers, but the posterior reads a carry of {source.h_dim}. "
                 "Let the posterior look at the observation alone (model.dynamics.posterior=observation), or take 'mixture'."
             )
         k, self.source, self.config = config.components, source, config
-        self.inner_carry = 0 if context_dim else source.carry_dim  # numbers of carry that pseudo-inputs bring along
-        exemplar = config.inputs == "exemplar"
-        if config.inputs == "feature":
-            pseudo = {"embed": torch.randn(k, source.inputs.size)}
+        self.pseudo_h = 0 if context_dim else source.h_dim  # numbers of carry that pseudo-inputs bring along
+        exemplar = config.pseudo_inputs == "exemplar"
+        if config.pseudo_inputs == "feature":
+            pseudo = {"embed": torch.randn(k, source.encoder.size)}
         else:
-            shapes = source.inputs.shapes
-            pseudo = {f"input{i}": self._begin(torch.randn(k, *shape), exemplar) for i, shape in enumerate(shapes.values())}
-        if self.inner_carry:
-            pseudo["carry"] = 0.1 * torch.randn(k, self.inner_carry)
+            shapes = source.encoder.shapes
+            pseudo = {
+                f"input{i}": self._initial_values(torch.randn(k, *shape), exemplar) for i, shape in enumerate(shapes.values())
+            }
+        if self.pseudo_h:
+            pseudo["h"] = 0.1 * torch.randn(k, self.pseudo_h)
         for name, value in pseudo.items():
             if exemplar:
                 self.register_buffer(name, value)
@@ -84,53 +86,53 @@ class VampPrior(Mixed):
             self.logits = nn.Parameter(torch.zeros(1, k))
 
     @staticmethod
-    def _begin(noise: Tensor, exemplar: bool) -> Tensor:
+    def _initial_values(noise: Tensor, exemplar: bool) -> Tensor:
         """Vectors as standardised ones are; images around grey: before the sigmoid where they are learned, else behind it."""
         return torch.sigmoid(noise) if exemplar and noise.ndim == 4 else noise
 
     @torch.no_grad()
-    def begin(self, obs: Obs, carry: Float[Tensor, "N D"] | None = None, rows: Int[Tensor, " N"] | None = None) -> None:
+    def init_pseudo_inputs(self, obs: Obs, h: Float[Tensor, "N D"] | None = None, rows: Int[Tensor, " N"] | None = None) -> None:
         """Pseudo-inputs start at the first K of these observations, and not at noise, with their carries where they bring some.
 
         rows   the observations' row numbers, so that exemplars are left out of the law of their own rows; without: of none
         Raises ValueError where there are fewer than K.
         """
         k = self.config.components
-        given = {name: obs[name][:k] for name in self.source.inputs.shapes}
+        given = {name: obs[name][:k] for name in self.source.encoder.shapes}
         if any(len(x) < k for x in given.values()):
             raise ValueError(f"{k} pseudo-inputs cannot start at {min(map(len, given.values()))} observations. Give more.")
-        if self.inner_carry and carry is not None:
-            self.carry.copy_(carry[:k])
-        if self.remembers:
+        if self.pseudo_h and h is not None:
+            self.h.copy_(h[:k])
+        if self.has_exemplars:
             self.row.copy_(torch.full_like(self.row, -1) if rows is None else rows[:k])
-        if self.config.inputs == "feature":
-            self.embed.copy_(self.source.inputs.encode(given))
+        if self.config.pseudo_inputs == "feature":
+            self.embed.copy_(self.source.encoder.encode(given))
             return
         for i, x in enumerate(given.values()):
-            learned = x.ndim == 4 and self.config.inputs == "observation"
+            learned = x.ndim == 4 and self.config.pseudo_inputs == "observation"
             getattr(self, f"input{i}").copy_(torch.logit(x.clamp(0.05, 0.95)) if learned else x)  # finite, and not saturated
 
     def embeddings(self) -> Float[Tensor, "K E"]:
         """The pseudo-inputs as the posterior is given them."""
-        if self.config.inputs == "feature":
+        if self.config.pseudo_inputs == "feature":
             return self.embed
-        own = {name: getattr(self, f"input{i}") for i, name in enumerate(self.source.inputs.shapes)}
-        if self.config.inputs == "observation":
+        own = {name: getattr(self, f"input{i}") for i, name in enumerate(self.source.encoder.shapes)}
+        if self.config.pseudo_inputs == "observation":
             own = {name: torch.sigmoid(u) if u.ndim == 4 else u for name, u in own.items()}
-        return self.source.inputs.encode(own)
+        return self.source.encoder.encode(own)
 
     def components(self, context: Tensor | None, rows: Tensor | None = None) -> Components:
         """`rows` [*N]: an exemplar of the same row does not count, so that no code is explained by itself."""
         embed = self.embeddings()
-        if self.context_dim and self.source.carry_dim:
-            embed, carry = embed.expand(*[1] * (context.ndim - 1), -1, -1), context.unsqueeze(-2)
+        if self.context_dim and self.source.h_dim:
+            embed, h = embed.expand(*[1] * (context.ndim - 1), -1, -1), context.unsqueeze(-2)
         else:
-            carry = self.carry if self.inner_carry else embed.new_zeros(len(embed), 0)
+            h = self.h if self.pseudo_h else embed.new_zeros(len(embed), 0)
         log_weights = self._log_weights(context, embed)
-        if rows is not None and self.config.inputs == "exemplar":
+        if rows is not None and self.config.pseudo_inputs == "exemplar":
             own = rows.unsqueeze(-1) == self.row
             log_weights = torch.log_softmax(log_weights.masked_fill(own, -torch.inf), -1)
-        return Components(log_weights, self.source.posterior(embed, carry))
+        return Components(log_weights, self.source.posterior(embed, h))
 
     def _log_weights(self, context: Tensor | None, embed: Tensor) -> Float[Tensor, "*N K"]:
         if self.context_dim:
@@ -141,12 +143,12 @@ class VampPrior(Mixed):
         return torch.full((1, k), -math.log(k), device=embed.device)
 
     @property
-    def remembers(self) -> bool:
+    def has_exemplars(self) -> bool:
         """Whether `remember` does anything."""
-        return self.config.inputs == "exemplar"
+        return self.config.pseudo_inputs == "exemplar"
 
     @torch.no_grad()
-    def remember(self, obs: Obs, carry: Float[Tensor, "N D"], rows: Int[Tensor, " N"]) -> None:
+    def replace_exemplars(self, obs: Obs, h: Float[Tensor, "N D"], rows: Int[Tensor, " N"]) -> None:
         """Some of these observations, with their carries and row numbers, take the places of the oldest exemplars.
 
         They are taken at even distances; rows that are exemplars already, or not finite, are passed over. The buffers are replaced
@@ -156,16 +158,16 @@ class VampPrior(Mixed):
         once = torch.ones_like(ordered, dtype=torch.bool)
         once[1:] = ordered[1:] != ordered[:-1]
         at = at[once & ~torch.isin(ordered, self.row)]
-        for x in (*(obs[name] for name in self.source.inputs.shapes), carry):
+        for x in (*(obs[name] for name in self.source.encoder.shapes), h):
             at = at[x[at].flatten(1).isfinite().all(1)]
         count = min(self.config.renew, self.config.components, len(at))
         if not count:
             return
         at = at[torch.arange(count, device=at.device) * len(at) // count]
         places = (self.oldest + torch.arange(count, device=at.device)) % self.config.components
-        new = {f"input{i}": obs[name] for i, name in enumerate(self.source.inputs.shapes)} | {"row": rows}
-        if self.inner_carry:
-            new["carry"] = carry
+        new = {f"input{i}": obs[name] for i, name in enumerate(self.source.encoder.shapes)} | {"row": rows}
+        if self.pseudo_h:
+            new["h"] = h
         for name, value in new.items():
             old = getattr(self, name)
             setattr(self, name, old.index_copy(0, places, value[at].to(old)))

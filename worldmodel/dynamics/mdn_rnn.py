@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from worldmodel.dynamics.base import Carry, DynamicsConfig, Recurrent
+from worldmodel.dynamics.base import DynamicsConfig, RecurrentDynamics, RecurrentState
 from worldmodel.nn.networks import linear
 from worldmodel.registry import register
 
@@ -52,27 +52,27 @@ class MDNRNNConfig(DynamicsConfig):
 
 
 @register("dynamics", "mdn_rnn", MDNRNNConfig)
-class MDNRNN(Recurrent):
+class MDNRNN(RecurrentDynamics):
     """An LSTM carries what codes and actions leave behind."""
 
-    separate = True
+    stop_gradient = True
 
     @property
-    def entry(self) -> int:
+    def combined_dim(self) -> int:
         return 4 * self.config.deter
 
-    def _make_carry(self) -> None:
+    def _make_recurrence(self) -> None:
         self.lstm = LSTM(self.config.deter)
 
-    def initial_carry(self, batch_size: int) -> Carry:
-        zeros = self.code_in.weight.new_zeros(batch_size, self.config.deter)
+    def zero_recurrent(self, batch_size: int) -> RecurrentState:
+        zeros = self.z_in.weight.new_zeros(batch_size, self.config.deter)
         return {"h": zeros, "c": zeros}
 
-    def project(self, entered: Float[Tensor, "*N X"]) -> Float[Tensor, "*N G"]:
-        return entered
+    def project(self, combined: Float[Tensor, "*N X"]) -> Float[Tensor, "*N G"]:
+        return combined
 
-    def cell(self, projected: Float[Tensor, "N G"], carry: Carry) -> Carry:
-        h, c = self.lstm(projected, carry["h"], carry["c"])
+    def cell(self, projected: Float[Tensor, "N G"], recurrent: RecurrentState) -> RecurrentState:
+        h, c = self.lstm(projected, recurrent["h"], recurrent["c"])
         return {"h": h, "c": c}
 
     def compile_step(self) -> None:

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from worldmodel.config import Frozen
 from worldmodel.data import Batch, Loss, Sampling, State, Trace
-from worldmodel.decoders.unet import NoiseUNet
-from worldmodel.distributions import Inputs, PointLatent, PointLatentConfig, PointPosterior
-from worldmodel.nn.diffusion import SAMPLERS, Path, edm, evenly
-from worldmodel.nn.networks import BlockGRU, as_picture, linear, offset_linear
+from worldmodel.decoders.unet import DenoisingUNet
+from worldmodel.distributions import EncoderInterface, PointLatent, PointLatentConfig, PointPosterior
+from worldmodel.nn.diffusion import SAMPLERS, ProbabilityPath, edm, low_discrepancy
+from worldmodel.nn.networks import BlockGRU, latent_to_picture, linear, offset_linear
 from worldmodel.registry import register
 
 LEVELS = (0.002, 20.0)
@@ -47,10 +47,10 @@ class PixelsConfig(Frozen):
     depth: int = Field(16, ge=1, description="channels of the U-Net")
     frames: int = Field(64, ge=1, description="pictures of each batch that the U-Net is trained on, drawn at random")
     steps: int = Field(3, ge=1, description="Euler steps of a draw; sampling.steps overrides it")
-    most: float = Field(5.0, gt=0, description="noise that a draw starts from, beside pictures of deviation 0.5")
-    least: float = Field(0.002, gt=0, description="noise of the last step")
-    level_mean: float = Field(-0.4, description="mean of ln(noise) in training")
-    level_std: float = Field(1.2, gt=0, description="its deviation")
+    sigma_max: float = Field(5.0, gt=0, description="noise that a draw starts from, beside pictures of deviation 0.5")
+    sigma_min: float = Field(0.002, gt=0, description="noise of the last step")
+    log_sigma_mean: float = Field(-0.4, description="mean of ln(noise) in training")
+    log_sigma_std: float = Field(1.2, gt=0, description="its deviation")
     offset: float = Field(0.3, ge=0, description="deviation of noise that is the same for all pixels of a channel, in training")
 
 
@@ -66,20 +66,20 @@ class Pixels(nn.Module):
     transition = None
     """No law over codes in general, as the slots hold."""
 
-    def __init__(self, config: PixelsConfig, inputs: Inputs, action_dim: int, transition: Frozen, initial: Frozen):
+    def __init__(self, config: PixelsConfig, encoder: EncoderInterface, action_dim: int, transition: Frozen, initial: Frozen):
         super().__init__()
-        self.config, self.inputs, self.action_dim = config, inputs, action_dim
-        ((self.name, self.shape),) = inputs.shapes.items()
+        self.config, self.encoder, self.action_dim = config, encoder, action_dim
+        ((self.name, self.shape),) = encoder.shapes.items()
         self.latent = PointLatent(PointLatentConfig(size=math.prod(self.shape)))
-        self.summary = inputs.size - self.latent.size
-        self.feature_dim = config.deter + inputs.size
+        self.summary = encoder.size - self.latent.size
+        self.feature_dim = config.deter + encoder.size
         self.summary_in = offset_linear(self.summary, config.units)
         self.action_in = linear(action_dim, config.units, bias=False)
         self.bend = nn.Sequential(nn.LayerNorm(config.units), nn.SiLU())
         self.gru = BlockGRU(config.units, config.deter)
-        self.path: Path = edm(config.level_mean, config.level_std, config.least, config.most)
-        channels, told = self.shape[0], config.past * (action_dim + 1)
-        self.unet = NoiseUNet(channels, config.past * channels, told, tuple(self.shape[1:]), config.depth)
+        self.path: ProbabilityPath = edm(config.log_sigma_mean, config.log_sigma_std, config.sigma_min, config.sigma_max)
+        channels, conditioning = self.shape[0], config.past * (action_dim + 1)
+        self.unet = DenoisingUNet(channels, config.past * channels, conditioning, tuple(self.shape[1:]), config.depth)
 
     def compile_step(self) -> None:
         self.unet.compile()
@@ -96,7 +96,7 @@ class Pixels(nn.Module):
     def feature(self, state: State) -> Float[Tensor, "*N F"]:
         return torch.cat([state["h"], state["summary"], state["z"]], -1)
 
-    def code(self, feature: Float[Tensor, "*N F"]) -> Float[Tensor, "*N Z"]:
+    def z_of(self, feature: Float[Tensor, "*N F"]) -> Float[Tensor, "*N Z"]:
         """The code within a feature."""
         return feature[..., -self.latent.size :]
 
@@ -104,18 +104,18 @@ class Pixels(nn.Module):
         """The picture within an embedding."""
         return PointPosterior(embed[..., self.summary :])
 
-    def look(self, state: State, embed: Float[Tensor, "N E"], sampling: Sampling) -> State:
+    def correct(self, state: State, embed: Float[Tensor, "N E"], sampling: Sampling) -> State:
         """The state with its picture replaced by one of the same moment."""
         return State({**state, "summary": embed[..., : self.summary], "z": embed[..., self.summary :]})
 
-    def _entered(self, summary: Float[Tensor, "*N U"], action: Float[Tensor, "*N A"]) -> Float[Tensor, "*N G"]:
+    def _gru_input(self, summary: Float[Tensor, "*N U"], action: Float[Tensor, "*N A"]) -> Float[Tensor, "*N G"]:
         return self.gru.inputs(self.bend(self.summary_in(summary) + self.action_in(action)))
 
-    def first_carry(self, batch_size: int) -> dict[str, Tensor]:
+    def first_recurrent(self, batch_size: int) -> dict[str, Tensor]:
         """An episode's first carry: no picture and no action came before."""
         start = self.initial(batch_size)
         action = start["h"].new_zeros(batch_size, self.action_dim)
-        return {"h": self.gru(self._entered(start["summary"], action), start["h"])}
+        return {"h": self.gru(self._gru_input(start["summary"], action), start["h"])}
 
     # The verbs -----------------------------------------------------------------------------------------------------------
 
@@ -124,14 +124,14 @@ class Pixels(nn.Module):
         pictures = torch.cat([state["pictures"], state["z"].unsqueeze(1)], 1)
         actions = torch.cat([state["actions"], action.unsqueeze(1)], 1)
         with torch.no_grad():
-            embed = self.inputs.encode({self.name: self._draw(pictures, actions, state["age"], sampling)})
+            embed = self.encoder.encode({self.name: self._draw(pictures, actions, state["age"], sampling)})
         moved = {
-            "h": self.gru(self._entered(state["summary"], action), state["h"]),
+            "h": self.gru(self._gru_input(state["summary"], action), state["h"]),
             "pictures": pictures[:, 1:],
             "actions": actions[:, 1:],
             "age": (state["age"] + 1).clamp_max(self.config.past),
         }
-        return self.look(State({**state, **moved}), embed, sampling)
+        return self.correct(State({**state, **moved}), embed, sampling)
 
     def observe(
         self,
@@ -144,12 +144,12 @@ class Pixels(nn.Module):
         """The state after each picture; `is_first` forgets. The state returned is the last one."""
         summary, z = embed[..., : self.summary], embed[..., self.summary :].detach()  # pictures have nothing to learn
         keep, h = (~is_first).to(embed).unsqueeze(-1), state["h"]
-        entered = self._entered(torch.cat([state["summary"].unsqueeze(1), summary[:, :-1]], 1) * keep, prev_action)
-        carries = []
+        entered = self._gru_input(torch.cat([state["summary"].unsqueeze(1), summary[:, :-1]], 1) * keep, prev_action)
+        hs = []
         for t in range(is_first.shape[1]):
             h = self.gru(entered[:, t], h * keep[:, t])
-            carries.append(h)
-        h = torch.stack(carries, 1)
+            hs.append(h)
+        h = torch.stack(hs, 1)
         pictures, actions = self._before(state, z, prev_action)
         seen, past = self._seen(state["age"], is_first), self.config.past
         windows = {"pictures": _windows(pictures, past - 1)[:, 1:], "actions": _windows(actions, past - 1)[:, 1:]}
@@ -176,11 +176,11 @@ class Pixels(nn.Module):
     def _network(self, pictures: Float[Tensor, "N L Z"], actions: Float[Tensor, "N L A"], seen: Float[Tensor, " N"]):
         """F given L pictures and actions, of which the last `seen` are there."""
         past = self.config.past
-        there = (torch.arange(past, device=seen.device) >= past - seen.unsqueeze(-1)).to(pictures)
-        beside = 2 * as_picture(pictures, self.shape) - 1
-        beside = (beside * there.view(*there.shape, 1, 1, 1)).flatten(1, 2)
-        told = torch.cat([(actions * there.unsqueeze(-1)).flatten(1), there], -1)
-        return lambda x, level: self.unet(x, level, beside, told)
+        present = (torch.arange(past, device=seen.device) >= past - seen.unsqueeze(-1)).to(pictures)
+        beside = 2 * latent_to_picture(pictures, self.shape) - 1
+        beside = (beside * present.view(*present.shape, 1, 1, 1)).flatten(1, 2)
+        conditioning = torch.cat([(actions * present.unsqueeze(-1)).flatten(1), present], -1)
+        return lambda x, level: self.unet(x, level, beside, conditioning)
 
     def _draw(self, pictures: Tensor, actions: Tensor, seen: Tensor, sampling: Sampling) -> Float[Tensor, "N C H W"]:
         """The next picture, in [0, 1] at levels of one byte. `sampling.mode` starts from no noise.
@@ -217,18 +217,18 @@ class Pixels(nn.Module):
         given = [_windows(x, past) for x in self._before(trace.start, trace.z, batch.prev_action)]
         given.append(self._seen(trace.start["age"], batch.is_first))
         row, step = later.nonzero(as_tuple=True)
-        some = torch.randperm(len(row), generator=generator, device=z.device)[: self.config.frames]
-        row, step = row[some], step[some]
+        chosen = torch.randperm(len(row), generator=generator, device=z.device)[: self.config.frames]
+        row, step = row[chosen], step[chosen]
         value = z.new_zeros(later.shape)
-        if len(some):
-            data = 2 * as_picture(z[row, step], self.shape) - 1
-            level = self.path.drawn(evenly(len(data), generator, z.device)).clamp(*LEVELS)
+        if len(chosen):
+            data = 2 * latent_to_picture(z[row, step], self.shape) - 1
+            level = self.path.drawn(low_discrepancy(len(data), generator, z.device)).clamp(*LEVELS)
             noise = torch.randn(data.shape, generator=generator, device=z.device) * level.view(-1, 1, 1, 1)
             offset = torch.randn(*data.shape[:2], 1, 1, generator=generator, device=z.device) * self.config.offset
             whole = self._with_offset(level)
             network = self._network(*(x[row, step] for x in given))
             error = self.path.loss(network, data, (noise + offset) / whole.view(-1, 1, 1, 1), whole) / self.latent.size
-            value = value.index_put((row, step), error * (int(later.sum()) / len(some)))
+            value = value.index_put((row, step), error * (int(later.sum()) / len(chosen)))
         return {"denoise": Loss(value, "score", later)}
 
 

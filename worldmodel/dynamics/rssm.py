@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from worldmodel.data import State
 from worldmodel.distributions import Posterior
-from worldmodel.dynamics.base import Carry, DynamicsConfig, Recurrent, stacked
+from worldmodel.dynamics.base import DynamicsConfig, RecurrentDynamics, RecurrentState, stacked
 from worldmodel.nn.networks import BlockGRU, linear, offset_linear
 from worldmodel.registry import register
 
@@ -47,15 +47,15 @@ class SlowLevel(nn.Module):
         self.heard = linear(size, units, bias=False)
 
     def forward(
-        self, s: Float[Tensor, "N S"], clock: Float[Tensor, "N 1"], h: Float[Tensor, "N D"], entered: Float[Tensor, "N X"]
+        self, s: Float[Tensor, "N S"], clock: Float[Tensor, "N 1"], h: Float[Tensor, "N D"], combined: Float[Tensor, "N X"]
     ) -> tuple[Float[Tensor, "N S"], Float[Tensor, "N 1"]]:
         """(the next s, the next clock): the clock says for how many steps s has stood; it ticks at 0."""
-        moved = self.gru(self.gru.inputs(nn.functional.silu(self.below(torch.cat([h, entered], -1)))), s)
+        moved = self.gru(self.gru.inputs(nn.functional.silu(self.below(torch.cat([h, combined], -1)))), s)
         return torch.where(clock < 1, moved, s), torch.where(clock + 1 < self.every, clock + 1, 0.0)
 
 
 @register("dynamics", "rssm", RSSMConfig)
-class RSSM(Recurrent):
+class RSSM(RecurrentDynamics):
     """A GRU carries what codes and actions leave behind; with `slow`, beside a second carry that ticks every few steps."""
 
     def __init__(self, config: RSSMConfig, *parts):
@@ -63,12 +63,12 @@ class RSSM(Recurrent):
         self.feature_dim += config.slow
 
     @property
-    def entry(self) -> int:
+    def combined_dim(self) -> int:
         return self.config.units
 
-    def _make_carry(self) -> None:
+    def _make_recurrence(self) -> None:
         units = self.config.units
-        self.bend = nn.SiLU() if self.latent.metric else nn.Sequential(nn.LayerNorm(units), nn.SiLU())
+        self.bend = nn.SiLU() if self.latent.continuous else nn.Sequential(nn.LayerNorm(units), nn.SiLU())
         self.gru = BlockGRU(units, self.config.deter, self.config.blocks)
         slow = self.config.slow
         self.slow = SlowLevel(slow, self.config.slow_every, self.config.deter, units) if slow else None
@@ -77,40 +77,40 @@ class RSSM(Recurrent):
         self.filtering = self.config.posterior == "filtering"
         if not self.filtering:
             return super()._make_posterior(embed_dim)
-        units, straight = self.config.units, self.latent.metric
+        units, straight = self.config.units, self.latent.continuous
         self.embed_in = linear(embed_dim, units, bias=False)
-        self.carry_in = offset_linear(self.config.deter, units)
+        self.h_in = offset_linear(self.config.deter, units)
         norm = [] if straight else [nn.LayerNorm(units)]
         self.posterior_out = nn.Sequential(*norm, nn.SiLU(), linear(units, self.latent.parameters))
         self.embed_out = linear(embed_dim, self.latent.parameters, bias=False) if straight else None
         return self.config.deter
 
-    def initial_carry(self, batch_size: int) -> Carry:
+    def zero_recurrent(self, batch_size: int) -> RecurrentState:
         sizes = {"h": self.config.deter, **({"slow": self.config.slow, "clock": 1} if self.slow else {})}
-        return {name: self.code_in.weight.new_zeros(batch_size, size) for name, size in sizes.items()}
+        return {name: self.z_in.weight.new_zeros(batch_size, size) for name, size in sizes.items()}
 
     def feature(self, state: State) -> Float[Tensor, "*N F"]:
         return torch.cat([state[name] for name in ("h", "slow", "z") if name in state], -1)
 
-    def project(self, entered: Float[Tensor, "*N X"]) -> Float[Tensor, "*N G"]:
-        return self.gru.inputs(self.bend(entered))
+    def project(self, combined: Float[Tensor, "*N X"]) -> Float[Tensor, "*N G"]:
+        return self.gru.inputs(self.bend(combined))
 
-    def cell(self, projected: Float[Tensor, "N G"], carry: Carry) -> Carry:
-        return {"h": self.gru(projected, carry["h"])}
+    def cell(self, projected: Float[Tensor, "N G"], recurrent: RecurrentState) -> RecurrentState:
+        return {"h": self.gru(projected, recurrent["h"])}
 
-    def advance(self, carry: Carry, entered: Float[Tensor, "N X"]) -> Carry:
+    def advance(self, recurrent: RecurrentState, combined: Float[Tensor, "N X"]) -> RecurrentState:
         if self.slow is None:
-            return super().advance(carry, entered)
-        slow, clock = self.slow(carry["slow"], carry["clock"], carry["h"], entered)
-        return {**super().advance(carry, entered + self.slow.heard(slow)), "slow": slow, "clock": clock}
+            return super().advance(recurrent, combined)
+        slow, clock = self.slow(recurrent["slow"], recurrent["clock"], recurrent["h"], combined)
+        return {**super().advance(recurrent, combined + self.slow.heard(slow)), "slow": slow, "clock": clock}
 
-    def unroll(self, carry, entered, is_first, generator) -> Carry:
+    def unroll(self, recurrent, combined, is_first, generator) -> RecurrentState:
         if self.slow is None:
-            return super().unroll(carry, entered, is_first, generator)
-        keep, steps = (~is_first).to(entered).unsqueeze(-1), []
+            return super().unroll(recurrent, combined, is_first, generator)
+        keep, steps = (~is_first).to(combined).unsqueeze(-1), []
         for t in range(is_first.shape[1]):
-            carry = self.advance({name: x * keep[:, t] for name, x in carry.items()}, entered[:, t])
-            steps.append(carry)
+            recurrent = self.advance({name: x * keep[:, t] for name, x in recurrent.items()}, combined[:, t])
+            steps.append(recurrent)
         return stacked(steps)
 
     def compile_step(self) -> None:
@@ -120,10 +120,10 @@ class RSSM(Recurrent):
         """The belief about z from an embedding; `h` is not looked at by an observation-only posterior. Batches may broadcast."""
         if not self.filtering:
             return super().posterior(embed, h)
-        raw = self.posterior_out(self.embed_in(embed) + self.carry_in(h))
-        return self.latent.belief(raw if self.embed_out is None else raw + self.embed_out(embed))
+        raw = self.posterior_out(self.embed_in(embed) + self.h_in(h))
+        return self.latent.distribution(raw if self.embed_out is None else raw + self.embed_out(embed))
 
-    def scan(self, state: State, embed, prev_action, is_first, noise, sampling) -> tuple[Posterior, Tensor, Carry]:
+    def scan(self, state: State, embed, prev_action, is_first, noise, sampling) -> tuple[Posterior, Tensor, RecurrentState]:
         """A filtering posterior sees the carry, so that each step waits for the one before."""
         if not self.filtering:
             return super().scan(state, embed, prev_action, is_first, noise, sampling)
@@ -131,17 +131,17 @@ class RSSM(Recurrent):
         straight = None if self.embed_out is None else self.embed_out(embed)
         keep = (~is_first).to(embeds).unsqueeze(-1)
         resets = is_first.any(0).tolist()
-        carry, z = self._carry(state), state["z"]
-        carries, zs, parameters = [], [], []
+        recurrent, z = self._recurrent(state), state["z"]
+        steps, zs, parameters = [], [], []
         for t in range(is_first.shape[1]):
             if resets[t]:
-                carry, z = {name: x * keep[:, t] for name, x in carry.items()}, z * keep[:, t]
-            carry = self.advance(carry, self.code_in(z) + actions[:, t])
-            raw = self.posterior_out(embeds[:, t] + self.carry_in(carry["h"]))
+                recurrent, z = {name: x * keep[:, t] for name, x in recurrent.items()}, z * keep[:, t]
+            recurrent = self.advance(recurrent, self.z_in(z) + actions[:, t])
+            raw = self.posterior_out(embeds[:, t] + self.h_in(recurrent["h"]))
             raw = raw if straight is None else raw + straight[:, t]
-            belief = self.latent.belief(raw)
-            z = belief.mode if noise is None else belief.sample(noise[:, t], sampling.temperature)
-            carries.append(carry)
+            posterior = self.latent.distribution(raw)
+            z = posterior.mode if noise is None else posterior.sample(noise[:, t], sampling.temperature)
+            steps.append(recurrent)
             zs.append(z)
             parameters.append(raw)
-        return self.latent.belief(torch.stack(parameters, 1)), torch.stack(zs, 1), stacked(carries)
+        return self.latent.distribution(torch.stack(parameters, 1)), torch.stack(zs, 1), stacked(steps)

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from worldmodel.dynamics.base import Carry, Dynamics, DynamicsConfig
+from worldmodel.dynamics.base import Dynamics, DynamicsConfig, RecurrentState
 from worldmodel.nn.attention import CausalTransformer
 from worldmodel.registry import register
 
@@ -50,10 +50,10 @@ class Transformer(Dynamics):
     """
 
     @property
-    def entry(self) -> int:
+    def combined_dim(self) -> int:
         return self.config.deter
 
-    def _make_carry(self) -> None:
+    def _make_recurrence(self) -> None:
         config = self.config
         self.core = CausalTransformer(
             config.deter,
@@ -63,25 +63,25 @@ class Transformer(Dynamics):
             window=config.window,
             dropout=config.dropout,
         )
-        self.norm = nn.Identity() if self.latent.metric else nn.LayerNorm(config.deter)
+        self.norm = nn.Identity() if self.latent.continuous else nn.LayerNorm(config.deter)
         self.past = config.window - 1
         self.names = [f"memory{layer}" for layer in range(config.layers)]
 
-    def initial_carry(self, batch_size: int) -> Carry:
-        zeros = self.code_in.weight.new_zeros
+    def zero_recurrent(self, batch_size: int) -> RecurrentState:
+        zeros = self.z_in.weight.new_zeros
         memory = dict(zip(self.names, self.core.initial(batch_size), strict=True))
         return {"h": zeros(batch_size, self.config.deter), **memory, "age": zeros(batch_size)}
 
-    def advance(self, carry: Carry, entered: Float[Tensor, "N X"]) -> Carry:
-        goes_on = torch.zeros(len(entered), 1, dtype=torch.bool, device=entered.device)
-        return {name: x[:, 0] for name, x in self.unroll(carry, entered.unsqueeze(1), goes_on, None).items()}
+    def advance(self, recurrent: RecurrentState, combined: Float[Tensor, "N X"]) -> RecurrentState:
+        goes_on = torch.zeros(len(combined), 1, dtype=torch.bool, device=combined.device)
+        return {name: x[:, 0] for name, x in self.unroll(recurrent, combined.unsqueeze(1), goes_on, None).items()}
 
-    def unroll(self, carry: Carry, entered: Float[Tensor, "B T X"], is_first, generator) -> Carry:
-        seen = self._seen(carry["age"], is_first)
-        memory = [carry[name] for name in self.names]
-        h, kept = self.core(entered.to(carry["h"]), memory, seen, generator)
-        windows = {name: self._windows(x) for name, x in zip(self.names, kept, strict=True)}
-        return {"h": self.norm(h).to(carry["h"]), **windows, "age": (seen + 1).clamp_max(self.past)}
+    def unroll(self, recurrent: RecurrentState, combined: Float[Tensor, "B T X"], is_first, generator) -> RecurrentState:
+        seen = self._seen(recurrent["age"], is_first)
+        memory = [recurrent[name] for name in self.names]
+        h, memory_all = self.core(combined.to(recurrent["h"]), memory, seen, generator)
+        windows = {name: self._windows(x) for name, x in zip(self.names, memory_all, strict=True)}
+        return {"h": self.norm(h).to(recurrent["h"]), **windows, "age": (seen + 1).clamp_max(self.past)}
 
     def compile_step(self) -> None:
         self.core.compile()
@@ -92,6 +92,6 @@ class Transformer(Dynamics):
         opened = torch.where(is_first, steps, -1).cummax(1).values
         return torch.where(opened < 0, steps + age.unsqueeze(1), steps - opened).clamp_max(self.past)
 
-    def _windows(self, kept: Float[Tensor, "B S V"]) -> Float[Tensor, "B T M V"]:
+    def _windows(self, memory_all: Float[Tensor, "B S V"]) -> Float[Tensor, "B T M V"]:
         """The last M rows after each of the T = S - M new tokens: views, not copies."""
-        return kept.unfold(1, self.past, 1)[:, 1:].movedim(-1, 2)
+        return memory_all.unfold(1, self.past, 1)[:, 1:].movedim(-1, 2)

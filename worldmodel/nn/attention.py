@@ -106,17 +106,19 @@ class CausalTransformer(nn.Module):
         seen       how many tokens before itself each token may see, 0 where a sequence opens; more than M counts as M
         generator  of dropout, in training; None: nothing is dropped
         """
-        mask, kept = self._mask(seen), []
+        mask, memories = self._mask(seen), []
         for block, past in zip(self.blocks, memory, strict=True):
             x, past = block(x, past, mask, generator)
-            kept.append(past)
-        return x, kept
+            memories.append(past)
+        return x, memories
 
     def _mask(self, seen: Tensor) -> Float[Tensor, "B H T S"]:
         """What is added to the score of each of the S = M + T tokens: its bias, or -infinity where it is not seen."""
         steps, past = seen.shape[1], self.window - 1
-        ago = torch.arange(past, past + steps, device=seen.device).unsqueeze(-1) - torch.arange(past + steps, device=seen.device)
-        near = ago.clamp(0, past)
-        visible = (ago == near) & (near <= seen.unsqueeze(-1))  # [B, T, S]
-        bias = self.bias.index_select(1, near.flatten()).unflatten(1, near.shape)  # [H, T, S]
+        distance = torch.arange(past, past + steps, device=seen.device).unsqueeze(-1) - torch.arange(
+            past + steps, device=seen.device
+        )
+        clipped = distance.clamp(0, past)
+        visible = (distance == clipped) & (clipped <= seen.unsqueeze(-1))  # [B, T, S]
+        bias = self.bias.index_select(1, clipped.flatten()).unflatten(1, clipped.shape)  # [H, T, S]
         return torch.where(visible.unsqueeze(1), bias, -torch.inf)

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-DATA = 0.5
+SIGMA_DATA = 0.5
 """Deviation that data are scaled to (sigma_data of EDM, table 1)."""
 
 Network = Callable[[Tensor, Tensor], Tensor]
@@ -39,7 +39,7 @@ def per_row(level: Float[Tensor, " N"], like: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Path:
+class ProbabilityPath:
     """One way from data to noise.
 
     keep       level -> share of the data that is left in the mixture
@@ -67,12 +67,12 @@ class Path:
         """
         keep, deviation = per_row(self.keep(level), x), per_row(self.deviation(level), x)
         scaled = x / deviation
-        share = keep * DATA**2 / deviation
-        return share * scaled + per_row(level, x) * DATA / deviation * network(scaled, self.condition(level))
+        share = keep * SIGMA_DATA**2 / deviation
+        return share * scaled + per_row(level, x) * SIGMA_DATA / deviation * network(scaled, self.condition(level))
 
     def deviation(self, level: Tensor) -> Tensor:
         """Of the mixture."""
-        return (level.square() + (self.keep(level) * DATA).square()).sqrt()
+        return (level.square() + (self.keep(level) * SIGMA_DATA).square()).sqrt()
 
     def loss(self, network: Network, x: Tensor, noise: Tensor, level: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
         """weight ||D(mixture) - x||^2, summed over the elements of each row."""
@@ -84,45 +84,47 @@ class Path:
         return noise * self.deviation(level)
 
 
-def edm(mean: float = -1.2, std: float = 1.2, least: float = 0.002, most: float = 80.0, rho: float = 7.0) -> Path:
+def edm(
+    mean: float = -1.2, std: float = 1.2, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+) -> ProbabilityPath:
     """ln s ~ N(mean, std^2) in training, weighed so that F has as much to learn at all levels; a grid even in s^(1/rho).
 
     The defaults are those of Karras et al. 2022, table 1; DIAMOND (Alonso et al. 2024) samples images with most = 5.
     """
-    return Path(
+    return ProbabilityPath(
         keep=torch.ones_like,
         at=lambda s: s,
         condition=lambda s: s.log() / 4,
-        weight=lambda s: (s.square() + DATA**2) / (s * DATA).square(),
+        weight=lambda s: (s.square() + SIGMA_DATA**2) / (s * SIGMA_DATA).square(),
         drawn=lambda uniform: torch.exp(mean + std * torch.special.ndtri(uniform)),
-        grid=lambda steps: edm_grid(steps, least, most, rho),
+        grid=lambda steps: edm_grid(steps, sigma_min, sigma_max, rho),
     )
 
 
-def edm_grid(steps: int, least: float, most: float, rho: float) -> Float[Tensor, " S"]:
+def edm_grid(steps: int, sigma_min: float, sigma_max: float, rho: float) -> Float[Tensor, " S"]:
     """Evenly spaced in s^(1/rho) from `most` to `least` (eq. 5), then 0. One step goes from `most` to 0 at once."""
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64) if steps > 1 else torch.zeros(1, dtype=torch.float64)
-    levels = (most ** (1 / rho) + ramp * (least ** (1 / rho) - most ** (1 / rho))) ** rho
+    levels = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
     return torch.cat([levels, levels.new_zeros(1)]).float()
 
 
-def cfm(most: float = 0.999) -> Path:
+def cfm(sigma_max: float = 0.999) -> ProbabilityPath:
     """Levels even in training and in sampling; the loss is the squared error of the velocity v = (x_t - D) / t against e - x.
 
     The network gives what v differs by from its form for Gaussian data. `most` stands for pure noise: at 1 the mixture says
     nothing of the data. Source: Lipman et al. 2023, eq. 9; Tong et al. 2024, section 3.2, without their sigma.
     """
-    return Path(
+    return ProbabilityPath(
         keep=lambda t: 1 - t,
         at=lambda s: s / (1 + s),
         condition=lambda t: t,
         weight=lambda t: t.square().reciprocal(),
-        drawn=lambda uniform: uniform.clamp(1e-3, most),
-        grid=lambda steps: torch.linspace(most, 0, steps + 1),
+        drawn=lambda uniform: uniform.clamp(1e-3, sigma_max),
+        grid=lambda steps: torch.linspace(sigma_max, 0, steps + 1),
     )
 
 
-def evenly(count: int, generator: torch.Generator | None, device: torch.device | str) -> Float[Tensor, " N"]:
+def low_discrepancy(count: int, generator: torch.Generator | None, device: torch.device | str) -> Float[Tensor, " N"]:
     """Numbers in (0, 1), each uniform, that lie evenly together: multiples of the golden ratio behind one random number.
 
     Rows at the same place of every batch still see all levels. Source of one number for a batch: Kingma et al. 2021, I.1.
@@ -148,11 +150,11 @@ def heun(denoise: Denoiser, x: Tensor, levels: Float[Tensor, " S"]) -> Tensor:
     """Second order, two evaluations a step but one in the last, where the level is 0. Source: Karras et al. 2022, alg. 1."""
     for step, (now, then) in enumerate(pairwise(levels), 2):
         slope = (x - denoise(x, now.expand(len(x)))) / now
-        ahead = x + (then - now) * slope
+        predicted = x + (then - now) * slope
         if step < len(levels):
-            slope = (slope + (ahead - denoise(ahead, then.expand(len(x)))) / then) / 2
-            ahead = x + (then - now) * slope
-        x = ahead
+            slope = (slope + (predicted - denoise(predicted, then.expand(len(x)))) / then) / 2
+            predicted = x + (then - now) * slope
+        x = predicted
     return x
 
 
@@ -164,10 +166,10 @@ def multistep(denoise: Denoiser, x: Tensor, levels: Float[Tensor, " S"]) -> Tens
     last, width = None, None
     for step, (now, then) in enumerate(pairwise(levels), 2):
         expected = denoise(x, now.expand(len(x)))
-        ahead, onward = expected, torch.log(now / then)
+        predicted, onward = expected, torch.log(now / then)
         if last is not None and step < len(levels):
-            ahead = expected + (expected - last) * onward / (2 * width)
-        x = ahead + then / now * (x - ahead)
+            predicted = expected + (expected - last) * onward / (2 * width)
+        x = predicted + then / now * (x - predicted)
         last, width = expected, onward
     return x
 
@@ -177,13 +179,13 @@ SAMPLERS = {"euler": euler, "heun": heun, "multistep": multistep}
 
 def gaussian_variance(s: Tensor) -> Tensor:
     """Var(x | x + s e) of data N(0, DATA^2): c_out^2 of EDM."""
-    return (s * DATA).square() / (s.square() + DATA**2)
+    return (s * SIGMA_DATA).square() / (s.square() + SIGMA_DATA**2)
 
 
 # Likelihood -------------------------------------------------------------------------------------------------------------
 
 
-def in_ratios(path: Path, network: Network) -> Denoiser:
+def in_sigmas(path: ProbabilityPath, network: Network) -> Denoiser:
     """D as a function of x + s e and s, whatever the path."""
 
     def denoise(x: Tensor, s: Tensor) -> Tensor:
@@ -193,22 +195,22 @@ def in_ratios(path: Path, network: Network) -> Denoiser:
     return denoise
 
 
-LEAST, MOST = 0.002, 80.0
+SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 """Noise between which a likelihood looks at the network; beyond them data are taken for N(0, DATA^2)."""
 
 
-def informative(uniform: Float[Tensor, "*N"]) -> tuple[Float[Tensor, "*N"], float]:
+def sigma_of_information(uniform: Float[Tensor, "*N"]) -> tuple[Float[Tensor, "*N"], float]:
     """(noise s at which that share of a Gaussian number's information is hidden, all of that information in nats).
 
     Of N(0, DATA^2) a view through noise s tells ln(1 + DATA^2 / s^2) / 2 nats. Levels even in this measure make every
     term of `bound` weigh the same.
     """
-    hidden = [0.5 * math.log1p((DATA / s) ** 2) for s in (LEAST, MOST)]
-    nats = hidden[0] + uniform * (hidden[1] - hidden[0])
-    return DATA / torch.expm1(2 * nats).sqrt(), hidden[0] - hidden[1]
+    information = [0.5 * math.log1p((SIGMA_DATA / s) ** 2) for s in (SIGMA_MIN, SIGMA_MAX)]
+    nats = information[0] + uniform * (information[1] - information[0])
+    return SIGMA_DATA / torch.expm1(2 * nats).sqrt(), information[0] - information[1]
 
 
-def even_looks(levels: int, size: int) -> tuple[Float[Tensor, " K"], Float[Tensor, "K D"], Float[Tensor, " K"]]:
+def fixed_samples(levels: int, size: int) -> tuple[Float[Tensor, " K"], Float[Tensor, "K D"], Float[Tensor, " K"]]:
     """K = 4 size levels looks for `bound`, always the same: (uniform numbers in (0, 1), noise, weights that sum to one).
 
     At each of the evenly spaced levels the noise points up and down all axes of a turned cross, with the two lengths and
@@ -236,14 +238,14 @@ def bound(denoise: Denoiser, x: Float[Tensor, "N D"], s: Float[Tensor, " N"], no
     """
     ratio = per_row(s, x)
     noisy = x + ratio * noise
-    total = ratio.square() + DATA**2
-    plain, own = x - noisy * DATA**2 / total, x - denoise(noisy, s)
+    total = ratio.square() + SIGMA_DATA**2
+    plain, own = x - noisy * SIGMA_DATA**2 / total, x - denoise(noisy, s)
     return ((plain.square() - own.square()) / gaussian_variance(ratio)).flatten(1).sum(-1)
 
 
 def gaussian_log_prob(x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N"]:
     """ln N(x; 0, DATA^2)."""
-    return -0.5 * ((x / DATA).square() + math.log(2 * math.pi * DATA**2)).sum(-1)
+    return -0.5 * ((x / SIGMA_DATA).square() + math.log(2 * math.pi * SIGMA_DATA**2)).sum(-1)
 
 
 def ode_log_prob(denoise: Denoiser, x: Float[Tensor, "N D"], steps: int) -> Float[Tensor, " N"]:
@@ -254,27 +256,27 @@ def ode_log_prob(denoise: Denoiser, x: Float[Tensor, "N D"], steps: int) -> Floa
     Source: Song et al. 2021, eq. 39; the angle: Lu and Song 2025 (TrigFlow), section 3.
     """
     # From the grid of s^(1/7): structures of any size get their share of the steps.
-    angles = torch.atan(edm_grid(steps + 1, LEAST, MOST, 7.0)[:-1].double().flip(0) / DATA).to(x)
-    u, gained = x / math.sqrt(LEAST**2 + DATA**2), x.new_zeros(len(x))
+    angles = torch.atan(edm_grid(steps + 1, SIGMA_MIN, SIGMA_MAX, 7.0)[:-1].double().flip(0) / SIGMA_DATA).to(x)
+    u, log_det = x / math.sqrt(SIGMA_MIN**2 + SIGMA_DATA**2), x.new_zeros(len(x))
     for now, then in pairwise(angles):
         width = then - now
         slopes = []
         for share, before in ((0.0, None), (0.5, 0), (0.5, 1), (1.0, 2)):
             at = u if before is None else u + share * width * slopes[before][0]
-            slopes.append(_motion(denoise, at, now + share * width))
+            slopes.append(_velocity(denoise, at, now + share * width))
         for weight, (speed, spread) in zip((1, 2, 2, 1), slopes, strict=True):
-            u, gained = u + weight / 6 * width * speed, gained + weight / 6 * width * spread
+            u, log_det = u + weight / 6 * width * speed, log_det + weight / 6 * width * spread
     normal = -0.5 * (u.square() + math.log(2 * math.pi)).sum(-1)
-    return normal + gained - x.shape[-1] * 0.5 * math.log(LEAST**2 + DATA**2)
+    return normal + log_det - x.shape[-1] * 0.5 * math.log(SIGMA_MIN**2 + SIGMA_DATA**2)
 
 
-def _motion(denoise: Denoiser, u: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
+def _velocity(denoise: Denoiser, u: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
     """(du / da, its divergence) at an angle."""
-    s = DATA * torch.tan(angle)
-    root = (s.square() + DATA**2).sqrt()
+    s = SIGMA_DATA * torch.tan(angle)
+    root = (s.square() + SIGMA_DATA**2).sqrt()
     with torch.enable_grad():
         u = u.detach().requires_grad_()
         x = u * root
-        speed = (DATA**2 / root.square() * x - denoise(x, s.expand(len(u)))) * root / (s * DATA)
+        speed = (SIGMA_DATA**2 / root.square() * x - denoise(x, s.expand(len(u)))) * root / (s * SIGMA_DATA)
         columns = [torch.autograd.grad(speed[:, i].sum(), u, retain_graph=True)[0][:, i] for i in range(u.shape[1])]
     return speed.detach(), torch.stack(columns).sum(0)

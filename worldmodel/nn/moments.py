@@ -22,42 +22,42 @@ class RunningMoments(nn.Module):
     Source: Chan et al. 1979 (parallel variance).
     """
 
-    def __init__(self, shape: tuple[int, ...] | int, memory: float | None = None, before: float = 0.0):
+    def __init__(self, shape: tuple[int, ...] | int, memory: float | None = None, initial_mean: float = 0.0):
         super().__init__()
         shape = (shape,) if isinstance(shape, int) else shape
         self.memory = memory
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("mean", torch.full(shape, before, dtype=torch.float64))
+        self.register_buffer("mean", torch.full(shape, initial_mean, dtype=torch.float64))
         self.register_buffer("variance", torch.ones(shape, dtype=torch.float64))
 
     @torch.no_grad()
-    def update(self, rows: Float[Tensor, "N *D"]) -> None:
+    def update(self, batch: Float[Tensor, "N *D"]) -> None:
         """Take rows in. `count` is that of rows or, with a memory, of batches."""
-        if not len(rows):
+        if not len(batch):
             return
-        x = rows.detach().to(self.mean)
+        x = batch.detach().to(self.mean)
         mean, variance = x.mean(0), x.var(0, correction=0)
-        known = (mean.isfinite() & variance.isfinite()).all()  # of the batch: an overflow of squares is not taken in either
+        finite = (mean.isfinite() & variance.isfinite()).all()  # of the batch: an overflow of squares is not taken in either
         total = self.count + (len(x) if self.memory is None else 1)
         share = (total - self.count) / total
         if self.memory is not None:
             share = share.clamp_min(1 - self.memory)
         spread = torch.lerp(self.variance, variance, share) + share * (1 - share) * (mean - self.mean).square()
-        self.variance = torch.where(known, spread, self.variance)
-        self.mean = torch.where(known, torch.lerp(self.mean, mean, share), self.mean)
-        self.count = torch.where(known, total, self.count)
+        self.variance = torch.where(finite, spread, self.variance)
+        self.mean = torch.where(finite, torch.lerp(self.mean, mean, share), self.mean)
+        self.count = torch.where(finite, total, self.count)
 
     @torch.no_grad()
-    def fix(self, rows: Float[Tensor, "N *D"]) -> None:
+    def reset_to(self, batch: Float[Tensor, "N *D"]) -> None:
         """From now on those of these rows, which weigh as much as the memory holds: what comes later moves them no faster."""
-        before, self.count = self.count, torch.zeros_like(self.count)
-        self.update(rows)
+        initial_mean, self.count = self.count, torch.zeros_like(self.count)
+        self.update(batch)
         after = self.count if self.memory is None else torch.full_like(self.count, round(1 / (1 - self.memory)))
-        self.count = torch.where(self.count > 0, after, before)
+        self.count = torch.where(self.count > 0, after, initial_mean)
 
-    def deviation(self, least: float) -> Tensor:
+    def deviation(self, min_value: float) -> Tensor:
         """float32 [*D], at least `least`."""
-        return self.variance.sqrt().clamp_min(least).float()
+        return self.variance.sqrt().clamp_min(min_value).float()
 
 
 def take_over(
@@ -69,10 +69,10 @@ def take_over(
     """
     if f"{now}.count" in arrays or (mean or variance) not in arrays:
         return
-    known = arrays.pop(mean) if mean else None
+    finite = arrays.pop(mean) if mean else None
     spread = arrays.pop(variance) if variance else None
-    like = torch.as_tensor(spread if known is None else known).to(torch.float64)
-    arrays[f"{now}.mean"] = torch.zeros_like(like) if known is None else like
+    like = torch.as_tensor(spread if finite is None else finite).to(torch.float64)
+    arrays[f"{now}.mean"] = torch.zeros_like(like) if finite is None else like
     arrays[f"{now}.variance"] = torch.ones_like(like) if spread is None else torch.as_tensor(spread).to(torch.float64)
     arrays[f"{now}.count"] = torch.as_tensor(float(arrays.pop(count) if isinstance(count, str) else count), dtype=torch.float64)
 

@@ -38,7 +38,7 @@ def initialise(module: nn.Module, scale: float = 1.0) -> nn.Module:
     return module
 
 
-def clip_each(parameters: Iterable[nn.Parameter], greatest: float) -> Tensor:
+def clip_each_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Shortens each parameter's own gradient to a norm of at most `greatest`; the norm of all of them together, as it was.
     Where that is not finite nothing is changed.
 
@@ -47,7 +47,7 @@ def clip_each(parameters: Iterable[nn.Parameter], greatest: float) -> Tensor:
     gradients = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients))
     norm = norms.norm()
-    factors = torch.where(norm.isfinite(), (greatest / norms).clamp(max=1.0), 1.0)
+    factors = torch.where(norm.isfinite(), (max_norm / norms).clamp(max=1.0), 1.0)
     torch._foreach_mul_(gradients, factors.unbind())
     return norm
 
@@ -85,7 +85,7 @@ class MLP(nn.Sequential):
         self.out_features = width if outputs is None else outputs
 
 
-class StraightMLP(nn.Module):
+class SkipMLP(nn.Module):
     """A perceptron for numbers whose size means something: y = W x + MLP(x), without normalisation.
 
     A normalised perceptron saturates: beyond what it was trained on its output hardly changes. The linear path goes on.
@@ -101,7 +101,7 @@ class StraightMLP(nn.Module):
         return self.straight(x) + self.bent(x)
 
 
-class NoisePerceptron(nn.Module):
+class DenoisingMLP(nn.Module):
     """F(x, level, context) for diffusion over flat events: what a denoiser's network is for vectors.
 
     The level multiplies and shifts each hidden layer (FiLM), and weighs a linear path from x and context to the output, which
@@ -109,20 +109,20 @@ class NoisePerceptron(nn.Module):
     Source of the scaling by a condition: Perez et al. 2018 (FiLM).
     """
 
-    WAVES = 4
+    FREQUENCIES = 4
 
     def __init__(self, size: int, context_dim: int, units: int, layers: int):
         super().__init__()
         self.layers = nn.ModuleList(
             offset_linear(size + context_dim, units) if layer == 0 else linear(units, units) for layer in range(layers)
         )
-        self.films = nn.ModuleList(linear(1 + 2 * self.WAVES, 2 * units, scale=0.1) for _ in range(layers))
+        self.films = nn.ModuleList(linear(1 + 2 * self.FREQUENCIES, 2 * units, scale=0.1) for _ in range(layers))
         self.straight = linear(size + context_dim, size, bias=False, scale=0)
-        self.gate = linear(1 + 2 * self.WAVES, size)
+        self.gate = linear(1 + 2 * self.FREQUENCIES, size)
         self.out = linear(units, size, scale=0)
 
     def forward(self, x: Float[Tensor, "N D"], level: Float[Tensor, " N"], context: Tensor | None) -> Float[Tensor, "N D"]:
-        level = waves(level, self.WAVES)
+        level = fourier_features(level, self.FREQUENCIES)
         x = hidden = x if context is None else torch.cat([x, context], -1)
         for layer, film in zip(self.layers, self.films, strict=True):
             scale, shift = film(level).chunk(2, -1)
@@ -130,7 +130,7 @@ class NoisePerceptron(nn.Module):
         return self.out(hidden) + (1 + self.gate(level)) * self.straight(x)
 
 
-def waves(level: Float[Tensor, " N"], count: int) -> Float[Tensor, "N W"]:
+def fourier_features(level: Float[Tensor, " N"], count: int) -> Float[Tensor, "N W"]:
     """The number itself, and sines and cosines of 1 .. `count` half turns a unit: levels in a form that a network can bend."""
     turns = level.unsqueeze(-1) * torch.arange(1, count + 1, device=level.device) * math.pi
     return torch.cat([level.unsqueeze(-1), turns.sin(), turns.cos()], -1)
@@ -193,10 +193,10 @@ class ChannelNorm(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def halvings(size: tuple[int, int], smallest: int = 4) -> list[tuple[int, int]]:
+def halved_sizes(size: tuple[int, int], min_side: int = 4) -> list[tuple[int, int]]:
     """Image sides after each 4x4 convolution of stride 2, the input's first, until the shorter side would fall below `smallest`."""
     sizes = [size]
-    while min(sizes[-1]) // 2 >= smallest:
+    while min(sizes[-1]) // 2 >= min_side:
         sizes.append((sizes[-1][0] // 2, sizes[-1][1] // 2))
     if len(sizes) == 1:
         raise ValueError(
@@ -222,7 +222,7 @@ class ConvEncoder(nn.Module):
     def __init__(self, shape: tuple[int, int, int], depth: int):
         super().__init__()
         channels, height, width = shape
-        self.sizes = halvings((height, width))
+        self.sizes = halved_sizes((height, width))
         layers: list[nn.Module] = []
         for stage in range(len(self.sizes) - 1):
             out = depth * 2 ** min(stage, 3)
@@ -245,7 +245,7 @@ class ConvDecoder(nn.Module):
     def __init__(self, features: int, shape: tuple[int, int, int], depth: int):
         super().__init__()
         channels, height, width = shape
-        self.sizes = halvings((height, width))[::-1]
+        self.sizes = halved_sizes((height, width))[::-1]
         stages = len(self.sizes) - 1
         widths = [depth * 2 ** min(stage, 3) for stage in range(stages)][::-1]
         self.top = (widths[0], *self.sizes[0])
@@ -308,7 +308,7 @@ def flatten(x: Tensor) -> Tensor:
     return x.flatten(0, 1)
 
 
-def as_code(picture: Float[Tensor, "*N C H W"]) -> Float[Tensor, "*N Z"]:
+def picture_to_latent(picture: Float[Tensor, "*N C H W"]) -> Float[Tensor, "*N Z"]:
     """A picture as one vector, 2 x - 1 over the square root of its size: its length is at most 1.
 
     So a whole picture weighs no more than one other number in what reads it beside others, and the squared distance of two is
@@ -318,9 +318,9 @@ def as_code(picture: Float[Tensor, "*N C H W"]) -> Float[Tensor, "*N Z"]:
     return (2 * flat - 1) / math.sqrt(flat.shape[-1])
 
 
-def as_picture(code: Float[Tensor, "*N Z"], shape: tuple[int, ...]) -> Float[Tensor, "*N C H W"]:
+def latent_to_picture(z: Float[Tensor, "*N Z"], shape: tuple[int, ...]) -> Float[Tensor, "*N C H W"]:
     """The picture [C, H, W] in [0, 1] that a code is."""
-    return ((code * math.sqrt(code.shape[-1]) + 1) / 2).clamp(0, 1).unflatten(-1, shape)
+    return ((z * math.sqrt(z.shape[-1]) + 1) / 2).clamp(0, 1).unflatten(-1, shape)
 
 
 def negative_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
@@ -335,18 +335,18 @@ __all__ = [
     "ChannelNorm",
     "ConvDecoder",
     "ConvEncoder",
+    "DenoisingMLP",
     "F",
-    "NoisePerceptron",
     "TwoHot",
-    "as_code",
-    "as_picture",
     "flatten",
-    "halvings",
+    "fourier_features",
+    "halved_sizes",
     "initialise",
+    "latent_to_picture",
     "linear",
     "negative_log_likelihood",
     "offset_linear",
+    "picture_to_latent",
     "symexp",
     "symlog",
-    "waves",
 ]

@@ -23,18 +23,18 @@ def cast(x: np.ndarray, dtype: np.dtype) -> np.ndarray | None:
     if np.can_cast(x.dtype, dtype, "safe"):
         return np.array(x, dtype)
     with np.errstate(invalid="ignore", over="ignore"):
-        there = x.astype(dtype)
+        converted = x.astype(dtype)
     if dtype.kind == "f":
-        return there if (np.isfinite(there) | ~np.isfinite(x)).all() else None
-    return there if np.array_equal(there, x) else None
+        return converted if (np.isfinite(converted) | ~np.isfinite(x)).all() else None
+    return converted if np.array_equal(converted, x) else None
 
 
-def needs_word(x: np.ndarray, dtype: np.dtype) -> bool:
+def warning_due(x: np.ndarray, dtype: np.dtype) -> bool:
     """Whether the user should hear of a cast: digits may be lost, or floats stand for whole numbers."""
     return not (np.can_cast(x.dtype, dtype, "safe") or (x.dtype.kind in "iub" and dtype.kind in "iub"))
 
 
 @cache
-def tell(what: str, came: str, declared: str, remedy: str) -> None:
+def warn_once(what: str, given: str, declared: str, remedy: str) -> None:
     """Warns that something is converted from now on: once in a process."""
-    warnings.warn(f"{what} comes as {came} where {declared} is declared; it is converted. {remedy}.", stacklevel=2)
+    warnings.warn(f"{what} comes as {given} where {declared} is declared; it is converted. {remedy}.", stacklevel=2)

@@ -80,7 +80,7 @@ class KeySpec:
         return torch.float64 if wide else torch.float32
 
     @property
-    def turned(self) -> tuple[int, ...] | None:
+    def transposed_shape(self) -> tuple[int, ...] | None:
         """The raw shape of an image with its channels at the other end, as SB3's VecTransposeImage moves them; else None."""
         shape = self.raw_shape
         return {"hwc": (*shape[-1:], *shape[:-1]), "chw": (*shape[1:], *shape[:1])}.get(self.layout)
@@ -127,17 +127,17 @@ class KeySpec:
             return x.astype(self.raw_dtype)
         return _into_bounds(x, self.low, self.high, self.raw_dtype)
 
-    def fault(self, rows: np.ndarray) -> tuple[np.ndarray, str] | None:
+    def fault(self, values: np.ndarray) -> tuple[np.ndarray, str] | None:
         """(bad rows [N] bool, what is wrong) of raw rows [N, *raw_shape]; None where all is well."""
-        flat = rows.reshape(len(rows), -1)
+        flat = values.reshape(len(values), -1)
         if self.raw_dtype.kind == "f":
             limit = FLOAT32_MAX if self.raw_dtype.itemsize > 4 else np.inf
             bad = ~np.isfinite(flat) if limit == np.inf else ~(np.abs(flat) <= limit)
             if bad.any():
                 return bad.any(1), f"is not a finite 32-bit float ({flat[bad][0]})"
         if self.kind == "image" and (self.raw_dtype.kind == "f" or self.high < 255):
-            slack = 1e-3 * float(self.high) if self.raw_dtype.kind == "f" else 0
-            bad = (flat < -slack) | (flat > self.high + slack)
+            tolerance = 1e-3 * float(self.high) if self.raw_dtype.kind == "f" else 0
+            bad = (flat < -tolerance) | (flat > self.high + tolerance)
             if bad.any():
                 return bad.any(1), f"holds {flat[bad][0]}, outside the space's bounds [0, {self.high}]"
         if self.kind == "categorical":

@@ -28,7 +28,7 @@ def image_layout(name: str, space: Box, layout: Layout | None) -> Literal["hwc",
     if len(shape) > 3:
         raise UnsupportedSpaceError(
             f"{what}: {len(shape)} dimensions are neither a vector nor an image. Declare env.layout=vector to flatten "
-            f"it{_merged(space)}."
+            f"it{_frame_stack_hint(space)}."
         )
     if layout is not None:
         return layout
@@ -50,7 +50,7 @@ def _are_channels(side: int, others: tuple[int, ...]) -> bool:
     return side in IMAGE_CHANNELS or (min(others) >= IMAGE_SIDE and 2 * side <= min(others))
 
 
-def _merged(space: Box) -> str:
+def _frame_stack_hint(space: Box) -> str:
     """What to do so that stacked frames become the channels of one image, pixels staying where they are."""
     wrappers, low, high = "gymnasium.wrappers", space.low.min(), space.high.max()
     if len(space.shape) != 4 or not space.is_bounded():

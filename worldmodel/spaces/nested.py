@@ -6,14 +6,14 @@ from collections.abc import Container, Mapping
 from typing import Any
 
 
-def joined(path: tuple[Any, ...]) -> str:
+def join_path(path: tuple[Any, ...]) -> str:
     """`arm.angle` of the steps ("arm", "angle"), `pair.0` of ("pair", 0)."""
     return ".".join(map(str, path))
 
 
-def flat(value: Any, names: Container[str], path: tuple[Any, ...] = ()) -> dict[str, Any]:
+def flatten(value: Any, names: Container[str], path: tuple[Any, ...] = ()) -> dict[str, Any]:
     """{flat name: array} of nested dicts and tuples; a tuple that has one of the names is an array that somebody wrote so."""
-    if isinstance(value, Mapping) or (isinstance(value, tuple) and not (path and joined(path) in names)):
+    if isinstance(value, Mapping) or (isinstance(value, tuple) and not (path and join_path(path) in names)):
         items = value.items() if isinstance(value, Mapping) else enumerate(value)
-        return {name: x for step, part in items for name, x in flat(part, names, (*path, step)).items()}
-    return {joined(path): value}
+        return {name: x for step, part in items for name, x in flatten(part, names, (*path, step)).items()}
+    return {join_path(path): value}

@@ -22,7 +22,7 @@ from gymnasium import spaces as gym_spaces
 from torch import Tensor
 
 from worldmodel.errors import EnvError, NumericsError, UnsupportedSpaceError
-from worldmodel.spaces.casts import cast, needs_word, numbers, tell
+from worldmodel.spaces.casts import cast, numbers, warn_once, warning_due
 from worldmodel.spaces.keys import (
     FLATTEN,
     TRANSFORM_ACTION,
@@ -35,7 +35,7 @@ from worldmodel.spaces.keys import (
     unsupported,
 )
 from worldmodel.spaces.layouts import Layout
-from worldmodel.spaces.nested import flat
+from worldmodel.spaces.nested import flatten
 
 Where = str | Callable[[int], str]
 
@@ -78,7 +78,7 @@ class ObsSpec:
         """{key: (raw shape, raw dtype)}: what a replay needs to know."""
         return {name: (key.raw_shape, key.raw_dtype) for name, key in self.keys.items()}
 
-    def to_rows(self, obs: Any, where: Where = "the observation") -> dict[str, np.ndarray]:
+    def to_raw(self, obs: Any, where: Where = "the observation") -> dict[str, np.ndarray]:
         """Batched observation (array or dict of arrays [N, ...]) -> {key: [N, *raw_shape]} in the raw dtype, copied.
 
         Nested dicts and tuples are taken by their flat names; images may have their channels at the other end, where SB3 puts them.
@@ -87,43 +87,43 @@ class ObsSpec:
         """
         given = {"obs": obs} if self.single and not isinstance(obs, Mapping) else obs
         if not self.single and isinstance(obs, Mapping | tuple):  # perhaps nested, as the user's environment gives it
-            given = flat(obs, self.keys)
+            given = flatten(obs, self.keys)
         self._same_keys(given, where)
         return {name: _raw_array(key, given[name], where) for name, key in self.keys.items()}
 
-    def check(self, rows: Mapping[str, np.ndarray], where: Where = "the observation") -> None:
+    def check(self, raw: Mapping[str, np.ndarray], where: Where = "the observation") -> None:
         """Raise EnvError unless every row is of its space: keys, shapes, dtypes, finite numbers, categories.
 
         where: the place to name, or a function from the row's index to it ("environment 3, episode 12, step 40").
         Vectors may leave their declared bounds: canonical vectors do not depend on them.
         """
-        self._same_keys(rows, where)
+        self._same_keys(raw, where)
         for name, key in self.keys.items():
-            row = rows[name]
+            row = raw[name]
             if row.shape[1:] != key.raw_shape or row.dtype != key.raw_dtype:
                 raise EnvError(
-                    f"{_place(where, 0)}: observation '{name}' is {row.dtype} {row.shape[1:]}; "
+                    f"{_location(where, 0)}: observation '{name}' is {row.dtype} {row.shape[1:]}; "
                     f"expected {key.raw_dtype} {key.raw_shape}. Correct the environment or its observation_space."
                 )
             fault = key.fault(row)
             if fault is not None:
                 bad, what = fault
                 raise EnvError(
-                    f"{_place(where, int(bad.argmax()))}: observation '{name}' {what}. Expected values of {key.space}. "
+                    f"{_location(where, int(bad.argmax()))}: observation '{name}' {what}. Expected values of {key.space}. "
                     "Correct the environment, or wrap it."
                 )
 
-    def canonical(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def canonical(self, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """{key: [..., *raw_shape]} -> {key: [..., *shape]} as each key has it; any leading dimensions, any device."""
-        return {name: key.canonical(rows[name]) for name, key in self.keys.items()}
+        return {name: key.canonical(raw[name]) for name, key in self.keys.items()}
 
     def raw(self, canonical: Mapping[str, Tensor | np.ndarray]) -> dict[str, np.ndarray]:
         """Inverse of `canonical`, as numpy arrays: rounded, inside the bounds, categories by argmax."""
         return {name: key.raw(canonical[name]) for name, key in self.keys.items()}
 
-    def to_env(self, rows: Mapping[str, np.ndarray]) -> Any:
+    def to_env(self, raw: Mapping[str, np.ndarray]) -> Any:
         """Rows as the environment gives them: the array itself where the space is no Dict."""
-        return rows["obs"] if self.single else dict(rows)
+        return raw["obs"] if self.single else dict(raw)
 
     def to_json(self) -> dict[str, Any]:
         return {"single": self.single, "keys": [key.to_json() for key in self.keys.values()]}
@@ -135,11 +135,11 @@ class ObsSpec:
 
     def _same_keys(self, given: Any, where: Where) -> None:
         if not isinstance(given, Mapping):
-            raise EnvError(f"{_place(where, 0)}: got {type(given).__name__}; expected a dict with the keys {sorted(self.keys)}.")
+            raise EnvError(f"{_location(where, 0)}: got {type(given).__name__}; expected a dict with the keys {sorted(self.keys)}.")
         if given.keys() != self.keys.keys():
             missing, extra = sorted(self.keys.keys() - given.keys()), sorted(map(str, given.keys() - self.keys.keys()))
             raise EnvError(
-                f"{_place(where, 0)}: missing observation keys {missing}, extra keys {extra}. "
+                f"{_location(where, 0)}: missing observation keys {missing}, extra keys {extra}. "
                 f"Expected {sorted(self.keys)}: correct the environment or its observation_space."
             )
 
@@ -191,13 +191,13 @@ class ActionSpec:
             middle, half = self._affine
             unit = (actions.reshape(len(actions), -1).astype(np.float64) - middle) / np.where(half > 0, half, 1)
             return np.where(half > 0, np.clip(unit, -1, 1), 0).astype(np.float32)
-        held = cast(actions, self.key.raw_dtype)
-        if held is None:
+        converted = cast(actions, self.key.raw_dtype)
+        if converted is None:
             raise ValueError(f"Actions are {actions.dtype} with parts of whole numbers; expected elements of {self.space}.")
-        fault = self.key.fault(held)
+        fault = self.key.fault(converted)
         if fault is not None:
             raise ValueError(f"Action of row {int(fault[0].argmax())} {fault[1]}.")
-        return self.key.canonical(torch.as_tensor(held)).numpy()
+        return self.key.canonical(torch.as_tensor(converted)).numpy()
 
     def decode(self, canonical: np.ndarray | Tensor) -> np.ndarray:
         """Canonical [N, A] -> actions for the environment, in its dtype and shape, always inside its bounds.
@@ -249,22 +249,24 @@ def _raw_array(key: KeySpec, value: Any, where: Where) -> np.ndarray:
     """A copy of `value` [N, *raw_shape] in the raw dtype; EnvError where that does not hold its numbers."""
     given = numbers(value)
     if given is None:
-        form = f"array of dtype {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
-        raise EnvError(f"{_place(where, 0)}: observation '{key.name}' is a {form}; expected an array of numbers.")
-    if given.shape[1:] == key.turned != key.raw_shape:
+        found = f"array of dtype {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
+        raise EnvError(f"{_location(where, 0)}: observation '{key.name}' is a {found}; expected an array of numbers.")
+    if given.shape[1:] == key.transposed_shape != key.raw_shape:
         given = np.moveaxis(given, 1, -1) if key.layout == "hwc" else np.moveaxis(given, -1, 1)
     if given.ndim == 0 or given.shape[1:] != key.raw_shape:
-        raise EnvError(f"{_place(where, 0)}: observation '{key.name}' has shape {given.shape}; expected [N, {key.raw_shape}].")
-    held = cast(given, key.raw_dtype)
-    if held is None:
+        raise EnvError(f"{_location(where, 0)}: observation '{key.name}' has shape {given.shape}; expected [N, {key.raw_shape}].")
+    converted = cast(given, key.raw_dtype)
+    if converted is None:
         raise EnvError(
-            f"{_place(where, 0)}: observation '{key.name}' has dtype {given.dtype} and holds numbers that the expected "
+            f"{_location(where, 0)}: observation '{key.name}' has dtype {given.dtype} and holds numbers that the expected "
             f"{key.raw_dtype} cannot represent. Return {key.raw_dtype}, or convert it with {TRANSFORM_OBS}."
         )
-    if needs_word(given, key.raw_dtype):
-        tell(f"observation '{key.name}'", str(given.dtype), str(key.raw_dtype), f"Return it so, or convert it with {TRANSFORM_OBS}")
-    return held
+    if warning_due(given, key.raw_dtype):
+        warn_once(
+            f"observation '{key.name}'", str(given.dtype), str(key.raw_dtype), f"Return it so, or convert it with {TRANSFORM_OBS}"
+        )
+    return converted
 
 
-def _place(where: Where, row: int) -> str:
+def _location(where: Where, row: int) -> str:
     return where(row) if callable(where) else where

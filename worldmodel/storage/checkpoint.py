@@ -41,14 +41,14 @@ MAX_JSON_BYTES, MAX_JSON_DEPTH, MAX_FILES = 64 << 20, 64, 64
 _STEP = re.compile(r"step-(\d{12})")
 _STEM = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 _FILE = re.compile(r"state\.json|data|[a-z][a-z0-9_-]{0,63}\.safetensors")
-_OWN_ENTRIES = ("schema", "step", "files", "hash")
+_RESERVED = ("schema", "step", "files", "hash")
 _log = logging.getLogger(__name__)
 
 # Files that survive a power cut ---------------------------------------------------------------------------------------
 
 
 @contextmanager
-def storage(doing: str, path: Path) -> Iterator[None]:
+def storage_errors(doing: str, path: Path) -> Iterator[None]:
     """Turns the operating system's errors into a StorageError that names the path; a read error is damage."""
     try:
         yield
@@ -68,7 +68,7 @@ def durable(path: Path) -> Iterator[BinaryIO]:
 
     After a failed fsync the pages may count as clean without being on the disk, so a retry must write anew.
     """
-    with storage("write", path):
+    with storage_errors("write", path):
         try:
             with open(path, "xb") as file:
                 yield file
@@ -85,7 +85,7 @@ def sync_folder(path: Path) -> None:
     """Forces the folder's names to the disk: a rename is safe against a power cut only after this."""
     if os.name == "nt":  # Windows cannot open folders
         return
-    with storage("write", path):
+    with storage_errors("write", path):
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -95,7 +95,7 @@ def sync_folder(path: Path) -> None:
 
 def make_folder(path: Path) -> None:
     """Creates the folder and its parents, each forced to the disk."""
-    with storage("create", path):
+    with storage_errors("create", path):
         if path.is_dir():
             return
         make_folder(path.parent)
@@ -138,13 +138,13 @@ def dump_json(value: Any) -> bytes:
 def parse_json(data: bytes, where: Path | str) -> dict:
     """One JSON object; CorruptError on what `dump_json` would never have written."""
 
-    def once(pairs: list[tuple[str, Any]]) -> dict:
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict:
         if len({k for k, _ in pairs}) != len(pairs):
             raise ValueError("a key occurs twice")
         return dict(pairs)
 
     try:
-        value = json.loads(data.decode(), object_pairs_hook=once)
+        value = json.loads(data.decode(), object_pairs_hook=without_duplicates)
         if not isinstance(value, dict):
             raise ValueError("it is no object")
         return _plain(value, "it")  # NaN and infinity, which Python's parser lets through, and depth
@@ -181,7 +181,7 @@ def _encode(
     for stem in tensors:
         if not _STEM.fullmatch(stem):
             raise ValueError(f"'{stem}' cannot name a checkpoint's file: use small letters, digits, '_' and '-'.")
-    for name in _OWN_ENTRIES:
+    for name in _RESERVED:
         if name in manifest:
             raise ValueError(f"The manifest's entry '{name}' is written by the checkpoint itself. Choose another name.")
     # All of the JSON before the first byte is written.
@@ -200,8 +200,8 @@ def _encode(
         content = dump_json(value)
         files[name] = entry(content)
         yield name, content
-    whole = {"schema": SCHEMA, "step": int(step), "files": files, **own}
-    yield MANIFEST, dump_json({**whole, "hash": _hash(whole)})
+    complete = {"schema": SCHEMA, "step": int(step), "files": files, **own}
+    yield MANIFEST, dump_json({**complete, "hash": _hash(complete)})
 
 
 def _check_manifest(data: bytes, where: Path | str) -> dict:
@@ -258,24 +258,24 @@ def write(
     """
     parent = Path(parent)
     final = parent / f"step-{step:012d}"
-    aside = parent / f".tmp-{token_hex(8)}"
+    temporary = parent / f".tmp-{token_hex(8)}"
     make_folder(parent)
     damaged = final.exists() and _damage(final) is not None
     if final.exists() and not damaged:
         raise StorageError(f"{final} is there already and intact. A checkpoint is never overwritten: save at a later step.")
     try:
-        with storage("create", aside):
-            aside.mkdir()
+        with storage_errors("create", temporary):
+            temporary.mkdir()
         for name, data in _encode(step, tensors, state, manifest or {}):
-            with durable(aside / name) as file:
+            with durable(temporary / name) as file:
                 file.write(data)
-        sync_folder(aside)
+        sync_folder(temporary)
         if damaged:
             discard(final)
-        with storage("write", final):
-            os.rename(aside, final)
+        with storage_errors("write", final):
+            os.rename(temporary, final)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(parent)
     return final
@@ -283,7 +283,7 @@ def write(
 
 def steps(parent: Path) -> list[int]:
     """Steps that have a folder, damaged ones included, ascending; empty where the parent does not exist."""
-    with storage("read", Path(parent)):
+    with storage_errors("read", Path(parent)):
         try:
             entries = list(os.scandir(parent))
         except FileNotFoundError:
@@ -339,7 +339,7 @@ def read_manifest(path: Path) -> dict:
 def _check(path: Path, entry: Mapping | None, keep: bool = False) -> bytes:
     """Compares a file with its manifest entry (None: only a size limit); its bytes if `keep`, else none."""
     digest, parts = hashlib.sha256(), []
-    with storage("read", path):
+    with storage_errors("read", path):
         try:
             found = path.stat()
         except FileNotFoundError:
@@ -376,21 +376,21 @@ def prune(parent: Path, keep: int = 2) -> list[int]:
     """
     if keep < 1:
         raise ValueError(f"prune keeps at least one checkpoint, not {keep}.")
-    held = list(reversed(steps(parent)))
+    found_steps = list(reversed(steps(parent)))
     valid = 0
-    for i, step in enumerate(held):
+    for i, step in enumerate(found_steps):
         valid += _damage(Path(parent) / f"step-{step:012d}") is None
         if valid == keep:
-            for old in held[i + 1 :]:
+            for old in found_steps[i + 1 :]:
                 discard(Path(parent) / f"step-{old:012d}")
-            return held[i + 1 :]
+            return found_steps[i + 1 :]
     return []
 
 
 def discard(path: Path) -> None:
     """Deletes a folder; a kill on the way leaves it whole under its name or under a name that nobody reads."""
     trash = path.parent / f".trash-{token_hex(8)}"
-    with storage("delete", path):
+    with storage_errors("delete", path):
         os.rename(path, trash)
         sync_folder(path.parent)
         shutil.rmtree(trash)
@@ -399,7 +399,7 @@ def discard(path: Path) -> None:
 def sweep(parent: Path) -> None:
     """Removes what interrupted writes and deletions left behind. Only the run's one writer may call it."""
     parent = Path(parent)
-    with storage("delete", parent):
+    with storage_errors("delete", parent):
         leftovers = [p for pattern in (".tmp-*", ".trash-*") for p in parent.glob(pattern)]
         for path in leftovers:
             if path.is_dir() and not path.is_symlink():
@@ -425,14 +425,14 @@ def pack(
     """
     path = Path(path)
     make_folder(path.parent)
-    aside = path.parent / f".tmp-{token_hex(8)}"
-    with durable(aside) as file:
+    temporary = path.parent / f".tmp-{token_hex(8)}"
+    with durable(temporary) as file:
         pack_into(file, step, tensors, state, manifest, data)
     try:
-        with storage("write", path):
-            os.replace(aside, path)
+        with storage_errors("write", path):
+            os.replace(temporary, path)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
     return path
@@ -462,7 +462,7 @@ def unpack(path: Path | BinaryIO) -> Content:
             path.seek(0)
         return _unpack(io.BytesIO(path.read()), Path("the stream"))
     path = Path(path)
-    with storage("read", path):
+    with storage_errors("read", path):
         if path.exists() and not path.is_file():  # opening a FIFO would wait for ever
             raise CorruptError(f"{path} is no regular file.")
         with path.open("rb") as file:
@@ -472,14 +472,14 @@ def unpack(path: Path | BinaryIO) -> Content:
 def _unpack(file: BinaryIO, path: Path) -> Content:
     """The content of an open zip; `path` names it in errors."""
     size = file.seek(0, os.SEEK_END)
-    with storage("read", path):
+    with storage_errors("read", path):
         try:
             with zipfile.ZipFile(file) as archive:
                 members = _members(archive, path, size)
                 manifest = _check_manifest(archive.read(members[MANIFEST]), f"{path}:{MANIFEST}")
-                odd = members.keys() ^ {MANIFEST, *manifest["files"]}
-                if odd:
-                    raise CorruptError(f"{path} and its manifest differ on the members {sorted(odd)}.")
+                unexpected = members.keys() ^ {MANIFEST, *manifest["files"]}
+                if unexpected:
+                    raise CorruptError(f"{path} and its manifest differ on the members {sorted(unexpected)}.")
                 return _decode(manifest, lambda name: _member(archive, members[name], manifest["files"][name], path), f"{path}:")
         except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, UnicodeDecodeError) as error:
             raise CorruptError(f"{path} is no intact zip: {error}. Restore it from a copy.") from error

@@ -35,9 +35,9 @@ from worldmodel.storage import checkpoint
 from worldmodel.storage.replay import Replay
 
 FORMAT, VERSION = "worldmodel-episodes", 1
-ABOUT = "episodes.json"
+METADATA_NAME = "episodes.json"
 MAX_MEMBERS, MAX_KEY = 4096, 1000
-DEFLATES_TO = 1032
+MAX_DEFLATE_RATIO = 1032
 """Bytes that one compressed byte can stand for: no honest member claims more."""
 
 
@@ -73,12 +73,12 @@ class Recording:
 
     def __post_init__(self) -> None:
         self._check_shapes()
-        if (inner := (self.terminated | self.truncated) & ~self._closing).any():
-            self._refuse_step(inner, "ends the episode, but more steps follow", "flags on the last step only")
-        if (open_end := self._closing & ~(self.terminated | self.truncated)).any():
-            self._refuse_step(open_end, "is the episode's last and neither terminated nor truncated", "one of them")
-        if (ill := ~np.isfinite(self.reward)).any():
-            self._refuse_step(ill, f"has the reward {self.reward[ill][0]}", "a finite 32-bit float")
+        if (early_end := (self.terminated | self.truncated) & ~self._last_step).any():
+            self._refuse_step(early_end, "ends the episode, but more steps follow", "flags on the last step only")
+        if (unfinished := self._last_step & ~(self.terminated | self.truncated)).any():
+            self._refuse_step(unfinished, "is the episode's last and neither terminated nor truncated", "one of them")
+        if (bad := ~np.isfinite(self.reward)).any():
+            self._refuse_step(bad, f"has the reward {self.reward[bad][0]}", "a finite 32-bit float")
         for name, key in self.obs_spec.keys.items():
             self._check_values(f"observation '{name}'", key, self.obs[name], np.repeat(np.arange(self.episodes), self.lengths + 1))
         self._check_values("the action", self.action_spec.key, self.action, np.repeat(np.arange(self.episodes), self.lengths))
@@ -102,7 +102,7 @@ class Recording:
         return np.add.reduceat(self.reward.astype(np.float64), np.cumsum(self.lengths) - self.lengths)
 
     @cached_property
-    def _closing(self) -> np.ndarray:
+    def _last_step(self) -> np.ndarray:
         """Which steps are an episode's last."""
         out = np.zeros(self.steps, bool)
         out[np.cumsum(self.lengths) - 1] = True
@@ -159,8 +159,8 @@ class Recording:
         action, reward, terminated, truncated = map(np.concatenate, columns)
         joined = {name: np.concatenate([rows[name] for rows in obs]) for name in obs_spec.keys}
         lengths = np.array([len(x) for x in columns[1]], np.int64)
-        said = {"env_id": env_id, "origin": origin, "env_options": env_options or {}}
-        return cls(joined, action, reward, terminated, truncated, lengths, obs_spec, action_spec, **said)
+        provenance = {"env_id": env_id, "origin": origin, "env_options": env_options or {}}
+        return cls(joined, action, reward, terminated, truncated, lengths, obs_spec, action_spec, **provenance)
 
     @classmethod
     def from_replay(
@@ -174,7 +174,7 @@ class Recording:
         env_options: Mapping[str, Any] | None = None,
     ) -> Recording:
         """The episodes of a replay whose beginning it still holds; one that is still open is cut where it stands."""
-        kept = [_whole(replay, stream) for stream in range(replay.num_envs)]
+        kept = [_complete_episodes(replay, stream) for stream in range(replay.num_envs)]
         obs = {name: np.concatenate([rows[0][name] for rows in kept]) for name in obs_spec.keys}
         prev_action, reward, first, terminal = (np.concatenate([rows[i] for rows in kept]) for i in range(1, 5))
         if not len(first):
@@ -182,11 +182,11 @@ class Recording:
         opens = np.flatnonzero(first)
         lengths = np.diff(opens, append=len(first)) - 1
         terminated = terminal[~first]
-        closing = np.zeros(len(terminated), bool)
-        closing[np.cumsum(lengths) - 1] = True
+        last_step = np.zeros(len(terminated), bool)
+        last_step[np.cumsum(lengths) - 1] = True
         action = action_spec.decode(prev_action[~first])
-        said = {"env_id": env_id, "origin": origin, "env_options": env_options or {}}
-        return cls(obs, action, reward[~first], terminated, closing & ~terminated, lengths, obs_spec, action_spec, **said)
+        provenance = {"env_id": env_id, "origin": origin, "env_options": env_options or {}}
+        return cls(obs, action, reward[~first], terminated, last_step & ~terminated, lengths, obs_spec, action_spec, **provenance)
 
     @classmethod
     def joined(cls, recordings: Sequence[Recording], origin: str | None = None) -> Recording:
@@ -195,7 +195,7 @@ class Recording:
         if len(recordings) == 1:
             return first
         for other in recordings[1:]:
-            other.require(first.obs_spec, first.action_spec, first.origin)
+            other.check_same_spaces(first.obs_spec, first.action_spec, first.origin)
         arrays = {
             name: np.concatenate([getattr(r, name) for r in recordings])
             for name in ("action", "reward", "terminated", "truncated", "lengths")
@@ -214,7 +214,7 @@ class Recording:
             origin=origin or ", ".join(r.origin for r in recordings),
         )
 
-    def require(self, obs_spec: ObsSpec, action_spec: ActionSpec, whose: str) -> None:
+    def check_same_spaces(self, obs_spec: ObsSpec, action_spec: ActionSpec, whose: str) -> None:
         """ConfigError that shows both sides, unless these are the recording's spaces."""
         for word, mine, theirs in (("observations", self.obs_spec, obs_spec), ("actions", self.action_spec, action_spec)):
             if mine.to_json() != theirs.to_json():
@@ -223,14 +223,14 @@ class Recording:
                     "everywhere: they may be of different environments, or of one seen through different wrappers or layouts."
                 )
 
-    def fill(self, replay: Replay) -> None:
+    def append_to(self, replay: Replay) -> None:
         """Appends all rows to the first stream of a replay."""
         first = np.zeros(self.steps + self.episodes, bool)
         first[np.cumsum(self.lengths + 1) - self.lengths - 1] = True
         prev_action = np.zeros((len(first), self.action_spec.dim), np.float32)
         prev_action[~first] = self.action_spec.encode(self.action)
         reward, last, terminal = np.zeros(len(first), np.float32), np.zeros(len(first), bool), np.zeros(len(first), bool)
-        reward[~first], last[~first], terminal[~first] = self.reward, self._closing, self.terminated
+        reward[~first], last[~first], terminal[~first] = self.reward, self._last_step, self.terminated
         replay.extend(self.obs, prev_action, reward, first, last, terminal)
 
     # Files ----------------------------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ class Recording:
         path = free_name(path)
         for name in self.obs:
             _check_key(name)
-        about = {
+        metadata = {
             "format": FORMAT,
             "version": VERSION,
             "env_id": self.env_id,
@@ -250,14 +250,14 @@ class Recording:
             "action": self.action_spec.to_json(),
         }
         checkpoint.make_folder(path.parent)
-        aside = path.parent / f".tmp-{token_hex(8)}"
-        with checkpoint.durable(aside) as file, zipfile.ZipFile(file, "w") as archive:
-            archive.writestr(_member(ABOUT), checkpoint.dump_json(about))
+        temporary = path.parent / f".tmp-{token_hex(8)}"
+        with checkpoint.durable(temporary) as file, zipfile.ZipFile(file, "w") as archive:
+            archive.writestr(_member(METADATA_NAME), checkpoint.dump_json(metadata))
             for name, array in self._arrays().items():
                 with archive.open(_member(f"{name}.npy"), "w", force_zip64=True) as member:
                     npy.write_array(member, array.astype(array.dtype.newbyteorder("<"), copy=False))
-        with checkpoint.storage("write", path):
-            os.replace(aside, path)
+        with checkpoint.storage_errors("write", path):
+            os.replace(temporary, path)
         checkpoint.sync_folder(path.parent)
         return path
 
@@ -267,8 +267,8 @@ class Recording:
         path = Path(path)
         if not path.is_file():
             raise ConfigError(f"'{path}' is no file. Expected an NPZ file of episodes, as `worldmodel data export` writes it.")
-        with checkpoint.storage("read", path):
-            _refuse_others(path)
+        with checkpoint.storage_errors("read", path):
+            _refuse_other_formats(path)
             try:
                 with zipfile.ZipFile(path) as archive:
                     return cls(**_content(archive, path))
@@ -372,20 +372,20 @@ def _fitted(key: KeySpec, value: Any, rows: int, where: str) -> np.ndarray:
     given = numbers(value)
     if given is None:
         raise ConfigError(f"{where} is no array of numbers. Expected {[rows, *key.raw_shape]}: T + 1 observations, T actions.")
-    if given.shape == (rows, *(key.turned or ())) != (rows, *key.raw_shape):
+    if given.shape == (rows, *(key.transposed_shape or ())) != (rows, *key.raw_shape):
         given = np.moveaxis(given, 1, -1) if key.layout == "hwc" else np.moveaxis(given, -1, 1)  # channels at the other end
     if given.shape != (rows, *key.raw_shape):
         expected = [rows, *key.raw_shape]
         raise ConfigError(f"{where} has shape {list(given.shape)}; expected {expected}: T + 1 observations, T actions.")
     if given.dtype == key.raw_dtype:
         return given
-    held = cast(given, key.raw_dtype)
-    if held is None:
+    converted = cast(given, key.raw_dtype)
+    if converted is None:
         raise ConfigError(f"{where} has dtype {given.dtype}, which {key.raw_dtype} does not hold. Expected values of {key.space}.")
-    return held
+    return converted
 
 
-def _whole(replay: Replay, stream: int) -> tuple:
+def _complete_episodes(replay: Replay, stream: int) -> tuple:
     """(obs, prev_action, reward, first, terminal) of a stream's episodes: those that begin in it and have a step."""
     rows = replay.stream(stream)
     prev_action, reward, first, terminal = (x[0].numpy() for x in (rows.prev_action, rows.reward, rows.is_first, rows.is_terminal))
@@ -426,7 +426,7 @@ def _member(name: str) -> zipfile.ZipInfo:
     return info
 
 
-OTHERS = {
+OTHER_FORMATS = {
     b"\x89HDF\r\n\x1a\n": "an HDF5 file",
     b"\x93NUMPY": "a single NumPy array",
     b"\x80": "a pickle, which is never opened",
@@ -437,11 +437,11 @@ OTHERS = {
 """How files begin that may hold experience, but are no NPZ."""
 
 
-def _refuse_others(path: Path) -> None:
+def _refuse_other_formats(path: Path) -> None:
     """ConfigError for a file that is whole, but something else."""
     with path.open("rb") as file:
         head = file.read(8)
-    for begins, kind in OTHERS.items():
+    for begins, kind in OTHER_FORMATS.items():
         if head.startswith(begins):
             raise ConfigError(
                 f"{path} is {kind}; expected an NPZ file of episodes, as `worldmodel data export` writes it. A data set of "
@@ -454,9 +454,9 @@ def _content(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:
     """The fields of the recording in an open zip."""
     infos = archive.infolist()
     members = {info.filename: info for info in infos}
-    if ABOUT not in members:
+    if METADATA_NAME not in members:
         raise ConfigError(
-            f"{path} is no recording of this library: it has no {ABOUT}, which says the spaces. Make one with "
+            f"{path} is no recording of this library: it has no {METADATA_NAME}, which says the spaces. Make one with "
             "wm.Recording.from_episodes(observation_space, action_space, episodes).write(FILE)."
         )
     if len(members) != len(infos) or len(infos) > MAX_MEMBERS:
@@ -464,9 +464,9 @@ def _content(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:
     for info in infos:
         if not 0 <= info.header_offset < path.stat().st_size:
             raise CorruptError(f"{path}: '{info.filename}' lies outside of the file. Restore it from a copy.")
-        if info.file_size > DEFLATES_TO * (info.compress_size + 64):
+        if info.file_size > MAX_DEFLATE_RATIO * (info.compress_size + 64):
             raise CorruptError(f"{path}: '{info.filename}' claims {info.file_size} bytes, more than its own can stand for.")
-    about, obs_spec, action_spec = _about(archive, members[ABOUT], path)
+    metadata, obs_spec, action_spec = _read_metadata(archive, members[METADATA_NAME], path)
     if "lengths.npy" not in members:
         raise CorruptError(f"{path} has no lengths.npy. Restore it from a copy, or export it again.")
     with archive.open(members["lengths.npy"]) as member:
@@ -477,34 +477,36 @@ def _content(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:
     if (lengths < 1).any() or (lengths > 2**40).any() or not len(lengths):
         raise CorruptError(f"{path}: 'lengths' holds what is no number of steps. Restore it from a copy, or export it again.")
     expected = _expected(obs_spec, action_spec, lengths)
-    if odd := {f"{name}.npy" for name in expected} ^ (members.keys() - {ABOUT}):
-        raise CorruptError(f"{path} and its {ABOUT} differ on the arrays {sorted(odd)}. Restore it from a copy.")
-    arrays = {name: _array(archive, members[f"{name}.npy"], form, path) for name, form in expected.items()}
+    if unexpected := {f"{name}.npy" for name in expected} ^ (members.keys() - {METADATA_NAME}):
+        raise CorruptError(f"{path} and its {METADATA_NAME} differ on the arrays {sorted(unexpected)}. Restore it from a copy.")
+    arrays = {name: _array(archive, members[f"{name}.npy"], shape_dtype, path) for name, shape_dtype in expected.items()}
     obs = {name: arrays.pop(f"observation/{name}") for name in obs_spec.keys}
-    said = {"env_id": about.get("env_id"), "env_options": about.get("env_options", {}), "origin": str(path)}
-    return {"obs": obs, **arrays, "obs_spec": obs_spec, "action_spec": action_spec, **said}
+    provenance = {"env_id": metadata.get("env_id"), "env_options": metadata.get("env_options", {}), "origin": str(path)}
+    return {"obs": obs, **arrays, "obs_spec": obs_spec, "action_spec": action_spec, **provenance}
 
 
-def _about(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> tuple[dict, ObsSpec, ActionSpec]:
+def _read_metadata(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> tuple[dict, ObsSpec, ActionSpec]:
     if info.file_size > checkpoint.MAX_JSON_BYTES:
-        raise CorruptError(f"{path}: {ABOUT} has {info.file_size} bytes; at most {checkpoint.MAX_JSON_BYTES} are read.")
-    about = checkpoint.parse_json(archive.read(info), f"{path}:{ABOUT}")
-    if (about.get("format"), about.get("version")) != (FORMAT, VERSION):
+        raise CorruptError(f"{path}: {METADATA_NAME} has {info.file_size} bytes; at most {checkpoint.MAX_JSON_BYTES} are read.")
+    metadata = checkpoint.parse_json(archive.read(info), f"{path}:{METADATA_NAME}")
+    if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
         raise ConfigError(
-            f"{path} has format {about.get('format')!r}, version {about.get('version')!r}; this version reads {FORMAT!r} {VERSION}."
+            f"{path} has format {metadata.get('format')!r}, version {metadata.get('version')!r}; this version reads {FORMAT!r} {VERSION}."
         )
     try:
-        obs_spec, action_spec = ObsSpec.from_json(about["observation"]), ActionSpec.from_json(about["action"])
+        obs_spec, action_spec = ObsSpec.from_json(metadata["observation"]), ActionSpec.from_json(metadata["action"])
         keys = [*obs_spec.keys.values(), action_spec.key]
         if not obs_spec.keys or any(key.raw_dtype.kind not in "biuf" or min((1, *key.raw_shape)) < 1 for key in keys):
             raise ValueError("a space that holds no numbers")
-        if not isinstance(about.get("env_id"), str | None):
+        if not isinstance(metadata.get("env_id"), str | None):
             raise ValueError("an env_id that is no word")
-        if not isinstance(about.get("env_options"), dict | None):
+        if not isinstance(metadata.get("env_options"), dict | None):
             raise ValueError("env_options that are no object")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CorruptError(f"{path}: {ABOUT} is damaged ({error!r}). Restore it from a copy, or export it again.") from error
-    return about, obs_spec, action_spec
+        raise CorruptError(
+            f"{path}: {METADATA_NAME} is damaged ({error!r}). Restore it from a copy, or export it again."
+        ) from error
+    return metadata, obs_spec, action_spec
 
 
 def _header(member: BinaryIO, path: Path, name: str) -> tuple[tuple[int, ...], np.dtype]:
@@ -520,9 +522,11 @@ def _header(member: BinaryIO, path: Path, name: str) -> tuple[tuple[int, ...], n
     return shape, dtype
 
 
-def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, form: tuple[tuple[int, ...], np.dtype], path: Path) -> np.ndarray:
+def _array(
+    archive: zipfile.ZipFile, info: zipfile.ZipInfo, shape_dtype: tuple[tuple[int, ...], np.dtype], path: Path
+) -> np.ndarray:
     """One array of a known form; its size is compared before it is allocated, its CRC as it is read."""
-    shape, dtype = form
+    shape, dtype = shape_dtype
     with archive.open(info) as member:
         found = _header(member, path, info.filename)
         size = prod(shape) * dtype.itemsize

@@ -22,7 +22,7 @@ import torch
 from worldmodel.data import Batch
 from worldmodel.errors import CorruptError, StorageError
 from worldmodel.storage import checkpoint, segments
-from worldmodel.storage.spool import Spool
+from worldmodel.storage.disk_columns import DiskColumns
 from worldmodel.storage.windows import Ends, Windows
 
 _log = logging.getLogger(__name__)
@@ -75,11 +75,13 @@ class Replay:
         self._reward = np.empty(rows, np.float32)
         self._flags = np.empty(rows, np.uint8)
         self._next = np.zeros(self.num_envs, np.int64)  # sequence number of the row that each stream gets next
-        self._ends = [Ends() for _ in range(self.num_envs)]
-        self._spool: Spool | None = None
+        self._last_rows = [Ends() for _ in range(self.num_envs)]
+        self._disk: DiskColumns | None = None
         if folder is not None:
-            room = min(self.size, self._rows_a_segment)
-            self._spool = Spool(folder, {f"obs/{k}": x for k, x in self.obs_spec.items()}, self.num_envs, room, writable)
+            buffer_rows = min(self.size, self._rows_per_segment)
+            self._disk = DiskColumns(
+                folder, {f"obs/{k}": x for k, x in self.obs_spec.items()}, self.num_envs, buffer_rows, writable
+            )
 
     # What is held ---------------------------------------------------------------------------------------------------
 
@@ -100,7 +102,7 @@ class Replay:
     @property
     def ends(self) -> int:
         """is_last rows held, over all streams."""
-        return sum(map(len, self._ends))
+        return sum(map(len, self._last_rows))
 
     @property
     def added_by_stream(self) -> tuple[int, ...]:
@@ -110,7 +112,7 @@ class Replay:
     @property
     def nbytes(self) -> int:
         """Bytes of memory of the full store."""
-        return sum(column.nbytes for column in self._columns.values()) + (self._spool.nbytes if self._spool else 0)
+        return sum(column.nbytes for column in self._columns.values()) + (self._disk.nbytes if self._disk else 0)
 
     @property
     def disk_bytes(self) -> int:
@@ -118,7 +120,7 @@ class Replay:
         return self.capacity * row_bytes(self.obs_spec, self.action_dim)
 
     @property
-    def _rows_a_segment(self) -> int:
+    def _rows_per_segment(self) -> int:
         """Rows of each stream that a segment of the greatest size takes."""
         return max(1, segments.MAX_BYTES // max(1, row_bytes(self.obs_spec, self.action_dim) * self.num_envs))
 
@@ -156,18 +158,18 @@ class Replay:
         if n == 0:
             return
         rows = self._checked(n, obs, prev_action, reward, is_first, is_last, is_terminal)
-        if self._spool is not None:
-            self._make_room()
-            self._spool.put(where, self._next[where], rows)
+        if self._disk is not None:
+            self._flush_if_full()
+            self._disk.put(where, self._next[where], rows)
         at = where * self.size + self._next[where] % self.size
         for name, column in self._columns.items():
             column[at] = rows[name]
         last = (rows["flags"] & LAST) != 0
         self._next[where] += 1  # first: an exception behind it, as Ctrl-C, leaves no end of a row that is not there
         for stream in where[last].tolist():
-            self._ends[stream].append(int(self._next[stream]) - 1)
+            self._last_rows[stream].append(int(self._next[stream]) - 1)
         for stream in where.tolist():
-            self._ends[stream].drop_before(int(self._next[stream]) - self.size)
+            self._last_rows[stream].drop_before(int(self._next[stream]) - self.size)
 
     def extend(
         self,
@@ -183,7 +185,7 @@ class Replay:
         self._check_streams(np.array([stream]))
         n = len(reward)
         rows = self._checked(n, obs, prev_action, reward, is_first, is_last, is_terminal)
-        if self._spool is not None:  # a segment may fill up at any of them
+        if self._disk is not None:  # a segment may fill up at any of them
             for i in range(n):
                 one = [np.asarray(x)[i : i + 1] for x in (prev_action, reward, is_first, is_last, is_terminal)]
                 self.add({k: np.asarray(x)[i : i + 1] for k, x in obs.items()}, *one, streams=[stream])
@@ -199,8 +201,8 @@ class Replay:
         prev_action, reward = np.asarray(prev_action, np.float32), np.asarray(reward, np.float32)
         rows = {k: np.asarray(obs[k]) for k in self.obs_spec if k in obs}
         self._check_obs(rows, obs, n)
-        named = {"reward": reward, "is_first": first, "is_last": last, "is_terminal": terminal}
-        for name, value, shape in [(k, v, (n,)) for k, v in named.items()] + [("prev_action", prev_action, (n, self.action_dim))]:
+        entries = {"reward": reward, "is_first": first, "is_last": last, "is_terminal": terminal}
+        for name, value, shape in [(k, v, (n,)) for k, v in entries.items()] + [("prev_action", prev_action, (n, self.action_dim))]:
             if value.shape != shape:
                 raise ValueError(f"Replay got {name} of shape {list(value.shape)}, expected {list(shape)}.")
         if not (np.isfinite(reward).all() and np.isfinite(prev_action).all()):
@@ -214,14 +216,14 @@ class Replay:
             "flags": (FIRST * first + LAST * last + TERMINAL * terminal).astype(np.uint8),
         }
 
-    def _make_room(self) -> None:
+    def _flush_if_full(self) -> None:
         """Writes the rows that wait for a segment once no more of them fit; where the disk is full, more of them may wait."""
-        if not self._spool.is_full(self._next):
+        if not self._disk.is_full(self._next):
             return
         try:
-            self.save(self._spool.folder)
+            self.save(self._disk.folder)
         except StorageError as error:
-            if not (self._spool.writable and self._spool.grow()):
+            if not (self._disk.writable and self._disk.enlarge_buffer()):
                 raise
             _log.warning("The replay could not be written; its rows wait in memory: %s", error)
 
@@ -240,24 +242,24 @@ class Replay:
             if rows[key].dtype != dtype and not np.can_cast(rows[key].dtype, dtype, "same_kind"):
                 raise ValueError(f"Replay got observation '{key}' of dtype {rows[key].dtype}, expected {dtype}.")
 
-    def adopt(self, folder: Path, log: Callable[[str], object] = _log.warning) -> None:
+    def recover(self, folder: Path, log: Callable[[str], object] = _log.warning) -> None:
         """Takes over what lies in a folder without marks, as far as it is intact and without a hole; this replay must be empty."""
-        self._load_newer(Path(folder), 0, True, log)
-        self._close_cut()
+        self._load_uncommitted(Path(folder), 0, True, log)
+        self._restore_truncations()
 
-    def cut(self, streams: Sequence[int] | None = None) -> None:
+    def truncate_open_episodes(self, streams: Sequence[int] | None = None) -> None:
         """Closes the open episodes of these streams (None: of all) as a truncation does: the newest row is_last, not is_terminal.
 
         For environments that cannot go on from where they were; the next row of each stream must open an episode.
         """
         for stream in np.flatnonzero(self._next).tolist() if streams is None else streams:
-            self._close(stream, int(self._next[stream]) - 1)
+            self._mark_last(stream, int(self._next[stream]) - 1)
 
-    def _close(self, stream: int, sequence: int) -> None:
+    def _mark_last(self, stream: int, sequence: int) -> None:
         at = stream * self.size + sequence % self.size
         if not self._flags[at] & LAST:
             self._flags[at] |= LAST
-            self._ends[stream].append(sequence)
+            self._last_rows[stream].append(sequence)
 
     def observations(self, stream: int, start: int, stop: int) -> dict[str, np.ndarray]:
         """{key: [stop - start, ...]} of the rows of one stream that come start.. after its oldest."""
@@ -277,11 +279,13 @@ class Replay:
         held = self.lengths[number]
         return self._gather(np.array([number]), self._next[[number]] - held, held)
 
-    def sample(self, batch: int, length: int, rng: np.random.Generator, *, newest: float = 0.0, ends: float = 0.0) -> Batch:
+    def sample(
+        self, batch: int, length: int, rng: np.random.Generator, *, recent_fraction: float = 0.0, terminal_fraction: float = 0.0
+    ) -> Batch:
         """`batch` windows of `length` consecutive rows, as tensors that share no memory with the store.
 
-        newest  share of the windows that end at the newest row of a stream, streams in turn
-        ends    share of the windows drawn so that an is_last row (each alike) lies inside, where there is any
+        recent_fraction  share of the windows that end at the newest row of a stream, streams in turn
+        terminal_fraction    share of the windows drawn so that an is_last row (each alike) lies inside, where there is any
         The rest is uniform over all windows of all streams. A share that is no whole number of windows is
         rounded up or down at random, so that it holds on average. The same rng state gives the same batch.
         `weight` undoes the shares: its product with anything said of a window has, averaged over batches, the mean of that
@@ -290,12 +294,14 @@ class Replay:
         """
         if batch < 1 or length < 1:
             raise ValueError(f"A batch needs at least one window of one step, not {batch} x {length}.")
-        if not (newest >= 0 and ends >= 0 and newest + ends <= 1):
-            raise ValueError(f"Shares newest={newest} and ends={ends} must be at least 0 and add up to at most 1.")
-        windows = Windows(self._next, self._held, self._ends, length)
-        if not windows.number.any():
+        if not (recent_fraction >= 0 and terminal_fraction >= 0 and recent_fraction + terminal_fraction <= 1):
+            raise ValueError(
+                f"Shares recent_fraction={recent_fraction} and terminal_fraction={terminal_fraction} must be at least 0 and add up to at most 1."
+            )
+        windows = Windows(self._next, self._held, self._last_rows, length)
+        if not windows.counts.any():
             raise ValueError(self._too_short(length))
-        streams, starts, weight = windows.draw(batch, rng, newest, ends)
+        streams, starts, weight = windows.draw(batch, rng, recent_fraction, terminal_fraction)
         weight = torch.from_numpy(weight.astype(np.float32)).unsqueeze(1).repeat(1, length)
         return replace(self._gather(streams, starts, length), weight=weight)
 
@@ -331,8 +337,8 @@ class Replay:
 
     def _windows(self, key: str, streams: np.ndarray, starts: np.ndarray, at: np.ndarray, length: int) -> np.ndarray:
         """[B, length, ...] of one observation; `at` [B, length + 1] are the rows' places in a ring."""
-        if self._spool is not None:
-            return self._spool.windows(f"obs/{key}", streams, starts, length)
+        if self._disk is not None:
+            return self._disk.windows(f"obs/{key}", streams, starts, length)
         column = self._obs[key]
         if column.dtype.itemsize * int(np.prod(column.shape[1:])) < SLICE_BYTES:
             return column[at[:, :-1]]
@@ -346,7 +352,7 @@ class Replay:
 
     # On disk --------------------------------------------------------------------------------------------------------
 
-    def save(self, folder: Path, since: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def save(self, folder: Path, previous: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Writes the rows that `since` does not cover as new segments and returns the marks: JSON that `load` takes.
 
         since  marks of an earlier save of this replay into this folder, or None: everything held is written. A replay that
@@ -355,45 +361,45 @@ class Replay:
         Nothing is deleted here (see `sweep`), so that a kill or a full disk leaves earlier marks loadable.
         Raises StorageError where the disk is full or not writable.
         """
-        folder, spool = Path(folder), self._spool
-        if spool is not None:
-            if folder != spool.folder or not spool.writable:
-                raise StorageError(f"This replay lies in {spool.folder}, where its run writes it. It cannot be saved to {folder}.")
-            since = {"rows": spool.sealed.tolist(), "segments": spool.named, **self._identity()}
+        folder, disk = Path(folder), self._disk
+        if disk is not None:
+            if folder != disk.folder or not disk.writable:
+                raise StorageError(f"This replay lies in {disk.folder}, where its run writes it. It cannot be saved to {folder}.")
+            previous = {"rows": disk.first_in_memory.tolist(), "segments": disk.entries, **self._identity()}
         checkpoint.make_folder(folder)
         taken = segments.numbers(folder)
-        named = self._named_by(since) if since is not None else []
-        emptied = since is None or not {number for number, _ in named} <= set(taken)
-        if emptied and spool is None:
-            since, named = {"rows": [0] * self.num_envs}, []
-        named = self._without_evicted(folder, named)
-        if spool is not None:
-            spool.keep(named)
+        entries = self._entries_of(previous) if previous is not None else []
+        folder_changed = previous is None or not {number for number, _ in entries} <= set(taken)
+        if folder_changed and disk is None:
+            previous, entries = {"rows": [0] * self.num_envs}, []
+        entries = self._drop_evicted(folder, entries)
+        if disk is not None:
+            disk.keep(entries)
 
-        low = np.maximum(np.array(since["rows"], np.int64), self._next - self._held)
+        low = np.maximum(np.array(previous["rows"], np.int64), self._next - self._held)
         columns, missing = self._column_spec, self._next - low
-        number = max([*taken, *(n for n, _ in named)], default=0)
-        for done in range(0, int(missing.max()), self._rows_a_segment):
+        number = max([*taken, *(n for n, _ in entries)], default=0)
+        for done in range(0, int(missing.max()), self._rows_per_segment):
             number += 1
-            starts, stops = (low + np.minimum(missing, upto) for upto in (done, done + self._rows_a_segment))
+            starts, stops = (low + np.minimum(missing, upto) for upto in (done, done + self._rows_per_segment))
             header = segments.Header(number, tuple(starts.tolist()), tuple(stops.tolist()))
             try:
-                named.append([number, segments.write(folder, header, columns, self._rows)])
+                entries.append([number, segments.write(folder, header, columns, self._rows)])
             except StorageError:  # a retry writes all of them anew: on a full disk the first ones must not be in its way
-                if spool is None:
-                    segments.delete(folder, [n for n, _ in named if n not in taken])
+                if disk is None:
+                    segments.delete(folder, [n for n, _ in entries if n not in taken])
                 raise
-            if spool is not None:
-                spool.hold(segments.sealed(folder, number, columns, self.num_envs), self._next)
+            if disk is not None:
+                disk.attach(segments.locate(folder, number, columns, self.num_envs), self._next)
         if missing.any():
             checkpoint.sync_folder(folder)
-        return {"rows": self._next.tolist(), "segments": named, **self._identity()}
+        return {"rows": self._next.tolist(), "segments": entries, **self._identity()}
 
     @classmethod
     def load(
         cls,
         folder: Path,
-        marks: Mapping[str, Any],
+        snapshot: Mapping[str, Any],
         *,
         keep_newer: bool = False,
         log: Callable[[str], object] = _log.warning,
@@ -406,21 +412,21 @@ class Replay:
         `keep_newer`, as far as they are intact; both is told to `log`. CorruptError names the file and the offset
         of damage to any row that the marks name.
         """
-        replay = cls._from_identity(marks, folder if on_disk else None, writable)
+        replay = cls._from_identity(snapshot, folder if on_disk else None, writable)
         try:
-            rows, named = np.array(marks["rows"], np.int64), [(int(n), int(seal)) for n, seal in marks["segments"]]
+            rows, entries = np.array(snapshot["rows"], np.int64), [(int(n), int(seal)) for n, seal in snapshot["segments"]]
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CorruptError(f"The replay's marks are damaged: {error!r}.") from error
         low = np.zeros(replay.num_envs, np.int64)  # from here on, each stream's rows are without a hole
-        for number, seal in named:
+        for number, seal in entries:
             header, streams = segments.read(folder, number, replay._column_spec, replay.num_envs, seal)
             low = np.where(np.array(header.starts) == replay._next, low, header.starts)
             replay._append(header, streams)
             del streams  # before the next segment is read
         if rows.shape != low.shape or (replay._next != rows).any() or (low > rows - replay._held).any():
             raise CorruptError(f"{folder} does not hold the rows that the checkpoint names: segments are missing from its marks.")
-        replay._load_newer(folder, max((n for n, _ in named), default=0), keep_newer, log)
-        replay._close_cut()
+        replay._load_uncommitted(folder, max((n for n, _ in entries), default=0), keep_newer, log)
+        replay._restore_truncations()
         return replay
 
     @staticmethod
@@ -430,8 +436,8 @@ class Replay:
         Call it with the marks of every checkpoint that is still there, after old ones were pruned.
         """
         checkpoint.sweep(folder)
-        named = {int(number) for marks in keep for number, _ in marks["segments"]}
-        segments.delete(folder, [n for n in segments.numbers(folder) if n not in named])
+        entries = {int(number) for snapshot in keep for number, _ in snapshot["segments"]}
+        segments.delete(folder, [n for n in segments.numbers(folder) if n not in entries])
 
     @property
     def _column_spec(self) -> segments.Columns:
@@ -444,68 +450,68 @@ class Replay:
         return {"capacity": self.capacity, "num_envs": self.num_envs, "action_dim": self.action_dim, "obs": obs}
 
     @classmethod
-    def _from_identity(cls, marks: Mapping[str, Any], folder: Path | None, writable: bool) -> Replay:
+    def _from_identity(cls, snapshot: Mapping[str, Any], folder: Path | None, writable: bool) -> Replay:
         try:
-            obs = {k: (shape, np.dtype(dtype).newbyteorder("=")) for k, (shape, dtype) in marks["obs"].items()}
-            return cls(marks["capacity"], obs, marks["action_dim"], marks["num_envs"], folder, writable)
+            obs = {k: (shape, np.dtype(dtype).newbyteorder("=")) for k, (shape, dtype) in snapshot["obs"].items()}
+            return cls(snapshot["capacity"], obs, snapshot["action_dim"], snapshot["num_envs"], folder, writable)
         except MemoryError as error:
-            raise StorageError(f"The replay's {marks['capacity']} steps do not fit into memory: {error}.") from error
+            raise StorageError(f"The replay's {snapshot['capacity']} steps do not fit into memory: {error}.") from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CorruptError(f"The replay's marks are damaged: {error!r}.") from error
 
-    def _named_by(self, since: Mapping[str, Any]) -> list[list[int]]:
+    def _entries_of(self, previous: Mapping[str, Any]) -> list[list[int]]:
         mine = self._identity()
-        rows = np.array(since["rows"])
-        if any(since.get(k) != v for k, v in mine.items()) or rows.shape != self._next.shape or (rows > self._next).any():
+        rows = np.array(previous["rows"])
+        if any(previous.get(k) != v for k, v in mine.items()) or rows.shape != self._next.shape or (rows > self._next).any():
             raise ValueError("The marks given as `since` are of another replay. Pass what its last save returned, or None.")
-        return [list(entry) for entry in since["segments"]]
+        return [list(entry) for entry in previous["segments"]]
 
-    def _without_evicted(self, folder: Path, named: list[list[int]]) -> list[list[int]]:
+    def _drop_evicted(self, folder: Path, entries: list[list[int]]) -> list[list[int]]:
         """The segments that still hold a row that the ring holds: eviction goes from the oldest on."""
         oldest = self._next - self._held
-        while named:
+        while entries:
             try:
-                header = segments.read_header(folder, named[0][0], self._column_spec, self.num_envs)
+                header = segments.read_header(folder, entries[0][0], self._column_spec, self.num_envs)
             except CorruptError:  # not this save's business: whoever loads the marks learns of it
                 break
             if (np.array(header.stops) > oldest).any():
                 break
-            named = named[1:]
-        return named
+            entries = entries[1:]
+        return entries
 
     def _rows(self, name: str, stream: int, start: int, stop: int) -> np.ndarray:
-        if self._spool is not None and name in self._spool.spec:
-            return self._spool.windows(name, np.array([stream]), np.array([start]), stop - start)[0]
+        if self._disk is not None and name in self._disk.spec:
+            return self._disk.windows(name, np.array([stream]), np.array([start]), stop - start)[0]
         return self._columns[name][stream * self.size + np.arange(start, stop) % self.size]
 
     def _append(self, header: segments.Header, streams: list[dict[str, np.ndarray]]) -> None:
         """Puts a segment's rows at their sequence numbers; on disk, its observations stay where they are."""
-        if self._spool is not None:
-            self._spool.hold(segments.sealed(self._spool.folder, header.number, self._column_spec, self.num_envs), self._next)
+        if self._disk is not None:
+            self._disk.attach(segments.locate(self._disk.folder, header.number, self._column_spec, self.num_envs), self._next)
         for stream, (start, stop) in enumerate(zip(header.starts, header.stops)):
             kept = max(start, stop - self.size)
             at = stream * self.size + np.arange(kept, stop) % self.size
             for name, column in self._columns.items():
                 column[at] = streams[stream][name][kept - start :]
             for i in np.flatnonzero(streams[stream]["flags"] & LAST).tolist():
-                self._ends[stream].append(start + i)
+                self._last_rows[stream].append(start + i)
             self._next[stream] = stop
-            self._ends[stream].drop_before(stop - self.size)
+            self._last_rows[stream].drop_before(stop - self.size)
 
-    def _close_cut(self) -> None:
+    def _restore_truncations(self) -> None:
         """Closes the episodes that `cut` had closed after their last row was on the disk: another one opens behind them."""
         for stream, held in enumerate(self._held.tolist()):
             kept = np.arange(self._next[stream] - held, self._next[stream])
             flags = self._flags[stream * self.size + kept % self.size]
             flags[:-1] |= np.where(flags[1:] & FIRST, LAST, 0).astype(np.uint8)
             self._flags[stream * self.size + kept % self.size] = flags
-            self._ends[stream] = Ends()
+            self._last_rows[stream] = Ends()
             for sequence in kept[(flags & LAST) != 0].tolist():
-                self._ends[stream].append(sequence)
+                self._last_rows[stream].append(sequence)
 
-    def _load_newer(self, folder: Path, after: int, keep: bool, log: Callable[[str], object]) -> None:
+    def _load_uncommitted(self, folder: Path, after: int, keep: bool, log: Callable[[str], object]) -> None:
         """Tells of what lies behind the marks and is dropped, or appends it as far as it is intact."""
-        chain = segments.timeline(folder, after, self.added_by_stream, self._column_spec, log)
+        chain = segments.continuation(folder, after, self.added_by_stream, self._column_spec, log)
         if not keep:
             if chain:
                 log(f"Replay: {sum(h.rows for h in chain)} steps newer than the checkpoint are dropped.")

@@ -44,10 +44,10 @@ except ImportError:  # Windows: two writers are not kept apart there
     fcntl = None
 
 CONFIG, RESULT, LOCK = "config.yaml", "result.json", ".lock"
-LOOKS = 3
+READ_ATTEMPTS = 3
 """Times that a reader looks for a checkpoint whose files the writer is not deleting just then."""
 _log = logging.getLogger(__name__)
-DISTRIBUTIONS = ("worldmodel", "torch", "numpy", "gymnasium", "stable-baselines3", "safetensors")
+PACKAGES = ("worldmodel", "torch", "numpy", "gymnasium", "stable-baselines3", "safetensors")
 
 
 @register("group", "checkpoint")
@@ -77,7 +77,7 @@ class Algorithm(Protocol):
 
     def content(self) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]: ...
     def restore(self, arrays: Mapping[str, Mapping[str, np.ndarray]], state: Mapping[str, Any]) -> None: ...
-    def adopt(self, folder: Path, log: Callable[[str], object]) -> None: ...
+    def recover(self, folder: Path, log: Callable[[str], object]) -> None: ...
 
 
 class Run:
@@ -90,7 +90,7 @@ class Run:
     def __init__(self, path: Path, config: Config):
         self.path, self.config = path, config
         self._lock: int | None = None
-        self._marks: dict[str, Any] | None = None
+        self._snapshot: dict[str, Any] | None = None
 
     @classmethod
     def create(cls, directory: str | Path | None, config: Config, seed: int) -> Run:
@@ -99,7 +99,7 @@ class Run:
         ConfigError where the folder holds something already, StorageError where it cannot be written.
         """
         if directory is None:
-            path = _claim(Path("runs") / f"{config.recipe_name}-s{seed}")
+            path = _create_numbered(Path("runs") / f"{config.recipe_name}-s{seed}")
         else:
             path = Path(directory)
             refuse_existing(path)
@@ -114,16 +114,16 @@ class Run:
         """The run in a folder. ConfigError where there is none; with `write`, StorageError where another process writes."""
         path = Path(path)
         file = path / CONFIG
-        with checkpoint.storage("read", file):
+        with checkpoint.storage_errors("read", file):
             there = file.is_file()
         if not there:
             near = did_you_mean(path.name, _runs_in(path.parent)) if not path.exists() else ""
             hint = near if near.startswith(" Did") else " Expected the folder of a run, as `worldmodel train` names it."
             raise ConfigError(f"'{path}' is no run folder: it has no {CONFIG}.{hint}")
-        with checkpoint.storage("read", file):
+        with checkpoint.storage_errors("read", file):
             data = file.read_bytes()
         try:
-            run = cls(path, Config.from_yaml(data.decode(), str(file)))
+            run = cls(path, Config.from_saved(data.decode(), str(file)))
         except UnicodeDecodeError as error:
             raise ConfigError(f"{file}: cannot be read ({error}). Expected a YAML file in UTF-8.") from None
         if write:
@@ -148,13 +148,13 @@ class Run:
     def _take_lock(self) -> None:
         """Locks the folder for this process. The system frees the lock when the process ends, however it ends."""
         file = self.path / LOCK
-        with checkpoint.storage("write", file):  # not through a link, which may lead out of a stranger's run
+        with checkpoint.storage_errors("write", file):  # not through a link, which may lead out of a stranger's run
             handle = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
         try:
             if fcntl is not None:
-                with checkpoint.storage("lock", file):
+                with checkpoint.storage_errors("lock", file):
                     self._lock_or_refuse(handle, file)
-            with checkpoint.storage("write", file):
+            with checkpoint.storage_errors("write", file):
                 os.ftruncate(handle, 0)
                 os.pwrite(handle, f"pid {os.getpid()} on host {socket.gethostname()}\n".encode(), 0)
         except BaseException:
@@ -162,10 +162,10 @@ class Run:
             raise
         self._lock = handle
 
-    def _still_there(self) -> None:
+    def _check_not_replaced(self) -> None:
         """StorageError where the folder was deleted, moved or replaced: writing would begin another one, which is no run."""
         file = self.path / LOCK
-        with checkpoint.storage("write", file):
+        with checkpoint.storage_errors("write", file):
             if self._lock is not None and not (file.exists() and os.path.samestat(os.fstat(self._lock), os.stat(file))):
                 raise StorageError(
                     f"{self.path} is no longer the folder that was opened: it was deleted, moved or replaced meanwhile."
@@ -204,7 +204,7 @@ class Run:
         A step that is committed already is left as it is, unless updates were still owed to it. Raises StorageError, NumericsError;
         earlier checkpoints stay.
         """
-        self._still_there()
+        self._check_not_replaced()
         folder = self.path / "checkpoints"
         path = folder / f"step-{algorithm.num_timesteps:012d}"
         tensors, state = algorithm.content()
@@ -214,10 +214,10 @@ class Run:
                 return path
             checkpoint.discard(path)  # saved while updates were still owed
         _check_finite(state, "state")
-        marks = algorithm.replay.save(self.replay_folder, self._marks) if algorithm.replay is not None else None
-        self._marks = marks  # these rows are on the disk, whatever becomes of the rest; a retry need not write them again
+        snapshot = algorithm.replay.save(self.replay_folder, self._snapshot) if algorithm.replay is not None else None
+        self._snapshot = snapshot  # these rows are on the disk, whatever becomes of the rest; a retry need not write them again
         manifest = {
-            "replay": marks,
+            "replay": snapshot,
             "fenced": fenced,
             "seed": state["seed"],
             "updates": updates,
@@ -234,7 +234,7 @@ class Run:
 
     def flush(self, algorithm: Algorithm) -> None:
         """Writes the experience that is not on the disk yet, so that a kill costs no more of it. A checkpoint alone commits it."""
-        self._marks = algorithm.replay.save(self.replay_folder, self._marks)
+        self._snapshot = algorithm.replay.save(self.replay_folder, self._snapshot)
         self._sweep_replay()
 
     def _sweep_replay(self) -> None:
@@ -242,13 +242,13 @@ class Run:
 
         None while a manifest cannot be read: it may name them, and be read later.
         """
-        if self._marks is None:
+        if self._snapshot is None:
             return
         try:
             manifests = [checkpoint.read_manifest(self.path / "checkpoints" / f"step-{step:012d}") for step in self.checkpoints]
         except CorruptError:
             return
-        Replay.sweep(self.replay_folder, [self._marks, *(m["replay"] for m in manifests if m.get("replay") is not None)])
+        Replay.sweep(self.replay_folder, [self._snapshot, *(m["replay"] for m in manifests if m.get("replay") is not None)])
 
     def resume(self, algorithm: Algorithm, *, keep_newer: bool, log: Callable[[str], object]) -> dict[str, Any] | None:
         """Restores the newest good checkpoint, its replay and all counters; its `progress`, or None where there is none.
@@ -257,40 +257,40 @@ class Run:
         steps that costs is told to `log`. Intact ones behind it are deleted: they will be made again.
         """
         if not self.checkpoints:
-            self._resume_experience(algorithm, log)
+            self._recover_experience(algorithm, log)
             return None
         folder, last = self.path / "checkpoints", self.checkpoints[-1]
-        step, path, replay = self._newest_whole(log, keep_newer=keep_newer, fenced=self.config.checkpoint.fence, writable=True)
+        step, path, replay = self._newest_valid(log, keep_newer=keep_newer, fenced=self.config.checkpoint.fence, writable=True)
         tensors, state, manifest = checkpoint.read(path)
         self._same_spaces(algorithm, state)
         algorithm.restore(tensors, state)
         if replay is not None:
-            algorithm.replay, self._marks = replay, manifest["replay"]
+            algorithm.replay, self._snapshot = replay, manifest["replay"]
         elif keep_newer:  # the first checkpoint, made before there was any
-            self._resume_experience(algorithm, log)
+            self._recover_experience(algorithm, log)
         before, now = manifest.get("versions", {}), versions()
         changed = [f"{name} {old} -> {now.get(name, 'none')}" for name, old in before.items() if now.get(name) != old]
         if changed:
             log(f"Saved with other versions, so the numbers may differ from an unbroken run's: {', '.join(changed)}.")
-        behind = [newer for newer, _ in checkpoint.intact(folder, log=lambda text: None) if newer > step]
-        spent = checkpoint.read_manifest(folder / f"step-{max([step, *behind]):012d}")["progress"]
+        newer_steps = [newer for newer, _ in checkpoint.intact(folder, log=lambda text: None) if newer > step]
+        last_progress = checkpoint.read_manifest(folder / f"step-{max([step, *newer_steps]):012d}")["progress"]
         if last != step:
             log(f"Back to step {step}: the {last - step} steps saved behind it are lost, and will be made again.")
-        for newer in behind:
+        for newer in newer_steps:
             checkpoint.discard(folder / f"step-{newer:012d}")
-        return {**manifest["progress"], **{k: spent[k] for k in ("wall_seconds", "eval_seconds")}}
+        return {**manifest["progress"], **{k: last_progress[k] for k in ("wall_seconds", "eval_seconds")}}
 
-    def _resume_experience(self, algorithm: Algorithm, log: Callable[[str], object]) -> None:
+    def _recover_experience(self, algorithm: Algorithm, log: Callable[[str], object]) -> None:
         """Where no checkpoint names any, the experience that was written is taken over all the same."""
         if segments.numbers(self.replay_folder):
-            algorithm.adopt(self.replay_folder, log)
+            algorithm.recover(self.replay_folder, log)
 
-    def _newest_whole(
+    def _newest_valid(
         self, log: Callable[[str], object], *, keep_newer: bool = False, fenced: bool = False, writable: bool = False
     ) -> tuple[int, Path, Replay | None]:
         """(step, path, replay) of the newest checkpoint whose files and replay are whole; what is passed over is told to `log`."""
         if not self.checkpoints:
-            raise self._none_yet()
+            raise self._no_checkpoint_error()
         damage: CorruptError | None = None
         for step, path in checkpoint.intact(self.path / "checkpoints", log):
             manifest = checkpoint.read_manifest(path)
@@ -310,11 +310,11 @@ class Run:
             raise CorruptError(
                 f"{self.path} has no intact fenced checkpoint left. Restore the folder from a copy, or start a new run."
             )
-        raise self._all_damaged()
+        raise self._all_damaged_error()
 
-    def _load_replay(self, marks: Mapping[str, Any] | None, **options: Any) -> Replay | None:
+    def _load_replay(self, snapshot: Mapping[str, Any] | None, **options: Any) -> Replay | None:
         on_disk = self.config.train.replay == "disk"
-        return None if marks is None else Replay.load(self.replay_folder, marks, on_disk=on_disk, **options)
+        return None if snapshot is None else Replay.load(self.replay_folder, snapshot, on_disk=on_disk, **options)
 
     def _same_spaces(self, algorithm: Algorithm, state: Mapping[str, Any]) -> None:
         now = {"observation": algorithm.obs_spec.to_json(), "action": algorithm.action_spec.to_json(), "num_envs": algorithm.n_envs}
@@ -322,13 +322,13 @@ class Run:
             if checkpoint.dump_json({name: value}) != checkpoint.dump_json({name: state[name]}):
                 raise ConfigError(
                     f"The environment's '{name}' is no longer the one that {self.path} was made with: {state[name]} -> {value}. "
-                    f"{_reason(state[name], value)}Restore the environment, or start a new run."
+                    f"{_why_spaces_differ(state[name], value)}Restore the environment, or start a new run."
                 )
 
-    def _none_yet(self) -> ConfigError:
+    def _no_checkpoint_error(self) -> ConfigError:
         return ConfigError(f"'{self.path}' holds no checkpoint yet. Train it first, or go on with --resume.")
 
-    def _all_damaged(self) -> CorruptError:
+    def _all_damaged_error(self) -> CorruptError:
         return CorruptError(
             f"No checkpoint of {self.path} verifies, of steps {self.checkpoints}. Restore one from a copy, or start anew."
         )
@@ -350,14 +350,14 @@ class Run:
     def replay_bytes(self) -> int:
         """What the replay takes on the disk."""
         folder = self.path / "replay"
-        with checkpoint.storage("read", folder):
+        with checkpoint.storage_errors("read", folder):
             return sum(p.stat().st_size for p in folder.iterdir()) if folder.is_dir() else 0
 
     def write_result(self, result: Mapping[str, Any] | None) -> None:
         """Replaces result.json at once or not at all; None deletes it: the run goes on."""
-        self._still_there()
+        self._check_not_replaced()
         if result is None:
-            with checkpoint.storage("delete", file := self.path / RESULT):
+            with checkpoint.storage_errors("delete", file := self.path / RESULT):
                 file.unlink(missing_ok=True)
         else:
             _replace(self.path / RESULT, checkpoint.dump_json(dict(result)))
@@ -368,7 +368,7 @@ class Run:
     def result(self) -> dict[str, Any] | None:
         """What `worldmodel train --json` printed at the end; None while the run is not finished."""
         file = self.path / RESULT
-        with checkpoint.storage("read", file):
+        with checkpoint.storage_errors("read", file):
             return checkpoint.parse_json(file.read_bytes(), file) if file.is_file() else None
 
     @property
@@ -380,7 +380,7 @@ class Run:
         """The manifest of the newest good checkpoint: its `progress`, `seed`, `versions`, ...; None where there is none."""
         found = checkpoint.newest(self.path / "checkpoints", log=lambda text: None)
         if found is None and self.checkpoints:
-            raise self._all_damaged()
+            raise self._all_damaged_error()
         return checkpoint.read_manifest(found[1]) if found else None
 
     def read(self, step: int | None = None) -> checkpoint.Content:
@@ -389,9 +389,9 @@ class Run:
         if step is None:
             found = checkpoint.newest(folder)
             if found is None and self.checkpoints:
-                raise self._all_damaged()
+                raise self._all_damaged_error()
             if found is None:
-                raise self._none_yet()
+                raise self._no_checkpoint_error()
             return checkpoint.read(found[1])
         if step not in self.checkpoints:
             raise ConfigError(f"'{self.path}' has no checkpoint of step {step}, only of {self.checkpoints}. Choose one of them.")
@@ -421,15 +421,15 @@ class Run:
         For reading, also while another process goes on writing the run. With train.replay=disk it lies in the folder, and what
         the writer evicts later is a CorruptError: open it again then.
         """
-        for look in range(LOOKS):
+        for attempt in range(READ_ATTEMPTS):
             try:
                 if step is None:
-                    replay = self._newest_whole(_log.warning)[2]
+                    replay = self._newest_valid(_log.warning)[2]
                 else:
                     replay = self._load_replay(self.read(step)[2]["replay"], writable=False)
                 break
             except CorruptError:  # a writer may have replaced the checkpoint, and deleted what it alone named
-                if look == LOOKS - 1:
+                if attempt == READ_ATTEMPTS - 1:
                     raise
         if replay is None:
             raise ConfigError(f"'{self.path}' holds no experience yet. Train it first, or resume it with --resume.")
@@ -458,15 +458,15 @@ class Run:
         return f"Run('{self.path}')"
 
 
-def _holds_run(path: Path) -> bool:
+def _is_run_folder(path: Path) -> bool:
     """Whether the folder is a run's."""
-    with checkpoint.storage("read", path):
+    with checkpoint.storage_errors("read", path):
         return (path / CONFIG).is_file()
 
 
-def run_first(recipe: Any, run_dir: str | Path | None, resume: bool) -> tuple[Any, str | Path | None]:
+def recipe_or_run(recipe: Any, run_dir: str | Path | None, resume: bool) -> tuple[Any, str | Path | None]:
     """(recipe, run folder) where a run folder may stand in the recipe's place; then there is no recipe to compare with."""
-    if not isinstance(recipe, str | Path) or not _holds_run(Path(recipe)):
+    if not isinstance(recipe, str | Path) or not _is_run_folder(Path(recipe)):
         return recipe, run_dir
     if not resume:
         raise ConfigError(f"'{recipe}' is a run folder, not a recipe. Go on with it: add --resume (resume=True).")
@@ -477,7 +477,7 @@ def run_first(recipe: Any, run_dir: str | Path | None, resume: bool) -> tuple[An
 
 def refuse_existing(path: Path) -> None:
     """ConfigError where a new run may not begin: the folder is there and holds something."""
-    with checkpoint.storage("read", path):
+    with checkpoint.storage_errors("read", path):
         run = (path / CONFIG).exists()
         # a run that was killed before its config was there has left at most these two
         taken = path.is_dir() and any(entry.name != LOCK and not entry.name.startswith(".tmp-") for entry in path.iterdir())
@@ -504,7 +504,7 @@ def latest_default(config: Config, seed: int) -> Path:
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that numbers depend on, as this process found them."""
     found = {"python": platform.python_version()}
-    for name in DISTRIBUTIONS:
+    for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -512,11 +512,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _claim(base: Path) -> Path:
+def _create_numbered(base: Path) -> Path:
     """Makes the folder, or the first numbered one that nobody has made before."""
     checkpoint.make_folder(base.parent)
     number, path = 1, base
-    with checkpoint.storage("create", path):
+    with checkpoint.storage_errors("create", path):
         while True:
             try:
                 path.mkdir()
@@ -530,7 +530,7 @@ def _runs_in(folder: Path) -> list[str]:
     return sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}")) if folder.is_dir() else []
 
 
-def _reason(before: Any, now: Any) -> str:
+def _why_spaces_differ(before: Any, now: Any) -> str:
     """Why specs of the same canonical form may differ: what the version that wrote the old one did to categories."""
     if not isinstance(now, Mapping):
         return ""
@@ -552,9 +552,9 @@ def _check_finite(value: Any, where: str) -> None:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    aside = path.parent / f".tmp-{token_hex(8)}"
-    with checkpoint.durable(aside) as file:
+    temporary = path.parent / f".tmp-{token_hex(8)}"
+    with checkpoint.durable(temporary) as file:
         file.write(data)
-    with checkpoint.storage("write", path):
-        os.replace(aside, path)
+    with checkpoint.storage_errors("write", path):
+        os.replace(temporary, path)
     checkpoint.sync_folder(path.parent)

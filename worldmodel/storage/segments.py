@@ -24,7 +24,7 @@ from typing import BinaryIO
 import numpy as np
 
 from worldmodel.errors import CorruptError
-from worldmodel.storage.checkpoint import dump_json, durable, parse_json, storage
+from worldmodel.storage.checkpoint import dump_json, durable, parse_json, storage_errors
 
 MAGIC = b"WMREPLAY"
 VERSION = 1
@@ -52,7 +52,7 @@ class Header:
 
 
 @dataclass(frozen=True)
-class Sealed:
+class StoredSegment:
     """A segment whose rows are read where they lie; `offsets` are of the first byte of each block (stream, column)."""
 
     path: Path
@@ -67,7 +67,7 @@ def path_of(folder: Path, number: int) -> Path:
 
 def numbers(folder: Path) -> list[int]:
     """Numbers of the segments in the folder, ascending; empty where it does not exist."""
-    with storage("read", Path(folder)):
+    with storage_errors("read", Path(folder)):
         try:
             return sorted(int(m[1]) for p in Path(folder).iterdir() if (m := _NAME.fullmatch(p.name)))
         except FileNotFoundError:
@@ -87,13 +87,13 @@ def write(folder: Path, header: Header, columns: Columns, block: Callable[[str, 
 
     The caller forces the folder (`checkpoint.sync_folder`) once its last segment is written.
     """
-    aside, final = Path(folder) / f".tmp-{token_hex(8)}", path_of(folder, header.number)
+    temporary, final = Path(folder) / f".tmp-{token_hex(8)}", path_of(folder, header.number)
     streams = [[start, stop] for start, stop in zip(header.starts, header.stops)]
-    said = dump_json({"version": VERSION, "number": header.number, "columns": columns_to_json(columns), "streams": streams})
-    length = _UINT.pack(len(said))
-    seal = zlib.crc32(said, zlib.crc32(length))
-    with durable(aside) as file:
-        file.write(MAGIC + length + _UINT.pack(seal) + said)
+    header_json = dump_json({"version": VERSION, "number": header.number, "columns": columns_to_json(columns), "streams": streams})
+    length = _UINT.pack(len(header_json))
+    seal = zlib.crc32(header_json, zlib.crc32(length))
+    with durable(temporary) as file:
+        file.write(MAGIC + length + _UINT.pack(seal) + header_json)
         for stream, (start, stop) in enumerate(streams):
             for name, (_, dtype) in columns.items():
                 if start < stop:
@@ -104,8 +104,8 @@ def write(folder: Path, header: Header, columns: Columns, block: Callable[[str, 
                     file.write(crc)
                     seal = zlib.crc32(crc, seal)
         file.write(_UINT.pack(seal))
-    with storage("write", final):
-        aside.rename(final)
+    with storage_errors("write", final):
+        temporary.rename(final)
     return seal
 
 
@@ -142,7 +142,9 @@ def read(
     return header, streams
 
 
-def timeline(folder: Path, after: int, reached: tuple[int, ...], columns: Columns, log: Callable[[str], object]) -> list[Header]:
+def continuation(
+    folder: Path, after: int, reached: tuple[int, ...], columns: Columns, log: Callable[[str], object]
+) -> list[Header]:
     """Headers of the segments behind number `after` that go on from the sequence numbers `reached`, without a hole.
 
     A later file that starts further back is a retry: it replaces what it repeats. Where nothing was reached yet, the first
@@ -165,7 +167,7 @@ def timeline(folder: Path, after: int, reached: tuple[int, ...], columns: Column
     return chain
 
 
-def sealed(folder: Path, number: int, columns: Columns, num_streams: int) -> Sealed:
+def locate(folder: Path, number: int, columns: Columns, num_streams: int) -> StoredSegment:
     """A segment's header, seal and where its blocks lie, by what `write` laid down; nothing else of it is read."""
     path = path_of(folder, number)
     with _opened(path) as file:
@@ -177,10 +179,10 @@ def sealed(folder: Path, number: int, columns: Columns, num_streams: int) -> Sea
                     offsets[stream, name] = at
                     at += (stop - start) * prod(shape) * dtype.itemsize + 4
         file.seek(at)
-        return Sealed(path, header, _UINT.unpack(_take(file, 4))[0], offsets)
+        return StoredSegment(path, header, _UINT.unpack(_take(file, 4))[0], offsets)
 
 
-def read_rows(segment: Sealed, name: str, stream: int, start: int, out: np.ndarray) -> None:
+def read_rows(segment: StoredSegment, name: str, stream: int, start: int, out: np.ndarray) -> None:
     """Fills `out` with rows from sequence number `start` on. Their bytes are not compared with the block's CRC: `read` does that.
 
     Plain reads, no memory map: where a file shrinks or a disk fails, an error comes and no signal.
@@ -195,13 +197,13 @@ def read_rows(segment: Sealed, name: str, stream: int, start: int, out: np.ndarr
 
 def delete(folder: Path, which: list[int]) -> None:
     for number in which:
-        with storage("delete", path := path_of(folder, number)):
+        with storage_errors("delete", path := path_of(folder, number)):
             path.unlink(missing_ok=True)
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    with storage("read", path):
+    with storage_errors("read", path):
         try:
             if not path.is_file():
                 raise CorruptError(f"{path} is missing. Restore it from a copy, or resume from another checkpoint.")
@@ -225,12 +227,12 @@ def _header(file: BinaryIO, path: Path, number: int, columns: Columns, num_strea
     length = _take(file, 4)
     crc = _take(file, 4)
     count = _UINT.unpack(length)[0]
-    said = _take(file, min(count, MAX_HEADER))
-    found = zlib.crc32(said, zlib.crc32(length))
+    header_json = _take(file, min(count, MAX_HEADER))
+    found = zlib.crc32(header_json, zlib.crc32(length))
     if _UINT.pack(found) != crc:
         raise CorruptError(f"{path} is damaged at offset {len(MAGIC)}: its header's CRC differs.")
     at = f"at offset {len(MAGIC) + 8}"
-    value = parse_json(said, f"{path}, {at},")
+    value = parse_json(header_json, f"{path}, {at},")
     if value.get("version") != VERSION:
         raise CorruptError(f"{path} has, {at}, format version {value.get('version')}; this version reads {VERSION}.")
     if value.get("number") != number or value.get("columns") != columns_to_json(columns):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from worldmodel import renamed
 from worldmodel.errors import ConfigError
 from worldmodel.nn.moments import in_todays_names
 
@@ -29,9 +30,10 @@ def as_arrays(module: nn.Module) -> dict[str, np.ndarray]:
     return {name: x.detach().cpu().numpy() for name, x in module.state_dict().items()}
 
 
-def fill(module: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
+def load_arrays(module: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
     """Takes over what `as_arrays` gave. Raises ConfigError where names or shapes differ; then nothing is changed."""
-    own, arrays = module.state_dict(), in_todays_names(module, arrays)
+    names = renamed.array_names(arrays)
+    own, arrays = module.state_dict(), in_todays_names(module, {names[name]: x for name, x in arrays.items()})
     wrong = sorted(set(own) ^ set(arrays)) or [name for name, x in own.items() if tuple(x.shape) != arrays[name].shape]
     if wrong:
         raise ConfigError(

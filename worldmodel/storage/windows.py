@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Drawn = tuple[np.ndarray, np.ndarray]
+WindowStarts = tuple[np.ndarray, np.ndarray]
 """(streams [n], starts [n]) of windows; starts are sequence numbers."""
 
 
@@ -50,73 +50,77 @@ class Windows:
     """
 
     next: np.ndarray
-    held: np.ndarray
+    stored: np.ndarray
     ends: Sequence[Ends]
     length: int
 
     @property
-    def number(self) -> np.ndarray:
+    def counts(self) -> np.ndarray:
         """How many windows each stream has, [S]."""
-        return np.maximum(self.held - self.length + 1, 0)
+        return np.maximum(self.stored - self.length + 1, 0)
 
-    def draw(self, batch: int, rng: np.random.Generator, newest: float, ends: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def draw(
+        self, batch: int, rng: np.random.Generator, recent_fraction: float, terminal_fraction: float
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(streams, starts, weights), each [batch]: drawn by the shares of `Replay.sample`."""
-        count = np.array([len(e) if n else 0 for e, n in zip(self.ends, self.number.tolist())])
+        count = np.array([len(e) if n else 0 for e, n in zip(self.ends, self.counts.tolist())])
         if not count.any():
-            ends = 0.0
-        n_newest, n_both = _rounded((newest * batch, (newest + ends) * batch), rng)
-        parts = self._newest(n_newest, rng), self._around_ends(n_both - n_newest, count, rng), self._uniform(batch - n_both, rng)
+            terminal_fraction = 0.0
+        n_recent, n_both = _rounded((recent_fraction * batch, (recent_fraction + terminal_fraction) * batch), rng)
+        parts = self._recent(n_recent, rng), self._around_ends(n_both - n_recent, count, rng), self._uniform(batch - n_both, rng)
         streams, starts = (np.concatenate(side) for side in zip(*parts))
-        return streams, starts, self._weight(streams, starts, newest, ends, int(count.sum()))
+        return streams, starts, self._weight(streams, starts, recent_fraction, terminal_fraction, int(count.sum()))
 
-    def _uniform(self, n: int, rng: np.random.Generator) -> Drawn:
+    def _uniform(self, n: int, rng: np.random.Generator) -> WindowStarts:
         """Every window of every stream alike."""
-        upto = np.cumsum(self.number)
-        pick = rng.integers(upto[-1], size=n)
-        streams = np.searchsorted(upto, pick, side="right")
-        return streams, (self.next - self.held)[streams] + pick - (upto - self.number)[streams]
+        cumulative = np.cumsum(self.counts)
+        index = rng.integers(cumulative[-1], size=n)
+        streams = np.searchsorted(cumulative, index, side="right")
+        return streams, (self.next - self.stored)[streams] + index - (cumulative - self.counts)[streams]
 
-    def _newest(self, n: int, rng: np.random.Generator) -> Drawn:
+    def _recent(self, n: int, rng: np.random.Generator) -> WindowStarts:
         """The last window of each stream in turn, from a random stream on."""
-        able = np.flatnonzero(self.number)
+        able = np.flatnonzero(self.counts)
         first = rng.integers(len(able)) if n else 0
         streams = able[(first + np.arange(n)) % len(able)]
         return streams, self.next[streams] - self.length
 
-    def _around_ends(self, n: int, count: np.ndarray, rng: np.random.Generator) -> Drawn:
+    def _around_ends(self, n: int, count: np.ndarray, rng: np.random.Generator) -> WindowStarts:
         """An is_last row, each alike (`count` of them in each stream), then a window around it, each alike."""
         if n == 0:
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
-        upto = np.cumsum(count)
-        pick = rng.integers(upto[-1], size=n)
-        streams = np.searchsorted(upto, pick, side="right")
-        within = pick - (upto - count)[streams]
+        cumulative = np.cumsum(count)
+        index = rng.integers(cumulative[-1], size=n)
+        streams = np.searchsorted(cumulative, index, side="right")
+        within = index - (cumulative - count)[streams]
         end = np.array([self.ends[s][i] for s, i in zip(streams.tolist(), within.tolist())])
-        low, high = self._holding(end, streams)
+        low, high = self._covering(end, streams)
         return streams, rng.integers(low, high + 1)
 
-    def _holding(self, rows: np.ndarray, streams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _covering(self, rows: np.ndarray, streams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(first, last) start of the windows that hold each of these rows."""
-        newest = self.next[streams] - self.length
-        return np.maximum(rows - self.length + 1, (self.next - self.held)[streams]), np.minimum(rows, newest)
+        last_start = self.next[streams] - self.length
+        return np.maximum(rows - self.length + 1, (self.next - self.stored)[streams]), np.minimum(rows, last_start)
 
-    def _weight(self, streams: np.ndarray, starts: np.ndarray, newest: float, ends: float, count: int) -> np.ndarray:
+    def _weight(
+        self, streams: np.ndarray, starts: np.ndarray, recent_fraction: float, terminal_fraction: float, count: int
+    ) -> np.ndarray:
         """How much likelier each of these windows is where all are alike than in the mixture that `draw` takes them from.
 
-        At most 1 / (1 - newest - ends). Without a uniform share some windows are never drawn; then the weights are those among
+        At most 1 / (1 - recent_fraction - terminal_fraction). Without a uniform share some windows are never drawn; then the weights are those among
         the others, and their mean in the batch is 1. Source: Veach and Guibas 1995 (the balance heuristic); Owen and Zhou 2000.
         """
-        number = self.number
-        uniform = np.full(len(streams), 1 / number.sum())
-        mixture = max(0.0, 1 - newest - ends) * uniform
-        mixture += newest * (starts == self.next[streams] - self.length) / np.count_nonzero(number)
-        if ends:
+        counts = self.counts
+        uniform = np.full(len(streams), 1 / counts.sum())
+        mixture = max(0.0, 1 - recent_fraction - terminal_fraction) * uniform
+        mixture += recent_fraction * (starts == self.next[streams] - self.length) / np.count_nonzero(counts)
+        if terminal_fraction:
             inside = [self.ends[s].within(q, q + self.length) for s, q in zip(streams.tolist(), starts.tolist())]
             which = np.repeat(np.arange(len(streams)), [len(e) for e in inside])
-            low, high = self._holding(np.array([e for some in inside for e in some], np.int64), streams[which])
-            mixture += ends / count * np.bincount(which, 1 / (high - low + 1), len(streams))
+            low, high = self._covering(np.array([e for some in inside for e in some], np.int64), streams[which])
+            mixture += terminal_fraction / count * np.bincount(which, 1 / (high - low + 1), len(streams))
         weight = uniform / mixture
-        return weight if newest + ends < 1 else weight / weight.mean()
+        return weight if recent_fraction + terminal_fraction < 1 else weight / weight.mean()
 
 
 def _rounded(numbers: tuple[float, ...], rng: np.random.Generator) -> tuple[int, ...]:

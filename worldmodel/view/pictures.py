@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from worldmodel.errors import ConfigError, MissingExtraError
-from worldmodel.storage.checkpoint import make_folder, storage
+from worldmodel.storage.checkpoint import make_folder, storage_errors
 
 SUFFIXES = (".gif", ".mp4")
 PAPER, INK, FAINT = (255, 255, 255), (40, 40, 40), (190, 190, 190)
-SEEN, DREAMT, TRUTH, BELIEF, SPREAD = (46, 160, 67), (230, 126, 34), (31, 119, 180), (214, 88, 20), (250, 214, 180)
+CONTEXT, IMAGINED, REAL, PREDICTED, SPREAD = (46, 160, 67), (230, 126, 34), (31, 119, 180), (214, 88, 20), (250, 214, 180)
 """Colours: borders of context and imagined frames; what came, what was believed, and its spread."""
 ERROR_GAIN = 2.0
 """Errors of half the brightness range are white."""
@@ -49,13 +49,13 @@ def save(path: Path, frames: np.ndarray, fps: float = 15) -> None:
 def write(path: Path, data: bytes) -> None:
     """Replace a file at once; nothing is left behind where that fails. Raises StorageError."""
     make_folder(path.parent)
-    aside = path.parent / f".tmp-{token_hex(8)}"
-    with storage("write", path):
+    temporary = path.parent / f".tmp-{token_hex(8)}"
+    with storage_errors("write", path):
         try:
-            aside.write_bytes(data)
-            os.replace(aside, path)
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
         finally:
-            aside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def gif(frames: np.ndarray, fps: float = 15) -> bytes:
@@ -112,43 +112,43 @@ def png(frame: np.ndarray) -> bytes:
 # Films ----------------------------------------------------------------------------------------------------------------
 
 
-def open_loop_panels(real: np.ndarray, imagined: np.ndarray, context: int, least: int = 128) -> np.ndarray:
+def open_loop_panels(real: np.ndarray, imagined: np.ndarray, context: int, min_size: int = 128) -> np.ndarray:
     """real | imagined | error, side by side with captions: two films [T, H, W, 3] -> one.
 
     Frames of the context have a green border (there `imagined` is what the model reconstructs), imagined ones an orange one;
     their step is counted from the last frame that was seen. The error is the mean difference of the channels, brightened.
     """
-    times = max(1, -(-least // real.shape[1]))
+    scale = max(1, -(-min_size // real.shape[1]))
     error = np.abs(real.astype(np.int16) - imagined).mean(-1, keepdims=True)
     error = np.clip(ERROR_GAIN * error, 0, 255).astype(np.uint8).repeat(3, -1)
-    panels = [x.repeat(times, 1).repeat(times, 2) for x in (real, imagined, error)]
+    panels = [x.repeat(scale, 1).repeat(scale, 2) for x in (real, imagined, error)]
     bar, edge, gap = 22, 4, 4
     count, height, width = len(real), *panels[0].shape[1:3]
-    film = np.empty((count, bar + height + 2 * edge, 3 * (width + 2 * edge) + 2 * gap, 3), np.uint8)
-    film[:] = PAPER
+    video = np.empty((count, bar + height + 2 * edge, 3 * (width + 2 * edge) + 2 * gap, 3), np.uint8)
+    video[:] = PAPER
     for t in range(count):
         seen = t < context
         words = ("real", "reconstructed" if seen else "imagined", "error")
         step = f"step {t + 1}, seen" if seen else f"step +{t - context + 1}"
         for i, (panel, word) in enumerate(zip(panels, words)):
             left = i * (width + 2 * edge + gap)
-            film[t, bar:, left : left + width + 2 * edge] = SEEN if seen else DREAMT
-            film[t, bar + edge : bar + edge + height, left + edge : left + edge + width] = panel[t]
+            video[t, bar:, left : left + width + 2 * edge] = CONTEXT if seen else IMAGINED
+            video[t, bar + edge : bar + edge + height, left + edge : left + edge + width] = panel[t]
             caption = _caption(word if i else f"real   {step}", width + 2 * edge, bar)
-            film[t, :bar, left : left + width + 2 * edge] = caption
-    return film
+            video[t, :bar, left : left + width + 2 * edge] = caption
+    return video
 
 
-def captioned(frames: np.ndarray, words: Sequence[str], least: int = 256) -> np.ndarray:
+def captioned(frames: np.ndarray, words: Sequence[str], min_size: int = 256) -> np.ndarray:
     """A film with a line of text above each frame; small frames become several times as large, until a side has `least` pixels."""
-    times, bar = max(1, -(-least // max(frames.shape[1:3]))), 22
-    frames = frames.repeat(times, 1).repeat(times, 2)
-    film = np.empty((len(frames), bar + frames.shape[1], max(least, frames.shape[2]), 3), np.uint8)
-    film[:] = PAPER
+    scale, bar = max(1, -(-min_size // max(frames.shape[1:3]))), 22
+    frames = frames.repeat(scale, 1).repeat(scale, 2)
+    video = np.empty((len(frames), bar + frames.shape[1], max(min_size, frames.shape[2]), 3), np.uint8)
+    video[:] = PAPER
     for t, text in enumerate(words):
-        film[t, :bar] = _caption(text, film.shape[2], bar)
-        film[t, bar:, : frames.shape[2]] = frames[t]
-    return film
+        video[t, :bar] = _caption(text, video.shape[2], bar)
+        video[t, bar:, : frames.shape[2]] = frames[t]
+    return video
 
 
 @lru_cache(maxsize=512)
@@ -168,7 +168,7 @@ def _font(size: int) -> Any:
     return ImageFont.load_default(size)
 
 
-def signal_frames(true: np.ndarray, imagined: np.ndarray, names: Sequence[str], context: int, most: int = 8) -> np.ndarray:
+def signal_frames(true: np.ndarray, imagined: np.ndarray, names: Sequence[str], context: int, max_count: int = 8) -> np.ndarray:
     """Numbers over time as a film: true [T, D] (NaN: unknown) and roll-outs imagined [K, T, D] -> uint8 [T, H, W, 3].
 
     A panel for each of the first `most` numbers. What came lies there faintly from the start; what came (blue), the mean
@@ -176,7 +176,7 @@ def signal_frames(true: np.ndarray, imagined: np.ndarray, names: Sequence[str], 
     """
     from PIL import Image, ImageDraw
 
-    steps, count = len(true), min(most, true.shape[1])
+    steps, count = len(true), min(max_count, true.shape[1])
     true, imagined = (np.where(np.isfinite(x), x, np.nan)[..., :count].astype(float) for x in (true, imagined))
     mean, spread = imagined.mean(0), imagined.std(0)
     known = np.concatenate([true, mean - spread, mean + spread])
@@ -189,7 +189,7 @@ def signal_frames(true: np.ndarray, imagined: np.ndarray, names: Sequence[str], 
     sheet = Image.new("RGB", (columns * width, -(-count // columns) * (height + pad) + 4), PAPER)
     draw = ImageDraw.Draw(sheet)
 
-    def place(d: int) -> Callable[[int, float], tuple[float, float]]:
+    def panel_at(d: int) -> Callable[[int, float], tuple[float, float]]:
         left, top = (d % columns) * width + 6, (d // columns) * (height + pad) + pad
 
         def at(t: int, value: float) -> tuple[float, float]:
@@ -198,22 +198,22 @@ def signal_frames(true: np.ndarray, imagined: np.ndarray, names: Sequence[str], 
 
         return at
 
-    places = [place(d) for d in range(count)]
-    for d, at in enumerate(places):
+    panels_at = [panel_at(d) for d in range(count)]
+    for d, at in enumerate(panels_at):
         draw.rectangle([*at(0, high[d]), *at(steps - 1, low[d])], outline=FAINT)
         if 0 < context < steps:
-            draw.line([at(context - 1, high[d]), at(context - 1, low[d])], fill=SEEN, width=2)
+            draw.line([at(context - 1, high[d]), at(context - 1, low[d])], fill=CONTEXT, width=2)
         x, y = at(0, high[d])
         draw.text((x, y - pad // 2), f"{names[d]}   [{low[d]:.2g}, {high[d]:.2g}]", fill=INK, font=_font(12), anchor="lm")
         _line(draw, at, true[:, d], range(1, steps), FAINT, 1)
-    film = np.empty((steps, sheet.height, sheet.width, 3), np.uint8)
+    video = np.empty((steps, sheet.height, sheet.width, 3), np.uint8)
     for t in range(steps):
-        for d, at in enumerate(places) if t else ():
+        for d, at in enumerate(panels_at) if t else ():
             _band(draw, at, mean[:, d], spread[:, d], t)
-            _line(draw, at, true[:, d], [t], TRUTH, 2)
-            _line(draw, at, mean[:, d], [t], BELIEF, 2)
-        film[t] = np.asarray(sheet)
-    return film
+            _line(draw, at, true[:, d], [t], REAL, 2)
+            _line(draw, at, mean[:, d], [t], PREDICTED, 2)
+        video[t] = np.asarray(sheet)
+    return video
 
 
 def _line(draw: Any, at: Callable, values: np.ndarray, steps: Sequence[int], colour: tuple, width: int) -> None:
@@ -230,10 +230,10 @@ def _band(draw: Any, at: Callable, mean: np.ndarray, spread: np.ndarray, t: int)
         draw.polygon(upper + lower, fill=SPREAD)
 
 
-def grid(frames: np.ndarray, rows: Sequence[str], title: str = "", least: int = 64) -> np.ndarray:
+def grid(frames: np.ndarray, rows: Sequence[str], title: str = "", min_size: int = 64) -> np.ndarray:
     """Pictures [R, C, H, W, 3] in labelled rows -> one frame."""
-    times = max(1, -(-least // frames.shape[2]))
-    frames = frames.repeat(times, 2).repeat(times, 3)
+    scale = max(1, -(-min_size // frames.shape[2]))
+    frames = frames.repeat(scale, 2).repeat(scale, 3)
     count, across, height, width = frames.shape[:4]
     bar, gap = 22, 3
     margin = max(44, *(8 + int(_font(13).getlength(row)) for row in rows))
@@ -291,12 +291,12 @@ def error_figure(
     return _encoded(figure)
 
 
-def bar_figure(values: Sequence[float], labels: Sequence[str], title: str, unit: str, most: int = 32) -> bytes:
+def bar_figure(values: Sequence[float], labels: Sequence[str], title: str, unit: str, max_count: int = 32) -> bytes:
     """PNG of the first `most` values as bars."""
     figure = _figure(7.5, 3.2)
     axes = figure.add_subplot()
-    axes.bar(range(len(values[:most])), values[:most], color="C0")
-    axes.set_xticks(range(len(values[:most])), labels[:most], fontsize=7, rotation=90 if len(values) > 12 else 0)
+    axes.bar(range(len(values[:max_count])), values[:max_count], color="C0")
+    axes.set_xticks(range(len(values[:max_count])), labels[:max_count], fontsize=7, rotation=90 if len(values) > 12 else 0)
     axes.set_title(title, fontsize=9)
     axes.set_ylabel(unit)
     return _encoded(figure)

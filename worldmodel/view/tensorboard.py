@@ -28,7 +28,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from worldmodel.errors import ConfigError, CorruptError, StorageError, did_you_mean
-from worldmodel.storage.checkpoint import storage
+from worldmodel.storage.checkpoint import storage_errors
 from worldmodel.view.pictures import write
 
 if TYPE_CHECKING:
@@ -64,12 +64,12 @@ class EventFile:
     warn  gets one line when writing begins to fail
     """
 
-    FLUSH_BYTES, WAITING_BYTES = 1 << 20, 64 << 20
+    FLUSH_BYTES, MAX_BUFFER_BYTES = 1 << 20, 64 << 20
 
     def __init__(self, folder: Path, warn: Callable[[str], object]):
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_files)}"
         self.path, self._warn = Path(folder) / name, warn
-        self._waiting, self._failing = bytearray(), False
+        self._buffer, self._failing = bytearray(), False
         self.add_event(Event(wall_time=time.time(), file_version="brain.Event:2"))
         self.flush()
 
@@ -77,21 +77,21 @@ class EventFile:
         body = event.SerializeToString()
         length = struct.pack("<Q", len(body))
         record = length + struct.pack("<I", _masked_of_length(length)) + body + struct.pack("<I", _masked(body))
-        if len(self._waiting) + len(record) <= self.WAITING_BYTES or not self._failing:
-            self._waiting += record
-        if len(self._waiting) >= self.FLUSH_BYTES and not self._failing:
+        if len(self._buffer) + len(record) <= self.MAX_BUFFER_BYTES or not self._failing:
+            self._buffer += record
+        if len(self._buffer) >= self.FLUSH_BYTES and not self._failing:
             self.flush()
 
     def flush(self) -> None:
         """Writes what waits. A part that is written stays: the rest of its record follows at the next flush."""
         try:
-            with storage("write", self.path), open(self.path, "ab", buffering=0) as file:
-                while self._waiting:
-                    del self._waiting[: file.write(self._waiting)]
+            with storage_errors("write", self.path), open(self.path, "ab", buffering=0) as file:
+                while self._buffer:
+                    del self._buffer[: file.write(self._buffer)]
             self._failing = False
         except StorageError as error:
             if not self._failing:
-                self._warn(f"{error} What is logged waits in memory, up to {self.WAITING_BYTES >> 20} MiB.")
+                self._warn(f"{error} What is logged waits in memory, up to {self.MAX_BUFFER_BYTES >> 20} MiB.")
             self._failing = True
 
     def close(self) -> None:
@@ -141,7 +141,9 @@ def layout(writer: SummaryWriter) -> None:
 # Projector ------------------------------------------------------------------------------------------------------------
 
 
-def projector(folder: Path, codes: np.ndarray, metadata: Mapping[str, Sequence[Any]], thumbnails: np.ndarray | None = None) -> None:
+def projector(
+    folder: Path, latents: np.ndarray, metadata: Mapping[str, Sequence[Any]], thumbnails: np.ndarray | None = None
+) -> None:
     """Writes points for the Projector tab of the run in `folder`, in place of earlier ones.
 
     codes       [N, Z], finite; of more than `POINTS` points as many are taken, evenly over N
@@ -152,12 +154,12 @@ def projector(folder: Path, codes: np.ndarray, metadata: Mapping[str, Sequence[A
     """
     from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 
-    codes = np.asarray(codes)
-    _check_points(codes, metadata, thumbnails)
-    chosen = np.linspace(0, len(codes) - 1, min(len(codes), POINTS)).round().astype(int)
+    latents = np.asarray(latents)
+    _check_points(latents, metadata, thumbnails)
+    chosen = np.linspace(0, len(latents) - 1, min(len(latents), POINTS)).round().astype(int)
     config = ProjectorConfig()
-    entry = config.embeddings.add(tensor_name="codes", tensor_path="projector/tensors.tsv")
-    files: dict[str, bytes | None] = {"tensors.tsv": _table([f"{x:.7g}" for x in row] for row in codes[chosen].tolist())}
+    entry = config.embeddings.add(tensor_name="latents", tensor_path="projector/tensors.tsv")
+    files: dict[str, bytes | None] = {"tensors.tsv": _table([f"{x:.7g}" for x in row] for row in latents[chosen].tolist())}
     files["metadata.tsv"] = files["sprite.png"] = None
     if metadata:
         rows = [[_cell(values[i]) for values in metadata.values()] for i in chosen]
@@ -174,19 +176,19 @@ def projector(folder: Path, codes: np.ndarray, metadata: Mapping[str, Sequence[A
     _replace(folder / "projector_config.pbtxt", text_format.MessageToString(config).encode())
 
 
-def _check_points(codes: np.ndarray, metadata: Mapping[str, Sequence[Any]], thumbnails: np.ndarray | None) -> None:
-    if codes.ndim != 2 or 0 in codes.shape:
-        raise ValueError(f"The projector's codes are an array [N, Z] with at least one point, not {list(codes.shape)}.")
-    if not np.isfinite(codes).all():
+def _check_points(latents: np.ndarray, metadata: Mapping[str, Sequence[Any]], thumbnails: np.ndarray | None) -> None:
+    if latents.ndim != 2 or 0 in latents.shape:
+        raise ValueError(f"The projector's codes are an array [N, Z] with at least one point, not {list(latents.shape)}.")
+    if not np.isfinite(latents).all():
         raise ValueError("The projector's codes hold a value that is not finite, which TensorBoard cannot place.")
     for name, values in metadata.items():
-        if len(values) != len(codes):
-            raise ValueError(f"The projector's column '{name}' has {len(values)} values, but there are {len(codes)} codes.")
+        if len(values) != len(latents):
+            raise ValueError(f"The projector's column '{name}' has {len(values)} values, but there are {len(latents)} codes.")
     if thumbnails is None:
         return
     shape = thumbnails.shape
-    if thumbnails.dtype != np.uint8 or len(shape) != 4 or shape[0] != len(codes) or shape[3] != 3 or 0 in shape:
-        wanted = f"uint8 [{len(codes)}, H, W, 3]"
+    if thumbnails.dtype != np.uint8 or len(shape) != 4 or shape[0] != len(latents) or shape[3] != 3 or 0 in shape:
+        wanted = f"uint8 [{len(latents)}, H, W, 3]"
         raise ValueError(f"The projector's thumbnails are {wanted}, not {thumbnails.dtype} {list(shape)}.")
 
 
@@ -218,7 +220,7 @@ def _replace(path: Path, data: bytes | None) -> None:
     """The file with new content, or gone where that is None."""
     if data is not None:
         return write(path, data)
-    with storage("delete", path):
+    with storage_errors("delete", path):
         path.unlink(missing_ok=True)
 
 
@@ -247,7 +249,7 @@ def read(folder: Path) -> Events:
     for file in _event_files(Path(folder)):
         for event in _events(file):
             if event.HasField("session_log") and event.session_log.status == SessionLog.START:
-                _forget(events, event.step)
+                _drop_from_step(events, event.step)
             for value in event.summary.value:
                 _add(events, plugins, event.step, value)
     for kind in (events.scalars, events.images, events.texts):
@@ -258,7 +260,7 @@ def read(folder: Path) -> Events:
 
 def _event_files(folder: Path) -> list[Path]:
     """Oldest first, by the numbers in their names: the time, and of one second the process's own count."""
-    with storage("read", folder):
+    with storage_errors("read", folder):
         if not folder.is_dir():
             if folder.exists():
                 raise ConfigError(f"{folder} is a file. Expected the folder that TensorBoard's event files lie in.")
@@ -304,7 +306,7 @@ def _unindent(content: str) -> str:
     return re.sub(r"^    (?=.*\S)", "", content, flags=re.MULTILINE) if verbatim else content
 
 
-def _forget(events: Events, step: int) -> None:
+def _drop_from_step(events: Events, step: int) -> None:
     for kind in (events.scalars, events.images, events.texts):
         for tag in list(kind):
             kind[tag] = [point for point in kind[tag] if point[0] < step]
@@ -331,7 +333,7 @@ def _foreign(path: Path, offset: int) -> str:
 def _records(path: Path) -> Iterator[tuple[int, bytes]]:
     """(offset, content) of a TFRecord file: length (8 bytes), its checksum (4), content, its checksum (4); and so on."""
     advice = "Restore it from a copy, or move it out of the folder: the others are read without it."
-    with storage("read", path), open(path, "rb") as file:
+    with storage_errors("read", path), open(path, "rb") as file:
         while True:
             offset = file.tell()
             header = file.read(12)
@@ -357,7 +359,7 @@ def _records(path: Path) -> Iterator[tuple[int, bytes]]:
 # runs at 5 MB/s. This one cuts large contents into lanes that numpy takes through the table side by side.
 
 
-def _advance(state: np.ndarray, table: np.ndarray) -> np.ndarray:
+def _crc_step(state: np.ndarray, table: np.ndarray) -> np.ndarray:
     return table[state & 0xFF] ^ (state >> 8)
 
 
@@ -369,23 +371,23 @@ def _tables() -> tuple[np.ndarray, list[int], list[list[int]]]:
         table = (table >> 1) ^ np.where(table & 1, np.uint32(0x82F63B78), np.uint32(0))
     later = np.arange(256, dtype=np.uint32) << np.arange(0, 32, 8, dtype=np.uint32)[:, None]
     for _ in range(_LANE):
-        later = _advance(later, table)
+        later = _crc_step(later, table)
     return table, table.tolist(), later.tolist()
 
 
 def _crc32c(data: bytes) -> int:
     table, byte, (a, b, c, d) = _tables()
-    state, whole = _ALL_ONES, 0
+    state, aligned = _ALL_ONES, 0
     if len(data) >= 64 * _LANE:  # below, numpy's calls cost more than they save
         lanes = len(data) // _LANE
-        whole = lanes * _LANE
-        columns = np.frombuffer(data, np.uint8, whole).reshape(lanes, _LANE).T.astype(np.uint32, order="C")
+        aligned = lanes * _LANE
+        columns = np.frombuffer(data, np.uint8, aligned).reshape(lanes, _LANE).T.astype(np.uint32, order="C")
         parts = np.zeros(lanes, np.uint32)
         for column in columns:
-            parts = _advance(parts ^ column, table)
+            parts = _crc_step(parts ^ column, table)
         for part in parts.tolist():  # checksums are linear: a state moves on by a lane of zeros, then the lane's own is added
             state = a[state & 0xFF] ^ b[state >> 8 & 0xFF] ^ c[state >> 16 & 0xFF] ^ d[state >> 24] ^ part
-    for value in data[whole:]:
+    for value in data[aligned:]:
         state = byte[(state ^ value) & 0xFF] ^ (state >> 8)
     return state ^ _ALL_ONES
 

@@ -13,12 +13,12 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import TensorBoardOutputFormat
 from torch import Tensor
 
-from worldmodel.agents.evaluation import Abandoned
+from worldmodel.agents.evaluation import EvaluationAborted
 from worldmodel.agents.held_out import HELD_OUT_SEED, collect
-from worldmodel.agents.rollouts import SAMPLES, error_figure, film, labels, numbers, returns
+from worldmodel.agents.rollouts import SAMPLES, error_figure, labels, numbers, returns, rollout_video
 from worldmodel.config import Config, differences
 from worldmodel.data import Episodes
-from worldmodel.diagnostics.geometry import Beliefs, beliefs, interpolation, traversal, usage
+from worldmodel.diagnostics.geometry import FilteredStates, filter_episodes, interpolation, traversal, usage
 from worldmodel.diagnostics.rollouts import OpenLoop, open_loop
 from worldmodel.envs.draw import Viewer
 from worldmodel.envs.make import EnvConfig
@@ -27,14 +27,14 @@ from worldmodel.view import pictures, tensorboard
 
 HORIZONS = (1, 2, 3, 5, 10, 15, 30, 50)
 """Horizons whose errors are scalars, as far as they are measured."""
-FILM, POINTS, VARIABLES = 40, 300, 8
+VIDEO_STEPS, PROJECTOR_POINTS, TRAVERSED_VARIABLES = 40, 300, 8
 """Steps of the film, points of the projector, variables of the code that are traversed."""
-LONG = 1024
+MAX_VARIABLES = 1024
 """Numbers beyond which a code is no list of variables, but a picture: none of them is moved, and the projector leaves it out."""
 _log = logging.getLogger(__name__)
 
 
-class Watch(BaseCallback):
+class HeldOutCallback(BaseCallback):
     """Every `every` real steps, and at the end: fresh episodes, and what the model makes of them, as TensorBoard tags.
 
     every     real steps between looks; looks begin with the first update of the world model
@@ -69,14 +69,14 @@ class Watch(BaseCallback):
         steps: int | None = None,
         context: int = 5,
         horizon: int = 15,
-        give_up: Callable[[], bool] = lambda: False,
+        should_abort: Callable[[], bool] = lambda: False,
     ):
         super().__init__()
         if min(every, episodes, 1 if steps is None else steps, context, horizon) < 1:
             raise ConfigError(f"Watch needs numbers of at least 1, not {every=}, {episodes=}, {steps=}, {context=}, {horizon=}.")
         self.every, self.env, self.episodes, self.steps = every, env, episodes, steps
-        self.context, self.horizon, self.give_up = context, horizon, give_up
-        self.shown_at: int | None = None
+        self.context, self.horizon, self.should_abort = context, horizon, should_abort
+        self.evaluated_at: int | None = None
 
     def _init_callback(self) -> None:
         if self.env is None and self.model.config.env.id == "custom":
@@ -89,8 +89,8 @@ class Watch(BaseCallback):
 
     def _on_training_start(self) -> None:
         self.writer  # noqa: B018 (raises now rather than after hours)
-        if self.shown_at is None:
-            self._introduce()
+        if self.evaluated_at is None:
+            self._log_config()
 
     def _on_step(self) -> bool:
         step = self.model.num_timesteps
@@ -115,30 +115,30 @@ class Watch(BaseCallback):
     def show(self) -> None:
         """One look now, unless this step was looked at already or nothing was learned yet."""
         step = self.model.num_timesteps
-        if self.shown_at == step or self.model.learner.updates == 0:
+        if self.evaluated_at == step or self.model.learner.updates == 0:
             return
         try:
             steps = self.model.config.eval.max_steps if self.steps is None else self.steps
-            episodes = collect(self.model, self.env, self.episodes, steps=steps, give_up=self.give_up)
-        except Abandoned:
+            episodes = collect(self.model, self.env, self.episodes, steps=steps, should_abort=self.should_abort)
+        except EvaluationAborted:
             return
-        self.shown_at = step
+        self.evaluated_at = step
         generator = torch.Generator(self.model.device).manual_seed(HELD_OUT_SEED)
         world = self.model.policy.world
         viewer = Viewer(self.env.id, self.model.obs_spec)
         errors = open_loop(world, episodes, self.context, self.horizon, samples=SAMPLES, generator=generator)
-        self._errors(errors, viewer, step)
-        self._films(viewer, episodes, generator, step)
-        self._returns(episodes, generator, step)
-        seen = beliefs(world, episodes)
-        self._codes(viewer, seen, step)
-        if seen.code.shape[-1] <= LONG:
-            self._points(viewer, seen)
+        self._log_errors(errors, viewer, step)
+        self._log_videos(viewer, episodes, generator, step)
+        self._log_returns(episodes, generator, step)
+        filtered = filter_episodes(world, episodes)
+        self._log_latents(viewer, filtered, step)
+        if filtered.z.shape[-1] <= MAX_VARIABLES:
+            self._log_projector(viewer, filtered)
         self.writer.flush()
 
     # What is shown ------------------------------------------------------------------------------------------------
 
-    def _introduce(self) -> None:
+    def _log_config(self) -> None:
         """What the run is: its config as text, what differs from the defaults as hyper-parameters, charts that belong together."""
         config = self.model.config
         tensorboard.text(self.writer, "config", config.to_yaml(), self.model.num_timesteps)
@@ -152,7 +152,7 @@ class Watch(BaseCallback):
         if np.isfinite(value):
             self.writer.add_scalar(tag, value, step)
 
-    def _errors(self, errors: OpenLoop, viewer: Viewer, step: int) -> None:
+    def _log_errors(self, errors: OpenLoop, viewer: Viewer, step: int) -> None:
         columns = {
             "open_loop": errors.error(),
             "persistence": errors.baseline(),
@@ -169,37 +169,41 @@ class Watch(BaseCallback):
         if errors.count.any():
             tensorboard.image(self.writer, "world/open_loop_curve", error_figure(errors, viewer), step)
 
-    def _films(self, viewer: Viewer, episodes: Episodes, generator: torch.Generator, step: int) -> None:
-        shown = film(self.model.policy.world, viewer, episodes, self.context, FILM, generator)
+    def _log_videos(self, viewer: Viewer, episodes: Episodes, generator: torch.Generator, step: int) -> None:
+        shown = rollout_video(self.model.policy.world, viewer, episodes, self.context, VIDEO_STEPS, generator)
         for name, frames in (("video", shown.video), ("signals", shown.signals)):
             if frames is not None:
                 tensorboard.image(self.writer, f"dream/{name}", pictures.gif(frames, fps=10), step)
 
-    def _returns(self, episodes: Episodes, generator: torch.Generator, step: int) -> None:
+    def _log_returns(self, episodes: Episodes, generator: torch.Generator, step: int) -> None:
         imagined, real = returns(self.model, episodes, generator)
         self._scalar("dream/imagined_return", float(imagined.mean()), step)
         self._scalar("dream/real_return", float(real.mean()), step)
         self._scalar("dream/gap", float((imagined - real).mean()), step)
 
-    def _codes(self, viewer: Viewer, seen: Beliefs, step: int) -> None:
+    def _log_latents(self, viewer: Viewer, filtered: FilteredStates, step: int) -> None:
         world = self.model.policy.world
-        rate, order = usage(world, seen), list(range(VARIABLES))
+        rate, order = usage(world, filtered), list(range(TRAVERSED_VARIABLES))
         if rate is not None:
             order = rate.argsort(descending=True).tolist()
-            title = f"Rate of each variable of the code: {seen.rate:.2f} nats per step in all, {seen.active} variables active"
+            title = (
+                f"Rate of each variable of the code: {filtered.rate:.2f} nats per step in all, {filtered.active} variables active"
+            )
             bars = pictures.bar_figure([float(rate[i]) for i in order], [f"z{i}" for i in order], title, "nats per step")
             tensorboard.image(self.writer, "latent/usage", bars, step)
         if world.decoder is None:
             return
-        rows, order = len(seen.step), order[:VARIABLES]
-        if seen.code.shape[-1] <= LONG:
-            moved = traversal(world, seen, rows // 2)[order]
-            self._strips("latent/traversal", viewer, moved, [f"z{i}" for i in order], "One variable of the code moved", step)
+        rows, order = len(filtered.step), order[:TRAVERSED_VARIABLES]
+        if filtered.z.shape[-1] <= MAX_VARIABLES:
+            traversed = traversal(world, filtered, rows // 2)[order]
+            self._log_strips(
+                "latent/traversal", viewer, traversed, [f"z{i}" for i in order], "One variable of the code moved", step
+            )
         ends = torch.linspace(0, rows - 1, 6).long().view(3, 2).tolist()
-        paths = torch.stack([interpolation(seen.feature[a], seen.feature[b]) for a, b in ends])
-        self._strips("latent/interpolation", viewer, paths, ["a", "b", "c"], "Between two beliefs", step)
+        paths = torch.stack([interpolation(filtered.feature[a], filtered.feature[b]) for a, b in ends])
+        self._log_strips("latent/interpolation", viewer, paths, ["a", "b", "c"], "Between two beliefs", step)
 
-    def _strips(self, tag: str, viewer: Viewer, features: Tensor, rows: list[str], title: str, step: int) -> None:
+    def _log_strips(self, tag: str, viewer: Viewer, features: Tensor, rows: list[str], title: str, step: int) -> None:
         """Decoded features [R, S, F]: pictures in rows where they can be drawn, else lines of their numbers."""
         obs = {k: x.unflatten(0, features.shape[:2]) for k, x in self.model.policy.world.decode(features.flatten(0, 1)).items()}
         if viewer.can_draw:
@@ -208,25 +212,28 @@ class Watch(BaseCallback):
             encoded = pictures.png(picture)
         else:
             words, values = labels(viewer), numbers(viewer, obs)
-            series = [(row, {w: values[r, :, i].tolist() for i, w in enumerate(words[:VARIABLES])}) for r, row in enumerate(rows)]
+            series = [
+                (row, {w: values[r, :, i].tolist() for i, w in enumerate(words[:TRAVERSED_VARIABLES])})
+                for r, row in enumerate(rows)
+            ]
             encoded = pictures.lines_figure(list(range(features.shape[1])), series, title, "step")
         tensorboard.image(self.writer, tag, encoded, step)
 
-    def _points(self, viewer: Viewer, seen: Beliefs) -> None:
+    def _log_projector(self, viewer: Viewer, filtered: FilteredStates) -> None:
         """The newest codes in the projector, evenly spaced over all rows."""
-        count = len(seen.step)
-        chosen = torch.linspace(0, count - 1, min(POINTS, count)).long()
+        count = len(filtered.step)
+        chosen = torch.linspace(0, count - 1, min(PROJECTOR_POINTS, count)).long()
         metadata = {
-            "episode": seen.episode[chosen].tolist(),
-            "step": seen.step[chosen].tolist(),
-            "reward": [float(f"{x:.4g}") for x in seen.rows.reward[chosen, 0].tolist()],
+            "episode": filtered.episode[chosen].tolist(),
+            "step": filtered.step[chosen].tolist(),
+            "reward": [float(f"{x:.4g}") for x in filtered.rows.reward[chosen, 0].tolist()],
         }
-        value = self.model.policy.controller.estimate(seen.feature[chosen])
+        value = self.model.policy.controller.estimate(filtered.feature[chosen])
         if value is not None:
             metadata["value"] = [float(f"{x:.4g}") for x in value.tolist()]
-        obs = self.model.obs_spec.canonical({name: x[chosen, 0] for name, x in seen.rows.obs.items()})
+        obs = self.model.obs_spec.canonical({name: x[chosen, 0] for name, x in filtered.rows.obs.items()})
         thumbnails = viewer.frames(obs) if viewer.can_draw else None
         try:
-            tensorboard.projector(Path(self.writer.log_dir), seen.belief.mean[chosen].cpu().numpy(), metadata, thumbnails)
+            tensorboard.projector(Path(self.writer.log_dir), filtered.posterior.mean[chosen].cpu().numpy(), metadata, thumbnails)
         except StorageError as error:  # a picture is not worth a run; its checkpoints will say more
             _log.warning("The projector's points are left out: %s", error)

@@ -27,39 +27,41 @@ TOWARDS = ("reward", "value", "goal")
 
 
 @dataclass(frozen=True)
-class Moment:
+class ReplayPosition:
     """A row of a run's replay: `EPISODE:STEP`, both from 0; episodes whose beginning is no longer held do not count."""
 
     episode: int
     step: int
 
     @classmethod
-    def parse(cls, text: str) -> Moment:
+    def parse(cls, text: str) -> ReplayPosition:
         if not re.fullmatch(r"\d+:\d+", text):
             raise ConfigError(f"'{text}' names no moment; expected EPISODE:STEP of the run's replay, such as 0:12.")
         return cls(*map(int, text.split(":")))
 
 
 @torch.no_grad()
-def state_at(world: WorldModel, replay: Replay, moment: Moment) -> State:
+def state_at(world: WorldModel, replay: Replay, position: ReplayPosition) -> State:
     """The filter's state [1, ...] at a recorded row, noise left out. Raises ConfigError where the replay has no such row."""
     before = 0
     for number in range(replay.num_envs):
         rows = replay.stream(number)
         first = rows.is_first[0].nonzero().flatten().tolist()
-        if moment.episode < before + len(first):
-            start, *end = first[moment.episode - before :][:2]
+        if position.episode < before + len(first):
+            start, *end = first[position.episode - before :][:2]
             length = (end[0] if end else rows.is_first.shape[1]) - start
-            if moment.step >= length:
-                raise ConfigError(f"Episode {moment.episode} of the replay has {length} rows, and none of number {moment.step}.")
-            rows = rows.window(start, start + moment.step + 1).to(world.device)
-            return world.trace(rows.with_obs(world.inputs(rows.obs)), None, Sampling(mode=True)).last
+            if position.step >= length:
+                raise ConfigError(
+                    f"Episode {position.episode} of the replay has {length} rows, and none of number {position.step}."
+                )
+            rows = rows.window(start, start + position.step + 1).to(world.device)
+            return world.trace(rows.with_obs(world.preprocess(rows.obs)), None, Sampling(mode=True)).last
         before += len(first)
-    raise ConfigError(f"The replay holds {before} whole episodes, and none of number {moment.episode}; they are counted from 0.")
+    raise ConfigError(f"The replay holds {before} whole episodes, and none of number {position.episode}; they are counted from 0.")
 
 
 @dataclass(frozen=True)
-class Aim:
+class Guidance:
     """Where guided starts are to lead.
 
     toward    reward: expected on arriving there; value: the agent's estimate; goal: minus the squared distance of codes
@@ -69,7 +71,7 @@ class Aim:
 
     toward: str
     strength: float = 1.0
-    goal: Moment | None = None
+    goal: ReplayPosition | None = None
 
     def __post_init__(self) -> None:
         if self.toward not in TOWARDS:
@@ -77,7 +79,7 @@ class Aim:
         if (self.toward == "goal") != (self.goal is not None):
             raise ConfigError("toward=goal and a goal, EPISODE:STEP of the run's replay, belong together: give both or neither.")
 
-    def pull(self, world: WorldModel) -> float:
+    def nats_per_unit(self, world: WorldModel) -> float:
         """Nats for each unit of `score`."""
         return self.strength if self.toward == "goal" else self.strength / float(world.heads.scale.value)
 
@@ -93,7 +95,7 @@ class Aim:
                 )
             return agent.policy.controller.estimate
         goal = state_at(world, run.replay(), self.goal)["z"]
-        return lambda feature: -(world.dynamics.code(feature) - goal).square().sum(-1)
+        return lambda feature: -(world.dynamics.z_of(feature) - goal).square().sum(-1)
 
 
 @torch.no_grad()
@@ -108,21 +110,21 @@ def between(
     """
     run = run if isinstance(run, Run) else Run.open(run)
     out = pictures.checked(Path(out))
-    ends, replay = [Moment.parse(text) for text in (one, other)], run.replay()
+    positions, replay = [ReplayPosition.parse(text) for text in (one, other)], run.replay()
     world = run.agent(trust=trust).policy.world.eval()
     viewer = Viewer(run.config.env.id, world.obs)
-    features = [world.dynamics.feature(state_at(world, replay, moment))[0] for moment in ends]
+    features = [world.dynamics.feature(state_at(world, replay, position))[0] for position in positions]
     line, arc = between_features(world, *features, steps)
-    frames = [_drawn(viewer, world, path) for path in (line, arc)]
+    frames = [_frames(viewer, world, path) for path in (line, arc)]
     pictures.save(out, np.concatenate(frames, 2), fps=10)  # side by side
-    codes = [world.dynamics.code(path) for path in (line, arc)]
+    latents = [world.dynamics.z_of(path) for path in (line, arc)]
     return {
         "run": str(run.path),
         "between": [one, other],
         "steps": steps,
-        "distance": float((codes[0][-1] - codes[0][0]).norm()),
-        "line_norm": codes[0].norm(dim=-1).tolist(),
-        "arc_norm": codes[1].norm(dim=-1).tolist(),
+        "distance": float((latents[0][-1] - latents[0][0]).norm()),
+        "line_norm": latents[0].norm(dim=-1).tolist(),
+        "arc_norm": latents[1].norm(dim=-1).tolist(),
         "out": str(out),
     }
 
@@ -133,11 +135,11 @@ def between_features(
     """(straight, with codes on an arc): features between two; the carry is on the line in both."""
     line, size = interpolation(one, other, steps), world.dynamics.latent.size
     share = torch.linspace(0, 1, steps, device=one.device).unsqueeze(-1)
-    arc = spherical(world.dynamics.code(one), world.dynamics.code(other), share)
+    arc = spherical(world.dynamics.z_of(one), world.dynamics.z_of(other), share)
     return line, torch.cat([line[:, :-size], arc], -1)
 
 
-def _drawn(viewer: Viewer, world: WorldModel, path: Tensor) -> np.ndarray:
+def _frames(viewer: Viewer, world: WorldModel, path: Tensor) -> np.ndarray:
     obs = world.decode(path)
     if viewer.can_draw:
         return viewer.frames(obs)

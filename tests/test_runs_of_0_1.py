@@ -18,20 +18,31 @@ import yaml
 from typer.testing import CliRunner
 
 import worldmodel as wm
+from worldmodel import renamed
 from worldmodel.agents import evaluate
 from worldmodel.cli import app
 
 FIXTURES = Path(__file__).parent / "runs_of_0_1"
 EXPECTED: dict[str, dict[str, Any]] = json.loads((FIXTURES / "expected.json").read_text())
 
-RENAMED: list[tuple[str, str]] = [(r".*\[diffusion\]\.drop = 0\.0", "")]
-"""(pattern, replacement) for each option of 0.1.0 that is called otherwise now, tried on every whole line as `lines` writes it:
-`model.transition[diffusion].most = 4.0`. An empty replacement: the option is gone, and had no other value than the pattern's."""
-REFUSED = {
-    name: pytest.mark.xfail(raises=wm.ConfigError, strict=True, reason="0.1.0 wrote an option `drop`, which is refused now")
-    for name in ("diffusion", "latent_decoder")
-}
-each_run = pytest.mark.parametrize("name", [pytest.param(name, marks=REFUSED.get(name, ())) for name in EXPECTED])
+EDM = {"most": "sigma_max", "least": "sigma_min", "level_mean": "log_sigma_mean", "level_std": "log_sigma_std"}
+RENAMED = [
+    (r".*\[diffusion\]\.drop = 0\.0", ""),
+    *((rf"train\.{old} =(.*)", rf"train.{new} =\1") for old, new in renamed.OPTIONS["TrainConfig"].items()),
+    (r"train\.scales\.fit =(.*)", r"train.scales.prior =\1"),
+    (r"model\.inputs =(.*)", r"model.vector_scaling =\1"),
+    (r"(.*\[vamp\])\.inputs =(.*)", r"\1.pseudo_inputs =\2"),
+    (r"(.*)\.law(\[diffusion\].*)", r"\1.prior\2"),
+    *((rf"(.*\[(?:diffusion|pixels)\])\.{old} =(.*)", rf"\1.{new} =\2") for old, new in EDM.items()),
+    (r"(.*\[diffusion\])\.looks =(.*)", r"\1.rate_samples =\2"),
+    *((rf"(.*\[energy\])\.{old} =(.*)", rf"\1.{new} =\2") for old, new in renamed.OPTIONS["EnergyConfig"].items()),
+    *((rf"(.*\[(?:jepa|hybrid)\])\.{old} =(.*)", rf"\1.{new} =\2") for old, new in renamed.OPTIONS["JepaConfig"].items()),
+    (r"(agent\[.*\](?:\.plan)?)\.penalty =(.*)", r"\1.uncertainty_penalty =\2"),
+    (r"(agent\[.*\])\.manifold =(.*)", r"\1.typicality_penalty =\2"),
+]
+"""(pattern, replacement) for each option of 0.1.0 that is called otherwise now, one after the other on every whole line as `lines`
+writes it: `model.transition[diffusion].most = 4.0`. An empty replacement: the option is gone, and had no other value than this."""
+each_run = pytest.mark.parametrize("name", EXPECTED)
 
 
 def lines(config: Mapping[str, Any], path: str = "") -> Iterator[str]:

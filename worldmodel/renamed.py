@@ -40,8 +40,8 @@ ARRAYS = (
     (r"\binitial_law\.", "initial_prior."),
     (r"^dynamics\.code_in\.", "dynamics.z_in."),
     (r"^dynamics\.carry_in\.", "dynamics.h_in."),
-    (r"^decoder\.law\.", "decoder.prior."),
-    (r"^decoder\.belief\.", "decoder.posterior_out."),
+    (r"\bdecoder\.law\.", "decoder.prior."),
+    (r"\bdecoder\.belief\.", "decoder.posterior."),
     (r"^(dynamics\.initial_prior|marginal)\.carry$", r"\1.h"),
 )
 """(pattern, replacement) for the names of parameters and buffers, one after the other."""

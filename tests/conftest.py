@@ -19,7 +19,7 @@ from torch import Tensor
 torch.set_num_threads(1)
 
 # The rooms whose annotations speak of shapes. The hook must stand before any of them is imported.
-TENSOR_ROOMS = "data networks attention distributions encoders decoders heads dynamics objectives model learner agents".split()
+TENSOR_ROOMS = "data nn distributions encoders decoders heads diamond dynamics objectives model learner agents".split()
 install_import_hook(
     [f"worldmodel.{room}" for room in TENSOR_ROOMS],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",  # an int is a float, as everywhere in Python

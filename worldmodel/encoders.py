@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 
 from worldmodel.config import Frozen
 from worldmodel.data import Obs
-from worldmodel.errors import ConfigError, NumericsError, UnsupportedSpaceError
+from worldmodel.errors import NumericsError, UnsupportedSpaceError
 from worldmodel.nn.moments import RunningMoments, take_over
-from worldmodel.nn.networks import MLP, ConvEncoder, picture_to_latent, symexp, symlog
+from worldmodel.nn.networks import MLP, ConvEncoder, symexp, symlog
 from worldmodel.registry import register
 from worldmodel.spaces import ObsSpec
 from worldmodel.spaces.keys import FLOAT32_MAX, KeySpec
@@ -166,41 +165,3 @@ class Encoder(nn.Module):
             x = torch.cat([obs[name] for name in self.vectors], -1)
             parts += [self.perceptron(x), x]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-
-
-# Pictures that are predicted as they are ---------------------------------------------------------------------------------
-
-
-class PixelEncoderConfig(EncoderConfig):
-    """The options of the standard encoder are those of the summary."""
-
-    pixels: ClassVar[bool] = True
-    """One of the parts that predict pictures as they are, and go together."""
-
-    kind: Literal["pixels"] = "pixels"
-
-
-@register("encoder", "pixels", PixelEncoderConfig)
-class PixelEncoder(nn.Module):
-    """One picture {name: [N, C, H, W]} -> [a summary of it, the picture itself as `as_code` has it], [N, E].
-
-    Raises ConfigError where the observation is anything but one picture.
-    """
-
-    def __init__(self, config: PixelEncoderConfig, spec: ObsSpec):
-        super().__init__()
-        kinds = {name: key.kind for name, key in spec.keys.items()}
-        if list(kinds.values()) != ["image"]:
-            seen = ", ".join(f"'{name}' ({kind})" for name, kind in kinds.items())
-            raise ConfigError(
-                f"model.encoder.kind=pixels takes observations that are one picture, and these are {seen}. Use another model, "
-                "such as model=gaussian, or an environment of pictures."
-            )
-        ((self.name, key),) = spec.keys.items()
-        self.convolution = convolution(key, config.depth)
-        self.perceptron = MLP(self.convolution.out_features, config.units, config.layers)
-        self.out_features = self.perceptron.out_features + math.prod(key.shape)
-
-    def forward(self, obs: Obs) -> Float[Tensor, "N E"]:
-        picture = obs[self.name]
-        return torch.cat([self.perceptron(self.convolution(picture)), picture_to_latent(picture)], -1)

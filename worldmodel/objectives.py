@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from worldmodel.config import Frozen
 from worldmodel.data import Batch, Loss, Sampling, Trace
-from worldmodel.decoders import PixelReader
 from worldmodel.nn.networks import MLP, flatten
 from worldmodel.registry import register
 
@@ -53,25 +52,6 @@ def prior_losses(trace: Trace, batch: Batch, sampling: Sampling, dynamics: nn.Mo
     """The transition's own losses at codes that it does not shape; where an episode opens there is none."""
     own = dynamics.predict(trace, batch, trace.z.detach(), sampling)
     return {f"prior/transition/{name}": Loss(term.value, term.unit, ~batch.is_first) for name, term in own.items()}
-
-
-class PixelObjectiveConfig(Frozen):
-    """Pictures are predicted as they are."""
-
-    pixels: ClassVar[bool] = True
-    kind: Literal["pixels"] = "pixels"
-
-
-@register("objective", "pixels", PixelObjectiveConfig)
-class PixelObjective(nn.Module):
-    """The transition's own loss at the picture that came. Nothing is decoded: what `model.decoder` says is not used."""
-
-    def __init__(self, config: PixelObjectiveConfig, decoder: nn.Module, encoder: nn.Module, dynamics: nn.Module, action_dim: int):
-        super().__init__()
-        self.decoder = PixelReader(dynamics.name, dynamics.shape)
-
-    def forward(self, trace: Trace, batch: Batch, sampling: Sampling, dynamics: nn.Module) -> dict[str, Loss]:
-        return prior_losses(trace, batch, sampling, dynamics)
 
 
 # Codes that are predicted, not decoded ---------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ An old option name that somebody writes is an error which names the new one; in 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 _EDM = {"most": "sigma_max", "least": "sigma_min", "level_mean": "log_sigma_mean", "level_std": "log_sigma_std"}
 _BEHAVIOUR = {"penalty": "uncertainty_penalty", "manifold": "typicality_penalty"}
@@ -28,13 +29,21 @@ OPTIONS: dict[str, dict[str, str | None]] = {
     "DiffusionConfig": {**_EDM, "looks": "rate_samples", "drop": None},
     "DiffusionDecoderConfig": _EDM,
     "LatentDiffusionDecoderConfig": {"law": "prior"},
-    "PixelsConfig": _EDM,
+    "DiamondConfig": {**_EDM, "posterior": None},
     "EnergyConfig": {"most_gap": "max_gap", "most_moved": "max_displacement", "others": "context_negatives"},
     "VampConfig": {"inputs": "pseudo_inputs"},
     "JepaConfig": _PREDICTIVE,
     "HybridConfig": _PREDICTIVE,
 }
 """Config class -> {old option: new option}; None: an option that is gone, because nothing used it."""
+
+KINDS = {
+    ("encoder", "pixels"): "standard",
+    ("dynamics", "pixels"): "diamond",
+    ("objective", "pixels"): "reconstruction",
+}
+"""(role, old kind) -> new kind. These three were one model."""
+KINDS_HINT = "'pixels' is model.dynamics.kind=diamond now, which needs no kind of model.encoder or model.objective beside it."
 
 ARRAYS = (
     (r"\binitial_law\.", "initial_prior."),
@@ -50,6 +59,13 @@ ARRAYS = (
 def options_of(config: type) -> dict[str, str | None]:
     """{old name: new name} of a config class."""
     return OPTIONS.get(config.__name__, {})
+
+
+def in_new_kind(role: str, value: Any) -> Any:
+    """A part as a config holds it, by its kind's name of today."""
+    if isinstance(value, Mapping):
+        return {**value, "kind": in_new_kind(role, value["kind"])} if "kind" in value else value
+    return KINDS.get((role, value), value) if isinstance(value, str) else value
 
 
 def array_names(names: Iterable[str]) -> dict[str, str]:

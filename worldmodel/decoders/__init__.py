@@ -6,7 +6,6 @@ from worldmodel.decoders.diffusion import (
     LatentDiffusionDecoder,
     LatentDiffusionDecoderConfig,
 )
-from worldmodel.decoders.pixels import PixelReader
 from worldmodel.decoders.standard import Decoder, DecoderConfig
 
 __all__ = [
@@ -16,5 +15,4 @@ __all__ = [
     "DiffusionDecoderConfig",
     "LatentDiffusionDecoder",
     "LatentDiffusionDecoderConfig",
-    "PixelReader",
 ]

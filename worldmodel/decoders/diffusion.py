@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from worldmodel.data import Loss, Obs, Sampling
 from worldmodel.decoders.standard import Decoder, DecoderConfig
-from worldmodel.decoders.unet import DenoisingUNet
 from worldmodel.distributions import (
     Diffusion,
     DiffusionConfig,
@@ -28,6 +27,7 @@ from worldmodel.distributions import (
 from worldmodel.nn.diffusion import SAMPLERS, SIGMA_DATA, Network, edm, low_discrepancy
 from worldmodel.nn.moments import LONG_AGO, RunningMoments, take_over
 from worldmodel.nn.networks import ConvEncoder, DenoisingMLP, SkipMLP, linear
+from worldmodel.nn.unet import DenoisingUNet
 from worldmodel.registry import register
 from worldmodel.spaces import ObsSpec
 

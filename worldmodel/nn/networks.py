@@ -308,21 +308,6 @@ def flatten(x: Tensor) -> Tensor:
     return x.flatten(0, 1)
 
 
-def picture_to_latent(picture: Float[Tensor, "*N C H W"]) -> Float[Tensor, "*N Z"]:
-    """A picture as one vector, 2 x - 1 over the square root of its size: its length is at most 1.
-
-    So a whole picture weighs no more than one other number in what reads it beside others, and the squared distance of two is
-    a mean over pixels.
-    """
-    flat = picture.flatten(-3)
-    return (2 * flat - 1) / math.sqrt(flat.shape[-1])
-
-
-def latent_to_picture(z: Float[Tensor, "*N Z"], shape: tuple[int, ...]) -> Float[Tensor, "*N C H W"]:
-    """The picture [C, H, W] in [0, 1] that a code is."""
-    return ((z * math.sqrt(z.shape[-1]) + 1) / 2).clamp(0, 1).unflatten(-1, shape)
-
-
 def negative_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """-ln N(x; mean, exp(log_std)^2) of each element, fully normalised, in nats."""
     return 0.5 * ((x - mean) * torch.exp(-log_std)).square() + log_std + 0.5 * math.log(2 * math.pi)
@@ -342,11 +327,9 @@ __all__ = [
     "fourier_features",
     "halved_sizes",
     "initialise",
-    "latent_to_picture",
     "linear",
     "negative_log_likelihood",
     "offset_linear",
-    "picture_to_latent",
     "symexp",
     "symlog",
 ]

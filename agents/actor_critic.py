@@ -7,7 +7,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from pydantic import Field
@@ -157,9 +156,6 @@ class ActorCritic(nn.Module):
         """Expected discounted return from a feature, in reward units."""
         return self.two_hot.mean(self.critic(feature)) * self.unit
 
-    def former(self, arrays: dict, prefix: str) -> None:
-        """Of 0.1.0, whose critic knew no unit."""
-        arrays.setdefault(f"{prefix}unit", np.array(1, np.float32))
 
 
 class ActorCriticLearner:

@@ -9,10 +9,11 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from worldmodel import renamed
 from worldmodel.config import Frozen
 from worldmodel.data import Obs
 from worldmodel.errors import NumericsError, UnsupportedSpaceError
-from worldmodel.nn.moments import RunningMoments, take_over
+from worldmodel.nn.moments import RunningMoments
 from worldmodel.nn.networks import MLP, ConvEncoder, symexp, symlog
 from worldmodel.registry import register
 from worldmodel.spaces import ObsSpec
@@ -84,17 +85,8 @@ class VectorScaling(nn.Module):
             return None
         return torch.cat([obs[name].abs().flatten() > RANGE for name in self.vectors]).float().mean()
 
-    def former(self, arrays: dict, prefix: str) -> None:
-        """Names of 0.1.0, which kept sums of squares and one count."""
-        count = arrays.pop(f"{prefix}count", None)
-        for i in range(len(self.vectors)):
-            if (square := f"{prefix}square{i}") in arrays:
-                each = torch.as_tensor(arrays[square]) / max(1.0, float(count))
-                arrays[square] = each if float(count) else torch.ones_like(each)
-                take_over(arrays, f"{prefix}moments.{i}", mean=f"{prefix}mean{i}", variance=square, count=float(count))
-
     def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
-        self.former(state_dict, prefix)  # SB3's zips of policies around an encoder are read by torch's own way
+        renamed.take_over_statistics(self, state_dict, prefix)  # torch reads SB3's zips itself, without storage.weights
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _each(self, obs: Obs, log, affine, types: dict[str, torch.dtype]) -> Obs:

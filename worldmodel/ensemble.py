@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from worldmodel.config import Frozen
 from worldmodel.data import Loss
-from worldmodel.nn.moments import RunningMoments, take_over
+from worldmodel.nn.moments import RunningMoments
 from worldmodel.registry import register
 
 
@@ -92,7 +92,3 @@ class Ensemble(nn.Module):
         spread = self(feature.flatten(0, -2), action.flatten(0, -2)).var(0)
         return spread.mean(-1).sqrt().view(feature.shape[:-1])
 
-    def former(self, arrays: dict, prefix: str) -> None:
-        """Names of 0.1.0."""
-        own = {name: prefix + name for name in ("mean", "variance")}
-        take_over(arrays, f"{prefix}moments", **own, count=f"{prefix}batches")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -12,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from worldmodel.config import Frozen
-from worldmodel.nn.moments import LONG_AGO, RunningMoments
+from worldmodel.nn.moments import RunningMoments
 from worldmodel.nn.networks import MLP, TwoHot
 from worldmodel.registry import register
 
@@ -50,15 +49,6 @@ class RewardScale(nn.Module):
         """One unit, in rewards: float32, above 0."""
         return self.squares.mean.sqrt().float().clamp_min(MIN_SCALE)
 
-    def former(self, arrays: dict, prefix: str) -> None:
-        """Of 0.1.0, which learned them as they were, and goes on so."""
-        prefix_squares = f"{prefix}squares."
-        if f"{prefix_squares}count" not in arrays:
-            arrays |= {
-                f"{prefix_squares}count": np.array(LONG_AGO),
-                f"{prefix_squares}mean": np.array(1.0),
-                f"{prefix_squares}variance": np.array(1.0),
-            }
 
 
 MIN_SCALE = 1e-30

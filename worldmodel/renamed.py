@@ -6,8 +6,11 @@ An old option name that somebody writes is an error which names the new one; in 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
 
 _EDM = {"most": "sigma_max", "least": "sigma_min", "level_mean": "log_sigma_mean", "level_std": "log_sigma_std"}
 _BEHAVIOUR = {"penalty": "uncertainty_penalty", "manifold": "typicality_penalty"}
@@ -77,3 +80,71 @@ def array_names(names: Iterable[str]) -> dict[str, str]:
             new = re.sub(pattern, replacement, new)
         found[old] = new
     return found
+
+
+class Statistics(NamedTuple):
+    """Where 0.1 kept what is a RunningMoments today. A # stands for a number; an array without a name was not kept.
+
+    owner, today           class of the module that owns them, and their name in it
+    mean, variance, count  names of the arrays of 0.1, beside each other in the owner
+    convert                (what was stored, count) -> the mean or, where that is stored too, the variance of today
+    """
+
+    owner: str
+    today: str
+    mean: str = ""
+    variance: str = ""
+    count: str = ""
+    convert: Callable[[torch.Tensor, float], torch.Tensor] = lambda x, count: x
+
+
+LONG_AGO = 1e12
+"""The count of statistics that 0.1 did not count: nothing moves them much any more."""
+
+STATISTICS = (
+    Statistics("Gaussian", "errors", mean="variance"),
+    Statistics("Flow", "moments", "mean", "variance", "batches"),
+    Statistics("Diffusion", "moments", "mean", "variance", "seen"),
+    Statistics("Energy", "moments", "centre", "spread", "seen", lambda std, _: std.square()),
+    Statistics("Ensemble", "moments", "mean", "variance", "batches"),
+    Statistics("Decoder", "errors#", mean="log_std#", convert=lambda log_std, _: (2 * log_std.double()).exp()),
+    Statistics("DiffusionDecoder", "differences#", mean="difference#", convert=lambda rms, _: rms.square()),
+    Statistics("VectorScaling", "moments.#", "mean#", "square#", "count", lambda x, n: x / n if n else torch.ones_like(x)),
+)
+NEW_ARRAYS = {
+    "RewardScale": {"squares.count": LONG_AGO, "squares.mean": 1.0, "squares.variance": 1.0},
+    "ActorCritic": {"unit": 1.0},
+}
+"""Class -> arrays that 0.1 did not have, at the values by which it acted."""
+
+
+def take_over_statistics(module: nn.Module, arrays: MutableMapping[str, Any], prefix: str = "") -> None:
+    """Turns the statistics that 0.1 saved of a module into those of today, in place; others are left as they are.
+
+    arrays  {name: array or tensor} of the module's state, each name behind `prefix`
+    """
+    for path, part in module.named_modules(remove_duplicate=False):  # a state dict has what is shared under each of its names
+        owner, kinds = prefix + path + "." * bool(path), {kind.__name__ for kind in type(part).__mro__}
+        for old in STATISTICS:
+            if old.owner in kinds:
+                count = float(arrays.pop(owner + old.count, LONG_AGO)) if old.count else LONG_AGO
+                for name, _ in part.named_modules():
+                    if match := re.fullmatch(old.today.replace("#", r"(\d+)"), name):
+                        number = "".join(match.groups())
+                        mean, variance = (owner + x.replace("#", number) if x else "" for x in (old.mean, old.variance))
+                        _take_over(arrays, owner + name, mean, variance, count, old.convert)
+        for kind in kinds & NEW_ARRAYS.keys():
+            for name, value in NEW_ARRAYS[kind].items():
+                arrays.setdefault(owner + name, torch.tensor(value, dtype=torch.float64))
+
+
+def _take_over(arrays: MutableMapping[str, Any], today: str, mean: str, variance: str, count: float, convert: Callable) -> None:
+    """Writes one RunningMoments from the stored mean, variance or both; nothing where they are not stored or today's are."""
+    if f"{today}.count" in arrays or (variance or mean) not in arrays:
+        return
+    stored = {name: torch.as_tensor(arrays.pop(name)) for name in (mean, variance) if name}
+    stored[variance or mean] = convert(stored[variance or mean], count)
+    like = stored[variance or mean].double()
+    arrays[f"{today}.mean"] = stored[mean].double() if mean else torch.zeros_like(like)
+    arrays[f"{today}.variance"] = stored[variance].double() if variance else torch.ones_like(like)
+    arrays[f"{today}.count"] = torch.tensor(count, dtype=torch.float64)

@@ -25,7 +25,7 @@ from worldmodel.distributions import (
     Posterior,
 )
 from worldmodel.nn.diffusion import SAMPLERS, SIGMA_DATA, Network, edm, low_discrepancy
-from worldmodel.nn.moments import LONG_AGO, RunningMoments, take_over
+from worldmodel.nn.moments import RunningMoments
 from worldmodel.nn.networks import ConvEncoder, DenoisingMLP, SkipMLP, linear
 from worldmodel.nn.unet import DenoisingUNet
 from worldmodel.registry import register
@@ -100,14 +100,6 @@ class DiffusionDecoder(Decoder):
     def _picture_unit(self, i: int) -> Tensor:
         """By what pictures differ from what is expected, root mean square."""
         return getattr(self, f"differences{i}").mean.sqrt().float().clamp_min(1e-3) / SIGMA_DATA
-
-    def former(self, arrays: dict, prefix: str) -> None:
-        """Names of 0.1.0, which kept a root mean square."""
-        super().former(arrays, prefix)
-        for i in range(len(self.images)):
-            if (name := f"{prefix}difference{i}") in arrays:
-                arrays[name] = arrays[name] ** 2
-                take_over(arrays, f"{prefix}differences{i}", mean=name, count=LONG_AGO)
 
     def _vector_network(self, mean_x: Tensor, condition: Tensor) -> Network:
         given = torch.cat([mean_x, condition], -1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from worldmodel.config import Frozen
 from worldmodel.data import Loss, Obs, Sampling
 from worldmodel.errors import ConfigError
-from worldmodel.nn.moments import LONG_AGO, RunningMoments, take_over
+from worldmodel.nn.moments import RunningMoments
 from worldmodel.nn.networks import ConvDecoder, SkipMLP, negative_log_likelihood
 from worldmodel.registry import register
 from worldmodel.spaces import ObsSpec
@@ -137,13 +136,6 @@ class Decoder(nn.Module):
         error = (x - mean).square()
         error = error.flatten(1).mean(1, keepdim=True) if name in self.images else error
         getattr(self, f"errors{self.with_sigma.index(name)}").update(error)
-
-    def former(self, arrays: dict, prefix: str) -> None:
-        """Names of 0.1.0, which kept the logarithm of a deviation."""
-        for i in range(len(self.with_sigma)) if self.config.sigma == "fitted" else ():
-            if (name := f"{prefix}log_std{i}") in arrays:
-                arrays[name] = np.exp(2.0 * np.asarray(arrays[name], np.float64))
-                take_over(arrays, f"{prefix}errors{i}", mean=name, count=LONG_AGO)
 
     def mean(self, feature: Float[Tensor, "N F"]) -> Obs:
         """The expected observation: probabilities for categorical and Bernoulli keys."""

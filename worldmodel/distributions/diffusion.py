@@ -14,7 +14,7 @@ from worldmodel.data import Loss, Sampling
 from worldmodel.distributions.base import ConditionalDistribution, Latent, Posterior, PosteriorSource
 from worldmodel.nn import diffusion as denoising
 from worldmodel.nn.diffusion import SIGMA_DATA
-from worldmodel.nn.moments import RunningMoments, take_over
+from worldmodel.nn.moments import RunningMoments
 from worldmodel.nn.networks import DenoisingMLP, SkipMLP
 from worldmodel.registry import register
 
@@ -88,12 +88,6 @@ class Diffusion(ConditionalDistribution):
         """Take codes into the running statistics. The first ones set them: there is nothing to be remembered before."""
         if len(latents) > 1:
             self.moments.update(latents)
-
-    def former(self, arrays: dict, prefix: str) -> None:
-        """Names of 0.1.0."""
-        take_over(arrays, f"{prefix}moments", mean=f"{prefix}mean", variance=f"{prefix}variance", count=f"{prefix}seen")
-
-    # Network
 
     def _network(self, context: Tensor | None) -> denoising.Network:
         """F given the context [N, C]."""

@@ -30,7 +30,7 @@ from worldmodel.distributions.base import ClosedForm, ConditionalDistribution, L
 from worldmodel.distributions.gaussian import GaussianConfig
 from worldmodel.distributions.langevin import LogDensity, gradient_ascent, langevin
 from worldmodel.errors import ConfigError, NumericsError
-from worldmodel.nn.moments import RunningMoments, take_over
+from worldmodel.nn.moments import RunningMoments
 from worldmodel.nn.networks import MLP
 from worldmodel.registry import build, part, register
 
@@ -322,12 +322,6 @@ class Energy(ConditionalDistribution):
         rows = x.flatten(0, -2)
         if not self.base_has_moments and len(rows) > 1:
             self.moments.update(rows)
-
-    def former(self, arrays: dict, prefix: str) -> None:
-        """Names of 0.1.0, which kept a deviation."""
-        if (name := f"{prefix}spread") in arrays and not self.base_has_moments:
-            arrays[name] = arrays[name] ** 2
-            take_over(arrays, f"{prefix}moments", mean=f"{prefix}centre", variance=name, count=f"{prefix}seen")
 
     def _fixed_generator(self) -> torch.Generator:
         """Noise that is the same at each call."""

@@ -16,7 +16,7 @@ from worldmodel.config import Frozen
 from worldmodel.data import Sampling
 from worldmodel.distributions.base import ConditionalDistribution, Latent, PosteriorSource
 from worldmodel.distributions.gaussian import GaussianPosterior
-from worldmodel.nn.moments import RunningMoments, take_over
+from worldmodel.nn.moments import RunningMoments
 from worldmodel.nn.networks import SkipMLP
 from worldmodel.registry import register
 
@@ -125,11 +125,6 @@ class Flow(ConditionalDistribution):
         if self.context_dim or not self.training or len(x) < 2 or not next(self.parameters()).requires_grad:
             return
         self.moments.update(x)
-
-    def former(self, arrays: dict, prefix: str) -> None:
-        """Names of 0.1.0."""
-        if not self.context_dim:
-            take_over(arrays, f"{prefix}moments", mean=f"{prefix}mean", variance=f"{prefix}variance", count=f"{prefix}batches")
 
     @torch.no_grad()
     def outside(self, x: Float[Tensor, "*N D"], context: Tensor | None) -> float:

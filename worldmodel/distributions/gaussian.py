@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from worldmodel.config import Frozen
 from worldmodel.data import Loss
 from worldmodel.distributions.base import ClosedForm, Latent, Posterior, PosteriorSource
-from worldmodel.nn.moments import LONG_AGO, RunningMoments, take_over
+from worldmodel.nn.moments import RunningMoments
 from worldmodel.nn.networks import SkipMLP
 from worldmodel.registry import register
 
@@ -204,7 +204,3 @@ class Gaussian(ClosedForm):
         if self.fitted and self.training and error.numel() and next(self.parameters()).requires_grad:
             self.errors.update(error.flatten(0, -2))
 
-    def former(self, arrays: dict, prefix: str) -> None:
-        """Names of 0.1.0."""
-        if self.fitted:
-            take_over(arrays, f"{prefix}errors", mean=f"{prefix}variance", count=LONG_AGO)

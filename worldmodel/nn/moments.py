@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -58,33 +55,3 @@ class RunningMoments(nn.Module):
     def deviation(self, min_value: float) -> Tensor:
         """float32 [*D], at least `least`."""
         return self.variance.sqrt().clamp_min(min_value).float()
-
-
-def take_over(
-    arrays: MutableMapping[str, Any], now: str, *, mean: str | None = None, variance: str | None = None, count: Any = None
-) -> None:
-    """Statistics that a checkpoint names in its own way, as those of the RunningMoments `now`; without them nothing.
-
-    count  the name of their count, or a number where none was kept
-    """
-    if f"{now}.count" in arrays or (mean or variance) not in arrays:
-        return
-    finite = arrays.pop(mean) if mean else None
-    spread = arrays.pop(variance) if variance else None
-    like = torch.as_tensor(spread if finite is None else finite).to(torch.float64)
-    arrays[f"{now}.mean"] = torch.zeros_like(like) if finite is None else like
-    arrays[f"{now}.variance"] = torch.ones_like(like) if spread is None else torch.as_tensor(spread).to(torch.float64)
-    arrays[f"{now}.count"] = torch.as_tensor(float(arrays.pop(count) if isinstance(count, str) else count), dtype=torch.float64)
-
-
-def in_todays_names(module: nn.Module, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """{name: array} of a checkpoint as this version names them: each part that had other names translates its own (`former`)."""
-    arrays = dict(arrays)
-    for prefix, part in module.named_modules(remove_duplicate=False):  # a state dict has what is shared under each of its names
-        if hasattr(part, "former"):
-            part.former(arrays, f"{prefix}." if prefix else "")
-    return arrays
-
-
-LONG_AGO = 1e12
-"""The count of statistics that a checkpoint did not count: nothing moves them much any more."""

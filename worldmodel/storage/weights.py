@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from worldmodel import renamed
 from worldmodel.errors import ConfigError
-from worldmodel.nn.moments import in_todays_names
 
 
 @contextmanager
@@ -33,7 +32,8 @@ def as_arrays(module: nn.Module) -> dict[str, np.ndarray]:
 def load_arrays(module: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
     """Takes over what `as_arrays` gave. Raises ConfigError where names or shapes differ; then nothing is changed."""
     names = renamed.array_names(arrays)
-    own, arrays = module.state_dict(), in_todays_names(module, {names[name]: x for name, x in arrays.items()})
+    own, arrays = module.state_dict(), {names[name]: x for name, x in arrays.items()}
+    renamed.take_over_statistics(module, arrays)
     wrong = sorted(set(own) ^ set(arrays)) or [name for name, x in own.items() if tuple(x.shape) != arrays[name].shape]
     if wrong:
         raise ConfigError(

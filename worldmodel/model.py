@@ -249,8 +249,8 @@ class WorldModel(nn.Module):
 
     def update_targets(self) -> None:
         """What goes after the weights takes its step; for a training to call after each of its own."""
-        if hasattr(self.objective, "follow"):
-            self.objective.update_targets(self.encoder, self.dynamics)
+        if hasattr(self.objective, "update_target_encoder"):
+            self.objective.update_target_encoder(self.encoder, self.dynamics)
 
     def loss(self, trace: Trace, batch: Batch, sampling: Sampling | None = None) -> dict[str, Loss]:
         """Every term by name, unscaled. "dyn" trains the prior side, "rep" the posterior, where the rate exceeds the free nats."""

@@ -90,4 +90,3 @@ class Ensemble(nn.Module):
         """Deviation between the members' predictions, a root mean square over the embedding."""
         spread = self(feature.flatten(0, -2), action.flatten(0, -2)).var(0)
         return spread.mean(-1).sqrt().view(feature.shape[:-1])
-

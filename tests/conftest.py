@@ -178,6 +178,15 @@ def small_source(latent: Latent, h_dim: int = 0) -> PosteriorSource:
     return PosteriorSource(EncoderInterface(SmallEyes.SHAPES, SmallEyes.SIZE, eyes.encode), h_dim, eyes.posterior)
 
 
+def descend(loss, parameters, lr: float, steps: int) -> None:
+    """Adam on `loss(step)`."""
+    optimizer = torch.optim.Adam(parameters, lr=lr)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss(step).backward()
+        optimizer.step()
+
+
 def assert_near(estimate: Tensor, truth: Tensor, draws: int, spread: Tensor) -> None:
     """Within five standard errors of a Monte Carlo mean."""
     torch.testing.assert_close(estimate, truth, rtol=0, atol=float(5 * spread.detach().max() / math.sqrt(draws)) + 2e-3)

@@ -82,7 +82,7 @@ class Jepa(nn.Module):
     | prediction | the transition's own loss at the observed latent | encoder (both sides), dynamics, transition |
     | collapse/sigreg | mean of T / N over random directions (`epps_pulley`) | encoder |
     | collapse/variance, collapse/covariance | `variance`, `covariance` (vicreg) | encoder |
-    | inverse | half the squared error of the action predicted from both latents; one-hot: the Brier score | encoder, own parameters |
+    | inverse | half the squared error of the action that both latents predict; one-hot: the Brier score | encoder, own parameters |
     | observation | the probe decoder | the decoder alone |
 
     Sources: Maes et al. 2026 (LeWM) for prediction and SIGReg without a target encoder; Sobal et al. 2025 (PLDM) for VICReg and

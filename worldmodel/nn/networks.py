@@ -188,7 +188,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 def halved_sizes(size: tuple[int, int], min_side: int = 4) -> list[tuple[int, int]]:
-    """Image sizes before and after each 4x4 convolution of stride 2, until the shorter side would fall below `min_side`."""
+    """Image sizes before and after each 4x4 convolution of stride 2, while the shorter side is at least `min_side`."""
     sizes = [size]
     while min(sizes[-1]) // 2 >= min_side:
         sizes.append((sizes[-1][0] // 2, sizes[-1][1] // 2))

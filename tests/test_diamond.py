@@ -1,4 +1,4 @@
-"""The pixel world model: what a state holds, what reaches what, and that its pictures follow one another."""
+"""DIAMOND: what a state holds, what each loss trains, and that it predicts the next picture."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DIAMOND = {"dynamics": {"kind": "diamond"}}
 
 
 def diamond(seed: int = 0, shaken: bool = True, rollouts: str = "latent", **options) -> WorldModel:
-    """A pixel world model in eval mode, whose weights are large enough for everything to count."""
+    """The model in eval mode, with weights so large that everything has an effect."""
     parts = {"encoder": small("encoder", "standard"), "heads": small("heads", "standard")}
     dynamics = small("dynamics", "diamond", **{"past": PAST, **options})
     world = WorldModel.from_spaces(PICTURE, TWO_ACTIONS, {**parts, "dynamics": dynamics, "rollouts": rollouts}, seed=seed)
@@ -40,7 +40,6 @@ def inputs(world: WorldModel, seed: int = 0) -> Batch:
 
 
 def before(world: WorldModel, seed: int = 7) -> State:
-    """A state as if pictures had been seen."""
     return traced(world, inputs(world, seed)).last
 
 
@@ -56,7 +55,7 @@ def after(world: WorldModel, trace: Trace, action: Tensor) -> dict[str, Tensor]:
     return {name: dreamt[name].detach().unflatten(0, action.shape[:2]) for name in ("h", "summary", "z")}
 
 
-def test_a_feature_ends_in_the_picture_that_was_seen():
+def test_a_feature_ends_in_the_observed_picture():
     world = diamond()
     batch = inputs(world)
     trace = traced(world, batch)
@@ -84,7 +83,7 @@ def test_filter_equals_sequence():
         torch.testing.assert_close(apart, x, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_a_reset_forgets_the_past():
+def test_a_reset_drops_the_past():
     world = diamond()
     one, other = inputs(world, 0), inputs(world, 1)
     past = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]], dtype=torch.bool)  # before the last reset
@@ -95,13 +94,13 @@ def test_a_reset_forgets_the_past():
         found.append({"feature": trace.feature, **after(world, trace, one.action)})
     for name in found[0]:
         assert torch.equal(found[0][name][:2][~past[:2]], found[1][name][:2][~past[:2]]), name
-    assert (found[0]["z"][2, 0] - found[1]["z"][2, 0]).abs().max() > 1e-3  # where nothing resets, the state counts
+    assert (found[0]["z"][2, 0] - found[1]["z"][2, 0]).abs().max() > 1e-3  # without a reset the state has an effect
     assert torch.equal(found[0]["z"][2, PAST - 1 :], found[1]["z"][2, PAST - 1 :])  # for L pictures
-    assert (found[0]["h"][2] - found[1]["h"][2]).abs().amax(-1).min() > 1e-4  # and the carry for longer
+    assert (found[0]["h"][2] - found[1]["h"][2]).abs().amax(-1).min() > 1e-4  # and h for longer
 
 
-def test_a_blank_picture_is_not_one_that_was_seen():
-    """Grey is what blank pictures are filled with: only the flags tell the two apart."""
+def test_a_blank_picture_differs_from_an_observed_grey_one():
+    """Blank pictures are grey too: only the flags differ."""
     world = diamond()
     grey = world.initial(1).map(torch.clone)
     aged = State({**grey, "age": torch.full((1,), float(PAST))})
@@ -109,7 +108,7 @@ def test_a_blank_picture_is_not_one_that_was_seen():
     assert not torch.equal(world.dynamics.imagine(grey, action, MODE)["z"], world.dynamics.imagine(aged, action, MODE)["z"])
 
 
-def test_the_u_net_is_told_each_of_the_last_pictures_and_actions():
+def test_the_u_net_is_given_each_of_the_last_pictures_and_actions():
     world = diamond()
     state, action = before(world), torch.eye(2)[[0, 1, 0]]
     dreamt = world.dynamics.imagine(state, action, MODE)["z"]
@@ -123,11 +122,11 @@ def test_the_u_net_is_told_each_of_the_last_pictures_and_actions():
 
 
 def test_dreams_take_the_same_steps_as_the_filter():
-    """Where the picture that comes is the one that was dreamt, nothing differs; h does not know the picture at all."""
+    """Where the observed picture is the imagined one, nothing differs."""
     world = diamond()
     state, action = before(world), torch.eye(2)[[0, 1, 0]]
     dreamt = world.dynamics.imagine(state, action, MODE)
-    seen = world.dynamics.observe(
+    observed = world.dynamics.observe(
         state,
         torch.cat([dreamt["summary"], dreamt["z"]], -1).unsqueeze(1),
         action.unsqueeze(1),
@@ -135,12 +134,12 @@ def test_dreams_take_the_same_steps_as_the_filter():
         MODE,
     )[0]
     for name in state:
-        torch.testing.assert_close(seen[name], dreamt[name], msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(observed[name], dreamt[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("rollouts", ["latent", "observation"])
 def test_a_dream_ends_each_feature_in_the_picture_that_it_decodes_to(rollouts):
-    """Looking at what was drawn changes nothing: it is the picture itself."""
+    """To encode what was drawn changes nothing: it is the picture itself."""
     world = diamond(rollouts=rollouts)
     dream = world.imagine(before(world), lambda feature, step: torch.eye(2)[[0, 1, 0]], 3, Sampling(generator=generator()))
     again = diamond().imagine(before(world), lambda feature, step: torch.eye(2)[[0, 1, 0]], 3, Sampling(generator=generator()))
@@ -162,7 +161,7 @@ def test_drawn_pictures_have_the_levels_of_a_byte_and_come_from_the_generator():
     assert not torch.equal(once, draws[0])
 
 
-def test_pictures_train_the_u_net_and_rewards_the_carry():
+def test_pictures_train_the_u_net_and_rewards_the_gru():
     world = diamond().train()
     batch = inputs(world)
     trace = world.trace(batch, None, Sampling(generator=generator()))
@@ -176,7 +175,7 @@ def test_pictures_train_the_u_net_and_rewards_the_carry():
 
 
 @pytest.mark.parametrize("frames", [1, 5, 64])
-def test_the_loss_of_some_pictures_stands_for_all_rows_but_those_that_open_an_episode(frames):
+def test_the_loss_of_some_pictures_stands_for_all_rows_but_an_episodes_first(frames):
     world = diamond(frames=frames)
     batch = inputs(world)
     trace = world.trace(batch, None, Sampling(generator=generator()))
@@ -191,23 +190,23 @@ def test_training_adds_noise_that_is_the_same_for_a_whole_channel():
     world.dynamics.unet.register_forward_pre_hook(lambda module, args: shown.append(args[0]))
     batch = inputs(world)
     trace = traced(world, batch)
-    world.dynamics.predict(trace, batch, torch.zeros_like(trace.z), Sampling())  # grey pictures: all that is seen is noise
+    world.dynamics.predict(trace, batch, torch.zeros_like(trace.z), Sampling())  # grey pictures: the input is noise alone
     noise = shown[0] * float(world.dynamics.path.deviation(torch.tensor(0.3)))
     assert abs(float(noise.mean((1, 2, 3)).std()) - 0.3) < 0.15
     assert 0.008 < float(noise.std((1, 2, 3)).mean()) < 0.012
 
 
-def test_the_u_net_is_trained_on_what_it_is_told_in_dreams():
-    """The pictures and actions beside a row in training are those that a dream of the row before sees."""
-    world, told = diamond(frames=64), []
-    world.dynamics.unet.register_forward_pre_hook(lambda module, args: told.append(args[2:]))
+def test_the_u_net_is_trained_on_the_inputs_that_it_has_in_dreams():
+    """Pictures and actions beside a row in training are those of a dream from the row before."""
+    world, inputs_of = diamond(frames=64), []
+    world.dynamics.unet.register_forward_pre_hook(lambda module, args: inputs_of.append(args[2:]))
     batch = inputs(world)
     trace = traced(world, batch, before(world))
-    told.clear()
+    inputs_of.clear()
     world.dynamics.predict(trace, batch, trace.z, Sampling())
     rows = trace.states.map(lambda x: x[:, :-1].flatten(0, 1))
     world.dynamics.imagine(rows, batch.prev_action[:, 1:].flatten(0, 1), Sampling(mode=True, steps=1))
-    trained, dreamt = [torch.cat([x.flatten(1) for x in pair], 1) for pair in told]
+    trained, dreamt = [torch.cat([x.flatten(1) for x in pair], 1) for pair in inputs_of]
     within = ~batch.is_first[:, 1:].flatten()
     missing = torch.cdist(dreamt[within], trained).amin(1)
     assert len(missing) > 5 and missing.max() < 1e-3
@@ -237,7 +236,7 @@ def dots(rows: int, length: int, seed: int) -> Batch:
     return Batch({"obs": picture.byte()}, previous, previous, torch.zeros(rows, length), none, none, none, batch.row)
 
 
-def test_a_moving_dot_is_foretold_better_than_by_standing_still():
+def test_a_moving_dot_is_predicted_better_than_by_persistence():
     world = diamond(shaken=False, depth=8, frames=64)
     learner = Learner(world, TrainConfig(lr=3e-3))
     for seed in range(100):
@@ -249,8 +248,8 @@ def test_a_moving_dot_is_foretold_better_than_by_standing_still():
     with torch.no_grad():
         dreamt = world.dynamics.imagine(trace.last, held_out.prev_action[:, 5], Sampling(generator=generator()))
     error = (world.decode(dreamt["z"])["obs"] - truth).square().mean()
-    still = (held_out.obs["obs"][:, 4] - truth).square().mean()
-    assert error < 0.5 * still
+    persistence = (held_out.obs["obs"][:, 4] - truth).square().mean()
+    assert error < 0.5 * persistence
 
 
 def test_what_it_cannot_predict_is_refused_with_the_way_out():

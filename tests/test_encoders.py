@@ -37,7 +37,7 @@ def canonical(n: int, seed: int = 0) -> dict[str, torch.Tensor]:
     return out
 
 
-def test_running_statistics_are_those_of_all_that_was_seen():
+def test_running_statistics_are_those_of_all_observations():
     scaling, batches = VectorScaling("standardise", SPEC), [canonical(n, seed) for seed, n in enumerate((1, 7, 32, 3))]
     for batch in batches:
         scaling.update(batch)
@@ -82,7 +82,7 @@ def test_every_scale_inverts_and_touches_vectors_alone(kind):
             assert torch.equal(scaled[name], x) and torch.equal(back[name], x)
 
 
-def test_before_anything_was_seen_vectors_pass_unchanged_and_constants_never_explode():
+def test_without_statistics_vectors_pass_unchanged_and_constants_never_explode():
     scaling, batch = VectorScaling("standardise", SPEC), canonical(5)
     torch.testing.assert_close(scaling({**batch, "speed": torch.ones(5, 3)})["speed"], torch.ones(5, 3))
     constant = {**batch, "speed": torch.full((5, 3), 3.0)}
@@ -90,7 +90,7 @@ def test_before_anything_was_seen_vectors_pass_unchanged_and_constants_never_exp
     torch.testing.assert_close(scaling({**batch, "speed": torch.full((5, 3), 3.5)})["speed"], torch.full((5, 3), 0.5))
 
 
-def test_numbers_far_from_all_that_was_seen_keep_their_order_and_come_back():
+def test_numbers_far_outside_of_the_statistics_keep_their_order_and_come_back():
     scaling = VectorScaling("standardise", ObsSpec.from_space(spaces.Box(-INF, INF, (1,))))
     scaling.update({"obs": 0.05 * torch.randn(300, 1, generator=generator())})
     track = torch.linspace(-2.4, 2.4, 97).unsqueeze(1).requires_grad_()  # up to 48 deviations
@@ -102,7 +102,7 @@ def test_numbers_far_from_all_that_was_seen_keep_their_order_and_come_back():
     assert scaling({"obs": torch.full((1, 1), INF)})["obs"].isnan().all()
 
 
-def test_after_300_random_steps_of_cartpole_all_of_its_track_is_told_apart():
+def test_after_300_random_steps_of_cartpole_all_positions_of_its_track_differ():
     env = gym.make("CartPole-v1")
     env.action_space.seed(0)
     world, rows = small_world(env.observation_space), [env.reset(seed=0)[0]]
@@ -112,7 +112,7 @@ def test_after_300_random_steps_of_cartpole_all_of_its_track_is_told_apart():
     world.scaling.update(world.obs.canonical({"obs": torch.from_numpy(np.stack(rows))}))
     track = torch.zeros(23, 4)
     track[:, 0] = torch.linspace(1.3, 2.4, 23)
-    seen = world.preprocess({"obs": track})  # what is encoded, and what is decoded towards
+    seen = world.preprocess({"obs": track})  # input of the encoder, target of the decoder
     assert (seen["obs"][:, 0].diff() > 0.01).all()
     unlikely = world.decoder.eval().loss(torch.zeros(23, world.feature_dim), seen)["observation"].value
     assert (unlikely.diff() > 0).all()

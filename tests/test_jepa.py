@@ -1,4 +1,4 @@
-"""Codes that are predicted and not decoded: where gradients go, what keeps codes apart, and what is refused."""
+"""Objectives that predict latents: what each loss trains, what prevents a collapse, and what is refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ UPSTREAM = ("encoder", "dynamics.posterior_net", "dynamics.gru", "dynamics.trans
 
 
 def jepa_world(kind: str = "jepa", action: spaces.Space = TWO_ACTIONS, heads: str = "stop", seed: int = 0, **options) -> WorldModel:
-    """A small world model of point codes, in training mode."""
+    """A small world model of point latents, in training mode."""
     parts = {name: small(name, "standard") for name in ("encoder", "decoder")}
     parts |= {"heads": small("heads", "standard", gradient=heads), "transition": FITTED, "initial": FITTED}
     config = {**POINT, **parts, "objective": {"kind": kind, "units": 16, **options}}
@@ -39,7 +39,7 @@ def losses(world: WorldModel, batch: Batch) -> tuple[dict[str, Loss], Trace]:
 
 
 def parts_reached(world: WorldModel, loss: Tensor) -> set[str]:
-    """Names of the modules that a loss has a gradient for, as far down as tests speak of."""
+    """Names of the modules that a loss has a gradient for."""
     names = reached(loss, **{name: p for name, p in world.named_parameters() if p.requires_grad})
     return {".".join(name.split(".")[: 2 if name.startswith(("dynamics", "objective")) else 1]) for name in names}
 
@@ -47,7 +47,7 @@ def parts_reached(world: WorldModel, loss: Tensor) -> set[str]:
 # Gradients -------------------------------------------------------------------------------------------------------------
 
 
-def test_prediction_trains_encoder_dynamics_and_transition_and_the_rest_has_its_own_place():
+def test_prediction_trains_encoder_dynamics_and_transition_and_other_losses_their_own_modules():
     world = jepa_world()
     terms, _ = losses(world, known_batch())
     found = {name: parts_reached(world, term.mean()) for name, term in terms.items()}
@@ -60,7 +60,7 @@ def test_prediction_trains_encoder_dynamics_and_transition_and_the_rest_has_its_
     assert found["reward"] == found["continue"] == {"heads"}
 
 
-def test_the_code_that_came_is_trained_to_be_predictable():
+def test_the_observed_latent_is_trained_to_be_predictable():
     world = jepa_world()
     batch = known_batch()
     _, trace = losses(world, batch)
@@ -79,18 +79,18 @@ def test_a_hybrids_decoder_and_heads_reach_what_their_options_say(heads, decoder
     assert ("encoder" in parts_reached(world, terms["continue"].mean())) == (heads == "full")
 
 
-def test_without_a_probe_nothing_is_decoded_and_a_picture_is_refused():
+def test_without_a_probe_nothing_is_decoded_and_decode_is_refused():
     world = jepa_world(probe=False)
     assert "observation" not in losses(world, known_batch())[0]
     with pytest.raises(ConfigError, match="no decoder"):
         world.decode(torch.zeros(1, world.feature_dim))
 
 
-# Rows that open an episode ---------------------------------------------------------------------------------------------
+# An episode's first row -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("action", [TWO_ACTIONS, spaces.Box(-1, 1, (2,)), spaces.MultiBinary(3)], ids=["Discrete", "Box", "Bits"])
-def test_nothing_is_told_across_the_border_of_an_episode(action):
+def test_nothing_is_predicted_across_an_episodes_border(action):
     batch = known_batch(action=action)
     terms, _ = losses(jepa_world(action=action), batch)
     first = batch.is_first
@@ -99,7 +99,7 @@ def test_nothing_is_told_across_the_border_of_an_episode(action):
     assert (terms["inverse"].value * terms["inverse"].mask)[~first[:, 1:]].all()
 
 
-def test_what_opens_an_episode_leaves_the_fitted_deviation_alone():
+def test_an_episodes_first_row_is_not_in_the_fitted_deviation():
     batch = known_batch()
     world = jepa_world()
     trace = world.trace(batch.with_obs(world.preprocess(batch.obs)), None, Sampling(mode=True))
@@ -110,7 +110,7 @@ def test_what_opens_an_episode_leaves_the_fitted_deviation_alone():
     assert world.dynamics.transition.variance.min() > 100
 
 
-# What keeps codes apart ------------------------------------------------------------------------------------------------
+# Against collapse -------------------------------------------------------------------------------------------------------
 
 
 def directions(size: int, count: int, g: torch.Generator) -> Tensor:
@@ -118,7 +118,7 @@ def directions(size: int, count: int, g: torch.Generator) -> Tensor:
     return x / x.norm(dim=0)
 
 
-def test_the_statistic_has_its_known_mean_for_gaussian_codes_whatever_their_number_and_size():
+def test_the_statistic_has_its_known_mean_for_gaussian_latents_of_any_number_and_size():
     """E[T] is the integral of (1 - exp(-t^2)) exp(-t^2 / 2) over [-3, 3]: 1.052."""
     g = generator()
     for rows, size in ((128, 1), (256, 4), (512, 16)):
@@ -126,7 +126,7 @@ def test_the_statistic_has_its_known_mean_for_gaussian_codes_whatever_their_numb
         assert abs(float(draws.mean()) - 1.052) < 0.12, (rows, size)  # neighbouring slices are not independent
 
 
-def test_the_statistic_tells_points_and_lumps_from_a_gaussian():
+def test_the_statistic_is_large_for_points_and_clusters():
     g = generator()
     ways = directions(4, 64, g)
     assert math.isclose(float(epps_pulley(torch.zeros(256, 4), ways).mean()), 102.92, rel_tol=1e-3)
@@ -137,7 +137,7 @@ def test_the_statistic_tells_points_and_lumps_from_a_gaussian():
     assert lumps > 10 and 2 < even < 8 and small_ones > 10
 
 
-def test_vicreg_is_content_with_white_codes_and_not_with_small_or_equal_numbers():
+def test_vicreg_accepts_white_latents_and_no_small_or_equal_numbers():
     latents = torch.randn(4096, 3, generator=generator())
     assert variance(latents) < 0.02 and covariance(latents) < 0.01
     assert abs(float(variance(0.25 * latents)) - 0.75) < 0.02
@@ -145,7 +145,7 @@ def test_vicreg_is_content_with_white_codes_and_not_with_small_or_equal_numbers(
 
 
 def spread_after_training(**options) -> tuple[Tensor, Tensor]:
-    """(eigenvalues of the codes' covariance, final prediction loss) after 60 updates on walks of four numbers."""
+    """(eigenvalues of the latents' covariance, final prediction loss) after 60 updates on random walks."""
     world = jepa_world(probe=False, **options)
     scales = dict.fromkeys(ScaleConfig.model_fields, 1.0) | {"collapse": 50.0, "reward": 0.0, "cont": 0.0}
     learner = Learner(world, TrainConfig(lr=1e-2, eps=1e-8, clip=100.0, burn_in=0, warmup=0, ema_decay=0.0, scales=scales))
@@ -158,18 +158,18 @@ def spread_after_training(**options) -> tuple[Tensor, Tensor]:
     return torch.linalg.eigvalsh(torch.cov(trace.z.detach().flatten(0, 1).T)), metrics["loss/prediction"]
 
 
-def test_codes_collapse_without_what_keeps_them_apart_and_not_with_it():
+def test_latents_collapse_only_without_the_losses_against_it():
     alone, predicted = spread_after_training(anti_collapse="none", inverse=False)
-    assert alone.max() < 0.1 and predicted < 0.02  # all codes are nearly one, which is easy to predict
+    assert alone.max() < 0.1 and predicted < 0.02  # all latents are nearly one, which is easy to predict
     for anti in ("sigreg", "vicreg"):
         kept, _ = spread_after_training(anti_collapse=anti)
         assert kept.min() > 0.3, anti
 
 
-# The slow encoder ------------------------------------------------------------------------------------------------------
+# The target encoder ----------------------------------------------------------------------------------------------------
 
 
-def test_the_slow_encoder_follows_and_its_codes_are_what_is_predicted():
+def test_the_target_encoder_is_an_average_and_its_latents_are_predicted():
     world = jepa_world(ema_decay=0.9)
     start = [p.clone() for p in world.objective.slow.parameters()]
     with torch.no_grad():
@@ -183,12 +183,12 @@ def test_the_slow_encoder_follows_and_its_codes_are_what_is_predicted():
     assert not any(x.any() for x in moved[count:])
     own = world.dynamics.predict(trace, known_batch(), trace.z, Sampling())
     assert not torch.allclose(terms["prediction"].value, own["error"].value)
-    assert len(moved) == count + len(list(world.dynamics.posterior_net.parameters()))  # the carry and its laws have no slow copy
+    assert len(moved) == count + len(list(world.dynamics.posterior_net.parameters()))  # recurrence and priors have no copy
     assert not any(name.startswith("objective.slow") for name in parts_reached(world, terms["prediction"].mean()))
-    assert torch.equal(moved[0] + start[0], next(world.objective.slow.parameters()))  # by no loss that is only looked at
+    assert torch.equal(moved[0] + start[0], next(world.objective.slow.parameters()))  # a loss alone does not update it
 
 
-def test_the_slow_encoder_follows_updates_and_none_that_is_skipped():
+def test_a_skipped_update_does_not_move_the_target_encoder():
     learner = Learner(jepa_world(ema_decay=0.9), TrainConfig(burn_in=0, warmup=0))
     slow = [[p.clone() for p in learner.world.objective.slow.parameters()]]
     for spoil in (1.0, torch.nan):
@@ -204,7 +204,7 @@ def test_the_slow_encoder_follows_updates_and_none_that_is_skipped():
 
 @pytest.mark.parametrize("kind", ["jepa", "hybrid"])
 @pytest.mark.parametrize("dynamics", [{"latent": {"kind": "gaussian"}, "posterior": "observation"}, {"latent": {"kind": "point"}}])
-def test_beliefs_and_filters_are_refused_with_what_to_set(kind, dynamics):
+def test_latents_that_are_no_points_and_filters_are_refused_with_what_to_set(kind, dynamics):
     with pytest.raises(ConfigError, match=r"latent\.kind=point.*posterior=observation"):
         ModelConfig.parse({"objective": {"kind": kind}, "dynamics": dynamics})
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import generator
+from conftest import descend, generator
 
 from worldmodel.nn.networks import (
     MLP,
@@ -35,7 +35,7 @@ def test_symexp_undoes_symlog():
     torch.testing.assert_close(symlog(torch.tensor([math.e - 1, 1 - math.e])), torch.tensor([1.0, -1.0]))
 
 
-def test_fan_in_weights_keep_the_size_of_what_passes_through():
+def test_fan_in_weights_keep_the_variance():
     torch.manual_seed(0)
     x = random(4000, 256)
     for layer in (linear(256, 256), initialise(BlockLinear(256, 256, 4)), initialise(torch.nn.Conv2d(16, 64, 4))):
@@ -102,11 +102,7 @@ def test_targets_beyond_the_last_bin_count_as_the_last_bin(two_hot):
 def test_the_mean_of_fitted_logits_is_the_target():
     two_hot, target = TwoHot(41, 5.0), torch.tensor([0.0, 1.0, -0.4, 17.3, -120.0])
     logits = torch.zeros(5, 41, requires_grad=True)
-    optimizer = torch.optim.Adam([logits], lr=0.3)
-    for _ in range(400):
-        optimizer.zero_grad()
-        two_hot.loss(logits, target).sum().backward()
-        optimizer.step()
+    descend(lambda step: two_hot.loss(logits, target).sum(), [logits], 0.3, 400)
     torch.testing.assert_close(two_hot.mean(logits), target, rtol=0.02, atol=0.02)
 
 
@@ -153,7 +149,7 @@ def test_a_block_gru_is_a_dense_one_with_block_diagonal_weights(blocks):
         assert (gate[inside] != 0).all() and (gate[~inside] == 0).all()
 
 
-def test_a_gru_mixes_its_candidate_into_its_carry_as_written():
+def test_a_gru_mixes_its_candidate_into_its_state_as_written():
     torch.manual_seed(0)
     cell, x, h = BlockGRU(5, 4), random(3, 5), random(3, 4, seed=1)
     r, c, u = cell.norm(x @ cell.inputs.weight.T + h @ cell.recurrent.weight.T).chunk(3, -1)
@@ -183,15 +179,15 @@ def test_pictures_too_small_for_a_convolution_are_refused_with_the_way_out(size)
             part()
 
 
-def test_every_pixel_is_seen_and_painted():
+def test_every_pixel_is_encoded_and_decoded():
     shape = (1, 33, 40)
     encoder, decoder = ConvEncoder(shape, 2), ConvDecoder(7, shape, 2)
     image = torch.rand(1, *shape, generator=generator()).requires_grad_()
-    (seen,) = torch.autograd.grad(encoder(image).square().sum(), image)
+    (encoded,) = torch.autograd.grad(encoder(image).square().sum(), image)
     feature = random(1, 7).requires_grad_()
     corners = decoder(feature)[0, 0, [0, 0, 32, 32], [0, 39, 0, 39]]
-    painted = [torch.autograd.grad(corner, feature, retain_graph=True)[0].abs().sum() for corner in corners]
-    assert (seen != 0).all() and min(painted) > 0
+    decoded = [torch.autograd.grad(corner, feature, retain_graph=True)[0].abs().sum() for corner in corners]
+    assert (encoded != 0).all() and min(decoded) > 0
 
 
 def test_an_untrained_picture_is_grey():

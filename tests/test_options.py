@@ -1,4 +1,4 @@
-"""No default makes another option inert: each option of each part of a model changes what is learned or drawn, under defaults."""
+"""No default makes another option inert: under defaults each option of each part changes what is learned or drawn."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BOTH = spaces.Dict({"eye": PICTURE, "arm": VECTOR})
 SEEN = {"picture": PICTURE, "vector": VECTOR, "both": BOTH}
 ROLES = ("encoder", "decoder", "latent", "dynamics", "distribution", "objective", "heads", "ensemble")
 WIDTHS = ("units", "depth", "deter", "refine_depth", "refine_units")
-"""Small here, as nothing else depends on them. All other options stand at their defaults."""
+"""Small here; all other options have their defaults."""
 
 POINTS = {
     "dynamics": {"kind": "rssm", "posterior": "observation", "latent": {"kind": "point"}},
@@ -69,7 +69,7 @@ def part(role: str, kind: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def model(role: str, kind: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a whole model with one part as told."""
+    """The options of a whole model with one part as given."""
     whole = {name: part(name, "standard", {}) for name in ("encoder", "decoder", "heads")}
     whole |= {"dynamics": {"kind": "rssm"}, **BESIDE.get((role, kind), {})}
     own = part(role, kind, options)
@@ -86,7 +86,7 @@ def model(role: str, kind: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def built(role: str, kind: str, options: dict[str, Any], seen: str) -> WorldModel:
-    """The model; a law stands in the slots that take it, with a context and without."""
+    """The model; a distribution fills the slots that take it, with a context and without."""
     whole = model(role, kind, options)
     if role == "distribution":
         every = {"transition": None, "initial": None, "marginal": None}
@@ -106,7 +106,7 @@ def fits(whole: dict[str, Any]) -> bool:
 
 
 def does(world: WorldModel, seen: str) -> Iterator[tuple[str, Tensor]]:
-    """What a model learns, draws and says in two updates, from where its decoder's deviations have settled; or that it fails."""
+    """What a model learns, draws and measures in two updates, after its decoder's deviations have settled; or that it fails."""
     for name, x in world.state_dict().items():
         if name.rpartition(".")[2].startswith("log_std"):
             x.fill_(math.log(0.1))
@@ -124,9 +124,9 @@ def does(world: WorldModel, seen: str) -> Iterator[tuple[str, Tensor]]:
             yield from ((name, getattr(dream, name)) for name in ("feature", "reward", "cont", "uncertainty"))
             if world.decoder is not None:
                 yield from world.decoder.sample(dream.feature.flatten(0, 1), Sampling(generator=generator(4))).items()
-            for slot, (law, where) in world._priors(rows.is_first).items():
-                if law.density != "none":
-                    yield slot, law.log_prob(trace.z[where], trace.h[where] if slot == "transition" else None)
+            for slot, (prior, where) in world._priors(rows.is_first).items():
+                if prior.density != "none":
+                    yield slot, prior.log_prob(trace.z[where], trace.h[where] if slot == "transition" else None)
     except NumericsError:
         yield "fails", torch.ones(())
 
@@ -173,7 +173,7 @@ def acts(role: str, kind: str, name: str, value: Any, beside: dict[str, Any], se
 
 
 @pytest.mark.parametrize(("role", "kind"), [(role, kind) for role in ROLES for kind in registry.kinds(role)])
-def test_each_option_of_a_part_changes_what_is_learned_or_drawn_while_all_others_stand_at_their_defaults(role, kind):
+def test_each_option_of_a_part_changes_what_is_learned_or_drawn_under_defaults(role, kind):
     inert, own = [], registry.part(role, kind)
     parents = [other for other in registry.kinds(role) if other != kind and issubclass(own, registry.part(role, other))]
     inherited = {name for other in parents for name in registry.config_class(role, other).model_fields} - {"sigma", "image"}

@@ -489,7 +489,7 @@ def test_every_option_is_read_and_every_choice_of_one_stands_in_a_test():
     assert not idle, "\n".join(idle)
 
 
-ON_THE_CPU = {"edm_grid", "cfm", "fixed_samples", "fit"}
+ON_THE_CPU = {"edm_grid", "fixed_samples", "fit"}
 """Functions that make small tensors on the CPU, which their callers bring to where the others are."""
 MAKERS = {"eye", "arange", "zeros", "ones", "tensor", "linspace", "full", "empty", "rand", "randn", "randint", "randperm"}
 

@@ -225,7 +225,7 @@ class WorldModel(nn.Module):
         trace = self.dynamics.observe(state, embed, batch.prev_action, batch.is_first, sampling or Sampling())[1]
         if self.training and batch.row is not None:
             for prior, rows in self._priors(batch.is_first).values():
-                if getattr(prior, "has_exemplars", False):
+                if prior.has_exemplars:
                     prior.replace_exemplars({name: x[rows] for name, x in batch.obs.items()}, trace.h[rows], batch.row[rows])
         return trace
 

@@ -236,7 +236,8 @@ def _hint(key: str, cls: type[Frozen], root: type[Frozen]) -> str:
     before, _, leaf = key.rpartition(".")
     if leaf in (names := renamed.options_of(cls)):
         now = names[leaf]
-        return " It is gone: nothing used it." if now is None else f" It is called '{before}{'.' if before else ''}{now}' now."
+        gone = renamed.REMOVED.get((cls.__name__, leaf), ("", "It is gone: nothing used it."))[1]
+        return f" {gone}" if now is None else f" It is called '{before}{'.' if before else ''}{now}' now."
     near = did_you_mean(leaf, cls.model_fields)
     known = registry.entries()
     role = next((role for role, _, config in known if config is cls and role != "group"), None)
@@ -361,6 +362,7 @@ def _in_new_names(cls: type[Frozen], data: Mapping) -> dict[str, Any]:
     """The data with the options that release 0.1 called otherwise under the names of today."""
     out = {}
     for name, value in data.items():
+        renamed.check_removed(cls, name, value)
         name = renamed.options_of(cls).get(name, name)
         field = cls.model_fields.get(name or "")
         inner = _class_of(field, value) if field is not None and isinstance(value, Mapping) else None

@@ -25,7 +25,7 @@ from worldmodel.distributions import (
     GaussianLatentConfig,
     Posterior,
 )
-from worldmodel.nn.diffusion import SAMPLERS, SIGMA_DATA, Network, edm, low_discrepancy
+from worldmodel.nn.diffusion import EDM, SAMPLERS, SIGMA_DATA, Network
 from worldmodel.nn.moments import RunningMoments
 from worldmodel.nn.networks import ConvEncoder, DenoisingMLP, SkipMLP, linear
 from worldmodel.registry import register
@@ -61,7 +61,7 @@ class DiffusionDecoder(Decoder):
     def __init__(self, config: DiffusionDecoderConfig, spec: ObsSpec, feature_dim: int, latent_dim: int):
         super().__init__(config, spec, feature_dim, latent_dim)
         self.pixelwise_noise = []  # what is drawn here are pictures
-        self.path = edm(config.log_sigma_mean, config.log_sigma_std, config.sigma_min, config.sigma_max)
+        self.path = EDM(config.log_sigma_mean, config.log_sigma_std, config.sigma_min, config.sigma_max)
         shapes = [spec.keys[name].shape for name in self.images]
         self.unets = nn.ModuleList(DenoisingUNet(s[0], s[0], self.in_features, tuple(s[1:]), config.refine_depth) for s in shapes)
         for i in range(len(self.images)):
@@ -93,9 +93,7 @@ class DiffusionDecoder(Decoder):
         return terms | {"denoise": Loss(total, "score")}
 
     def _denoise(self, network: Network, data: Tensor, generator: torch.Generator | None) -> Float[Tensor, " N"]:
-        level = self.path.drawn(low_discrepancy(len(data), generator, data.device))
-        noise = torch.randn(data.shape, generator=generator, device=data.device)
-        return self.path.loss(network, data, noise, level) / data[0].numel()
+        return self.path.training_loss(network, data, generator) / data[0].numel()
 
     def _picture_unit(self, i: int) -> Tensor:
         """By what pictures differ from what is expected, root mean square."""

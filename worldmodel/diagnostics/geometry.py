@@ -69,11 +69,11 @@ def usage(world: WorldModel, seen: FilteredStates) -> Float[Tensor, " V"] | None
 
     None where that law has no closed form, or does not split by variable.
     """
-    given = getattr(world.dynamics.transition, "given", None)
-    if given is None or not hasattr(seen.posterior, "kl_elements"):
+    prior = world.dynamics.transition
+    if prior is None or not prior.closed_form or world.dynamics.latent.deterministic:
         return None
     later = seen.step > 0
-    return seen.posterior.index(later).kl_elements(given(seen.h[later])).mean(0).cpu()
+    return seen.posterior.index(later).kl_elements(prior.given(seen.h[later])).mean(0).cpu()
 
 
 @torch.no_grad()

@@ -235,7 +235,7 @@ class Dynamics(nn.Module, ABC):
         """
         if not self.config.free_nats:
             return rate
-        compared = rate if hasattr(prior, "given") else rate.mean()
+        compared = rate if prior.closed_form else rate.mean()
         return torch.where(compared < self.config.free_nats, rate.detach(), rate)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 torch.set_num_threads(1)
 
 # The rooms whose annotations speak of shapes. The hook must stand before any of them is imported.
-TENSOR_ROOMS = "data networks attention distributions encoders decoders heads dynamics objectives model learner agents".split()
+TENSOR_ROOMS = "data nn distributions encoders decoders heads diamond dynamics objectives model learner agents".split()
 install_import_hook(
     [f"worldmodel.{room}" for room in TENSOR_ROOMS],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",  # an int is a float, as everywhere in Python
@@ -176,6 +176,15 @@ def small_source(latent: Latent, h_dim: int = 0) -> PosteriorSource:
     """What laws made of posteriors are built with; its module is `source.posterior.__self__`."""
     eyes = SmallEyes(latent, h_dim)
     return PosteriorSource(EncoderInterface(SmallEyes.SHAPES, SmallEyes.SIZE, eyes.encode), h_dim, eyes.posterior)
+
+
+def descend(loss, parameters, lr: float, steps: int) -> None:
+    """Adam on `loss(step)`."""
+    optimizer = torch.optim.Adam(parameters, lr=lr)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss(step).backward()
+        optimizer.step()
 
 
 def assert_near(estimate: Tensor, truth: Tensor, draws: int, spread: Tensor) -> None:

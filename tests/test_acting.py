@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import known_batch, small, small_world
-from test_pixels import pixels
+from test_diamond import diamond
 
 from worldmodel import registry
 from worldmodel.agents.belief import BeliefPolicy
@@ -65,9 +65,9 @@ def test_what_a_policy_draws_does_not_depend_on_the_form_of_the_prior(kind):
     assert torch.equal(played(of_form(kind)), played(of_form("gaussian")))
 
 
-@pytest.mark.parametrize("kind", ["dyn", "pixels"])
+@pytest.mark.parametrize("kind", ["dyn", "diamond"])
 def test_a_trace_holds_no_loss_and_the_rate_is_told_once_they_are_asked_for(kind):
-    world = of_form("flow") if kind == "dyn" else pixels()
+    world = of_form("flow") if kind == "dyn" else diamond()
     batch = known_batch() if kind == "dyn" else known_batch(world.obs.space)
     trace = world.trace(batch.with_obs(world.preprocess(batch.obs)), None, Sampling())
     assert set(vars(trace)) == {"embed", "posterior", "z", "h", "feature", "start", "last", "states"}

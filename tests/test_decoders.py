@@ -1,4 +1,4 @@
-"""Decoders: p(x | feature) is a normalised law for every kind of observation, and its deviation is the error's size."""
+"""Decoders: p(x | feature) is normalised for every kind of observation, and its deviation is the error's size."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import assert_near, generator, reached, small
+from conftest import assert_near, descend, generator, reached, small
 from gymnasium import spaces
 from torch import Tensor
 from torch.distributions import Bernoulli, Normal, OneHotCategorical
@@ -30,7 +30,7 @@ FEATURES, LATENT = 9, 4
 
 every_decoder = pytest.mark.parametrize("kind", registry.kinds("decoder"))
 every_likelihood = pytest.mark.parametrize("kind", ["standard", "diffusion"])
-"""Decoders whose "observation" is the negative log-likelihood of what they expect."""
+"""Decoders whose "observation" is a negative log-likelihood."""
 every_space = pytest.mark.parametrize("space", [*SPACES.values(), MIXED], ids=[*SPACES, "all"])
 
 
@@ -43,6 +43,17 @@ def feature(n: int, seed: int = 0) -> Tensor:
     return torch.randn(n, FEATURES, generator=generator(seed))
 
 
+def nll(decoder, given: Tensor, x: Tensor) -> Tensor:
+    """The negative log-likelihood of the one key "obs" [N]."""
+    return decoder.loss(given, {"obs": x})["observation"].value
+
+
+def spread_sigma(decoder, offsets) -> None:
+    """Moves each learned deviation by `offsets(its parameter)`."""
+    for p in (p for name, p in decoder.named_parameters() if name.startswith("log_std")):
+        p.data += offsets(p)
+
+
 def observations(spec: ObsSpec, n: int, seed: int = 0) -> dict[str, Tensor]:
     rows = {}
     for name, key in spec.keys.items():
@@ -53,7 +64,7 @@ def observations(spec: ObsSpec, n: int, seed: int = 0) -> dict[str, Tensor]:
 
 
 def log_prob(decoder, x: Tensor, name: str, output: Tensor) -> Tensor:
-    """ln p of one key in torch's own words [N]."""
+    """ln p of one key by torch.distributions [N]."""
     key = decoder.spec.keys[name]
     if key.kind == "categorical":
         groups = zip(x.split(key.sizes, -1), output.split(key.sizes, -1))
@@ -68,8 +79,7 @@ def log_prob(decoder, x: Tensor, name: str, output: Tensor) -> Tensor:
 @every_space
 def test_the_loss_is_the_negative_log_likelihood_in_nats_summed_over_all_elements(kind, space):
     decoder = build(kind, space, sigma="learned")
-    for p in (p for name, p in decoder.named_parameters() if name.startswith("log_std")):
-        p.data += 0.7 * torch.randn(p.shape, generator=generator(4))
+    spread_sigma(decoder, lambda p: 0.7 * torch.randn(p.shape, generator=generator(4)))
     obs = observations(decoder.spec, 5)
     terms = decoder.loss(feature(5), obs)
     expected = -sum(log_prob(decoder, obs[name], name, out) for name, out in decoder.output(feature(5)).items())
@@ -96,11 +106,9 @@ def test_means_and_samples_look_like_observations(kind, space, what):
             assert what == "mean" or key.kind == "image" or set(x.unique().tolist()) <= {0.0, 1.0}
 
 
-@pytest.mark.parametrize("kind", ["standard"])
-def test_samples_have_the_mean_and_the_deviation_that_the_law_has(kind):
-    decoder, n = build(kind, MIXED, sigma="learned"), 3000
-    for p in (p for name, p in decoder.named_parameters() if name.startswith("log_std")):
-        p.data += torch.linspace(-1, 0.5, p.numel())
+def test_samples_have_the_mean_and_the_deviation_of_the_distribution():
+    decoder, n = build("standard", MIXED, sigma="learned"), 3000
+    spread_sigma(decoder, lambda p: torch.linspace(-1, 0.5, p.numel()))
     decoder.perceptron.bent[-1].weight.data *= 3  # categories far from equal
     same = feature(1).expand(n, -1)
     mean, drawn = decoder.mean(feature(1)), decoder.sample(same, Sampling(generator=generator()))
@@ -108,7 +116,7 @@ def test_samples_have_the_mean_and_the_deviation_that_the_law_has(kind):
         x, center = drawn[name].detach(), mean[name][0].detach()
         if key.kind in ("image", "vector"):
             std = decoder.log_std(name).detach().exp().view(-1, *[1] * (x.ndim - 2)).expand_as(x[0])
-            if key.kind == "image":  # what lies beyond the ends goes to them
+            if key.kind == "image":  # clamped to [0, 1]
                 likely = torch.normal(center.expand(n, -1, -1, -1), std.expand(n, -1, -1, -1), generator=generator(1)).clamp(0, 1)
                 center, std = likely.mean(0), likely.std(0)
             torch.testing.assert_close(x.std(0), std, rtol=0.15, atol=0.03 if key.kind == "image" else 0)
@@ -140,15 +148,10 @@ def test_the_deviation_approaches_the_size_of_the_error(kind, sigma):
     decoder = build(kind, spaces.Box(-10, 10, (2,), np.float32), sigma=sigma).train()
     for p in decoder.perceptron.parameters():
         p.requires_grad_(False).zero_()
-    optimizer = torch.optim.Adam(decoder.parameters(), lr=0.05) if sigma == "learned" else None
     truth = torch.tensor([0.2, 3.0])
-    for step in range(150):
-        x = truth * torch.randn(256, 2, generator=generator(step))
-        loss = decoder.loss(feature(256), {"obs": x})["observation"].value.mean()
-        if optimizer is not None:
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    given = feature(256).requires_grad_()
+    loss = lambda step: nll(decoder, given, truth * torch.randn(256, 2, generator=generator(step))).mean()  # noqa: E731
+    descend(loss, decoder.parameters(), 0.05, 150)
     torch.testing.assert_close(decoder.log_std("obs").detach().exp(), truth, rtol=0.1, atol=0)
 
 
@@ -157,7 +160,7 @@ def test_the_deviation_of_a_picture_is_one_number_and_the_error_of_all_its_pixel
     decoder = build(kind, SPACES["image"]).train()
     x = torch.rand(64, 3, 16, 17, generator=generator())
     for _ in range(200):
-        decoder.loss(feature(64), {"obs": x})
+        nll(decoder, feature(64), x)
     error = (x - decoder.mean(feature(64))["obs"]).square().mean().sqrt()
     assert decoder.log_std("obs").shape == (1,)
     assert float(decoder.log_std("obs").exp()) == pytest.approx(float(error.detach()), rel=0.02)
@@ -165,15 +168,15 @@ def test_the_deviation_of_a_picture_is_one_number_and_the_error_of_all_its_pixel
 
 @every_likelihood
 @pytest.mark.parametrize(("key", "option"), [("vector", "min_sigma"), ("image", "min_sigma_image")])
-def test_a_fitted_deviation_stands_still_while_evaluating_and_has_a_floor(kind, key, option):
+def test_a_fitted_deviation_is_fixed_in_evaluation_and_has_a_minimum(kind, key, option):
     decoder = build(kind, SPACES[key], **{option: 0.3})
-    exact = {"obs": decoder.eval().mean(feature(8))["obs"].detach()}
+    exact = decoder.eval().mean(feature(8))["obs"].detach()
     before = decoder.log_std("obs").clone()
-    decoder.loss(feature(8), exact)
+    nll(decoder, feature(8), exact)
     assert torch.equal(decoder.log_std("obs"), before)
     decoder.train()
     for _ in range(200):
-        decoder.loss(feature(8), exact)
+        nll(decoder, feature(8), exact)
     torch.testing.assert_close(decoder.log_std("obs"), torch.full_like(before, math.log(0.3)))
 
 
@@ -182,12 +185,12 @@ def test_a_number_that_is_not_finite_does_not_stay_in_the_fitted_deviation(kind)
     decoder = build(kind, SPACES["vector"]).train()
     x = torch.zeros(8, 4)
     x[0, 0] = torch.nan
-    assert decoder.loss(feature(8), {"obs": x})["observation"].value.isnan().any()
-    assert decoder.loss(feature(8), {"obs": torch.zeros(8, 4)})["observation"].value.isfinite().all()
+    assert nll(decoder, feature(8), x).isnan().any()
+    assert nll(decoder, feature(8), torch.zeros(8, 4)).isfinite().all()
 
 
 @every_decoder
-def test_a_decoder_of_the_latent_does_not_see_the_carry(kind):
+def test_a_decoder_of_the_latent_does_not_see_the_recurrent_state(kind):
     decoder = build(kind, MIXED, reads="latent")
     one, other = feature(3), feature(3)
     other[:, :-LATENT] += 5
@@ -195,12 +198,12 @@ def test_a_decoder_of_the_latent_does_not_see_the_carry(kind):
     assert all(torch.equal(x, decoder.mean(other)[name]) for name, x in decoder.mean(one).items())
     assert all(torch.equal(x, decoder.mean(one[:, -LATENT:])[name]) for name, x in decoder.mean(one).items())
     whole = build(kind, MIXED)
-    for p in whole.parameters():  # a law that nobody trained does not know the feature
+    for p in whole.parameters():  # an untrained prior ignores the feature
         p.data += 0.1 * torch.randn(p.shape, generator=generator())
     assert not torch.equal(whole.mean(one)["vector"], whole.mean(other)["vector"])
 
 
-# The law of a pixel -----------------------------------------------------------------------------------------------------
+# Distributions of pixels -------------------------------------------------------------------------------------------------
 
 GREY = spaces.Box(0, 255, (8, 8, 1), np.uint8)
 
@@ -216,7 +219,7 @@ def test_the_probabilities_of_a_logistic_pixels_levels_sum_to_one(levels):
 
 
 @pytest.mark.parametrize("image", ["logistic", "bernoulli"])
-def test_discrete_pixels_are_drawn_as_often_as_their_law_says(image):
+def test_discrete_pixels_are_drawn_as_often_as_they_are_likely(image):
     decoder, n = build("standard", GREY, image=image, levels=5, sigma="learned", min_sigma_image=0.2), 4000
     decoder.log_std0 = torch.nn.Parameter(torch.full((1,), math.log(0.2)))
     drawn = decoder.sample(feature(1).expand(n, -1), Sampling(generator=generator()))["obs"].detach()
@@ -225,18 +228,17 @@ def test_discrete_pixels_are_drawn_as_often_as_their_law_says(image):
     torch.testing.assert_close(seen.sum(0), torch.ones(1, 8, 8))
     for value, share in zip(possible, seen, strict=True):  # one pixel at a time: the others stay at a level of their own
         base = torch.zeros(1, 1, 8, 8)
-        probability = -decoder.loss(feature(1), {"obs": base})["observation"].value
+        before = nll(decoder, feature(1), base)
         base[0, 0, 3, 3] = value
-        ratio = (-decoder.loss(feature(1), {"obs": base})["observation"].value - probability).exp()
+        ratio = (before - nll(decoder, feature(1), base)).exp()
         assert float(share[0, 3, 3]) == pytest.approx(float(ratio.detach() * seen[0][0, 3, 3]), abs=0.04)
     torch.testing.assert_close(decoder.mean(feature(1))["obs"][0].detach(), drawn.mean(0), rtol=0, atol=0.06)
 
 
 def knows_its_picture(kind: str, **options):
-    """(a decoder at defaults that expects one picture whatever the feature, that picture)."""
-    decoder = registry.build(
-        "decoder", registry.config_class("decoder", kind)(**options), ObsSpec.from_space(GREY), FEATURES, LATENT
-    )
+    """(a decoder at defaults whose mean is one picture for every feature, that picture)."""
+    config = registry.config_class("decoder", kind)(**options)
+    decoder = registry.build("decoder", config, ObsSpec.from_space(GREY), FEATURES, LATENT)
     for p in decoder.convolutions.parameters():
         p.requires_grad_(False).mul_(0.1)
     mean = decoder.output(feature(1))["obs"]
@@ -248,27 +250,23 @@ def knows_its_picture(kind: str, **options):
 @pytest.mark.parametrize("sigma", ["fitted", "learned"])
 def test_a_picture_that_is_known_costs_less_than_evenly_coded_bytes_under_defaults(kind, sigma):
     decoder, picture = knows_its_picture(kind, image="logistic", sigma=sigma)
-    optimizer = torch.optim.Adam([decoder.log_std0], lr=0.1) if sigma == "learned" else None
-    for _ in range(120):
-        loss = decoder.train().loss(feature(1), {"obs": picture})["observation"].value.mean()
-        if optimizer is not None:
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    bits = float(decoder.eval().loss(feature(1), {"obs": picture})["observation"].value.detach()) / (64 * math.log(2))
+    given = feature(1).requires_grad_()
+    descend(
+        lambda step: nll(decoder.train(), given, picture).mean(), [decoder.log_std0] if sigma == "learned" else [given], 0.1, 120
+    )
+    bits = float(nll(decoder.eval(), feature(1), picture).detach()) / (64 * math.log(2))
     assert bits < 2.0, "evenly coded, each of 256 levels costs 8"
 
 
 @every_likelihood
 @pytest.mark.parametrize("deviation", [0.01, 0.1, 0.49, 0.8])
-def test_pictures_pull_as_if_their_deviation_were_a_half_at_least_and_the_loss_says_what_it_is(kind, deviation):
+def test_the_gradient_of_pictures_is_that_of_a_deviation_of_at_least_a_half_and_their_loss_is_not_weighted(kind, deviation):
     decoder = build(kind, GREY, min_sigma_image=0.001).eval()
     decoder.errors0.mean.fill_(deviation**2)
     means = torch.rand(3, 1, 8, 8, generator=generator()).requires_grad_()
     x = torch.rand(3, 1, 8, 8, generator=generator(1))
     nats = decoder._nll({"obs": means}, {"obs": x})
-    expected = -Normal(means, torch.tensor(deviation)).log_prob(x).flatten(1).sum(-1)
-    torch.testing.assert_close(nats, expected)
+    torch.testing.assert_close(nats, -Normal(means, torch.tensor(deviation)).log_prob(x).flatten(1).sum(-1))
     (slope,) = torch.autograd.grad(nats.sum(), means)
     torch.testing.assert_close(slope, (means - x).detach() / max(deviation, 0.5) ** 2)
 
@@ -277,7 +275,7 @@ def test_under_defaults_draws_of_a_known_picture_are_near_it_and_none_lies_outsi
     for image in ("gaussian", "logistic"):
         decoder, picture = knows_its_picture("standard", image=image)
         for _ in range(100):
-            decoder.train().loss(feature(1), {"obs": picture})
+            nll(decoder.train(), feature(1), picture)
         drawn = decoder.sample(feature(1).expand(50, -1), Sampling(generator=generator()))["obs"].detach()
         assert 0 <= float(drawn.min()) and float(drawn.max()) <= 1
         assert float((drawn - picture).square().mean().sqrt()) < 0.02
@@ -285,21 +283,17 @@ def test_under_defaults_draws_of_a_known_picture_are_near_it_and_none_lies_outsi
 
 def test_bernoulli_refuses_pixels_outside_of_zero_and_one():
     decoder = build("standard", GREY, image="bernoulli")
-    assert decoder.loss(feature(2), {"obs": torch.rand(2, 1, 8, 8)})["observation"].value.isfinite().all()
+    assert nll(decoder, feature(2), torch.rand(2, 1, 8, 8)).isfinite().all()
     with pytest.raises(ConfigError, match="image=gaussian"):
-        decoder.loss(feature(2), {"obs": torch.full((2, 1, 8, 8), 1.5)})
+        nll(decoder, feature(2), torch.full((2, 1, 8, 8), 1.5))
 
 
 @pytest.mark.parametrize("image", ["logistic", "bernoulli"])
-def test_a_law_of_pixels_learns_a_picture(image):
+def test_discrete_pixels_learn_a_picture(image):
     decoder = build("standard", GREY, image=image, min_sigma_image=0.001).train()
     x = (torch.rand(1, 1, 8, 8, generator=generator()) < 0.5).float().expand(4, -1, -1, -1)
-    same, optimizer = feature(1).expand(4, -1), torch.optim.Adam(decoder.parameters(), lr=1e-2)
-    for _ in range(150):
-        loss = decoder.loss(same, {"obs": x})["observation"].value.mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    same = feature(1).expand(4, -1)
+    descend(lambda step: nll(decoder, same, x).mean(), decoder.parameters(), 1e-2, 150)
     assert float((decoder.mean(same)["obs"] - x).abs().mean().detach()) < 0.12
     assert float(((decoder.sample(same, Sampling(generator=generator()))["obs"] > 0.5) == (x > 0.5)).float().mean()) > 0.9
 
@@ -309,31 +303,27 @@ def test_a_law_of_pixels_learns_a_picture(image):
 every_diffusion = pytest.mark.parametrize("kind", ["diffusion", "latent_diffusion"])
 
 
-def either(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """(pictures [n, 1, 16, 16] of one of two bright bars, vectors [n, 2] that lie at one of two places), whatever the feature."""
+def either(n: int, seed: int = 0) -> dict[str, Tensor]:
+    """Pictures [n, 1, 16, 16] of one of two bright bars, and vectors [n, 2] at one of two places, whatever the feature."""
     side = torch.rand(n, generator=generator(seed)) < 0.5
     pictures = torch.zeros(n, 1, 16, 16)
     pictures[side, :, 2:6, 2:14] = 1.0
     pictures[~side, :, 10:14, 2:14] = 1.0
-    return pictures, torch.where(side.unsqueeze(1), torch.tensor([1.0, -1.0]), torch.tensor([-1.0, 1.0]))
+    return {"picture": pictures, "vector": torch.where(side.unsqueeze(1), 1.0, -1.0) * torch.tensor([1.0, -1.0])}
 
 
 BOTH = spaces.Dict({"picture": spaces.Box(0, 255, (16, 16, 1), np.uint8), "vector": spaces.Box(-9, 9, (2,), np.float32)})
-
-
 DRAWING = {"diffusion": {"refine_depth": 8, "refine_units": 64, "frames": 32}}
 
 
 def trained(kind: str, steps: int = 150, **options):
     decoder = build(kind, BOTH, units=64, depth=8, **{**DRAWING.get(kind, {}), **options}).train()
-    optimizer = torch.optim.Adam(decoder.parameters(), lr=4e-3)
-    for step in range(steps):
-        picture, vector = either(32, step)
-        sampling = Sampling(generator=generator(step))
-        terms = decoder.loss(torch.ones(32, FEATURES), {"picture": picture, "vector": vector}, sampling)
-        optimizer.zero_grad()
-        sum(term.mean() for term in terms.values()).backward()
-        optimizer.step()
+
+    def loss(step: int) -> Tensor:
+        terms = decoder.loss(torch.ones(32, FEATURES), either(32, step), Sampling(generator=generator(step)))
+        return sum(term.mean() for term in terms.values())
+
+    descend(loss, decoder.parameters(), 4e-3, steps)
     return decoder.eval()
 
 
@@ -343,7 +333,7 @@ def test_a_draw_is_one_of_the_possible_observations_where_the_mean_lies_between_
     with torch.no_grad():
         mean, drawn = decoder.mean(same[:1]), decoder.sample(same, Sampling(generator=generator(), steps=5))
     distance = lambda x, real: (x - real).flatten(1).square().mean(1)  # noqa: E731
-    picture, vector = either(40)
+    picture, vector = either(40).values()
     reals = picture[:1], picture[(vector != vector[0]).any(1)][:1]
     nearest = torch.minimum(*[distance(drawn["picture"], real) for real in reals])
     apart = min(distance(mean["picture"], real) for real in reals)
@@ -365,20 +355,18 @@ def test_a_latents_picture_is_drawn_whole_and_not_pixel_by_pixel(image):
 @pytest.mark.parametrize("gradient", ["stop", "full"])
 def test_denoising_reaches_the_feature_only_where_it_may(kind, gradient):
     decoder = trained(kind, steps=3, gradient=gradient)
-    picture, vector = either(4)
     given = feature(4).requires_grad_()
-    terms = decoder.loss(given, {"picture": picture, "vector": vector}, Sampling(generator=generator()))
+    terms = decoder.loss(given, either(4), Sampling(generator=generator()))
     denoise = sum(term.value for name, term in terms.items() if name.startswith("denoise"))
     assert reached(denoise, feature=given) == ({"feature"} if gradient == "full" else set())
     likelihood = reached(terms["observation"].value, **dict(decoder.named_parameters()))
     own = reached(denoise, **dict(decoder.named_parameters()))
-    assert likelihood and own and not likelihood & own, "the refiner moves nothing that the likelihood trains"
+    assert likelihood and own and not likelihood & own, "the refiner trains nothing that the likelihood trains"
 
 
 @pytest.mark.parametrize(("kind", "unit"), [("diffusion", "nats"), ("latent_diffusion", "score")])
 def test_only_what_belongs_to_the_elbo_is_in_nats(kind, unit):
-    picture, vector = either(4)
-    terms = trained(kind, steps=1).loss(feature(4), {"picture": picture, "vector": vector}, Sampling(generator=generator()))
+    terms = trained(kind, steps=1).loss(feature(4), either(4), Sampling(generator=generator()))
     assert {name.partition("/")[0] for name in terms} == {"observation", "denoise"}  # each has a scale in training
     assert {name: term.unit for name, term in terms.items()} == {**dict.fromkeys(terms, "score"), "observation": unit}
 
@@ -386,22 +374,15 @@ def test_only_what_belongs_to_the_elbo_is_in_nats(kind, unit):
 def test_the_expected_observation_is_that_of_the_standard_decoder():
     one, other = build("standard", BOTH), build("diffusion", BOTH)
     other.load_state_dict(one.state_dict(), strict=False)
-    picture, vector = either(4)
-    obs = {"picture": picture, "vector": vector}
-    assert torch.equal(one.loss(feature(4), obs)["observation"].value, other.loss(feature(4), obs)["observation"].value)
+    values = [decoder.loss(feature(4), either(4))["observation"].value for decoder in (one, other)]
+    assert torch.equal(*values)
     assert all(torch.equal(x, other.mean(feature(4))[name]) for name, x in one.mean(feature(4)).items())
 
 
 def test_the_loss_of_some_pictures_stands_for_that_of_all():
-    few, all_ = (build("diffusion", BOTH, frames=frames) for frames in (16, 64))
-    picture, vector = either(64)
-    losses = [
-        torch.stack(
-            [
-                d.loss(feature(64), {"picture": picture, "vector": vector}, Sampling(generator=generator(s)))["denoise"].mean()
-                for s in range(20)
-            ]
-        )
-        for d in (few, all_)
-    ]
-    assert float(losses[0].mean().detach()) == pytest.approx(float(losses[1].mean().detach()), rel=0.1)
+    means = []
+    for frames in (16, 64):
+        decoder = build("diffusion", BOTH, frames=frames)
+        losses = [decoder.loss(feature(64), either(64), Sampling(generator=generator(seed)))["denoise"] for seed in range(20)]
+        means.append(sum(float(loss.mean().detach()) for loss in losses) / 20)
+    assert means[0] == pytest.approx(means[1], rel=0.1)

@@ -42,7 +42,7 @@ class Roll(NamedTuple):
 
 
 def rolls() -> Iterator[Roll]:
-    """All but `pixels`, whose codes are pictures: it keeps what laws concern it in tests/test_pixels.py."""
+    """All but `diamond`, whose latents are pictures: see tests/test_diamond.py."""
     for kind in registry.kinds("dynamics"):
         if "latent" not in registry.config_class("dynamics", kind).model_fields:
             continue

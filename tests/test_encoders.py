@@ -157,7 +157,7 @@ def build(kind: str, space: spaces.Space):
 
 every_encoder = pytest.mark.parametrize(
     "kind",
-    [kind for kind in registry.kinds("encoder") if kind != "pixels"],  # of one picture alone: tests/test_pixels.py
+    registry.kinds("encoder"),
 )
 
 

@@ -45,12 +45,12 @@ FOLDERS = {
 
 LAYERS = (
     "errors configs",
-    "data registry renamed storage.checkpoint storage.files storage.windows nn.networks nn.moments nn.diffusion",
+    "data registry renamed storage.checkpoint storage.files storage.windows nn.networks nn.moments nn.diffusion nn.unet",
     "config spaces storage.segments view nn.attention",
     "storage.replay storage.columns storage.weights",
     "storage.recording storage.npz distributions",
     "encoders decoders heads ensemble",
-    "dynamics objectives",
+    "diamond dynamics objectives",
     "model",
     "learner storage.run storage.run_folder",
     "diagnostics",
@@ -361,7 +361,7 @@ def test_every_recipe_builds_a_model_of_every_kind_and_size(recipe, monkeypatch)
     sizes = set()
     pictures = [key.kind for key in ObsSpec.from_space(env.observation_space, layout).keys.values()] == ["image"]
     for model in names("model"):
-        if model == "diamond" and not pictures:  # refused: tests/test_pixels.py
+        if model == "diamond" and not pictures:  # refused: tests/test_diamond.py
             continue
         for size in names("size"):
             config = Config.from_recipe(recipe, [f"model={model}", f"size={size}"])
@@ -495,7 +495,7 @@ MAKERS = {"eye", "arange", "zeros", "ones", "tensor", "linspace", "full", "empty
 
 
 def test_what_runs_on_a_device_makes_its_tensors_there():
-    rooms = "nn distributions encoders decoders heads ensemble dynamics objectives model learner".split()
+    rooms = "nn distributions encoders decoders heads ensemble diamond dynamics objectives model learner".split()
     wrong = []
     for name, file in modules().items():
         if package(name) not in rooms:

@@ -295,8 +295,6 @@ def test_a_saved_world_is_the_same_world():
 def test_every_registered_part_builds_into_a_world(part):
     for kind in registry.kinds(part):
         form = small(part, kind)
-        if getattr(form, "pixels", False):  # takes one picture, and no other parts: tests/test_pixels.py
-            continue
         codes = {"latent": "point", "dynamics": {"posterior": "observation"}} if getattr(form, "points", False) else {}
         world = small_world(**{part: form}, **codes)
         trace, batch = traced(world, known_batch())

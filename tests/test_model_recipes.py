@@ -27,7 +27,7 @@ FORMS = {
     "diamond": [],
 }
 """What makes a recipe, and what would stand there otherwise; those that are not named have their form in both slots of the code.
-diamond has no codes in which a Gaussian could stand, and needs pictures: see test_pixels.py."""
+diamond has no codes in which a Gaussian could stand, and needs pictures: see test_diamond.py."""
 
 
 def swaps(recipe: str) -> list[tuple[str, object]]:

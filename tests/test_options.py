@@ -34,9 +34,7 @@ POINTS = {
     "transition": {"kind": "gaussian"},
     "initial": {"kind": "gaussian"},
 }
-PIXELS = {name: {"kind": "pixels"} for name in ("encoder", "dynamics", "objective")}
 BESIDE: dict[tuple[str, str], dict[str, Any]] = {
-    **{(role, "pixels"): PIXELS for role in PIXELS},
     ("latent", "point"): {**POINTS, "objective": {"kind": "jepa"}},
     ("objective", "jepa"): POINTS,
     ("objective", "hybrid"): POINTS,
@@ -181,7 +179,7 @@ def test_each_option_of_a_part_changes_what_is_learned_or_drawn_while_all_others
     inherited = {name for other in parents for name in registry.config_class(role, other).model_fields} - {"sigma", "image"}
     for name in registry.config_class(role, kind).model_fields.keys() - inherited:  # those are tried where they come from
         beside = BELONGS.get((role, name), BELONGS.get((kind, name), {}))
-        seen = ["picture"] if "pixels" in kind else ["both" if role == "encoder" else "vector"]
+        seen = ["picture"] if kind == "diamond" else ["both" if role == "encoder" else "vector"]
         if role == "decoder":
             seen = [one for one, not_its in (("picture", HANDS), ("vector", EYES)) if name not in not_its]
         for one in seen:

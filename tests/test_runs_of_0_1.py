@@ -27,6 +27,12 @@ EXPECTED: dict[str, dict[str, Any]] = json.loads((FIXTURES / "expected.json").re
 
 EDM = {"most": "sigma_max", "least": "sigma_min", "level_mean": "log_sigma_mean", "level_std": "log_sigma_std"}
 RENAMED = [
+    (r'model\.dynamics\[pixels\]\.(kind = )"pixels"', r'model.dynamics[diamond].\1"diamond"'),
+    (r'model\.encoder\[pixels\]\.(kind = )"pixels"', r'model.encoder[standard].\1"standard"'),
+    (r'model\.objective\[pixels\]\.(kind = )"pixels"', r'model.objective[reconstruction].\1"reconstruction"'),
+    (r'model\.dynamics\[pixels\]\.posterior = "observation"', ""),
+    (r"model\.dynamics\[pixels\]\.(.*)", r"model.dynamics[diamond].\1"),
+    (r"model\.encoder\[pixels\]\.(.*)", r"model.encoder[standard].\1"),
     (r".*\[diffusion\]\.drop = 0\.0", ""),
     (r".*\[diffusion\]\.path = \"edm\"", ""),
     *((rf"train\.{old} =(.*)", rf"train.{new} =\1") for old, new in renamed.OPTIONS["TrainConfig"].items()),
@@ -34,7 +40,7 @@ RENAMED = [
     (r"model\.inputs =(.*)", r"model.vector_scaling =\1"),
     (r"(.*\[vamp\])\.inputs =(.*)", r"\1.pseudo_inputs =\2"),
     (r"(.*)\.law(\[diffusion\].*)", r"\1.prior\2"),
-    *((rf"(.*\[(?:diffusion|pixels)\])\.{old} =(.*)", rf"\1.{new} =\2") for old, new in EDM.items()),
+    *((rf"(.*\[(?:diffusion|diamond)\])\.{old} =(.*)", rf"\1.{new} =\2") for old, new in EDM.items()),
     (r"(.*\[diffusion\])\.looks =(.*)", r"\1.rate_samples =\2"),
     *((rf"(.*\[energy\])\.{old} =(.*)", rf"\1.{new} =\2") for old, new in renamed.OPTIONS["EnergyConfig"].items()),
     *((rf"(.*\[(?:jepa|hybrid)\])\.{old} =(.*)", rf"\1.{new} =\2") for old, new in renamed.OPTIONS["JepaConfig"].items()),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -13,25 +12,28 @@ from torch import Tensor, nn
 from worldmodel import renamed
 from worldmodel.config import Frozen
 from worldmodel.data import Obs
-from worldmodel.errors import ConfigError, NumericsError, UnsupportedSpaceError
+from worldmodel.errors import NumericsError, UnsupportedSpaceError
 from worldmodel.nn.moments import RunningMoments
-from worldmodel.nn.networks import MLP, ConvEncoder, picture_to_latent, symexp, symlog
+from worldmodel.nn.networks import MLP, ConvEncoder, symexp, symlog
 from worldmodel.registry import register
 from worldmodel.spaces import ObsSpec
 from worldmodel.spaces.keys import FLOAT32_MAX, KeySpec
 
 RANGE = 20.0
-"""Deviations within which a standardised number is as it is; beyond them it grows with the logarithm of what is beyond."""
+"""Deviations up to which a standardised number is unchanged; what exceeds them is compressed to ln(1 + excess)."""
+MAX_LOG = 200.0
+"""An excess that is larger than any float32, in deviations of any size."""
 
 
 class VectorScaling(nn.Module):
-    """Vectors on a scale that a squared error can see; images and categories pass unchanged.
+    """Scales vectors for networks and squared errors; images and categories pass unchanged.
 
-    standardise: by running mean and deviation of all that was collected, kept with the model (CartPole's pole angle
-    lives within 0.2 rad: unscaled, an error in it is hardly seen); what is further than RANGE deviations away is compressed.
-    symlog: sign(x) ln(1 + |x|). raw: unchanged.
-    The statistics are kept whatever the scale: errors of predictions are given in these deviations.
-    Numbers become float32 here, after the mean is taken off: a clock's seconds are lost in 1.7e9 of float32.
+    standardise  by the running mean and deviation of all collected observations; beyond RANGE deviations compressed
+    symlog       sign(x) ln(1 + |x|)
+    raw          unchanged
+
+    The statistics are kept for every kind: prediction errors are reported in these deviations. They are in float64, and the
+    result is float32: a clock's seconds would be lost in 1.7e9 of float32.
     """
 
     def __init__(self, kind: Literal["standardise", "symlog", "raw"], spec: ObsSpec):
@@ -44,10 +46,7 @@ class VectorScaling(nn.Module):
 
     @torch.no_grad()
     def update(self, obs: Obs) -> None:
-        """Take new observations [N, D] into the running statistics.
-
-        NumericsError where one is not finite: it would never leave them again. Then nothing is taken in.
-        """
+        """Update the running statistics with observations [N, D]; NumericsError, and no update, where one is not finite."""
         if nonfinite := [name for name in self.vectors if not obs[name].isfinite().all()]:
             raise NumericsError(
                 f"Observation '{nonfinite[0]}' is not finite, so it was kept out of the statistics. Check what it comes from."
@@ -57,31 +56,30 @@ class VectorScaling(nn.Module):
 
     @property
     def count(self) -> Tensor:
-        """Observations that the statistics are of; 0 where no vector is among them."""
+        """Number of observations in the statistics; 0 where there are no vectors."""
         return self.moments[0].count if self.vectors else self.none
 
     def statistics(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(mean, deviation) of one vector; a constant number keeps deviation 1."""
+        """(mean, deviation) of one vector; a constant number has deviation 1."""
         moments = self.moments[index]
         std = moments.variance.sqrt()
-        return moments.mean.to(like), torch.where(std > 1e-6, std, torch.ones_like(std)).to(like)
+        return moments.mean.to(like), torch.where(std > 1e-6, std, 1.0).to(like)
 
     def deviation(self, name: str) -> Tensor:
-        """The unit [D] in which an error of this key is given: 1 for pixels, categories and bits."""
-        if name not in self.vectors:
-            return torch.ones((), device=self.count.device)
-        return self.statistics(self.vectors.index(name), torch.zeros((), device=self.count.device))[1]
+        """The unit [D] of errors of this key: 1 for pixels, categories and bits."""
+        one = torch.ones((), device=self.count.device)
+        return self.statistics(self.vectors.index(name), one)[1] if name in self.vectors else one
 
     def forward(self, obs: Obs) -> Obs:
-        """Canonical observations on the inner scale."""
-        return self._each(obs, symlog, _standardised, dict.fromkeys(self.vectors, torch.float32))
+        """Canonical observations -> scaled ones."""
+        return self._map(obs, symlog, _standardised, dict.fromkeys(self.vectors, torch.float32))
 
     def inverse(self, obs: Obs) -> Obs:
-        """From the inner scale to canonical observations."""
-        return self._each(obs, symexp, _unstandardised, self.types)
+        """Scaled observations -> canonical ones."""
+        return self._map(obs, symexp, _unstandardised, self.types)
 
     def compressed_fraction(self, obs: Obs) -> Float[Tensor, ""] | None:
-        """The share of numbers on the inner scale that are compressed; None where none can be."""
+        """The fraction of numbers in scaled observations that are compressed; None where none can be."""
         if self.kind != "standardise" or not self.vectors:
             return None
         return torch.cat([obs[name].abs().flatten() > RANGE for name in self.vectors]).float().mean()
@@ -90,46 +88,41 @@ class VectorScaling(nn.Module):
         renamed.take_over_statistics(self, state_dict, prefix)  # torch reads SB3's zips itself, without storage.weights
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def _each(self, obs: Obs, log, affine, types: dict[str, torch.dtype]) -> Obs:
+    def _map(self, obs: Obs, log, affine, types: dict[str, torch.dtype]) -> Obs:
         out = dict(obs)
         for i, name in enumerate(self.vectors):
-            x = obs[name]
+            x = obs[name].double()
             if self.kind != "raw":
-                x = x.to(torch.float64)
                 x = log(x) if self.kind == "symlog" else affine(x, *self.statistics(i, x))
             out[name] = x.to(types[name])
         return out
 
 
+def _standardised(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """In deviations, compressed beyond RANGE; NaN where x is not finite, so that an infinity is noticed."""
+    x = (x - mean) / std
+    excess = x.abs() - RANGE
+    x = torch.where(excess > 0, x.sign() * (RANGE + excess.clamp_min(0).log1p()), x)
+    return torch.where(x.isfinite(), x, torch.nan)
+
+
+def _unstandardised(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Inverse of `_standardised`, within float32 whatever a network predicts."""
+    excess = x.abs() - RANGE
+    x = torch.where(excess > 0, x.sign() * (RANGE + excess.clamp(0, MAX_LOG).expm1()), x)
+    return (x * std + mean).clamp(-FLOAT32_MAX, FLOAT32_MAX)
+
+
 def convolution(key: KeySpec, depth: int) -> ConvEncoder:
-    """What sees the pictures of a key; UnsupportedSpaceError where they are too small for that."""
+    """The convolutions for a key of images; UnsupportedSpaceError where these are too small."""
     try:
         return ConvEncoder(key.shape, depth)
     except ValueError as error:
         raise UnsupportedSpaceError(f"The observation space at '{key.name}' ({key.space}): {error}") from None
 
 
-def _standardised(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """In deviations, compressed beyond RANGE; what is not finite is NaN, lest an infinity pass for a number."""
-    x = (x - mean) / std
-    compressed = x.abs() - RANGE
-    x = torch.where(compressed > 0, x.sign() * (RANGE + compressed.clamp_min(0).log1p()), x)
-    return torch.where(x.isfinite(), x, torch.nan)
-
-
-def _unstandardised(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Inverse of `_standardised`; nothing that a network says is beyond float32."""
-    compressed = x.abs() - RANGE
-    x = torch.where(compressed > 0, x.sign() * (RANGE + compressed.clamp(0, MAX_LOG).expm1()), x)
-    return (x * std + mean).clamp(-FLOAT32_MAX, FLOAT32_MAX)
-
-
-MAX_LOG = 200.0
-"""More than the logarithm of what float32 holds in deviations of any size."""
-
-
 class EncoderConfig(Frozen):
-    """A convolution for each image, one perceptron for everything else, and that itself, put side by side."""
+    """Convolutions for each image; a perceptron for everything else, and its input beside its output."""
 
     kind: Literal["standard"] = "standard"
     units: int = Field(128, ge=1, description="width of the perceptron")
@@ -158,41 +151,3 @@ class Encoder(nn.Module):
             x = torch.cat([obs[name] for name in self.vectors], -1)
             parts += [self.perceptron(x), x]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-
-
-# Pictures that are predicted as they are ---------------------------------------------------------------------------------
-
-
-class PixelEncoderConfig(EncoderConfig):
-    """The options of the standard encoder are those of the summary."""
-
-    pixels: ClassVar[bool] = True
-    """One of the parts that predict pictures as they are, and go together."""
-
-    kind: Literal["pixels"] = "pixels"
-
-
-@register("encoder", "pixels", PixelEncoderConfig)
-class PixelEncoder(nn.Module):
-    """One picture {name: [N, C, H, W]} -> [a summary of it, the picture itself as `as_code` has it], [N, E].
-
-    Raises ConfigError where the observation is anything but one picture.
-    """
-
-    def __init__(self, config: PixelEncoderConfig, spec: ObsSpec):
-        super().__init__()
-        kinds = {name: key.kind for name, key in spec.keys.items()}
-        if list(kinds.values()) != ["image"]:
-            seen = ", ".join(f"'{name}' ({kind})" for name, kind in kinds.items())
-            raise ConfigError(
-                f"model.encoder.kind=pixels takes observations that are one picture, and these are {seen}. Use another model, "
-                "such as model=gaussian, or an environment of pictures."
-            )
-        ((self.name, key),) = spec.keys.items()
-        self.convolution = convolution(key, config.depth)
-        self.perceptron = MLP(self.convolution.out_features, config.units, config.layers)
-        self.out_features = self.perceptron.out_features + math.prod(key.shape)
-
-    def forward(self, obs: Obs) -> Float[Tensor, "N E"]:
-        picture = obs[self.name]
-        return torch.cat([self.perceptron(self.convolution(picture)), picture_to_latent(picture)], -1)

@@ -1,4 +1,4 @@
-"""Several predictors of the next embedding: where they disagree, the world model has not been."""
+"""An ensemble that predicts the next embedding: its members disagree where the world model has few data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from worldmodel.registry import register
 
 
 class EnsembleConfig(Frozen):
-    """Size of the ensemble; without members there is none, and dreams have no uncertainty."""
+    """Without members there is no ensemble, and dreams have no uncertainty."""
 
     kind: Literal["standard"] = "standard"
     members: int = Field(0, ge=0, description="predictors of the next embedding, whose disagreement is the uncertainty; 0: none")
@@ -47,15 +47,15 @@ class EnsembleLinear(nn.Module):
 
 @register("ensemble", "standard", EnsembleConfig)
 class Ensemble(nn.Module):
-    """Predictors of the next embedding from feature and action, alike but for their initial weights.
+    """Predictors of the next embedding from feature and action, which differ in their initial weights alone.
 
-    Embeddings exist whatever the form of the code, so the same number means the same for every model: the deviation
-    between the predictions, in deviations of the embedding (1: they agree no better than two random moments do).
-    No gradient leaves it. Source: Sekar et al. 2020 (Plan2Explore), section 3; Lakshminarayanan et al. 2017.
+    Uncertainty is the deviation between their predictions, in deviations of the embedding (1: as between random embeddings),
+    so that it is comparable whatever the latent. No gradient leaves the ensemble.
+    Source: Sekar et al. 2020 (Plan2Explore), section 3; Lakshminarayanan et al. 2017.
     """
 
     MEMORY = 0.99
-    """The share of the embedding's mean and variance that stays at each update."""
+    """Decay of the embedding's running mean and variance."""
 
     def __init__(self, config: EnsembleConfig, feature_dim: int, action_dim: int, embed_dim: int):
         super().__init__()
@@ -65,7 +65,7 @@ class Ensemble(nn.Module):
         self.moments = RunningMoments(embed_dim, self.MEMORY)
 
     def forward(self, feature: Float[Tensor, "N F"], action: Float[Tensor, "N A"]) -> Float[Tensor, "K N E"]:
-        """Each one's prediction, in deviations of the embedding around its mean."""
+        """Each member's prediction of the standardised embedding."""
         x = torch.cat([feature, action], -1).expand(self.members, -1, -1)
         for layer in self.layers[:-1]:
             x = nn.functional.silu(layer(x))
@@ -80,15 +80,13 @@ class Ensemble(nn.Module):
     ) -> Loss:
         """Half the squared error, summed over members and averaged over the embedding, where the mask holds."""
         target = next_embed.detach().flatten(0, 1).float()
-        if self.training:
-            if len(rows := target[mask.flatten()]) > 1:  # one alone has no deviation
-                self.moments.update(rows)
+        if self.training and len(rows := target[mask.flatten()]) > 1:  # a single row has no deviation
+            self.moments.update(rows)
         target = (target - self.moments.mean.float()) / self.moments.deviation(1e-3)
         error = self(feature.detach().flatten(0, 1), action.flatten(0, 1)) - target
         return Loss(0.5 * error.square().mean(-1).sum(0).view(mask.shape), "score", mask)
 
     def disagreement(self, feature: Float[Tensor, "*N F"], action: Float[Tensor, "*N A"]) -> Float[Tensor, "*N"]:
-        """Deviation between the members' predictions, root mean square over the embedding's numbers."""
+        """Deviation between the members' predictions, a root mean square over the embedding."""
         spread = self(feature.flatten(0, -2), action.flatten(0, -2)).var(0)
         return spread.mean(-1).sqrt().view(feature.shape[:-1])
-

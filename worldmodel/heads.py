@@ -1,4 +1,4 @@
-"""Reward and continue: what a feature says about the step that led to it."""
+"""Heads that predict the reward and the end of an episode from a feature."""
 
 from __future__ import annotations
 
@@ -23,16 +23,18 @@ class HeadsConfig(Frozen):
     units: int = Field(128, ge=1, description="width")
     layers: int = Field(1, ge=0, description="hidden layers of each head")
     bins: int = Field(127, ge=3, description="bins of the reward's distribution (odd)")
-    limit: float = Field(10.0, gt=0, description="greatest symlog reward that the bins reach, in units of the rewards' own size")
+    limit: float = Field(10.0, gt=0, description="largest symlog reward that the bins reach, in units of the rewards' own size")
     gradient: Literal["full", "stop"] = Field("full", description="whether their losses train what is upstream too")
 
 
 class RewardScale(nn.Module):
-    """The unit in which rewards are learned: the root mean square of those so far that are not 0, and 1 before any.
+    """The unit in which rewards are learned: the root mean square of all rewards so far that are not 0; 1 before any.
 
-    Rewards of 1e6 and of 1e-6 are then the same to the bins of a distribution, and where they are 1 or -1 nothing changes. Zeros
-    do not count: a goal that is rare is no smaller for that.
+    So rewards of 1e6 and of 1e-6 are the same to the bins. Zeros do not count: a rare goal is no smaller for that.
     """
+
+    MIN = 1e-30
+    """The smallest unit: dividing by a smaller one overflows float32."""
 
     def __init__(self):
         super().__init__()
@@ -40,26 +42,21 @@ class RewardScale(nn.Module):
 
     @torch.no_grad()
     def update(self, reward: Float[Tensor, "*N"]) -> None:
-        """Take real rewards in, on any device, as float32, as they are stored; nothing of them where one is not finite."""
+        """Take in rewards as float32, as they are stored; none of them where one is not finite."""
         reward = reward.detach().flatten().float().to(torch.float64)
         self.squares.update(reward[reward != 0].square())
 
     @property
     def value(self) -> Float[Tensor, ""]:
-        """One unit, in rewards: float32, above 0."""
-        return self.squares.mean.sqrt().float().clamp_min(MIN_SCALE)
-
-
-
-MIN_SCALE = 1e-30
-"""The least unit: dividing by a smaller one leaves float32."""
+        """The unit: float32, above 0."""
+        return self.squares.mean.sqrt().float().clamp_min(self.MIN)
 
 
 @register("heads", "standard", HeadsConfig)
 class Heads(nn.Module):
     """feature [*N, F] -> expected reward [*N] and P(continue) [*N], both on arrival at that feature.
 
-    scale   the unit that rewards are learned in; what goes in and comes out are rewards as the world gives them
+    scale   the unit that rewards are learned in; arguments and results are rewards of the environment
     """
 
     def __init__(self, config: HeadsConfig, feature_dim: int):

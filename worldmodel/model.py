@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from worldmodel.config import Frozen, Part
 from worldmodel.data import Batch, Dream, Loss, Obs, Sampling, State, Trace
 from worldmodel.decoders import DecoderConfig
+from worldmodel.diamond import DiamondConfig
 from worldmodel.distributions import (
     CategoricalConfig,
     CategoricalLatent,
@@ -93,20 +94,10 @@ class ModelConfig(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _pixel_parts_go_together(self) -> ModelConfig:
-        parts = {name: getattr(self, name) for name in ("encoder", "dynamics", "objective")}
-        own = {name for name, part in parts.items() if getattr(part, "pixels", False)}
-        if not own:
-            return self
-        if len(own) < len(parts):
-            said = ", ".join(f"model.{name}.kind={part.kind}" for name, part in parts.items())
-            raise ValueError(f"pictures are predicted by parts that go together, and these are {said}: set all three to pixels.")
-        for slot in ("transition", "initial", "marginal"):
-            if getattr(self, slot) is not None:
-                raise ValueError(
-                    f"model.{slot}.kind={getattr(self, slot).kind} is a law of codes, and model.dynamics.kind=pixels has a "
-                    "denoiser of pictures in its place: leave it out, or use other dynamics."
-                )
+    def _diamond_is_a_whole_model(self) -> ModelConfig:
+        if isinstance(self.dynamics, DiamondConfig):
+            slots = ("encoder", "objective", "transition", "initial", "marginal")
+            self.dynamics.check({slot: getattr(self, slot) for slot in slots})
         return self
 
 
@@ -118,6 +109,12 @@ def default_distribution(dynamics: Frozen) -> Frozen:
     return DEFAULT_DISTRIBUTIONS[build("latent", dynamics.latent).family.kind].replace(units=dynamics.units)
 
 
+def build_encoder(encoder: Frozen, dynamics: Frozen, obs: ObsSpec) -> nn.Module:
+    """The encoder that a config names, or the one that its dynamics has in its place."""
+    own = getattr(part("dynamics", dynamics.kind), "Encoder", None)
+    return own(encoder, obs) if own else build("encoder", encoder, obs)
+
+
 class WorldModel(nn.Module):
     """Encoder, dynamics, objective and heads behind five verbs: trace, loss, observe, imagine, encode/decode."""
 
@@ -126,7 +123,7 @@ class WorldModel(nn.Module):
         self.config, self.obs, self.action = config, obs, action
         own = default_distribution(config.dynamics)
         self.scaling = VectorScaling(config.vector_scaling, obs)
-        self.encoder = build("encoder", config.encoder, obs)
+        self.encoder = build_encoder(config.encoder, config.dynamics, obs)
         interface = EncoderInterface({name: key.shape for name, key in obs.keys.items()}, self.encoder.out_features, self._embed)
         self.dynamics = build("dynamics", config.dynamics, interface, action.dim, config.transition or own, config.initial or own)
         self.feature_dim = self.dynamics.feature_dim
@@ -138,6 +135,7 @@ class WorldModel(nn.Module):
                 self.register_buffer("marginal_low", torch.tensor(UNKNOWN))
                 self.register_buffer("marginal_age", torch.tensor(0))
         decoder = build("decoder", config.decoder, obs, self.feature_dim, latent.size)
+        decoder = getattr(self.dynamics, "decoder", decoder)  # after both are built: heads have the same first weights
         self.objective = build("objective", config.objective, decoder, self.encoder, self.dynamics, action.dim)
         self.decoder: nn.Module | None = getattr(self.objective, "decoder", None)
         if self.decoder is None and config.rollouts == "observation":
@@ -249,8 +247,8 @@ class WorldModel(nn.Module):
 
     def update_targets(self) -> None:
         """What goes after the weights takes its step; for a training to call after each of its own."""
-        if hasattr(self.objective, "follow"):
-            self.objective.update_targets(self.encoder, self.dynamics)
+        if hasattr(self.objective, "update_target_encoder"):
+            self.objective.update_target_encoder(self.encoder, self.dynamics)
 
     def loss(self, trace: Trace, batch: Batch, sampling: Sampling | None = None) -> dict[str, Loss]:
         """Every term by name, unscaled. "dyn" trains the prior side, "rep" the posterior, where the rate exceeds the free nats."""

@@ -1,4 +1,4 @@
-"""How features are tied to the world that was observed."""
+"""Objectives: what ties latents and features to observations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from worldmodel.config import Frozen
 from worldmodel.data import Batch, Loss, Sampling, Trace
-from worldmodel.decoders import PixelReader
 from worldmodel.nn.networks import MLP, flatten
 from worldmodel.registry import register
 
@@ -27,7 +26,8 @@ class ReconstructionConfig(Frozen):
 class Reconstruction(nn.Module):
     """-ln p(obs | feature) at every row: with the rates, the negative ELBO in nats per step.
 
-    Source: Kingma and Welling 2014, eq. 2; over time, Hafner et al. 2019 (PlaNet), eq. 3.
+    Where latents are points, which have no rate, the transition's own loss takes its place; an episode's first row has none.
+    Sources: Kingma and Welling 2014, eq. 2; over time, Hafner et al. 2019 (PlaNet), eq. 3.
     """
 
     def __init__(self, config: ReconstructionConfig, decoder: nn.Module, encoder: nn.Module, dynamics: nn.Module, action_dim: int):
@@ -37,83 +37,56 @@ class Reconstruction(nn.Module):
 
     def forward(self, trace: Trace, batch: Batch, sampling: Sampling, dynamics: nn.Module) -> dict[str, Loss]:
         losses = decoder_losses(self.decoder, trace.feature, batch, sampling)
-        if self.deterministic:  # points have no rate that would train the transition
-            losses |= prior_losses(trace, batch, sampling, dynamics)
+        if self.deterministic:
+            own = dynamics.predict(trace, batch, trace.z.detach(), sampling)
+            losses |= {f"prior/transition/{name}": Loss(term.value, term.unit, ~batch.is_first) for name, term in own.items()}
         return losses
 
 
 def decoder_losses(decoder: nn.Module, feature: Float[Tensor, "B T F"], batch: Batch, sampling: Sampling) -> dict[str, Loss]:
-    """What a decoder makes of every row's observation, [B, T]."""
+    """The decoder's losses of every row's observation, [B, T]."""
     obs = {name: flatten(x) for name, x in batch.obs.items()}
     terms = decoder.loss(flatten(feature), obs, sampling.substream("decoder"))
     return {name: Loss(term.value.view(batch.shape), term.unit) for name, term in terms.items()}
 
 
-def prior_losses(trace: Trace, batch: Batch, sampling: Sampling, dynamics: nn.Module) -> dict[str, Loss]:
-    """The transition's own losses at codes that it does not shape; where an episode opens there is none."""
-    own = dynamics.predict(trace, batch, trace.z.detach(), sampling)
-    return {f"prior/transition/{name}": Loss(term.value, term.unit, ~batch.is_first) for name, term in own.items()}
-
-
-class PixelObjectiveConfig(Frozen):
-    """Pictures are predicted as they are."""
-
-    pixels: ClassVar[bool] = True
-    kind: Literal["pixels"] = "pixels"
-
-
-@register("objective", "pixels", PixelObjectiveConfig)
-class PixelObjective(nn.Module):
-    """The transition's own loss at the picture that came. Nothing is decoded: what `model.decoder` says is not used."""
-
-    def __init__(self, config: PixelObjectiveConfig, decoder: nn.Module, encoder: nn.Module, dynamics: nn.Module, action_dim: int):
-        super().__init__()
-        self.decoder = PixelReader(dynamics.name, dynamics.shape)
-
-    def forward(self, trace: Trace, batch: Batch, sampling: Sampling, dynamics: nn.Module) -> dict[str, Loss]:
-        return prior_losses(trace, batch, sampling, dynamics)
-
-
-# Codes that are predicted, not decoded ---------------------------------------------------------------------------------
-
-
 class PredictiveConfig(Frozen):
-    """What predicts codes from codes, and keeps them apart."""
+    """What predicts latents from latents, and prevents their collapse."""
 
     points: ClassVar[bool] = True
-    """Needs point codes of single observations."""
+    """Needs point latents of single observations."""
 
     anti_collapse: Literal["sigreg", "vicreg", "none"] = Field(
-        "sigreg", description="what keeps all codes from becoming one; none: nothing"
+        "sigreg", description="what keeps all latents from becoming one; none: nothing"
     )
     slices: int = Field(64, ge=1, description="sigreg: random directions of each update")
     covariance: float = Field(1.75, ge=0, description="vicreg: weight of the covariance beside the variance's 1")
-    inverse: bool = Field(True, description="a perceptron tells the action from the codes before and after it")
+    inverse: bool = Field(True, description="a perceptron predicts the action from the latents before and after it")
     units: int = Field(128, ge=1, description="width of that perceptron")
-    ema_decay: float = Field(0.0, ge=0, lt=1, description="share that a slow encoder keeps, whose codes are predicted; 0: none")
+    ema_decay: float = Field(0.0, ge=0, lt=1, description="decay of a target encoder, whose latents are predicted; 0: none")
 
 
 class JepaConfig(PredictiveConfig):
-    """Predict the next code, decode nothing."""
+    """Predict the next latent, decode nothing."""
 
     kind: Literal["jepa"] = "jepa"
-    probe: bool = Field(True, description="a decoder that nothing upstream learns from, so that codes can be seen")
+    probe: bool = Field(True, description="a decoder that nothing upstream learns from, so that latents can be seen")
 
 
 @register("objective", "jepa", JepaConfig)
 class Jepa(nn.Module):
-    """Joint-embedding prediction: the code of the next observation is told from what came before it, and nothing is decoded.
+    """Joint-embedding prediction: the latent of the next observation is predicted, and nothing is decoded.
 
     | loss | what | gradient reaches |
     |---|---|---|
-    | prediction | the transition's own loss at the code that came | encoder (both sides), dynamics, transition |
+    | prediction | the transition's own loss at the observed latent | encoder (both sides), dynamics, transition |
     | collapse/sigreg | mean of T / N over random directions (`epps_pulley`) | encoder |
     | collapse/variance, collapse/covariance | `variance`, `covariance` (vicreg) | encoder |
-    | inverse | half the squared error of the action told from both codes; one-hot: the Brier score | encoder, own parameters |
+    | inverse | half the squared error of the action that both latents predict; one-hot: the Brier score | encoder, own parameters |
     | observation | the probe decoder | the decoder alone |
 
-    Sources: Maes et al. 2026 (LeWM) for prediction and SIGReg without a slow encoder; Sobal et al. 2025 (PLDM) for VICReg and
-    inverse dynamics, without which an encoder may keep only what changes slowly; Assran et al. 2023 (I-JEPA) for `ema`.
+    Sources: Maes et al. 2026 (LeWM) for prediction and SIGReg without a target encoder; Sobal et al. 2025 (PLDM) for VICReg and
+    inverse dynamics, without which an encoder may keep only what changes slowly; Assran et al. 2023 (I-JEPA) for `ema_decay`.
     """
 
     def __init__(self, config: PredictiveConfig, decoder: nn.Module, encoder: nn.Module, dynamics: nn.Module, action_dim: int):
@@ -126,18 +99,17 @@ class Jepa(nn.Module):
 
     @staticmethod
     def _latent_modules(encoder: nn.Module, dynamics: nn.Module) -> nn.ModuleList:
-        """All that a code depends on: no carry and no law."""
+        """The modules from an observation to its latent."""
         return nn.ModuleList([encoder, dynamics.posterior_net])
 
     @torch.no_grad()
     def update_target_encoder(self, encoder: nn.Module, dynamics: nn.Module) -> None:
-        """The slow encoder takes a step towards the encoder."""
+        """One step of the exponential average."""
         if self.slow is not None:
             online = self._latent_modules(encoder, dynamics).parameters()
             torch._foreach_lerp_(list(self.slow.parameters()), list(online), 1 - self.config.ema_decay)
 
     def decoder_input(self, feature: Tensor) -> Tensor:
-        """The feature as the decoder gets it."""
         return feature.detach()
 
     def forward(self, trace: Trace, batch: Batch, sampling: Sampling, dynamics: nn.Module) -> dict[str, Loss]:
@@ -145,14 +117,7 @@ class Jepa(nn.Module):
         predicted = list(dynamics.predict(trace, batch, self._targets(trace, batch), sampling).values())
         unit = "nats" if all(term.unit == "nats" for term in predicted) else "score"
         terms = {"prediction": Loss(sum(term.value for term in predicted), unit, not_first)}
-        latents = flatten(trace.z).float()
-        if self.config.anti_collapse == "sigreg":
-            directions = torch.randn(latents.shape[1], self.config.slices, generator=sampling.generator, device=latents.device)
-            statistic = epps_pulley(latents, directions / directions.norm(dim=0)).mean()
-            terms["collapse/sigreg"] = Loss(statistic / len(latents), "score")
-        elif self.config.anti_collapse == "vicreg":
-            terms["collapse/variance"] = Loss(variance(latents), "score")
-            terms["collapse/covariance"] = Loss(self.config.covariance * covariance(latents), "score")
+        terms |= {f"collapse/{name}": Loss(x, "score") for name, x in self._collapse(flatten(trace.z).float(), sampling).items()}
         if self.inverse is not None:
             action = self.inverse(torch.cat([trace.z[:, :-1], trace.z[:, 1:]], -1))
             error = 0.5 * (action - batch.prev_action[:, 1:]).square().sum(-1)
@@ -162,7 +127,7 @@ class Jepa(nn.Module):
         return terms
 
     def _targets(self, trace: Trace, batch: Batch) -> Float[Tensor, "B T Z"]:
-        """The codes to be predicted, [B, T, Z]."""
+        """The latents to be predicted."""
         if self.slow is None:
             return trace.z
         encoder, posterior = self.slow
@@ -170,9 +135,18 @@ class Jepa(nn.Module):
             embed = encoder({name: flatten(x) for name, x in batch.obs.items()})
             return self.latent.distribution(posterior(embed)).mean.view(trace.z.shape)
 
+    def _collapse(self, latents: Float[Tensor, "N Z"], sampling: Sampling) -> dict[str, Tensor]:
+        """The statistics that keep latents apart."""
+        if self.config.anti_collapse == "sigreg":
+            directions = torch.randn(latents.shape[1], self.config.slices, generator=sampling.generator, device=latents.device)
+            return {"sigreg": epps_pulley(latents, directions / directions.norm(dim=0)).mean() / len(latents)}
+        if self.config.anti_collapse == "vicreg":
+            return {"variance": variance(latents), "covariance": self.config.covariance * covariance(latents)}
+        return {}
+
 
 class HybridConfig(PredictiveConfig):
-    """Predict the next code, and decode the observation."""
+    """Predict the next latent, and decode the observation."""
 
     kind: Literal["hybrid"] = "hybrid"
     decoder_grad: Literal["full", "stop"] = Field("full", description="whether reconstruction trains what is upstream too")
@@ -180,19 +154,19 @@ class HybridConfig(PredictiveConfig):
 
 @register("objective", "hybrid", HybridConfig)
 class Hybrid(Jepa):
-    """`Jepa`, and -ln p(obs | feature), which by `decoder_grad` reaches all upstream or the decoder alone."""
+    """`Jepa`, and -ln p(obs | feature), which by `decoder_grad` trains everything upstream or the decoder alone."""
 
     def decoder_input(self, feature: Tensor) -> Tensor:
         return feature if self.config.decoder_grad == "full" else feature.detach()
 
 
 def epps_pulley(latents: Float[Tensor, "N Z"], directions: Float[Tensor, "Z S"]) -> Float[Tensor, " S"]:
-    """How far codes are from N(0, I) along each direction of unit length: the Epps-Pulley statistic T.
+    """How far latents are from N(0, I) along each direction of unit length: the Epps-Pulley statistic T.
 
-        T = N * integral over t of |phi(t) - exp(-t^2 / 2)|^2 exp(-t^2 / 2),   phi the codes' characteristic function
+        T = N * integral over t of |phi(t) - exp(-t^2 / 2)|^2 exp(-t^2 / 2),   phi the latents' characteristic function
 
-    by the trapezoidal rule on 17 knots of [0, 3], twice, as the integrand is even. For Gaussian codes E[T] = 1.052
-    whatever N and Z are; where all codes are one point at the origin T = 0.402 N. Source: Epps and Pulley 1983; Balestriero
+    by the trapezoidal rule on 17 knots of [0, 3], twice, as the integrand is even. For Gaussian latents E[T] = 1.052
+    whatever N and Z are; where all latents are the origin T = 0.402 N. Source: Epps and Pulley 1983; Balestriero
     and LeCun 2025 (LeJEPA, SIGReg).
     """
     knots = torch.linspace(0, 3, 17, device=latents.device)
@@ -205,7 +179,7 @@ def epps_pulley(latents: Float[Tensor, "N Z"], directions: Float[Tensor, "Z S"])
 
 
 def variance(latents: Float[Tensor, "N Z"]) -> Tensor:
-    """How far the numbers' deviations stay below 1, on average. Source: Bardes et al. 2022 (VICReg), eq. 1 and 2."""
+    """How far deviations are below 1, a mean over the latent's numbers. Source: Bardes et al. 2022 (VICReg), eq. 1 and 2."""
     return (1 - (latents.var(0) + 1e-4).sqrt()).clamp_min(0).mean()
 
 

@@ -24,6 +24,7 @@ MODULES: tuple[str, ...] = (
     "worldmodel.ensemble",
     "worldmodel.distributions",
     "worldmodel.dynamics",
+    "worldmodel.diamond",
     "worldmodel.objectives",
     "worldmodel.model",
     "worldmodel.learner",

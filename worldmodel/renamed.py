@@ -6,7 +6,7 @@ An old option name that somebody writes is an error which names the new one; in 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +34,7 @@ OPTIONS: dict[str, dict[str, str | None]] = {
     "DiffusionConfig": {**_EDM, "looks": "rate_samples", "drop": None, "path": None},
     "DiffusionDecoderConfig": _EDM,
     "LatentDiffusionDecoderConfig": {"law": "prior"},
-    "PixelsConfig": _EDM,
+    "DiamondConfig": {**_EDM, "posterior": None},
     "EnergyConfig": {"most_gap": "max_gap", "most_moved": "max_displacement", "others": "context_negatives"},
     "VampConfig": {"inputs": "pseudo_inputs"},
     "JepaConfig": _PREDICTIVE,
@@ -49,6 +49,14 @@ REMOVED = {
     )
 }
 """(config class, option that is gone) -> (the one value whose behaviour remained, what to do about others)."""
+
+KINDS = {
+    ("encoder", "pixels"): "standard",
+    ("dynamics", "pixels"): "diamond",
+    ("objective", "pixels"): "reconstruction",
+}
+"""(role, old kind) -> new kind. These three were one model."""
+KINDS_HINT = "'pixels' is model.dynamics.kind=diamond now, which needs no kind of model.encoder or model.objective beside it."
 
 ARRAYS = (
     (r"\binitial_law\.", "initial_prior."),
@@ -71,6 +79,11 @@ def check_removed(config: type, option: str, value: Any) -> None:
     kept, advice = REMOVED.get((config.__name__, option), (value, ""))
     if value != kept:
         raise ConfigError(f"configs: '{option}={value}' cannot be opened. {advice}")
+def in_new_kind(role: str, value: Any) -> Any:
+    """A part as a config holds it, by its kind's name of today."""
+    if isinstance(value, Mapping):
+        return {**value, "kind": in_new_kind(role, value["kind"])} if "kind" in value else value
+    return KINDS.get((role, value), value) if isinstance(value, str) else value
 
 
 def array_names(names: Iterable[str]) -> dict[str, str]:

@@ -24,7 +24,7 @@ from worldmodel.encoders import VectorScaling
 from worldmodel.envs.imagined import Source, learned_world
 from worldmodel.envs.vectors.plain import COUNT_FROM_0, plain_obs
 from worldmodel.errors import ConfigError, did_you_mean
-from worldmodel.model import WorldModel, default_distribution
+from worldmodel.model import WorldModel, build_encoder, default_distribution
 from worldmodel.registry import build, config_class
 from worldmodel.spaces import ObsSpec
 from worldmodel.spaces.keys import KeySpec
@@ -96,14 +96,13 @@ def latent_policy_kwargs(
             stacklevel=2,
         )
     output = output or ("embedding" if missing else "code")
-    parts = ["vector_scaling", "encoder", *(["dynamics"] if output == "code" else [])]
     config = world.config.model_dump(mode="json")
     weights = encoder_weights(world, output)
     digest = _digest(weights)
     location = _WeightsReference({"digest": digest, **_weights_location(run)}, _weights.setdefault(digest, _Weights(weights)))
     kwargs = {
         "observation": plain_obs(world.obs).to_json(),
-        "model": {part: config[part] for part in parts},
+        "model": {part: config[part] for part in ("vector_scaling", "encoder", "dynamics")},
         "mode": mode,
         "output": output,
         "frames": frames,
@@ -144,7 +143,7 @@ class LatentExtractor(BaseFeaturesExtractor):
     ):
         spec = ObsSpec.from_json(observation)
         with cpu_randomness():  # the policy's own first weights stay as they would be without us
-            encoder = build("encoder", _config("encoder", model), spec)
+            encoder = build_encoder(_config("encoder", model), _config("dynamics", model), spec)
             net, latent = _posterior(_config("dynamics", model), encoder) if output == "code" else (None, None)
         super().__init__(observation_space, frames * (latent.size if latent is not None else encoder.out_features))
         self.mode, self.output, self.frames, self.spec, self.latent = mode, output, frames, spec, latent
@@ -330,7 +329,7 @@ def _weights_location(run: Run | None) -> dict[str, Any]:
 
 def _why_no_latent(world: WorldModel) -> str:
     """Why an observation alone has no code in this model; empty where it has one."""
-    if getattr(world.config.dynamics, "pixels", False):
+    if world.config.dynamics.kind == "diamond":
         return "This run predicts pictures as they are: it has no latent code, only a summary that is learned for rewards and ends."
     if getattr(world.dynamics, "posterior_net", None) is None:
         return "This run filters: its code depends on the past, which a features extractor never sees."

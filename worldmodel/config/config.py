@@ -88,6 +88,8 @@ class _Registered:
         kind = self.kind or (value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None))
         if not isinstance(kind, str):
             raise ValueError(f"should be a mapping with a 'kind', one of: {', '.join(registry.kinds(self.role))}")
+        if (self.role, kind) in renamed.KINDS:
+            raise ConfigError(renamed.KINDS_HINT)
         if self.group and not registry.has(self.role, kind) and (self.kind or not registry.kinds(self.role)):
             return EmptyGroup  # no installed room has options for this group
         return registry.config_class(self.role, kind)
@@ -292,6 +294,7 @@ class Config(Frozen):
         found = {}
         for key, value in overrides.items():
             config, path = self, []
+            value = renamed.in_new_kind(key.removesuffix(".kind").rpartition(".")[2], value)
             for name in key.split("."):
                 path.append(renamed.options_of(type(config)).get(name, name))
                 config = getattr(config, path[-1] or "", None)
@@ -365,6 +368,8 @@ def _in_new_names(cls: type[Frozen], data: Mapping) -> dict[str, Any]:
         renamed.check_removed(cls, name, value)
         name = renamed.options_of(cls).get(name, name)
         field = cls.model_fields.get(name or "")
+        if field is not None and (named := _registered(field)):
+            value = renamed.in_new_kind(named.role, value)
         inner = _class_of(field, value) if field is not None and isinstance(value, Mapping) else None
         if name is not None:
             out[name] = _in_new_names(inner, value) if inner else value

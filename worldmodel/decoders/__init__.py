@@ -1,20 +1,6 @@
 """From features back to observations: p(x | feature) for every kind of observation."""
 
-from worldmodel.decoders.diffusion import (
-    DiffusionDecoder,
-    DiffusionDecoderConfig,
-    LatentDiffusionDecoder,
-    LatentDiffusionDecoderConfig,
-)
-from worldmodel.decoders.pixels import PixelReader
-from worldmodel.decoders.standard import Decoder, DecoderConfig
+from worldmodel.decoders.diffusion import DiffusionDecoderConfig, LatentDiffusionDecoderConfig
+from worldmodel.decoders.standard import DecoderConfig
 
-__all__ = [
-    "Decoder",
-    "DecoderConfig",
-    "DiffusionDecoder",
-    "DiffusionDecoderConfig",
-    "LatentDiffusionDecoder",
-    "LatentDiffusionDecoderConfig",
-    "PixelReader",
-]
+__all__ = ["DecoderConfig", "DiffusionDecoderConfig", "LatentDiffusionDecoderConfig"]

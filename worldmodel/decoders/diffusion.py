@@ -1,6 +1,6 @@
-"""Decoders that draw: pictures refined by diffusion, and an autoencoder's latents drawn by diffusion.
+"""Decoders that draw by diffusion: the differences to the standard decoder's mean, or the latents of an autoencoder.
 
-A mean of many possible pictures is blurred where they differ. These decoders draw one of them instead, in a few steps.
+A mean of many possible pictures is blurred where they differ; these decoders draw one of them, in a few steps.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from worldmodel.data import Loss, Obs, Sampling
 from worldmodel.decoders.standard import Decoder, DecoderConfig
-from worldmodel.decoders.unet import DenoisingUNet
 from worldmodel.distributions import (
     Diffusion,
     DiffusionConfig,
@@ -28,17 +27,18 @@ from worldmodel.distributions import (
 from worldmodel.nn.diffusion import EDM, SAMPLERS, SIGMA_DATA, Network
 from worldmodel.nn.moments import RunningMoments
 from worldmodel.nn.networks import ConvEncoder, DenoisingMLP, SkipMLP, linear
+from worldmodel.nn.unet import DenoisingUNet
 from worldmodel.registry import register
 from worldmodel.spaces import ObsSpec
 
 
 class DiffusionDecoderConfig(DecoderConfig):
-    """The standard decoder, and networks that refine what it expects."""
+    """The standard decoder, and networks that refine its mean."""
 
     kind: Literal["diffusion"] = "diffusion"
     gradient: Literal["stop", "full"] = Field("stop", description="whether denoising trains the refiner alone, or the feature too")
     steps: int = Field(3, ge=1, description="steps of a draw; sampling.steps overrides it")
-    sampler: Literal["multistep", "euler", "heun"] = Field("euler", description="as of a diffusion law")
+    sampler: Literal["multistep", "euler", "heun"] = Field("euler", description="as of a diffusion prior")
     refine_depth: int = Field(16, ge=1, description="channels of the U-Net that refines pictures")
     refine_units: int = Field(128, ge=1, description="width of the perceptron that refines vectors")
     frames: int = Field(64, ge=1, description="pictures of each batch that the U-Net is trained on, drawn at random")
@@ -50,12 +50,12 @@ class DiffusionDecoderConfig(DecoderConfig):
 
 @register("decoder", "diffusion", DiffusionDecoderConfig)
 class DiffusionDecoder(Decoder):
-    """p(x | feature) as generator and refiner: what the standard decoder expects, and a draw by EDM given that and the feature.
+    """p(x | feature) as generator and refiner: the standard decoder's mean, and a draw by EDM given that and the feature.
 
-    The expected observation is trained by the ELBO, as ever, and what the refiner sees of it carries no gradient; so the code
-    is the same with and without a refiner, unless gradient=full. What is drawn is the difference to it: of pictures by a U-Net
-    that has the expected picture as more channels, of vectors together by a perceptron; categories and bits are drawn as ever.
-    Source of the form: Pandey et al. 2022 (DiffuseVAE), formulation 1; of the levels: Alonso et al. 2024 (DIAMOND), table 3.
+    The mean is trained by the ELBO, and no gradient of the refiner reaches it: unless gradient=full, latents are the same with
+    and without a refiner. What is drawn is the difference to the mean: of each picture by a U-Net, of all vectors together by a
+    perceptron. Categories and bits are drawn as in the standard decoder.
+    Sources: Pandey et al. 2022 (DiffuseVAE), formulation 1; noise levels: Alonso et al. 2024 (DIAMOND), table 3.
     """
 
     def __init__(self, config: DiffusionDecoderConfig, spec: ObsSpec, feature_dim: int, latent_dim: int):
@@ -74,57 +74,51 @@ class DiffusionDecoder(Decoder):
         """{"observation": as of the standard decoder, "denoise": squared error of the refiners, a mean over elements} [N]."""
         out, generator = self.output(feature), None if sampling is None else sampling.generator
         terms = {"observation": Loss(self._nll(out, obs))}
-        expected = {name: x.detach() for name, x in self._means(out).items()}
         condition = feature[..., -self.in_features :]
         condition = condition.detach() if self.config.gradient == "stop" else condition
-        total = condition.new_zeros(len(condition))
-        chosen = torch.randperm(len(condition), generator=generator, device=condition.device)[: self.config.frames]
-        for i, (name, unet) in enumerate(zip(self.images, self.unets, strict=True)):
-            mean_x = expected[name][chosen]
-            difference = obs[name][chosen] - mean_x
-            if self.training:
+        total, device = condition.new_zeros(len(condition)), condition.device
+        frames = torch.randperm(len(condition), generator=generator, device=device)[: self.config.frames]
+        means = self._refined({name: x.detach() for name, x in self._means(out).items()})
+        for i, (x, mean) in enumerate(zip(self._refined(obs), means, strict=True)):
+            rows = frames if i < len(self.images) else torch.arange(len(total), device=device)
+            difference = x[rows] - mean[rows]
+            if self.training and i < len(self.images):
                 getattr(self, f"differences{i}").update(difference.square().flatten(1).mean(1))
-            error = self._denoise(_picture_network(unet, mean_x, condition[chosen]), difference / self._picture_unit(i), generator)
-            total = total.index_add(0, chosen, error * (len(condition) / len(chosen)))  # the mean over rows is that of these
-        if self.refiner is not None:
-            mean_x = self._concat_vectors(expected)
-            network = self._vector_network(mean_x, condition)
-            total = total + self._denoise(network, (self._concat_vectors(obs) - mean_x) / self._unit(), generator)
+            data = difference / self._unit(i)
+            network = self._network(i, mean[rows], condition[rows])
+            error = self.path.training_loss(network, data, generator) / data[0].numel()
+            total = total.index_add(0, rows, error * (len(condition) / len(rows)))  # the mean over all rows is that of these
         return terms | {"denoise": Loss(total, "score")}
 
-    def _denoise(self, network: Network, data: Tensor, generator: torch.Generator | None) -> Float[Tensor, " N"]:
-        return self.path.training_loss(network, data, generator) / data[0].numel()
-
-    def _picture_unit(self, i: int) -> Tensor:
-        """By what pictures differ from what is expected, root mean square."""
-        return getattr(self, f"differences{i}").mean.sqrt().float().clamp_min(1e-3) / SIGMA_DATA
-
-    def _vector_network(self, mean_x: Tensor, condition: Tensor) -> Network:
-        given = torch.cat([mean_x, condition], -1)
-        return lambda x, level: self.refiner(x, level, given)
-
-    def _concat_vectors(self, obs: Obs) -> Float[Tensor, "N D"]:
-        """All vectors side by side."""
-        return torch.cat([obs[name] for name in self.vector_sizes], -1)
-
-    def _unit(self) -> Float[Tensor, " D"]:
-        """By what vectors differ from what is expected, as the likelihood has it: refined by nothing they are drawn from it."""
-        return torch.cat([self.log_std(name).detach().exp() for name in self.vector_sizes]) / SIGMA_DATA
-
     def sample(self, feature: Float[Tensor, "N F"], sampling: Sampling) -> Obs:
-        """A draw that follows the ODE from the generator's noise, scaled by the temperature; `sampling.mode`: from none."""
-        out = self.output(feature)
-        drawn, expected = self._sample_from(out, replace(sampling, temperature=0.0)), self._means(out)
-        condition = feature[..., -self.in_features :]
-        for i, (name, unet) in enumerate(zip(self.images, self.unets, strict=True)):
-            mean_x = expected[name]
-            draw = self._draw(_picture_network(unet, mean_x, condition), mean_x, sampling)
-            drawn[name] = (mean_x + draw * self._picture_unit(i)).clamp(0, 1)
+        """A draw by the ODE from the generator's noise, scaled by the temperature; with `sampling.mode` from no noise."""
+        out, condition = self.output(feature), feature[..., -self.in_features :]
+        drawn, means = self._sample_from(out, replace(sampling, temperature=0.0)), self._refined(self._means(out))
+        refined = [
+            mean + self._draw(self._network(i, mean, condition), mean, sampling) * self._unit(i) for i, mean in enumerate(means)
+        ]
+        drawn |= {name: x.clamp(0, 1) for name, x in zip(self.images, refined, strict=False)}
         if self.refiner is not None:
-            mean_x = self._concat_vectors(expected)
-            draw = mean_x + self._draw(self._vector_network(mean_x, condition), mean_x, sampling) * self._unit()
-            drawn |= dict(zip(self.vector_sizes, draw.split(list(self.vector_sizes.values()), -1), strict=True))
+            drawn |= dict(zip(self.vector_sizes, refined[-1].split(list(self.vector_sizes.values()), -1), strict=True))
         return drawn
+
+    def _refined(self, obs: Obs) -> list[Tensor]:
+        """What is refined of an observation: each picture, and the vectors side by side."""
+        vectors = [torch.cat([obs[name] for name in self.vector_sizes], -1)] if self.vector_sizes else []
+        return [*(obs[name] for name in self.images), *vectors]
+
+    def _network(self, i: int, mean: Tensor, condition: Float[Tensor, "N F"]) -> Network:
+        """The network that refines item i of `_refined`."""
+        if i < len(self.images):
+            return lambda x, level: self.unets[i](x, level, 2 * mean - 1, condition)
+        context = torch.cat([mean, condition], -1)
+        return lambda x, level: self.refiner(x, level, context)
+
+    def _unit(self, i: int) -> Tensor:
+        """The deviation of item i of `_refined` from its mean, over that of data: the running one, or the likelihood's."""
+        if i < len(self.images):
+            return getattr(self, f"differences{i}").mean.sqrt().float().clamp_min(1e-3) / SIGMA_DATA
+        return torch.cat([self.log_std(name).detach().exp() for name in self.vector_sizes]) / SIGMA_DATA
 
     def _draw(self, network: Network, like: Tensor, sampling: Sampling) -> Tensor:
         noise = torch.zeros_like(like)
@@ -135,27 +129,22 @@ class DiffusionDecoder(Decoder):
         return SAMPLERS[self.config.sampler](denoise, self.path.start(noise, levels[0]), levels)
 
 
-def _picture_network(unet: DenoisingUNet, mean_x: Tensor, condition: Tensor) -> Network:
-    """The U-Net's F, with the expected picture beside the noisy error."""
-    return lambda x, level: unet(x, level, 2 * mean_x - 1, condition)
-
-
 class LatentDiffusionDecoderConfig(DecoderConfig):
-    """An autoencoder of observations (units, layers and depth are of both its halves), and a law of its latents."""
+    """An autoencoder of observations (units, layers and depth are of both halves), and a prior of its latents."""
 
     kind: Literal["latent_diffusion"] = "latent_diffusion"
-    gradient: Literal["stop", "full"] = Field("full", description="whether denoising trains the law alone, or the feature too")
+    gradient: Literal["stop", "full"] = Field("full", description="whether denoising trains the prior alone, or the feature too")
     size: int = Field(16, ge=1, description="numbers of the autoencoder's latent")
-    kl: float = Field(1e-6, ge=0, description="weight of the latent's rate against N(0, I): keeps its size bounded, no more")
+    kl: float = Field(1e-6, ge=0, description="weight of the latent's rate against N(0, I), which only bounds its size")
     prior: DiffusionConfig = Field(DiffusionConfig(layers=3), description="p(latent | feature)")
 
 
 @register("decoder", "latent_diffusion", LatentDiffusionDecoderConfig)
 class LatentDiffusionDecoder(nn.Module):
-    """p(x | feature) by way of latents that belong to the decoder: they are drawn by diffusion given the feature, then decoded.
+    """p(x | feature) by latents of the decoder's own, which are drawn by diffusion given the feature, then decoded.
 
-    The autoencoder knows nothing of the feature, and the feature learns by predicting the autoencoder's latents (gradient=full).
-    Source: Rombach et al. 2022 (LDM), section 3 and appendix G for the weight of the rate.
+    The autoencoder does not see the feature, which learns by predicting the autoencoder's latents (gradient=full).
+    Source: Rombach et al. 2022 (LDM), section 3, and appendix G for the weight of the rate.
     """
 
     def __init__(self, config: LatentDiffusionDecoderConfig, spec: ObsSpec, feature_dim: int, latent_dim: int):
@@ -182,7 +171,7 @@ class LatentDiffusionDecoder(nn.Module):
         return self.latent.distribution(self.posterior(torch.cat(parts, -1)))
 
     def loss(self, feature: Float[Tensor, "N F"], obs: Obs, sampling: Sampling | None = None) -> dict[str, Loss]:
-        """{"observation": of the autoencoder; "denoise/...": of its latents' law} [N]: scores, no part of the feature's ELBO."""
+        """{"observation": of the autoencoder, "denoise/...": of the prior} [N]; scores, for they are no part of the ELBO."""
         sampling, posterior = sampling or Sampling(), self._encode(obs)
         z = self.latent.draw(posterior, sampling, (len(feature),), feature.device)
         nll = self.autodecoder.loss(z, obs)["observation"].value
@@ -193,11 +182,11 @@ class LatentDiffusionDecoder(nn.Module):
         return {name: Loss(value, "score") for name, value in {"observation": nll + self.config.kl * rate, **terms}.items()}
 
     def mean(self, feature: Float[Tensor, "N F"]) -> Obs:
-        """What the latent decodes to that is expected given the feature: one step of denoising, from no noise."""
+        """The decoded expected latent: one step of denoising from no noise."""
         z = self.prior.sample(feature[..., -self.in_features :], 1, Sampling(mode=True, steps=1))[0]
         return self.autodecoder.mean(z)
 
     def sample(self, feature: Float[Tensor, "N F"], sampling: Sampling) -> Obs:
-        """What a drawn latent decodes to; the noise that the autoencoder could not explain is not drawn."""
+        """A drawn latent, decoded; the autoencoder's own noise is not drawn."""
         z = self.prior.sample(feature[..., -self.in_features :], 1, replace(sampling, noise=None))[0]
         return self.autodecoder.sample(z, replace(sampling, mode=True))

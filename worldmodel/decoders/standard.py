@@ -1,4 +1,4 @@
-"""Observations as independent elements given the feature."""
+"""The standard decoder: elements of an observation are independent given the feature."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from worldmodel.spaces import ObsSpec
 
 
 class DecoderConfig(Frozen):
-    """Gaussian for vectors, categorical and Bernoulli for what is not numbers, a choice for images."""
+    """Vectors are Gaussian, categories categorical, bits Bernoulli; images as `image` says."""
 
     kind: Literal["standard"] = "standard"
     units: int = Field(128, ge=1, description="width of the perceptron for vectors")
@@ -29,16 +29,18 @@ class DecoderConfig(Frozen):
     depth: int = Field(16, ge=1, description="channels of the last but one convolution")
     reads: Literal["feature", "latent"] = Field("feature", description="the whole feature, or the latent alone as in a plain VAE")
     image: Literal["gaussian", "logistic", "bernoulli"] = Field(
-        "gaussian", description="law of a pixel: gaussian; logistic: of its discrete levels; bernoulli: black or white"
+        "gaussian", description="distribution of a pixel: gaussian; logistic: of its discrete levels; bernoulli: black or white"
     )
     levels: int = Field(256, ge=2, description="logistic: levels of a pixel, evenly spaced from 0 to 1")
     sigma: Literal["fitted", "learned"] = Field(
         "fitted", description="deviation: the error's own size (sigma-VAE), or a free parameter"
     )
-    min_sigma: float = Field(0.05, gt=0, description="least deviation of vectors, in units of the scaled observation")
-    min_sigma_image: float = Field(0.001, gt=0, description="least deviation of pixels in [0, 1]; a byte's levels are 0.004 apart")
+    min_sigma: float = Field(0.05, gt=0, description="smallest deviation of vectors, in units of the scaled observation")
+    min_sigma_image: float = Field(
+        0.001, gt=0, description="smallest deviation of pixels in [0, 1]; a byte's levels are 0.004 apart"
+    )
     weight_sigma_image: float = Field(
-        0.5, gt=0, description="pixels pull at the model as if their deviation were this at least: else pictures drown rewards"
+        0.5, gt=0, description="the gradient of pixels is as if their deviation were at least this: else pictures drown rewards"
     )
 
 
@@ -46,17 +48,17 @@ class DecoderConfig(Frozen):
 class Decoder(nn.Module):
     """p(x | feature), independent over keys and elements; losses are summed over elements, in nats per step.
 
-    laws   {key: law of its elements}, each normalised: nats of densities (gaussian) and of probabilities (all others) are nats of
-           different things, and not to be compared
+    likelihoods   {key: kind of its elements' distribution}. Nats of densities (gaussian) and of probabilities (all others) are
+                  not comparable
 
-    A Gaussian with a fixed deviation of 1 makes the posterior collapse; here the deviation is either the running root
-    mean square error (per number of a vector, one per image) or a parameter.
-    Where pixels' deviation s is below w = `weight_sigma_image`, their gradient weighs (s / w)^2, and the loss is what it is.
-    Source of `fitted`: Rybkin et al. 2021 (sigma-VAE), eq. 7; of such a weight: Seitzer et al. 2022 (beta-NLL).
+    A Gaussian of fixed deviation 1 makes the posterior collapse; here the deviation is the running root mean square error (of
+    each number of a vector, one for an image) or a parameter. Where pixels' deviation s is below w = `weight_sigma_image`, their
+    gradient is weighted by (s / w)^2; the loss is not.
+    Sources: Rybkin et al. 2021 (sigma-VAE), eq. 7, for `fitted`; Seitzer et al. 2022 (beta-NLL) for the weight.
     """
 
     MEMORY = 0.95
-    """The share of the fitted deviations that stays at each update."""
+    """Decay of the fitted deviations."""
 
     def __init__(self, config: DecoderConfig, spec: ObsSpec, feature_dim: int, latent_dim: int):
         super().__init__()
@@ -64,25 +66,23 @@ class Decoder(nn.Module):
         self.in_features = feature_dim if config.reads == "feature" else latent_dim
         self.images = [name for name, key in spec.keys.items() if key.kind == "image"]
         self.vectors = [name for name, key in spec.keys.items() if key.kind != "image"]
-        self.pixelwise_noise = list(self.images)  # pictures of which a draw is noise of each pixel on its own
-        self.convolutions = nn.ModuleList(
-            ConvDecoder(self.in_features, spec.keys[name].shape, config.depth) for name in self.images
-        )
+        self.pixelwise_noise = list(self.images)  # keys whose draws have independent noise in each pixel
+        self.convolutions = nn.ModuleList(ConvDecoder(self.in_features, spec.keys[n].shape, config.depth) for n in self.images)
         self.widths = [spec.keys[name].shape[0] for name in self.vectors]
         if self.vectors:
             self.perceptron = SkipMLP(self.in_features, config.units, config.layers, sum(self.widths))
-        own = {"image": config.image, "vector": "gaussian", "binary": "bernoulli", "categorical": "categorical"}
-        self.likelihoods = {name: own[key.kind] for name, key in spec.keys.items()}
+        kinds = {"image": config.image, "vector": "gaussian", "binary": "bernoulli", "categorical": "categorical"}
+        self.likelihoods = {name: kinds[key.kind] for name, key in spec.keys.items()}
         self.with_sigma = [name for name, likelihood in self.likelihoods.items() if likelihood in ("gaussian", "logistic")]
         for i, name in enumerate(self.with_sigma):
-            width = 1 if name in self.images else spec.keys[name].shape[0]
+            width = 1 if name in self.images else spec.keys[name].shape
             if config.sigma == "learned":
                 self.register_parameter(f"log_std{i}", nn.Parameter(torch.zeros(width)))
             else:
                 self.register_module(f"errors{i}", RunningMoments(width, self.MEMORY, initial_mean=1.0))
 
     def output(self, feature: Float[Tensor, "N F"]) -> Obs:
-        """Means of Gaussian keys, middles of logistic ones, logits of all others, on the scaled observation's scale."""
+        """Means of Gaussian keys, locations of logistic ones, logits of all others, on the scale of scaled observations."""
         x = feature[..., -self.in_features :]
         out = {name: conv(x) for name, conv in zip(self.images, self.convolutions, strict=True)}
         if self.vectors:
@@ -90,7 +90,7 @@ class Decoder(nn.Module):
         return {name: y.float() for name, y in out.items()}  # likelihoods lose too much in bf16
 
     def log_std(self, name: str) -> Tensor:
-        """ln of the deviation of a Gaussian or logistic key, not below the floor."""
+        """ln of the deviation of a Gaussian or logistic key, at least its minimum."""
         floor = math.log(self.config.min_sigma_image if name in self.images else self.config.min_sigma)
         i = self.with_sigma.index(name)
         if self.config.sigma == "learned":
@@ -98,20 +98,20 @@ class Decoder(nn.Module):
         return (0.5 * getattr(self, f"errors{i}").mean.log()).float().clamp_min(floor)
 
     def loss(self, feature: Float[Tensor, "N F"], obs: Obs, sampling: Sampling | None = None) -> dict[str, Loss]:
-        """{"observation": -ln p(obs | feature)} [N]; `obs` on the inner scale.
+        """{"observation": -ln p(obs | feature)} [N] of scaled observations.
 
         Raises ConfigError where image=bernoulli and pixels lie outside [0, 1].
         """
         return {"observation": Loss(self._nll(self.output(feature), obs))}
 
     def _nll(self, out: Obs, obs: Obs) -> Float[Tensor, " N"]:
-        """-ln p(obs), given what `output` gave; a training decoder fits its deviations to it."""
+        """-ln p(obs) given `output`; in training the deviations are fitted."""
         total = torch.zeros((), device=next(iter(out.values())).device)
         for name, likelihood in self.likelihoods.items():
             x, y = obs[name], out[name]
             if name in self.with_sigma and self.training and self.config.sigma == "fitted":
                 self._update_sigma(name, x, y if likelihood == "gaussian" else y.clamp(0, 1))
-            if name in self.with_sigma and name in self.images:  # the deviation's own gradient, where it is learned, stays whole
+            if name in self.with_sigma and name in self.images:  # a learned deviation keeps its whole gradient
                 weight = (self.log_std(name).detach().exp() / self.config.weight_sigma_image).square().clamp_max(1)
                 y = y.detach().lerp(y, weight)
             if likelihood == "categorical":
@@ -128,7 +128,7 @@ class Decoder(nn.Module):
         return total
 
     def _each(self, name: str, like: Tensor) -> Tensor:
-        """The deviation of each element of a key, so that it multiplies `like`."""
+        """The deviation of each element of a key, in a shape that multiplies `like`."""
         return self.log_std(name).exp().view(1, -1, *[1] * (like.ndim - 2))
 
     @torch.no_grad()
@@ -154,7 +154,7 @@ class Decoder(nn.Module):
         return means
 
     def sample(self, feature: Float[Tensor, "N F"], sampling: Sampling) -> Obs:
-        """A drawn observation, pixels in [0, 1]; `sampling.mode` gives the mean, one-hot categories and whole bits."""
+        """A drawn observation, pixels in [0, 1]; with `sampling.mode` the mean, one-hot categories and bits."""
         return self._sample_from(self.output(feature), sampling)
 
     def _sample_from(self, out: Obs, sampling: Sampling) -> Obs:
@@ -176,31 +176,31 @@ class Decoder(nn.Module):
 
 
 def _one_hot_sample(probs: Tensor, sizes: tuple[int, ...], draw: Tensor | None) -> Tensor:
-    """One-hot vectors side by side: the likeliest of each group, or those that uniform numbers choose (Gumbel's way)."""
+    """One-hot vectors side by side: the most likely of each group or, given uniform numbers, a draw (the Gumbel-max trick)."""
     scores = probs.log() if draw is None else probs.log() - (-draw.clamp(1e-9, 1 - 1e-7).log()).log()
     chosen = [torch.zeros_like(part).scatter(-1, part.argmax(-1, keepdim=True), 1.0) for part in scores.split(sizes, -1)]
     return torch.cat(chosen, -1)
 
 
 LOGISTIC = math.sqrt(3) / math.pi
-"""Scale of a logistic law of deviation 1."""
+"""Scale of a logistic distribution of deviation 1."""
 
 
 def discrete_logistic(x: Tensor, location: Tensor, scale: Tensor, levels: int) -> Tensor:
-    """-ln P(x) in nats, of numbers in [0, 1] that were rounded to `levels` even ones; what lies beyond the ends goes to them.
+    """-ln P(x) in nats, of numbers in [0, 1] rounded to `levels` evenly spaced ones; the tails belong to the end levels.
 
     Source: Salimans et al. 2017 (PixelCNN++), eq. 2, with one component.
     """
     half = 0.5 / (levels - 1)
     x = (x * (levels - 1)).round() / (levels - 1)
     above, below = (x + half - location) / scale, (x - half - location) / scale
-    # sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - exp(a - b)), and nothing of it underflows
+    # sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - exp(a - b)), without underflow
     inside = F.logsigmoid(above) + F.logsigmoid(-below) + torch.log(-torch.expm1(-2 * half / scale))
     return -torch.where(x <= 0, F.logsigmoid(above), torch.where(x >= 1, F.logsigmoid(-below), inside))
 
 
 def logistic_mean(location: Tensor, scale: Tensor) -> Tensor:
-    """Mean of a logistic law of which all beyond 0 and 1 is moved there; rounding to levels moves it by less than half of one."""
+    """Mean of a logistic distribution clamped to [0, 1]; rounding to levels shifts it by less than half a level."""
     return scale * (F.softplus(location / scale) - F.softplus((location - 1) / scale))
 
 

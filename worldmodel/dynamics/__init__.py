@@ -2,7 +2,6 @@
 
 from worldmodel.dynamics.base import Dynamics, DynamicsConfig
 from worldmodel.dynamics.mdn_rnn import MDNRNN, MDNRNNConfig
-from worldmodel.dynamics.pixels import Pixels, PixelsConfig
 from worldmodel.dynamics.rssm import RSSM, RSSMConfig
 from worldmodel.dynamics.transformer import Transformer, TransformerConfig
 
@@ -12,8 +11,6 @@ __all__ = [
     "Dynamics",
     "DynamicsConfig",
     "MDNRNNConfig",
-    "Pixels",
-    "PixelsConfig",
     "RSSMConfig",
     "Transformer",
     "TransformerConfig",

@@ -1,4 +1,4 @@
-"""Multi-layer perceptrons, convolutional stacks, the block GRU and the functions that they share."""
+"""Perceptrons, convolutional stacks, the block GRU, the two-hot distribution, and the functions that they share."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def initialise(module: nn.Module, scale: float = 1.0) -> nn.Module:
             fan_in = m.in_features // m.blocks if isinstance(m, BlockLinear) else m.weight[0].numel()
             if isinstance(m, nn.ConvTranspose2d):
                 fan_in = m.in_channels * math.prod(m.kernel_size) // math.prod(m.stride)
-            std = scale / math.sqrt(fan_in) / 0.8796  # what truncation at two standard deviations takes away
+            std = scale / math.sqrt(fan_in) / 0.8796  # undoes the truncation at two standard deviations
             if scale == 0:
                 nn.init.zeros_(m.weight)
             else:
@@ -39,10 +39,10 @@ def initialise(module: nn.Module, scale: float = 1.0) -> nn.Module:
 
 
 def clip_each_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Shortens each parameter's own gradient to a norm of at most `greatest`; the norm of all of them together, as it was.
-    Where that is not finite nothing is changed.
+    """Clips each parameter's own gradient to a norm of at most `max_norm`; returns the norm of all of them together before that.
+    Where it is not finite nothing is changed.
 
-    One factor for all parameters would let what a stop-gradient cuts off from the rest shorten the rest's steps.
+    With one factor for all parameters, parts that a stop-gradient separates would shorten each other's steps.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients))
@@ -53,23 +53,22 @@ def clip_each_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
 
 def linear(inputs: int, outputs: int, *, bias: bool = True, scale: float = 1.0) -> nn.Linear:
-    """An initialised linear layer; `scale=0` gives zero weights, so that the first output is exactly 0."""
+    """An initialised linear layer; with `scale=0` the first output is exactly 0."""
     return initialise(nn.Linear(inputs, outputs, bias=bias), scale)
 
 
 def offset_linear(inputs: int, outputs: int) -> nn.Linear:
-    """A linear layer with random biases: what a normalisation behind it needs in order to keep its input's length."""
+    """A linear layer with random biases, so that a normalisation after it keeps the length of its input."""
     layer = linear(inputs, outputs)
     nn.init.uniform_(layer.bias, -1.0, 1.0)
     return layer
 
 
 class MLP(nn.Sequential):
-    """`layers` x [linear, layer norm, SiLU] of width `units`; with `outputs`, a linear layer behind them.
+    """`layers` x [linear, layer norm, SiLU] of width `units`; with `outputs`, a linear layer after them.
 
-    The first layer's biases start apart from 0: LayerNorm(W x) alone is the same for x and 2 x, so that four numbers
-    of a CartPole would be seen as a direction without a length (docs/learning.md). LayerNorm and not RMSNorm: on CPUs torch
-    has a fused kernel for the first only. `norm=False` leaves it out.
+    The first layer's biases do not start at 0: LayerNorm(W x) is the same for x and 2 x (docs/learning.md). LayerNorm and not
+    RMSNorm, for which torch has no fused kernel on CPUs. `norm=False` leaves it out.
     """
 
     def __init__(self, inputs: int, units: int, layers: int, outputs: int | None = None, *, scale: float = 1.0, norm: bool = True):
@@ -86,10 +85,7 @@ class MLP(nn.Sequential):
 
 
 class SkipMLP(nn.Module):
-    """A perceptron for numbers whose size means something: y = W x + MLP(x), without normalisation.
-
-    A normalised perceptron saturates: beyond what it was trained on its output hardly changes. The linear path goes on.
-    """
+    """y = W x + MLP(x), without normalisation: a normalised perceptron saturates outside of its training data."""
 
     def __init__(self, inputs: int, units: int, layers: int, outputs: int):
         super().__init__()
@@ -102,11 +98,10 @@ class SkipMLP(nn.Module):
 
 
 class DenoisingMLP(nn.Module):
-    """F(x, level, context) for diffusion over flat events: what a denoiser's network is for vectors.
+    """F(x, level, context): the network of a denoiser of vectors. Its first output is exactly 0.
 
-    The level multiplies and shifts each hidden layer (FiLM), and weighs a linear path from x and context to the output, which
-    goes on beyond what was trained on, as in `StraightMLP`. The first output is exactly 0.
-    Source of the scaling by a condition: Perez et al. 2018 (FiLM).
+    The level scales and shifts each hidden layer (Perez et al. 2018, FiLM), and gates a linear path from x and context to the
+    output, as in `SkipMLP`.
     """
 
     FREQUENCIES = 4
@@ -131,13 +126,13 @@ class DenoisingMLP(nn.Module):
 
 
 def fourier_features(level: Float[Tensor, " N"], count: int) -> Float[Tensor, "N W"]:
-    """The number itself, and sines and cosines of 1 .. `count` half turns a unit: levels in a form that a network can bend."""
+    """[level, sin(k pi level), cos(k pi level)] for k = 1 .. `count`; W = 1 + 2 count."""
     turns = level.unsqueeze(-1) * torch.arange(1, count + 1, device=level.device) * math.pi
     return torch.cat([level.unsqueeze(-1), turns.sin(), turns.cos()], -1)
 
 
 class BlockLinear(nn.Module):
-    """A linear layer whose weight matrix is block-diagonal: `blocks` groups of inputs, each feeding its own group of outputs.
+    """A linear layer whose weight matrix is block-diagonal.
 
     Source: Hafner et al. 2025 (Nature version of DreamerV3), block-diagonal recurrent weights.
     """
@@ -163,8 +158,8 @@ class BlockGRU(nn.Module):
         r, c, u = LayerNorm(W x + U h),  U block-diagonal
         h' = sigmoid(u - 1) * tanh(sigmoid(r) * c) + (1 - sigmoid(u - 1)) * h
 
-    The input's share W x carries no recurrence, so `inputs` computes it for all time steps at once where x is known
-    beforehand. Source: Hafner et al. 2020, 2025 (DreamerV2, DreamerV3).
+    W x has no recurrence: `inputs` computes it for all time steps at once where x is known.
+    Source: Hafner et al. 2020, 2025 (DreamerV2, DreamerV3).
     """
 
     def __init__(self, inputs: int, units: int, blocks: int = 1):
@@ -173,7 +168,6 @@ class BlockGRU(nn.Module):
         self.inputs = linear(inputs, 3 * units, bias=False)
         self.recurrent = linear(units, 3 * units, bias=False) if blocks == 1 else BlockLinear(units, 3 * units, blocks, bias=False)
         self.norm = nn.LayerNorm(3 * units)
-        self.permute = blocks > 1
         self.blocks = blocks
 
     def forward(self, projected: Float[Tensor, "N G"], h: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
@@ -194,26 +188,27 @@ class ChannelNorm(nn.LayerNorm):
 
 
 def halved_sizes(size: tuple[int, int], min_side: int = 4) -> list[tuple[int, int]]:
-    """Image sides after each 4x4 convolution of stride 2, the input's first, until the shorter side would fall below `smallest`."""
+    """Image sizes before and after each 4x4 convolution of stride 2, while the shorter side is at least `min_side`."""
     sizes = [size]
     while min(sizes[-1]) // 2 >= min_side:
         sizes.append((sizes[-1][0] // 2, sizes[-1][1] // 2))
     if len(sizes) == 1:
         raise ValueError(
-            f"An image of {size[0]}x{size[1]} pixels is too small for a convolution: 8x8 is the least. Declare env.layout=vector."
+            f"An image of {size[0]}x{size[1]} pixels is too small for a convolution: 8x8 is the smallest. Declare env.layout=vector."
         )
     return sizes
 
 
 CHUNK = 128
-"""Images that a convolution sees at once on a CPU: activations stay near the caches and below the allocator's threshold."""
+"""Images in one call of a convolution on a CPU: activations then fit into caches and below the allocator's threshold."""
 
 
-def in_chunks(function, x: Tensor) -> Tensor:
-    """`function` over the rows of x: on a CPU in chunks, elsewhere at once."""
+def in_chunks(function, x: Tensor, *others: Tensor | None) -> Tensor:
+    """`function` of the rows of some tensors: on a CPU in chunks, elsewhere at once."""
     if x.device.type != "cpu" or len(x) <= CHUNK:
-        return function(x)
-    return torch.cat([function(part) for part in x.split(CHUNK)])
+        return function(x, *others)
+    parts = [[None] * -(-len(x) // CHUNK) if y is None else y.split(CHUNK) for y in (x, *others)]
+    return torch.cat([function(*part) for part in zip(*parts, strict=True)])
 
 
 class ConvEncoder(nn.Module):
@@ -229,7 +224,7 @@ class ConvEncoder(nn.Module):
             layers += [nn.Conv2d(channels, out, 4, 2, 1), ChannelNorm(out), nn.SiLU()]
             channels = out
         self.layers = initialise(nn.Sequential(*layers)).to(memory_format=torch.channels_last)
-        nn.init.uniform_(self.layers[0].bias, -1.0, 1.0)  # as in MLP: else brightness is lost to the normalisation
+        nn.init.uniform_(self.layers[0].bias, -1.0, 1.0)  # as in MLP: else the normalisation removes the brightness
         self.out_features = channels * math.prod(self.sizes[-1])
 
     def forward(self, image: Float[Tensor, "N C H W"]) -> Float[Tensor, "N E"]:
@@ -240,7 +235,7 @@ class ConvEncoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """The mirror image of `ConvEncoder`: a linear layer, then 4x4 transposed convolutions of stride 2; output around 0.5."""
+    """`ConvEncoder` mirrored: a linear layer, then 4x4 transposed convolutions of stride 2; output around 0.5."""
 
     def __init__(self, features: int, shape: tuple[int, int, int], depth: int):
         super().__init__()
@@ -270,10 +265,10 @@ class ConvDecoder(nn.Module):
 
 
 class TwoHot(nn.Module):
-    """A categorical over `bins` values spaced evenly in symlog space, standing for a real number.
+    """A real number as a categorical over `bins` values, evenly spaced in symlog space from -limit to limit.
 
-    `limit` is the greatest symlog value; targets beyond go to the end bin. The mean is summed in symmetric pairs, so
-    that zero logits give exactly 0. Source: Hafner et al. 2023 (DreamerV3), eq. 10, and its code for the pairs.
+    Targets beyond go to the end bins. The mean is summed in symmetric pairs, so that zero logits give exactly 0.
+    Source: Hafner et al. 2023 (DreamerV3), eq. 10, and its code for the pairs.
     """
 
     def __init__(self, bins: int, limit: float):
@@ -290,7 +285,7 @@ class TwoHot(nn.Module):
         return ((p[..., half + 1 :] - p[..., :half].flip(-1)) * self.values[half + 1 :]).sum(-1)
 
     def cross_entropy(self, log_probs: Float[Tensor, "*N K"], target: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
-        """Against the target split between its two neighbouring bins, in nats."""
+        """In nats, of the target split between its two neighbouring bins."""
         target = target.detach().clamp(self.values[0], self.values[-1]).contiguous()
         above = torch.searchsorted(self.values, target).clamp(1, self.bins - 1)
         low, high = self.values[above - 1], self.values[above]
@@ -308,45 +303,6 @@ def flatten(x: Tensor) -> Tensor:
     return x.flatten(0, 1)
 
 
-def picture_to_latent(picture: Float[Tensor, "*N C H W"]) -> Float[Tensor, "*N Z"]:
-    """A picture as one vector, 2 x - 1 over the square root of its size: its length is at most 1.
-
-    So a whole picture weighs no more than one other number in what reads it beside others, and the squared distance of two is
-    a mean over pixels.
-    """
-    flat = picture.flatten(-3)
-    return (2 * flat - 1) / math.sqrt(flat.shape[-1])
-
-
-def latent_to_picture(z: Float[Tensor, "*N Z"], shape: tuple[int, ...]) -> Float[Tensor, "*N C H W"]:
-    """The picture [C, H, W] in [0, 1] that a code is."""
-    return ((z * math.sqrt(z.shape[-1]) + 1) / 2).clamp(0, 1).unflatten(-1, shape)
-
-
 def negative_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """-ln N(x; mean, exp(log_std)^2) of each element, fully normalised, in nats."""
+    """-ln N(x; mean, exp(log_std)^2) of each element, normalised, in nats."""
     return 0.5 * ((x - mean) * torch.exp(-log_std)).square() + log_std + 0.5 * math.log(2 * math.pi)
-
-
-__all__ = [
-    "MLP",
-    "BlockGRU",
-    "BlockLinear",
-    "ChannelNorm",
-    "ConvDecoder",
-    "ConvEncoder",
-    "DenoisingMLP",
-    "F",
-    "TwoHot",
-    "flatten",
-    "fourier_features",
-    "halved_sizes",
-    "initialise",
-    "latent_to_picture",
-    "linear",
-    "negative_log_likelihood",
-    "offset_linear",
-    "picture_to_latent",
-    "symexp",
-    "symlog",
-]

@@ -1,4 +1,4 @@
-"""A small convolutional network that denoises pictures: what a CPU can afford at each frame."""
+"""A small convolutional network that denoises pictures, at the cost that a CPU can afford for each frame."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from worldmodel.nn.networks import CHUNK, fourier_features, initialise, linear
+from worldmodel.nn.networks import fourier_features, in_chunks, initialise, linear
 
 FREQUENCIES = 8
 
@@ -34,10 +34,10 @@ class Block(nn.Module):
 
 
 class DenoisingUNet(nn.Module):
-    """F(noisy picture, level; other pictures, a feature): the other pictures lie beside it as channels, the feature scales norms.
+    """F(noisy picture, level; other pictures, feature): other pictures are more input channels, the feature scales the norms.
 
-    Pictures of any size are folded into half their side and four times their channels, where `depth` x 2 channels cost
-    what `depth` / 2 would at full size; then twice halved and doubled again, where sizes allow, with the same skipped over.
+    Pictures are folded into half their side and four times their channels, where 2 `depth` channels cost what `depth` / 2 would
+    at full size; then halved and doubled up to twice more, as sizes allow, with skip connections.
     """
 
     def __init__(self, channels: int, conditioning: int, features: int, size: tuple[int, int], depth: int):
@@ -67,17 +67,14 @@ class DenoisingUNet(nn.Module):
         conditioning: Tensor | None = None,
         feature: Tensor | None = None,
     ) -> Float[Tensor, "N C H W"]:
-        if x.device.type != "cpu" or len(x) <= CHUNK:
-            return self._denoise(x, level, conditioning, feature)
-        parts = [[None] * -(-len(x) // CHUNK) if y is None else y.split(CHUNK) for y in (x, level, conditioning, feature)]
-        return torch.cat([self._denoise(*part) for part in zip(*parts, strict=True)])
+        return in_chunks(self._denoise, x, level, conditioning, feature)
 
     def _denoise(self, x: Tensor, level: Tensor, conditioning: Tensor | None, feature: Tensor | None) -> Tensor:
         embedding = self.level_in(fourier_features(level, FREQUENCIES))
         if self.feature_in is not None:
             embedding = embedding + self.feature_in(feature)
         embedding = F.silu(embedding)
-        # Where nothing differs from what is beside, all of x is noise: to take it off means to copy x, which norms would blur.
+        # Where the picture equals the one beside it, x is all noise: removing it needs an exact copy of x, which norms would blur.
         straight = self.gate(embedding).unsqueeze(-1).unsqueeze(-1) * x
         x = x if conditioning is None else torch.cat([x, conditioning], 1)
         height, width = self.size

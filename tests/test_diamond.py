@@ -9,22 +9,23 @@ from conftest import TWO_ACTIONS, VECTOR, generator, known_batch, reached, small
 from gymnasium import spaces
 from torch import Tensor
 
+from worldmodel.config import Config
 from worldmodel.data import Batch, Sampling, State, Trace
+from worldmodel.diamond import picture_to_latent
 from worldmodel.errors import ConfigError
 from worldmodel.learner import Learner, TrainConfig
 from worldmodel.model import ModelConfig, WorldModel
-from worldmodel.nn.networks import picture_to_latent
 
 SIDE, PAST, B, T = 16, 3, 3, 6
 PICTURE = spaces.Box(0, 255, (SIDE, SIDE, 1), np.uint8)
 MODE = Sampling(mode=True)
-PARTS = {"encoder": {"kind": "pixels"}, "dynamics": {"kind": "pixels"}, "objective": {"kind": "pixels"}}
+DIAMOND = {"dynamics": {"kind": "diamond"}}
 
 
-def pixels(seed: int = 0, shaken: bool = True, rollouts: str = "latent", **options) -> WorldModel:
+def diamond(seed: int = 0, shaken: bool = True, rollouts: str = "latent", **options) -> WorldModel:
     """A pixel world model in eval mode, whose weights are large enough for everything to count."""
-    parts = {"encoder": small("encoder", "pixels"), "heads": small("heads", "standard"), "objective": {"kind": "pixels"}}
-    dynamics = small("dynamics", "pixels", **{"past": PAST, **options})
+    parts = {"encoder": small("encoder", "standard"), "heads": small("heads", "standard")}
+    dynamics = small("dynamics", "diamond", **{"past": PAST, **options})
     world = WorldModel.from_spaces(PICTURE, TWO_ACTIONS, {**parts, "dynamics": dynamics, "rollouts": rollouts}, seed=seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
@@ -56,7 +57,7 @@ def after(world: WorldModel, trace: Trace, action: Tensor) -> dict[str, Tensor]:
 
 
 def test_a_feature_ends_in_the_picture_that_was_seen():
-    world = pixels()
+    world = diamond()
     batch = inputs(world)
     trace = traced(world, batch)
     size = SIDE * SIDE
@@ -70,7 +71,7 @@ def test_a_feature_ends_in_the_picture_that_was_seen():
 
 
 def test_filter_equals_sequence():
-    world = pixels()
+    world = diamond()
     batch, start = inputs(world), before(world)
     whole, state, steps = traced(world, batch, start), start, []
     for t in range(T):
@@ -84,7 +85,7 @@ def test_filter_equals_sequence():
 
 
 def test_a_reset_forgets_the_past():
-    world = pixels()
+    world = diamond()
     one, other = inputs(world, 0), inputs(world, 1)
     past = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]], dtype=torch.bool)  # before the last reset
     mixed = one.with_obs({"obs": torch.where(past.view(B, T, 1, 1, 1), other.obs["obs"], one.obs["obs"])})
@@ -101,7 +102,7 @@ def test_a_reset_forgets_the_past():
 
 def test_a_blank_picture_is_not_one_that_was_seen():
     """Grey is what blank pictures are filled with: only the flags tell the two apart."""
-    world = pixels()
+    world = diamond()
     grey = world.initial(1).map(torch.clone)
     aged = State({**grey, "age": torch.full((1,), float(PAST))})
     action = torch.zeros(1, 2)
@@ -109,7 +110,7 @@ def test_a_blank_picture_is_not_one_that_was_seen():
 
 
 def test_the_u_net_is_told_each_of_the_last_pictures_and_actions():
-    world = pixels()
+    world = diamond()
     state, action = before(world), torch.eye(2)[[0, 1, 0]]
     dreamt = world.dynamics.imagine(state, action, MODE)["z"]
     for name in ("pictures", "actions"):
@@ -123,7 +124,7 @@ def test_the_u_net_is_told_each_of_the_last_pictures_and_actions():
 
 def test_dreams_take_the_same_steps_as_the_filter():
     """Where the picture that comes is the one that was dreamt, nothing differs; h does not know the picture at all."""
-    world = pixels()
+    world = diamond()
     state, action = before(world), torch.eye(2)[[0, 1, 0]]
     dreamt = world.dynamics.imagine(state, action, MODE)
     seen = world.dynamics.observe(
@@ -140,9 +141,9 @@ def test_dreams_take_the_same_steps_as_the_filter():
 @pytest.mark.parametrize("rollouts", ["latent", "observation"])
 def test_a_dream_ends_each_feature_in_the_picture_that_it_decodes_to(rollouts):
     """Looking at what was drawn changes nothing: it is the picture itself."""
-    world = pixels(rollouts=rollouts)
+    world = diamond(rollouts=rollouts)
     dream = world.imagine(before(world), lambda feature, step: torch.eye(2)[[0, 1, 0]], 3, Sampling(generator=generator()))
-    again = pixels().imagine(before(world), lambda feature, step: torch.eye(2)[[0, 1, 0]], 3, Sampling(generator=generator()))
+    again = diamond().imagine(before(world), lambda feature, step: torch.eye(2)[[0, 1, 0]], 3, Sampling(generator=generator()))
     assert dream.feature.shape == (B, 4, world.feature_dim) and dream.reward.shape == (B, 3)
     torch.testing.assert_close(dream.feature, again.feature)
     assert world.decode(dream.feature[:, 1])["obs"].shape == (B, 1, SIDE, SIDE)
@@ -151,7 +152,7 @@ def test_a_dream_ends_each_feature_in_the_picture_that_it_decodes_to(rollouts):
 
 
 def test_drawn_pictures_have_the_levels_of_a_byte_and_come_from_the_generator():
-    world = pixels()
+    world = diamond()
     state, action = before(world), torch.zeros(B, 2)
     draws = [world.dynamics.imagine(state, action, Sampling(generator=generator(seed)))["z"] for seed in (0, 0, 1)]
     picture = world.decode(draws[0])["obs"] * 255
@@ -162,7 +163,7 @@ def test_drawn_pictures_have_the_levels_of_a_byte_and_come_from_the_generator():
 
 
 def test_pictures_train_the_u_net_and_rewards_the_carry():
-    world = pixels().train()
+    world = diamond().train()
     batch = inputs(world)
     trace = world.trace(batch, None, Sampling(generator=generator()))
     terms = world.loss(trace, batch, Sampling(generator=generator()))
@@ -176,7 +177,7 @@ def test_pictures_train_the_u_net_and_rewards_the_carry():
 
 @pytest.mark.parametrize("frames", [1, 5, 64])
 def test_the_loss_of_some_pictures_stands_for_all_rows_but_those_that_open_an_episode(frames):
-    world = pixels(frames=frames)
+    world = diamond(frames=frames)
     batch = inputs(world)
     trace = world.trace(batch, None, Sampling(generator=generator()))
     term = world.dynamics.predict(trace, batch, trace.z, Sampling(generator=generator()))["denoise"]
@@ -186,7 +187,7 @@ def test_the_loss_of_some_pictures_stands_for_all_rows_but_those_that_open_an_ep
 
 
 def test_training_adds_noise_that_is_the_same_for_a_whole_channel():
-    world, shown = pixels(frames=64, log_sigma_mean=-4.6, log_sigma_std=1e-3), []
+    world, shown = diamond(frames=64, log_sigma_mean=-4.6, log_sigma_std=1e-3), []
     world.dynamics.unet.register_forward_pre_hook(lambda module, args: shown.append(args[0]))
     batch = inputs(world)
     trace = traced(world, batch)
@@ -198,7 +199,7 @@ def test_training_adds_noise_that_is_the_same_for_a_whole_channel():
 
 def test_the_u_net_is_trained_on_what_it_is_told_in_dreams():
     """The pictures and actions beside a row in training are those that a dream of the row before sees."""
-    world, told = pixels(frames=64), []
+    world, told = diamond(frames=64), []
     world.dynamics.unet.register_forward_pre_hook(lambda module, args: told.append(args[2:]))
     batch = inputs(world)
     trace = traced(world, batch, before(world))
@@ -213,7 +214,7 @@ def test_the_u_net_is_trained_on_what_it_is_told_in_dreams():
 
 
 def test_the_states_of_a_trace_are_views():
-    world = pixels(past=4)
+    world = diamond(past=4)
     trace = traced(world, inputs(world))
     kept = trace.states["pictures"]
     assert kept.shape == (B, T, 3, SIDE * SIDE)
@@ -237,7 +238,7 @@ def dots(rows: int, length: int, seed: int) -> Batch:
 
 
 def test_a_moving_dot_is_foretold_better_than_by_standing_still():
-    world = pixels(shaken=False, depth=8, frames=64)
+    world = diamond(shaken=False, depth=8, frames=64)
     learner = Learner(world, TrainConfig(lr=3e-3))
     for seed in range(100):
         learner.update(learner.prepare(dots(16, 6, seed)), generator(seed))
@@ -254,16 +255,40 @@ def test_a_moving_dot_is_foretold_better_than_by_standing_still():
 
 def test_what_it_cannot_predict_is_refused_with_the_way_out():
     with pytest.raises(ConfigError, match=r"one picture.*'obs' \(vector\)"):
-        WorldModel.from_spaces(VECTOR, TWO_ACTIONS, PARTS)
+        WorldModel.from_spaces(VECTOR, TWO_ACTIONS, DIAMOND)
     with pytest.raises(ConfigError, match="one picture"):
-        WorldModel.from_spaces(spaces.Dict(a=PICTURE, b=PICTURE), TWO_ACTIONS, PARTS)
-    for part in PARTS:
-        with pytest.raises(ConfigError, match="all three to pixels"):
-            ModelConfig.parse({name: value for name, value in PARTS.items() if name != part})
-    for slot in ("transition", "initial", "marginal"):
-        with pytest.raises(ConfigError, match=f"model.{slot}.kind=gaussian"):
-            ModelConfig.parse({**PARTS, slot: {"kind": "gaussian"}})
+        WorldModel.from_spaces(spaces.Dict(a=PICTURE, b=PICTURE), TWO_ACTIONS, DIAMOND)
     with pytest.raises(ConfigError, match="latent"):
-        ModelConfig.parse({**PARTS, "dynamics": {"kind": "pixels", "latent": {"kind": "gaussian"}}})
+        ModelConfig.parse({"dynamics": {"kind": "diamond", "latent": {"kind": "gaussian"}}})
     with pytest.raises(ConfigError, match="no initial distribution"):
-        pixels().sample_initial(2)
+        diamond().sample_initial(2)
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"),
+    [(slot, "gaussian") for slot in ("transition", "initial", "marginal")] + [("objective", "hybrid")],
+)
+def test_parts_that_it_has_no_place_for_are_refused(part, kind):
+    with pytest.raises(ConfigError, match=f"model.{part}.kind={kind}.*model.dynamics.kind=diamond"):
+        ModelConfig.parse({**DIAMOND, part: {"kind": kind}})
+
+
+@pytest.mark.parametrize("part", ["encoder", "dynamics", "objective"])
+def test_the_kinds_of_release_0_1_are_refused_by_the_new_name_and_read_in_what_it_saved(part):
+    with pytest.raises(ConfigError, match=f"'model.{part}.kind'.*model.dynamics.kind=diamond now"):
+        Config.parse({"env": {"id": "A-v0"}, "model": {**DIAMOND, part: {"kind": "pixels"}}})
+    saved = "env: {id: A-v0}\nmodel: {encoder: {kind: pixels, depth: 3}, dynamics: {kind: pixels, least: 0.1}, objective: pixels}"
+    config = Config.from_saved(saved)
+    assert (config.model.encoder.depth, config.model.dynamics.kind, config.model.dynamics.sigma_min) == (3, "diamond", 0.1)
+    given = {"model.objective.kind": "pixels", "model.encoder": "pixels", "model.dynamics": {"kind": "pixels"}}
+    todays = {"model.objective.kind": "reconstruction", "model.encoder": "standard", "model.dynamics": {"kind": "diamond"}}
+    assert config.in_new_names(given) == todays
+
+
+@pytest.mark.parametrize("option", ["units", "layers", "depth"])
+def test_the_encoders_options_are_those_of_the_summary(option):
+    plain = dict(diamond().encoder.named_parameters())
+    config = {"kind": "standard", "units": 16, "layers": 1, "depth": 4}
+    config = {**DIAMOND, "encoder": {**config, option: config[option] + 1}}
+    other = dict(WorldModel.from_spaces(PICTURE, TWO_ACTIONS, config).encoder.named_parameters())
+    assert {name: x.shape for name, x in plain.items()} != {name: x.shape for name, x in other.items()}

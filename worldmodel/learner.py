@@ -112,8 +112,8 @@ class SkippedUpdates:
         self.in_a_row += 1
         if self.in_a_row >= self.PATIENCE:
             raise NumericsError(
-                f"Update {update}{self.what}: not finite: {', '.join(nonfinite[:5])}; {self.PATIENCE} updates in a row were skipped."
-                f" Finite numbers were expected. {self.remedy}"
+                f"Update {update}{self.what}: not finite: {', '.join(nonfinite[:5])}; "
+                f"{self.PATIENCE} updates in a row were skipped. Finite numbers were expected. {self.remedy}"
             )
         return False
 

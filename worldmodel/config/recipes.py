@@ -1,16 +1,16 @@
-"""The text side of configs: YAML read safely, recipes found by name, layers and dotted overrides laid over one another.
+"""The text side of configs: YAML read safely, recipes found by name, layers and dotted overrides merged.
 
-All here is plain data (dicts, lists, numbers, words); config.py gives it types.
+All of it is plain data (dicts, lists, numbers, words); config.py gives it types.
 
 A recipe file, configs/env/NAME.yaml, is the content of a config plus two keys of its own:
 
     description: one line
-    defaults: {model: NAME, size: NAME}     # files of configs/model and configs/size, laid below this one
+    defaults: {model: NAME, size: NAME}     # files of configs/model and configs/size, merged below this one
     env: {id: CartPole-v1}
     train: {ratio: 2.0}
 
 Files of configs/model and configs/size hold the same groups (`model: {dynamics: {kind: rssm, deter: 128}}`), no defaults.
-A recipe lies above them: what it says about parts holds whatever model is asked for, so it should say little.
+What a recipe says about parts overrides them, whatever model is asked for, so it should say little.
 """
 
 from __future__ import annotations
@@ -31,6 +31,16 @@ MAX_ALIASES, MAX_DEPTH, MAX_NODES, MAX_CHARACTERS = 100, 50, 100_000, 1_000_000
 
 FILES = ("size", "model")
 """What a recipe takes from files of their own, lower layer first."""
+
+
+def plain(value: Any) -> Any:
+    """Data of lists and dicts (tuples become lists, paths words) that shares nothing with `value`."""
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
 
 # ---- YAML ------------------------------------------------------------------------------------------------------------
 
@@ -92,7 +102,7 @@ def load_yaml(text: str, where: str = "config") -> dict[str, Any]:
     """The mapping that a YAML text holds, as plain data; an empty text is {}.
 
     ConfigError with the line for: syntax, tags, duplicate keys, keys that are not words, more than 100 aliases,
-    aliases that expand beyond all measure. `where` names the text in messages.
+    aliases that expand to more than 100,000 values. `where` names the text in messages.
     """
     value = _load(text, where)
     if value is None:
@@ -103,11 +113,11 @@ def load_yaml(text: str, where: str = "config") -> dict[str, Any]:
 
 
 def _load(text: str, where: str) -> Any:
-    """Plain data of the caller's own."""
-    return _copy(_parsed(text, where))
+    """Plain data that belongs to the caller alone."""
+    return plain(_parsed(text, where))
 
 
-@functools.lru_cache(maxsize=64)  # each agent that is made looks through all recipes
+@functools.lru_cache(maxsize=64)  # every agent that is made reads all recipes
 def _parsed(text: str, where: str) -> Any:
     if len(text) > MAX_CHARACTERS:
         raise ConfigError(f"{where}: {len(text)} characters are more than a config may have ({MAX_CHARACTERS}).")
@@ -158,23 +168,14 @@ def _check(node: yaml.Node, sizes: dict[int, int]) -> int:
 
 def dump_yaml(value: Mapping) -> str:
     """The text that `load_yaml` reads back to the same data (tuples as lists, paths as words)."""
-    return yaml.dump(_copy(value), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-
-
-def _copy(value: Any) -> Any:
-    """Plain data that shares nothing with `value`."""
-    if isinstance(value, Mapping):
-        return {name: _copy(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_copy(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    return yaml.dump(plain(value), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 # ---- layers ----------------------------------------------------------------------------------------------------------
 
 
 def merge(below: Any, above: Any) -> Any:
-    """`above` over `below`, mappings deeply; shares nothing with either.
+    """`above` over `below`, mappings deeply; the result shares nothing with either.
 
     A part whose `kind` changes keeps none of its options from below. A word over a mapping is its `kind`
     (`agent: random`), and so is a word below one.
@@ -182,12 +183,12 @@ def merge(below: Any, above: Any) -> Any:
     if isinstance(above, str) and isinstance(below, Mapping):
         above = {"kind": above}
     if not isinstance(above, Mapping):
-        return _copy(above)
+        return plain(above)
     if isinstance(below, str):
         below = {"kind": below}
     if not isinstance(below, Mapping) or ("kind" in above and "kind" in below and above["kind"] != below["kind"]):
         below = {}
-    out = _copy(below)
+    out = plain(below)
     for name, value in above.items():
         out[name] = merge(out.get(name), value)
     return out
@@ -195,10 +196,20 @@ def merge(below: Any, above: Any) -> Any:
 
 def parse_override(text: str) -> dict[str, Any]:
     """`"model.dynamics.deter=128"` -> {"model": {"dynamics": {"deter": 128}}}. The value is YAML; nothing is null."""
+    return _nested(*_split(text))
+
+
+def flat_overrides(overrides: Mapping[str, Any] | Iterable[str] | None) -> dict[str, Any]:
+    """Overrides as {dotted key: value}. ConfigError where two set the same key."""
+    combine(overrides)
+    return dict(overrides if isinstance(overrides, Mapping) else map(_split, overrides or ()))
+
+
+def _split(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise ConfigError(f"'{text}' is no override. Write it as key=value, for example train.ratio=2.")
-    return _nested(key.strip(), _load(value, f"override '{text}'"))
+    return key.strip(), _load(value, f"override '{text}'")
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:
@@ -231,7 +242,7 @@ def _join(below: dict[str, Any], above: Mapping, prefix: str) -> None:
     for name, value in above.items():
         old = below.get(name)
         if name not in below:
-            below[name] = _copy(value)
+            below[name] = plain(value)
         elif isinstance(value, Mapping) and isinstance(old, (str, Mapping)):
             below[name] = {"kind": old} if isinstance(old, str) else old
             _join(below[name], value, f"{prefix}{name}.")
@@ -262,23 +273,12 @@ def layers(
 
 
 def _refuse_to_undo(asked: str, fragment: Mapping, body: Mapping, given: Mapping) -> None:
-    """The recipe lies above a file asked for by name: refuse where it would silently put back another kind of part."""
-    wanted, fixed = _kinds(fragment), _kinds(body)
-    for key in sorted(wanted.keys() & fixed.keys()):
-        if wanted[key] != fixed[key] and not _sets(given, key):
-            conflict = f"{asked} means {key}={wanted[key]}, but the recipe sets {key}={fixed[key]}"
+    """Refuse a file asked for by name where the recipe, merged over it, would silently put back another kind of part."""
+    wanted, got = _kinds(merge(fragment, given)), _kinds(merge(merge(fragment, body), given))
+    for key in sorted(wanted.keys() & got.keys()):
+        if wanted[key] != got[key]:
+            conflict = f"{asked} means {key}={wanted[key]}, but the recipe sets {key}={got[key]}"
             raise ConfigError(f"{conflict}. Choose one by giving {key} itself.")
-
-
-def _sets(tree: Any, key: str) -> bool:
-    """Whether a mapping says something about a dotted `kind`, be it by a word in its part's place."""
-    for step in key.split("."):
-        if isinstance(tree, str):
-            return True
-        if not isinstance(tree, Mapping) or step not in tree:
-            return False
-        tree = tree[step]
-    return True
 
 
 def _kinds(tree: Mapping, prefix: str = "") -> dict[str, str]:
@@ -345,7 +345,7 @@ def _find(recipe: str | Path | Mapping | None, folder: str | Path | None, *, kno
     if recipe is None:
         return {}
     if isinstance(recipe, Mapping):
-        return _copy(recipe)
+        return plain(recipe)
     files = _files("env", folder)
     if not known_env and isinstance(recipe, str) and recipe in files:
         return {"recipe": recipe, **_read(files[recipe])}

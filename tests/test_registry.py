@@ -99,7 +99,7 @@ def test_a_name_that_is_missing_is_looked_for_in_the_rooms_and_absent_rooms_are_
     write_room(tmp_path, "toy_room_with_steam", module_text, monkeypatch)
     assert "toy_room_with_steam" not in sys.modules
     assert registry.config_class("engine", "steam").__name__ == "SteamConfig"
-    assert registry.kinds("engine") == ["steam"] and registry.roles() == ["engine"]
+    assert registry.kinds("engine") == ["steam"] and [(role, kind) for role, kind, _ in registry.entries()] == [("engine", "steam")]
 
 
 def test_a_room_that_fails_to_import_says_so_instead_of_vanishing(empty, tmp_path, monkeypatch):

@@ -56,7 +56,7 @@ class Frozen(pydantic.BaseModel, metaclass=_RaisesConfigError):
             return data
         unknown = [str(name) for name in data if name not in cls.model_fields]
         if unknown:
-            raise _errors(cls, {name: f"is not an option of {cls.__name__}." for name in unknown}, data)
+            raise _errors(cls, {name: f"is not an option of {cls.__name__}." for name in unknown})
         return {name: _coerce(cls.model_fields[name], value) for name, value in data.items()}
 
     @classmethod
@@ -96,7 +96,7 @@ class _Registered:
         try:
             config = self.config_class(value)
         except ConfigError as error:
-            raise _errors(Frozen, {"kind": f"cannot be chosen: {error}"}, value if isinstance(value, Mapping) else {}) from None
+            raise _errors(Frozen, {"kind": f"cannot be chosen: {error}"}) from None
         if config is EmptyGroup and set(value) - {"kind"}:
             raise ValueError(f"nothing that is installed has options here, so it must be empty, not {value!r}")
         return config.model_validate(value)
@@ -183,12 +183,12 @@ def _as_annotated(annotation: Any, value: Any) -> Any:
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 
-def _errors(cls: type[Frozen], messages: dict[str, str], data: Mapping) -> ValidationError:
+def _errors(cls: type[Frozen], messages: dict[str, str]) -> ValidationError:
     """An error of our own for each key; pydantic puts the outer keys in front as it passes them upwards."""
-    details = []
-    for key, text in messages.items():
-        kind = PydanticCustomError("worldmodel", "{text}", {"text": text, "cls": cls})
-        details.append(InitErrorDetails(type=kind, loc=(key,), input=data.get(key)))
+    details = [
+        InitErrorDetails(type=PydanticCustomError("worldmodel", "{text}", {"text": text, "cls": cls}), loc=(key,), input=None)
+        for key, text in messages.items()
+    ]
     return ValidationError.from_exception_data(cls.__name__, details)
 
 
@@ -362,33 +362,27 @@ def describe(config: type[Frozen] | Frozen, prefix: str = "") -> list[OptionInfo
 
 def _option_infos(cls: type[Frozen], given: Mapping, prefix: str) -> Iterator[OptionInfo]:
     for name, field in cls.model_fields.items():
-        value = merge(_default(field), given[name]) if name in given else _default(field)
+        value, key, about = _default(field), prefix + name, field.description or ""
+        if name in given:
+            value = merge(value, given[name])
+        value = REQUIRED if value is PydanticUndefined else value
         inner = _class_of(field, value) if isinstance(value, Mapping) else None
-        named = _registered(field)
-        if named and not named.kind:
+        part = _registered(field)
+        if part and not part.kind:
             kind = value.get("kind") if isinstance(value, Mapping) else value
-            key = f"{prefix}{name}.kind" if isinstance(value, Mapping) else prefix + name
-            words = [*registry.kinds(named.role), *(["null"] if type(None) in get_args(field.annotation) else [])]
-            yield OptionInfo(key, " | ".join(words) or named.role, _shown(kind), field.description or "")
-        elif inner is None and not named:
-            yield OptionInfo(prefix + name, _type_name(field.annotation, field.metadata), _shown(value), field.description or "")
+            words = [*registry.kinds(part.role), *(["null"] if type(None) in get_args(field.annotation) else [])]
+            yield OptionInfo(f"{key}.kind" if isinstance(value, Mapping) else key, " | ".join(words) or part.role, kind, about)
+        elif inner is None and not part:
+            yield OptionInfo(key, _type_name(field.annotation, field.metadata), value, about)
         if inner is not None:
-            yield from (
-                option
-                for option in _option_infos(inner, value, f"{prefix}{name}.")
-                if not (named and option.key == f"{prefix}{name}.kind")
-            )
+            options = _option_infos(inner, value, f"{key}.")
+            yield from (option for option in options if not (part and option.key == f"{key}.kind"))
 
 
 def differences(old: Frozen, new: Frozen) -> list[tuple[str, Any, Any]]:
     """(dotted key, old value, new value) of every option that differs; None where one side has no such option."""
     before, after = ({option.key: option.default for option in describe(config)} for config in (old, new))
-    keys = [*before, *(key for key in after if key not in before)]
-    return [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
-
-
-def _shown(value: Any) -> Any:
-    return REQUIRED if value is PydanticUndefined else value
+    return [(key, before.get(key), after.get(key)) for key in {**before, **after} if before.get(key) != after.get(key)]
 
 
 def _type_name(annotation: Any, metadata: Sequence[Any] = ()) -> str:

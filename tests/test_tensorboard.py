@@ -135,12 +135,12 @@ def config(folder: Path) -> ProjectorConfig:
 
 
 def test_the_projector_finds_latents_labels_and_images(tmp_path):
-    codes = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
+    latents = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
     metadata = {"step": list(range(7)), "what\tever": ["a\tb", "c\r\nd", "", 1.5, None, True, "ü"]}
     pictures = np.stack([np.full((96, 64, 3), 30 * i, np.uint8) for i in range(7)])
-    tensorboard.projector(tmp_path, codes, metadata, pictures)
+    tensorboard.projector(tmp_path, latents, metadata, pictures)
     (entry,) = config(tmp_path).embeddings
-    assert np.allclose(_read_tensor_tsv_file(str(tmp_path / entry.tensor_path)), codes, rtol=1e-6)
+    assert np.allclose(_read_tensor_tsv_file(str(tmp_path / entry.tensor_path)), latents, rtol=1e-6)
     lines = (tmp_path / entry.metadata_path).read_text(encoding="utf-8").splitlines()
     assert lines == ["step\twhat ever", "0\ta b", "1\tc d", "2\t-", "3\t1.5", "4\tNone", "5\tTrue", "6\tü"]
     assert list(entry.sprite.single_image_dim) == [32, 48]
@@ -155,8 +155,8 @@ def test_one_column_of_labels_has_no_header(tmp_path):
 
 
 def test_of_many_points_some_are_taken_evenly(tmp_path):
-    codes = np.arange(2501.0)[:, None]
-    tensorboard.projector(tmp_path, codes, {"i": list(range(2501))}, np.zeros((2501, 2, 2, 3), np.uint8))
+    latents = np.arange(2501.0)[:, None]
+    tensorboard.projector(tmp_path, latents, {"i": list(range(2501))}, np.zeros((2501, 2, 2, 3), np.uint8))
     labels = [int(x) for x in (tmp_path / "projector" / "metadata.tsv").read_text().split()]
     assert len(labels) == tensorboard.POINTS and (labels[0], labels[-1]) == (0, 2500)
     assert set(np.diff(labels)) == {2, 3}
@@ -174,7 +174,7 @@ def test_new_points_replace_the_old_ones_and_leave_nothing_aside(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("codes", "metadata", "pictures", "says"),
+    ("latents", "metadata", "pictures", "says"),
     [
         (np.zeros(3), {}, None, r"\[N, Z\]"),
         (np.zeros((0, 3)), {}, None, "at least one point"),
@@ -184,9 +184,9 @@ def test_new_points_replace_the_old_ones_and_leave_nothing_aside(tmp_path):
         (np.zeros((2, 2)), {}, np.zeros((2, 4, 4, 3)), "float64"),
     ],
 )
-def test_points_that_do_not_fit_are_refused_before_anything_is_written(codes, metadata, pictures, says, tmp_path):
+def test_points_that_do_not_fit_are_refused_before_anything_is_written(latents, metadata, pictures, says, tmp_path):
     with pytest.raises(ValueError, match=says):
-        tensorboard.projector(tmp_path, codes, metadata, pictures)
+        tensorboard.projector(tmp_path, latents, metadata, pictures)
     assert not list(tmp_path.iterdir())
 
 

@@ -64,7 +64,7 @@ def dream(
     warn_untrained(agent, log)
     viewer = Viewer(run.config.env.id, agent.obs_spec)
     if guide is not None and start != "prior":
-        raise ConfigError("Only dreams that start in the prior can be guided: add --start prior (start='prior'), or leave --toward out.")
+        raise ConfigError("Only dreams from the prior can be guided: add --start prior (start='prior'), or leave --toward out.")
     if out is not None and agent.policy.world.decoder is None:
         agent.policy.world.decode(torch.zeros(0, agent.policy.world.feature_dim))  # says why there is nothing to show
     guided = None

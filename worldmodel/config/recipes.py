@@ -20,7 +20,7 @@ import importlib.resources
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -57,26 +57,51 @@ _SCALARS = {  # the core schema of YAML 1.2 with underscores in numbers: `1e-4` 
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader without tags, with limits on aliases and depth."""
+    """The safe loader without tags and duplicate keys, with limits on aliases, depth and size."""
 
     yaml_implicit_resolvers: dict = {}
-    aliases = depth = 0
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.aliases = self.depth = self.nodes = 0
+        self.nodes_below: dict[str, int] = {}  # anchor -> nodes, once it is complete
 
     def compose_node(self, parent: Any, index: Any) -> yaml.Node:
-        event = self.peek_event()
+        event, start = self.peek_event(), self.nodes
+        self.depth += 1
+        self.nodes += 1
         if isinstance(event, yaml.AliasEvent):
             self.aliases += 1
-            if self.aliases > MAX_ALIASES:
-                raise yaml.MarkedYAMLError(problem=f"more than {MAX_ALIASES} aliases", problem_mark=event.start_mark)
+            self.nodes += self.nodes_below.get(event.anchor, 0)
+            if event.anchor in self.anchors and event.anchor not in self.nodes_below:
+                _refuse("an alias that contains itself", event)
         elif event.tag is not None:
-            problem = f"the tag '{event.tag}' is refused: configs hold plain data only"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
-        self.depth += 1
+            _refuse(f"the tag '{event.tag}' is refused: configs hold plain data only", event)
+        if self.aliases > MAX_ALIASES:
+            _refuse(f"more than {MAX_ALIASES} aliases", event)
         if self.depth > MAX_DEPTH:
-            raise yaml.MarkedYAMLError(problem=f"nested deeper than {MAX_DEPTH}", problem_mark=event.start_mark)
+            _refuse(f"nested deeper than {MAX_DEPTH}", event)
+        if self.nodes > MAX_NODES:
+            _refuse(f"aliases expand to more than {MAX_NODES} values", event)
         node = super().compose_node(parent, index)
         self.depth -= 1
+        if not isinstance(event, yaml.AliasEvent) and event.anchor:
+            self.nodes_below[event.anchor] = self.nodes - start
         return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        first: dict[str, int] = {}
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:str":
+                _refuse("a key must be a word (quote it if it looks like something else)", key)
+            if key.value in first:
+                _refuse(f"'{key.value}' is given twice, first on line {first[key.value]}; keep one", key)
+            first[key.value] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep)
+
+
+def _refuse(problem: str, place: yaml.Event | yaml.Node) -> NoReturn:
+    raise yaml.MarkedYAMLError(problem=problem, problem_mark=place.start_mark)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -122,12 +147,7 @@ def _parsed(text: str, where: str) -> Any:
     if len(text) > MAX_CHARACTERS:
         raise ConfigError(f"{where}: {len(text)} characters are more than a config may have ({MAX_CHARACTERS}).")
     try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        _check(node, {})
-        return loader.construct_document(node)
+        return _Loader(text).get_single_data()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
@@ -136,34 +156,6 @@ def _parsed(text: str, where: str) -> Any:
         raise ConfigError(f"{where}: {' '.join(str(error).split())}.") from None
     except ValueError:  # Python's own limit on reading integers
         raise ConfigError(f"{where}: an integer of thousands of digits. Write it as a float.") from None
-
-
-def _check(node: yaml.Node, sizes: dict[int, int]) -> int:
-    """Refuse duplicate keys, keys that are not words, cycles and alias bombs; the number of nodes with aliases written out."""
-    known = sizes.get(id(node))
-    if known is not None:
-        if known == 0:
-            raise yaml.MarkedYAMLError(problem="an alias that contains itself", problem_mark=node.start_mark)
-        return known
-    sizes[id(node)] = 0
-    total = 1
-    if isinstance(node, yaml.MappingNode):
-        first: dict[str, int] = {}
-        for key, value in node.value:
-            if key.tag != "tag:yaml.org,2002:str":
-                problem = "a key must be a word (quote it if it looks like something else)"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-            if key.value in first:
-                problem = f"'{key.value}' is given twice, first on line {first[key.value]}; keep one"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-            first[key.value] = key.start_mark.line + 1
-            total += _check(value, sizes)
-    elif isinstance(node, yaml.SequenceNode):
-        total += sum(_check(item, sizes) for item in node.value)
-    if total > MAX_NODES:
-        raise yaml.MarkedYAMLError(problem=f"aliases expand to more than {MAX_NODES} values", problem_mark=node.start_mark)
-    sizes[id(node)] = total
-    return total
 
 
 def dump_yaml(value: Mapping) -> str:

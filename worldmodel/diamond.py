@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from worldmodel.config import Frozen
 from worldmodel.data import Batch, Loss, Obs, Sampling, State, Trace
 from worldmodel.distributions import EncoderInterface, PointLatent, PointLatentConfig, PointPosterior
-from worldmodel.nn.diffusion import EDM, SAMPLERS, low_discrepancy
 from worldmodel.encoders import EncoderConfig, convolution
 from worldmodel.errors import ConfigError
+from worldmodel.nn.diffusion import EDM, SAMPLERS, low_discrepancy
 from worldmodel.nn.networks import MLP, BlockGRU, linear, offset_linear
 from worldmodel.nn.unet import DenoisingUNet
 from worldmodel.registry import register

@@ -1,4 +1,4 @@
-"""Actor and critic that learn from imagined rollouts alone."""
+"""Actor and critic, and how they learn from imagined rollouts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from worldmodel.agents.returns import ReturnScale, lambda_return, weights
 from worldmodel.config import Frozen
 from worldmodel.data import Batch, Dream, Sampling, State, Trace
 from worldmodel.errors import ConfigError
@@ -31,29 +30,29 @@ class ActorCriticConfig(Frozen):
     starts: int | None = Field(256, ge=1, description="replayed states that imagination starts from; none: all of the batch")
     gamma: float = Field(0.99, ge=0, le=1, description="discount per step")
     lam: float = Field(0.95, ge=0, le=1, description="lambda of the returns")
-    temperature: float = Field(1.0, gt=0, description="of dreams: above 1 they are less certain than the model, below 1 more so")
+    temperature: float = Field(1.0, gt=0, description="of the draws in imagination; 1: as learned")
     entropy: float = Field(3e-3, ge=0, description="weight of the policy's entropy, in units of the scaled return")
     lr: float = Field(3e-4, gt=0, description="Adam's learning rate for actor and critic")
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
-    clip: float = Field(100.0, gt=0, description="greatest norm of each parameter's gradient")
-    slow: float = Field(0.02, gt=0, le=1, description="rate at which the slow critic follows")
+    clip: float = Field(100.0, gt=0, description="largest norm of each parameter's gradient")
+    slow: float = Field(0.02, gt=0, le=1, description="rate of the slow critic's EMA")
     slow_weight: float = Field(1.0, ge=0, description="weight of the slow critic's prediction as a second target")
     uncertainty_penalty: float = Field(
         0.0,
-        description="taken off each imagined reward, in units of the rewards' own size, per unit of the ensemble's uncertainty; "
-        "below 0: a bonus that explores",
+        description="subtracted from each imagined reward, in units of the rewards' own size, per unit of the ensemble's "
+        "uncertainty; below 0: a bonus for exploration",
     )
     typicality_penalty: float = Field(
         0.0,
         ge=0,
-        description="taken off each imagined reward, in units of the rewards' own size, per nat, and number of the code, that it "
-        "is less likely than real codes are",
+        description="subtracted from each imagined reward, in units of the rewards' own size, per nat and latent dimension by "
+        "which the latent is less likely than real ones",
     )
     replay_value: float = Field(0.0, ge=0, description="weight of the critic's loss on replayed, real rewards")
     bins: int = Field(127, ge=3, description="bins of the critic's distribution (odd)")
-    limit: float = Field(10.0, gt=0, description="greatest symlog value that the bins reach, in units of the rewards' own size")
-    min_std: float = Field(0.1, gt=0, description="least deviation of a continuous policy, actions being in [-1, 1]")
-    max_std: float = Field(1.0, gt=0, description="greatest deviation of a continuous policy")
+    limit: float = Field(10.0, gt=0, description="largest symlog value of the bins, in units of the rewards' own size")
+    min_std: float = Field(0.1, gt=0, description="smallest deviation of a continuous policy, actions being in [-1, 1]")
+    max_std: float = Field(1.0, gt=0, description="largest deviation of a continuous policy")
     unimix: float = Field(0.01, ge=0, lt=1, description="share of the uniform distribution in a discrete policy")
     gradient: Literal["reinforce", "dynamics"] = Field(
         "reinforce", description="policy gradient; dynamics: through the model (continuous actions)"
@@ -64,7 +63,7 @@ class ActorCriticConfig(Frozen):
 class Policy:
     """A distribution over canonical actions [*N, A]: one-hot groups, independent bits, or numbers in [-1, 1].
 
-    Continuous actions are normal around tanh(mean); what leaves [-1, 1] is clamped by the codec, not here.
+    Continuous actions are normal around tanh(mean); what leaves [-1, 1] is clamped by `ActionSpec`, not here.
     """
 
     spec: ActionSpec
@@ -129,9 +128,9 @@ class Policy:
 
 
 class ActorCritic(nn.Module):
-    """Networks of the behaviour; `ActorCriticLearner` trains them.
+    """Actor and critic networks; `ActorCriticLearner` trains them.
 
-    unit    what the critic calls 1, in rewards: the world model's reward scale when it was last trained
+    unit    the critic's unit, in rewards: the world model's reward scale at the last update
     """
 
     def __init__(self, config: ActorCriticConfig, feature_dim: int, action: ActionSpec):
@@ -157,12 +156,63 @@ class ActorCritic(nn.Module):
         return self.two_hot.mean(self.critic(feature)) * self.unit
 
 
+def lambda_return(
+    reward: Float[Tensor, "B H"], discount: Float[Tensor, "B H"], value: Float[Tensor, "B H+1"], lam: float = 0.95
+) -> Float[Tensor, "B H"]:
+    """TD(lambda) return of every step, in the unit of the rewards.
+
+    R[t] = reward[t] + discount[t] * ((1 - lam) * value[t+1] + lam * R[t+1]),   R[H] = value[H]
+    reward[t], discount[t]: on arriving at step t+1; discount = gamma * P(no termination).
+    Source: Hafner et al. 2023 (DreamerV3), eq. 7; Sutton and Barto 2018, section 12.1.
+    """
+    returns = [value[:, -1]]
+    interim = reward + discount * (1 - lam) * value[:, 1:]
+    for t in reversed(range(reward.shape[1])):
+        returns.append(interim[:, t] + discount[:, t] * lam * returns[-1])
+    return torch.stack(returns[:0:-1], 1)
+
+
+def weights(start: Float[Tensor, " B"], discount: Float[Tensor, "B H"]) -> Float[Tensor, "B H+1"]:
+    """The discounted probability of reaching each step: start * cumulative product of the discounts before it.
+
+    start is 0 for a terminal state: imagination from there does not count.
+    """
+    return torch.cumprod(torch.cat([start.unsqueeze(1), discount], 1), 1)
+
+
+class ReturnScale:
+    """Running 5th to 95th percentile range of the returns, at least 1 unit: advantages are divided by it.
+
+    `low` and `high` are in rewards, since the unit of the returns may change. Source: Hafner et al. 2023 (DreamerV3), eq. 12.
+    """
+
+    def __init__(self, rate: float = 0.01):
+        self.rate = rate
+        self.low: float | None = None
+        self.high: float | None = None
+
+    def update(self, returns: Float[Tensor, "..."], unit: float = 1.0) -> float:
+        """Includes returns in units of `unit` rewards; the scale in the same units. Returns that are not all finite are skipped."""
+        if not returns.isfinite().all():
+            return self.value(unit)
+        ends = torch.tensor([0.05, 0.95], device=returns.device)
+        low, high = (unit * x for x in torch.quantile(returns.detach().flatten().float(), ends).tolist())
+        self.low = low if self.low is None else self.low + self.rate * (low - self.low)
+        self.high = high if self.high is None else self.high + self.rate * (high - self.high)
+        return self.value(unit)
+
+    def value(self, unit: float = 1.0) -> float:
+        """The scale in units of `unit` rewards."""
+        return 1.0 if self.low is None else max(1.0, (self.high - self.low) / unit)
+
 
 class ActorCriticLearner:
-    """One improvement of actor and critic from the states of a world-model batch.
+    """Trains actor and critic on rollouts that the world model imagines from the states of its batch.
 
-    The actor follows REINFORCE on scaled lambda-returns minus the critic, the critic a two-hot regression on the same
-    returns. All of it happens in units of the world model's reward scale; metrics are in rewards.
+    actor   policy gradient on lambda-returns: score function with the critic as baseline, or pathwise through the model
+    critic  two-hot regression to the same returns
+
+    Returns and values are in units of the world model's reward scale; metrics are in rewards.
     Source: Hafner et al. 2023 (DreamerV3), eqs. 7 to 12.
     """
 
@@ -170,6 +220,7 @@ class ActorCriticLearner:
         self.world, self.behaviour, self.config = world, behaviour, behaviour.config
         needs_ensemble(world, "agent.uncertainty_penalty", self.config.uncertainty_penalty)
         needs_marginal(world, "agent.typicality_penalty", self.config.typicality_penalty)
+        self.pathwise = self.config.gradient == "dynamics"
         self.actor_optimizer = torch.optim.Adam(behaviour.actor.parameters(), lr=self.config.lr, eps=self.config.eps)
         self.critic_optimizer = torch.optim.Adam(behaviour.critic.parameters(), lr=self.config.lr, eps=self.config.eps)
         self.scale = ReturnScale()
@@ -178,38 +229,30 @@ class ActorCriticLearner:
 
     def update(self, trace: Trace, batch: Batch, generator: torch.Generator | None = None) -> dict[str, float]:
         """Imagine from the batch's states, then one step of the actor and one of the critic; metrics."""
-        unit = self.world.heads.scale.value
+        config, unit = self.config, self.world.heads.scale.value
         self.behaviour.unit.copy_(unit)
         state, alive = self.starts(trace, batch, generator)
         dream, log_prob, entropy = self.imagine(state, generator)
-        pathwise = self.config.gradient == "dynamics"
-        with torch.set_grad_enabled(pathwise):
-            discount = self.config.gamma * dream.cont
-        weight = weights(alive, discount.detach())
-        rows = dream.feature.detach().transpose(0, 1)  # [H+1, N, F]: contiguous, as is each share of it along time
-        logits = self.behaviour.critic(rows[:-1])  # read three times: for the returns, as the baseline, in the critic's loss
+        with torch.set_grad_enabled(self.pathwise):
+            discount = config.gamma * dream.cont
+        weight = weights(alive, discount.detach())[:, :-1]
+        feature = dream.feature.detach().transpose(0, 1)  # [H+1, N, F]: contiguous, as is each slice of it along time
+        logits = self.behaviour.critic(feature[:-1])  # read three times: for the returns, as the baseline, in the critic's loss
         with torch.no_grad():
-            value = torch.cat([self.behaviour.two_hot.mean(logits), self._value(rows[-1:])]).transpose(0, 1)  # [N, H+1]
-        reward = dream.reward / unit - reward_penalty(
-            self.world, dream, self.config.uncertainty_penalty, self.config.typicality_penalty
-        )
-        returns = lambda_return(reward, discount, self._value(dream.feature) if pathwise else value, self.config.lam)
+            value = torch.cat([self.behaviour.two_hot.mean(logits), self._value(feature[-1:])]).transpose(0, 1)  # [N, H+1]
+        reward = dream.reward / unit - reward_penalty(self.world, dream, config.uncertainty_penalty, config.typicality_penalty)
+        returns = lambda_return(reward, discount, self._value(dream.feature) if self.pathwise else value, config.lam)
         scale = self.scale.update(returns, float(unit))
-        objective = returns / scale if pathwise else log_prob * (returns - value[:, :-1]) / scale
-        actor_loss = -(weight[:, :-1] * (objective + self.config.entropy * entropy)).mean()
-        critic_loss = (weight[:, :-1].transpose(0, 1) * self._value_loss(rows[:-1], logits, returns.transpose(0, 1))).mean()
-        if self.config.replay_value:
-            critic_loss = critic_loss + self.config.replay_value * self._replay_value_loss(trace, batch)
+        actor_loss = self._actor_loss(returns, value[:, :-1], scale, log_prob, entropy, weight)
+        critic_loss = self._critic_loss(feature[:-1], logits, returns, weight)
+        if config.replay_value:
+            critic_loss = critic_loss + config.replay_value * self._replay_value_loss(trace, batch)
         metrics = self._descend(actor_loss, critic_loss)
         metrics |= {"train/entropy": float(entropy.detach().mean()), "train/return_scale": scale * float(unit)}
         return metrics | {"dream/return": float(returns.detach()[:, 0].mean() * unit)}
 
-    def _value(self, feature: Tensor) -> Tensor:
-        """The critic's, in units of the reward scale."""
-        return self.behaviour.two_hot.mean(self.behaviour.critic(feature))
-
     def starts(self, trace: Trace, batch: Batch, generator: torch.Generator | None) -> tuple[State, Tensor]:
-        """Some or all states of the batch, and 0 for those in which the world has ended."""
+        """(some or all states of the batch, 0 for those that are terminal and else 1)."""
         length, alive = batch.shape[1], (~batch.is_terminal).float().flatten()
         rows = torch.arange(len(alive), device=alive.device)
         if self.config.starts is not None and self.config.starts < len(alive):
@@ -218,11 +261,10 @@ class ActorCriticLearner:
         return state, alive
 
     def imagine(self, state: State, generator: torch.Generator | None) -> tuple[Dream, Tensor, Tensor]:
-        """Rollouts of the actor's draws, with ln p(action) and entropy [N, H] of the actor's graph, so that it runs once.
+        """(rollouts under the actor, ln p(action) [N, H], entropy [N, H]), the latter two in the actor's graph.
 
-        The actor sees features without their own graph; the dream has one where the gradient goes through the model.
+        The actor reads detached features; the dream has a graph where the gradient is pathwise.
         """
-        pathwise = self.config.gradient == "dynamics"
         log_probs, entropies = [], []
 
         def act(feature: Tensor, step: int) -> Tensor:
@@ -234,19 +276,74 @@ class ActorCriticLearner:
             return action
 
         sampling = Sampling(generator=generator, temperature=self.config.temperature)
-        with torch.set_grad_enabled(pathwise):
+        with torch.set_grad_enabled(self.pathwise):
             dream = self.world.imagine(state, act, self.config.horizon, sampling)
         return dream, torch.stack(log_probs, 1), torch.stack(entropies, 1)
 
+    def _actor_loss(
+        self,
+        returns: Float[Tensor, "N H"],
+        value: Float[Tensor, "N H"],
+        scale: float,
+        log_prob: Float[Tensor, "N H"],
+        entropy: Float[Tensor, "N H"],
+        weight: Float[Tensor, "N H"],
+    ) -> Tensor:
+        """-(return / scale + entropy): pathwise through the model, or REINFORCE, ln p(action) * (return - value) / scale."""
+        objective = returns / scale if self.pathwise else log_prob * (returns - value) / scale
+        return -(weight * (objective + self.config.entropy * entropy)).mean()
+
+    def _critic_loss(
+        self,
+        feature: Float[Tensor, "H N F"],
+        logits: Float[Tensor, "H N K"],
+        returns: Float[Tensor, "N H"],
+        weight: Float[Tensor, "N H"],
+    ) -> Tensor:
+        """Regression of the critic to the lambda-returns."""
+        return (weight.transpose(0, 1) * self._value_loss(feature, logits, returns.transpose(0, 1))).mean()
+
+    def _replay_value_loss(self, trace: Trace, batch: Batch) -> Tensor:
+        """Regression of the critic to lambda-returns of replayed rewards; nothing crosses an episode's end."""
+        feature = trace.feature.detach()
+        with torch.no_grad():
+            value = self._value(feature)
+            ended = batch.is_terminal[:, 1:].float()
+            discount = self.config.gamma * (1 - ended)
+            # At a truncated end the return is the critic's own value there: lambda is 0.
+            reward, lam = batch.reward[:, 1:] / self.behaviour.unit, self.config.lam * (1 - batch.is_last[:, 1:].float())
+            returns, last = [], value[:, -1]
+            for t in reversed(range(reward.shape[1])):
+                last = reward[:, t] + discount[:, t] * ((1 - lam[:, t]) * value[:, t + 1] + lam[:, t] * last)
+                returns.append(last)
+            target = torch.stack(returns[::-1], 1)
+        inside = (~batch.is_last[:, :-1]).float()
+        if batch.weight is not None:
+            inside = inside * batch.weight[:, :-1]
+        return (inside * self._value_loss(feature[:, :-1], self.behaviour.critic(feature[:, :-1]), target)).mean()
+
+    def _value(self, feature: Tensor) -> Tensor:
+        """The critic's value, in units of the reward scale."""
+        return self.behaviour.two_hot.mean(self.behaviour.critic(feature))
+
+    def _value_loss(self, feature: Tensor, logits: Tensor, target: Tensor) -> Tensor:
+        """Cross-entropy with the target, and with the slow critic's value."""
+        two_hot, targets = self.behaviour.two_hot, [target]
+        if self.config.slow_weight:
+            with torch.no_grad():
+                targets.append(two_hot.mean(self.behaviour.slow(feature)))
+        logp = torch.log_softmax(logits, -1)
+        return sum(w * two_hot.cross_entropy(logp, y) for w, y in zip((1.0, self.config.slow_weight), targets))
+
     def _descend(self, actor_loss: Tensor, critic_loss: Tensor) -> dict[str, float]:
-        """One clipped step of both; where a loss or a gradient is not finite, of neither."""
+        """One clipped step of both, and of the slow critic; of none where a loss or a gradient is not finite."""
         steps = {
             "actor": (self.behaviour.actor, self.actor_optimizer, actor_loss),
             "critic": (self.behaviour.critic, self.critic_optimizer, critic_loss),
         }
         metrics, bad = {}, []
         for name, (part, optimizer, loss) in steps.items():
-            optimizer.zero_grad(set_to_none=True)  # the critic's own: a gradient through the model comes through it, too
+            optimizer.zero_grad(set_to_none=True)  # of the critic too: a pathwise actor loss left gradients there
             loss.backward()
             norm, nonfinite = clip_gradients(part, self.config.clip)
             metrics |= {f"train/{name}_loss": float(loss.detach()), f"train/{name}_gradient_norm": norm}
@@ -260,32 +357,3 @@ class ActorCriticLearner:
                 for slow, fast in zip(self.behaviour.slow.parameters(), self.behaviour.critic.parameters(), strict=True):
                     slow.lerp_(fast, self.config.slow)
         return metrics
-
-    def _value_loss(self, feature: Tensor, logits: Tensor, target: Tensor) -> Tensor:
-        """Cross-entropy with the target, and with what the slow critic predicts."""
-        two_hot, targets = self.behaviour.two_hot, [target]
-        if self.config.slow_weight:
-            with torch.no_grad():
-                targets.append(two_hot.mean(self.behaviour.slow(feature)))
-        logp = torch.log_softmax(logits, -1)
-        return sum(w * two_hot.cross_entropy(logp, y) for w, y in zip((1.0, self.config.slow_weight), targets))
-
-    def _replay_value_loss(self, trace: Trace, batch: Batch) -> Tensor:
-        """The critic on replayed features against lambda-returns of real rewards; nothing crosses an episode's end."""
-        feature = trace.feature.detach()
-        with torch.no_grad():
-            value = self._value(feature)
-            ended = batch.is_terminal[:, 1:].float()
-            discount = self.config.gamma * (1 - ended)
-            # At a truncated end the return is the critic's own value there, so lambda is cut by replacing what follows.
-            reward, cut = batch.reward[:, 1:] / self.behaviour.unit, batch.is_last[:, 1:].float()
-            returns, last = [], value[:, -1]
-            for t in reversed(range(reward.shape[1])):
-                blend = (1 - self.config.lam * (1 - cut[:, t])) * value[:, t + 1] + self.config.lam * (1 - cut[:, t]) * last
-                last = reward[:, t] + discount[:, t] * blend
-                returns.append(last)
-            target = torch.stack(returns[::-1], 1)
-        inside = (~batch.is_last[:, :-1]).float()
-        if batch.weight is not None:  # windows chosen for what happens in them would teach returns that are not met
-            inside = inside * batch.weight[:, :-1]
-        return (inside * self._value_loss(feature[:, :-1], self.behaviour.critic(feature[:, :-1]), target)).mean()

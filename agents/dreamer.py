@@ -1,4 +1,4 @@
-"""Dreamer: an actor and a critic that learn inside the world model alone, as an SB3 algorithm."""
+"""Dreamer: an actor and a critic that learn in imagination, as an SB3 algorithm."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from worldmodel.agents.actor_critic import ActorCritic, ActorCriticConfig, ActorCriticLearner
 from worldmodel.agents.belief import Controller
 from worldmodel.agents.loop import WorldModelAlgorithm
-from worldmodel.data import Batch, State, Trace
+from worldmodel.data import State
 from worldmodel.model import WorldModel
 from worldmodel.registry import register
 
@@ -23,7 +23,7 @@ class DreamerConfig(ActorCriticConfig):
 
 
 class DreamerController(Controller, ActorCritic):
-    """Acts by the actor's draw, or by its mode."""
+    """Acts by a sample of the actor, or by its mode."""
 
     def act(
         self, world: WorldModel, state: State, memory: State, deterministic: bool, generator: torch.Generator, rows: Any = None
@@ -37,7 +37,7 @@ class DreamerController(Controller, ActorCritic):
 
 @register("agent", "dreamer", DreamerConfig)
 class Dreamer(WorldModelAlgorithm):
-    """Learns a world model from real steps, and a policy from imagined ones.
+    """Learns a world model from real steps, and a policy from imagined ones (`ActorCriticLearner`).
 
         model = Dreamer("MlpPolicy", "CartPole-v1").learn(1500)
         action, belief = model.predict(obs, belief, episode_start, deterministic=True)
@@ -58,9 +58,6 @@ class Dreamer(WorldModelAlgorithm):
     def _setup_model(self) -> None:
         super()._setup_model()
         self.behaviour = ActorCriticLearner(self.learner.ema, self.controller)
-
-    def _improve(self, trace: Trace, batch: Batch) -> dict[str, float]:
-        return self.behaviour.update(trace, batch, self.generator)
 
     @property
     def optimizers_by_name(self) -> dict[str, torch.optim.Optimizer]:

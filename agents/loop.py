@@ -1,7 +1,7 @@
 """Collect -> learn -> improve: the one loop that every agent with a world model shares, as an SB3 algorithm.
 
-An agent differs in two things only: its `controller`, which turns a belief into an action, and what it improves on a
-world-model batch. Evaluation, checkpoints and stopping are SB3 callbacks.
+An agent differs in two things only: its `controller`, which turns a belief into an action, and its `behaviour`, which learns
+from a world-model batch. Evaluation, checkpoints and stopping are SB3 callbacks.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.utils import get_device, safe_mean
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_wrapper
 
+from worldmodel.agents.actor_critic import ActorCriticLearner
 from worldmodel.agents.arguments import reject_unknown_arguments, require_own_policy, with_spec_layout
 from worldmodel.agents.belief import BeliefPolicy, Controller
 from worldmodel.agents.experience import EpisodeStatistics, fit_scaling, new_replay, replay_capacity, rows_before_reset
 from worldmodel.agents.saving import SavedAlgorithm
 from worldmodel.config import Config
 from worldmodel.config.recipes import combine
-from worldmodel.data import Batch, State, Trace
+from worldmodel.data import State
 from worldmodel.envs.make import as_vec_env, id_of, seed_envs
 from worldmodel.envs.vectors.restarts import Restarts, restarted
 from worldmodel.envs.vectors.workers import drain
@@ -59,6 +60,8 @@ class WorldModelAlgorithm(SavedAlgorithm):
     """Where a run keeps experience; None outside of a run."""
     should_continue: Callable[[], bool] = staticmethod(lambda: True)
     """Asked between updates: where it says no they end, and what is left of them stays owed. A run asks for signals there."""
+    behaviour: ActorCriticLearner | None = None
+    """Trains the controller on each world-model batch; None: nothing of it is trained."""
     improves: bool = True
     """Whether an update also improves the controller, on states of the averaged model."""
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
@@ -195,10 +198,6 @@ class WorldModelAlgorithm(SavedAlgorithm):
 
     def _make_controller(self) -> Controller:
         raise NotImplementedError
-
-    def _improve(self, trace: Trace, batch: Batch) -> dict[str, float]:
-        """One improvement of the controller on a world-model batch; metrics by TensorBoard tag."""
-        return {}
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """SB3's: seeds the process, the environments from their next reset on, and all draws of this model."""
@@ -435,7 +434,8 @@ class WorldModelAlgorithm(SavedAlgorithm):
         if improve and self.improves:
             if self.learner.ema is not self.world:
                 trace = self.learner.ema_trace(batch, self.generator)
-            metrics |= self._improve(trace, rows)
+            if self.behaviour is not None:
+                metrics |= self.behaviour.update(trace, rows, self.generator)
         self._n_updates += 1
         if self._logger is not None:
             for name, value in metrics.items():

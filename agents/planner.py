@@ -21,9 +21,8 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from worldmodel.agents.actor_critic import ActorCriticConfig
+from worldmodel.agents.actor_critic import ActorCriticConfig, weights
 from worldmodel.agents.dreamer import Dreamer, DreamerController
-from worldmodel.agents.returns import weights
 from worldmodel.config import Frozen
 from worldmodel.data import Dream, Sampling, State
 from worldmodel.model import WorldModel, needs_ensemble, needs_marginal, reward_penalty

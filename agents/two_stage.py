@@ -255,9 +255,9 @@ def _init_pseudo_inputs(
     prior: ConditionalDistribution, world: WorldModel, replay: Replay, latents: LatentSamples, generator: torch.Generator
 ) -> None:
     """A law that is made of observations starts at some rows of the codes; others have nothing to begin with."""
-    if not hasattr(prior, "init_pseudo_inputs"):
+    if not prior.num_pseudo_inputs:
         return
-    latents, count = latents.index(~latents.repeated), prior.config.components
+    latents, count = latents.index(~latents.repeated), prior.num_pseudo_inputs
     if len(latents.row) < count:
         raise ConfigError(
             f"A law of {count} pseudo-inputs begins at as many rows, and there are {len(latents.row)} that its slot is a law of. "

@@ -181,7 +181,7 @@ def seeded(seed: int, make: Callable[[], VAE], begin: Tensor | None = None) -> V
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = make()
-    if begin is not None and hasattr(vae.law, "init_pseudo_inputs"):
+    if begin is not None:
         order = torch.randperm(len(begin), generator=torch.Generator().manual_seed(seed))
         vae.law.init_pseudo_inputs({"image": begin[order]})
     return vae
@@ -290,7 +290,7 @@ def log_prior(vae: VAE, finely: bool = False) -> tuple[Callable[[Tensor], Tensor
         log_z, ess = law.log_z(None, 2000 if finely else 1000, sampling, **({"ais": True} if finely else {}))
         normaliser = float(log_z.squeeze())
         return lambda z: law.log_prob(z, None) - normaliser, {"log_z": normaliser, "log_z_ess": float(ess.squeeze())}
-    if law.density == "bound" and finely and hasattr(law, "ode_log_prob"):
+    if law.density == "bound" and finely:
         return lambda z: law.ode_log_prob(z, None), {}
     return lambda z: law.log_prob(z, None), {}
 

@@ -127,8 +127,8 @@ def draws(world, form: str, fitted, test, generator: torch.Generator) -> tuple[t
     if form == "N(0, I)":
         return normal.sample(None, DRAWS, Sampling(generator=generator))[:, 0], None
     law = registry.build("distribution", registry.config_class("distribution", form)(), latent, 0, world.dynamics.source)
-    if hasattr(law, "init_pseudo_inputs"):
-        some = torch.randperm(len(fitted["z"]), generator=generator)[: law.config.components]
+    if law.num_pseudo_inputs:
+        some = torch.randperm(len(fitted["z"]), generator=generator)[: law.num_pseudo_inputs]
         law.init_pseudo_inputs({name: x[some] for name, x in fitted["obs"].items()}, fitted["carry"][some])
     law.fit(fitted["z"], steps=FIT_STEPS, generator=generator)
     law.eval()

@@ -1,7 +1,7 @@
 """The generated parts of docs/reference: every option of every part, and every command with its flags.
 
-    python docs/reference.py             # writes what stands between <!-- reference: NAME --> and <!-- /reference -->
-    python docs/reference.py --check     # exit code 1 where a page says something else than the code does
+python docs/reference.py             # writes what stands between <!-- reference: NAME --> and <!-- /reference -->
+python docs/reference.py --check     # exit code 1 where a page says something else than the code does
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from enum import Enum
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from typer.models import ArgumentInfo
 
@@ -112,12 +111,12 @@ def value(kind: Any, about: Any, default: Any) -> str:
     plain = next((each for each in get_args(kind) if each is not type(None)), kind) if type(None) in get_args(kind) else kind
     if plain is bool:
         return ""
-    if isinstance(plain, type) and issubclass(plain, Enum):
-        word = " | ".join(each.value for each in plain)
+    if get_origin(plain) is Literal:
+        word = " | ".join(get_args(plain))
     else:
         word = about.metavar or {int: "N", float: "X", Path: "PATH", str: "TEXT"}.get(plain, "TEXT")
     shown = about.show_default if isinstance(about.show_default, str) else default
-    shown = shown.value if isinstance(shown, Enum) else shown
+    shown = "required" if shown is inspect.Parameter.empty else shown
     return f"`{word}`" + ("" if shown is None else f" ({shown})")
 
 

@@ -168,7 +168,7 @@ def test_eval_repeats_the_final_return_and_writes_an_animation(command, trained,
     assert (older["step"], older["seed"]) == (25, 7)
 
 
-def test_eval_refuses_other_films(command, trained, tmp_path):
+def test_eval_refuses_other_videos(command, trained, tmp_path):
     code, _, err = command("eval", trained[0], "--video", tmp_path / "first.webm")
     assert code == 2 and ".gif" in err and not (tmp_path / "first.webm").exists()
 

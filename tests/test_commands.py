@@ -1,4 +1,4 @@
-"""What the commands say to a person: tables, lists of options, warnings, films, help."""
+"""What the commands say to a person: tables, lists of options, warnings, videos, help."""
 
 from __future__ import annotations
 
@@ -84,13 +84,13 @@ def test_tables_at_80_columns_cut_no_heading_and_drop_what_is_empty(capsys):
     from worldmodel.commands.console import show_dream, table
 
     numbers = dict.fromkeys(("observation", "persistence", "ratio", "reward", "continue"), [1234.5678] * 3)
-    told = {"env_id": "a", "run": "runs/" + 90 * "q", "step": 1, "context": 5, "out": None, "worst": None, "ratio_by_part": {}}
-    show_dream({**told, **numbers, "horizons": [1, 2, 3], "uncertainty": [12.5] * 3})
+    result = {"env_id": "a", "run": "runs/" + 90 * "q", "step": 1, "context": 5, "out": None, "worst": None, "ratio_by_part": {}}
+    show_dream({**result, **numbers, "horizons": [1, 2, 3], "uncertainty": [12.5] * 3})
     out = capsys.readouterr().out
     headings = "horizon observation persistence ratio reward continue uncertainty".split()
     assert [h for h in headings if not re.search(rf"\b{h}\b", out)] == [] and max(map(len, out.splitlines())) <= 80
     assert out.count("q") == 90 and "…" not in out and "1234.57" in out
-    show_dream({**told, **numbers, "horizons": [1, 2, 3], "uncertainty": [None] * 3})
+    show_dream({**result, **numbers, "horizons": [1, 2, 3], "uncertainty": [None] * 3})
     assert "uncertainty" not in capsys.readouterr().out
     table([{"real_steps": 5, "note": None}], ("real_steps", "note"))
     assert "note" not in capsys.readouterr().out
@@ -133,16 +133,16 @@ def test_every_help_has_an_example():
         assert (inner.epilog or "").startswith(f"Example: {name} "), name
 
 
-# Films ------------------------------------------------------------------------------------------------------------------
+# Videos -----------------------------------------------------------------------------------------------------------------
 
 
 def test_small_frames_are_enlarged_and_captioned():
     frames = np.zeros((2, 64, 64, 3), np.uint8)
     frames[:, 3, 5] = 200
-    film = pictures.captioned(frames, ["step 0 of 2   return 0.0 of 1.0", "step 1 of 2   return 0.5 of 1.0"])
-    assert film.shape == (2, 22 + 256, 256, 3)
-    assert (film[0, 22 + 12 : 22 + 16, 20:24] == 200).all() and film[0, 22:].max() == 200
-    assert (film[0, :22] != film[1, :22]).any() and film[0, :22].min() < 100
+    video = pictures.captioned(frames, ["step 0 of 2   return 0.0 of 1.0", "step 1 of 2   return 0.5 of 1.0"])
+    assert video.shape == (2, 22 + 256, 256, 3)
+    assert (video[0, 22 + 12 : 22 + 16, 20:24] == 200).all() and video[0, 22:].max() == 200
+    assert (video[0, :22] != video[1, :22]).any() and video[0, :22].min() < 100
     large = pictures.captioned(np.zeros((1, 400, 600, 3), np.uint8), ["step 0"])
     assert large.shape == (1, 422, 600, 3)
 

@@ -1,4 +1,4 @@
-"""Configs: what a file may say, how layers lie over one another, and what a mistake is told."""
+"""Configs: what a file may say, how layers merge, and what errors say."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from worldmodel.config import (
     Part,
     describe,
     differences,
+    dump_yaml,
     list_recipes,
     resolve,
 )
@@ -89,7 +90,7 @@ class RandomConfig(Frozen):
 
 @pytest.fixture
 def toys(monkeypatch):
-    """A registry that knows the classes above and looks for no others."""
+    """A registry that holds the classes above and searches for no others."""
     monkeypatch.setattr(registry, "_entries", {})
     monkeypatch.setattr(registry, "MODULES", ())
     monkeypatch.setattr(registry, "_loaded_entry_points", True)
@@ -186,7 +187,7 @@ def test_a_config_cannot_be_changed_but_a_changed_copy_can_be_made(toys):
     assert "'ratoi'" in complaint(config.train.replace, ratoi=2.0)
 
 
-def test_a_config_survives_the_way_to_another_process(toys):
+def test_a_config_can_be_pickled(toys):
     config = Config.parse({"model": {"engine": "rotor"}})
     assert pickle.loads(pickle.dumps(config)) == config
 
@@ -197,7 +198,7 @@ def test_all_mistakes_are_reported_at_once(toys):
     assert "'train.ratio'" in text and "'train.batch_size'" in text and "'agent.horizn'" in text and "'horizon'" in text
 
 
-def test_a_rule_of_a_room_is_told_in_its_own_words(toys):
+def test_a_rule_of_a_class_is_reported_in_its_own_words(toys):
     text = complaint(Config.parse, {"model": {"spare": "piston"}})
     assert text == "configs: 'model': two engines of one kind: leave out model.spare."
 
@@ -228,12 +229,12 @@ def test_an_unknown_kind_names_the_nearest_one_and_its_key(toys):
     assert "one of: piston, rotor" in complaint(Config.parse, {"model": {"spare": {"blades": 3}}})
 
 
-def test_an_option_of_another_kind_is_told_whose_it_is(toys):
+def test_an_option_of_another_kind_names_that_kind(toys):
     text = complaint(Config.parse, {"agent": {"kind": "random", "horizon": 3}})
     assert text == "configs: 'agent.horizon' is not an option of RandomConfig. It is an option of agent 'dreamer'."
 
 
-def test_a_key_at_the_wrong_place_is_told_the_right_one(toys):
+def test_a_key_at_the_wrong_place_names_the_right_one(toys):
     assert "Did you mean 'train.batch_size'?" in complaint(Config.parse, {"batch_size": 3})
     assert "Did you mean 'model.engine.strokes'?" in complaint(Config.parse, {"env": {"strokes": 3}})
 
@@ -243,9 +244,72 @@ def test_direct_construction_reports_like_a_file(toys):
     assert "'strokes'" in complaint(PistonConfig, strokes=1)
 
 
-def test_a_group_without_an_owner_may_only_be_empty(toys):
+def test_a_group_without_a_class_may_only_be_empty(toys):
     assert Config.parse({"log": {}}) == Config()
     assert "'log'" in complaint(Config.parse, {"log": {"every": 3}})
+
+
+# ---- options of release 0.1 ------------------------------------------------------------------------------------------
+
+RENAMED = [
+    ("train.ends", {}, "train.terminal_fraction"),
+    ("train.newest", {}, "train.recent_fraction"),
+    ("train.scales.fit", {}, "train.scales.prior"),
+    ("model.inputs", {}, "model.vector_scaling"),
+    ("model.transition.most", {"model.transition.kind": "diffusion"}, "model.transition.sigma_max"),
+    ("model.transition.looks", {"model.transition.kind": "diffusion"}, "model.transition.rate_samples"),
+    ("model.decoder.law", {"model.decoder.kind": "latent_diffusion"}, "model.decoder.prior"),
+    ("model.marginal.inputs", {"model.marginal.kind": "vamp"}, "model.marginal.pseudo_inputs"),
+    ("model.objective.ema", {"model.objective.kind": "jepa"}, "model.objective.ema_decay"),
+    ("agent.penalty", {}, "agent.uncertainty_penalty"),
+    ("agent.manifold", {}, "agent.typicality_penalty"),
+    ("agent.plan.penalty", {"agent.kind": "planner"}, "agent.plan.uncertainty_penalty"),
+    ("model.transition.drop", {"model.transition.kind": "diffusion"}, None),
+]
+"""Key of release 0.1, what else is given, the key of today; None: it is gone."""
+
+
+@pytest.mark.parametrize(("old", "given", "now"), RENAMED)
+def test_an_old_option_is_an_error_that_names_the_new_one(old, given, now, tmp_path):
+    words = f"'{old}' is not an option of"
+    hint = "It is gone: nothing used it." if now is None else f"It is called '{now}' now."
+    data: dict = {"env": {"id": "CartPole-v1"}}
+    for key, value in {**given, old: 0.5}.items():
+        *groups, leaf = key.split(".")
+        inner = data
+        for group in groups:
+            inner = inner.setdefault(group, {})
+        inner[leaf] = value
+    (tmp_path / "mine.yaml").write_text(dump_yaml(data))
+    for text in (
+        complaint(Config.from_recipe, tmp_path / "mine.yaml"),
+        complaint(Config.from_recipe, "CartPole-v1", [f"{key}={value}" for key, value in {**given, old: 0.5}.items()]),
+        complaint(Config.from_recipe, "CartPole-v1", {**given, old: 0.5}),
+        complaint(Config.parse, data),
+        complaint(Config.from_yaml, dump_yaml(data)),
+    ):
+        assert words in text and text.endswith(hint), text
+
+
+def test_an_old_option_in_python_names_the_new_one():
+    text = complaint(registry.config_class("group", "train"), ends=0.5)
+    assert text == "configs: 'ends' is not an option of TrainConfig. It is called 'terminal_fraction' now."
+
+
+def test_what_release_0_1_wrote_is_read_by_its_new_names():
+    config = Config.from_recipe("CartPole-v1", ["model=gaussian", "model.transition.kind=diffusion"])
+    written = {"train.ends": 0.5, "model.transition.most": 3.0, "model.transition.drop": 0.0, "train": {"newest": 0.1}, "x.y": 1}
+    now = {"train.terminal_fraction": 0.5, "model.transition.sigma_max": 3.0, "train": {"recent_fraction": 0.1}, "x.y": 1}
+    assert config.in_new_names(written) == now
+    saved = """
+        env: {id: CartPole-v1}
+        model: {dynamics: {latent: {kind: gaussian}}, transition: {kind: diffusion, most: 3.0, drop: 0.0}}
+        train: {ends: 0.5, scales: {fit: 0.2}}
+        agent: {penalty: 0.1}
+        """
+    read = Config.from_saved(textwrap.dedent(saved))
+    assert (read.model.transition.sigma_max, read.train.terminal_fraction, read.train.scales.prior) == (3.0, 0.5, 0.2)
+    assert read.agent.kind == "dreamer" and read.agent.uncertainty_penalty == 0.1
 
 
 # ---- typing mistakes --------------------------------------------------------------------------------------------------
@@ -329,7 +393,7 @@ def test_overrides_may_be_a_mapping_of_dotted_keys(folder):
     assert "Write ['a=1']" in complaint(resolve, "toy", "a=1", folder=folder)
 
 
-def test_layers_lie_in_the_order_size_model_recipe_keys(folder):
+def test_layers_merge_in_the_order_size_model_recipe_keys(folder):
     config = Config.from_recipe("toy", ["train.batch_size=5"], folder=folder)
     assert config.model.engine == PistonConfig(strokes=6, fuel="diesel")  # size, then model
     assert config.model.layers == (1,)  # size over the class
@@ -345,7 +409,7 @@ def test_a_model_or_size_named_on_the_command_line_replaces_the_recipes(folder):
     assert Config.from_recipe("catch", ["size=large"], folder=folder).description == ""
 
 
-def test_a_changed_kind_starts_afresh_even_where_the_layer_below_left_it_to_the_default(folder):
+def test_a_changed_kind_starts_from_its_defaults_even_where_the_layer_below_names_no_kind(folder):
     assert Config.from_recipe("toy", ["agent=random"], folder=folder).agent == RandomConfig()
     assert Config.from_recipe("toy", ["agent=dreamer"], folder=folder).agent == DreamerConfig(horizon=7)
     assert Config.from_recipe("toy", ["model.engine=rotor"], folder=folder).model.engine == RotorConfig()
@@ -391,7 +455,7 @@ def test_a_recipe_that_says_it_wrongly_is_refused(folder, text):
     assert complaint(Config.from_recipe, "wrong", folder=folder)
 
 
-def test_a_recipe_cannot_undo_in_silence_the_model_that_was_asked_for(folder):
+def test_a_recipe_cannot_silently_undo_the_model_that_was_asked_for(folder):
     (folder / "env" / "fixed.yaml").write_text("defaults: {model: flying}\nmodel: {engine: {kind: piston}}")
     assert Config.from_recipe("fixed", folder=folder).model.engine.kind == "piston"
     assert "model.engine.kind" in complaint(Config.from_recipe, "fixed", ["model=flying"], folder=folder)
@@ -442,7 +506,7 @@ def test_a_written_config_is_read_back_equal(folder):
     assert again.train.limit == math.inf and again.model.engine.blades == 5 and again.description == "a toy"
 
 
-def test_the_default_config_of_the_installed_rooms_is_read_back_equal():
+def test_the_default_config_of_the_installed_modules_is_read_back_equal():
     config = Config.from_recipe(env_id="CartPole-v1")
     assert Config.from_yaml(config.to_yaml()) == config
 

@@ -1,8 +1,9 @@
-"""Diffusion and flow matching against data whose exact denoiser is known: Gaussians and mixtures of them."""
+"""EDM diffusion against data whose exact denoiser is known: Gaussians and mixtures of them."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,36 +11,27 @@ from conftest import generator
 from torch import Tensor
 
 from worldmodel.nn.diffusion import (
+    EDM,
     SAMPLERS,
     SIGMA_DATA,
-    bound,
-    cfm,
-    edm,
     euler,
     fixed_samples,
     gaussian_log_prob,
     heun,
-    in_sigmas,
+    information_gain,
     multistep,
     ode_log_prob,
     per_row,
     sigma_of_information,
 )
 
-PATHS = {"edm": edm(), "cfm": cfm()}
+PAPER = EDM()
 MEAN, STD = torch.tensor([0.6, -0.4]), torch.tensor([0.3, 0.1])
 
-every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 
-
-def exact(path, mean: Tensor = MEAN, std: Tensor = STD):
-    """The denoiser of N(mean, std^2), at any level of a path."""
-
-    def denoise(x: Tensor, level: Tensor) -> Tensor:
-        keep, level = per_row(path.keep(level), x), per_row(level, x)
-        return mean + keep * std**2 / ((keep * std) ** 2 + level**2) * (x - keep * mean)
-
-    return denoise
+def exact(x: Tensor, sigma: Tensor) -> Tensor:
+    """The denoiser of N(MEAN, STD^2)."""
+    return MEAN + STD**2 / (STD**2 + per_row(sigma, x) ** 2) * (x - MEAN)
 
 
 def w2(x: Tensor, mean: Tensor = MEAN, std: Tensor = STD) -> float:
@@ -47,27 +39,25 @@ def w2(x: Tensor, mean: Tensor = MEAN, std: Tensor = STD) -> float:
     return float(((x.mean(0) - mean).square() + (x.std(0) - std).square()).sum().sqrt())
 
 
-def drawn(path, sampler, steps: int, denoise=None, n: int = 4000) -> Tensor:
-    levels, noise = path.grid(steps), torch.randn(n, 2, generator=generator())
-    return sampler(denoise or exact(path), path.start(noise, levels[0]), levels)
+def drawn(sampler, steps: int, edm: EDM = PAPER) -> Tensor:
+    sigmas, noise = edm.grid(steps), torch.randn(4000, 2, generator=generator())
+    return sampler(exact, edm.start(noise, sigmas[0]), sigmas)
 
 
-@every_path
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
-def test_more_steps_come_nearer_to_the_target(path, sampler):
-    errors = [w2(drawn(path, sampler, steps)) for steps in (4, 12, 36)]
+def test_more_steps_come_nearer_to_the_target(sampler):
+    errors = [w2(drawn(sampler, steps)) for steps in (4, 12, 36)]
     assert errors[0] > errors[1] > errors[2] and errors[2] < 0.04
 
 
-@every_path
-def test_heun_beats_euler_with_equally_many_evaluations(path):
+def test_heun_beats_euler_with_equally_many_evaluations():
     for steps in (18, 36):  # EDM's own is 18: 35 evaluations
-        assert w2(drawn(path, heun, steps)) < w2(drawn(path, euler, 2 * steps - 1))
+        assert w2(drawn(heun, steps)) < w2(drawn(euler, 2 * steps - 1))
 
 
 def test_multistep_beats_euler_with_five_evaluations():
-    path = edm(sigma_min=0.02, sigma_max=5.0)
-    assert w2(drawn(path, multistep, 5)) < 0.7 * w2(drawn(path, euler, 5))
+    edm = EDM(sigma_min=0.02, sigma_max=5.0)
+    assert w2(drawn(multistep, 5, edm)) < 0.7 * w2(drawn(euler, 5, edm))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
@@ -78,30 +68,29 @@ def test_samplers_evaluate_as_often_as_they_say(sampler):
         calls.append(float(level[0]))
         return torch.zeros_like(x)
 
-    sampler(counted, torch.ones(3, 2), edm().grid(4))
+    sampler(counted, torch.ones(3, 2), PAPER.grid(4))
     assert len(calls) == (7 if sampler is heun else 4) and 0.0 not in calls
 
 
 def test_the_grid_is_that_of_the_paper():
     """Levels 0, 1 and 17 of 18, and the 0 behind them. Source: Karras et al. 2022, eq. 5."""
-    levels = edm().grid(18)
+    levels = PAPER.grid(18)
     assert levels.shape == (19,) and levels[-1] == 0
     torch.testing.assert_close(levels[[0, 17]], torch.tensor([80.0, 0.002]))
     one = (80 ** (1 / 7) + (0.002 ** (1 / 7) - 80 ** (1 / 7)) / 17) ** 7
     assert float(levels[1]) == pytest.approx(one)
 
 
-@every_path
-def test_preconditioning_keeps_inputs_and_targets_of_the_network_at_variance_one(path):
+def test_preconditioning_keeps_inputs_and_targets_of_the_network_at_variance_one():
     """Whatever the level, for data of deviation DATA. Source: Karras et al. 2022, appendix B.6."""
     n = 200_000
     x, noise = (torch.randn(n, 1, generator=generator(seed)) for seed in (0, 1))
     for level in (0.01, 0.5, 0.97):
         levels = torch.full((n,), level)
-        mixed = path.mix(SIGMA_DATA * x, noise, levels)
-        skip = path.denoised(lambda scaled, c: torch.zeros_like(scaled), mixed, levels)
-        scaled = path.denoised(lambda scaled, c: scaled, mixed, levels) - skip
-        one = path.denoised(lambda scaled, c: torch.ones_like(scaled), mixed, levels) - skip
+        mixed = SIGMA_DATA * x + level * noise
+        skip = PAPER.denoised(lambda scaled, c: torch.zeros_like(scaled), mixed, levels)
+        scaled = PAPER.denoised(lambda scaled, c: scaled, mixed, levels) - skip
+        one = PAPER.denoised(lambda scaled, c: torch.ones_like(scaled), mixed, levels) - skip
         assert float((scaled / one).var()) == pytest.approx(1, rel=0.02)
         assert float(((SIGMA_DATA * x - skip) / one).var()) == pytest.approx(1, rel=0.02)
 
@@ -109,38 +98,27 @@ def test_preconditioning_keeps_inputs_and_targets_of_the_network_at_variance_one
 def test_edm_weighs_all_levels_alike():
     level = torch.tensor([0.01, 0.5, 20.0])
     x, noise = (torch.randn(100_000, 1, generator=generator(seed)) for seed in (0, 1))
-    losses = [PATHS["edm"].loss(lambda s, c: torch.zeros_like(s), SIGMA_DATA * x, noise, s.expand(100_000)).mean() for s in level]
+    losses = [PAPER.loss(lambda s, c: torch.zeros_like(s), SIGMA_DATA * x, noise, s.expand(100_000)).mean() for s in level]
     torch.testing.assert_close(torch.stack(losses), torch.ones(3), rtol=0.02, atol=0)
 
 
 def test_levels_of_training_are_log_normal():
     uniform = torch.linspace(0.001, 0.999, 999)
-    logs = edm(mean=-0.4, std=1.3).drawn(uniform).log()
+    logs = EDM(log_sigma_mean=-0.4, log_sigma_std=1.3).training_levels(uniform).log()
     assert float(logs.median()) == pytest.approx(-0.4, abs=1e-5)
     assert float((logs < -0.4 - 1.3).float().mean()) == pytest.approx(0.1587, abs=2e-3)
 
 
-@every_path
-def test_the_loss_is_least_at_the_exact_denoiser(path):
+def test_the_loss_is_least_at_the_exact_denoiser():
     """The network that gives it, against the same with a small error."""
     x = MEAN + STD * torch.randn(5000, 2, generator=generator(1))
-    noise, level = torch.randn(5000, 2, generator=generator(2)), path.drawn(torch.rand(5000, generator=generator(3)))
-    mixed = path.mix(x, noise, level)
-    best = exact(path)(mixed, level)
-    zero, one = (path.denoised(lambda x, c, v=v: torch.full_like(x, v), mixed, level) for v in (0.0, 1.0))
+    noise, level = torch.randn(5000, 2, generator=generator(2)), PAPER.training_levels(torch.rand(5000, generator=generator(3)))
+    mixed = x + per_row(level, x) * noise
+    best = exact(mixed, level)
+    zero, one = (PAPER.denoised(lambda x, c, v=v: torch.full_like(x, v), mixed, level) for v in (0.0, 1.0))
     ideal = (best - zero) / (one - zero)  # D is linear in what the network gives
-    losses = [path.loss(lambda x, c, e=e: ideal + e, x, noise, level).mean() for e in (0.0, -0.1, 0.1)]
+    losses = [PAPER.loss(lambda x, c, e=e: ideal + e, x, noise, level).mean() for e in (0.0, -0.1, 0.1)]
     assert losses[0] < losses[1] and losses[0] < losses[2]
-
-
-def test_flow_matching_regresses_on_noise_minus_data():
-    path = PATHS["cfm"]
-    x, noise, level = torch.ones(1, 2), torch.tensor([[3.0, -1.0]]), torch.tensor([0.25])
-    network = lambda scaled, t: torch.full_like(scaled, 0.7)  # noqa: E731
-    mixed = path.mix(x, noise, level)
-    torch.testing.assert_close(mixed, 0.75 * x + 0.25 * noise)
-    velocity = (mixed - path.denoised(network, mixed, level)) / 0.25
-    torch.testing.assert_close(path.loss(network, x, noise, level), (velocity - (noise - x)).square().sum(-1))
 
 
 # Likelihood -------------------------------------------------------------------------------------------------------------
@@ -170,7 +148,7 @@ def mixture_samples(n: int) -> Tensor:
 def bounds(denoise, x: Tensor, looks: int) -> Tensor:
     uniform, noise, weight = fixed_samples(looks, x.shape[1])
     s, nats = sigma_of_information(uniform)
-    each = [bound(denoise, x, s[i].expand(len(x)), noise[i].expand_as(x)) for i in range(len(s))]
+    each = [information_gain(denoise, x, s[i].expand(len(x)), noise[i].expand_as(x)) for i in range(len(s))]
     return gaussian_log_prob(x) + nats * weight @ torch.stack(each)
 
 
@@ -190,10 +168,9 @@ def gaussian_scale(s: Tensor, x: Tensor) -> Tensor:
     return per_row(s * SIGMA_DATA / (s**2 + SIGMA_DATA**2).sqrt(), x)
 
 
-@every_path
-def test_the_bound_of_an_untrained_network_is_exactly_a_gaussian(path):
+def test_the_bound_of_an_untrained_network_is_exactly_a_gaussian():
     x = mixture_samples(20)
-    untrained = in_sigmas(path, lambda x, c: torch.zeros_like(x))
+    untrained = partial(PAPER.denoised, lambda x, c: torch.zeros_like(x))
     torch.testing.assert_close(bounds(untrained, x, 4), gaussian_log_prob(x), atol=2e-3, rtol=0)
     torch.testing.assert_close(ode_log_prob(untrained, x, 4), gaussian_log_prob(x), atol=1e-3, rtol=0)
 
@@ -201,17 +178,6 @@ def test_the_bound_of_an_untrained_network_is_exactly_a_gaussian(path):
 def test_the_likelihood_of_the_ode_is_exact_for_an_exact_denoiser():
     x = mixture_samples(200)
     torch.testing.assert_close(ode_log_prob(mixture, x, 40), mixture_log_prob(x), atol=0.03, rtol=0)
-
-
-def test_flow_matching_seen_in_ratios_of_noise_denoises_as_edm_does():
-    """A view with noise s beside the data, and the mixture at the level that stands for it, tell the same."""
-    native, x, s = exact(PATHS["cfm"]), mixture_samples(200), torch.full((200,), 0.7)
-    t = PATHS["cfm"].at(s)
-    torch.testing.assert_close(per_row(1 - t, x) * (x + 0.7), per_row(1 - t, x) * x + per_row(t, x))
-    torch.testing.assert_close(native(per_row(1 - t, x) * x, t), exact(PATHS["edm"])(x, s))
-    network = lambda scaled, t: scaled.sin()  # noqa: E731
-    mixed = per_row(1 - t, x) * x
-    torch.testing.assert_close(in_sigmas(PATHS["cfm"], network)(x, s), PATHS["cfm"].denoised(network, mixed, t))
 
 
 def test_levels_of_the_bound_hide_equal_shares_of_information():

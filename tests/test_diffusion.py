@@ -14,8 +14,6 @@ from torch import Tensor
 from worldmodel.data import Sampling
 from worldmodel.distributions import Diffusion, DiffusionConfig
 
-every_path = pytest.mark.parametrize("path", ["edm", "cfm"])
-
 
 def law(size: int = 2, context: int = 0, **options) -> Diffusion:
     torch.manual_seed(0)
@@ -35,35 +33,31 @@ def gaussian_log_prob(x: Tensor) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def fitted() -> dict[str, Diffusion]:
-    """Of each path a law that was fitted to a Gaussian."""
-    laws = {path: law(path=path) for path in ("edm", "cfm")}
-    for one in laws.values():
-        one.fit(gaussian(2000), steps=300, lr=5e-3, generator=generator())
-    return laws
+def fitted() -> Diffusion:
+    """A prior that was fitted to a Gaussian."""
+    one = law()
+    one.fit(gaussian(2000), steps=300, lr=5e-3, generator=generator())
+    return one
 
 
-@every_path
-def test_the_bound_lies_below_the_truth_and_the_likelihood_of_the_ode_near_it(fitted, path):
+def test_the_bound_lies_below_the_truth_and_the_likelihood_of_the_ode_near_it(fitted):
     x = gaussian(500, seed=9)
-    truth, bound = gaussian_log_prob(x).mean(), fitted[path].log_prob(x, None).mean().detach()
-    ode = fitted[path].ode_log_prob(x, None).mean()
+    truth, bound = gaussian_log_prob(x).mean(), fitted.log_prob(x, None).mean().detach()
+    ode = fitted.ode_log_prob(x, None).mean()
     assert bound < truth
     assert abs(float(ode - truth)) < 0.1
     assert float(truth - bound) < 0.2
 
 
-@every_path
-def test_the_bound_is_the_same_each_time(fitted, path):
+def test_the_bound_is_the_same_each_time(fitted):
     x = gaussian(7)
-    one = fitted[path].log_prob(x, None)
-    assert torch.equal(one, fitted[path].log_prob(x, None))
-    torch.testing.assert_close(one[2:3], fitted[path].log_prob(x[2:3], None), atol=1e-4, rtol=0)
+    one = fitted.log_prob(x, None)
+    assert torch.equal(one, fitted.log_prob(x, None))
+    torch.testing.assert_close(one[2:3], fitted.log_prob(x[2:3], None), atol=1e-4, rtol=0)
 
 
-@every_path
-def test_the_rate_is_on_average_what_the_bound_says(fitted, path):
-    one = fitted[path]
+def test_the_rate_is_on_average_what_the_bound_says(fitted):
+    one = fitted
     posterior = one.latent.distribution(torch.randn(64, 4, generator=generator()))
     z = posterior.sample(torch.randn(64, 2, generator=generator(1)))
     expected = (posterior.log_prob(z) - one.log_prob(z, None)).mean()
@@ -71,22 +65,20 @@ def test_the_rate_is_on_average_what_the_bound_says(fitted, path):
     assert float(sampled.mean().detach()) == pytest.approx(float(expected.detach()), abs=0.3)
 
 
-@every_path
-def test_a_frozen_rate_moves_codes_towards_the_law(fitted, path):
+def test_a_frozen_rate_moves_codes_towards_the_law(fitted):
     """Its gradient is that of the negative log-likelihood, on average."""
-    one, z = fitted[path], (MEAN + torch.tensor([0.6, 3.0])).expand(400, 2).clone().requires_grad_()
+    one, z = fitted, (MEAN + torch.tensor([0.6, 3.0])).expand(400, 2).clone().requires_grad_()
     posterior = one.latent.distribution(torch.zeros(400, 4))
     rate = one.rate(posterior, z, None, frozen=True, sampling=Sampling(generator=generator())) - posterior.log_prob(z)
     slope = torch.autograd.grad(rate.sum(), z)[0].mean(0)
     torch.testing.assert_close(slope, torch.tensor([0.6, 3.0]) / STD**2, rtol=0.25, atol=0.1)
 
 
-@every_path
-def test_few_steps_draw_what_was_fitted(fitted, path):
-    x = fitted[path].sample(None, 4000, Sampling(generator=generator(), steps=5))[:, 0].detach()
+def test_few_steps_draw_what_was_fitted(fitted):
+    x = fitted.sample(None, 4000, Sampling(generator=generator(), steps=5))[:, 0].detach()
     torch.testing.assert_close(x.mean(0), MEAN, atol=0.25, rtol=0)
     torch.testing.assert_close(x.std(0), STD, rtol=0.2, atol=0)
-    many = fitted[path].sample(None, 4000, Sampling(generator=generator(), steps=40))[:, 0].detach()
+    many = fitted.sample(None, 4000, Sampling(generator=generator(), steps=40))[:, 0].detach()
     assert ((many.std(0) / STD).log().abs() < (x.std(0) / STD).log().abs() + 0.02).all()
 
 
@@ -120,7 +112,7 @@ def test_codes_are_standardised_by_statistics_that_stand_still_while_evaluating(
         one.loss(part, None)
     torch.testing.assert_close(one.moments.mean.float(), MEAN, atol=0.3, rtol=0)
     torch.testing.assert_close(one.moments.variance.float().sqrt(), STD, rtol=0.1, atol=0)
-    assert float(((codes - one.moments.mean.float()) / one.whitening(None)[1]).std()) == pytest.approx(0.5, rel=0.1)
+    assert float(((codes - one.moments.mean.float()) / one._units(None)[1]).std()) == pytest.approx(0.5, rel=0.1)
     seen = one.measures(codes, None), one.measures(3 * codes, None)
     assert seen[0]["narrowest"] == pytest.approx(1, rel=0.1) and seen[1]["widest"] == pytest.approx(3, rel=0.1)
 
@@ -131,13 +123,12 @@ def test_a_number_that_is_not_finite_does_not_stay_in_the_statistics():
     assert one.moments.mean.isfinite().all() and one.moments.variance.isfinite().all()
 
 
-@every_path
-def test_the_same_noise_gives_the_same_code_and_no_noise_the_mode(fitted, path):
+def test_the_same_noise_gives_the_same_code_and_no_noise_the_mode(fitted):
     noise = torch.randn(3, 1, 2, generator=generator())
-    one, same = (fitted[path].sample(None, 3, Sampling(generator=generator(seed), noise=noise)) for seed in (0, 1))
+    one, same = (fitted.sample(None, 3, Sampling(generator=generator(seed), noise=noise)) for seed in (0, 1))
     assert torch.equal(one, same)
-    mode = fitted[path].sample(None, 1, Sampling(mode=True))
-    assert torch.equal(mode, fitted[path].sample(None, 1, Sampling(noise=0 * noise[:1])))
+    mode = fitted.sample(None, 1, Sampling(mode=True))
+    assert torch.equal(mode, fitted.sample(None, 1, Sampling(noise=0 * noise[:1])))
 
 
 def test_an_untrained_law_is_a_gaussian_of_the_codes_mean_and_deviation():

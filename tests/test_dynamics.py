@@ -255,7 +255,7 @@ def test_without_free_nats_a_rate_below_0_by_its_noise_trains_like_any_other():
 @every_belief
 def test_free_nats_stop_the_gradient_of_each_row_for_itself_and_leave_the_rate(roll):
     world = roll.world()
-    if not (world.dynamics.transition.density == "exact" and hasattr(world.dynamics.transition, "given")):
+    if not world.dynamics.transition.closed_form:
         pytest.skip("sampled rates are held on the batch mean")
     inputs, state = Inputs.random(world), start_state(world)
     raw = rates(world, observe(world, state, inputs)[1], inputs.is_first)["dyn"].detach()

@@ -173,7 +173,6 @@ def test_chains_that_run_away_stop_training():
 
 def test_where_the_base_has_no_closed_form_f_reads_codes_in_their_running_units():
     law = energy(base=small("distribution", "gaussian"))
-    law.base_has_moments = False
     law.moments = RunningMoments(2, law.MEMORY)
     law.train().loss(5 + 3 * torch.randn(5000, 2, generator=generator()), None, sampling=Sampling(generator=generator()))
     torch.testing.assert_close(law.moments.mean.float(), torch.full((2,), 5.0), atol=0.2, rtol=0)
@@ -237,7 +236,7 @@ def test_the_callers_noise_is_no_matter_to_a_law_that_chooses_or_refines(sampler
 
 
 def test_a_base_made_of_beliefs_is_refused_and_told_why():
-    with pytest.raises(ConfigError, match=r"made of the encoder's beliefs.*base=mixture"):
+    with pytest.raises(ConfigError, match=r"made of the encoder's posteriors.*base=mixture"):
         small("distribution", "energy", base="vamp")
 
 

@@ -80,7 +80,7 @@ def test_levels_may_have_forms_of_their_own():
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"top": 3}, "top=3 leaves nothing"), ({"upper": {"kind": "vamp"}}, "beliefs about whole codes"), ({"top": 0}, "top")],
+    [({"top": 3}, "top=3 leaves nothing"), ({"upper": {"kind": "vamp"}}, "posteriors over whole latents"), ({"top": 0}, "top")],
 )
 def test_what_cannot_be_two_levels_is_refused(options, said):
     with pytest.raises(ConfigError, match=said):

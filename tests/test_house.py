@@ -45,14 +45,14 @@ FOLDERS = {
 
 LAYERS = (
     "errors configs",
-    "data registry renamed storage.checkpoint storage.windows nn.networks nn.moments nn.diffusion nn.unet",
+    "data registry renamed storage.checkpoint storage.files storage.windows nn.networks nn.moments nn.diffusion nn.unet",
     "config spaces storage.segments view nn.attention",
-    "storage.replay storage.disk_columns storage.weights",
-    "storage.recording distributions",
+    "storage.replay storage.columns storage.weights",
+    "storage.recording storage.npz distributions",
     "encoders decoders heads ensemble",
     "diamond dynamics objectives",
     "model",
-    "learner storage.run",
+    "learner storage.run storage.run_folder",
     "diagnostics",
     "envs",
     "agents",
@@ -489,7 +489,7 @@ def test_every_option_is_read_and_every_choice_of_one_stands_in_a_test():
     assert not idle, "\n".join(idle)
 
 
-ON_THE_CPU = {"edm_grid", "cfm", "fixed_samples", "fit"}
+ON_THE_CPU = {"edm_grid", "fixed_samples", "fit"}
 """Functions that make small tensors on the CPU, which their callers bring to where the others are."""
 MAKERS = {"eye", "arange", "zeros", "ones", "tensor", "linspace", "full", "empty", "rand", "randn", "randint", "randperm"}
 

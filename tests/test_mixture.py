@@ -64,7 +64,7 @@ def test_a_draw_is_differentiable_in_the_drawn_components_parameters():
 
 def test_every_row_of_a_context_has_its_own_mixture():
     form, context = law(3), torch.randn(4, 3, generator=generator())
-    mix = form.components(context)
+    mix = form.given(context)
     assert mix.log_weights.shape == (4, 5) and mix.distributions.mean.shape == (4, 5, 2)
     torch.testing.assert_close(mix.log_weights.exp().sum(-1), torch.ones(4))
     x = torch.randn(4, 2, generator=generator(1))
@@ -84,7 +84,7 @@ def test_no_component_dies_whatever_the_weights_and_none_narrows_onto_one_code()
     form = law(floor=0.05)
     form.logits.data[0] = 1000.0
     form.raw.data[:, 2:] = -1000.0
-    mix = form.components(None)
+    mix = form.given(None)
     assert float(mix.log_weights.detach().exp().min()) == pytest.approx(0.01)
     assert float(mix.distributions.std.detach().min()) == pytest.approx(form.latent.min_std)
     form.log_prob(mix.distributions.mean[0], None).sum().backward()
@@ -131,7 +131,7 @@ def test_over_mirrored_draws_a_sampled_rate_moves_the_mean_as_the_closed_form_do
     for name, codes in (("one", (z,)), ("both", narrow.antithetic(posterior, z))):
         rates = [narrow.rates(posterior, code, None)[0] for code in codes]
         gradients[name] = torch.autograd.grad(sum(rates).sum() / len(rates), narrow.raw)[0][0, :2]
-    closed = torch.autograd.grad(posterior.kl(narrow.components(None).distributions).sum(), narrow.raw)[0][0, :2]
+    closed = torch.autograd.grad(posterior.kl(narrow.given(None).distributions).sum(), narrow.raw)[0][0, :2]
     torch.testing.assert_close(gradients["both"], closed)
     assert (gradients["one"] - closed).abs().max() > 0.1
     assert registry.build("distribution", small("distribution", "gaussian"), small_latent("gaussian"), 0).antithetic(posterior, z) == (

@@ -1,4 +1,4 @@
-"""Films are readable and whole, panels and plots show what they are given, and a file is written or not at all."""
+"""Videos are readable and whole, panels and plots show what they are given, and a file is written or not at all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from worldmodel.errors import ConfigError, MissingExtraError, StorageError
 from worldmodel.view import pictures
 
 
-def film(steps: int = 6, height: int = 20, width: int = 31) -> np.ndarray:
+def video(steps: int = 6, height: int = 20, width: int = 31) -> np.ndarray:
     """A white bar that moves over colours."""
     frames = np.zeros((steps, height, width, 3), np.uint8)
     frames[..., 2] = np.linspace(0, 200, width).astype(np.uint8)
@@ -30,7 +30,7 @@ def opened(data: bytes) -> Image.Image:
 
 
 def test_a_gif_has_every_frame_its_time_and_no_end():
-    frames = film(6)
+    frames = video(6)
     shown = opened(pictures.gif(frames, fps=10))
     assert shown.n_frames == 6 and shown.info["loop"] == 0 and shown.size == (31, 20)
     for t in range(6):
@@ -40,7 +40,7 @@ def test_a_gif_has_every_frame_its_time_and_no_end():
 
 
 def test_frames_that_stand_still_keep_their_time():
-    frames = np.repeat(film(3), 4, 0)
+    frames = np.repeat(video(3), 4, 0)
     shown, total = opened(pictures.gif(frames, fps=20)), 0
     for t in range(shown.n_frames):
         shown.seek(t)
@@ -57,52 +57,52 @@ def test_what_few_frames_show_is_not_lost():
 
 
 def test_no_frame_is_shorter_than_viewers_show():
-    assert opened(pictures.gif(film(3), fps=1000)).info["duration"] == 20
+    assert opened(pictures.gif(video(3), fps=1000)).info["duration"] == 20
 
 
 def test_an_mp4_has_even_sides_and_every_frame(tmp_path):
     av = pytest.importorskip("av")
-    pictures.save(tmp_path / "film.mp4", film(12, 21, 31), fps=10)
-    with av.open(str(tmp_path / "film.mp4")) as container:
+    pictures.save(tmp_path / "video.mp4", video(12, 21, 31), fps=10)
+    with av.open(str(tmp_path / "video.mp4")) as container:
         shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert len(shown) == 12 and shown[0].shape == (22, 32, 3)
-    assert np.abs(shown[3][:21, :31].astype(int) - film(12, 21, 31)[3]).mean() < 25
+    assert np.abs(shown[3][:21, :31].astype(int) - video(12, 21, 31)[3]).mean() < 25
 
 
 def test_without_pyav_an_mp4_names_the_extra_and_a_gif_works(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(MissingExtraError, match=r"worldmodel\[video\]"):
-        pictures.save(tmp_path / "film.mp4", film())
-    pictures.save(tmp_path / "film.gif", film())
-    assert [p.name for p in tmp_path.iterdir()] == ["film.gif"]
+        pictures.save(tmp_path / "video.mp4", video())
+    pictures.save(tmp_path / "video.gif", video())
+    assert [p.name for p in tmp_path.iterdir()] == ["video.gif"]
 
 
-@pytest.mark.parametrize("name", ["film.webm", "film", "film.png"])
-def test_other_films_are_refused_by_name(tmp_path, name):
+@pytest.mark.parametrize("name", ["video.webm", "video", "video.png"])
+def test_other_videos_are_refused_by_name(tmp_path, name):
     with pytest.raises(ConfigError, match=r"\.gif or \.mp4"):
-        pictures.save(tmp_path / name, film())
+        pictures.save(tmp_path / name, video())
     assert not list(tmp_path.iterdir())
 
 
 def test_a_file_is_replaced_whole_or_stays(tmp_path, monkeypatch):
-    path = tmp_path / "deep/film.gif"
-    pictures.save(path, film(2))
+    path = tmp_path / "deep/video.gif"
+    pictures.save(path, video(2))
     before = path.read_bytes()
 
     def full(self, data):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pathlib.Path.write_bytes", full)
-    with pytest.raises(StorageError, match=r"film\.gif"):
-        pictures.save(path, film(3))
-    assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["film.gif"]
+    with pytest.raises(StorageError, match=r"video\.gif"):
+        pictures.save(path, video(3))
+    assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["video.gif"]
 
 
-# Films of dreams --------------------------------------------------------------------------------------------------------
+# Videos of dreams -------------------------------------------------------------------------------------------------------
 
 
 def test_panels_stand_side_by_side_and_equal_ones_have_no_error():
-    real = film(4, 32, 48)
+    real = video(4, 32, 48)
     shown = pictures.open_loop_panels(real, real, context=2, min_size=64)
     assert shown.shape[0] == 4 and shown.shape[2] == 3 * (2 * 48 + 8) + 8
     left = [slice(4 + i * (96 + 12), 4 + i * (96 + 12) + 96) for i in range(3)]
@@ -113,7 +113,7 @@ def test_panels_stand_side_by_side_and_equal_ones_have_no_error():
 
 
 def test_seen_frames_are_marked_otherwise_than_imagined_ones():
-    shown = pictures.open_loop_panels(film(4), film(4), context=2)
+    shown = pictures.open_loop_panels(video(4), video(4), context=2)
     borders = [tuple(int(x) for x in frame[30, 1]) for frame in shown]
     assert borders == [pictures.CONTEXT, pictures.CONTEXT, pictures.IMAGINED, pictures.IMAGINED]
     captions = [frame[:22].tobytes() for frame in shown]
@@ -125,7 +125,7 @@ def signals(steps: int = 20, numbers: int = 3, samples: int = 4) -> tuple[np.nda
     return true, true + 0.1 * np.random.default_rng(0).normal(size=(samples, steps, numbers))
 
 
-def test_signals_grow_with_time_and_show_what_came_and_what_was_believed():
+def test_signals_grow_with_time_and_show_observed_and_predicted_values():
     true, imagined = signals()
     shown = pictures.signal_frames(true, imagined, ["a", "b", "c"], context=5)
     assert len(shown) == 20
@@ -158,7 +158,7 @@ def test_figures_are_pngs_that_show_their_numbers():
 
 
 def test_a_grid_has_each_picture_in_its_place():
-    frames = np.stack([film(3, 16, 16), 255 - film(3, 16, 16)])
+    frames = np.stack([video(3, 16, 16), 255 - video(3, 16, 16)])
     shown = pictures.grid(frames, ["a", "b"], "title", min_size=16)
     assert np.array_equal(shown[22:38, 44:60], frames[0, 0]) and np.array_equal(shown[41:57, 63:79], frames[1, 1])
     assert np.array_equal(np.asarray(opened(pictures.png(shown))), shown)

@@ -14,7 +14,8 @@ from gymnasium import spaces
 from worldmodel.envs.make import make_vec
 from worldmodel.errors import ConfigError, CorruptError
 from worldmodel.spaces import ActionSpec, ObsSpec
-from worldmodel.storage.recording import METADATA_NAME, Recording
+from worldmodel.storage.npz import METADATA_NAME
+from worldmodel.storage.recording import Recording
 from worldmodel.storage.replay import Replay
 
 DICT = spaces.Dict({"camera": IMAGE, "joints": VECTOR, "mode": spaces.Discrete(3), "bits": spaces.MultiBinary(2)})

@@ -1,4 +1,4 @@
-"""The registry: how a name finds its part, in the rooms and in installed plug-ins."""
+"""The registry: how a name finds its part, in the modules and in installed plug-ins."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Rotor:
 
 @pytest.fixture
 def empty(monkeypatch):
-    """A registry in which nothing is registered and no room or plug-in is looked for."""
+    """A registry in which nothing is registered and no module or plug-in is searched for."""
     monkeypatch.setattr(registry, "_entries", {})
     monkeypatch.setattr(registry, "MODULES", ())
     monkeypatch.setattr(registry, "_loaded_entry_points", True)
@@ -79,14 +79,14 @@ def test_a_part_whose_config_cannot_hold_its_kind_is_refused_when_registered(emp
         registry.register("engine", "wheel", Kindless)(Piston)
 
 
-def write_room(folder: Path, name: str, text: str, monkeypatch) -> None:
+def write_module(folder: Path, name: str, text: str, monkeypatch) -> None:
     (folder / f"{name}.py").write_text(textwrap.dedent(text))
     monkeypatch.syspath_prepend(folder)
-    monkeypatch.setattr(registry, "MODULES", ("room_that_nobody_wrote", name))
+    monkeypatch.setattr(registry, "MODULES", ("module_that_nobody_wrote", name))
     monkeypatch.delitem(sys.modules, name, raising=False)
 
 
-def test_a_name_that_is_missing_is_looked_for_in_the_rooms_and_absent_rooms_are_passed_over(empty, tmp_path, monkeypatch):
+def test_a_missing_name_is_searched_for_in_the_modules_and_absent_modules_are_skipped(empty, tmp_path, monkeypatch):
     module_text = """
         from typing import Literal
         from worldmodel.config import Frozen
@@ -96,14 +96,14 @@ def test_a_name_that_is_missing_is_looked_for_in_the_rooms_and_absent_rooms_are_
         @register("engine", "steam", SteamConfig)
         class Steam: ...
         """
-    write_room(tmp_path, "toy_room_with_steam", module_text, monkeypatch)
-    assert "toy_room_with_steam" not in sys.modules
+    write_module(tmp_path, "toy_module_with_steam", module_text, monkeypatch)
+    assert "toy_module_with_steam" not in sys.modules
     assert registry.config_class("engine", "steam").__name__ == "SteamConfig"
-    assert registry.kinds("engine") == ["steam"] and registry.roles() == ["engine"]
+    assert registry.kinds("engine") == ["steam"] and [(role, kind) for role, kind, _ in registry.entries()] == [("engine", "steam")]
 
 
-def test_a_room_that_fails_to_import_says_so_instead_of_vanishing(empty, tmp_path, monkeypatch):
-    write_room(tmp_path, "toy_room_that_needs_more", "import a_package_that_is_not_installed", monkeypatch)
+def test_a_module_that_fails_to_import_says_so_instead_of_vanishing(empty, tmp_path, monkeypatch):
+    write_module(tmp_path, "toy_module_that_needs_more", "import a_package_that_is_not_installed", monkeypatch)
     with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_installed"):
         registry.kinds("engine")
 

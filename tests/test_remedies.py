@@ -60,7 +60,7 @@ class Env(gymnasium.Env):
 
 
 def plays(env):
-    """Steps it as training would, and reads what comes."""
+    """Steps it as training would, and reads what it returns."""
     venv = as_vec_env(env)
     spec, action = ObsSpec.from_space(venv.observation_space), ActionSpec.from_space(venv.action_space)
     spec.check(spec.to_raw(venv.reset()))

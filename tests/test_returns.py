@@ -7,7 +7,7 @@ import torch
 from conftest import generator
 from jaxtyping import TypeCheckError
 
-from worldmodel.agents.returns import ReturnScale, lambda_return, weights
+from worldmodel.agents.actor_critic import ReturnScale, lambda_return, weights
 
 
 def test_lambda_returns_are_those_computed_by_hand():

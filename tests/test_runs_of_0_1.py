@@ -34,6 +34,7 @@ RENAMED = [
     (r"model\.dynamics\[pixels\]\.(.*)", r"model.dynamics[diamond].\1"),
     (r"model\.encoder\[pixels\]\.(.*)", r"model.encoder[standard].\1"),
     (r".*\[diffusion\]\.drop = 0\.0", ""),
+    (r".*\[diffusion\]\.path = \"edm\"", ""),
     *((rf"train\.{old} =(.*)", rf"train.{new} =\1") for old, new in renamed.OPTIONS["TrainConfig"].items()),
     (r"train\.scales\.fit =(.*)", r"train.scales.prior =\1"),
     (r"model\.inputs =(.*)", r"model.vector_scaling =\1"),
@@ -96,6 +97,15 @@ def test_a_run_of_0_1_opens_with_every_value_that_it_was_made_with(unpacked, nam
     now = set(lines(config.model_dump(mode="json")))
     assert before - now == set()
     assert wm.Config.from_yaml(config.to_yaml()) == config
+
+
+def test_a_run_by_flow_matching_is_refused_and_says_what_to_use(unpacked):
+    text = (unpacked("diffusion") / "config.yaml").read_text()
+    assert text.count("path: edm") == 2
+    with pytest.raises(wm.ConfigError, match=r"path=cfm.*flow matching.*removed.*EDM"):
+        wm.Config.from_saved(text.replace("path: edm", "path: cfm"))
+    with pytest.raises(wm.ConfigError, match=r"flow matching.*removed.*EDM"):
+        wm.Config.from_recipe("cartpole", {"model": "latent_diffusion", "model.transition.path": "cfm"})
 
 
 @each_run

@@ -57,7 +57,7 @@ def run(tmp_path) -> Path:
     with SummaryWriter(str(tmp_path / "run")) as writer:
         for step in range(20):
             writer.add_scalar("loss", step / 4, step)
-        tensorboard.image(writer, "film", picture(size=(200, 170)), 3)
+        tensorboard.image(writer, "video", picture(size=(200, 170)), 3)
     return tmp_path / "run"
 
 
@@ -75,8 +75,8 @@ def test_an_image_arrives_byte_for_byte_and_is_served_as_what_it_is(kind, tmp_pa
 
 
 def test_bytes_that_are_no_image_are_refused(tmp_path):
-    with SummaryWriter(str(tmp_path)) as writer, pytest.raises(ValueError, match="'film' is neither a GIF nor a PNG"):
-        tensorboard.image(writer, "film", b"GIF? no", 0)
+    with SummaryWriter(str(tmp_path)) as writer, pytest.raises(ValueError, match="'video' is neither a GIF nor a PNG"):
+        tensorboard.image(writer, "video", b"GIF? no", 0)
 
 
 def test_a_text_shows_as_it_stands(tmp_path):
@@ -134,13 +134,13 @@ def config(folder: Path) -> ProjectorConfig:
     return text_format.Parse((folder / "projector_config.pbtxt").read_text(), ProjectorConfig())
 
 
-def test_the_projector_finds_codes_labels_and_pictures(tmp_path):
-    codes = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
+def test_the_projector_finds_latents_labels_and_images(tmp_path):
+    latents = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
     metadata = {"step": list(range(7)), "what\tever": ["a\tb", "c\r\nd", "", 1.5, None, True, "ü"]}
     pictures = np.stack([np.full((96, 64, 3), 30 * i, np.uint8) for i in range(7)])
-    tensorboard.projector(tmp_path, codes, metadata, pictures)
+    tensorboard.projector(tmp_path, latents, metadata, pictures)
     (entry,) = config(tmp_path).embeddings
-    assert np.allclose(_read_tensor_tsv_file(str(tmp_path / entry.tensor_path)), codes, rtol=1e-6)
+    assert np.allclose(_read_tensor_tsv_file(str(tmp_path / entry.tensor_path)), latents, rtol=1e-6)
     lines = (tmp_path / entry.metadata_path).read_text(encoding="utf-8").splitlines()
     assert lines == ["step\twhat ever", "0\ta b", "1\tc d", "2\t-", "3\t1.5", "4\tNone", "5\tTrue", "6\tü"]
     assert list(entry.sprite.single_image_dim) == [32, 48]
@@ -155,8 +155,8 @@ def test_one_column_of_labels_has_no_header(tmp_path):
 
 
 def test_of_many_points_some_are_taken_evenly(tmp_path):
-    codes = np.arange(2501.0)[:, None]
-    tensorboard.projector(tmp_path, codes, {"i": list(range(2501))}, np.zeros((2501, 2, 2, 3), np.uint8))
+    latents = np.arange(2501.0)[:, None]
+    tensorboard.projector(tmp_path, latents, {"i": list(range(2501))}, np.zeros((2501, 2, 2, 3), np.uint8))
     labels = [int(x) for x in (tmp_path / "projector" / "metadata.tsv").read_text().split()]
     assert len(labels) == tensorboard.POINTS and (labels[0], labels[-1]) == (0, 2500)
     assert set(np.diff(labels)) == {2, 3}
@@ -174,7 +174,7 @@ def test_new_points_replace_the_old_ones_and_leave_nothing_aside(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("codes", "metadata", "pictures", "says"),
+    ("latents", "metadata", "pictures", "says"),
     [
         (np.zeros(3), {}, None, r"\[N, Z\]"),
         (np.zeros((0, 3)), {}, None, "at least one point"),
@@ -184,9 +184,9 @@ def test_new_points_replace_the_old_ones_and_leave_nothing_aside(tmp_path):
         (np.zeros((2, 2)), {}, np.zeros((2, 4, 4, 3)), "float64"),
     ],
 )
-def test_points_that_do_not_fit_are_refused_before_anything_is_written(codes, metadata, pictures, says, tmp_path):
+def test_points_that_do_not_fit_are_refused_before_anything_is_written(latents, metadata, pictures, says, tmp_path):
     with pytest.raises(ValueError, match=says):
-        tensorboard.projector(tmp_path, codes, metadata, pictures)
+        tensorboard.projector(tmp_path, latents, metadata, pictures)
     assert not list(tmp_path.iterdir())
 
 
@@ -204,11 +204,11 @@ def test_a_place_that_cannot_be_written_is_a_storage_error_and_nothing_stays_asi
 
 
 def test_what_was_written_is_read_back(tmp_path):
-    film = picture()
+    encoded = picture()
     with SummaryWriter(str(tmp_path)) as writer:
         for step in (5, 1, 3):
             writer.add_scalar("world/loss/kl", step / 4, step)
-        tensorboard.image(writer, "film", film, 2)
+        tensorboard.image(writer, "video", encoded, 2)
         tensorboard.text(writer, "config", YAML, 4)
         tensorboard.text(writer, "note", "a **b**", 4)
         tensorboard.hparams(writer, {"lr": 1.0}, {"m": 0.0})
@@ -216,32 +216,32 @@ def test_what_was_written_is_read_back(tmp_path):
         writer.add_histogram("weights", np.arange(9.0), 0)
     found = tensorboard.read(tmp_path)
     assert found.scalars == {"world/loss/kl": [(1, 0.25), (3, 0.75), (5, 1.25)]}
-    assert found.images == {"film": [(2, film)]}
+    assert found.images == {"video": [(2, encoded)]}
     assert found.texts == {"config": [(4, YAML)], "note": [(4, "a **b**")]}
     assert [(e.step, e.value) for e in accumulated(tmp_path).Scalars("world/loss/kl")] == [(5, 1.25), (1, 0.25), (3, 0.75)]
 
 
 def test_numbers_and_images_that_other_writers_store_as_tensors_are_read(tmp_path):
-    film = picture("PNG")
+    encoded = picture("PNG")
     with SummaryWriter(str(tmp_path)) as writer:
         for step in (0, 1):
-            number, pictures = Summary.Value(tag="number"), Summary.Value(tag="film")
+            number, pictures = Summary.Value(tag="number"), Summary.Value(tag="video")
             if step == 0:  # TensorFlow names the plugin once
                 number.metadata.plugin_data.plugin_name, pictures.metadata.plugin_data.plugin_name = "scalars", "images"
             number.tensor.dtype, pictures.tensor.dtype = 1, 7
             number.tensor.float_val.append(step + 0.5)
             pictures.tensor.tensor_shape.dim.add(size=3)
-            pictures.tensor.string_val.extend([b"6", b"4", film])
+            pictures.tensor.string_val.extend([b"6", b"4", encoded])
             writer._get_file_writer().add_summary(Summary(value=[number, pictures]), step)
     found = tensorboard.read(tmp_path)
-    assert found.scalars == {"number": [(0, 0.5), (1, 1.5)]} and found.images == {"film": [(0, film), (1, film)]}
+    assert found.scalars == {"number": [(0, 0.5), (1, 1.5)]} and found.images == {"video": [(0, encoded), (1, encoded)]}
 
 
 def test_a_resumed_run_hides_what_it_repeats(tmp_path):
     with SummaryWriter(str(tmp_path), filename_suffix=".a") as writer:
         for step in range(6):
             writer.add_scalar("loss", step, step)
-            tensorboard.image(writer, "film", picture(seed=step), step)
+            tensorboard.image(writer, "video", picture(seed=step), step)
         writer.add_scalar("late", 1.0, 5)
     time.sleep(1.1)  # file names count seconds, and within one a counter that sorts as text
     with SummaryWriter(str(tmp_path), purge_step=3, filename_suffix=".b") as writer:
@@ -250,7 +250,7 @@ def test_a_resumed_run_hides_what_it_repeats(tmp_path):
     assert len(list(tmp_path.glob("*tfevents*"))) == 2
     found = tensorboard.read(tmp_path)
     assert found.scalars == {"loss": [(0, 0), (1, 1), (2, 2), (3, 30), (4, 40)]}
-    assert [s for s, _ in found.images["film"]] == [0, 1, 2]
+    assert [s for s, _ in found.images["video"]] == [0, 1, 2]
     assert [(e.step, e.value) for e in accumulated(tmp_path).Scalars("loss")] == found.scalars["loss"]
 
 
@@ -309,7 +309,7 @@ def test_a_foreign_file_is_named(content, run):
 @pytest.mark.parametrize("body", [b"\xff\xff\xff", Event(step=3).SerializeToString()])
 def test_records_of_something_else_are_foreign_too(body, tmp_path):
     length = len(body).to_bytes(8, "little")
-    ends = [tensorboard._masked(part).to_bytes(4, "little") for part in (length, body)]
+    ends = [tensorboard._masked(part) for part in (length, body)]
     (tmp_path / "a.tfevents").write_bytes(length + ends[0] + body + ends[1])
     with pytest.raises(CorruptError, match=r"a\.tfevents is no file of TensorBoard's events"):
         tensorboard.read(tmp_path)

@@ -43,7 +43,7 @@ def rows(*numbers: int) -> torch.Tensor:
 @every_kind
 def test_a_component_is_the_posterior_at_a_pseudo_input(kind):
     form = law(kind)
-    mix, posterior = form.components(None), form.source.posterior(form.embeddings(), torch.zeros(5, 0))
+    mix, posterior = form.given(None), form.source.posterior(form.embeddings(), torch.zeros(5, 0))
     torch.testing.assert_close(mix.distributions.mean, posterior.mean)
     x = torch.randn(7, 2, generator=generator())
     each = torch.stack([posterior.index(slice(k, k + 1)).log_prob(x) for k in range(5)])
@@ -80,11 +80,11 @@ def test_the_rate_trains_pseudo_inputs_and_encoder_and_a_frozen_one_neither(kind
 
 
 def test_the_weights_are_equal_learned_or_given_by_the_context():
-    assert torch.allclose(law().components(None).log_weights.exp(), torch.tensor(0.2))
+    assert torch.allclose(law().given(None).log_weights.exp(), torch.tensor(0.2))
     free = law(weights="learned")
     free.logits.data[0, 2] = 50
-    assert float(free.components(None).log_weights.detach().exp()[0, 2]) == pytest.approx(1)
-    far = law(context=3).components(torch.tensor([[-9.0] * 3, [9.0] * 3])).log_weights
+    assert float(free.given(None).log_weights.detach().exp()[0, 2]) == pytest.approx(1)
+    far = law(context=3).given(torch.tensor([[-9.0] * 3, [9.0] * 3])).log_weights
     assert (far[0] - far[1]).abs().max() > 0.1
 
 
@@ -100,7 +100,7 @@ def test_an_exemplar_is_left_out_of_the_law_of_its_own_row_and_of_no_other():
     held_out = []
     for i in range(5):
         others = [int(k) for k in order if form.row[k] != 10 + i]
-        parts = torch.stack([form.components(None).distributions.index(k).log_prob(z[i]) for k in others])
+        parts = torch.stack([form.given(None).distributions.index(k).log_prob(z[i]) for k in others])
         held_out.append(posterior.index(i).log_prob(z[i]) - (torch.logsumexp(parts, 0) - math.log(4)))
     torch.testing.assert_close(form.rate(posterior, z, None, rows=rows(10, 11, 12, 13, 14)), torch.stack(held_out))
     unseen = form.rate(posterior, z, None, rows=rows(90, 91, 92, 93, 94))
@@ -113,7 +113,7 @@ def test_exemplars_begin_with_their_rows_and_carries_and_are_left_out_of_their_o
     h = torch.randn(7, 3, generator=generator())
     form.init_pseudo_inputs(given, h, torch.arange(20, 27))
     assert form.row.tolist() == [20, 21, 22, 23, 24] and torch.equal(form.h, h[:5])
-    weights = form.components(None, rows(22, 99)).log_weights.exp()
+    weights = form.given(None, rows(22, 99)).log_weights.exp()
     torch.testing.assert_close(weights[0], torch.tensor([0.25, 0.25, 0.0, 0.25, 0.25]))
     form.init_pseudo_inputs(given)
     assert (form.row == -1).all()

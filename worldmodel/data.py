@@ -1,9 +1,9 @@
-"""The nouns of data: what a batch, a state, a dream and a loss are, with their shapes.
+"""The data types and their shapes: batches, episodes, states, losses, traces and dreams.
 
 B batch, T time, H imagined steps, K samples, A action, E embedding, F feature, Z latent, C context,
 N any flattened batch, D event size. The order is always [B, T, ...].
 
-Alignment: row t holds what was known on ARRIVAL at obs[t], then the action taken THERE. Action t moves
+Alignment: row t holds what is known on ARRIVAL at obs[t], then the action taken THERE. Action t moves
 state t to state t+1; reward and continue belong to t+1.
 """
 
@@ -32,12 +32,11 @@ class Batch:
     action       [B T A]  taken at t; 0 where is_last, and on the newest row of the store (it is not known yet)
     prev_action  [B T A]  taken at t-1; 0 where is_first
     reward       [B T]    received on arriving at t; padding where is_first
-    is_first     [B T]    the row opens an episode: nothing before it counts
-    is_last      [B T]    the row closes an episode, by termination or by truncation
-    is_terminal  [B T]    the world ended here; never set by truncation
-    row          [B T]    the row's number in the store, the same in every window that holds it; None where no store numbers it
-    weight       [B T]    what the row counts for in means over experience as it was met, some windows being drawn more often than
-                          others (see `Replay.sample`); None: all alike
+    is_first     [B T]    the first row of an episode
+    is_last      [B T]    the last row of an episode, by termination or by truncation
+    is_terminal  [B T]    the episode terminated here; never set by truncation
+    row          [B T]    the row's number in the store, the same in every window that holds it; None where there is no store
+    weight       [B T]    importance weight of the row, where windows are not sampled uniformly (see `Replay.sample`); None: all 1
     """
 
     obs: dict[str, Tensor]
@@ -74,16 +73,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Episodes:
-    """Whole episodes, one after the other, each from its first observation to its last.
-
-    rows     Batch [1, R]: raw rows; an episode opens at each is_first
-    """
+    """Whole episodes, one after the other: raw rows, Batch [1, R]."""
 
     rows: Batch
 
     @cached_property
     def offsets(self) -> Int[Tensor, " N"]:
-        """The row in which each episode opens."""
+        """The first row of each episode."""
         return self.rows.is_first[0].nonzero().squeeze(-1)
 
     @cached_property
@@ -92,7 +88,7 @@ class Episodes:
         return torch.diff(self.offsets, append=self.offsets.new_tensor([self.rows.shape[1]]))
 
     def windows(self, episode: Int[Tensor, " S"], start: Int[Tensor, " S"], length: int) -> tuple[Batch, Bool[Tensor, "S L"]]:
-        """(rows start..start+length of some episodes [S, L], which of them exist); behind an end the last row is repeated."""
+        """(rows start..start+length of some episodes [S, L], which of them exist); after an end the last row is repeated."""
         steps = start.unsqueeze(-1) + torch.arange(length, device=start.device)
         inside = steps < self.lengths[episode].unsqueeze(-1)
         rows = self.offsets[episode].unsqueeze(-1) + torch.minimum(steps, self.lengths[episode].unsqueeze(-1) - 1)
@@ -101,7 +97,7 @@ class Episodes:
 
 @dataclass(frozen=True)
 class State(Mapping[str, Tensor]):
-    """What a dynamics model carries from step to step: named tensors, batch first, never changed in place."""
+    """The state of a dynamics model: named tensors, batch first, never changed in place."""
 
     values_: dict[str, Tensor]
 
@@ -126,7 +122,7 @@ class State(Mapping[str, Tensor]):
         return self.map(lambda x: x[rows])
 
     def reset(self, mask: Bool[Tensor, " B"]) -> State:
-        """Zeros where `mask` is true: the past is forgotten."""
+        """Zeros where `mask` is true."""
         return self.map(lambda x: torch.where(mask.view(-1, *[1] * (x.ndim - 1)), torch.zeros_like(x), x))
 
     def detach(self) -> State:
@@ -141,9 +137,8 @@ class State(Mapping[str, Tensor]):
 
     def like(self, arrays: tuple[np.ndarray, ...]) -> State:
         """The state that `numpy()` gave, with this state's names and device."""
-        return State(
-            {k: torch.as_tensor(a.copy(), device=v.device) for (k, v), a in zip(self.values_.items(), arrays, strict=True)}
-        )
+        pairs = zip(self.values_.items(), arrays, strict=True)
+        return State({k: torch.as_tensor(a.copy(), device=v.device) for (k, v), a in pairs})
 
 
 @dataclass(frozen=True)
@@ -152,10 +147,10 @@ class Sampling:
 
     generator    the only source of randomness; None: torch's default one
     mode         no noise: the mean or mode
-    temperature  scales the spread of what is drawn (1: as learned)
-    steps        refinement steps of iterative samplers
-    noise        standard draws by the caller instead of the generator's, shaped as the law asks for; laws that choose or refine
-                 (mixture, vamp, hierarchical, energy) need other ones, and take theirs from the generator all the same
+    temperature  scales the deviation of the draw (1: as learned)
+    steps        steps of iterative samplers
+    noise        standard draws by the caller instead of the generator's, in the distribution's shape; distributions that choose
+                 or refine (mixture, vamp, hierarchical, energy) draw from the generator all the same
     update       number of the update that a loss belongs to; None: of none
     """
 
@@ -167,8 +162,8 @@ class Sampling:
     update: int | None = None
 
     def substream(self, name: str) -> Sampling:
-        """The same for a part from which no gradient goes to others: within an update it draws from a stream of its own, so that
-        nobody else's draws depend on whether it is there."""
+        """The options for a part from which no gradient reaches others: within an update it draws from a generator of its own, so
+        that no other draw depends on whether the part is there."""
         if self.generator is None or self.update is None:
             return self
         key = np.random.SeedSequence((self.generator.initial_seed(), self.update, zlib.crc32(name.encode())))
@@ -180,9 +175,9 @@ class Sampling:
 class Loss:
     """One term: value [B, T] or a scalar (batch statistics), in "nats" or as a "score"; mask [B, T] of the rows that count.
 
-    weight [B, T] is that of the batch, for what must be right on average over experience as it was met.
-    Only nats add up to the ELBO. `mean` divides by all rows, masked ones included, so that terms measured on different rows stay
-    comparable per step of experience; and not by the sum of the weights, whose mean is 1 over batches, so that it has no bias.
+    weight [B, T] is `Batch.weight`, for terms that must be unbiased under uniform sampling. Only nats add up to the ELBO.
+    `mean` divides by all rows, masked ones included, so that terms on different rows are comparable per step; and not by the sum
+    of the weights, whose mean over batches is 1, so that it has no bias.
     """
 
     value: Tensor
@@ -199,13 +194,13 @@ class Loss:
 
 @dataclass(frozen=True)
 class Trace:
-    """Beliefs and states of one pass of the world model over a batch, and no loss; every tensor [B, T, ...].
+    """Posteriors and states of one pass of the world model over a batch; every tensor [B, T, ...].
 
     embed      encoder output
-    posterior  belief about z after seeing obs[t]
+    posterior  q(z_t | obs[t], ...)
     z          its draw
-    h          the deterministic carry, before obs[t] is seen
-    feature    what heads, decoders and agents read
+    h          the recurrent state, which does not depend on obs[t]
+    feature    the input of heads, decoders and agents
     start      State before the first row
     last       State after the last row
     states     State of every row [B, T, ...]
@@ -223,11 +218,11 @@ class Trace:
 
 @dataclass(frozen=True)
 class Dream:
-    """What `WorldModel.imagine` returns.
+    """An imagined rollout (`WorldModel.imagine`).
 
-    action       [B H A]    action[:, h] was taken at feature[:, h]
+    action       [B H A]    action[:, h] is taken at feature[:, h]
     reward       [B H]      on arriving at step h+1
-    cont         [B H]      P(the world goes on) on arriving at step h+1
+    cont         [B H]      P(no termination) on arriving at step h+1
     uncertainty  [B H]      on arriving at step h+1, zeros where the model has no ensemble
     feature      [B H+1 F]  feature[:, 0] is the start
     last         State after the last step

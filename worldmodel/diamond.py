@@ -28,7 +28,7 @@ from worldmodel.data import Batch, Loss, Obs, Sampling, State, Trace
 from worldmodel.distributions import EncoderInterface, PointLatent, PointLatentConfig, PointPosterior
 from worldmodel.encoders import EncoderConfig, convolution
 from worldmodel.errors import ConfigError
-from worldmodel.nn.diffusion import SAMPLERS, ProbabilityPath, edm, low_discrepancy
+from worldmodel.nn.diffusion import EDM, SAMPLERS, low_discrepancy
 from worldmodel.nn.networks import MLP, BlockGRU, linear, offset_linear
 from worldmodel.nn.unet import DenoisingUNet
 from worldmodel.registry import register
@@ -154,7 +154,7 @@ class Diamond(nn.Module):
         self.action_in = linear(action_dim, config.units, bias=False)
         self.bend = nn.Sequential(nn.LayerNorm(config.units), nn.SiLU())
         self.gru = BlockGRU(config.units, config.deter)
-        self.path: ProbabilityPath = edm(config.log_sigma_mean, config.log_sigma_std, config.sigma_min, config.sigma_max)
+        self.path = EDM(config.log_sigma_mean, config.log_sigma_std, config.sigma_min, config.sigma_max)
         channels, conditioning = self.shape[0], config.past * (action_dim + 1)
         self.unet = DenoisingUNet(channels, config.past * channels, conditioning, tuple(self.shape[1:]), config.depth)
 
@@ -293,7 +293,7 @@ class Diamond(nn.Module):
         value = z.new_zeros(later.shape)
         if len(chosen):
             data = 2 * latent_to_picture(z[row, step], self.shape) - 1
-            level = self.path.drawn(low_discrepancy(len(data), generator, z.device)).clamp(*LEVELS)
+            level = self.path.training_levels(low_discrepancy(len(data), generator, z.device)).clamp(*LEVELS)
             noise = torch.randn(data.shape, generator=generator, device=z.device) * level.view(-1, 1, 1, 1)
             offset = torch.randn(*data.shape[:2], 1, 1, generator=generator, device=z.device) * self.config.offset
             whole = self._with_offset(level)

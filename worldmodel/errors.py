@@ -52,10 +52,10 @@ class NumericsError(ArithmeticError):
     exit_code = 5
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`" Did you mean 'deter'?"`, or the choices where nothing is near. Starts with a space."""
+def did_you_mean(name: str, known: Iterable[str], near_only: bool = False) -> str:
+    """`" Did you mean 'deter'?"`; where nothing is near all choices, or with `near_only` nothing. Starts with a space."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.55)
     if near:
         return " Did you mean " + " or ".join(f"'{n}'" for n in near) + "?"
-    return f" Known: {', '.join(known)}." if known else ""
+    return f" Known: {', '.join(known)}." if known and not near_only else ""

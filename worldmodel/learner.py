@@ -1,4 +1,4 @@
-"""One gradient step of the world model: scales, warm-up, precision, clipping, and the guard against non-finite numbers."""
+"""One gradient step of the world model: loss scales, precision, clipping, and skipped updates where numbers are not finite."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from worldmodel.registry import register
 
 
 class ScaleConfig(Frozen):
-    """Weight of each loss of the world model. Observation, dyn and rep are in nats per step."""
+    """Weight of each loss of the world model (`WorldModel.loss`). Observation, dyn and rep are in nats per step."""
 
     observation: float = Field(1.0, ge=0, description="reconstruction")
     reward: float = Field(1.0, ge=0)
-    cont: float = Field(1.0, ge=0, description="the head that predicts whether the world goes on")
-    dyn: float = Field(1.0, ge=0, description="rate, training the transition and initial distributions")
-    rep: float = Field(0.1, ge=0, description="rate, training the posterior")
-    marginal: float = Field(1.0, ge=0, description="beta of a VAE: the rate against the marginal")
-    prior: float = Field(1.0, ge=0, description="own losses of laws without an exact density, such as denoising")
+    cont: float = Field(1.0, ge=0, description="the head that predicts termination")
+    dyn: float = Field(1.0, ge=0, description="KL (rate), training the transition and the initial distribution")
+    rep: float = Field(0.1, ge=0, description="KL (rate), training the posterior")
+    marginal: float = Field(1.0, ge=0, description="beta of a VAE: the KL to the marginal")
+    prior: float = Field(1.0, ge=0, description="own losses of distributions without an exact density, such as denoising")
     denoise: float = Field(1.0, ge=0, description="own loss of a decoder that draws by diffusion")
-    prediction: float = Field(1.0, ge=0, description="of codes from codes (jepa, hybrid)")
-    collapse: float = Field(5.0, ge=0, description="what keeps codes apart (jepa, hybrid); independent of the batch's size")
-    inverse: float = Field(1.0, ge=0, description="the action told from two codes (jepa, hybrid)")
+    prediction: float = Field(1.0, ge=0, description="of latents from latents (jepa, hybrid)")
+    collapse: float = Field(5.0, ge=0, description="anti-collapse regulariser (jepa, hybrid); independent of the batch's size")
+    inverse: float = Field(1.0, ge=0, description="inverse dynamics: the action from two latents (jepa, hybrid)")
     ensemble: float = Field(1.0, ge=0, description="squared error of the ensemble's predictions; no gradient leaves the ensemble")
 
 
@@ -62,9 +62,9 @@ class TrainConfig(Frozen):
     terminal_fraction: float = Field(0.25, ge=0, le=1, description="share of sequences chosen so that an episode ends in them")
     lr: float = Field(1e-3, gt=0, description="Adam's learning rate for the world model")
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
-    clip: float = Field(100.0, gt=0, description="greatest norm of each parameter's gradient")
+    clip: float = Field(100.0, gt=0, description="largest norm of each parameter's gradient")
     ema_decay: float = Field(
-        0.0, ge=0, lt=1, description="share that the averaged weights keep at each update: what others see; 0: none"
+        0.0, ge=0, lt=1, description="decay of the exponential average of the weights, which acts and imagines; 0: none"
     )
     warmup: int = Field(0, ge=0, description="updates over which the weights of rep and marginal grow from 0")
     scales: ScaleConfig = ScaleConfig()
@@ -75,10 +75,10 @@ class TrainConfig(Frozen):
 
 
 def reuse_memory() -> bool:
-    """Ask glibc to keep freed blocks of up to 32 MiB instead of returning them; False where the C library has no such wish.
+    """Ask glibc to keep freed blocks of up to 32 MiB in the process; False where the C library is another.
 
-    By default each activation of more than some hundred kilobytes is mapped, filled by page faults and unmapped again, tens
-    of thousands of faults per update at larger sizes. Concerns the whole process.
+    By default each activation of more than some hundred kilobytes is mapped, filled by page faults and unmapped again: tens
+    of thousands of faults per update at larger sizes.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -90,9 +90,9 @@ def reuse_memory() -> bool:
 
 
 class SkippedUpdates:
-    """Updates that were not applied because a number in them was not finite. Three in a row raise NumericsError.
+    """Counts updates that were not applied because a number was not finite; three in a row raise NumericsError.
 
-    what    whose updates: "" or words behind "Update 7"
+    what    whose updates: "" or words that follow "Update 7"
     remedy  what may help
     """
 
@@ -104,7 +104,7 @@ class SkippedUpdates:
         self.in_a_row = 0
 
     def allow(self, update: int, nonfinite: list[str]) -> bool:
-        """Whether this update may be applied; `bad` names what in it is not finite."""
+        """Whether this update may be applied; `nonfinite` names what in it is not finite."""
         if not nonfinite:
             self.in_a_row = 0
             return True
@@ -112,24 +112,23 @@ class SkippedUpdates:
         self.in_a_row += 1
         if self.in_a_row >= self.PATIENCE:
             raise NumericsError(
-                f"Update {update}{self.what}: not finite: {', '.join(nonfinite[:5])}; {self.PATIENCE} updates in a row were skipped. "
-                f"Finite numbers were expected. {self.remedy}"
+                f"Update {update}{self.what}: not finite: {', '.join(nonfinite[:5])}; "
+                f"{self.PATIENCE} updates in a row were skipped. Finite numbers were expected. {self.remedy}"
             )
         return False
 
 
 class Learner:
-    """Owns the optimiser of a world model; `update` is the one gradient step.
+    """Owns the optimiser of a world model; `update` is one gradient step.
 
-    world    the model that gradients change
-    average  the exponential average of its weights over updates, which predicts better than any single one and is what
-             everybody else looks at; `world` itself where train.ema_decay is 0
+    world  the model that gradients change
+    ema    the exponential average of its weights, which acts and imagines; `world` itself where train.ema_decay is 0
 
-    An update with a non-finite loss or gradient changes no weight, and is counted in `skips`.
+    An update with a non-finite loss or gradient changes no weight and is counted in `skips`.
     """
 
     MEASURE_EVERY = 10
-    """Updates between two looks at what the laws say of themselves, which can cost as much as a loss."""
+    """Updates between two evaluations of `WorldModel.measures`, which can cost as much as a loss."""
 
     def __init__(self, world: WorldModel, config: TrainConfig):
         self.world, self.config = world, config
@@ -141,13 +140,18 @@ class Learner:
         self.ema = world
         if config.ema_decay:
             self.ema = copy.deepcopy(world).requires_grad_(False)
-            self.ema.scaling, self.ema.heads.scale = world.scaling, world.heads.scale  # what came is no matter of averaging
+            self.ema.scaling, self.ema.heads.scale = world.scaling, world.heads.scale  # statistics of the data are shared
         if config.compile:
             for model in {world, self.ema}:
                 model.dynamics.compile_step()
 
+    @property
+    def skipped(self) -> int:
+        """Updates that were not applied."""
+        return self.skips.count
+
     def prepare(self, batch: Batch) -> Batch:
-        """A sampled batch on the model's device, its observations canonical and on the inner scale."""
+        """A sampled batch on the model's device, its observations preprocessed."""
         batch = batch.to(self.world.device)
         return batch.with_obs(self.world.preprocess(batch.obs))
 
@@ -159,42 +163,26 @@ class Learner:
             losses = self.world.loss(trace, batch, Sampling(generator=generator, update=self.updates))
             means = {name: term.mean() for name, term in losses.items()}
             total = sum(self.weight(name) * mean for name, mean in means.items())
-        self.optimizer.zero_grad(set_to_none=True)
         metrics = {f"loss/{name}": float(mean.detach()) for name, mean in means.items()}
-        nonfinite = [name for name, value in metrics.items() if not math.isfinite(value)]
-        if nonfinite or not _finite(batch.reward):  # an infinite one would pass for the greatest that the heads can code
-            nonfinite = self._nonfinite_inputs(batch) + nonfinite
-        else:
+        self.optimizer.zero_grad(set_to_none=True)
+        nonfinite = self._nonfinite(metrics, batch)
+        if not nonfinite:
             total.backward()
-            norm, nonfinite = clip_gradients(self.world, self.config.clip)
-            metrics["gradient_norm"] = norm
+            metrics["gradient_norm"], nonfinite = clip_gradients(self.world, self.config.clip)
         if self.skips.allow(self.updates + self.skips.count + 1, nonfinite):
             self.optimizer.step()
-            self.world.update_targets()
             self.updates += 1
-            if self.ema is not self.world:
-                self._update_ema()
-        if self.updates % self.MEASURE_EVERY == 1:
-            metrics |= self.world.measures(trace, batch.is_first)
-        if (compressed := self.world.scaling.compressed_fraction(batch.obs)) is not None:
-            metrics["beyond_range"] = float(compressed)
-        metrics["active_units"] = self.world.active_units(trace)
-        if "dyn" in losses:
-            metrics["rate"] = metrics["loss/dyn"]
-        return metrics, trace, batch
-
-    @property
-    def skipped(self) -> int:
-        """Updates that were not applied."""
-        return self.skips.count
+            self.world.update_targets()
+            self._update_ema()
+        return metrics | self._diagnostics(metrics, trace, batch), trace, batch
 
     @torch.no_grad()
     def ema_trace(self, batch: Batch, generator: torch.Generator | None = None) -> Trace:
-        """What the averaged model makes of the rows that `update` covers of the same prepared batch: states to imagine from."""
+        """The averaged model's trace of the rows that `update` covers of the same prepared batch."""
         return self._trace(self.ema.eval(), batch, generator)[0]
 
     def _trace(self, world: WorldModel, batch: Batch, generator: torch.Generator | None) -> tuple[Trace, Batch]:
-        """(trace, the rows behind the burn-in, which it covers)."""
+        """(trace, the rows after the burn-in, which it covers)."""
         sampling, state = Sampling(generator=generator), None
         if self.config.burn_in:
             training = world.training
@@ -204,27 +192,42 @@ class Learner:
             batch = batch.window(self.config.burn_in)
         return world.trace(batch, state, sampling), batch
 
-    @torch.no_grad()
-    def _update_ema(self) -> None:
-        """The average takes a step towards the weights, a larger one in the first updates."""
-        keep = min(self.config.ema_decay, self.updates / (self.updates + 10))
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.world.parameters()), 1 - keep)
-        for own, new in zip(self.ema.buffers(), self.world.buffers(), strict=True):
-            own.copy_(new)
-
     def weight(self, name: str) -> float:
-        """What a loss counts for at this update; of "prior/transition/nll" the first word names the scale."""
+        """The weight of a loss at this update; of "prior/transition/nll" the first word names the scale."""
         name = name.partition("/")[0]
         scale = getattr(self.config.scales, "cont" if name == "continue" else name)
         if name in ("rep", "marginal") and self.config.warmup:
             scale *= min(1.0, self.updates / self.config.warmup)
         return scale
 
-    def _nonfinite_inputs(self, batch: Batch) -> list[str]:
-        """What goes into the losses and is not finite."""
-        seen = {f"observation '{name}'": x for name, x in batch.obs.items()}
-        checked = {**seen, "reward": batch.reward, "action": batch.prev_action}
-        return [name for name, x in checked.items() if not _finite(x)] + nonfinite_parameters(self.world)
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        """ema = keep * ema + (1 - keep) * world, with a smaller `keep` in the first updates; buffers are copied."""
+        if self.ema is self.world:
+            return
+        keep = min(self.config.ema_decay, self.updates / (self.updates + 10))
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.world.parameters()), 1 - keep)
+        for own, new in zip(self.ema.buffers(), self.world.buffers(), strict=True):
+            own.copy_(new)
+
+    def _diagnostics(self, losses: dict[str, float], trace: Trace, batch: Batch) -> dict[str, float]:
+        """Metrics beside losses and gradient norm."""
+        metrics = self.world.measures(trace, batch.is_first) if self.updates % self.MEASURE_EVERY == 1 else {}
+        if (compressed := self.world.scaling.compressed_fraction(batch.obs)) is not None:
+            metrics["beyond_range"] = float(compressed)
+        metrics["active_units"] = self.world.active_units(trace)
+        if "loss/dyn" in losses:
+            metrics["rate"] = losses["loss/dyn"]
+        return metrics
+
+    def _nonfinite(self, losses: dict[str, float], batch: Batch) -> list[str]:
+        """Inputs, parameters and losses that are not finite, if a loss or a reward is not."""
+        found = [name for name, value in losses.items() if not math.isfinite(value)]
+        if not found and _finite(batch.reward):  # the heads' bins would clamp an infinite one
+            return []
+        inputs = {f"observation '{name}'": x for name, x in batch.obs.items()}
+        inputs |= {"reward": batch.reward, "action": batch.prev_action}
+        return [name for name, x in inputs.items() if not _finite(x)] + nonfinite_parameters(self.world) + found
 
 
 def nonfinite_parameters(module: nn.Module) -> list[str]:
@@ -233,7 +236,7 @@ def nonfinite_parameters(module: nn.Module) -> list[str]:
 
 
 def clip_gradients(module: nn.Module, max_norm: float) -> tuple[float, list[str]]:
-    """(the norm of the gradient as it was, the parameters where it is not finite); where all of it is, each one's is clipped."""
+    """Clips each parameter's gradient by its norm: (the norm of the whole before, the parameters where it is not finite)."""
     norm = clip_each_norm(module.parameters(), max_norm)
     if norm.isfinite():
         return float(norm), []

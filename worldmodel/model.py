@@ -1,4 +1,4 @@
-"""WorldModel: all that agents, environments and diagnostics ever call."""
+"""WorldModel: encoder, dynamics, objective and heads, and the methods that agents, environments and diagnostics call."""
 
 from __future__ import annotations
 
@@ -38,25 +38,23 @@ from worldmodel.spaces import ActionSpec, ObsSpec
 from worldmodel.storage.weights import cpu_randomness, load_arrays
 
 UNKNOWN = -1e30
-"""A quantile of log-densities before any code was seen: nothing lies below it."""
+"""`marginal_low` before the first latent: no log-density lies below it."""
 TYPICALITY_EVERY, TYPICALITY_LATENTS, TYPICALITY_RATE = 50, 64, 0.2
-"""Updates between two looks at how likely real codes are, the codes looked at, and how far their quantile is followed: a look
-costs a likelihood, which a diffusion takes a hundred times as long for as for an update of the rest."""
+"""Updates between two evaluations of ln p(z), latents in each, and the rate at which their quantile is followed: a likelihood of
+a diffusion costs a hundred times as much as the rest of an update."""
 DEFAULT_DISTRIBUTIONS = {"categorical": CategoricalConfig(), "gaussian": GaussianConfig()}
 
 
 class ModelConfig(Frozen):
-    """The parts of a world model; each has its own options."""
+    """The parts of a world model, each with its own options."""
 
     vector_scaling: Literal["standardise", "symlog", "raw"] = Field("standardise", description="scale of vector observations")
     encoder: Part["encoder"] = EncoderConfig()
     decoder: Part["decoder"] = DecoderConfig()
     dynamics: Part["dynamics"] = RSSMConfig()
     transition: Part["distribution"] | None = Field(None, description="p(z_t | h_t); none: the latent's family")
-    initial: Part["distribution"] | None = Field(None, description="p(z_0); none: the latent's own family")
-    marginal: Part["distribution"] | None = Field(
-        None, description="one law for all codes, whose rate trains the encoder; none: without"
-    )
+    initial: Part["distribution"] | None = Field(None, description="p(z_0); none: the latent's family")
+    marginal: Part["distribution"] | None = Field(None, description="p(z) of all latents, a VAE's prior; none: without")
     objective: Part["objective"] = ReconstructionConfig()
     heads: Part["heads"] = HeadsConfig()
     ensemble: Part["ensemble"] = EnsembleConfig()
@@ -87,7 +85,7 @@ class ModelConfig(Frozen):
         posterior = getattr(self.dynamics, "posterior", "observation")
         if getattr(self.objective, "points", False) and (self.dynamics.latent.kind, posterior) != ("point", "observation"):
             raise ValueError(
-                f"model.objective.kind={self.objective.kind} predicts codes that are points and tell of one observation alone: set "
+                f"model.objective.kind={self.objective.kind} predicts point latents of single observations: set "
                 f"model.dynamics.latent.kind=point (now {self.dynamics.latent.kind}) and model.dynamics.posterior=observation "
                 f"(now {posterior}), as model=jepa and model=hybrid do."
             )
@@ -105,7 +103,7 @@ register("group", "model", ModelConfig)(ModelConfig)
 
 
 def default_distribution(dynamics: Frozen) -> Frozen:
-    """The closed form that fills a slot which the config leaves open: the family of the codes of these dynamics."""
+    """The closed form for a slot that the config leaves open: the family of the latents of these dynamics."""
     return DEFAULT_DISTRIBUTIONS[build("latent", dynamics.latent).family.kind].replace(units=dynamics.units)
 
 
@@ -116,7 +114,13 @@ def build_encoder(encoder: Frozen, dynamics: Frozen, obs: ObsSpec) -> nn.Module:
 
 
 class WorldModel(nn.Module):
-    """Encoder, dynamics, objective and heads behind five verbs: trace, loss, observe, imagine, encode/decode."""
+    """A world model.
+
+    trace, loss      training: posteriors and states over a batch, then the losses (`learner.Learner`)
+    observe          one step of filtering from a raw observation
+    imagine          a rollout of the prior under a policy
+    encode, decode   observation -> posterior, feature -> observation
+    """
 
     def __init__(self, config: ModelConfig, obs: ObsSpec, action: ActionSpec):
         super().__init__()
@@ -138,16 +142,11 @@ class WorldModel(nn.Module):
         decoder = getattr(self.dynamics, "decoder", decoder)  # after both are built: heads have the same first weights
         self.objective = build("objective", config.objective, decoder, self.encoder, self.dynamics, action.dim)
         self.decoder: nn.Module | None = getattr(self.objective, "decoder", None)
-        if self.decoder is None and config.rollouts == "observation":
-            raise ConfigError(
-                f"model.rollouts=observation decodes every step, and model.objective={config.objective.kind} learns no decoder. "
-                "Use model.rollouts=latent, or an objective that reconstructs."
-            )
         if config.rollouts == "observation" and getattr(self.decoder, "pixelwise_noise", []):
             raise ConfigError(
-                f"model.rollouts=observation looks at what is drawn, and model.decoder.kind={config.decoder.kind} draws each pixel "
-                f"of '{self.decoder.pixelwise_noise[0]}' on its own: noise that no picture has. Use model.decoder.kind=diffusion (or "
-                "latent_diffusion), which draws pictures, or model.rollouts=latent."
+                f"model.rollouts=observation encodes samples, and model.decoder.kind={config.decoder.kind} draws each pixel of "
+                f"'{self.decoder.pixelwise_noise[0]}' on its own: noise that no picture has. Use model.decoder.kind=diffusion "
+                "(or latent_diffusion), which draws pictures, or model.rollouts=latent."
             )
         self.heads = build("heads", config.heads, self.feature_dim)
         sizes = self.feature_dim, action.dim, self.encoder.out_features
@@ -177,7 +176,7 @@ class WorldModel(nn.Module):
         return world
 
     def _embed(self, obs: Obs) -> Float[Tensor, "N E"]:
-        """What the encoder of the moment makes of scaled observations: the one in use may be another than at first."""
+        """The current encoder's embeddings of scaled observations; it may have been exchanged since construction."""
         return self.encoder(obs)
 
     @property
@@ -185,15 +184,15 @@ class WorldModel(nn.Module):
         return next(self.parameters()).device
 
     def initial(self, batch_size: int) -> State:
-        """The state before anything was seen."""
+        """The state before the first observation."""
         return self.dynamics.initial(batch_size)
 
     def preprocess(self, rows: dict[str, Tensor]) -> Obs:
-        """Raw rows [*N, ...] of the store -> scaled canonical observations."""
+        """Raw rows [*N, ...] -> scaled canonical observations."""
         return self.scaling(self.obs.canonical(rows))
 
     def sample_initial(self, batch_size: int, sampling: Sampling | None = None) -> State:
-        """States from nothing: what the initial distribution p(z_0) draws. Raises ConfigError where the dynamics has none."""
+        """First states of episodes, drawn from p(z_0). Raises ConfigError where the dynamics has no initial distribution."""
         if not hasattr(self.dynamics, "sample_initial"):
             raise ConfigError(f"model.dynamics={self.config.dynamics.kind} has no initial distribution. Start from the replay.")
         return self.dynamics.sample_initial(batch_size, sampling or Sampling())
@@ -201,7 +200,7 @@ class WorldModel(nn.Module):
     def sample_initial_tilted(
         self, score: Callable[[Tensor], Tensor], batch_size: int, strength: float, sampling: Sampling | None = None
     ) -> tuple[State, float]:
-        """(states from nothing that score high, effective sample size): draws of p(z_0) exp(strength * score(feature)).
+        """(first states that score high, effective sample size): draws of p(z_0) exp(strength * score(feature)).
 
         score   features [N, F] -> [N], such as `heads.reward`
         """
@@ -216,29 +215,29 @@ class WorldModel(nn.Module):
         return states(z), size
 
     def trace(self, batch: Batch, state: State | None = None, sampling: Sampling | None = None) -> Trace:
-        """One pass over a batch whose `obs` is already on the inner scale (see `preprocess`)."""
+        """Posteriors and states over a batch whose `obs` is preprocessed, from `state` or from zeros."""
         batch_size, length = batch.shape
         embed = self.encoder({name: flatten(x) for name, x in batch.obs.items()}).view(batch_size, length, -1)
-        state = state if state is not None else self.initial(batch_size)
+        state = state if state is not None else self.dynamics.initial(batch_size)
         trace = self.dynamics.observe(state, embed, batch.prev_action, batch.is_first, sampling or Sampling())[1]
         if self.training and batch.row is not None:
             for prior, rows in self._priors(batch.is_first).values():
-                if getattr(prior, "has_exemplars", False):
+                if prior.has_exemplars:
                     prior.replace_exemplars({name: x[rows] for name, x in batch.obs.items()}, trace.h[rows], batch.row[rows])
         return trace
 
     def _priors(self, is_first: Bool[Tensor, "B T"]) -> dict[str, tuple[ConditionalDistribution, Bool[Tensor, "B T"]]]:
-        """{slot: (its law, the rows whose codes it is a law of)} for the slots that are filled."""
-        laws = {
+        """{slot: (its distribution, the rows that it is the prior of)} for the slots that are filled."""
+        slots = {
             "initial": (getattr(self.dynamics, "initial_prior", None), is_first),
             "transition": (self.dynamics.transition, ~is_first),
             "marginal": (self.marginal, torch.ones_like(is_first)),
         }
-        return {slot: (prior, rows) for slot, (prior, rows) in laws.items() if prior is not None and rows.any()}
+        return {slot: (prior, rows) for slot, (prior, rows) in slots.items() if prior is not None and rows.any()}
 
     @torch.no_grad()
     def measures(self, trace: Trace, is_first: Bool[Tensor, "B T"]) -> dict[str, float]:
-        """{"prior/<slot>/<name>": number}: what each law says of itself at the codes of a trace."""
+        """{"prior/<slot>/<name>": number}: diagnostics of each prior at the latents of a trace."""
         out = {}
         for slot, (prior, rows) in self._priors(is_first).items():
             seen = prior.measures(trace.z[rows], trace.h[rows] if slot == "transition" else None)
@@ -246,16 +245,25 @@ class WorldModel(nn.Module):
         return out
 
     def update_targets(self) -> None:
-        """What goes after the weights takes its step; for a training to call after each of its own."""
+        """EMA update of the objective's target encoder, if it has one; to be called after each optimiser step."""
         if hasattr(self.objective, "update_target_encoder"):
             self.objective.update_target_encoder(self.encoder, self.dynamics)
 
     def loss(self, trace: Trace, batch: Batch, sampling: Sampling | None = None) -> dict[str, Loss]:
-        """Every term by name, unscaled. "dyn" trains the prior side, "rep" the posterior, where the rate exceeds the free nats."""
+        """Every loss term by name, unscaled; `train.scales` weighs them.
+
+        dyn, rep             KL of posterior and prior, for the prior and for the posterior: `dynamics.losses`
+        observation          -ln p(x | feature): `objective`, by the decoder's `loss`; jepa and hybrid add terms of their own
+        reward, continue     `heads`
+        marginal             KL of the posterior and the marginal p(z), where there is one: `_marginal_losses`
+        ensemble             its prediction error, where there is one: `ensemble`
+        prior/<slot>/<term>  own losses of priors that no KL trains: `loss` of the distribution
+        """
         not_first, sampling = ~batch.is_first, sampling or Sampling()
         terms = self.dynamics.losses(trace, batch, sampling) | self.objective(trace, batch, sampling, self.dynamics)
-        terms |= self._marginal(trace, sampling, batch.row)
-        rows = {"mask": not_first, "weight": batch.weight}  # dreams get from these what experience gave on average
+        if self.marginal is not None:
+            terms |= self._marginal_losses(self.marginal, trace, batch, sampling)
+        rows = {"mask": not_first, "weight": batch.weight}  # unbiased: dreams read these heads
         terms["reward"] = Loss(self.heads.reward_loss(trace.feature, batch.reward), **rows)
         terms["continue"] = Loss(self.heads.cont_loss(trace.feature, 1 - batch.is_terminal.to(trace.feature)), **rows)
         if self.ensemble is not None:
@@ -263,23 +271,19 @@ class WorldModel(nn.Module):
             terms["ensemble"] = self.ensemble.loss(trace.feature[:, :-1], batch.prev_action[:, 1:], after, not_first[:, 1:])
         return terms
 
-    def _marginal(self, trace: Trace, sampling: Sampling, rows: Tensor | None) -> dict[str, Loss]:
-        """The rate against the one law of all codes, and what that law itself learns from where the rate does not train it."""
-        prior, options = self.marginal, {"sampling": sampling.substream("marginal"), "rows": rows}
-        if prior is None:
-            return {}
-        exact = prior.density == "exact"
-        terms = {}
+    def _marginal_losses(self, prior: ConditionalDistribution, trace: Trace, batch: Batch, sampling: Sampling) -> dict[str, Loss]:
+        """KL(q(z | .) || p(z)), which trains the posterior and an exact p; the own losses of p where it does not."""
         if self.training and prior.density != "none":
-            if not int(self.marginal_age) % TYPICALITY_EVERY:
-                latents = trace.z.detach().flatten(0, -2)
-                self.fit_typicality(latents[:: -(-len(latents) // TYPICALITY_LATENTS)], TYPICALITY_RATE)
-            self.marginal_age += 1
-        if not self.dynamics.latent.deterministic:
-            latents = prior.antithetic(trace.posterior, trace.z)
-            both = [prior.rate(trace.posterior, z, None, frozen=not exact, **options) for z in latents]
-            terms["marginal"] = Loss(sum(both) / len(both))
-        if not exact or self.dynamics.latent.deterministic:
+            self._update_typicality(trace.z.detach().flatten(0, -2))
+        options = {"sampling": sampling.substream("marginal"), "rows": batch.row}
+        by_kl, terms = prior.density == "exact", {}
+        if self.dynamics.latent.deterministic:
+            by_kl = False
+        else:
+            draws = prior.antithetic(trace.posterior, trace.z)
+            kl = [prior.rate(trace.posterior, z, None, frozen=not by_kl, **options) for z in draws]
+            terms["marginal"] = Loss(sum(kl) / len(kl))
+        if not by_kl:
             terms |= {f"prior/marginal/{name}": term for name, term in prior.loss(trace.z.detach(), None, **options).items()}
         return terms
 
@@ -292,7 +296,7 @@ class WorldModel(nn.Module):
         is_first: Bool[Tensor, " B"],
         sampling: Sampling | None = None,
     ) -> State:
-        """The state after one real step, from raw observation rows [B, ...]; no gradient."""
+        """The state after one real step, from raw observations [B, ...]; no gradient."""
         embed = self.encoder(self.preprocess(obs)).unsqueeze(1)
         prev_action = torch.where(is_first.unsqueeze(-1), torch.zeros_like(prev_action), prev_action)
         sampling = sampling or Sampling()
@@ -301,9 +305,9 @@ class WorldModel(nn.Module):
     def imagine(
         self, state: State, policy: Callable[[Tensor, int], Tensor], horizon: int, sampling: Sampling | None = None
     ) -> Dream:
-        """Roll forward without looking; `policy(feature, step)` gives canonical actions [B, A], kept as given in the dream.
+        """A rollout of `horizon` steps; `policy(feature, step)` gives canonical actions [B, A], which the dream holds as given.
 
-        With model.rollouts=observation each step is one of observations: decoded by a draw, and looked at.
+        With model.rollouts=observation each step is decoded, by a draw, and encoded again.
         """
         sampling = sampling or Sampling()
         features, actions = [self.dynamics.feature(state)], []
@@ -313,7 +317,7 @@ class WorldModel(nn.Module):
             if self.config.rollouts == "observation":
                 state = self._reencoded(state, sampling)
             features.append(self.dynamics.feature(state))
-        rows = torch.stack(features)  # [H+1, B, F]: time first, so that what follows reads it without a copy
+        rows = torch.stack(features)  # [H+1, B, F]: time first, so that the heads read it without a copy
         reward, cont = (head(rows[1:]).transpose(0, 1) for head in (self.heads.reward, self.heads.cont))
         uncertainty = torch.zeros_like(reward)
         if self.ensemble is not None:
@@ -321,7 +325,7 @@ class WorldModel(nn.Module):
         return Dream(torch.stack(actions, 1), reward, cont, uncertainty, rows.transpose(0, 1), state)
 
     def log_density(self, feature: Float[Tensor, "*N F"]) -> Float[Tensor, "*N"]:
-        """ln p of a feature's code under the marginal, in nats; up to a constant where that law is unnormalised.
+        """ln p(z) of a feature's latent under the marginal, in nats; up to a constant where it is unnormalised.
 
         Raises ConfigError where there is no marginal, or one without a density.
         """
@@ -329,32 +333,38 @@ class WorldModel(nn.Module):
         return self.marginal.log_prob(self.dynamics.z_of(feature), None)
 
     def atypicality(self, feature: Float[Tensor, "*N F"]) -> Float[Tensor, "*N"]:
-        """Nats per number of the code by which a feature is less likely than 95 % of real codes; 0 where it is not."""
+        """Nats per latent dimension by which ln p(z) lies below the 5 % quantile of real latents; 0 where it does not."""
         return (self.marginal_low - self.log_density(feature)).clamp_min(0) / self.dynamics.latent.size
 
     @torch.no_grad()
     def fit_typicality(self, latents: Float[Tensor, "N Z"], share: float = 1.0) -> None:
-        """`marginal_low`, the 5 % quantile of real codes' log-density, goes by `share` towards that of these codes."""
+        """Moves `marginal_low`, the 5 % quantile of ln p(z) over real latents, by `share` towards that of these latents."""
         low = self.marginal.log_prob(latents, None).float().quantile(0.05)
         known = self.marginal_low > UNKNOWN
         new = torch.where(known, self.marginal_low.lerp(low, share), low)
-        self.marginal_low.copy_(torch.where(low.isfinite(), new, self.marginal_low))  # as running moments: it would not leave again
+        self.marginal_low.copy_(torch.where(low.isfinite(), new, self.marginal_low))  # a NaN would never leave it
+
+    def _update_typicality(self, z: Float[Tensor, "N Z"]) -> None:
+        """At every TYPICALITY_EVERY-th update, `fit_typicality` at some of its latents."""
+        if not int(self.marginal_age) % TYPICALITY_EVERY:
+            self.fit_typicality(z[:: -(-len(z) // TYPICALITY_LATENTS)], TYPICALITY_RATE)
+        self.marginal_age += 1
 
     def _reencoded(self, state: State, sampling: Sampling) -> State:
-        """The state after looking at the observation that it would give: what the decoder knows of the world corrects the code."""
+        """The state after a sampled observation of it is encoded again."""
         obs = self.decoder.sample(self.dynamics.feature(state), sampling)
         return self.dynamics.correct(state, self.encoder(obs), replace(sampling, noise=None))
 
     @torch.no_grad()
     def encode(self, obs) -> Posterior:
-        """The belief about z from single observations [N, ...] in the environment's own form, as at an episode's first step."""
+        """q(z | x) of single observations [N, ...] in the environment's own form, as at an episode's first step."""
         rows = {name: torch.as_tensor(x, device=self.device) for name, x in self.obs.to_raw(obs).items()}
         embed = self.encoder(self.preprocess(rows))
         return self.dynamics.posterior(embed, self.dynamics.first_recurrent(len(embed))["h"])
 
     @torch.no_grad()
     def decode(self, feature: Float[Tensor, "N F"]) -> Obs:
-        """The expected observation in canonical form; a code alone is enough where the decoder reads the latent.
+        """The expected observation in canonical form; z alone is enough where the decoder reads the latent.
 
         Raises ConfigError where the objective has no decoder, ValueError for a feature of another size.
         """
@@ -370,7 +380,7 @@ class WorldModel(nn.Module):
         return self.scaling.inverse(self.decoder.mean(feature))
 
     def active_units(self, trace: Trace, threshold: float = 0.01) -> int:
-        """How many variables of the code carry more than `threshold` nats against their own average over the batch.
+        """How many latent variables have more than `threshold` nats of mutual information with the observation, in this batch.
 
         Source: Burda et al. 2016, section 5.2 (for Gaussians the variance of the posterior's mean).
         """
@@ -383,12 +393,12 @@ class WorldModel(nn.Module):
 
 
 def active_units(mean: Float[Tensor, "N Z"], threshold: float = 0.01) -> int:
-    """Numbers of the code whose mean differs between observations, with a variance above `least`. Source: Burda et al. 2016."""
+    """Latent dimensions whose posterior mean has a variance above `threshold`. Source: Burda et al. 2016, section 5.2."""
     return int((mean.var(0) > threshold).sum())
 
 
 def needs_ensemble(world: WorldModel, name: str, value: float | None) -> None:
-    """ConfigError where an option that speaks of uncertainty is set, and the model has none."""
+    """ConfigError where option `name` is set, which needs uncertainty, and the model has no ensemble."""
     if value and world.ensemble is None:
         raise ConfigError(
             f"{name}={value:g} needs uncertainty, and the world model has no ensemble. Train with model.ensemble.members=5, or "
@@ -397,20 +407,17 @@ def needs_ensemble(world: WorldModel, name: str, value: float | None) -> None:
 
 
 def needs_marginal(world: WorldModel, name: str, value: float | None) -> None:
-    """ConfigError where an option that speaks of how likely codes are is set, and the model does not know."""
+    """ConfigError where option `name` is set, which needs ln p(z), and the model has no marginal with a density."""
     if value and (world.marginal is None or world.marginal.density == "none"):
         why = "has no marginal" if world.marginal is None else f"has a {world.config.marginal.kind} marginal, without a density"
         raise ConfigError(
-            f"{name}={value:g} needs a law of all codes, and the world model {why}. Train with model.marginal, or fit one to a "
+            f"{name}={value:g} needs a marginal p(z), and the world model {why}. Train with model.marginal, or fit one to a "
             "finished run: worldmodel fit-prior RUN --kind flow --slot marginal."
         )
 
 
 def reward_penalty(world: WorldModel, dream: Dream, uncertainty_penalty: float, typicality_penalty: float) -> Float[Tensor, "B H"]:
-    """What is taken off a dream's rewards: for the ensemble's uncertainty, and for codes unlike real ones.
-
-    In units of the rewards' own size, `heads.scale`: the same options are as strong whatever rewards are counted in.
-    """
+    """What is subtracted from a dream's rewards, for uncertainty and for atypical latents, in units of `heads.scale`."""
     penalty = uncertainty_penalty * dream.uncertainty
     return penalty + typicality_penalty * world.atypicality(dream.feature[:, 1:]) if typicality_penalty else penalty
 

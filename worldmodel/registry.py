@@ -1,22 +1,20 @@
 """Names for parts: (role, kind) -> (config class, class).
 
-Each room registers its own parts; a file can only name what is registered, never an import path, so reading a
-config runs no code. A name that is not there yet is looked for in the built-in rooms and in the installed entry
-points of group `worldmodel.parts` (modules that register parts when they are imported).
+Each module registers its own parts; a file can only name what is registered, never an import path, so reading a config runs
+no code. A name that is not registered yet is looked for in `MODULES` and in the installed entry points of the group
+`worldmodel.parts` (modules that register parts when they are imported).
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar, get_args
+from typing import Any, NamedTuple, TypeVar, get_args
 
 from worldmodel.errors import ConfigError, did_you_mean
 
-# From the lower floors to the upper ones: a search stops at the first room that has the name.
+# From the lower layers to the upper ones: a search stops at the first module that has the name.
 MODULES: tuple[str, ...] = (
     "worldmodel.encoders",
     "worldmodel.decoders",
@@ -43,8 +41,7 @@ ENTRY_POINTS = "worldmodel.parts"
 Class = TypeVar("Class", bound=type)
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     config: type
     part: type
 
@@ -96,46 +93,35 @@ def build(role: str, config: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def kinds(role: str) -> list[str]:
-    """Every kind of a role, sorted; imports all rooms."""
+    """Every kind of a role, sorted; imports all modules."""
     load()
     return sorted(k for r, k in _entries if r == role)
 
 
-def roles() -> list[str]:
-    """Every role, sorted; imports all rooms."""
-    load()
-    return sorted({r for r, _ in _entries})
-
-
 def entries() -> list[tuple[str, str, type]]:
-    """(role, kind, config class) of everything registered, sorted; imports all rooms."""
+    """(role, kind, config class) of everything registered, sorted; imports all modules."""
     load()
     return [(role, kind, _entries[role, kind].config) for role, kind in sorted(_entries)]
 
 
 def has(role: str, kind: str) -> bool:
-    """Whether the part exists; imports rooms until it is found."""
+    """Whether the part exists; imports modules until it is found."""
     load(until=(role, kind))
     return (role, kind) in _entries
 
 
 def load(until: tuple[str, str] | None = None) -> None:
-    """Import the rooms, then the entry points, stopping as soon as `until` is registered."""
+    """Import the modules, then the entry points, stopping as soon as `until` is registered."""
     for module in MODULES:
         if until in _entries:
             return
-        if module not in sys.modules:
-            _import_module(module)
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name != module:  # the module is there, but something that it needs is not
+                raise
     if until not in _entries:
         _load_entry_points()
-
-
-def _import_module(module: str) -> None:
-    try:
-        importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name != module:  # the room is there, but something that it needs is not
-            raise
 
 
 def _load_entry_points() -> None:

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from worldmodel.errors import ConfigError
+
 _EDM = {"most": "sigma_max", "least": "sigma_min", "level_mean": "log_sigma_mean", "level_std": "log_sigma_std"}
 _BEHAVIOUR = {"penalty": "uncertainty_penalty", "manifold": "typicality_penalty"}
 _PREDICTIVE = {"anti": "anti_collapse", "ema": "ema_decay"}
@@ -29,7 +31,7 @@ OPTIONS: dict[str, dict[str, str | None]] = {
     "PlannerConfig": _BEHAVIOUR,
     "PlanConfig": {"penalty": "uncertainty_penalty"},
     "SB3Config": {"penalty": "uncertainty_penalty"},
-    "DiffusionConfig": {**_EDM, "looks": "rate_samples", "drop": None},
+    "DiffusionConfig": {**_EDM, "looks": "rate_samples", "drop": None, "path": None},
     "DiffusionDecoderConfig": _EDM,
     "LatentDiffusionDecoderConfig": {"law": "prior"},
     "DiamondConfig": {**_EDM, "posterior": None},
@@ -38,7 +40,15 @@ OPTIONS: dict[str, dict[str, str | None]] = {
     "JepaConfig": _PREDICTIVE,
     "HybridConfig": _PREDICTIVE,
 }
-"""Config class -> {old option: new option}; None: an option that is gone, because nothing used it."""
+"""Config class -> {old option: new option}; None: an option that is gone, because nothing used it or by REMOVED."""
+
+REMOVED = {
+    ("DiffusionConfig", "path"): (
+        "edm",
+        "Conditional flow matching (cfm) was removed, and diffusion is always EDM: leave `path` out, and train the model anew.",
+    )
+}
+"""(config class, option that is gone) -> (the one value whose behaviour remained, what to do about others)."""
 
 KINDS = {
     ("encoder", "pixels"): "standard",
@@ -64,6 +74,11 @@ def options_of(config: type) -> dict[str, str | None]:
     return OPTIONS.get(config.__name__, {})
 
 
+def check_removed(config: type, option: str, value: Any) -> None:
+    """ConfigError where a saved option asks for behaviour that is gone."""
+    kept, advice = REMOVED.get((config.__name__, option), (value, ""))
+    if value != kept:
+        raise ConfigError(f"configs: '{option}={value}' cannot be opened. {advice}")
 def in_new_kind(role: str, value: Any) -> Any:
     """A part as a config holds it, by its kind's name of today."""
     if isinstance(value, Mapping):

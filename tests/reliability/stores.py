@@ -14,6 +14,7 @@ from small_runs import CHAIN, merged
 from worldmodel.config import Config
 from worldmodel.spaces import ActionSpec, ObsSpec
 from worldmodel.storage import checkpoint, segments
+from worldmodel.storage.files import sweep
 from worldmodel.storage.replay import Replay
 from worldmodel.storage.run import Run
 
@@ -49,7 +50,7 @@ class Checkpoints:
         checkpoint.prune(folder, keep=1)
 
     def state(self, folder: Path) -> int:
-        checkpoint.sweep(folder)
+        sweep(folder)
         return self.looked_at(folder)
 
     def looked_at(self, folder: Path) -> int:
@@ -72,7 +73,7 @@ class Zip:
         checkpoint.pack(folder / "a.zip", 2, ARRAYS[2], {"step": 2})
 
     def state(self, folder: Path) -> int:
-        checkpoint.sweep(folder)
+        sweep(folder)
         assert [p.name for p in folder.iterdir()] == ["a.zip"]
         return checkpoint.unpack(folder / "a.zip")[1]["step"]
 
@@ -109,6 +110,6 @@ class Runs:
                 run._snapshot = run.manifest()["replay"]
                 Replay.sweep(folder / "replay", [run._snapshot])
             for number in segments.numbers(folder / "replay"):
-                segments.read(folder / "replay", number, replay_of(1)._column_spec, 2)
+                segments.read(folder / "replay", number, replay_of(1)._spec, 2)
         assert not [p for p in folder.rglob("*") if p.name.startswith((".tmp-", ".trash-"))]
         return step

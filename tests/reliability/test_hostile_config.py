@@ -110,7 +110,7 @@ def hostile(examples: int) -> Callable:
 
 
 def outside(root: Path) -> list[str]:
-    """What lies beside `root` in its parent, which is the test's own."""
+    """What is beside `root` in its parent, which is the test's own."""
     return sorted(str(path) for path in root.parent.rglob("*") if not path.is_relative_to(root))
 
 
@@ -123,7 +123,7 @@ def tallied(counts: Counter, act: Callable[[], Any], refusals: tuple = NAMED) ->
         counts["refused"] += 1
 
 
-def told(counts: Counter) -> str:
+def summary(counts: Counter) -> str:
     return f"{counts['taken']:,} taken, {counts['refused']:,} refused by name"
 
 
@@ -143,7 +143,7 @@ def test_the_name_of_a_recipe_leads_to_a_folder_in_runs(tmp_path, monkeypatch, f
     for name in ATTACKS:
         tallied(counts, lambda name=name: Run.create(None, base.model_copy(update={"recipe": name}), 0).close())
     assert not outside(root) and all(path.parent == Path("runs") for path in Path("runs").iterdir())
-    figure("S3", f"recipe names: {told(counts)}; 0 paths outside of runs/")
+    figure("S3", f"recipe names: {summary(counts)}; 0 paths outside of runs/")
 
 
 def test_the_folder_of_a_run_may_have_any_name_or_is_refused(tmp_path, figure):
@@ -158,7 +158,7 @@ def test_the_folder_of_a_run_may_have_any_name_or_is_refused(tmp_path, figure):
 
     every()
     assert not outside(root)
-    figure("S3", f"run folders: {told(counts)}; 0 paths outside of the given folder")
+    figure("S3", f"run folders: {summary(counts)}; 0 paths outside of the given folder")
 
 
 def recorded(key: str) -> Recording:
@@ -211,7 +211,7 @@ def test_keys_of_observations_are_kept_or_refused_and_write_no_other_file(tmp_pa
 
     every()
     assert not outside(root) and [path.name for path in root.iterdir()] == ["replay"]
-    figure("S3", f"keys of Dict spaces, in recordings and replays: {told(counts)}; 0 other files")
+    figure("S3", f"keys of Dict spaces, in recordings and replays: {summary(counts)}; 0 other files")
 
 
 def test_keys_of_observations_are_kept_by_minari_or_refused(tmp_path, monkeypatch, figure):
@@ -228,7 +228,7 @@ def test_keys_of_observations_are_kept_by_minari_or_refused(tmp_path, monkeypatc
     for number, name in enumerate([*ATTACKS, "a/b", "a\0b", "\ud800", "/abs", "\n", "plain"]):
         tallied(counts, lambda number=number, name=name: kept(number, name), (ConfigError,))
     assert not outside(root) and [path.name for path in root.iterdir()] == ["minari"]
-    figure("S3", f"keys of Dict spaces, in Minari's data sets: {told(counts)}; 0 other files")
+    figure("S3", f"keys of Dict spaces, in Minari's data sets: {summary(counts)}; 0 other files")
 
 
 def test_keys_of_observations_make_a_model_that_is_saved_and_read_or_are_refused(tmp_path, figure):
@@ -248,7 +248,7 @@ def test_keys_of_observations_make_a_model_that_is_saved_and_read_or_are_refused
 
     every()
     assert not outside(root) and {path.name for path in root.iterdir()} <= {"a.zip"}
-    figure("S3", f"keys of Dict spaces, in models and checkpoints: {told(counts)}; 0 other files")
+    figure("S3", f"keys of Dict spaces, in models and checkpoints: {summary(counts)}; 0 other files")
 
 
 def test_files_of_a_checkpoint_and_data_sets_of_minari_stay_in_their_folders(tmp_path, monkeypatch, figure):
@@ -270,7 +270,7 @@ def test_files_of_a_checkpoint_and_data_sets_of_minari_stay_in_their_folders(tmp
         with pytest.raises(ConfigError, match="is no id of Minari"):
             sources.recording(f"minari:{name}")
     assert outside(root) == before and {path.name for path in root.iterdir()} <= {"a.zip", "minari"}
-    figure("S3", f"ids of data sets, files of checkpoints: {told(counts)}; 0 paths outside")
+    figure("S3", f"ids of data sets, files of checkpoints: {summary(counts)}; 0 paths outside")
 
 
 def test_tags_of_tensorboard_are_no_paths(tmp_path, figure):
@@ -284,7 +284,7 @@ def test_tags_of_tensorboard_are_no_paths(tmp_path, figure):
 
         every()
     assert not outside(root) and all(path.name.startswith("events.out.tfevents.") for path in root.rglob("*"))
-    figure("S3", f"tags: {told(counts)}; 0 files but the event file")
+    figure("S3", f"tags: {summary(counts)}; 0 files but the event file")
 
 
 # Configs ----------------------------------------------------------------------------------------------------------------

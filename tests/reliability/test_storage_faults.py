@@ -23,7 +23,7 @@ from test_checkpoint import forked
 
 from worldmodel.agents.training.callback import RunCallback
 from worldmodel.errors import ConfigError, CorruptError, StorageError
-from worldmodel.storage import checkpoint, segments
+from worldmodel.storage import checkpoint, files, segments
 from worldmodel.storage import run as runs
 from worldmodel.storage.replay import Replay
 from worldmodel.storage.run import Run
@@ -73,20 +73,12 @@ def test_the_kills_find_a_save_that_is_careless(tmp_path, monkeypatch, careless)
             (path / name).write_bytes(data)
 
     def deletes_first(parent, step, *content):
-        checkpoint.discard(parent / f"step-{step - 1:012d}")
+        files.discard(parent / f"step-{step - 1:012d}")
         return write(parent, step, *content)
 
     if careless == "segment in place":
         store = stores.Runs(tmp_path)
-        monkeypatch.setattr("worldmodel.storage.segments.durable", lambda temporary: open(store.final, "wb"))
-        monkeypatch.setattr(Path, "rename", lambda *_: None)
-        store.final = None
-
-        def prepare(folder, real=store.prepare):
-            real(folder)
-            store.final = folder / "replay" / "segment-000000002.bin"
-
-        store.prepare = prepare
+        monkeypatch.setattr("worldmodel.storage.segments.replacing", lambda path: open(path, "wb"))
     else:
         store = stores.Checkpoints()
         store.prepare = lambda folder: write(folder, 1, stores.ARRAYS[1], {"step": 1})
@@ -142,7 +134,7 @@ def test_the_errors_find_a_save_that_does_not_name_them(tmp_path, monkeypatch):
         def __str__(self):
             return "something went wrong"
 
-    monkeypatch.setattr(checkpoint, "StorageError", Nameless)
+    monkeypatch.setattr(files, "StorageError", Nameless)
     store = stores.Zip()
     found = [
         struck.status

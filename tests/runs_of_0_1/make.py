@@ -201,7 +201,7 @@ RUNS: dict[str, dict[str, Any]] = {
         **BEHAVIOUR,
         **GAUSSIAN,
         "model.transition": {**DIFFUSION, "sampler": "heun"},
-        "model.initial": {**DIFFUSION, "path": "cfm", "sampler": "euler"},
+        "model.initial": {**DIFFUSION, "sampler": "euler"},
         "train.scales": {"rep": 0.02, "fit": 0.7},
         "log.held_out": 12,  # dreams drew other noise then
     },

@@ -6,25 +6,17 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from worldmodel.errors import (
-    ConfigError,
-    EnvError,
-    MissingExtraError,
-    NumericsError,
-    StorageError,
-    TrustError,
-    UnsupportedSpaceError,
-)
+from worldmodel.errors import ConfigError, EnvError, MissingExtraError, NumericsError, StorageError, UnsupportedSpaceError
 
-ERRORS = (ConfigError, EnvError, MissingExtraError, NumericsError, StorageError, TrustError, UnsupportedSpaceError)
+ERRORS = (ConfigError, EnvError, MissingExtraError, NumericsError, UnsupportedSpaceError, OSError)
+"""What is reported as one line. OSError: StorageError and TrustError, and a disk or a stream that a library writes to."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
@@ -34,66 +26,54 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Options by dotted key, e.g. train.ratio=2.", show_default=False),
 ]
 Trust = Annotated[bool, typer.Option("--trust", help="Open agent.path, a zip of Stable-Baselines3, although that can run code.")]
-
-
-class Start(str, Enum):
-    """Where dreams begin."""
-
-    replay, prior = "replay", "prior"
+Start = Literal["replay", "prior"]
+"""Where dreams begin."""
 
 
 # Where things go -------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def reported(debug: bool) -> Iterator[None]:
-    """Our errors become one message on stderr and an exit code."""
+def answer(work: Callable[[], Mapping[str, Any]], as_json: bool, debug: bool, show: Callable[[Any], object] | None = None) -> None:
+    """Does a command's work and prints its result on stdout; an error becomes one line on stderr and an exit code."""
     try:
-        yield
+        with stdout_to_stderr():
+            result = work()
+        if as_json:
+            print(json.dumps(result, allow_nan=False), flush=True)
+        else:
+            (show or show_pairs)(result)
+    except BrokenPipeError:
+        raise
     except ERRORS as error:
         if debug:
             traceback.print_exc()
         say(f"error: {error}")
-        raise typer.Exit(error.exit_code) from None
-    except BrokenPipeError:
-        raise
-    except OSError as error:  # a disk or a stream that a library writes to
-        if debug:
-            traceback.print_exc()
-        say(f"error: {error}")
-        raise typer.Exit(StorageError.exit_code) from None
+        raise typer.Exit(getattr(error, "exit_code", StorageError.exit_code)) from None
     except KeyboardInterrupt as stop:
         say(str(stop) or "Interrupted.")
         raise typer.Exit(getattr(stop, "exit_code", 130)) from None
 
 
 @contextmanager
-def stdout_kept() -> Iterator[None]:
+def stdout_to_stderr() -> Iterator[None]:
     """What environments and libraries print, in Python or below it, goes to stderr."""
     sys.stdout.flush()
     try:
-        kept = os.dup(1)
+        saved = os.dup(1)
         os.dup2(2, 1)
     except OSError:  # a closed stream
-        kept = None
+        saved = None
     try:
         with redirect_stdout(sys.stderr):
             yield
     finally:
-        if kept is not None:
-            os.dup2(kept, 1)
-            os.close(kept)
+        if saved is not None:
+            os.dup2(saved, 1)
+            os.close(saved)
 
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def answer(result: Mapping[str, Any], as_json: bool, show: Any) -> None:
-    if as_json:
-        print(json.dumps(result, allow_nan=False), flush=True)
-    else:
-        show(result)
 
 
 # Tables ----------------------------------------------------------------------------------------------------------------

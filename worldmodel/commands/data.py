@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from worldmodel.commands.console import Debug, Json, Start, Trust, answer, reported, show_pairs, stdout_kept
+from worldmodel.commands.console import Debug, Json, Start, Trust, answer
 from worldmodel.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,19 +41,14 @@ def summary(found: Recording, source: str, out: str | None = None) -> dict[str, 
 def import_data(source: str, out: str | Path, layout: Any = None) -> dict[str, Any]:
     """Writes the episodes of a source into an NPZ file. Raises ConfigError, CorruptError, MissingExtraError, StorageError."""
     from worldmodel.envs.sources import recording
-    from worldmodel.storage.recording import free_name
+    from worldmodel.storage.npz import free_name
 
     out = free_name(out)
     found = recording(source, layout)
     return summary(found, source, str(found.write(out)))
 
 
-def export_data(
-    source: str,
-    out: str,
-    dreamed: int | None = None,
-    **dreams: Any,
-) -> dict[str, Any]:
+def export_data(source: str, out: str, dreamed: int | None = None, **dreams: Any) -> dict[str, Any]:
     """Writes a source's episodes, or `dreamed` many of a run, as FILE.npz or "minari:ID". Raises what `import_data` does.
 
     `dreams` are options of `dreamed_episodes`; None is its default.
@@ -62,44 +56,39 @@ def export_data(
     from worldmodel.agents.exchange import dreamed_episodes
     from worldmodel.envs import minari
     from worldmodel.envs.sources import recording
-    from worldmodel.storage.recording import free_name
-    from worldmodel.storage.run import CONFIG
+    from worldmodel.storage.npz import free_name
+    from worldmodel.storage.run_folder import CONFIG
 
     dreams = {name: value for name, value in dreams.items() if value is not None}
     if dreams and dreamed is None:
         raise ConfigError(f"No dreams were asked for, and --{', --'.join(dreams)} is about dreams alone. Add --dreamed N.")
-    to_minari = str(out).startswith(minari.PREFIX)
-    if to_minari:
-        minari.check_free(str(out).removeprefix(minari.PREFIX))
-    else:
+    dataset = str(out).removeprefix(minari.PREFIX) if str(out).startswith(minari.PREFIX) else None
+    if dataset is None:
         free_name(out)
+    else:
+        minari.check_free(dataset)
     if dreamed is None:
         found = recording(source)
     elif (Path(source) / CONFIG).is_file():
         found = dreamed_episodes(source, dreamed, **dreams)
     else:
         raise ConfigError(f"'{source}' is no run folder, and only a run's agent dreams. Name a run, or leave --dreamed out.")
-    if to_minari:
-        minari.write(str(out).removeprefix(minari.PREFIX), found)
-    else:
+    if dataset is None:
         found.write(out)
+    else:
+        minari.write(dataset, found)
     return summary(found, source, str(out))
 
 
 # The command line ------------------------------------------------------------------------------------------------------
 
 
-class Layout(str, Enum):
-    """Where an image has its channels."""
-
-    hwc, chw, vector = "hwc", "chw", "vector"
-
-
 Source = Annotated[
     str, typer.Argument(metavar="SOURCE", help="FILE.npz, a folder of them, minari:ID or a run folder.", show_default=False)
 ]
 LayoutOption = Annotated[
-    Layout | None, typer.Option(help="Of image-shaped observations where their shape leaves it open.", show_default=False)
+    Literal["hwc", "chw", "vector"] | None,
+    typer.Option(help="Of image-shaped observations where their shape leaves it open.", show_default=False),
 ]
 
 
@@ -112,10 +101,7 @@ def import_command(
     debug: Debug = False,
 ) -> None:
     """Write recorded episodes, such as a Minari data set's, into an NPZ file."""
-    with reported(debug):
-        with stdout_kept():
-            result = import_data(source, out, layout.value if layout else None)
-        answer(result, as_json, show_pairs)
+    answer(lambda: import_data(source, out, layout), as_json, debug)
 
 
 @app.command("export", epilog="Example: worldmodel data export runs/cartpole-s0 --out dreams.npz --dreamed 100 --horizon 50")
@@ -130,7 +116,7 @@ def export_command(
     ] = None,
     horizon: Annotated[int | None, typer.Option(min=1, help="Steps after which a dream is truncated.", show_default="50")] = None,
     start: Annotated[
-        Start | None, typer.Option(help="Dreams begin at recorded rows, or from nothing.", show_default="replay")
+        Start | None, typer.Option(help="Dreams begin at recorded rows, or in draws of the initial prior.", show_default="replay")
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of the dreams' draws.", show_default="0")] = None,
     trust: Trust = False,
@@ -138,19 +124,17 @@ def export_command(
     debug: Debug = False,
 ) -> None:
     """Write the episodes of a run, real or dreamed, as an NPZ file or a Minari data set."""
-    with reported(debug):
-        with stdout_kept():
-            dreams = {"horizon": horizon, "start": start.value if start else None, "seed": seed, "trust": trust or None}
-            result = export_data(source, out, dreamed, **dreams)
-        answer(result, as_json, show_pairs)
+    dreams = {"horizon": horizon, "start": start, "seed": seed, "trust": trust or None}
+    answer(lambda: export_data(source, out, dreamed, **dreams), as_json, debug)
 
 
 @app.command("info", epilog="Example: worldmodel data info pen.npz")
 def info_command(source: Source, layout: LayoutOption = None, as_json: Json = False, debug: Debug = False) -> None:
     """Show what recorded episodes hold."""
-    with reported(debug):
-        with stdout_kept():
-            from worldmodel.envs.sources import recording
 
-            result = summary(recording(source, layout.value if layout else None), source)
-        answer(result, as_json, show_pairs)
+    def work() -> dict[str, Any]:
+        from worldmodel.envs.sources import recording
+
+        return summary(recording(source, layout), source)
+
+    answer(work, as_json, debug)

@@ -4,25 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from worldmodel.commands.console import (
-    Debug,
-    Json,
-    RunFolder,
-    Start,
-    Trust,
-    answer,
-    reported,
-    say,
-    show_dream,
-    show_pairs,
-    stdout_kept,
-)
+from worldmodel.commands.console import Debug, Json, RunFolder, Start, Trust, answer, say, show_dream, show_pairs
 from worldmodel.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,7 +26,7 @@ def dream(
     run: Run | str | Path,
     context: int = 5,
     horizon: int = 50,
-    start: Literal["replay", "prior"] = "replay",
+    start: Start = "replay",
     out: str | Path | None = None,
     *,
     guide: Guidance | None = None,
@@ -50,12 +37,12 @@ def dream(
 ) -> dict[str, Any]:
     """Open-loop roll-outs of a run's newest checkpoint on fresh episodes; what `worldmodel dream --json` prints.
 
-    context   rows that the model sees before it dreams
-    horizon   steps that it dreams; horizons that fit into no episode are null
-    start     "prior": dreams from nothing, of which there is no truth to be measured against: all errors are null
+    context   observations that the model sees before it dreams
+    horizon   steps that it dreams; null where no episode is that long
+    start     "prior": from draws of the initial prior, with no real episode to compare with: all errors are null
     out       a .gif or .mp4 of one roll-out; its figure of errors lies beside it as .png
     episodes  fresh ones to compare with; None: log.held_out of the run, so that the figures are those of TensorBoard
-    aim       dreams from nothing begin where this is high, however rare such states are
+    guide     draws of the initial prior begin where this is high, however rare such states are
     trust     the run's agent.path may be opened, where it has one
 
     Raises ConfigError where context or horizon are no numbers of steps, and where the run has no decoder and `out` is given.
@@ -77,7 +64,7 @@ def dream(
     warn_untrained(agent, log)
     viewer = Viewer(run.config.env.id, agent.obs_spec)
     if guide is not None and start != "prior":
-        raise ConfigError("Only dreams from nothing can be led: add --start prior (start='prior'), or leave --toward out.")
+        raise ConfigError("Only dreams from the prior can be guided: add --start prior (start='prior'), or leave --toward out.")
     if out is not None and agent.policy.world.decoder is None:
         agent.policy.world.decode(torch.zeros(0, agent.policy.world.feature_dim))  # says why there is nothing to show
     guided = None
@@ -120,12 +107,6 @@ def _column(values: Tensor) -> list[float | None]:
     return [value if math.isfinite(value) else None for value in values.tolist()]
 
 
-class Toward(str, Enum):
-    """What dreams from nothing may be led to."""
-
-    reward, value, goal = "reward", "value", "goal"
-
-
 def command(
     run: RunFolder,
     context: Annotated[
@@ -133,12 +114,15 @@ def command(
     ] = None,
     horizon: Annotated[int | None, typer.Option(min=1, help="Steps that it dreams.", show_default="50")] = None,
     start: Annotated[
-        Start | None, typer.Option(help="Fresh real episodes, or the initial distribution: from nothing.", show_default="replay")
+        Start | None, typer.Option(help="Fresh real episodes, or draws of the initial prior.", show_default="replay")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE.gif|mp4", help="An animation of one dream; the figure of errors lies beside it.")
     ] = None,
-    toward: Annotated[Toward | None, typer.Option(help="Dreams from nothing begin where this is high.", show_default=False)] = None,
+    toward: Annotated[
+        Literal["reward", "value", "goal"] | None,
+        typer.Option(help="With --start prior: dreams begin where this is high.", show_default=False),
+    ] = None,
     guidance: Annotated[
         float | None,
         typer.Option(help="How strongly --toward pulls, in nats; rewards count in units of their own size.", show_default="1.0"),
@@ -157,39 +141,38 @@ def command(
     debug: Debug = False,
 ) -> None:
     """Let a run's world model dream beside fresh real episodes, and measure how far it is off by horizon."""
-    with reported(debug):
-        with stdout_kept():
-            from worldmodel.agents import guidance as guidance_module
 
-            if between is not None:
-                one, comma, other = between.partition(",")
-                if not comma or out is None:
-                    raise ConfigError("--between wants two moments, EPISODE:STEP,EPISODE:STEP, and --out FILE.gif.")
-                of_dreams = {
-                    "context": context,
-                    "horizon": horizon,
-                    "start": start,
-                    "toward": toward,
-                    "guidance": guidance,
-                    "goal": goal,
-                }
-                if extra := [f"--{name}" for name, value in of_dreams.items() if value is not None]:
-                    raise ConfigError(
-                        f"--between shows no dream, which {', '.join(extra)} would be of: leave out one or the other."
-                    )
-                result = guidance_module.between(run, one, other, out, trust=trust)
-            else:
-                guide = None
-                if toward is not None:
-                    strength = 1.0 if guidance is None else guidance
-                    guide = guidance_module.Guidance(
-                        toward.value, strength, None if goal is None else guidance_module.ReplayPosition.parse(goal)
-                    )
-                elif goal is not None:
-                    raise ConfigError("--goal names where --toward goal leads: add that.")
-                elif guidance is not None:
-                    raise ConfigError("--guidance says how strongly --toward pulls: add that.")
-                given = {"context": context, "horizon": horizon, "start": start.value if start else None}
-                given = {name: value for name, value in given.items() if value is not None}
-                result = dream(run, **given, out=out, guide=guide, trust=trust, log=say)
-        answer(result, as_json, show_pairs if between is not None else show_dream)
+    def work() -> dict[str, Any]:
+        options = {"context": context, "horizon": horizon, "start": start}
+        if between is not None:
+            return _between(run, between, out, trust, {**options, "toward": toward, "guidance": guidance, "goal": goal})
+        options = {name: value for name, value in options.items() if value is not None}
+        return dream(run, **options, out=out, guide=_guide(toward, guidance, goal), trust=trust, log=say)
+
+    answer(work, as_json, debug, show_dream if between is None else show_pairs)
+
+
+def _guide(toward: str | None, strength: float | None, goal: str | None) -> Guidance | None:
+    """What --toward, --guidance and --goal ask for."""
+    from worldmodel.agents.guidance import Guidance, ReplayPosition
+
+    if toward is not None:
+        position = None if goal is None else ReplayPosition.parse(goal)
+        return Guidance(toward, 1.0 if strength is None else strength, position)
+    if goal is not None:
+        raise ConfigError("--goal names where --toward goal leads: add that.")
+    if strength is not None:
+        raise ConfigError("--guidance says how strongly --toward pulls: add that.")
+    return None
+
+
+def _between(run: Path, moments: str, out: Path | None, trust: bool, of_dreams: dict[str, Any]) -> dict[str, Any]:
+    """What --between asks for; `of_dreams`, the flags that need a dream, must not be given."""
+    from worldmodel.agents import guidance
+
+    one, comma, other = moments.partition(",")
+    if not comma or out is None:
+        raise ConfigError("--between wants two moments, EPISODE:STEP,EPISODE:STEP, and --out FILE.gif.")
+    if extra := [f"--{name}" for name, value in of_dreams.items() if value is not None]:
+        raise ConfigError(f"--between shows no dream, which {', '.join(extra)} would be of: leave out one or the other.")
+    return guidance.between(run, one, other, out, trust=trust)

@@ -1,4 +1,4 @@
-"""`eval`: how well a run's agent does in fresh environments, and a film of it."""
+"""`eval`: how well a run's agent does in fresh environments, and a video of it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from worldmodel.commands.console import Debug, Json, RunFolder, Trust, answer, reported, say, show_evaluation, stdout_kept
+from worldmodel.commands.console import Debug, Json, RunFolder, Trust, answer, say, show_evaluation
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,7 +19,7 @@ EXAMPLE = "worldmodel eval runs/cartpole-s0 --episodes 20 --video play.gif"
 def evaluate(
     path: Path, episodes: int, seed: int, step: int | None, video: Path | None, trust: bool, say: Callable[[str], object]
 ) -> dict[str, Any]:
-    """Greedy episodes of a run's agent, the first of them filmed where `video` says to which file."""
+    """Greedy episodes of a run's agent, the first of them as an animation in the file `video`."""
     import numpy as np
     import torch
 
@@ -37,16 +37,16 @@ def evaluate(
     warn_untrained(agent, say)
     frames: list[np.ndarray] | None = [] if video is not None and renders(run.config.env) else None
     played: list[tuple[Any, float]] = []
-    options = {"max_steps": run.config.eval.max_steps, "frames": frames, "played": played}
-    returns, lengths = evaluate_agent(agent, run.config.env, episodes, seed, **options)
+    max_steps = run.config.eval.max_steps
+    returns, lengths = evaluate_agent(agent, run.config.env, episodes, seed, max_steps=max_steps, frames=frames, played=played)
     if video is not None:
-        video_frames = (
-            np.stack(frames)
-            if frames is not None
-            else _draw_observations(agent, run.config.env.id, [obs for obs, _ in played], say)
-        )
+        if frames is None:
+            say(f"{run.config.env.id} does not render: the video shows what it observed.")
+            shown = _drawn(agent, run.config.env.id, [obs for obs, _ in played])
+        else:
+            shown = np.stack(frames)
         words = [f"step {t} of {lengths[0]}   return {so_far:.1f} of {returns[0]:.1f}" for t, (_, so_far) in enumerate(played)]
-        pictures.save(video, pictures.captioned(video_frames, words), frames_per_second(run.config.env.id))
+        pictures.save(video, pictures.captioned(shown, words), frames_per_second(run.config.env.id))
     return {
         "env_id": run.config.env.id,
         "run": str(run.path),
@@ -60,8 +60,8 @@ def evaluate(
     }
 
 
-def _draw_observations(agent: Any, env_id: str, played: list[Any], say: Callable[[str], object]) -> np.ndarray:
-    """Observations as a film: pictures and known scenes as they are, all else as signals over time."""
+def _drawn(agent: Any, env_id: str, played: list[Any]) -> np.ndarray:
+    """Observations as video frames: images and known scenes as they are, all else as signals over time."""
     import numpy as np
     import torch
 
@@ -72,7 +72,6 @@ def _draw_observations(agent: Any, env_id: str, played: list[Any], say: Callable
     viewer = Viewer(env_id, agent.obs_spec)
     rows = [agent.obs_spec.to_raw(obs) for obs in played]
     obs = agent.obs_spec.canonical({name: torch.from_numpy(np.concatenate([row[name] for row in rows])) for name in rows[0]})
-    say(f"{env_id} does not render: the film shows what it observed.")
     if viewer.can_draw:
         return viewer.frames(obs)
     true = numbers(viewer, obs)
@@ -92,7 +91,4 @@ def command(
     debug: Debug = False,
 ) -> None:
     """Let a run's agent act greedily in fresh environments."""
-    with reported(debug):
-        with stdout_kept():
-            result = evaluate(run, episodes, seed, step, video, trust, say)
-        answer(result, as_json, show_evaluation)
+    answer(lambda: evaluate(run, episodes, seed, step, video, trust, say), as_json, debug, show_evaluation)

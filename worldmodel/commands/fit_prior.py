@@ -1,15 +1,14 @@
-"""`fit-prior`: another form of the prior for a finished run, fitted to its codes."""
+"""`fit-prior`: another distribution for a slot of a finished run, fitted to its latents."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from worldmodel.commands.console import Debug, Json, RunFolder, Trust, answer, reported, say, show_pairs, stdout_kept
+from worldmodel.commands.console import Debug, Json, RunFolder, Trust, answer, say
 
 if TYPE_CHECKING:
     from worldmodel.storage.run import Run
@@ -31,19 +30,20 @@ def fit_prior(
     trust: bool = False,
     log: Callable[[str], object] = lambda text: None,
 ) -> dict[str, Any]:
-    """Fits a form to a run's codes, as a new run in which it fills the slot; the JSON of `worldmodel fit-prior`.
+    """Fits a distribution to a run's latents, in a new run where it fills the slot; gives the JSON of `worldmodel fit-prior`.
 
-    kind, options  the form, and its options: {"units": 64} or ["units=64"]
-    slot           initial, transition (given the carry), or marginal
-    steps, lr      gradient steps on batches of 256 codes, and Adam's learning rate
-    where          for the initial slot: codes that open an episode, or all
+    kind, options  the distribution, and its options: {"units": 64} or ["units=64"]
+    slot           initial, transition (given the recurrent state h), or marginal
+    steps, lr      gradient steps on batches of 256 latents, and Adam's learning rate
+    where          for the initial slot: latents that open an episode, or all
     out            the new run's folder; without: RUN-KIND-SLOT
 
-    A fifth of the episodes is held out: the new form is compared there, in nats, with what filled the slot before (an empty
-    marginal: a standard normal law). The agent and the replay come along. The old run is only read. Raises ConfigError.
+    A fifth of the episodes is held out: the new distribution is compared there, in nats, with what filled the slot before (an
+    empty marginal: a standard normal). The agent and the replay are copied. The old run is only read. Raises ConfigError.
     """
     from worldmodel.agents import two_stage
-    from worldmodel.storage.run import Run, refuse_existing
+    from worldmodel.storage.run import Run
+    from worldmodel.storage.run_folder import refuse_existing
 
     two_stage.check(kind, slot, where, steps)
     run = run if isinstance(run, Run) else Run.open(run)
@@ -53,47 +53,37 @@ def fit_prior(
     return two_stage.fit(run, target, kind, slot, where, options, **how)
 
 
-class Slot(str, Enum):
-    """What a form of the prior may fill."""
-
-    initial, transition, marginal = "initial", "transition", "marginal"
-
-
-class Where(str, Enum):
-    """Which codes the initial law is fitted to."""
-
-    start, anywhere = "start", "anywhere"
-
-
 def command(
     run: RunFolder,
     kind: Annotated[
-        str | None, typer.Option(metavar="FORM", help="Required: gaussian, mixture, flow, energy, ...", show_default=False)
+        str | None, typer.Option(metavar="KIND", help="Required: gaussian, mixture, flow, energy, ...", show_default=False)
     ] = None,
-    slot: Annotated[Slot, typer.Option(help="What the form fills.")] = Slot.initial,
+    slot: Annotated[Literal["initial", "transition", "marginal"], typer.Option(help="What the distribution fills.")] = "initial",
     options: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the form; repeat it.", show_default=False)
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="An option of the distribution; repeat it.", show_default=False),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Gradient steps on batches of 256 codes.")] = 2000,
-    where: Annotated[Where, typer.Option(help="For the initial slot: codes that open an episode, or all.")] = Where.start,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The new run.", show_default="RUN-FORM-SLOT")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Gradient steps on batches of 256 latents.")] = 2000,
+    where: Annotated[
+        Literal["start", "anywhere"], typer.Option(help="For the initial slot: latents that open an episode, or all.")
+    ] = "start",
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The new run.", show_default="RUN-KIND-SLOT")] = None,
     trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Fit another form of the prior to a finished run's codes; a new run holds it, the old one is only read.
+    """Fit another kind of prior to a finished run's latents; a new run holds it, the old one is only read.
 
-    A fifth of the episodes is held out: what the form gains there, in nats, over what filled the slot before.
+    A fifth of the episodes is held out: what the new prior gains there, in nats, over what filled the slot before.
     """
-    with reported(debug):
-        with stdout_kept():
-            import torch
 
-            from worldmodel.storage.run import Run
+    def work() -> dict[str, Any]:
+        import torch
 
-            old = Run.open(run)
-            torch.set_num_threads(old.config.train.threads)
-            result = fit_prior(
-                old, kind, slot.value, options=options or [], steps=steps, where=where.value, out=out, trust=trust, log=say
-            )
-        answer(result, as_json, show_pairs)
+        from worldmodel.storage.run import Run
+
+        old = Run.open(run)
+        torch.set_num_threads(old.config.train.threads)
+        return fit_prior(old, kind, slot, options=options or [], steps=steps, where=where, out=out, trust=trust, log=say)
+
+    answer(work, as_json, debug)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from worldmodel.commands.console import Debug, Json, Overrides, Trust, answer, reported, show_pairs, stdout_kept
+from worldmodel.commands.console import Debug, Json, Overrides, Trust, answer
 
 if TYPE_CHECKING:
     from worldmodel.config import Config
@@ -69,7 +69,4 @@ def command(
     debug: Debug = False,
 ) -> None:
     """Show spaces, parts and size of a run or of a recipe."""
-    with reported(debug):
-        with stdout_kept():
-            result = info(run_or_recipe, overrides or [], trust)
-        answer(result, as_json, show_pairs)
+    answer(lambda: info(run_or_recipe, overrides or [], trust), as_json, debug)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from worldmodel.commands.console import Debug, Json, Overrides, Trust, answer, reported, say, show_training, stdout_kept
-from worldmodel.config import parse_override
+from worldmodel.commands.console import Debug, Json, Overrides, Trust, answer, say, show_training
+from worldmodel.config import flat_overrides
 from worldmodel.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def train(
             f"recipe is a {type(recipe).__name__}; expected a name, a path, a gym id or a mapping. An environment that is an "
             "object is for Dreamer('MlpPolicy', env)."
         )
-    given = _as_mapping(overrides)
+    given = flat_overrides(overrides)
     if steps is not None:
         if given.get("train.steps", steps) != steps:
             raise ConfigError(f"steps={steps} and train.steps={given['train.steps']} differ. Give one of them.")
@@ -84,9 +83,9 @@ def train(
 
     from worldmodel.agents.training import session
     from worldmodel.agents.training.signals import Signals
-    from worldmodel.storage import run as runs
+    from worldmodel.storage.run_folder import recipe_or_run
 
-    recipe, run_dir = runs.recipe_or_run(recipe, run_dir, resume)
+    recipe, run_dir = recipe_or_run(recipe, run_dir, resume)
     threads = torch.get_num_threads()
     try:
         with Signals() as signals:
@@ -105,39 +104,19 @@ def _default_log(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _as_mapping(overrides: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Any]:
-    """Overrides as {dotted key: value}."""
-    if overrides is None or isinstance(overrides, Mapping):
-        return dict(overrides or {})
-    if isinstance(overrides, str):
-        raise ConfigError(f"overrides must be a list of words or a mapping, not the one word '{overrides}'. Write ['{overrides}'].")
-    out: dict[str, Any] = {}
-    for text in overrides:
-        key = text.partition("=")[0].strip()
-        value: Any = parse_override(text)
-        for step in key.split("."):
-            value = value[step]
-        if key in out:
-            raise ConfigError(f"'{key}' is given twice, as {out[key]!r} and as {value!r}. Keep one.")
-        out[key] = value
-    return out
-
-
 def _as_sources(data: Any) -> list[str]:
-    """Names of recorded experience, as a config keeps them."""
+    """Names of recorded experience, as a config keeps them; a run is named by its folder."""
     given = [data] if isinstance(data, (str, Path)) or hasattr(data, "path") else list(data)
     if not given:
         raise ConfigError("data is empty. Expected at least one .npz file, folder of them, minari:ID or run; or leave it out.")
-    odd = [type(item).__name__ for item in given if not (isinstance(item, (str, Path)) or hasattr(item, "path"))]
-    if odd:
-        raise ConfigError(f"data holds a {odd[0]}; expected names of files, folders, runs or minari:ID. Write it to a file first.")
-    return [str(item.path if hasattr(item, "path") else item) for item in given]
-
-
-class Device(str, Enum):
-    """Where the networks live."""
-
-    auto, cpu, cuda = "auto", "cpu", "cuda"
+    names = [getattr(item, "path", item) for item in given]
+    for name in names:
+        if not isinstance(name, (str, Path)):
+            kind = type(name).__name__
+            raise ConfigError(
+                f"data holds a {kind}; expected names of files, folders, runs or minari:ID. Write it to a file first."
+            )
+    return list(map(str, names))
 
 
 def command(
@@ -156,7 +135,7 @@ def command(
         int | None,
         typer.Option(min=1, help="Real steps of the whole run; may grow on resume.", show_default="the recipe's train.steps"),
     ] = None,
-    device: Annotated[Device, typer.Option(help="Where the networks live.")] = Device.auto,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the networks live.")] = "auto",
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -176,20 +155,21 @@ def command(
 
     Ctrl-C, SIGTERM and SIGHUP save the state and end the run; --resume goes on from there.
     """
-    with reported(debug):
-        with stdout_kept():
-            result = train(
-                recipe,
-                steps=steps,
-                seed=seed,
-                run_dir=run,
-                overrides=overrides or [],
-                device=device.value,
-                resume=resume,
-                keep_newer=keep_newer,
-                progress=sys.stderr.isatty(),
-                log=say,
-                data=data or None,
-                trust=trust,
-            ).to_json()
-        answer(result, as_json, show_training)
+
+    def work() -> dict[str, Any]:
+        return train(
+            recipe,
+            steps=steps,
+            seed=seed,
+            run_dir=run,
+            overrides=overrides or [],
+            device=device,
+            resume=resume,
+            keep_newer=keep_newer,
+            progress=sys.stderr.isatty(),
+            log=say,
+            data=data or None,
+            trust=trust,
+        ).to_json()
+
+    answer(work, as_json, debug, show_training)

@@ -1,7 +1,7 @@
-"""YAML recipes -> frozen, typed configs: `recipes` reads and layers them, `config` checks and types them."""
+"""YAML recipes -> frozen, typed configs: `recipes` reads and merges them, `config` checks and types them."""
 
 from worldmodel.config.config import REQUIRED, Config, Frozen, Group, OptionInfo, Options, Part, describe, differences, resolve
-from worldmodel.config.recipes import dump_yaml, list_recipes, load_yaml, merge, parse_override
+from worldmodel.config.recipes import dump_yaml, flat_overrides, list_recipes, load_yaml, merge, parse_override, plain
 
 __all__ = [
     "REQUIRED",
@@ -14,9 +14,11 @@ __all__ = [
     "describe",
     "differences",
     "dump_yaml",
+    "flat_overrides",
     "list_recipes",
     "load_yaml",
     "merge",
     "parse_override",
+    "plain",
     "resolve",
 ]

@@ -1,13 +1,12 @@
-"""YAML recipes -> frozen, typed configs. A key that nobody knows is never ignored: it names its nearest neighbour.
+"""YAML recipes -> frozen, typed configs. An unknown key is never ignored: the error names the nearest known one.
 
-Three steps, each usable alone: `load_yaml` reads text into plain data, `resolve` lays recipes and overrides over one
-another (both in recipes.py, but for the knowledge of classes), `Config.parse` turns the result into typed, immutable
-values. Rooms own the classes of their groups and parts and tell the registry; this module imports none of them.
+Three steps, each usable alone: `load_yaml` reads text into plain data, `resolve` merges recipes and overrides (both in
+recipes.py, but for the knowledge of classes), `Config.parse` turns the result into typed, immutable values. The classes of
+groups and parts stand beside what they configure and are found through the registry; this module imports none of them.
 """
 
 from __future__ import annotations
 
-import math
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ import pydantic
 from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticUndefined, ValidationError, core_schema
 
 from worldmodel import registry, renamed
-from worldmodel.config.recipes import combine, dump_yaml, layers, load_yaml, merge
+from worldmodel.config.recipes import combine, dump_yaml, layers, load_yaml, merge, plain
 from worldmodel.errors import ConfigError, did_you_mean
 
 Self = TypeVar("Self", bound="Frozen")
@@ -57,7 +56,7 @@ class Frozen(pydantic.BaseModel, metaclass=_RaisesConfigError):
             return data
         unknown = [str(name) for name in data if name not in cls.model_fields]
         if unknown:
-            raise _errors(cls, {name: f"is not an option of {cls.__name__}." for name in unknown}, data)
+            raise _errors(cls, {name: f"is not an option of {cls.__name__}." for name in unknown})
         return {name: _coerce(cls.model_fields[name], value) for name, value in data.items()}
 
     @classmethod
@@ -74,10 +73,10 @@ class Frozen(pydantic.BaseModel, metaclass=_RaisesConfigError):
 
 
 class _Registered:
-    """Annotation: the registry names the value's class, under `role` and its own `kind`, or under a fixed `kind`."""
+    """Annotation: the registry knows the value's class, under `role` and its own `kind`, or under a fixed `kind`."""
 
-    def __init__(self, role: str, kind: str | None = None, *, group: bool = False) -> None:
-        self.role, self.kind, self.group = role, kind, group
+    def __init__(self, role: str, kind: str | None = None) -> None:
+        self.role, self.kind = role, kind
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
         dump = core_schema.plain_serializer_function_ser_schema(lambda value, info: value.model_dump(mode=info.mode), info_arg=True)
@@ -90,8 +89,8 @@ class _Registered:
             raise ValueError(f"should be a mapping with a 'kind', one of: {', '.join(registry.kinds(self.role))}")
         if (self.role, kind) in renamed.KINDS:
             raise ConfigError(renamed.KINDS_HINT)
-        if self.group and not registry.has(self.role, kind) and (self.kind or not registry.kinds(self.role)):
-            return EmptyGroup  # no installed room has options for this group
+        if self.role in ("group", "agent") and not registry.has(self.role, kind) and (self.kind or not registry.kinds(self.role)):
+            return EmptyGroup
         return registry.config_class(self.role, kind)
 
     def validate(self, value: Any) -> Frozen:
@@ -99,7 +98,7 @@ class _Registered:
         try:
             config = self.config_class(value)
         except ConfigError as error:
-            raise _errors(Frozen, {"kind": f"cannot be chosen: {error}"}, value if isinstance(value, Mapping) else {}) from None
+            raise _errors(Frozen, {"kind": f"cannot be chosen: {error}"}) from None
         if config is EmptyGroup and set(value) - {"kind"}:
             raise ValueError(f"nothing that is installed has options here, so it must be empty, not {value!r}")
         return config.model_validate(value)
@@ -117,34 +116,19 @@ class Part:
 
 
 class Group:
-    """`Group["train"]`: a field whose class a room registered with `@register("group", "train")`."""
+    """`Group["train"]`: a field whose class is registered with `@register("group", "train")`."""
 
     def __class_getitem__(cls, name: str) -> Any:
-        return Annotated[Any, _Registered("group", name, group=True)]
+        return Annotated[Any, _Registered("group", name)]
 
 
 class EmptyGroup(Frozen):
-    """A group for which no installed room has options."""
+    """A group for which nothing that is installed has options."""
 
     kind: str | None = None
 
 
-def _plain(value: Any) -> Any:
-    """A copy that YAML and JSON can hold: mappings with string keys, lists, finite numbers, strings, booleans, None."""
-    if isinstance(value, Mapping):
-        if not all(isinstance(name, str) for name in value):
-            raise ValueError(f"may only have words as keys, not {[n for n in value if not isinstance(n, str)]}")
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"holds {value}, but numbers must be finite")
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise ValueError(f"may hold numbers, words, lists and mappings only, not {type(value).__name__}")
-
-
-Options = Annotated[dict[str, Any], pydantic.AfterValidator(_plain)]
+Options = Annotated[dict[str, pydantic.JsonValue], pydantic.BeforeValidator(plain)]
 """Field type for free keyword arguments (of an environment, of a wrapper): any plain, finite data."""
 
 
@@ -157,8 +141,7 @@ def _registered(field: pydantic.fields.FieldInfo) -> _Registered | None:
 def _default(field: pydantic.fields.FieldInfo) -> Any:
     """A field's default as plain data; a part's as a mapping with its kind; PydanticUndefined where it is required."""
     default = field.get_default(call_default_factory=True)
-    if isinstance(default, Frozen):
-        return default.model_dump()
+    default = default.model_dump() if isinstance(default, Frozen) else default
     return {"kind": default} if isinstance(default, str) and _registered(field) else default
 
 
@@ -176,11 +159,9 @@ def _class_of(field: pydantic.fields.FieldInfo, value: Mapping) -> type[Frozen] 
 
 def _coerce(field: pydantic.fields.FieldInfo, value: Any) -> Any:
     """A file's value in the field's own types, merged over its default where both are mappings."""
-    if isinstance(value, str) and _registered(field):
-        value = {"kind": value}
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) or (isinstance(value, str) and _registered(field)):
         default = _default(field)
-        value = merge(default if isinstance(default, Mapping) else None, value)
+        value = merge(default if isinstance(default, Mapping) else {}, value)
     return _as_annotated(field.annotation, value)
 
 
@@ -204,17 +185,17 @@ def _as_annotated(annotation: Any, value: Any) -> Any:
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 
-def _errors(cls: type[Frozen], messages: dict[str, str], data: Mapping) -> ValidationError:
-    """A finding of our own for each key; pydantic puts the outer keys in front as it passes them upwards."""
-    details = []
-    for key, text in messages.items():
-        kind = PydanticCustomError("worldmodel", "{text}", {"text": text, "cls": cls})
-        details.append(InitErrorDetails(type=kind, loc=(key,), input=data.get(key)))
+def _errors(cls: type[Frozen], messages: dict[str, str]) -> ValidationError:
+    """An error of our own for each key; pydantic puts the outer keys in front as it passes them upwards."""
+    details = [
+        InitErrorDetails(type=PydanticCustomError("worldmodel", "{text}", {"text": text, "cls": cls}), loc=(key,), input=None)
+        for key, text in messages.items()
+    ]
     return ValidationError.from_exception_data(cls.__name__, details)
 
 
 def _config_error(error: ValidationError, root: type[Frozen]) -> ConfigError:
-    """The same findings, one a line, each with its full dotted key and, for an unknown one, the nearest right name."""
+    """The same errors, one a line, each with its full dotted key and, for an unknown one, the nearest right name."""
     lines = []
     for item in error.errors(include_url=False):
         key = ".".join(str(step) for step in item["loc"])
@@ -235,33 +216,34 @@ def _config_error(error: ValidationError, root: type[Frozen]) -> ConfigError:
 
 def _hint(key: str, cls: type[Frozen], root: type[Frozen]) -> str:
     """Where an unknown key may belong: a near sibling, another kind of the same part, or elsewhere in the tree."""
-    before, _, leaf = key.rpartition(".")
-    if leaf in (names := renamed.options_of(cls)):
+    leaf = key.rpartition(".")[2]
+    names = renamed.options_of(cls)
+    if leaf in names:
         now = names[leaf]
-        return " It is gone: nothing used it." if now is None else f" It is called '{before}{'.' if before else ''}{now}' now."
-    near = did_you_mean(leaf, cls.model_fields)
+        gone = renamed.REMOVED.get((cls.__name__, leaf), ("", "It is gone: nothing used it."))[1]
+        return f" {gone}" if now is None else f" It is called '{key.removesuffix(leaf)}{now}' now."
     known = registry.entries()
     role = next((role for role, _, config in known if config is cls and role != "group"), None)
     kinds = [kind for r, kind, config in known if r == role and leaf in config.model_fields]
     if kinds:
-        return f" It is an option of {role} {' and '.join(repr(k) for k in kinds)}."
-    if near.startswith(" Did"):
+        return f" It is an option of {role} {' and '.join(map(repr, kinds))}."
+    if near := did_you_mean(leaf, cls.model_fields, near_only=True):
         return near
     elsewhere = [option.key for option in describe(root) if option.key.rpartition(".")[2] == leaf]
-    return f" Did you mean {' or '.join(repr(k) for k in elsewhere[:3])}?" if elsewhere else near
+    return f" Did you mean {' or '.join(map(repr, elsewhere[:3]))}?" if elsewhere else did_you_mean(leaf, cls.model_fields)
 
 
 # ---- the root --------------------------------------------------------------------------------------------------------
 
 
 class Config(Frozen):
-    """Everything about a run. Each group belongs to the room that registered it; `agent` is chosen by its `kind`."""
+    """Everything about a run. Each group belongs to the module that registered it; `agent` is chosen by its `kind`."""
 
     recipe: str | None = pydantic.Field(None, description="name of the recipe that this came from")
     description: str = pydantic.Field("", description="one line about it")
     env: Group["env"] = {}
     model: Group["model"] = {}
-    agent: Annotated[Any, _Registered("agent", group=True)] = pydantic.Field({"kind": "dreamer"}, description="what acts")
+    agent: Part["agent"] = pydantic.Field({"kind": "dreamer"}, description="what acts")
     train: Group["train"] = {}
     eval: Group["eval"] = {}
     checkpoint: Group["checkpoint"] = {}
@@ -286,17 +268,19 @@ class Config(Frozen):
     @classmethod
     def from_saved(cls, text: str, where: str = "config") -> Config:
         """`from_yaml` of a run's own file, which release 0.1 may have written with the names of its time."""
-        return cls.parse(_in_new_names(cls, load_yaml(text, where)))
+        return cls.parse(_with_kinds(cls, load_yaml(text, where), rename=True))
 
     def in_new_names(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
-        """Dotted overrides that a run was made with, by the names that its options have today."""
+        """Dotted overrides that a run of release 0.1 may have been made with, under the names that its options have today."""
         found = {}
         for key, value in overrides.items():
-            config, path = self, []
             value = renamed.in_new_kind(key.removesuffix(".kind").rpartition(".")[2], value)
+            part, path = self, []
             for name in key.split("."):
-                path.append(renamed.options_of(type(config)).get(name, name))
-                config = getattr(config, path[-1] or "", None)
+                path.append(renamed.options_of(type(part)).get(name, name))
+                part = getattr(part, str(path[-1]), None)
+            if isinstance(part, Frozen) and isinstance(value, Mapping):
+                value = _with_kinds(type(part), value, rename=True)
             if None not in path:
                 found[".".join(path)] = value
         return found
@@ -326,16 +310,16 @@ def resolve(
     env_id: str | None = None,
     folder: str | Path | None = None,
 ) -> dict[str, Any]:
-    """The plain data of a run's config: size, then model, then recipe, then overrides, each over the ones before.
+    """The plain data of a run's config: size, then model, then recipe, then overrides, each merged over the ones before.
 
     recipe     a name in configs/env, a path of a YAML file, a gym id (the recipe made for it, else its bare default),
                or the content of a recipe
     overrides  `["train.ratio=2", "agent=random", "size=small"]`, or a mapping of dotted keys
     env_id     the environment where the caller brings it along; without `recipe` it also finds one
-    folder     recipes of the user, laid out like configs/ and looked at first
+    folder     recipes of the user, laid out like configs/ and searched first
 
-    Class defaults lie below all of it: they decide the `kind` of a part that no layer names, so that a layer above
-    which changes the kind starts that part afresh. ConfigError with the nearest name for what is not found.
+    Class defaults decide the `kind` of a part that no layer names, so that a later layer which changes the kind starts that
+    part from its defaults. ConfigError with the nearest name for what is not found.
     """
     out: dict[str, Any] = {}
     for layer in layers(recipe, overrides, env_id=env_id, folder=folder):
@@ -343,34 +327,22 @@ def resolve(
     return out
 
 
-def _with_kinds(cls: type[Frozen], data: Mapping) -> dict[str, Any]:
-    """The data with the default `kind` written into every part that names none."""
+def _with_kinds(cls: type[Frozen], data: Mapping, rename: bool = False) -> dict[str, Any]:
+    """The data with the default `kind` in every part that names none; `rename`: options of release 0.1 by today's names."""
     out = {}
     for name, value in data.items():
+        if rename:
+            renamed.check_removed(cls, name, value)
+            name = renamed.options_of(cls).get(name, name)
         field = cls.model_fields.get(name)
-        if field is not None and _registered(field) and isinstance(value, str):
-            value = {"kind": value}
-        if field is not None and isinstance(value, Mapping):
+        if field is not None and _registered(field) and isinstance(value, (str, Mapping)):
             default = _default(field)
-            if _registered(field) and isinstance(default, Mapping) and "kind" in default:
-                value = {"kind": default["kind"], **value}
-            inner = _class_of(field, value)
-            value = _with_kinds(inner, value) if inner else value
-        out[name] = value
-    return out
-
-
-def _in_new_names(cls: type[Frozen], data: Mapping) -> dict[str, Any]:
-    """The data with the options that release 0.1 called otherwise under the names of today."""
-    out = {}
-    for name, value in data.items():
-        name = renamed.options_of(cls).get(name, name)
-        field = cls.model_fields.get(name or "")
-        if field is not None and (named := _registered(field)):
-            value = renamed.in_new_kind(named.role, value)
+            if rename:
+                value = renamed.in_new_kind(_registered(field).role, value)
+            value = merge({"kind": default["kind"]} if isinstance(default, Mapping) and "kind" in default else {}, value)
         inner = _class_of(field, value) if field is not None and isinstance(value, Mapping) else None
         if name is not None:
-            out[name] = _in_new_names(inner, value) if inner else value
+            out[name] = _with_kinds(inner, value, rename) if inner else value
     return out
 
 
@@ -398,33 +370,27 @@ def describe(config: type[Frozen] | Frozen, prefix: str = "") -> list[OptionInfo
 
 def _option_infos(cls: type[Frozen], given: Mapping, prefix: str) -> Iterator[OptionInfo]:
     for name, field in cls.model_fields.items():
-        value = merge(_default(field), given[name]) if name in given else _default(field)
+        value, key, about = _default(field), prefix + name, field.description or ""
+        if name in given:
+            value = merge(value, given[name])
+        value = REQUIRED if value is PydanticUndefined else value
         inner = _class_of(field, value) if isinstance(value, Mapping) else None
-        named = _registered(field)
-        if named and not named.kind:
+        part = _registered(field)
+        if part and not part.kind:
             kind = value.get("kind") if isinstance(value, Mapping) else value
-            key = f"{prefix}{name}.kind" if isinstance(value, Mapping) else prefix + name
-            words = [*registry.kinds(named.role), *(["null"] if type(None) in get_args(field.annotation) else [])]
-            yield OptionInfo(key, " | ".join(words) or named.role, _shown(kind), field.description or "")
-        elif inner is None and not named:
-            yield OptionInfo(prefix + name, _type_name(field.annotation, field.metadata), _shown(value), field.description or "")
+            words = [*registry.kinds(part.role), *(["null"] if type(None) in get_args(field.annotation) else [])]
+            yield OptionInfo(f"{key}.kind" if isinstance(value, Mapping) else key, " | ".join(words) or part.role, kind, about)
+        elif inner is None and not part:
+            yield OptionInfo(key, _type_name(field.annotation, field.metadata), value, about)
         if inner is not None:
-            yield from (
-                option
-                for option in _option_infos(inner, value, f"{prefix}{name}.")
-                if not (named and option.key == f"{prefix}{name}.kind")
-            )
+            options = _option_infos(inner, value, f"{key}.")
+            yield from (option for option in options if not (part and option.key == f"{key}.kind"))
 
 
 def differences(old: Frozen, new: Frozen) -> list[tuple[str, Any, Any]]:
     """(dotted key, old value, new value) of every option that differs; None where one side has no such option."""
     before, after = ({option.key: option.default for option in describe(config)} for config in (old, new))
-    keys = [*before, *(key for key in after if key not in before)]
-    return [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
-
-
-def _shown(value: Any) -> Any:
-    return REQUIRED if value is PydanticUndefined else value
+    return [(key, before.get(key), after.get(key)) for key in {**before, **after} if before.get(key) != after.get(key)]
 
 
 def _type_name(annotation: Any, metadata: Sequence[Any] = ()) -> str:
@@ -445,6 +411,6 @@ def _type_name(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     elif origin is dict:
         name = f"mapping of {_type_name(args[1])}"
     else:
-        words = {type(None): "null", Any: "any", Path: "path", bool: "true | false"}
+        words = {type(None): "null", Any: "any", pydantic.JsonValue: "any", Path: "path", bool: "true | false"}
         name = words.get(annotation, getattr(annotation, "__name__", "any"))
     return " ".join([name, " and ".join(limits)]).strip()

@@ -1,16 +1,16 @@
-"""The text side of configs: YAML read safely, recipes found by name, layers and dotted overrides laid over one another.
+"""The text side of configs: YAML read safely, recipes found by name, layers and dotted overrides merged.
 
-All here is plain data (dicts, lists, numbers, words); config.py gives it types.
+All of it is plain data (dicts, lists, numbers, words); config.py gives it types.
 
 A recipe file, configs/env/NAME.yaml, is the content of a config plus two keys of its own:
 
     description: one line
-    defaults: {model: NAME, size: NAME}     # files of configs/model and configs/size, laid below this one
+    defaults: {model: NAME, size: NAME}     # files of configs/model and configs/size, merged below this one
     env: {id: CartPole-v1}
     train: {ratio: 2.0}
 
 Files of configs/model and configs/size hold the same groups (`model: {dynamics: {kind: rssm, deter: 128}}`), no defaults.
-A recipe lies above them: what it says about parts holds whatever model is asked for, so it should say little.
+What a recipe says about parts overrides them, whatever model is asked for, so it should say little.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import importlib.resources
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -31,6 +31,16 @@ MAX_ALIASES, MAX_DEPTH, MAX_NODES, MAX_CHARACTERS = 100, 50, 100_000, 1_000_000
 
 FILES = ("size", "model")
 """What a recipe takes from files of their own, lower layer first."""
+
+
+def plain(value: Any) -> Any:
+    """Data of lists and dicts (tuples become lists, paths words) that shares nothing with `value`."""
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
 
 # ---- YAML ------------------------------------------------------------------------------------------------------------
 
@@ -47,26 +57,51 @@ _SCALARS = {  # the core schema of YAML 1.2 with underscores in numbers: `1e-4` 
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader without tags, with limits on aliases and depth."""
+    """The safe loader without tags and duplicate keys, with limits on aliases, depth and size."""
 
     yaml_implicit_resolvers: dict = {}
-    aliases = depth = 0
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.aliases = self.depth = self.nodes = 0
+        self.nodes_below: dict[str, int] = {}  # anchor -> nodes, once it is complete
 
     def compose_node(self, parent: Any, index: Any) -> yaml.Node:
-        event = self.peek_event()
+        event, start = self.peek_event(), self.nodes
+        self.depth += 1
+        self.nodes += 1
         if isinstance(event, yaml.AliasEvent):
             self.aliases += 1
-            if self.aliases > MAX_ALIASES:
-                raise yaml.MarkedYAMLError(problem=f"more than {MAX_ALIASES} aliases", problem_mark=event.start_mark)
+            self.nodes += self.nodes_below.get(event.anchor, 0)
+            if event.anchor in self.anchors and event.anchor not in self.nodes_below:
+                _refuse("an alias that contains itself", event)
         elif event.tag is not None:
-            problem = f"the tag '{event.tag}' is refused: configs hold plain data only"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
-        self.depth += 1
+            _refuse(f"the tag '{event.tag}' is refused: configs hold plain data only", event)
+        if self.aliases > MAX_ALIASES:
+            _refuse(f"more than {MAX_ALIASES} aliases", event)
         if self.depth > MAX_DEPTH:
-            raise yaml.MarkedYAMLError(problem=f"nested deeper than {MAX_DEPTH}", problem_mark=event.start_mark)
+            _refuse(f"nested deeper than {MAX_DEPTH}", event)
+        if self.nodes > MAX_NODES:
+            _refuse(f"aliases expand to more than {MAX_NODES} values", event)
         node = super().compose_node(parent, index)
         self.depth -= 1
+        if not isinstance(event, yaml.AliasEvent) and event.anchor:
+            self.nodes_below[event.anchor] = self.nodes - start
         return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        first: dict[str, int] = {}
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:str":
+                _refuse("a key must be a word (quote it if it looks like something else)", key)
+            if key.value in first:
+                _refuse(f"'{key.value}' is given twice, first on line {first[key.value]}; keep one", key)
+            first[key.value] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep)
+
+
+def _refuse(problem: str, place: yaml.Event | yaml.Node) -> NoReturn:
+    raise yaml.MarkedYAMLError(problem=problem, problem_mark=place.start_mark)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -92,7 +127,7 @@ def load_yaml(text: str, where: str = "config") -> dict[str, Any]:
     """The mapping that a YAML text holds, as plain data; an empty text is {}.
 
     ConfigError with the line for: syntax, tags, duplicate keys, keys that are not words, more than 100 aliases,
-    aliases that expand beyond all measure. `where` names the text in messages.
+    aliases that expand to more than 100,000 values. `where` names the text in messages.
     """
     value = _load(text, where)
     if value is None:
@@ -103,21 +138,16 @@ def load_yaml(text: str, where: str = "config") -> dict[str, Any]:
 
 
 def _load(text: str, where: str) -> Any:
-    """Plain data of the caller's own."""
-    return _copy(_parsed(text, where))
+    """Plain data that belongs to the caller alone."""
+    return plain(_parsed(text, where))
 
 
-@functools.lru_cache(maxsize=64)  # each agent that is made looks through all recipes
+@functools.lru_cache(maxsize=64)  # every agent that is made reads all recipes
 def _parsed(text: str, where: str) -> Any:
     if len(text) > MAX_CHARACTERS:
         raise ConfigError(f"{where}: {len(text)} characters are more than a config may have ({MAX_CHARACTERS}).")
     try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        _check(node, {})
-        return loader.construct_document(node)
+        return _Loader(text).get_single_data()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
@@ -128,53 +158,16 @@ def _parsed(text: str, where: str) -> Any:
         raise ConfigError(f"{where}: an integer of thousands of digits. Write it as a float.") from None
 
 
-def _check(node: yaml.Node, sizes: dict[int, int]) -> int:
-    """Refuse duplicate keys, keys that are not words, cycles and alias bombs; the number of nodes with aliases written out."""
-    known = sizes.get(id(node))
-    if known is not None:
-        if known == 0:
-            raise yaml.MarkedYAMLError(problem="an alias that contains itself", problem_mark=node.start_mark)
-        return known
-    sizes[id(node)] = 0
-    total = 1
-    if isinstance(node, yaml.MappingNode):
-        first: dict[str, int] = {}
-        for key, value in node.value:
-            if key.tag != "tag:yaml.org,2002:str":
-                problem = "a key must be a word (quote it if it looks like something else)"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-            if key.value in first:
-                problem = f"'{key.value}' is given twice, first on line {first[key.value]}; keep one"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-            first[key.value] = key.start_mark.line + 1
-            total += _check(value, sizes)
-    elif isinstance(node, yaml.SequenceNode):
-        total += sum(_check(item, sizes) for item in node.value)
-    if total > MAX_NODES:
-        raise yaml.MarkedYAMLError(problem=f"aliases expand to more than {MAX_NODES} values", problem_mark=node.start_mark)
-    sizes[id(node)] = total
-    return total
-
-
 def dump_yaml(value: Mapping) -> str:
     """The text that `load_yaml` reads back to the same data (tuples as lists, paths as words)."""
-    return yaml.dump(_copy(value), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-
-
-def _copy(value: Any) -> Any:
-    """Plain data that shares nothing with `value`."""
-    if isinstance(value, Mapping):
-        return {name: _copy(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_copy(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    return yaml.dump(plain(value), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 # ---- layers ----------------------------------------------------------------------------------------------------------
 
 
 def merge(below: Any, above: Any) -> Any:
-    """`above` over `below`, mappings deeply; shares nothing with either.
+    """`above` over `below`, mappings deeply; the result shares nothing with either.
 
     A part whose `kind` changes keeps none of its options from below. A word over a mapping is its `kind`
     (`agent: random`), and so is a word below one.
@@ -182,12 +175,12 @@ def merge(below: Any, above: Any) -> Any:
     if isinstance(above, str) and isinstance(below, Mapping):
         above = {"kind": above}
     if not isinstance(above, Mapping):
-        return _copy(above)
+        return plain(above)
     if isinstance(below, str):
         below = {"kind": below}
     if not isinstance(below, Mapping) or ("kind" in above and "kind" in below and above["kind"] != below["kind"]):
         below = {}
-    out = _copy(below)
+    out = plain(below)
     for name, value in above.items():
         out[name] = merge(out.get(name), value)
     return out
@@ -195,10 +188,20 @@ def merge(below: Any, above: Any) -> Any:
 
 def parse_override(text: str) -> dict[str, Any]:
     """`"model.dynamics.deter=128"` -> {"model": {"dynamics": {"deter": 128}}}. The value is YAML; nothing is null."""
+    return _nested(*_split(text))
+
+
+def flat_overrides(overrides: Mapping[str, Any] | Iterable[str] | None) -> dict[str, Any]:
+    """Overrides as {dotted key: value}. ConfigError where two set the same key."""
+    combine(overrides)
+    return dict(overrides if isinstance(overrides, Mapping) else map(_split, overrides or ()))
+
+
+def _split(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise ConfigError(f"'{text}' is no override. Write it as key=value, for example train.ratio=2.")
-    return _nested(key.strip(), _load(value, f"override '{text}'"))
+    return key.strip(), _load(value, f"override '{text}'")
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:
@@ -231,7 +234,7 @@ def _join(below: dict[str, Any], above: Mapping, prefix: str) -> None:
     for name, value in above.items():
         old = below.get(name)
         if name not in below:
-            below[name] = _copy(value)
+            below[name] = plain(value)
         elif isinstance(value, Mapping) and isinstance(old, (str, Mapping)):
             below[name] = {"kind": old} if isinstance(old, str) else old
             _join(below[name], value, f"{prefix}{name}.")
@@ -262,23 +265,12 @@ def layers(
 
 
 def _refuse_to_undo(asked: str, fragment: Mapping, body: Mapping, given: Mapping) -> None:
-    """The recipe lies above a file asked for by name: refuse where it would silently put back another kind of part."""
-    wanted, fixed = _kinds(fragment), _kinds(body)
-    for key in sorted(wanted.keys() & fixed.keys()):
-        if wanted[key] != fixed[key] and not _sets(given, key):
-            conflict = f"{asked} means {key}={wanted[key]}, but the recipe sets {key}={fixed[key]}"
+    """Refuse a file asked for by name where the recipe, merged over it, would silently put back another kind of part."""
+    wanted, got = _kinds(merge(fragment, given)), _kinds(merge(merge(fragment, body), given))
+    for key in sorted(wanted.keys() & got.keys()):
+        if wanted[key] != got[key]:
+            conflict = f"{asked} means {key}={wanted[key]}, but the recipe sets {key}={got[key]}"
             raise ConfigError(f"{conflict}. Choose one by giving {key} itself.")
-
-
-def _sets(tree: Any, key: str) -> bool:
-    """Whether a mapping says something about a dotted `kind`, be it by a word in its part's place."""
-    for step in key.split("."):
-        if isinstance(tree, str):
-            return True
-        if not isinstance(tree, Mapping) or step not in tree:
-            return False
-        tree = tree[step]
-    return True
 
 
 def _kinds(tree: Mapping, prefix: str = "") -> dict[str, str]:
@@ -345,7 +337,7 @@ def _find(recipe: str | Path | Mapping | None, folder: str | Path | None, *, kno
     if recipe is None:
         return {}
     if isinstance(recipe, Mapping):
-        return _copy(recipe)
+        return plain(recipe)
     files = _files("env", folder)
     if not known_env and isinstance(recipe, str) and recipe in files:
         return {"recipe": recipe, **_read(files[recipe])}

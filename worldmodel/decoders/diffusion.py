@@ -24,7 +24,7 @@ from worldmodel.distributions import (
     GaussianLatentConfig,
     Posterior,
 )
-from worldmodel.nn.diffusion import SAMPLERS, SIGMA_DATA, Network, edm, low_discrepancy
+from worldmodel.nn.diffusion import EDM, SAMPLERS, SIGMA_DATA, Network
 from worldmodel.nn.moments import RunningMoments
 from worldmodel.nn.networks import ConvEncoder, DenoisingMLP, SkipMLP, linear
 from worldmodel.nn.unet import DenoisingUNet
@@ -60,8 +60,8 @@ class DiffusionDecoder(Decoder):
 
     def __init__(self, config: DiffusionDecoderConfig, spec: ObsSpec, feature_dim: int, latent_dim: int):
         super().__init__(config, spec, feature_dim, latent_dim)
-        self.pixelwise_noise = []  # whole pictures are drawn here
-        self.path = edm(config.log_sigma_mean, config.log_sigma_std, config.sigma_min, config.sigma_max)
+        self.pixelwise_noise = []  # what is drawn here are pictures
+        self.path = EDM(config.log_sigma_mean, config.log_sigma_std, config.sigma_min, config.sigma_max)
         shapes = [spec.keys[name].shape for name in self.images]
         self.unets = nn.ModuleList(DenoisingUNet(s[0], s[0], self.in_features, tuple(s[1:]), config.refine_depth) for s in shapes)
         for i in range(len(self.images)):
@@ -85,9 +85,8 @@ class DiffusionDecoder(Decoder):
             if self.training and i < len(self.images):
                 getattr(self, f"differences{i}").update(difference.square().flatten(1).mean(1))
             data = difference / self._unit(i)
-            level = self.path.drawn(low_discrepancy(len(data), generator, device))
-            noise = torch.randn(data.shape, generator=generator, device=device)
-            error = self.path.loss(self._network(i, mean[rows], condition[rows]), data, noise, level) / data[0].numel()
+            network = self._network(i, mean[rows], condition[rows])
+            error = self.path.training_loss(network, data, generator) / data[0].numel()
             total = total.index_add(0, rows, error * (len(condition) / len(rows)))  # the mean over all rows is that of these
         return terms | {"denoise": Loss(total, "score")}
 

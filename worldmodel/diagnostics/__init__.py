@@ -1,1 +1,1 @@
-"""What a model believes, measured: roll-outs against what came, and the shape of the latent space."""
+"""Measurements of a trained model: open-loop errors, latent space, likelihood, validity of samples."""

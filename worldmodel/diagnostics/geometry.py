@@ -1,4 +1,4 @@
-"""The shape of the latent space: what each part of the code carries, and what changes when it is moved."""
+"""The latent space: KL of each variable, traversals and interpolations."""
 
 from __future__ import annotations
 
@@ -16,15 +16,12 @@ from worldmodel.model import WorldModel
 
 @dataclass(frozen=True)
 class FilteredStates:
-    """What a model thinks at R rows of episodes, noise left out.
+    """Posteriors and states at R rows of episodes, each z the posterior's mode.
 
     episode, step  [R]  where the rows are
     rows           Batch [R, 1], raw
-    belief         posterior [R]
-    code, carry    its mode [R, Z]; the carry before the row was seen [R, D]
-    feature        [R, F]
-    rate           mean KL of the posteriors against the transition or initial law, in nats per step; NaN of point codes
-    active         variables of the code that say different things about different rows (`WorldModel.active_units`)
+    rate           mean KL of posterior and prior, in nats per step; NaN for deterministic latents
+    active         latent variables that depend on the observation (`WorldModel.active_units`)
     """
 
     episode: Int[Tensor, " R"]
@@ -40,14 +37,14 @@ class FilteredStates:
 
 @torch.no_grad()
 def filter_episodes(world: WorldModel, episodes: Episodes, max_steps: int = 100) -> FilteredStates:
-    """The beliefs about the first `most` rows of each episode."""
+    """Posteriors and states at the first `max_steps` rows of each episode."""
     world.eval()
-    each = torch.arange(len(episodes.lengths))
-    window, inside = episodes.windows(each, torch.zeros_like(each), min(max_steps, int(episodes.lengths.max())))
+    index = torch.arange(len(episodes.lengths))
+    window, inside = episodes.windows(index, torch.zeros_like(index), min(max_steps, int(episodes.lengths.max())))
     rows = window.to(world.device)
     batch = rows.with_obs(world.preprocess(rows.obs))
     trace = world.trace(batch, None, Sampling(mode=True))
-    draws = Sampling(generator=torch.Generator(world.device).manual_seed(0))  # what is only looked at moves no random state
+    draws = Sampling(generator=torch.Generator(world.device).manual_seed(0))  # evaluation moves no random state
     rate = world.dynamics.losses(trace, batch, draws).get("dyn")
     episode, step = inside.nonzero(as_tuple=True)
     return FilteredStates(
@@ -65,40 +62,40 @@ def filter_episodes(world: WorldModel, episodes: Episodes, max_steps: int = 100)
 
 @torch.no_grad()
 def usage(world: WorldModel, seen: FilteredStates) -> Float[Tensor, " V"] | None:
-    """Mean KL of each variable of the code against the transition law, in nats per step, over rows that open no episode.
+    """Mean KL of each latent variable to the transition, in nats per step, over rows that open no episode.
 
-    None where that law has no closed form, or does not split by variable.
+    None where the transition has no closed form, or its KL does not split by variable.
     """
-    given = getattr(world.dynamics.transition, "given", None)
-    if given is None or not hasattr(seen.posterior, "kl_elements"):
+    prior = world.dynamics.transition
+    if prior is None or not prior.closed_form or world.dynamics.latent.deterministic:
         return None
     later = seen.step > 0
-    return seen.posterior.index(later).kl_elements(given(seen.h[later])).mean(0).cpu()
+    return seen.posterior.index(later).kl_elements(prior.given(seen.h[later])).mean(0).cpu()
 
 
 @torch.no_grad()
 def traversal(world: WorldModel, seen: FilteredStates, row: int, steps: int = 7, width: float = 2.5) -> Float[Tensor, "V S F"]:
-    """The features of one row with one variable of its code moved at a time, over what the code does in all rows.
+    """The features of one row with one latent variable moved at a time.
 
-    Real numbers go over `width` deviations to both sides of their mean, categories through their classes (the first `steps`).
+    Real numbers move `width` deviations over all rows to both sides of their mean, categories through their first `steps` classes.
     """
     moved = world.dynamics.latent.traverse(seen.z[row], seen.z, steps, width)
-    prefix = seen.feature[row, : -moved.shape[-1]]  # a feature ends in its code
+    prefix = seen.feature[row, : -moved.shape[-1]]  # a feature ends in its latent
     return torch.cat([prefix.expand(*moved.shape[:2], -1), moved], -1)
 
 
 def interpolation(one: Float[Tensor, " F"], other: Float[Tensor, " F"], steps: int = 9) -> Float[Tensor, "S F"]:
-    """Features on the straight line between two; categorical codes pass through mixtures of their categories."""
+    """Features on the straight line between two; categorical latents pass through mixtures of their categories."""
     return torch.lerp(one, other, torch.linspace(0, 1, steps, device=one.device).unsqueeze(-1))
 
 
 def spherical(
     one: Float[Tensor, "*#N Z"], other: Float[Tensor, "*#N Z"], share: float | Float[Tensor, "*#N 1"]
 ) -> Float[Tensor, "*N Z"]:
-    """Codes on the arc from one to the other, `share` of the way, whose length goes evenly from one's to the other's.
+    """Spherical interpolation of latents, `share` of the way, with the norm interpolated linearly.
 
-    Where codes are normal in many dimensions, all lie near a sphere, and the straight line leaves it. Source: Shoemake 1985;
-    White 2016, section 2.1. Codes on one line through 0 have no arc: they get the line.
+    Normal latents in many dimensions lie near a sphere, which a straight line leaves. Latents on one line through 0 have no arc
+    and are interpolated linearly. Source: Shoemake 1985; White 2016, section 2.1.
     """
     lengths = one.norm(dim=-1, keepdim=True), other.norm(dim=-1, keepdim=True)
     a, b = (x / length.clamp_min(1e-12) for x, length in zip((one, other), lengths, strict=True))

@@ -1,7 +1,6 @@
-"""How likely data are under a latent-variable model, in nats: importance-weighted bounds, and an exact model to check them.
+"""ln p(x) of a latent-variable model, in nats: importance-weighted bounds, and an exact model to check them.
 
-A bound grows with the number of samples K towards ln p(x), and is to be read with its effective sample size: where few
-of K weights count, it is still far below.
+A bound grows with the number of samples K towards ln p(x); where its effective sample size is small it is still far below.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from torch import Tensor
 from worldmodel.distributions import Latent, Posterior
 
 LogDensity = Callable[[Tensor], Tensor]
-"""Codes [*N, Z] -> nats [*N]."""
+"""Latents [*N, Z] -> nats [*N]."""
 
 
 @dataclass(frozen=True)
 class Importance:
-    """K draws of z ~ q(z|x) for each of N observations, and what each says of ln p(x).
+    """K draws of z ~ q(z|x) for each of N observations, and their importance weights.
 
     log_weight  [K, N]  ln p(x|z) + ln p(z) - ln q(z|x)
     rate        [N]     mean over the draws of ln q(z|x) - ln p(z)
@@ -40,7 +39,7 @@ class Importance:
 
     @property
     def ess(self) -> Float[Tensor, " N"]:
-        """How many equal weights would say as much: (sum w)^2 / sum w^2, from 1 to K."""
+        """Effective sample size: (sum w)^2 / sum w^2, from 1 to K."""
         return (2 * self.log_weight.logsumexp(0) - (2 * self.log_weight).logsumexp(0)).exp()
 
     def bound(self, draws: int) -> Float[Tensor, " N"]:
@@ -55,7 +54,7 @@ class Importance:
         return (groups.logsumexp(1) - math.log(draws)).mean(0)
 
     def curve(self) -> dict[int, float]:
-        """The mean bound over the observations at K = 1, 10, 100, ... and at all draws: its slope tells what more would bring."""
+        """The mean bound over the observations at K = 1, 10, 100, ... and at all draws."""
         available = self.log_weight.shape[0]
         steps = [10**n for n in range(len(str(available)))]
         return {k: float(self.bound(k).mean()) for k in sorted({*steps, available})}
@@ -71,7 +70,7 @@ def importance(
     generator: torch.Generator,
     chunk: int = 50,
 ) -> Importance:
-    """Draws z ~ belief [N] and weighs them, `chunk` draws of all rows at a time.
+    """Draws z ~ posterior [N] and weighs them, `chunk` draws of all observations at a time.
 
     log_prior [k, N, Z] -> [k, N]: ln p(z). log_likelihood [k, N, Z] -> [k, N]: ln p(x_n|z).
     Source: Burda, Grosse and Salakhutdinov 2016 (IWAE), section 3.
@@ -89,7 +88,7 @@ def importance(
 
 
 def concatenated(parts: Iterable[Importance]) -> Importance:
-    """The same draws of other observations, side by side."""
+    """The results of several sets of observations as one."""
     parts = list(parts)
     return Importance(
         torch.cat([x.log_weight for x in parts], 1), torch.cat([x.rate for x in parts]), torch.cat([x.distortion for x in parts])
@@ -109,7 +108,7 @@ class FactorModel:
 
     @classmethod
     def fit(cls, x: Float[Tensor, "N D"], size: int) -> FactorModel:
-        """The most likely model of `size` factors: probabilistic PCA. Source: Tipping and Bishop 1999, eqs. 7 and 8."""
+        """Maximum likelihood with `size` factors: probabilistic PCA. Source: Tipping and Bishop 1999, eqs. 7 and 8."""
         if not 0 < size < x.shape[1]:
             raise ValueError(f"{size} factors of {x.shape[1]} numbers leave no noise. Choose 1 to {x.shape[1] - 1}.")
         values, vectors = torch.linalg.eigh(torch.cov(x.double().T, correction=0))

@@ -1,4 +1,4 @@
-"""Open-loop roll-outs on episodes that the model never learned from: how wrong it is, by horizon."""
+"""Open-loop rollouts on held-out episodes: prediction errors by horizon."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ NUMBERS_AT_ONCE = 1 << 23
 """Decoded numbers that are held in memory together."""
 ROLLOUTS_AT_ONCE = 2048
 PARTS = {"0-50": 0, "50-200": 50, "200-": 200}
-"""Parts of an episode, by the step of the last row that a dream saw, and where each begins."""
+"""Parts of an episode, by the step of the last context row, and where each begins."""
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """What a model made of S windows of C + H rows, of which it saw the first C.
+    """Predictions in S windows of C + H rows, of which the first C are the context.
 
-    window       Batch [S, C+H]     raw rows, as they came
+    window       Batch [S, C+H]     raw rows, as observed
     inside       [S, C+H]           rows that belong to the window's episode
-    truth        {key: [S, C+H, ...]} canonical observations, as they came
-    seen         {key: [S, C, ...]} their expectation, decoded from the belief after seeing them
-    imagined     {key: [S, K, H, ...]} expected observations of K sampled roll-outs under the recorded actions
+    truth        {key: [S, C+H, ...]} canonical observations, as observed
+    seen         {key: [S, C, ...]} reconstructions of the context
+    imagined     {key: [S, K, H, ...]} expected observations of K sampled rollouts under the recorded actions
     reward, cont [S, K, H]          as predicted on arrival
     uncertainty  [S, K, H]          the ensemble's disagreement; zeros without one
     """
@@ -54,9 +54,9 @@ def roll_out(
     samples: int = 8,
     generator: torch.Generator | None = None,
 ) -> Rollout:
-    """Filter `context` rows from each start, then imagine `horizon` steps under the actions that were recorded.
+    """Filters `context` rows from each start, then imagines `horizon` steps under the recorded actions.
 
-    A window that opens within an episode is filtered from an empty state, as windows are in training.
+    A window that opens within an episode is filtered from zeros, as in training.
     """
     world.eval()
     window, inside = episodes.windows(episode, start, context + horizon)
@@ -67,16 +67,12 @@ def roll_out(
     action = window.action[:, context - 1 :].repeat_interleave(samples, 0)
     dream = world.imagine(trace.last, lambda feature, step: action[:, step], horizon, sampling)
     shape = (len(episode), samples)
-    imagined, reconstructed = {}, {}
-    if world.decoder is not None:
-        reconstructed = _decoded(world, trace.feature.unflatten(0, shape)[:, 0])
-        imagined = _decoded(world, dream.feature[:, 1:].unflatten(0, shape))
     return Rollout(
         window=window,
         inside=inside,
         truth=world.obs.canonical(window.obs),
-        seen=reconstructed,
-        imagined=imagined,
+        seen=_decoded(world, trace.feature.unflatten(0, shape)[:, 0]),
+        imagined=_decoded(world, dream.feature[:, 1:].unflatten(0, shape)),
         reward=dream.reward.unflatten(0, shape),
         cont=dream.cont.unflatten(0, shape),
         uncertainty=dream.uncertainty.unflatten(0, shape),
@@ -84,23 +80,23 @@ def roll_out(
 
 
 def _decoded(world: WorldModel, feature: Float[Tensor, "*N F"]) -> Obs:
-    """Expected observations in canonical form, with the feature's leading dimensions."""
-    obs = world.decode(feature.flatten(0, -2))
+    """Expected canonical observations, with the feature's leading dimensions; {} without a decoder."""
+    obs = {} if world.decoder is None else world.decode(feature.flatten(0, -2))
     return {name: x.unflatten(0, feature.shape[:-1]) for name, x in obs.items()}
 
 
 @dataclass(frozen=True)
 class OpenLoop:
-    """Errors at horizons 1..H; NaN at a horizon that fits into no episode, and for observations where nothing decodes them.
+    """Errors at horizons 1..H; NaN at a horizon that fits into no episode, and for observations without a decoder.
 
-    context      rows seen before each roll-out
+    context      context rows of each rollout
     count        [H]          starts at which the horizon fits
     squares      {key: [H, D]} mean squared error of the mean prediction, in units of the run's deviation (pixels: of [0, 1])
-    persistence  {key: [H, D]} the same of the last observation seen, repeated
+    persistence  {key: [H, D]} the same of the last context observation, repeated
     reward       [H]          root mean square in reward units
-    cont         [H]          Brier score of P(the world goes on)
+    cont         [H]          Brier score of P(no termination)
     uncertainty  [H]          mean disagreement of the ensemble, in deviations of the embedding; NaN without one
-    parts        the same of the roll-outs that start in each of PARTS
+    parts        the same of the rollouts that start in each of PARTS
     """
 
     context: int
@@ -114,7 +110,7 @@ class OpenLoop:
 
     @classmethod
     def unknown(cls, context: int, horizon: int) -> OpenLoop:
-        """Of roll-outs that nothing real can be compared with."""
+        """Of rollouts without real observations to compare with."""
         nothing = torch.full((horizon,), torch.nan)
         return cls(context, torch.zeros(horizon, dtype=torch.int64), {}, {}, nothing, nothing, nothing)
 
@@ -131,12 +127,12 @@ class OpenLoop:
         return _pooled(self.persistence, len(self.count))
 
     def ratio(self) -> Float[Tensor, " H"]:
-        """Error over that of persistence; NaN where nothing ever moves."""
+        """Error over that of persistence; NaN where persistence has none."""
         baseline = self.baseline()
         return torch.where(baseline > 0, self.error() / baseline, torch.nan)
 
     def worst(self, horizon: int, keys: list[str]) -> tuple[str, int, float, float] | None:
-        """(key, index, root mean square, ratio to persistence) of the number that is predicted worst, in deviations."""
+        """(key, index, root mean square, ratio to persistence) of the number with the largest error, in deviations."""
         errors = [(float(self.squares[k][horizon - 1].max()), k, int(self.squares[k][horizon - 1].argmax())) for k in keys]
         if not errors or not self.count[horizon - 1]:
             return None
@@ -145,9 +141,8 @@ class OpenLoop:
         return key, index, square**0.5, (square / baseline) ** 0.5 if baseline else float("nan")
 
     def longest(self, max_horizon: int) -> int | None:
-        """The longest horizon up to `at_most` that fits anywhere."""
-        fits = [h for h, n in zip(self.horizons, self.count.tolist()) if n and h <= max_horizon]
-        return max(fits, default=None)
+        """The longest horizon up to `max_horizon` that fits anywhere."""
+        return max((h for h, n in zip(self.horizons, self.count.tolist()) if n and h <= max_horizon), default=None)
 
 
 def open_loop(
@@ -160,11 +155,10 @@ def open_loop(
     every: int = 10,
     generator: torch.Generator | None = None,
 ) -> OpenLoop:
-    """How far predictions are from what came, `horizon` steps ahead without looking.
+    """Errors of open-loop predictions up to `horizon` steps ahead, and of persistence.
 
-    The prediction is the mean of the decoder's means over `samples` roll-outs; a roll-out starts at every `every`-th row of
-    an episode wherever context and at least one step fit, and counts at the horizons that fit. Persistence repeats the last
-    observation seen.
+    The prediction is the mean of the decoder's means over `samples` rollouts. A rollout starts at every `every`-th row of an
+    episode where context and at least one step fit, and counts at the horizons that fit.
     """
     sizes = {} if world.decoder is None else {name: math.prod(key.shape) for name, key in world.obs.keys.items()}
     sums = [_Sums(horizon, sizes) for _ in PARTS]
@@ -176,22 +170,22 @@ def open_loop(
         for which in part[rows].unique().tolist():
             sums[which].add(world, roll, torch.nonzero(part[rows] == which)[:, 0].to(world.device), context)
     total = _Sums(horizon, sizes)
-    for each in sums:
-        total.merge(each)
+    for own in sums:
+        total.merge(own)
     has_ensemble = world.ensemble is not None
-    parts = {name: each.means(context, has_ensemble) for name, each in zip(PARTS, sums)}
+    parts = {name: own.means(context, has_ensemble) for name, own in zip(PARTS, sums)}
     return replace(total.means(context, has_ensemble), parts=parts)
 
 
 class _Sums:
-    """Squared errors of roll-outs, added up by horizon."""
+    """Squared errors of rollouts, summed by horizon."""
 
     def __init__(self, horizon: int, sizes: dict[str, int]):
         self.squares, self.persistence = ({name: torch.zeros(horizon, d) for name, d in sizes.items()} for _ in range(2))
         self.columns = torch.zeros(4, horizon)  # count, reward, continue, uncertainty
 
     def add(self, world: WorldModel, roll: Rollout, chosen: Int[Tensor, " N"], context: int) -> None:
-        """The roll-outs of some of the starts."""
+        """Adds the rollouts of some of the starts."""
         inside, observed = roll.inside[chosen, context:].float(), roll.window.window(context)
         reward = (roll.reward[chosen].mean(1) - observed.reward[chosen]).square()
         cont = (roll.cont[chosen].mean(1) - (~observed.is_terminal[chosen]).float()).square()
@@ -212,7 +206,6 @@ class _Sums:
                 mine[name] += x
 
     def means(self, context: int, has_ensemble: bool) -> OpenLoop:
-        """`measured` where an ensemble has an uncertainty to tell."""
         count, reward, cont, uncertainty = self.columns
         squares, persistence = ({k: x / count.unsqueeze(-1) for k, x in s.items()} for s in (self.squares, self.persistence))
         uncertainty = uncertainty / count if has_ensemble else torch.full_like(count, torch.nan)
@@ -220,14 +213,14 @@ class _Sums:
 
 
 def _starts(episodes: Episodes, context: int, every: int) -> tuple[Int[Tensor, " S"], Int[Tensor, " S"]]:
-    """(episode, first row) of every window that holds its context and one row more."""
+    """(episode, first row) of every window with room for its context and one more row."""
     firsts = [torch.arange(0, max(0, int(n) - context), every) for n in episodes.lengths]
     episode = torch.repeat_interleave(torch.arange(len(firsts)), torch.tensor([len(f) for f in firsts]))
     return episode, torch.cat(firsts)
 
 
 def _pooled(squares: dict[str, Float[Tensor, "H D"]], horizons: int) -> Float[Tensor, " H"]:
-    """Root mean square over the numbers of all keys; NaN where there is none."""
+    """Root mean square over the numbers of all keys; NaN without any."""
     if not squares:
         return torch.full((horizons,), torch.nan)
     return torch.cat(list(squares.values()), 1).mean(1).sqrt()

@@ -1,4 +1,4 @@
-"""Whether what a model invents looks like what is real: nearest-neighbour regions, holes, and how smooth a decoder is."""
+"""Whether samples look like real observations: nearest-neighbour regions, holes, and the smoothness of a decoder."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ AT_ONCE = 1 << 24
 
 
 def nearest(x: Float[Tensor, "N D"], reference: Float[Tensor, "M D"]) -> Float[Tensor, " N"]:
-    """The distance of each row of `x` to the nearest row of `reference`."""
+    """The distance of each sample of `x` to the nearest of `reference`."""
     rows = max(1, AT_ONCE // max(1, len(reference)))
     return torch.cat([torch.cdist(part, reference).amin(1) for part in x.split(rows)]) if len(x) else x.new_zeros(0)
 
 
 @dataclass(frozen=True)
 class Region:
-    """Where real observations live: all that is not further from the nearest of them than `radius`.
+    """The region of real observations: all points within `radius` of one of them.
 
-    reference  [M, D] real observations
-    radius     as far as the given share of other real observations lies from their nearest neighbour among these
+    reference  [M, D] held-out observations
+    radius     within which the given share of other held-out observations have a neighbour in `reference`
 
-    Both sets come from other episodes than anything was fitted on. With more observations the radius shrinks, so that regions
-    are comparable at equal sizes only.
+    The radius shrinks with more observations, so that regions are comparable at equal sizes only.
     """
 
     reference: Float[Tensor, "M D"]
@@ -41,14 +40,14 @@ class Region:
         return cls(reference, float(nearest(others, reference).quantile(share)))
 
     def contains(self, x: Float[Tensor, "N D"]) -> Bool[Tensor, " N"]:
-        """Whether each row lies in the region: its complement among draws from a prior is the prior's hole mass."""
+        """Whether each sample lies in the region; the share of a prior's samples that do not is its hole mass."""
         return nearest(x, self.reference) <= self.radius
 
 
 def decoder_sensitivity(
     decode: Callable[[Tensor], Tensor], z: Float[Tensor, "N Z"], *, probes: int = 8, generator: torch.Generator | None = None
 ) -> Float[Tensor, " N"]:
-    """Root mean square change of `decode` [N, Z] -> [N, D] per unit step of the code: ||J||_F / sqrt(Z) at each row.
+    """Root mean square change of `decode` [N, Z] -> [N, D] per unit step of z: ||J||_F / sqrt(Z) at each sample.
 
     Hutchinson's estimate with `probes` random signs: E |J v|^2 = ||J||_F^2 for E v v' = I.
     """
@@ -63,7 +62,7 @@ def decoder_sensitivity(
 def path_ratio(
     decode: Callable[[Tensor], Tensor], one: Float[Tensor, "N Z"], other: Float[Tensor, "N Z"], steps: int = 16
 ) -> Float[Tensor, " N"]:
-    """Length of the decoded straight line between two codes over the distance of its ends; 1: nothing but the way there."""
+    """Length of the decoded straight line between two latents over the distance of its ends, at least 1."""
     share = torch.linspace(0, 1, steps + 1, device=one.device).view(-1, 1, 1)
     path = decode(torch.lerp(one, other, share).flatten(0, 1)).flatten(1).unflatten(0, (steps + 1, len(one)))
     straight = (path[-1] - path[0]).norm(dim=-1)

@@ -1,34 +1,19 @@
-"""One role, many forms: laws of codes for the slots initial, transition, marginal and decoder."""
+"""One role, many forms: distributions over latents for the slots initial, transition, marginal and decoder."""
 
-from worldmodel.distributions.base import (
-    ClosedForm,
-    ConditionalDistribution,
-    EncoderInterface,
-    Latent,
-    Posterior,
-    PosteriorSource,
-    UndefinedRate,
-    likelihood,
-)
-from worldmodel.distributions.categorical import (
-    Categorical,
-    CategoricalConfig,
-    CategoricalLatent,
-    CategoricalLatentConfig,
-    CategoricalPosterior,
-)
+from worldmodel.distributions.base import ClosedForm, ConditionalDistribution, EncoderInterface, PosteriorSource, likelihood
+from worldmodel.distributions.categorical import CategoricalConfig, CategoricalLatent, CategoricalLatentConfig, CategoricalPosterior
 from worldmodel.distributions.diffusion import Diffusion, DiffusionConfig
-from worldmodel.distributions.energy import Energy, EnergyConfig
-from worldmodel.distributions.flow import Flow, FlowConfig
+from worldmodel.distributions.energy import Energy
+from worldmodel.distributions.flow import Flow
 from worldmodel.distributions.gaussian import Gaussian, GaussianConfig, GaussianLatent, GaussianLatentConfig, GaussianPosterior
-from worldmodel.distributions.hierarchical import Hierarchical, HierarchicalConfig
+from worldmodel.distributions.hierarchical import Hierarchical
 from worldmodel.distributions.langevin import tilted
-from worldmodel.distributions.mixture import Components, Mixture, MixtureConfig
+from worldmodel.distributions.latent import Latent, Posterior, UndefinedRate
+from worldmodel.distributions.mixture import Components, Mixture
 from worldmodel.distributions.point import PointLatent, PointLatentConfig, PointPosterior
-from worldmodel.distributions.vamp import VampConfig, VampPrior
+from worldmodel.distributions.vamp import VampPrior
 
 __all__ = [
-    "Categorical",
     "CategoricalConfig",
     "CategoricalLatent",
     "CategoricalLatentConfig",
@@ -40,26 +25,21 @@ __all__ = [
     "DiffusionConfig",
     "EncoderInterface",
     "Energy",
-    "EnergyConfig",
     "Flow",
-    "FlowConfig",
     "Gaussian",
     "GaussianConfig",
     "GaussianLatent",
     "GaussianLatentConfig",
     "GaussianPosterior",
     "Hierarchical",
-    "HierarchicalConfig",
     "Latent",
     "Mixture",
-    "MixtureConfig",
     "PointLatent",
     "PointLatentConfig",
     "PointPosterior",
     "Posterior",
     "PosteriorSource",
     "UndefinedRate",
-    "VampConfig",
     "VampPrior",
     "likelihood",
     "tilted",

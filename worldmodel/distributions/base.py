@@ -1,130 +1,31 @@
-"""One role, many forms: what every conditional distribution promises, and the beliefs that posteriors give."""
+"""One role, many forms: the contract of every conditional distribution over latents."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from worldmodel.config import Frozen
 from worldmodel.data import Loss, Obs, Sampling
+from worldmodel.distributions.latent import Latent, Posterior
 from worldmodel.errors import ConfigError
 from worldmodel.nn.networks import clip_each_norm
 
 
-class UndefinedRate(TypeError):
-    """A rate, density or entropy was asked of a belief that is a point."""
-
-
-class Posterior(ABC):
-    """A belief about z with any batch shape [*N]: what an encoder or a filter knows after seeing the observation."""
-
-    @property
-    @abstractmethod
-    def mean(self) -> Float[Tensor, "*N Z"]:
-        """The expected code, flat."""
-
-    @property
-    @abstractmethod
-    def mode(self) -> Float[Tensor, "*N Z"]:
-        """The most likely code: what deterministic prediction uses."""
-
-    @abstractmethod
-    def sample(self, noise: Tensor, temperature: float = 1.0) -> Float[Tensor, "*N Z"]:
-        """A draw made from `noise` (see `Latent.noise`), differentiable in the belief's parameters."""
-
-    @abstractmethod
-    def log_prob(self, z: Float[Tensor, "*N Z"]) -> Float[Tensor, "*N"]:
-        """ln of the normalised density or mass, in nats."""
-
-    def log_prob_each(self, x: Float[Tensor, "*M Z"]) -> Float[Tensor, "*M K"]:
-        """`log_prob` of each code under each of K beliefs [*M K], or [K] with as many ones in front as needed."""
-        return self.log_prob(x.unsqueeze(-2))
-
-    def mirror(self, z: Float[Tensor, "*N Z"]) -> Float[Tensor, "*N Z"] | None:
-        """The draw on the other side of the mean, which is as likely; None where the family has no such thing."""
-        return None
-
-    @abstractmethod
-    def entropy(self) -> Float[Tensor, "*N"]:
-        """In nats, summed over the code's variables."""
-
-    @abstractmethod
-    def kl(self, other: Posterior) -> Float[Tensor, "*N"]:
-        """KL(self || other) in closed form, in nats; TypeError for another family."""
-
-    @abstractmethod
-    def map(self, fn) -> Posterior:
-        """The belief with `fn` applied to each parameter tensor."""
-
-    def detach(self) -> Posterior:
-        return self.map(torch.Tensor.detach)
-
-    def index(self, rows) -> Posterior:
-        return self.map(lambda x: x[rows])
-
-
-class Latent(ABC):
-    """A family of codes: how large they are, how noise becomes a draw, how a network's output becomes a belief."""
-
-    kind: ClassVar[str]
-    """The name under which configs know it."""
-    deterministic: ClassVar[bool] = False
-    """Whether beliefs are points: then no rate exists."""
-    size: int
-    """Z: numbers in a flat code."""
-    variables: int
-    """Independent variables of a belief: what a code can be cut between."""
-    axis: ClassVar[int]
-    """The axis of a belief's parameters along which its variables lie."""
-    parameters: int
-    """Numbers that a network must give for one belief."""
-    continuous: ClassVar[bool]
-    """Whether the size of a code's numbers means something: a network that normalises them away could not go beyond
-    what it was trained on."""
-
-    @property
-    def family(self) -> Latent:
-        """The codes over which laws are made: these, but for points, which a law knows as real numbers."""
-        return self
-
-    @abstractmethod
-    def noise(self, shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device | str) -> Tensor:
-        """Noise for one draw per element of `shape`."""
-
-    @abstractmethod
-    def distribution(self, parameters: Float[Tensor, "*N P"]) -> Posterior:
-        """The belief that a network's output stands for."""
-
-    @abstractmethod
-    def part(self, variables: int) -> Latent:
-        """The family of codes with that many variables of the same kind."""
-
-    @abstractmethod
-    def traverse(self, z: Float[Tensor, " Z"], latents: Float[Tensor, "N Z"], steps: int, width: float) -> Float[Tensor, "V S Z"]:
-        """`code` with one of its V variables moved at a time, over what that variable does in `codes`."""
-
-    def draw(self, distribution: Posterior, sampling: Sampling, shape: tuple[int, ...], device) -> Float[Tensor, "*N Z"]:
-        """The mode, or a draw from the caller's noise, or from the generator's."""
-        if sampling.mode:
-            return distribution.mode
-        noise = sampling.noise if sampling.noise is not None else self.noise(shape, sampling.generator, device)
-        return distribution.sample(noise, sampling.temperature)
-
-
 @dataclass(frozen=True)
 class EncoderInterface:
-    """What a dynamics model is told about the encoder.
+    """What a dynamics model is given of the encoder.
 
     shapes   {key: shape} of a scaled canonical observation
     size     E: numbers in an embedding
     encode   observations {key: [N, ...]} -> embeddings [N, E]; a bound method of the model, so that a copied model has its own
-             and an encoder that was exchanged is the one that is asked
+             and an exchanged encoder is the one that is called
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -134,11 +35,11 @@ class EncoderInterface:
 
 @dataclass(frozen=True)
 class PosteriorSource:
-    """How the model comes to a belief: for forms whose components are posteriors. It holds bound methods and no module.
+    """The model's posterior, for distributions whose components are posteriors. It holds bound methods and no module.
 
     encoder    the encoder's side
-    carry_dim  D: numbers of the carry that the posterior reads beside the embedding; 0 where it reads none
-    posterior  (embedding [*N, E], carry [*N, D]) -> belief about z; the two broadcast; a carry of width 0 where it reads none
+    h_dim      D: size of the recurrent state h that the posterior reads beside the embedding; 0 where it reads none
+    posterior  (embedding [*N, E], h [*N, D]) -> posterior over z; the two broadcast
     """
 
     encoder: EncoderInterface
@@ -147,52 +48,72 @@ class PosteriorSource:
 
 
 class ConditionalDistribution(nn.Module, ABC):
-    """p(x | context) over flat events of size D. `context_dim` 0: unconditional, and `context` is None.
+    """p(x | context) over flat latents x of size D. `context_dim` 0: unconditional, and `context` is None.
 
-    Every form is built with (config, latent, context_dim, source); only forms whose components are posteriors read the source.
-    Readers branch on `density`, never on the class:
-    exact: `log_prob` is normalised; bound: it is a lower bound; unnormalised: it is up to ln Z(context); none: no density.
+    Every form is built with (config, latent, context_dim, source). Callers use the members below and never the class:
+
+    | member | default | what it is for |
+    |---|---|---|
+    | `density` | - | exact: `log_prob` is normalised; bound: a lower bound; unnormalised: up to ln Z(context); none |
+    | `sample`, `log_prob` | abstract | draws, which follow `Sampling`; nats |
+    | `rate` | sampled at z | KL(posterior || self), which trains posterior and prior |
+    | `rates` | two calls of `rate` | the same, for the prior and the posterior apart |
+    | `loss` | -log_prob | what its own parameters minimise; a form without an exact density learns by it alone |
+    | `fit` | Adam on `loss` | fitting to frozen latents |
+    | `closed_form`, `given` | False | p(x given the context) is a `Posterior`, so that KLs are exact |
+    | `antithetic` | z and its mirror | latents over which a sampled rate is averaged |
+    | `log_z` | NotImplementedError | estimate of ln Z(context), where `density` is unnormalised |
+    | `ode_log_prob` | NotImplementedError | exact ln p of a diffusion's ODE, where `density` is a bound |
+    | `num_pseudo_inputs`, `init_pseudo_inputs` | 0, no-op | observations that components start from |
+    | `has_exemplars`, `replace_exemplars` | False, no-op | observations of the replay that components are made of |
+    | `measures` | {} | diagnostics |
     """
 
     density: ClassVar[Literal["exact", "bound", "unnormalised", "none"]]
     slots: ClassVar[frozenset[str]]
     """Where the form may stand: initial, transition, marginal."""
     latent_kinds: ClassVar[frozenset[str]]
-    """The kinds of codes that it is a law of."""
+    """The kinds of latents that it is a distribution over."""
+    closed_form: ClassVar[bool] = False
     of_posteriors: ClassVar[bool] = False
-    """Whether it is made of the model's own posteriors, which point codes do not have."""
+    """Whether its components are the model's own posteriors, which point latents do not have."""
+    fits_in_training: ClassVar[bool] = False
+    """Whether `fit` runs in training mode; elsewhere running statistics stand still meanwhile."""
+    num_pseudo_inputs: int = 0
+    has_exemplars: bool = False
 
     def __init__(self, latent: Latent, context_dim: int):
         super().__init__()
         if latent.kind not in self.latent_kinds:
             raise TypeError(
-                f"{type(self).__name__} is a law of {' or '.join(sorted(self.latent_kinds))} codes, not of {latent.kind} ones: "
-                f"set model.dynamics.latent.kind={min(self.latent_kinds)}."
+                f"{type(self).__name__} is a distribution over {' or '.join(sorted(self.latent_kinds))} latents, not over "
+                f"{latent.kind} ones: set model.dynamics.latent.kind={min(self.latent_kinds)}."
             )
         self.latent = latent
-        self.event_shape = (latent.size,)
         self.context_dim = context_dim
 
     @classmethod
     def check(cls, config: Frozen, latent: Latent, slot: str, where: str) -> None:
-        """ConfigError where such a form cannot be the law of a model's codes in a slot; `where` is the key of its config.
+        """ConfigError where such a form cannot fill a model's slot; `where` is the key of its config.
 
-        Asked when a config is read, of laws within laws too, whose slot is "transition" where they have a context.
+        Called when a config is read, for nested distributions too, whose slot is "transition" where they have a context.
         """
         if slot not in cls.slots:
             raise ConfigError(
-                f"{where}.kind={config.kind} has no such slot: over latent codes it fills {' and '.join(sorted(cls.slots))}."
+                f"{where}.kind={config.kind} has no such slot: over latents it fills {' and '.join(sorted(cls.slots))}."
             )
         if latent.family.kind not in cls.latent_kinds:
             raise ConfigError(
-                f"{where}.kind={config.kind} is a law of {' or '.join(sorted(cls.latent_kinds))} codes and does not fit "
-                f"model.dynamics.latent.kind={latent.kind}: change one of them."
+                f"{where}.kind={config.kind} is a distribution over {' or '.join(sorted(cls.latent_kinds))} latents and does not "
+                f"fit model.dynamics.latent.kind={latent.kind}: change one of them."
             )
         if cls.of_posteriors and latent.deterministic:
             raise ConfigError(
-                f"{where}.kind={config.kind} is made of beliefs, and model.dynamics.latent.kind={latent.kind} has none: "
+                f"{where}.kind={config.kind} is made of posteriors, and model.dynamics.latent.kind={latent.kind} has none: "
                 "change one of them."
             )
+
+    # Draws and density
 
     @abstractmethod
     def sample(self, context: Tensor | None, count: int = 1, sampling: Sampling | None = None) -> Float[Tensor, "K N D"]:
@@ -200,7 +121,26 @@ class ConditionalDistribution(nn.Module, ABC):
 
     @abstractmethod
     def log_prob(self, x: Float[Tensor, "*N D"], context: Tensor | None) -> Float[Tensor, "*N"]:
-        """In nats; what it means is said by `density`."""
+        """In nats; `density` says what it means."""
+
+    def given(self, context: Tensor | None) -> Posterior:
+        """p(x | context) for each row of the context, where `closed_form`; without context its batch shape is [1]."""
+        raise self._has_no("closed form")
+
+    def log_z(
+        self, context: Float[Tensor, "N C"] | None, count: int = 1000, sampling: Sampling | None = None, *, ais: bool = False
+    ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+        """(estimate of ln Z(context) in nats, effective sample size) from `count` draws."""
+        raise self._has_no("normaliser to estimate")
+
+    def ode_log_prob(self, x: Float[Tensor, "*N D"], context: Tensor | None, steps: int = 32) -> Float[Tensor, "*N"]:
+        """The exact ln p(x | context) of the ODE that draws follow, in nats; no gradient."""
+        raise self._has_no("ODE")
+
+    def _has_no(self, what: str) -> NotImplementedError:
+        return NotImplementedError(f"{type(self).__name__} has no {what}. Its density is {self.density}.")
+
+    # The rate
 
     def rate(
         self,
@@ -210,50 +150,43 @@ class ConditionalDistribution(nn.Module, ABC):
         *,
         frozen: bool = False,
         sampling: Sampling | None = None,
-        rows: Tensor | None = None,
+        rows: Int[Tensor, "*N"] | None = None,
     ) -> Float[Tensor, "*N"]:
-        """KL(posterior || self) estimated at z ~ posterior, in nats. `frozen`: no gradient into own parameters or context.
+        """KL(posterior || self) in nats, estimated at z ~ posterior. `frozen`: no gradient into own parameters or context.
 
-        `rows`: numbers of the rows in the store, which a form made of stored rows needs for leaving each out of its own law.
+        `rows`: numbers of the replay's rows that z belongs to; components that are exemplars leave out their own row.
         """
-        if frozen:
-            own = {k: v.detach() for k, v in self.named_parameters()}
-            context = None if context is None else context.detach()
-            prior = torch.func.functional_call(self, own, (z, context))
-        else:
-            prior = self.log_prob(z, context)
-        return posterior.log_prob(z) - prior
+        if not frozen:
+            return self(posterior, z, context, sampling=sampling, rows=rows)
+        own = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        arguments = (posterior, z, None if context is None else context.detach())
+        return torch.func.functional_call(self, own, arguments, {"sampling": sampling, "rows": rows})
+
+    def forward(self, posterior: Posterior, z: Tensor, context: Tensor | None, *, sampling=None, rows=None) -> Float[Tensor, "*N"]:
+        """The rate with whatever parameters the module has at the moment."""
+        return posterior.log_prob(z) - self.log_prob(z, context)
 
     def rates(
-        self,
-        posterior: Posterior,
-        z: Float[Tensor, "*N D"],
-        context: Tensor | None,
-        *,
-        sampling: Sampling | None = None,
-        rows: Tensor | None = None,
+        self, posterior: Posterior, z: Float[Tensor, "*N D"], context: Tensor | None, **options: Any
     ) -> tuple[Float[Tensor, "*N"], Float[Tensor, "*N"]]:
-        """The two one-sided rates: (trains self and the context, trains the posterior). Their values are equal.
+        """Two one-sided rates of equal value: (trains self and the context, trains the posterior). Options as of `rate`.
 
         Without an exact density the first trains nothing: such a form learns by its own `loss`.
         """
-        options = {"sampling": sampling, "rows": rows}
         rep = self.rate(posterior, z, context, frozen=True, **options)
         if self.density != "exact":
             return rep.detach(), rep
         return self.rate(posterior.detach(), z.detach(), context, **options), rep
 
     def antithetic(self, posterior: Posterior, z: Float[Tensor, "*N D"]) -> tuple[Tensor, ...]:
-        """What a rate is averaged over: z and its mirror image in the belief, so that what is linear in the noise cancels.
+        """What a rate is averaged over: z and its mirror image, so that terms linear in the noise cancel.
 
-        A law that is told single draws follows their noise, and dreams of it drift. Source: Hammersley and Morton 1956.
+        A prior trained on single draws follows their noise, and dreams of it drift. Source: Hammersley and Morton 1956.
         """
         mirror = posterior.mirror(z)
         return (z,) if mirror is None else (z, mirror)
 
-    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
-        """`log_prob`: so that the module can be called with other parameters."""
-        return self.log_prob(x, context)
+    # Learning
 
     def loss(
         self, x: Float[Tensor, "*N D"], context: Tensor | None, *, sampling: Sampling | None = None, rows: Tensor | None = None
@@ -261,9 +194,8 @@ class ConditionalDistribution(nn.Module, ABC):
         """What its own parameters minimise: for exact forms the negative log-likelihood."""
         return {"nll": Loss(-self.log_prob(x, context))}
 
-    def measures(self, x: Float[Tensor, "N D"], context: Float[Tensor, "N C"] | None) -> dict[str, float]:
-        """Numbers that show at codes x whether the form is at work as it should be; without gradient. {}: nothing to see."""
-        return {}
+    def prepare_fit(self, latents: Float[Tensor, "N D"]) -> None:
+        """Sets running statistics to those of all latents before a `fit`."""
 
     def fit(
         self,
@@ -275,9 +207,18 @@ class ConditionalDistribution(nn.Module, ABC):
         lr: float = 3e-3,
         generator: torch.Generator | None = None,
     ) -> float:
-        """Fit to frozen codes after the fact (two-stage); gives the last loss. Nothing upstream moves."""
-        latents, sampling = latents.detach(), Sampling(generator=generator)
-        context = None if context is None else context.detach()
+        """Fits to frozen latents (two-stage); returns the last loss. Nothing upstream is trained."""
+        latents, context = latents.detach(), None if context is None else context.detach()
+        self.prepare_fit(latents)
+        training = self.training
+        self.train(self.fits_in_training)
+        try:
+            return self._minimise(latents, context, steps, batch, lr, generator)
+        finally:
+            self.train(training)
+
+    def _minimise(self, latents: Tensor, context: Tensor | None, steps: int, batch: int, lr: float, generator) -> float:
+        sampling = Sampling(generator=generator)
         trainable = [p for p in self.parameters() if p.requires_grad]
         if not trainable:
             return float(sum(term.mean() for term in self.loss(latents, context, sampling=sampling).values()).detach())
@@ -295,12 +236,24 @@ class ConditionalDistribution(nn.Module, ABC):
             schedule.step()
         return float(value.detach())
 
+    # Components that are observations
+
+    def init_pseudo_inputs(self, obs: Obs, h: Float[Tensor, "N D"] | None = None, rows: Int[Tensor, " N"] | None = None) -> None:
+        """Starts the `num_pseudo_inputs` at the first of these observations, with their recurrent states and row numbers."""
+
+    def replace_exemplars(self, obs: Obs, h: Float[Tensor, "N D"], rows: Int[Tensor, " N"]) -> None:
+        """Replaces the oldest exemplars by some of these observations, with their recurrent states and row numbers."""
+
+    def measures(self, x: Float[Tensor, "N D"], context: Float[Tensor, "N C"] | None) -> dict[str, float]:
+        """{name: number} that shows at latents x whether the form works as it should; without gradient."""
+        return {}
+
 
 def likelihood(distribution: ConditionalDistribution, x: Tensor, context: Tensor | None, log_z: Tensor | None = None) -> Tensor:
     """ln p(x | context) [*N] in nats, normalised, so that forms can be compared; of a bound, the bound.
 
-    log_z   what an unnormalised law's own `log_z` estimated
-    Raises ConfigError where a law is unnormalised and there is none, and where a law has no density.
+    log_z   estimate from `log_z`, for an unnormalised density
+    Raises ConfigError where that is missing, and where there is no density.
     """
     name = type(distribution).__name__
     if distribution.density == "none":
@@ -310,19 +263,49 @@ def likelihood(distribution: ConditionalDistribution, x: Tensor, context: Tensor
     if log_z is None:
         raise ConfigError(
             f"{name} gives its density up to a factor Z(context), and its likelihood was asked for. Estimate ln Z with "
-            "law.log_z(context), and see that the effective sample size which comes with it is no small share of its draws."
+            "prior.log_z(context), and see that the effective sample size which comes with it is no small share of its draws."
         )
     return distribution.log_prob(x, context) - log_z
 
 
-class ClosedForm(ConditionalDistribution):
-    """Forms whose law given the context is itself a belief of the latent's family, so that rates have a closed form."""
+class Explicit(ConditionalDistribution):
+    """Forms that give, from the context, an object with `log_prob` and `detach`: a posterior, or a mixture of them."""
 
     density = "exact"
 
     @abstractmethod
-    def given(self, context: Tensor | None) -> Posterior:
-        """The law for each row of the context; without context its batch shape is [1]."""
+    def given(self, context: Tensor | None, rows: Tensor | None = None) -> Any:
+        """p(x | context) for each row of the context; without context its batch shape is [1]. `rows` as of `rate`."""
+
+    def divergence(self, posterior: Posterior, z: Tensor, prior: Any) -> Float[Tensor, "*N"]:
+        """KL(posterior || prior), estimated at z unless it has a closed form."""
+        return posterior.log_prob(z) - prior.log_prob(z)
+
+    def update_statistics(self, posterior: Posterior, prior: Any) -> None:
+        """Updates running statistics wherever a rate trains the prior."""
+
+    def log_prob(self, x: Float[Tensor, "*N D"], context: Tensor | None) -> Float[Tensor, "*N"]:
+        return self.given(context).log_prob(x)
+
+    def rate(self, posterior, z, context, *, frozen: bool = False, sampling=None, rows=None):
+        prior = self.given(context, rows)
+        if not frozen:
+            self.update_statistics(posterior, prior)
+        return self.divergence(posterior, z, prior.detach() if frozen else prior)
+
+    def rates(self, posterior, z, context, *, sampling=None, rows=None):
+        prior = self.given(context, rows)
+        self.update_statistics(posterior, prior)
+        return self.divergence(posterior.detach(), z.detach(), prior), self.divergence(posterior, z, prior.detach())
+
+    def loss(self, x, context, *, sampling=None, rows=None) -> dict[str, Loss]:
+        return {"nll": Loss(-self.given(context, rows).log_prob(x))}
+
+
+class ClosedForm(Explicit):
+    """Forms whose p(x | context) is a posterior of the latent's own family, so that KLs are exact."""
+
+    closed_form = True
 
     def sample(self, context: Tensor | None, count: int = 1, sampling: Sampling | None = None) -> Float[Tensor, "K N D"]:
         distribution = self.given(context)
@@ -330,16 +313,8 @@ class ClosedForm(ConditionalDistribution):
         rows = distribution.map(lambda x: x.expand(count, *x.shape))
         return self.latent.draw(rows, sampling or Sampling(), (count, *mean.shape[:-1]), mean.device)
 
-    def log_prob(self, x: Float[Tensor, "*N D"], context: Tensor | None) -> Float[Tensor, "*N"]:
-        return self.given(context).log_prob(x)
+    def divergence(self, posterior, z, prior):
+        return posterior.kl(prior)
 
     def antithetic(self, posterior, z):
         return (z,)  # no rate depends on it
-
-    def rate(self, posterior, z, context, *, frozen: bool = False, sampling=None, rows=None):
-        prior = self.given(context)
-        return posterior.kl(prior.detach() if frozen else prior)
-
-    def rates(self, posterior, z, context, *, sampling=None, rows=None):
-        prior = self.given(context)
-        return posterior.detach().kl(prior), posterior.kl(prior.detach())

@@ -1,4 +1,4 @@
-"""Codes of several categorical variables, and the categorical form of the initial and transition slots."""
+"""Latents of several categorical variables, and the categorical form of the initial and transition slots."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from worldmodel.config import Frozen
-from worldmodel.distributions.base import ClosedForm, Latent, Posterior, PosteriorSource
+from worldmodel.distributions.base import ClosedForm, PosteriorSource
+from worldmodel.distributions.latent import Latent, Posterior
 from worldmodel.nn.networks import MLP
 from worldmodel.registry import register
 
 
 @dataclass(frozen=True)
 class CategoricalPosterior(Posterior):
-    """V independent variables of C classes; a flat code is their one-hot vectors in a row (Z = V C)."""
+    """V independent variables of C classes; a flat latent is their one-hot vectors, concatenated (Z = V C)."""
 
     probs: Float[Tensor, "*N V C"]
 
@@ -55,31 +56,27 @@ class CategoricalPosterior(Posterior):
     def entropy(self) -> Tensor:
         return -(self.probs * self.log_probs).sum((-2, -1))
 
-    def kl_elements(self, other: CategoricalPosterior) -> Float[Tensor, "*N V"]:
-        """The rate of each variable of the code."""
-        return (self.probs * (self.log_probs - other.log_probs)).sum(-1)
-
-    def kl(self, other: Posterior) -> Tensor:
+    def kl_elements(self, other: Posterior) -> Float[Tensor, "*N V"]:
         if not isinstance(other, CategoricalPosterior):
             raise TypeError(f"KL of a categorical against a {type(other).__name__} has no closed form.")
-        return self.kl_elements(other).sum(-1)
+        return (self.probs * (self.log_probs - other.log_probs)).sum(-1)
 
     def map(self, fn) -> CategoricalPosterior:
         return CategoricalPosterior(fn(self.probs))
 
 
 class CategoricalLatentConfig(Frozen):
-    """Codes of categorical variables, as DreamerV2 and V3 use them."""
+    """Categorical variables, as DreamerV2 and V3 use them."""
 
     kind: Literal["categorical"] = "categorical"
-    variables: int = Field(16, ge=1, description="categorical variables in a code")
+    variables: int = Field(16, ge=1, description="categorical variables in a latent")
     classes: int = Field(16, ge=2, description="classes of each variable")
-    unimix: float = Field(0.01, ge=0, lt=1, description="share of the uniform distribution mixed into every belief")
+    unimix: float = Field(0.01, ge=0, lt=1, description="share of the uniform distribution mixed into every posterior")
 
 
 @register("latent", "categorical", CategoricalLatentConfig)
 class CategoricalLatent(Latent):
-    """probs = (1 - unimix) softmax(logits) + unimix / C: no class is ever impossible, so rates stay bounded."""
+    """probs = (1 - unimix) softmax(logits) + unimix / C: no class is impossible, so KLs stay bounded."""
 
     kind = "categorical"
     continuous = False
@@ -93,7 +90,7 @@ class CategoricalLatent(Latent):
         return torch.rand(*shape, self.variables, generator=generator, device=device)
 
     def distribution(self, parameters: Tensor) -> CategoricalPosterior:
-        logits = parameters.float().unflatten(-1, (self.variables, self.classes))  # rates lose too much in bf16
+        logits = parameters.float().unflatten(-1, (self.variables, self.classes))  # KLs lose too much in bf16
         probs = torch.softmax(logits, -1)
         return CategoricalPosterior(probs * (1 - self.unimix) + self.unimix / self.classes if self.unimix else probs)
 
@@ -131,5 +128,5 @@ class Categorical(ClosedForm):
         else:
             self.free = nn.Parameter(torch.zeros(1, latent.parameters))
 
-    def given(self, context: Tensor | None) -> CategoricalPosterior:
+    def given(self, context: Tensor | None, rows: Tensor | None = None) -> CategoricalPosterior:
         return self.latent.distribution(self.net(context) if self.context_dim else self.free)

@@ -1,15 +1,15 @@
-"""Energy-based laws: an exact law, bent by a learned function of the code.
+"""Energy-based priors: an exact base distribution, tilted by a learned function f of the latent.
 
     p(z | c) = base(z | c) exp(f(z, c)) / Z(c)
 
-With f = 0 it is its base, from which it starts. base = N(0, I) is the latent energy-based prior of Pang et al. 2020, a trained
-base the prior of NCP-VAE (Aneja et al. 2021), a Gaussian transition an energy-based dynamics.
+It starts as its base, with f = 0. base = N(0, I) is the latent energy-based prior of Pang et al. 2020, a trained base the prior
+of NCP-VAE (Aneja et al. 2021), a Gaussian transition an energy-based dynamics.
 
 | trainer | f learns | from |
 |---|---|---|
-| `nce` | to tell codes from draws of the base; then Z is near 1 | Gutmann and Hyvarinen 2010, eq. 8 |
-| `cd`  | f(code) up, f(end of a chain begun at the code) down | Hinton 2002; Du and Mordatch 2019 (magnitude term) |
-| `pcd` | the same with chains that are never begun anew but for a share | Tieleman 2008 |
+| `nce` | to tell latents from draws of the base; then Z is near 1 | Gutmann and Hyvarinen 2010, eq. 8 |
+| `cd`  | f(latent) up, f(end of a chain that starts there) down | Hinton 2002; Du and Mordatch 2019 (magnitude term) |
+| `pcd` | the same with chains that persist, but for a share that restarts | Tieleman 2008 |
 """
 
 from __future__ import annotations
@@ -26,72 +26,77 @@ from torch import Tensor
 
 from worldmodel.config import Frozen, Part
 from worldmodel.data import Loss, Sampling
-from worldmodel.distributions.base import ClosedForm, ConditionalDistribution, Latent, Posterior, PosteriorSource
-from worldmodel.distributions.gaussian import GaussianConfig
+from worldmodel.distributions.base import ConditionalDistribution, PosteriorSource
+from worldmodel.distributions.gaussian import GaussianConfig, GaussianPosterior
 from worldmodel.distributions.langevin import LogDensity, gradient_ascent, langevin
+from worldmodel.distributions.latent import Latent, Posterior
+from worldmodel.distributions.whitening import Whitened
 from worldmodel.errors import ConfigError, NumericsError
 from worldmodel.nn.moments import RunningMoments
 from worldmodel.nn.networks import MLP
 from worldmodel.registry import build, part, register
 
 TEMPERATURES = 100
-"""Steps of annealed importance sampling from the base to the law."""
+"""Steps of annealed importance sampling from the base to the tilted distribution."""
 
 
 class EnergyConfig(Frozen):
-    """A base, the network f, how f learns and how the law is drawn from."""
+    """The base, the network f, how f learns and how draws are made."""
 
     kind: Literal["energy"] = "energy"
-    base: Part["distribution"] = Field(GaussianConfig(), description="the exact law that f bends; it learns by its own likelihood")
+    base: Part["distribution"] = Field(
+        GaussianConfig(), description="the exact distribution that f tilts; it learns by its own likelihood"
+    )
     units: int = Field(128, ge=1, description="width of f")
     layers: int = Field(2, ge=1, description="hidden layers of f")
     trainer: Literal["nce", "cd", "pcd"] = Field(
         "nce", description="noise-contrastive estimation, contrastive divergence, or the persistent one (without a context)"
     )
-    negatives: int = Field(8, ge=1, description="nce: draws of the base for each code")
-    context_negatives: int = Field(
-        4, ge=0, description="nce with a context: other rows' contexts from which each code is told apart"
-    )
-    magnitude: float = Field(0.001, ge=0, description="weight of f squared, at codes and at chains: keeps energies near 0")
+    negatives: int = Field(8, ge=1, description="nce: draws of the base for each latent")
+    context_negatives: int = Field(4, ge=0, description="nce with a context: other rows' contexts as negatives for each latent")
+    magnitude: float = Field(0.001, ge=0, description="weight of f squared, at latents and at chains: keeps energies near 0")
     buffer: int = Field(1024, ge=1, description="pcd: chains that are kept, and saved with the weights")
-    reinit: float = Field(0.05, ge=0, le=1, description="pcd: share of the chains that begin anew at a draw of the base")
+    reinit: float = Field(0.05, ge=0, le=1, description="pcd: share of the chains that restart at a draw of the base")
     sampler: Literal["langevin", "resampling"] = Field(
         "resampling", description="Langevin chains from draws of the base, or one of `candidates` such draws by its weight"
     )
     candidates: int = Field(32, ge=2, description="resampling: draws of the base of which one is taken")
     steps: int = Field(20, ge=1, description="Langevin steps of a chain: in sampling, in cd and pcd, and uphill to the mode")
     step: float = Field(0.5, gt=0, description="size of a Langevin step, in deviations of the base")
-    clip: float = Field(10.0, gt=0, description="greatest gradient in a step, per deviation of the base")
+    clip: float = Field(10.0, gt=0, description="largest gradient in a step, per deviation of the base")
     normaliser: int = Field(32, ge=2, description="draws of the base that estimate ln Z in a rate")
-    max_gap: float = Field(100.0, gt=0, description="cd, pcd: |mean f(codes) - mean f(chains)| at which training has diverged")
+    max_gap: float = Field(100.0, gt=0, description="cd, pcd: |mean f(latents) - mean f(chains)| at which training has diverged")
     max_displacement: float = Field(
-        20.0, gt=0, description="cd: deviations of the base that chains may move on average until it has"
+        20.0, gt=0, description="cd: the same for the mean distance of chains, in deviations of the base"
     )
 
     @model_validator(mode="after")
     def _base_is_exact(self) -> EnergyConfig:
         base_class = part("distribution", self.base.kind)
         if base_class.density != "exact" or not base_class.latent_kinds & Energy.latent_kinds:
-            raise ValueError(f"base={self.base.kind} is no exact law of gaussian codes: use one that is, such as base=gaussian.")
+            raise ValueError(
+                f"base={self.base.kind} is no exact distribution over gaussian latents: use one that is, such as base=gaussian."
+            )
         if base_class.of_posteriors:
             raise ValueError(
-                f"base={self.base.kind} is made of the encoder's beliefs, which an energy's base, trained by codes alone, must not "
-                "reach: use base=mixture, or the form itself without an energy."
+                f"base={self.base.kind} is made of the encoder's posteriors, which an energy's base, trained by latents alone, "
+                "must not reach: use base=mixture, or the form itself without an energy."
             )
         return self
 
 
 @register("distribution", "energy", EnergyConfig)
-class Energy(ConditionalDistribution):
-    """Residual energy model. `log_prob` is ln base + f, that is ln p + ln Z(c); `log_z` estimates what is missing.
+class Energy(Whitened):
+    """Residual energy model. `log_prob` is ln base + f, that is ln p + ln Z(c); `log_z` estimates ln Z(c).
 
-    f sees the code in units of the base, (z - centre) / deviation given the context where the base has a closed form, else of
-    all codes so far. Chains are Metropolis-adjusted, so that longer ones only come nearer to the law.
+    f reads whitened latents: by the base given the context where that has a closed form, else by running statistics. Chains are
+    Metropolis-adjusted, so that longer ones only come nearer to the distribution.
     """
 
     density = "unnormalised"
     slots = frozenset({"initial", "transition", "marginal"})
     latent_kinds = frozenset({"gaussian"})
+    fits_in_training = True
     MEMORY = 0.99
     """The share of the running mean and deviation that stays at each update."""
 
@@ -101,8 +106,7 @@ class Energy(ConditionalDistribution):
         self.config = config
         self.base: ConditionalDistribution = build("distribution", config.base, latent, context_dim, source)
         self.net = MLP(latent.size + context_dim, config.units, config.layers, 1, scale=0, norm=False)
-        self.base_has_moments = isinstance(self.base, ClosedForm)
-        if not self.base_has_moments:
+        if not self.base.closed_form:
             self.moments = RunningMoments(latent.size, self.MEMORY)
         if config.trainer == "pcd":
             self.register_buffer("chains", torch.randn(config.buffer, latent.size))
@@ -112,7 +116,7 @@ class Energy(ConditionalDistribution):
         super().check(config, latent, slot, where)
         if config.trainer == "pcd" and slot == "transition":
             raise ConfigError(
-                f"{where}.trainer=pcd keeps chains of one law, but here each context has a law of its own, of which old chains are "
+                f"{where}.trainer=pcd keeps chains of one distribution, but here each context has its own, of which old chains are "
                 "no draws. Use trainer=nce or trainer=cd in the transition; pcd is for the initial and marginal slots."
             )
         inner = "transition" if slot == "transition" else "initial"
@@ -120,16 +124,20 @@ class Energy(ConditionalDistribution):
 
     # The density ----------------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
+    def whitening(self, context: Tensor | None) -> GaussianPosterior:
+        return self.base.given(context) if self.moments is None else super().whitening(context)
+
     def log_prob(self, x: Float[Tensor, "*N D"], context: Tensor | None) -> Float[Tensor, "*N"]:
         return self.base.log_prob(x, context) + self.tilt(x, context)
 
     def tilt(self, x: Float[Tensor, "*N D"], context: Tensor | None) -> Float[Tensor, "*N"]:
         """f(x, context), in nats."""
-        centre, spread = self._base_moments(context)
-        seen = (x - centre) / spread
+        frame = self.whitening(context)
+        whitened = (x - frame.mean) / frame.std
         if context is not None:
-            seen = torch.cat([seen, context.expand(*seen.shape[:-1], -1)], -1)
-        return self.net(seen).squeeze(-1)
+            whitened = torch.cat([whitened, context.expand(*whitened.shape[:-1], -1)], -1)
+        return self.net(whitened).squeeze(-1)
 
     @torch.no_grad()
     def log_z(
@@ -137,9 +145,9 @@ class Energy(ConditionalDistribution):
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
         """(ln Z(context) in nats, effective sample size) from `count` weighted draws of the base.
 
-        The estimate lies below the truth on average, so that likelihoods made with it flatter; the more so the smaller the
-        effective sample size. Below a tenth of `count` use `ais`: annealed importance sampling, in which each draw goes
-        from the base to the law by 100 Langevin steps. Without `sampling` the noise is fixed. Source: Neal 2001.
+        The estimate is low on average, so that likelihoods made with it flatter; the more so the smaller the effective sample
+        size. Below a tenth of `count` use `ais`: annealed importance sampling, in which each draw goes from the base to the
+        tilted distribution by 100 Langevin steps. Without `sampling` the noise is fixed. Source: Neal 2001.
         """
         sampling = Sampling(generator=self._fixed_generator()) if sampling is None else Sampling(generator=sampling.generator)
         z = self.base.sample(context, count, sampling)
@@ -153,22 +161,20 @@ class Energy(ConditionalDistribution):
         total = weight.logsumexp(0)
         return total - math.log(count), (2 * total - (2 * weight).logsumexp(0)).exp()
 
-    def rate(self, posterior: Posterior, z, context, *, frozen: bool = False, sampling=None, rows=None) -> Float[Tensor, "*N"]:
+    def forward(self, posterior: Posterior, z: Tensor, context: Tensor | None, *, sampling=None, rows=None) -> Float[Tensor, "*N"]:
         """With an estimate of ln Z from `normaliser` draws, which carries no gradient: f learns by its own loss."""
-        given = None if context is None else context.detach().flatten(0, -2)
-        log_z, _ = self.log_z(given, self.config.normaliser, sampling)
-        unnormalised = super().rate(posterior, z, context, frozen=frozen)
-        return unnormalised + (log_z if context is None else log_z.view(context.shape[:-1]))
+        log_z, _ = self.log_z(None if context is None else context.flatten(0, -2), self.config.normaliser, sampling)
+        return super().forward(posterior, z, context) + (log_z if context is None else log_z.view(context.shape[:-1]))
 
     # Drawing --------------------------------------------------------------------------------------------------------
 
     def sample(self, context: Tensor | None, count: int = 1, sampling: Sampling | None = None) -> Float[Tensor, "K N D"]:
-        """Draws with the gradient of the base's draws. Chains have `sampling.steps` steps, else as many as the config says."""
+        """Draws with the gradient of the base's draws. Chains have `sampling.steps` steps, by default the config's."""
         sampling = replace(sampling or Sampling(), noise=None)
         steps = sampling.steps or self.config.steps
         if sampling.mode:
             start = self.base.sample(context, 1, sampling)
-            scale = self.config.step * self._base_moments(context)[1]
+            scale = self.config.step * self.whitening(context).std
             top = gradient_ascent(self._level(context), start.detach(), scale, steps, self.config.clip)
             return (start + (top - start).detach()).expand(count, -1, -1)
         if self.config.sampler == "langevin":
@@ -185,12 +191,12 @@ class Energy(ConditionalDistribution):
         self, z: Float[Tensor, "*N D"], context: Tensor | None, steps: int, sampling: Sampling, weight: float = 1.0
     ) -> Float[Tensor, "*N D"]:
         """Langevin steps on base exp(weight f) at the temperature of `sampling`; no gradient."""
-        scale = self.config.step * self._base_moments(context)[1] * sampling.temperature
+        scale = self.config.step * self.whitening(context).std * sampling.temperature
         level = self._level(context, weight, sampling.temperature)
         return langevin(level, z, scale, steps, sampling.generator, self.config.clip)
 
     def _level(self, context: Tensor | None, weight: float = 1.0, temperature: float = 1.0) -> LogDensity:
-        """ln of base exp(weight f) at a temperature, which is that of deviations."""
+        """ln of base exp(weight f) at a temperature, which scales deviations."""
 
         def level(z: Tensor) -> Tensor:
             wide = None if context is None else context.detach().expand(*z.shape[:-1], -1)
@@ -205,8 +211,7 @@ class Energy(ConditionalDistribution):
     ) -> dict[str, Loss]:
         """ "base/...": the base's own terms; the trainer's and "magnitude", scores. NumericsError where chains diverge."""
         sampling = Sampling(generator=None if sampling is None else sampling.generator)
-        if self.training:
-            self._update_moments(x.detach())
+        self.update_moments(x)
         options = {"sampling": sampling, "rows": rows}
         high = self.tilt(x, context)
         if self.config.trainer == "nce":
@@ -214,7 +219,7 @@ class Energy(ConditionalDistribution):
         else:
             low = self.tilt(self._chain_ends(x.detach(), context, sampling), context)
             low = low if self.config.trainer == "cd" else low.mean()  # chains that persist belong to no row
-            self._check_divergence(x, "codes and chains differ in f", float((high.mean() - low.mean()).detach()), "max_gap")
+            self._check_divergence(x, "latents and chains differ in f", float((high.mean() - low.mean()).detach()), "max_gap")
             terms, low_squared = {"cd": Loss(low - high, "score")}, low.square()
         far = 0.5 * self.config.magnitude * (high.square() + low_squared)
         base = {f"base/{name}": term for name, term in self.base.loss(x, context, **options).items()}
@@ -223,10 +228,10 @@ class Energy(ConditionalDistribution):
     def _nce_loss(
         self, x: Float[Tensor, "*N D"], high: Float[Tensor, "*N"], context: Tensor | None, sampling: Sampling
     ) -> tuple[dict[str, Loss], Float[Tensor, "*N"]]:
-        """(loss, mean square of f at draws of the base), f being ln p / base where the logistic loss is least.
+        """(loss, mean square of f at draws of the base); at the minimum of the logistic loss f is ln p / base.
 
-        With a context each code is also told apart from itself under other rows' contexts: among (z, c_j), by ln p(z | c_j).
-        Other rows' codes under one context would do as well only if their own density were known: they favour ln p(z | c) / q(z).
+        With a context each latent is also classified among other rows' contexts: (z, c_j) by ln p(z | c_j). Other rows' latents
+        as negatives under one context would do only if their own density were known: they favour ln p(z | c) / q(z).
         """
         count = self.config.negatives
         rows, given = x.flatten(0, -2), None if context is None else context.flatten(0, -2)
@@ -248,11 +253,11 @@ class Energy(ConditionalDistribution):
 
     @torch.no_grad()
     def _chain_ends(self, x: Float[Tensor, "*N D"], context: Tensor | None, sampling: Sampling) -> Float[Tensor, "*M D"]:
-        """Ends of Langevin chains: from the codes, or from where those of earlier updates ended."""
+        """Ends of Langevin chains: from the latents, or from where those of earlier updates ended."""
         steps = self.config.steps
         if self.config.trainer == "cd":
             ends = self._langevin(x, context, steps, sampling)
-            moved = ((ends - x) / self._base_moments(context)[1]).square().mean().sqrt()
+            moved = ((ends - x) / self.whitening(context).std).square().mean().sqrt()
             self._check_divergence(x, "chains moved by", float(moved), "max_displacement")
             return ends
         count, stored = min(len(x.flatten(0, -2)), len(self.chains)), len(self.chains)
@@ -267,7 +272,7 @@ class Energy(ConditionalDistribution):
     def _check_divergence(self, latents: Tensor, what: str, value: float, option: str) -> None:
         """NumericsError where training has diverged."""
         limit = getattr(self.config, option)
-        if not abs(value) < limit and bool(latents.isfinite().all()):  # a NaN that came in with the codes is named where they are
+        if not abs(value) < limit and bool(latents.isfinite().all()):  # a NaN in the latents is reported elsewhere
             raise NumericsError(
                 f"The energy model diverges: {what} {abs(value):.4g}, and {option}={limit:g} is the limit. "
                 "Lower its step or train.lr, raise its magnitude, or use trainer=nce, which needs no chains."
@@ -275,10 +280,9 @@ class Energy(ConditionalDistribution):
 
     @torch.no_grad()
     def measures(self, x: Float[Tensor, "N D"], context: Float[Tensor, "N C"] | None) -> dict[str, float]:
-        """f: how far codes are lifted, in nats; effective: share of the base's draws that count in ln Z; base/...: its own."""
+        """f: mean of ln p / base, in nats; effective: share of the base's draws that count in ln Z; base/...: its own."""
         count = self.config.normaliser
-        fixed = Sampling(generator=torch.Generator(x.device).manual_seed(0))  # what is only looked at moves no random state
-        log_z, size = self.log_z(context, count, fixed)
+        log_z, size = self.log_z(context, count)
         base = {f"base/{name}": value for name, value in self.base.measures(x, context).items()}
         return {"f": float((self.tilt(x, context) - log_z).mean()), "effective": float(size.mean() / count), **base}
 
@@ -295,33 +299,10 @@ class Energy(ConditionalDistribution):
         """The base first, by itself; then f, with the base still learning."""
         options = {"steps": steps, "batch": batch, "lr": lr, "generator": generator}
         self.base.fit(latents, context, **options)
-        if not self.base_has_moments:
-            self.moments.reset_to(latents)
         if self.config.trainer == "pcd":
             with torch.no_grad():
                 self.chains.copy_(self.base.sample(None, len(self.chains), Sampling(generator=generator))[:, 0])
-        training = self.training
-        try:
-            return super(Energy, self.train()).fit(latents, context, **options)
-        finally:
-            self.train(training)
-
-    # The base's units -----------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _base_moments(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(centre, deviation) of the base, [*N D] or broadcast to it."""
-        if not self.base_has_moments:
-            return self.moments.mean.float(), self.moments.deviation(1e-3)
-        distribution = self.base.given(context)
-        return distribution.mean, distribution.std
-
-    @torch.no_grad()
-    def _update_moments(self, x: Float[Tensor, "*N D"]) -> None:
-        """Running mean and deviation of the codes, where the base cannot tell its own."""
-        rows = x.flatten(0, -2)
-        if not self.base_has_moments and len(rows) > 1:
-            self.moments.update(rows)
+        return super().fit(latents, context, **options)
 
     def _fixed_generator(self) -> torch.Generator:
         """Noise that is the same at each call."""

@@ -1,4 +1,4 @@
-"""Gaussian codes with a diagonal covariance, and the Gaussian form of every slot."""
+"""Gaussian latents with a diagonal covariance, and the Gaussian form of every slot."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from worldmodel.config import Frozen
 from worldmodel.data import Loss
-from worldmodel.distributions.base import ClosedForm, Latent, Posterior, PosteriorSource
+from worldmodel.distributions.base import ClosedForm, PosteriorSource
+from worldmodel.distributions.latent import Latent, Posterior
 from worldmodel.nn.moments import RunningMoments
 from worldmodel.nn.networks import SkipMLP
 from worldmodel.registry import register
@@ -22,72 +23,60 @@ from worldmodel.registry import register
 
 @dataclass(frozen=True)
 class GaussianPosterior(Posterior):
-    """N(mean, std^2), independent over the code's numbers."""
+    """N(mean, std^2), independent over the latent's numbers."""
 
     MATMUL_FROM: ClassVar[int] = 1024
-    """K Z, from which on the densities of all K beliefs are taken by matrix products."""
+    """K Z, from which on all K densities are taken by matrix products."""
 
-    mean_: Float[Tensor, "*N Z"]
+    mean: Float[Tensor, "*N Z"]
     std: Float[Tensor, "*N Z"]
 
-    @property
-    def mean(self) -> Tensor:
-        return self.mean_
-
-    @property
-    def mode(self) -> Tensor:
-        return self.mean_
-
     def sample(self, noise: Tensor, temperature: float = 1.0) -> Tensor:
-        return torch.addcmul(self.mean_, self.std * temperature, noise)
+        return torch.addcmul(self.mean, self.std * temperature, noise)
 
     def mirror(self, z):
         return 2 * self.mean - z
 
     def log_prob(self, z: Tensor) -> Tensor:
-        return -(0.5 * ((z - self.mean_) / self.std).square() + self.std.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
+        return -(0.5 * ((z - self.mean) / self.std).square() + self.std.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
 
     def log_prob_each(self, x: Tensor) -> Tensor:
-        """By matrix products where there are many numbers and no rows.
+        """By matrix products where there are many numbers and one row.
 
-        In double precision, which autocast leaves alone too: the squares cancel, and narrow components would be off by nats.
+        In double precision, which autocast leaves alone too: squares cancel, and narrow components would be off by nats.
         """
-        mean, std = self.mean_.double(), self.std.double()
+        mean, std = self.mean.double(), self.std.double()
         if mean.shape[:-2].numel() != 1 or mean.shape[-2:].numel() < self.MATMUL_FROM:
             return super().log_prob_each(x)
         mean, std = mean.reshape(mean.shape[-2:]), std.reshape(std.shape[-2:])
         precision, x = std**-2, x.double()
         distance = x.square() @ precision.T - 2 * x @ (mean * precision).T + (mean.square() * precision).sum(-1)
-        return (-0.5 * distance - (std.log() + 0.5 * math.log(2 * math.pi)).sum(-1)).to(self.mean_)
+        return (-0.5 * distance - (std.log() + 0.5 * math.log(2 * math.pi)).sum(-1)).to(self.mean)
 
     def entropy(self) -> Tensor:
         return (self.std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
-    def kl_elements(self, other: GaussianPosterior) -> Float[Tensor, "*N Z"]:
-        """The rate of each number of the code: what shows which are used."""
-        ratio = (self.std / other.std).square()
-        return 0.5 * (ratio + ((self.mean_ - other.mean_) / other.std).square() - 1 - ratio.log())
-
-    def kl(self, other: Posterior) -> Tensor:
+    def kl_elements(self, other: Posterior) -> Float[Tensor, "*N Z"]:
         if not isinstance(other, GaussianPosterior):
             raise TypeError(f"KL of a Gaussian against a {type(other).__name__} has no closed form.")
-        return self.kl_elements(other).sum(-1)
+        ratio = (self.std / other.std).square()
+        return 0.5 * (ratio + ((self.mean - other.mean) / other.std).square() - 1 - ratio.log())
 
     def map(self, fn) -> GaussianPosterior:
-        return GaussianPosterior(fn(self.mean_), fn(self.std))
+        return GaussianPosterior(fn(self.mean), fn(self.std))
 
 
 class GaussianLatentConfig(Frozen):
-    """Real-valued codes: the latents of a VAE."""
+    """Real-valued latents: those of a VAE."""
 
     kind: Literal["gaussian"] = "gaussian"
-    size: int = Field(16, ge=1, description="numbers in a code")
-    min_std: float = Field(0.01, gt=0, description="least standard deviation of a belief")
+    size: int = Field(16, ge=1, description="numbers in a latent")
+    min_std: float = Field(0.01, gt=0, description="minimum standard deviation of a posterior")
 
 
 @register("latent", "gaussian", GaussianLatentConfig)
 class GaussianLatent(Latent):
-    """std = softplus(raw + ln(e - 1)) + min_std: an untrained network believes about N(0, 1)."""
+    """std = softplus(raw + ln(e - 1)) + min_std: an untrained network gives about N(0, 1)."""
 
     kind = "gaussian"
     continuous = True
@@ -101,14 +90,14 @@ class GaussianLatent(Latent):
         return torch.randn(*shape, self.size, generator=generator, device=device)
 
     def distribution(self, parameters: Tensor) -> GaussianPosterior:
-        mean, raw = parameters.float().chunk(2, -1)  # rates lose too much in bf16
+        mean, raw = parameters.float().chunk(2, -1)  # KLs lose too much in bf16
         return GaussianPosterior(mean, F.softplus(raw + math.log(math.e - 1)) + self.min_std)
 
     def part(self, variables: int) -> GaussianLatent:
         return GaussianLatent(GaussianLatentConfig(size=variables, min_std=self.min_std))
 
     def traverse(self, z, latents, steps, width) -> Tensor:
-        """S evenly spaced values, `width` deviations to both sides of each number's mean."""
+        """S evenly spaced values, up to `width` deviations to both sides of each number's mean."""
         values = latents.mean(0) + latents.std(0) * torch.linspace(-width, width, steps, device=z.device).unsqueeze(-1)
         moved = z.expand(self.size, steps, -1).clone()
         each = torch.arange(self.size, device=z.device)
@@ -124,7 +113,8 @@ class GaussianConfig(Frozen):
     layers: int = Field(1, ge=0, description="hidden layers of that network")
     standard: bool = Field(False, description="N(0, I) with nothing to learn, whatever the context")
     std: Literal["learned", "fitted"] = Field(
-        "learned", description="deviation: the network's, or the size of the mean's errors, which is then trained by their square"
+        "learned",
+        description="deviation: the network's, or the running size of the mean's errors; the mean then learns by their square",
     )
 
 
@@ -133,7 +123,7 @@ class Gaussian(ClosedForm):
     """Independent normal numbers given the context.
 
     With `std` fitted the mean minimises half the squared error, and the deviation is the running root mean square of the errors:
-    where codes are learned by being predicted, a likelihood would pay for shrinking them.
+    where latents are learned by being predicted, a likelihood would reward shrinking them.
     """
 
     slots = frozenset({"initial", "transition", "marginal"})
@@ -154,7 +144,7 @@ class Gaussian(ClosedForm):
         else:
             self.free = nn.Parameter(torch.zeros(1, outputs))
 
-    def given(self, context: Tensor | None) -> GaussianPosterior:
+    def given(self, context: Tensor | None, rows: Tensor | None = None) -> GaussianPosterior:
         if self.standard:
             mean = self.origin if context is None else self.origin.expand(*context.shape[:-1], -1)
             return GaussianPosterior(mean, torch.ones_like(mean))
@@ -168,19 +158,11 @@ class Gaussian(ClosedForm):
         """The mean square of the errors so far, where `std` is fitted."""
         return self.errors.mean.float()
 
-    def rate(self, posterior, z, context, *, frozen: bool = False, sampling=None, rows=None):
-        prior = self.given(context)
-        if not frozen:
-            self._update_variance((posterior.mean - prior.mean).square() + posterior.std.square())
-        return posterior.kl(prior.detach() if frozen else prior)
-
-    def rates(self, posterior, z, context, *, sampling=None, rows=None):
-        prior = self.given(context)
+    def update_statistics(self, posterior: GaussianPosterior, prior: GaussianPosterior) -> None:
         self._update_variance((posterior.mean - prior.mean).square() + posterior.std.square())
-        return posterior.detach().kl(prior), posterior.kl(prior.detach())
 
     def loss(self, x, context, *, sampling=None, rows=None) -> dict[str, Loss]:
-        """The negative log-likelihood, or {"error": half the squared error, summed over the code} where `std` is fitted."""
+        """The negative log-likelihood, or {"error": half the squared error, summed over the latent} where `std` is fitted."""
         if not self.fitted:
             return super().loss(x, context, sampling=sampling, rows=rows)
         error = (x - self.given(context).mean).square()
@@ -188,7 +170,7 @@ class Gaussian(ClosedForm):
         return {"error": Loss(0.5 * error.sum(-1), "score")}
 
     def fit(self, latents, context=None, **options) -> float:
-        """As everywhere; a fitted deviation is that of the errors at all the codes."""
+        """As everywhere; a fitted deviation is then that of the errors at all latents."""
         value = super().fit(latents, context, **options)
         if self.fitted:
             with torch.no_grad():
@@ -197,10 +179,6 @@ class Gaussian(ClosedForm):
 
     @torch.no_grad()
     def _update_variance(self, error: Float[Tensor, "*N Z"]) -> None:
-        """Takes squared errors into the fitted variance, in training alone and not in frozen weights.
-
-        Those of an update that is not finite leave nothing behind.
-        """
+        """Takes squared errors into the fitted variance, in training only and not where weights are frozen."""
         if self.fitted and self.training and error.numel() and next(self.parameters()).requires_grad:
             self.errors.update(error.flatten(0, -2))
-

@@ -1,9 +1,9 @@
-"""Two latent levels in one code: the upper one says what the code is about, the lower one fills it in."""
+"""Two levels in one latent: an upper part, and a lower part given the upper one."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -12,16 +12,17 @@ from torch import Tensor
 
 from worldmodel.config import Frozen, Part
 from worldmodel.data import Loss, Sampling
-from worldmodel.distributions.base import ConditionalDistribution, Latent, Posterior, PosteriorSource
+from worldmodel.distributions.base import ConditionalDistribution, PosteriorSource
+from worldmodel.distributions.latent import Latent, Posterior
 from worldmodel.errors import ConfigError
 from worldmodel.registry import build, config_class, part, register
 
 
 class HierarchicalConfig(Frozen):
-    """Where a code is cut in two, and the form of each level."""
+    """Where a latent is split in two, and the form of each level."""
 
     kind: Literal["hierarchical"] = "hierarchical"
-    top: int = Field(4, ge=1, description="variables of the code that make up the upper level; the others are the lower one")
+    top: int = Field(4, ge=1, description="variables of the latent that make up the upper level; the others are the lower one")
     upper: Part["distribution"] | None = Field(None, description="p(z1 | context); none: the latent's own family")
     lower: Part["distribution"] | None = Field(None, description="p(z2 | context, z1); none: the latent's own family")
     units: int = Field(128, ge=1, description="width of the networks of levels that are of the latent's own family")
@@ -30,10 +31,10 @@ class HierarchicalConfig(Frozen):
 
 @register("distribution", "hierarchical", HierarchicalConfig)
 class Hierarchical(ConditionalDistribution):
-    """p(z1, z2 | c) = p(z1 | c) p(z2 | c, z1), each level of any exact form: given c, a code's variables depend on one another.
+    """p(z1, z2 | c) = p(z1 | c) p(z2 | c, z1), each level of any exact form: given c, a latent's variables depend on one another.
 
-    The posterior stays mean-field, q(z1) q(z2), so the rate is the sum of the levels' rates: that of the lower one, in closed form
-    where it has one, given the z1 that was drawn. Its gradient reaches the posterior through z1 too.
+    The posterior stays mean-field, q(z1) q(z2), so the rate is the sum of the levels' rates, each in closed form where it has one,
+    the lower one given the drawn z1. Its gradient reaches the posterior through z1 too.
     Source: Soenderby et al. 2016 (Ladder VAE), eq. 1 to 5, for the order from the top down.
     """
 
@@ -57,7 +58,7 @@ class Hierarchical(ConditionalDistribution):
         rest = latent.variables - config.top
         if rest < 1:
             raise ConfigError(
-                f"{where}.top={config.top} leaves nothing for the lower level of a code of {latent.variables} variables: "
+                f"{where}.top={config.top} leaves nothing for the lower level of a latent of {latent.variables} variables: "
                 f"at most {latent.variables - 1}."
             )
         for name, size, inner in (("upper", config.top, slot), ("lower", rest, "transition")):
@@ -72,17 +73,20 @@ class Hierarchical(ConditionalDistribution):
                 )
             if level_class.of_posteriors:
                 raise ConfigError(
-                    f"{where}.{name}.kind={level.kind} is made of beliefs about whole codes, and a level is a part of one: "
+                    f"{where}.{name}.kind={level.kind} is made of posteriors over whole latents, and a level is a part of one: "
                     "take another form, such as mixture."
                 )
             level_class.check(level, latent.part(size), inner, f"{where}.{name}")
 
+    def _split(self, x: Float[Tensor, "*N D"]) -> tuple[Tensor, Tensor]:
+        """(z1, z2) of a latent."""
+        return x.tensor_split([self.cut], -1)
+
     def _lower_context(self, z1: Tensor, context: Tensor | None) -> Tensor:
-        """The lower level's context."""
         return z1 if context is None else torch.cat([context, z1], -1)
 
     def sample(self, context: Tensor | None, count: int = 1, sampling: Sampling | None = None) -> Float[Tensor, "K N D"]:
-        """From the top down; options of sampling hold at both levels."""
+        """First the upper level; options of sampling hold at both."""
         sampling = replace(sampling or Sampling(), noise=None)
         z1 = self.upper.sample(context, count, sampling)
         below = self._lower_context(z1, None if context is None else context.expand(count, *context.shape))
@@ -90,39 +94,31 @@ class Hierarchical(ConditionalDistribution):
         return torch.cat([z1, z2.view(*z1.shape[:-1], -1)], -1)
 
     def log_prob(self, x: Float[Tensor, "*N D"], context: Tensor | None) -> Float[Tensor, "*N"]:
-        z1, z2 = x.tensor_split([self.cut], -1)
+        z1, z2 = self._split(x)
         return self.upper.log_prob(z1, context) + self.lower.log_prob(z2, self._lower_context(z1, context))
 
-    def rate(self, posterior, z, context, *, frozen: bool = False, sampling=None, rows=None):
-        if not frozen:
-            return self(z, context, posterior)
-        own = {name: parameter.detach() for name, parameter in self.named_parameters()}
-        return torch.func.functional_call(self, own, (z, None if context is None else context.detach(), posterior))
-
-    def forward(self, x: Tensor, context: Tensor | None, posterior: Posterior | None = None) -> Tensor:
-        """`log_prob`, or with a posterior the rate: so that both can be asked of other parameters."""
-        if posterior is None:
-            return self.log_prob(x, context)
-        z1, z2 = x.tensor_split([self.cut], -1)
+    def forward(self, posterior: Posterior, z: Tensor, context: Tensor | None, *, sampling=None, rows=None) -> Tensor:
+        z1, z2 = self._split(z)
         axis, rest = self.latent.axis, self.latent.variables - self.top
         q1 = posterior.map(lambda p: p.narrow(axis, 0, self.top))
         q2 = posterior.map(lambda p: p.narrow(axis, self.top, rest))
         return self.upper.rate(q1, z1, context) + self.lower.rate(q2, z2, self._lower_context(z1, context))
 
     def loss(self, x, context, *, sampling=None, rows=None) -> dict[str, Loss]:
-        """What each level minimises, its name in front."""
-        (z1, z2), options = x.tensor_split([self.cut], -1), {"sampling": sampling, "rows": rows}
-        levels = {"upper": self.upper.loss(z1, context, **options)}
-        levels["lower"] = self.lower.loss(z2, self._lower_context(z1, context), **options)
-        return {f"{level}/{name}": term for level, terms in levels.items() for name, term in terms.items()}
+        """The terms of each level, "upper/" and "lower/" in front of their names."""
+        (z1, z2), options = self._split(x), {"sampling": sampling, "rows": rows}
+        return _named(self.upper.loss(z1, context, **options), self.lower.loss(z2, self._lower_context(z1, context), **options))
 
     def fit(self, latents, context=None, **options) -> float:
-        """The upper level and then the lower one, each as it is fitted by itself: neither learns from the other."""
-        z1, z2 = latents.detach().tensor_split([self.cut], -1)
+        """The upper level and then the lower one, each by itself."""
+        z1, z2 = self._split(latents.detach())
         return self.upper.fit(z1, context, **options) + self.lower.fit(z2, self._lower_context(z1, context), **options)
 
     def measures(self, x: Float[Tensor, "N D"], context: Float[Tensor, "N C"] | None) -> dict[str, float]:
-        """What each level says, its name in front."""
-        z1, z2 = x.tensor_split([self.cut], -1)
-        levels = {"upper": self.upper.measures(z1, context), "lower": self.lower.measures(z2, self._lower_context(z1, context))}
-        return {f"{level}/{name}": value for level, seen in levels.items() for name, value in seen.items()}
+        """Those of each level."""
+        z1, z2 = self._split(x)
+        return _named(self.upper.measures(z1, context), self.lower.measures(z2, self._lower_context(z1, context)))
+
+
+def _named(upper: dict[str, Any], lower: dict[str, Any]) -> dict[str, Any]:
+    return {f"upper/{name}": x for name, x in upper.items()} | {f"lower/{name}": x for name, x in lower.items()}

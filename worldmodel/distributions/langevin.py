@@ -1,4 +1,4 @@
-"""Walks on a density that is known up to a factor: chains, ascents, and a law tilted by a score."""
+"""Sampling where a density is known up to a factor: Langevin chains, gradient ascent, and a prior tilted by a score."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from worldmodel.distributions.base import ConditionalDistribution
 LogDensity = Callable[[Tensor], Tensor]
 """Points [*N, D] -> ln of a density there, up to a constant [*N]."""
 CLIP = 10.0
-"""Greatest gradient in a step, per unit of its scale."""
+"""Largest gradient in a step, per unit of its scale."""
 
 
 def value_and_drift(level: LogDensity, z: Tensor, scale: Tensor, clip: float = CLIP) -> tuple[Tensor, Tensor]:
@@ -35,7 +35,7 @@ def langevin(
     generator: torch.Generator | None,
     clip: float = CLIP,
 ) -> Float[Tensor, "*N D"]:
-    """Metropolis-adjusted Langevin steps from z: chains whose law is that of `level`, however long they are.
+    """Metropolis-adjusted Langevin steps from z: chains whose stationary distribution is that of `level`.
 
     z' = z + scale^2 / 2 grad level(z) + scale xi. Source: Roberts and Tweedie 1996.
     """
@@ -57,7 +57,7 @@ def langevin(
 def gradient_ascent(
     level: LogDensity, z: Float[Tensor, "*N D"], scale: Tensor, steps: int, clip: float = CLIP
 ) -> Float[Tensor, "*N D"]:
-    """Gradient ascent without noise; a step that does not lead upwards is not taken, and the next ones are half as long."""
+    """Gradient ascent; a step that does not lead upwards is rejected, and the next ones are half as long."""
     scale = scale.expand_as(z)
     value, drift = value_and_drift(level, z, scale, clip)
     for _ in range(steps):
@@ -79,19 +79,18 @@ def tilted(
     pool: int = 2000,
     steps: int = 20,
 ) -> tuple[Float[Tensor, "K D"], float]:
-    """(K draws of p(x) exp(strength * score(x)) / Z, effective sample size) from an unconditional law of any form.
+    """(K draws of p(x) exp(strength * score(x)) / Z, effective sample size) from an unconditional prior of any form.
 
-    `pool` draws of the law are weighed and K of them taken; where the law has a density of real numbers, each then goes `steps`
-    Langevin steps, so that equal ones part. The size counts the draws of the pool that matter: when it is small, the law
-    hardly ever draws what the score asks for, and the strength should be lower. Source: Rubin 1987 (resampling).
+    K of `pool` weighted draws are taken; where the prior has a density of real numbers, each then goes `steps` Langevin steps, so
+    that equal ones separate. A small effective sample size says that the prior hardly ever draws what the score asks for, and that
+    the strength should be lower. Source: Rubin 1987 (resampling).
     """
     sampling = sampling or Sampling()
     drawn = prior.sample(None, max(pool, count), sampling)[:, 0]
     weight = (strength * score(drawn)).softmax(0)
-    uniforms = (
-        torch.rand((), generator=sampling.generator, device=drawn.device) + torch.arange(count, device=drawn.device)
-    ) / count
-    chosen = torch.searchsorted(weight.cumsum(0), uniforms).clamp_max(len(drawn) - 1)  # systematic: one lot in each K-th
+    first = torch.rand((), generator=sampling.generator, device=drawn.device)
+    uniforms = (first + torch.arange(count, device=drawn.device)) / count
+    chosen = torch.searchsorted(weight.cumsum(0), uniforms).clamp_max(len(drawn) - 1)  # systematic: one in each K-th of the weight
     x, size = drawn[chosen], float(1 / weight.square().sum())
     if prior.density != "none" and prior.latent.continuous and steps:
         scale = 0.3 * drawn.std(0).clamp_min(1e-6)

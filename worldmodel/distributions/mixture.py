@@ -1,4 +1,4 @@
-"""Mixtures of whole codes: several beliefs of the latent's own family, each with its weight."""
+"""Mixtures over whole latents: several distributions of the latent's own family, each with its weight."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from worldmodel.config import Frozen
-from worldmodel.data import Loss, Sampling
-from worldmodel.distributions.base import ConditionalDistribution, Latent, Posterior, PosteriorSource
+from worldmodel.data import Sampling
+from worldmodel.distributions.base import Explicit, PosteriorSource
+from worldmodel.distributions.latent import Latent, Posterior
 from worldmodel.nn.networks import MLP, SkipMLP
 from worldmodel.registry import register
 
 
 @dataclass(frozen=True)
 class Components:
-    """p(x) = sum_k w_k p_k(x) over whole codes, for each row of a batch [*N].
+    """p(x) = sum_k w_k p_k(x) over whole latents, for each row of a batch [*N].
 
-    log_weights  [*N K]  ln w_k; a form that is the same for all rows has batch shape [1]
-    beliefs      p_k, with batch shape [*N K] or one that broadcasts to it
+    log_weights    ln w_k [*N K]; a mixture that is the same for all rows has batch shape [1]
+    distributions  p_k, with batch shape [*N K] or one that broadcasts to it
     """
 
     log_weights: Float[Tensor, "*N K"]
     distributions: Posterior
 
     def log_prob(self, x: Float[Tensor, "*M Z"]) -> Float[Tensor, "*M"]:
-        """In nats. The sum over components stands outside the product over a code's numbers: one component explains all of them."""
+        """In nats. The sum over components is outside the product over a latent's numbers: one component explains all of them."""
         return torch.logsumexp(self.log_weights + self.distributions.log_prob_each(x), -1)
 
     def sample(self, latent: Latent, count: int, sampling: Sampling) -> Float[Tensor, "S *N Z"]:
@@ -49,7 +50,7 @@ class Components:
         axis = self.distributions.mean.ndim - 1
 
         def pick(p: Tensor) -> Tensor:
-            own = p.shape[axis:]  # what stands behind the components' axis
+            own = p.shape[axis:]  # the axes after the components'
             index = chosen.view(*chosen.shape, 1, *[1] * len(own))
             return torch.take_along_dim(p.expand(1, *batch, -1, *own), index, chosen.ndim).squeeze(chosen.ndim)
 
@@ -69,46 +70,29 @@ class Components:
         return Components(self.log_weights.detach(), self.distributions.detach())
 
 
-class MixtureForm(ConditionalDistribution):
-    """Forms whose law given the context is a mixture of the latent's beliefs: an exact density, and rates estimated at z."""
+class MixtureForm(Explicit):
+    """Forms whose p(x | context) is a mixture: an exact density, and rates estimated at z."""
 
-    density = "exact"
     slots = frozenset({"initial", "transition", "marginal"})
     latent_kinds = frozenset({"gaussian", "categorical"})
 
     @abstractmethod
-    def components(self, context: Tensor | None, rows: Tensor | None = None) -> Components:
-        """The mixture for each row of the context; without context its batch shape is [1]."""
+    def given(self, context: Tensor | None, rows: Tensor | None = None) -> Components: ...
 
     def sample(self, context: Tensor | None, count: int = 1, sampling: Sampling | None = None) -> Float[Tensor, "K N D"]:
-        return self.components(context).sample(self.latent, count, sampling or Sampling())
-
-    def log_prob(self, x: Float[Tensor, "*N D"], context: Tensor | None) -> Float[Tensor, "*N"]:
-        return self.components(context).log_prob(x)
-
-    def rate(self, posterior, z, context, *, frozen: bool = False, sampling=None, rows=None):
-        mixture = self.components(context, rows)
-        return posterior.log_prob(z) - (mixture.detach() if frozen else mixture).log_prob(z)
-
-    def rates(self, posterior, z, context, *, sampling=None, rows=None):
-        mixture, z_detached = self.components(context, rows), z.detach()
-        dyn = posterior.detach().log_prob(z_detached) - mixture.log_prob(z_detached)
-        return dyn, posterior.log_prob(z) - mixture.detach().log_prob(z)
-
-    def loss(self, x, context, *, sampling=None, rows=None) -> dict[str, Loss]:
-        return {"nll": Loss(-self.components(context, rows).log_prob(x))}
+        return self.given(context).sample(self.latent, count, sampling or Sampling())
 
     @torch.no_grad()
     def measures(self, x: Float[Tensor, "N D"], context: Float[Tensor, "N C"] | None) -> dict[str, float]:
-        """used: components that the codes go to, exp(entropy of the mean share), of which 1 means that all others are dead.
-        spread: KL between two components, in nats; near 0 they are all alike, and the mixture is one of them."""
-        share = self.components(context).shares(x).mean(0)
-        some = self.components(None if context is None else context[:16])  # every pair of components for each row
+        """used: exp(entropy of the components' mean share), 1 where all but one are dead.
+        spread: KL between two components, in nats; near 0 all are alike."""
+        share = self.given(context).shares(x).mean(0)
+        some = self.given(None if context is None else context[:16])  # every pair of components for each row
         return {"used": float(torch.exp(-torch.xlogy(share, share).sum())), "spread": float(some.spread())}
 
 
 def network(latent: Latent, inputs: int, units: int, layers: int, outputs: int) -> nn.Module:
-    """From a context to numbers about codes: with a linear path where the size of a code's numbers means something."""
+    """From a context to parameters of a latent: with a linear path where its numbers have a scale."""
     return (SkipMLP if latent.continuous else MLP)(inputs, units, layers, outputs)
 
 
@@ -126,7 +110,7 @@ class MixtureConfig(Frozen):
 class Mixture(MixtureForm):
     """Without a context a mixture with free parameters, with one a mixture density network.
 
-    Components start apart, each about as wide as N(0, 1); the latent's own floor keeps them from narrowing onto single codes.
+    Components start apart, each about as wide as N(0, 1); the latent's own floor keeps them from narrowing onto single points.
     Source: Bishop 1994 (mixture density networks); Ha and Schmidhuber 2018 (as a transition, temperature on weights and width).
     """
 
@@ -139,7 +123,7 @@ class Mixture(MixtureForm):
         self.raw = nn.Parameter(torch.randn(config.components, latent.parameters))
         self.logits = nn.Parameter(torch.zeros(config.components))
 
-    def components(self, context: Tensor | None, rows: Tensor | None = None) -> Components:
+    def given(self, context: Tensor | None, rows: Tensor | None = None) -> Components:
         raw, logits = self.raw.unsqueeze(0), self.logits.unsqueeze(0)
         if self.context_dim:
             moved = self.net(context)

@@ -1,4 +1,4 @@
-"""Codes that are known and not believed: what an encoder without a posterior gives (JEPA)."""
+"""Deterministic latents: those of an encoder without a posterior (JEPA)."""
 
 from __future__ import annotations
 
@@ -11,27 +11,19 @@ from pydantic import Field
 from torch import Tensor
 
 from worldmodel.config import Frozen
-from worldmodel.distributions.base import Latent, Posterior, UndefinedRate
 from worldmodel.distributions.gaussian import GaussianLatent, GaussianLatentConfig
+from worldmodel.distributions.latent import Latent, Posterior, UndefinedRate
 from worldmodel.registry import register
 
 
 @dataclass(frozen=True)
 class PointPosterior(Posterior):
-    """All belief at one code. It has no density, so that a rate against a law does not exist."""
+    """All probability at one latent: no density, so no KL against a prior."""
 
-    mean_: Float[Tensor, "*N Z"]
-
-    @property
-    def mean(self) -> Tensor:
-        return self.mean_
-
-    @property
-    def mode(self) -> Tensor:
-        return self.mean_
+    mean: Float[Tensor, "*N Z"]
 
     def sample(self, noise: Tensor, temperature: float = 1.0) -> Tensor:
-        return self.mean_
+        return self.mean
 
     def log_prob(self, z: Tensor) -> Tensor:
         raise self._undefined("density")
@@ -39,30 +31,30 @@ class PointPosterior(Posterior):
     def entropy(self) -> Tensor:
         raise self._undefined("entropy")
 
-    def kl(self, other: Posterior) -> Tensor:
-        raise self._undefined("rate against a law")
+    def kl_elements(self, other: Posterior) -> Tensor:
+        raise self._undefined("rate against a prior")
 
     def map(self, fn) -> PointPosterior:
-        return PointPosterior(fn(self.mean_))
+        return PointPosterior(fn(self.mean))
 
     @staticmethod
     def _undefined(what: str) -> UndefinedRate:
         return UndefinedRate(
-            f"A point has no closed form of, and in fact no, {what}: codes of kind 'point' are fitted by prediction alone. "
+            f"A point has no closed form of, and in fact no, {what}: latents of kind 'point' are fitted by prediction alone. "
             "Use model.dynamics.latent.kind=gaussian where nats are asked for."
         )
 
 
 class PointLatentConfig(Frozen):
-    """Real-valued codes without a belief around them."""
+    """Real-valued latents without a posterior."""
 
     kind: Literal["point"] = "point"
-    size: int = Field(16, ge=1, description="numbers in a code")
+    size: int = Field(16, ge=1, description="numbers in a latent")
 
 
 @register("latent", "point", PointLatentConfig)
 class PointLatent(Latent):
-    """The network's output is the code."""
+    """The network's output is the latent."""
 
     kind = "point"
     continuous = True

@@ -1,4 +1,4 @@
-"""How the world rolls on: h' = f(h, z, a), its posterior and its transition distribution."""
+"""The recurrent state h' = f(h, z, a), its posterior and its prior."""
 
 from worldmodel.dynamics.base import Dynamics, DynamicsConfig
 from worldmodel.dynamics.mdn_rnn import MDNRNN, MDNRNNConfig

@@ -1,13 +1,13 @@
-"""The model of "World Models": a VAE's codes, and an LSTM over them that foretells the next one.
+"""The model of "World Models": a VAE, and an LSTM over its latents that predicts the next one.
 
     h_t, c_t = LSTM(h_{t-1}, c_{t-1}, z_{t-1}, a_{t-1})
     posterior   q(z_t | x_t)
-    transition  p(z_t | h_t): a mixture in the paper, any form here
+    transition  p(z_t | h_t): a mixture in the paper, any distribution here
 
-The recurrence learns from the codes as they are and does not shape them: what trains the encoder is the reconstruction, the
-marginal's rate, and what the heads read in a code itself.
+No gradient flows from the LSTM into the latents: the encoder learns from the reconstruction, the KL to the marginal, and the
+heads' losses at z itself.
 
-Source: Ha and Schmidhuber 2018, sections 2.1 and 2.2; there the codes are learned first and the recurrence after them.
+Source: Ha and Schmidhuber 2018, sections 2.1 and 2.2; there the VAE is trained first and the LSTM after it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from worldmodel.registry import register
 
 
 class LSTM(nn.Module):
-    """A cell that keeps what its gates, open at first, let pass.
+    """An LSTM cell without biases, whose forget gate is open at first.
 
         i, f, o, g = W x + U h
         c' = sigmoid(f + 1) * c + sigmoid(i) * tanh(g),   h' = sigmoid(o) * tanh(c')
@@ -46,14 +46,14 @@ class LSTM(nn.Module):
 
 
 class MDNRNNConfig(DynamicsConfig):
-    """Sizes, and the kind of code."""
+    """Sizes, and the kind of latent."""
 
     kind: Literal["mdn_rnn"] = "mdn_rnn"
 
 
 @register("dynamics", "mdn_rnn", MDNRNNConfig)
 class MDNRNN(RecurrentDynamics):
-    """An LSTM carries what codes and actions leave behind."""
+    """h and c move by an LSTM."""
 
     stop_gradient = True
 

@@ -1,10 +1,10 @@
-"""The recurrent state-space model: a deterministic carry h and a stochastic code z.
+"""The recurrent state-space model: a recurrent state h and a stochastic latent z.
 
     h_t = GRU(h_{t-1}, z_{t-1}, a_{t-1})
     posterior   q(z_t | h_t, x_t)  filtering,   or  q(z_t | x_t)  observation: a plain VAE encoder
-    transition  p(z_t | h_t),      or the initial distribution p(z_0) where an episode begins
+    prior       the transition p(z_t | h_t), or the initial distribution p(z_0) where an episode begins
 
-Source: Hafner et al. 2019 (PlaNet) for the model, 2021 (DreamerV2) for categorical codes and the balanced KL.
+Source: Hafner et al. 2019 (PlaNet) for the model, 2021 (DreamerV2) for categorical latents and the balanced KL.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from worldmodel.registry import register
 
 
 class RSSMConfig(DynamicsConfig):
-    """What the posterior may look at, and the blocks of the GRU."""
+    """What the posterior reads, the blocks of the GRU, and a slow level."""
 
     kind: Literal["rssm"] = "rssm"
     blocks: int = Field(1, ge=1, description="blocks of the recurrent weights; 1: dense")
     posterior: Literal["filtering", "observation"] = Field("filtering", description="q(z | h, x), or q(z | x) alone")
-    slow: int = Field(0, ge=0, description="size of a second carry that changes every few steps only; 0: none")
-    slow_every: int = Field(4, ge=1, description="steps between its ticks, counted from an episode's first")
+    slow: int = Field(0, ge=0, description="size of a second recurrent state that changes every few steps only; 0: none")
+    slow_every: int = Field(4, ge=1, description="steps between its updates, counted from an episode's first")
 
 
 class SlowLevel(nn.Module):
-    """A carry s that ticks every k-th step, driven by the fast level, and heard by it at every step.
+    """A recurrent state s that is updated every k-th step from the fast level, which reads it at every step.
 
     Source: Saxena et al. 2021 (CW-VAE), section 3, its deterministic path.
     """
@@ -49,14 +49,14 @@ class SlowLevel(nn.Module):
     def forward(
         self, s: Float[Tensor, "N S"], clock: Float[Tensor, "N 1"], h: Float[Tensor, "N D"], combined: Float[Tensor, "N X"]
     ) -> tuple[Float[Tensor, "N S"], Float[Tensor, "N 1"]]:
-        """(the next s, the next clock): the clock says for how many steps s has stood; it ticks at 0."""
+        """(the next s, the next clock): the clock counts the steps since the last update, which falls where it is 0."""
         moved = self.gru(self.gru.inputs(nn.functional.silu(self.below(torch.cat([h, combined], -1)))), s)
         return torch.where(clock < 1, moved, s), torch.where(clock + 1 < self.every, clock + 1, 0.0)
 
 
 @register("dynamics", "rssm", RSSMConfig)
 class RSSM(RecurrentDynamics):
-    """A GRU carries what codes and actions leave behind; with `slow`, beside a second carry that ticks every few steps."""
+    """h moves by a GRU; with `slow`, beside a second recurrent state that is updated every few steps."""
 
     def __init__(self, config: RSSMConfig, *parts):
         super().__init__(config, *parts)
@@ -77,12 +77,12 @@ class RSSM(RecurrentDynamics):
         self.filtering = self.config.posterior == "filtering"
         if not self.filtering:
             return super()._make_posterior(embed_dim)
-        units, straight = self.config.units, self.latent.continuous
+        units, continuous = self.config.units, self.latent.continuous
         self.embed_in = linear(embed_dim, units, bias=False)
         self.h_in = offset_linear(self.config.deter, units)
-        norm = [] if straight else [nn.LayerNorm(units)]
+        norm = [] if continuous else [nn.LayerNorm(units)]
         self.posterior_out = nn.Sequential(*norm, nn.SiLU(), linear(units, self.latent.parameters))
-        self.embed_out = linear(embed_dim, self.latent.parameters, bias=False) if straight else None
+        self.embed_out = linear(embed_dim, self.latent.parameters, bias=False) if continuous else None
         return self.config.deter
 
     def zero_recurrent(self, batch_size: int) -> RecurrentState:
@@ -117,18 +117,18 @@ class RSSM(RecurrentDynamics):
         self.gru.compile()
 
     def posterior(self, embed: Float[Tensor, "*#N E"], h: Float[Tensor, "*#N D"]) -> Posterior:
-        """The belief about z from an embedding; `h` is not looked at by an observation-only posterior. Batches may broadcast."""
+        """q(z | h, x) from an embedding of x, or q(z | x), which does not use `h`. Batches may broadcast."""
         if not self.filtering:
             return super().posterior(embed, h)
         raw = self.posterior_out(self.embed_in(embed) + self.h_in(h))
         return self.latent.distribution(raw if self.embed_out is None else raw + self.embed_out(embed))
 
     def scan(self, state: State, embed, prev_action, is_first, noise, sampling) -> tuple[Posterior, Tensor, RecurrentState]:
-        """A filtering posterior sees the carry, so that each step waits for the one before."""
+        """As `Dynamics.scan`; a filtering posterior reads h, so that each step waits for the one before."""
         if not self.filtering:
             return super().scan(state, embed, prev_action, is_first, noise, sampling)
         actions, embeds = self.action_in(prev_action), self.embed_in(embed)
-        straight = None if self.embed_out is None else self.embed_out(embed)
+        from_embed = None if self.embed_out is None else self.embed_out(embed)
         keep = (~is_first).to(embeds).unsqueeze(-1)
         resets = is_first.any(0).tolist()
         recurrent, z = self._recurrent(state), state["z"]
@@ -138,7 +138,7 @@ class RSSM(RecurrentDynamics):
                 recurrent, z = {name: x * keep[:, t] for name, x in recurrent.items()}, z * keep[:, t]
             recurrent = self.advance(recurrent, self.z_in(z) + actions[:, t])
             raw = self.posterior_out(embeds[:, t] + self.h_in(recurrent["h"]))
-            raw = raw if straight is None else raw + straight[:, t]
+            raw = raw if from_embed is None else raw + from_embed[:, t]
             posterior = self.latent.distribution(raw)
             z = posterior.mode if noise is None else posterior.sample(noise[:, t], sampling.temperature)
             steps.append(recurrent)

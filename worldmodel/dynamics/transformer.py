@@ -1,11 +1,11 @@
-"""A transformer world model: it looks back at the codes and actions of a window instead of carrying a summary of them.
+"""A transformer world model: h attends to the latents and actions of a window instead of summing them up step by step.
 
     h_t = transformer over the tokens (z_{t-1}, a_{t-1}), (z_{t-2}, a_{t-2}), ...: of this episode, within the window
     posterior   q(z_t | x_t)
     transition  p(z_t | h_t)
 
 No step waits for the one before, so that a window is learned from at once. While acting and imagining, the keys and values of
-the last tokens travel in the state: of each layer window - 1 rows of 2 deter numbers, 15 x 256 x 2 layers x 4 bytes = 30 KB a
+the last tokens are part of the state: in each layer window - 1 rows of 2 deter numbers, 15 x 256 x 2 layers x 4 bytes = 30 KB a
 state at default sizes. The states of a trace are views into one tensor a layer; what is taken from them is copied.
 
 Sources: Chen et al. 2022 (TransDreamer); Zhang et al. 2023 (STORM), section 3.1, whose posterior also sees x alone.
@@ -26,7 +26,7 @@ from worldmodel.registry import register
 
 
 class TransformerConfig(DynamicsConfig):
-    """How far, how often and in how many ways it looks back; tokens are `deter` wide, the layers' own networks 2 `units`."""
+    """Layers, heads and window; tokens are `deter` wide, the perceptrons 2 `units`."""
 
     kind: Literal["transformer"] = "transformer"
     layers: int = Field(2, ge=1, description="blocks of attention and perceptron")
@@ -43,10 +43,10 @@ class TransformerConfig(DynamicsConfig):
 
 @register("dynamics", "transformer", TransformerConfig)
 class Transformer(Dynamics):
-    """The carry: h, of each layer the keys and values of the last window - 1 tokens, and how many of them are of this episode.
+    """Recurrent state: h, the keys and values of each layer's last window - 1 tokens, and how many of them are of this episode.
 
-    Each token is a linear image of code and action that no normalisation stands behind: on the residual stream, what a number
-    means beyond what was seen is kept. h itself is normalised where codes are categories.
+    A token is a linear map of latent and action, not normalised, so that the residual stream keeps the size of numbers beyond the
+    range of the training data. h is normalised where latents are categorical.
     """
 
     @property
@@ -55,14 +55,8 @@ class Transformer(Dynamics):
 
     def _make_recurrence(self) -> None:
         config = self.config
-        self.core = CausalTransformer(
-            config.deter,
-            2 * config.units,
-            layers=config.layers,
-            heads=config.heads,
-            window=config.window,
-            dropout=config.dropout,
-        )
+        options = {name: getattr(config, name) for name in ("layers", "heads", "window", "dropout")}
+        self.core = CausalTransformer(config.deter, 2 * config.units, **options)
         self.norm = nn.Identity() if self.latent.continuous else nn.LayerNorm(config.deter)
         self.past = config.window - 1
         self.names = [f"memory{layer}" for layer in range(config.layers)]

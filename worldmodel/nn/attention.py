@@ -1,4 +1,4 @@
-"""A causal transformer that looks back over a window, and gives the same whether it is run over a sequence or step by step."""
+"""A causal transformer with a window: the same outputs whether it is run over a sequence or step by step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class WindowAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "B T D"], memory: Float[Tensor, "B M V"], mask: Float[Tensor, "B H T S"]
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B S V"]]:
-        """(what each token gathers, keys and values of all S = M + T tokens); V = 2 D."""
+        """(outputs of the new tokens, keys and values of all S = M + T tokens); V = 2 D."""
         query, new = self.inputs(x).split([self.width, 2 * self.width], -1)
         memory = torch.cat([memory, new], 1)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (query, *memory.chunk(2, -1)))  # [B, H, *, D/H]
@@ -46,7 +46,7 @@ class GatedMLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(LayerNorm(x)), then x + MLP(LayerNorm(x)): pre-norm, so that x itself is never normalised."""
+    """x + attention(LayerNorm(x)), then x + MLP(LayerNorm(x)): pre-norm."""
 
     def __init__(self, width: int, units: int, heads: int, scale: float, dropout: float):
         super().__init__()
@@ -63,7 +63,7 @@ class Block(nn.Module):
         return x + self._drop(self.mlp(self.before_mlp(x)), generator), memory
 
     def _drop(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Dropout whose draws come from the caller's generator, as torch's own could not; without one nothing is dropped."""
+        """Dropout by the caller's generator, which torch's own does not take; without one nothing is dropped."""
         if not (self.dropout and self.training and generator is not None):
             return x
         keep = torch.rand(x.shape, generator=generator, device=x.device) >= self.dropout
@@ -71,12 +71,11 @@ class Block(nn.Module):
 
 
 class CausalTransformer(nn.Module):
-    """`layers` blocks in which a token sees itself and at most window - 1 tokens before it, in every layer.
+    """Blocks in which a token attends to itself and to at most window - 1 tokens before it.
 
-    Positions are relative alone: to each score a learned number is added, by head and distance, shared by all layers and begun
-    at -distance * 2^(-8 head / heads). So what a token gathers does not depend on where the sequence began, and keys and values
-    can be kept as they are: with those of the last M = window - 1 tokens as `memory`, running over T tokens equals running T
-    times over one.
+    Positions are relative: a learned bias by head and distance is added to each score, shared by all layers and initialised at
+    -distance * 2^(-8 head / heads). So outputs do not depend on where the sequence began, and keys and values can be cached: with
+    those of the last M = window - 1 tokens as `memory`, one pass over T tokens equals T passes over one.
 
     Sources: Vaswani et al. 2017; Press et al. 2022 (ALiBi) for the first biases; Raffel et al. 2020 (T5) for learning them.
     """
@@ -90,7 +89,7 @@ class CausalTransformer(nn.Module):
         self.bias = nn.Parameter(-slopes.unsqueeze(-1) * torch.arange(window))
 
     def initial(self, batch_size: int) -> list[Float[Tensor, "B M V"]]:
-        """The memory of each layer before the first token: zeros, which nobody sees where `seen` is 0."""
+        """The memory of each layer before the first token: zeros, which are masked where `seen` is 0."""
         return [self.bias.new_zeros(batch_size, self.window - 1, 2 * self.width) for _ in self.blocks]
 
     def forward(
@@ -102,9 +101,9 @@ class CausalTransformer(nn.Module):
     ) -> tuple[Float[Tensor, "B T D"], list[Tensor]]:
         """(outputs, keys and values of the memory's tokens and the new ones, [B, M+T, 2 D] for each layer).
 
-        memory     [B, M, 2 D] for each layer, as `initial` or the last M rows of what this gave before
-        seen       how many tokens before itself each token may see, 0 where a sequence opens; more than M counts as M
-        generator  of dropout, in training; None: nothing is dropped
+        memory     [B, M, 2 D] for each layer: `initial`, or the last M rows of those returned before
+        seen       how many tokens before itself each token attends to, 0 where a sequence opens; more than M counts as M
+        generator  of dropout, in training; None: no dropout
         """
         mask, memories = self._mask(seen), []
         for block, past in zip(self.blocks, memory, strict=True):
@@ -113,11 +112,10 @@ class CausalTransformer(nn.Module):
         return x, memories
 
     def _mask(self, seen: Tensor) -> Float[Tensor, "B H T S"]:
-        """What is added to the score of each of the S = M + T tokens: its bias, or -infinity where it is not seen."""
+        """Added to the score of each of the S = M + T tokens: its bias, or -infinity where it is masked."""
         steps, past = seen.shape[1], self.window - 1
-        distance = torch.arange(past, past + steps, device=seen.device).unsqueeze(-1) - torch.arange(
-            past + steps, device=seen.device
-        )
+        position = torch.arange(past + steps, device=seen.device)
+        distance = position[past:].unsqueeze(-1) - position
         clipped = distance.clamp(0, past)
         visible = (distance == clipped) & (clipped <= seen.unsqueeze(-1))  # [B, T, S]
         bias = self.bias.index_select(1, clipped.flatten()).unflatten(1, clipped.shape)  # [H, T, S]

@@ -1,16 +1,11 @@
-"""The mathematics of diffusion and of flow matching, as free functions of one signature.
+"""EDM diffusion (Karras et al. 2022): noise levels, preconditioning, samplers, and likelihoods from a denoiser.
 
-Both take data x to noise by a mixture whose *level* falls to 0 when noise becomes data again:
+Data x of mean 0 and deviation SIGMA_DATA are noised to x + sigma e with e ~ N(0, I). A denoiser D(noisy; sigma) gives the
+expected data. Draws follow the probability-flow ODE from much noise to none:
 
-    edm   x_s = x + s e              s in (0, most)      Karras et al. 2022
-    cfm   x_t = (1 - t) x + t e      t in (0, 1)         Lipman et al. 2023; Tong et al. 2024 (independent coupling)
+    dx / dsigma = (x - D(x; sigma)) / sigma
 
-and both give from a network F the expected data D(x_level; level). Where D is exact, the paths of
-
-    dx / dlevel = (x - D(x; level)) / level
-
-carry noise to data, in either frame; so samplers and likelihoods are written once. Levels are [N], data
-[N, ...]; data are assumed to have mean 0 and deviation `DATA`.
+Shapes: data [N, ...], noise levels sigma [N], one for each row.
 """
 
 from __future__ import annotations
@@ -28,104 +23,75 @@ SIGMA_DATA = 0.5
 """Deviation that data are scaled to (sigma_data of EDM, table 1)."""
 
 Network = Callable[[Tensor, Tensor], Tensor]
-"""F(scaled x [N, ...], condition on the level [N]) -> [N, ...]."""
+"""F(scaled x [N, ...], ln(sigma) / 4 [N]) -> [N, ...]."""
 Denoiser = Callable[[Tensor, Tensor], Tensor]
-"""D(x [N, ...], level [N]) -> expected data [N, ...]."""
+"""D(noisy x [N, ...], sigma [N]) -> expected data [N, ...]."""
 
 
-def per_row(level: Float[Tensor, " N"], like: Tensor) -> Tensor:
+def per_row(sigma: Float[Tensor, " N"], like: Tensor) -> Tensor:
     """[N] -> [N, 1, ...], so that it multiplies rows of `like`."""
-    return level.view(-1, *[1] * (like.ndim - 1))
+    return sigma.view(-1, *[1] * (like.ndim - 1))
 
 
 @dataclass(frozen=True)
-class ProbabilityPath:
-    """One way from data to noise.
+class EDM:
+    """Noise levels of training and sampling, and the denoiser that a network F stands for.
 
-    keep       level -> share of the data that is left in the mixture
-    at         noise beside one unit of data, s = level / keep -> level: by s the levels of all paths can be compared
-    condition  level -> the number by which the network is told of it
-    weight     level -> factor of ||D - x||^2 in the loss
-    drawn      uniform numbers in (0, 1) -> levels as training draws them
-    grid       steps -> levels [steps + 1] of a sampler, from the most noise to exactly 0
+    In training ln sigma ~ N(log_sigma_mean, log_sigma_std^2). The defaults are those of Karras et al. 2022, table 1; DIAMOND
+    (Alonso et al. 2024) samples images with sigma_max = 5.
     """
 
-    keep: Callable[[Tensor], Tensor]
-    at: Callable[[Tensor], Tensor]
-    condition: Callable[[Tensor], Tensor]
-    weight: Callable[[Tensor], Tensor]
-    drawn: Callable[[Tensor], Tensor]
-    grid: Callable[[int], Tensor]
+    log_sigma_mean: float = -1.2
+    log_sigma_std: float = 1.2
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
 
-    def mix(self, x: Tensor, noise: Tensor, level: Float[Tensor, " N"]) -> Tensor:
-        return per_row(self.keep(level), x) * x + per_row(level, x) * noise
+    def training_levels(self, uniform: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """Uniform numbers in (0, 1) -> sigma."""
+        return torch.exp(self.log_sigma_mean + self.log_sigma_std * torch.special.ndtri(uniform))
 
-    def denoised(self, network: Network, x: Tensor, level: Float[Tensor, " N"]) -> Tensor:
-        """D = c_skip x + c_out F(c_in x; condition): with F = 0 exact for N(0, DATA^2); F has input and target of variance 1.
+    def grid(self, steps: int) -> Float[Tensor, " S"]:
+        """[steps + 1] levels of a sampler, from `sigma_max` to exactly 0."""
+        return edm_grid(steps, self.sigma_min, self.sigma_max)
 
-        Source: Karras et al. 2022, table 1 and appendix B.6, here for mixtures that keep less than all of the data.
+    def start(self, noise: Tensor, sigma: Tensor) -> Tensor:
+        """Where a sampler starts: noise with the deviation of noisy data."""
+        return noise * noisy_std(sigma)
+
+    def denoised(self, network: Network, x: Tensor, sigma: Float[Tensor, " N"]) -> Tensor:
+        """D = c_skip x + c_out F(c_in x; c_noise): input and target of F have variance 1; with F = 0 D is exact for
+        N(0, SIGMA_DATA^2). Source: Karras et al. 2022, table 1 and appendix B.6.
         """
-        keep, deviation = per_row(self.keep(level), x), per_row(self.deviation(level), x)
-        scaled = x / deviation
-        share = keep * SIGMA_DATA**2 / deviation
-        return share * scaled + per_row(level, x) * SIGMA_DATA / deviation * network(scaled, self.condition(level))
+        std = per_row(noisy_std(sigma), x)
+        scaled = x / std
+        return SIGMA_DATA**2 / std * scaled + per_row(sigma, x) * SIGMA_DATA / std * network(scaled, sigma.log() / 4)
 
-    def deviation(self, level: Tensor) -> Tensor:
-        """Of the mixture."""
-        return (level.square() + (self.keep(level) * SIGMA_DATA).square()).sqrt()
+    def loss(self, network: Network, x: Tensor, noise: Tensor, sigma: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """||D(x + sigma noise) - x||^2 / c_out^2, summed over a row's elements: the squared error of F, alike at all levels."""
+        error = self.denoised(network, x + per_row(sigma, x) * noise, sigma) - x
+        weight = (sigma.square() + SIGMA_DATA**2) / (sigma * SIGMA_DATA).square()
+        return weight * error.square().flatten(1).sum(-1)
 
-    def loss(self, network: Network, x: Tensor, noise: Tensor, level: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-        """weight ||D(mixture) - x||^2, summed over the elements of each row."""
-        error = self.denoised(network, self.mix(x, noise, level), level) - x
-        return self.weight(level) * error.square().flatten(1).sum(-1)
-
-    def start(self, noise: Tensor, level: Tensor) -> Tensor:
-        """What the first level of a grid looks like: noise with the deviation of the mixture."""
-        return noise * self.deviation(level)
+    def training_loss(self, network: Network, x: Tensor, generator: torch.Generator | None) -> Float[Tensor, " N"]:
+        """`loss` at one drawn level and noise for each row."""
+        sigma = self.training_levels(low_discrepancy(len(x), generator, x.device))
+        return self.loss(network, x, torch.randn(x.shape, generator=generator, device=x.device), sigma)
 
 
-def edm(
-    mean: float = -1.2, std: float = 1.2, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
-) -> ProbabilityPath:
-    """ln s ~ N(mean, std^2) in training, weighed so that F has as much to learn at all levels; a grid even in s^(1/rho).
-
-    The defaults are those of Karras et al. 2022, table 1; DIAMOND (Alonso et al. 2024) samples images with most = 5.
-    """
-    return ProbabilityPath(
-        keep=torch.ones_like,
-        at=lambda s: s,
-        condition=lambda s: s.log() / 4,
-        weight=lambda s: (s.square() + SIGMA_DATA**2) / (s * SIGMA_DATA).square(),
-        drawn=lambda uniform: torch.exp(mean + std * torch.special.ndtri(uniform)),
-        grid=lambda steps: edm_grid(steps, sigma_min, sigma_max, rho),
-    )
+def noisy_std(sigma: Tensor) -> Tensor:
+    """Deviation of noisy data."""
+    return (sigma.square() + SIGMA_DATA**2).sqrt()
 
 
-def edm_grid(steps: int, sigma_min: float, sigma_max: float, rho: float) -> Float[Tensor, " S"]:
-    """Evenly spaced in s^(1/rho) from `most` to `least` (eq. 5), then 0. One step goes from `most` to 0 at once."""
+def edm_grid(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Float[Tensor, " S"]:
+    """Evenly spaced in sigma^(1/rho) from `sigma_max` to `sigma_min`, then 0 (eq. 5). One step goes straight to 0."""
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64) if steps > 1 else torch.zeros(1, dtype=torch.float64)
-    levels = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
-    return torch.cat([levels, levels.new_zeros(1)]).float()
-
-
-def cfm(sigma_max: float = 0.999) -> ProbabilityPath:
-    """Levels even in training and in sampling; the loss is the squared error of the velocity v = (x_t - D) / t against e - x.
-
-    The network gives what v differs by from its form for Gaussian data. `most` stands for pure noise: at 1 the mixture says
-    nothing of the data. Source: Lipman et al. 2023, eq. 9; Tong et al. 2024, section 3.2, without their sigma.
-    """
-    return ProbabilityPath(
-        keep=lambda t: 1 - t,
-        at=lambda s: s / (1 + s),
-        condition=lambda t: t,
-        weight=lambda t: t.square().reciprocal(),
-        drawn=lambda uniform: uniform.clamp(1e-3, sigma_max),
-        grid=lambda steps: torch.linspace(sigma_max, 0, steps + 1),
-    )
+    sigmas = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+    return torch.cat([sigmas, sigmas.new_zeros(1)]).float()
 
 
 def low_discrepancy(count: int, generator: torch.Generator | None, device: torch.device | str) -> Float[Tensor, " N"]:
-    """Numbers in (0, 1), each uniform, that lie evenly together: multiples of the golden ratio behind one random number.
+    """Numbers in (0, 1), each uniform, that lie evenly together: multiples of the golden ratio after one random number.
 
     Rows at the same place of every batch still see all levels. Source of one number for a batch: Kingma et al. 2021, I.1.
     """
@@ -134,40 +100,40 @@ def low_discrepancy(count: int, generator: torch.Generator | None, device: torch
     return (first + steps).frac().float().clamp(1e-6, 1 - 1e-6)
 
 
-# Samplers: from `x` at the first level to the last, which is 0 ----------------------------------------------------------
-# Only the last step leads to 0, which its place says: to ask the level would wait for the device at every step.
+# Samplers: from `x` at the first level of a grid to the last, which is 0 ------------------------------------------------
+# The last step is known by its place: reading its level would wait for the device.
 
 
-def euler(denoise: Denoiser, x: Tensor, levels: Float[Tensor, " S"]) -> Tensor:
-    """First order, one evaluation a step: x' = D + (level' / level) (x - D)."""
-    for now, then in pairwise(levels):
+def euler(denoise: Denoiser, x: Tensor, sigmas: Float[Tensor, " S"]) -> Tensor:
+    """First order, one evaluation a step: x' = D + (sigma' / sigma) (x - D)."""
+    for now, then in pairwise(sigmas):
         expected = denoise(x, now.expand(len(x)))
         x = expected + then / now * (x - expected)
     return x
 
 
-def heun(denoise: Denoiser, x: Tensor, levels: Float[Tensor, " S"]) -> Tensor:
-    """Second order, two evaluations a step but one in the last, where the level is 0. Source: Karras et al. 2022, alg. 1."""
-    for step, (now, then) in enumerate(pairwise(levels), 2):
+def heun(denoise: Denoiser, x: Tensor, sigmas: Float[Tensor, " S"]) -> Tensor:
+    """Second order, two evaluations a step but one in the last. Source: Karras et al. 2022, alg. 1."""
+    for step, (now, then) in enumerate(pairwise(sigmas), 2):
         slope = (x - denoise(x, now.expand(len(x)))) / now
         predicted = x + (then - now) * slope
-        if step < len(levels):
+        if step < len(sigmas):
             slope = (slope + (predicted - denoise(predicted, then.expand(len(x)))) / then) / 2
             predicted = x + (then - now) * slope
         x = predicted
     return x
 
 
-def multistep(denoise: Denoiser, x: Tensor, levels: Float[Tensor, " S"]) -> Tensor:
-    """Second order with one evaluation a step: D goes on as it changed, linearly in ln(level), over the last step.
+def multistep(denoise: Denoiser, x: Tensor, sigmas: Float[Tensor, " S"]) -> Tensor:
+    """Second order, one evaluation a step: D is extrapolated linearly in ln sigma from the last step.
 
-    Source: Lu et al. 2022 (DPM-Solver++), alg. 2, whose ln(level) is minus half the log signal-to-noise ratio.
+    Source: Lu et al. 2022 (DPM-Solver++), alg. 2, whose ln sigma is minus half the log signal-to-noise ratio.
     """
     last, width = None, None
-    for step, (now, then) in enumerate(pairwise(levels), 2):
+    for step, (now, then) in enumerate(pairwise(sigmas), 2):
         expected = denoise(x, now.expand(len(x)))
         predicted, onward = expected, torch.log(now / then)
-        if last is not None and step < len(levels):
+        if last is not None and step < len(sigmas):
             predicted = expected + (expected - last) * onward / (2 * width)
         x = predicted + then / now * (x - predicted)
         last, width = expected, onward
@@ -177,86 +143,87 @@ def multistep(denoise: Denoiser, x: Tensor, levels: Float[Tensor, " S"]) -> Tens
 SAMPLERS = {"euler": euler, "heun": heun, "multistep": multistep}
 
 
-def gaussian_variance(s: Tensor) -> Tensor:
-    """Var(x | x + s e) of data N(0, DATA^2): c_out^2 of EDM."""
-    return (s * SIGMA_DATA).square() / (s.square() + SIGMA_DATA**2)
-
-
-# Likelihood -------------------------------------------------------------------------------------------------------------
-
-
-def in_sigmas(path: ProbabilityPath, network: Network) -> Denoiser:
-    """D as a function of x + s e and s, whatever the path."""
-
-    def denoise(x: Tensor, s: Tensor) -> Tensor:
-        level = path.at(s)
-        return path.denoised(network, per_row(path.keep(level), x) * x, level)
-
-    return denoise
-
+# A lower bound of ln p(x) ------------------------------------------------------------------------------------------------
+# The evidence bound of continuous diffusion is an integral over noise levels of the denoiser's squared error. It is taken as a
+# difference to the Gaussian N(0, SIGMA_DATA^2), whose own bound is exact: the integrand is then small and varies little.
 
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
-"""Noise between which a likelihood looks at the network; beyond them data are taken for N(0, DATA^2)."""
+"""Noise levels between which a likelihood evaluates the denoiser; beyond them data are taken for N(0, SIGMA_DATA^2)."""
+
+
+def log_prob_bound(
+    denoise: Denoiser, x: Float[Tensor, "N D"], uniform: Float[Tensor, "K N"], noise: Float[Tensor, "K N D"], weight: Tensor
+) -> Float[Tensor, " N"]:
+    """ln p(x) >= ln N(x; 0, SIGMA_DATA^2) + range E[gain], the mean estimated from K noisy samples of each row.
+
+    uniform  [K, N] numbers in (0, 1) that choose the noise levels
+    weight   [K, N] weights of the samples, which sum to one over K
+    """
+    sigma, nats = sigma_of_information(uniform)
+    gains = information_gain(denoise, x.expand(len(sigma), *x.shape).flatten(0, 1), sigma.flatten(), noise.flatten(0, 1))
+    return gaussian_log_prob(x) + nats * (weight * gains.view(sigma.shape)).sum(0)
+
+
+def gaussian_log_prob(x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N"]:
+    """ln N(x; 0, SIGMA_DATA^2)."""
+    return -0.5 * ((x / SIGMA_DATA).square() + math.log(2 * math.pi * SIGMA_DATA**2)).sum(-1)
 
 
 def sigma_of_information(uniform: Float[Tensor, "*N"]) -> tuple[Float[Tensor, "*N"], float]:
-    """(noise s at which that share of a Gaussian number's information is hidden, all of that information in nats).
+    """(sigma that hides this share of a Gaussian number's information, the nats between SIGMA_MIN and SIGMA_MAX).
 
-    Of N(0, DATA^2) a view through noise s tells ln(1 + DATA^2 / s^2) / 2 nats. Levels even in this measure make every
-    term of `bound` weigh the same.
+    Seen through noise sigma, a number of N(0, SIGMA_DATA^2) keeps ln(1 + SIGMA_DATA^2 / sigma^2) / 2 nats. Integrated over
+    these nats, all levels weigh the same in the bound.
     """
-    information = [0.5 * math.log1p((SIGMA_DATA / s) ** 2) for s in (SIGMA_MIN, SIGMA_MAX)]
-    nats = information[0] + uniform * (information[1] - information[0])
-    return SIGMA_DATA / torch.expm1(2 * nats).sqrt(), information[0] - information[1]
+    upper, lower = (0.5 * math.log1p((SIGMA_DATA / sigma) ** 2) for sigma in (SIGMA_MIN, SIGMA_MAX))
+    nats = upper + uniform * (lower - upper)
+    return SIGMA_DATA / torch.expm1(2 * nats).sqrt(), upper - lower
+
+
+def information_gain(
+    denoise: Denoiser, x: Float[Tensor, "N D"], sigma: Float[Tensor, " N"], noise: Float[Tensor, "N D"]
+) -> Float[Tensor, " N"]:
+    """The integrand: how much better than the denoiser of N(0, SIGMA_DATA^2) D recovers x, per nat of information.
+
+    It is 0 for an untrained EDM network.
+    Source: Kingma et al. 2021 (VDM), eq. 15 and 19; as a difference to a Gaussian: Kong et al. 2023, eq. 9.
+    """
+    s = per_row(sigma, x)
+    noisy, total = x + s * noise, s.square() + SIGMA_DATA**2
+    gaussian_error, error = x - noisy * SIGMA_DATA**2 / total, x - denoise(noisy, sigma)
+    posterior_variance = (s * SIGMA_DATA).square() / total  # Var(x | noisy) where x ~ N(0, SIGMA_DATA^2)
+    return ((gaussian_error.square() - error.square()) / posterior_variance).flatten(1).sum(-1)
 
 
 def fixed_samples(levels: int, size: int) -> tuple[Float[Tensor, " K"], Float[Tensor, "K D"], Float[Tensor, " K"]]:
-    """K = 4 size levels looks for `bound`, always the same: (uniform numbers in (0, 1), noise, weights that sum to one).
+    """(uniform, noise, weight) of K = 4 size levels samples for `log_prob_bound`, the same at each call.
 
-    At each of the evenly spaced levels the noise points up and down all axes of a turned cross, with the two lengths and
-    weights of a Gauss quadrature: whatever is of third degree in the noise is averaged exactly. As many independent draws,
-    the same for all rows, would leave an error of several tenths of a nat.
+    At each of the evenly spaced levels the noise points both ways along `size` orthogonal axes, with the two lengths and weights
+    of a Gauss quadrature: polynomials of degree three in the noise are averaged exactly. As many independent draws, the same for
+    all rows, would leave an error of several tenths of a nat.
     """
     generator = torch.Generator().manual_seed(0)
     axes = torch.linalg.qr(torch.randn(levels, size, size, generator=generator))[0]
     a = size / 2 + 1  # squared lengths are chi-squared: generalised Laguerre polynomials, of which this is the second's zeros
     lengths, shares = zip(*[(math.sqrt(2 * (a + sign * math.sqrt(a))), 0.5 - sign * 0.5 / math.sqrt(a)) for sign in (1, -1)])
     noise = torch.stack([sign * length * axes for length in lengths for sign in (1, -1)], 1)  # [levels, 4, size, size]
-    weights = torch.tensor(shares).repeat_interleave(2).view(1, 4, 1).expand(levels, 4, size) / (2 * size * levels)
+    weight = torch.tensor(shares).repeat_interleave(2).view(1, 4, 1).expand(levels, 4, size) / (2 * size * levels)
     uniform = ((torch.arange(levels) + 0.5) / levels).repeat_interleave(4 * size)
-    return uniform, noise.flatten(0, 2), weights.flatten()
+    return uniform, noise.flatten(0, 2), weight.flatten()
 
 
-def bound(denoise: Denoiser, x: Float[Tensor, "N D"], s: Float[Tensor, " N"], noise: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
-    """One noisy look at how much better than N(0, DATA^2) the denoiser explains x, in nats per nat of information.
-
-        ln p(x) >= ln N(x; 0, DATA^2) + E_s,e [range * bound],   s and range from `informative`
-
-    This is the evidence bound of the continuous diffusion, minus what it is for Gaussian data, where it holds with
-    equality; the difference has little variance, and is 0 for an untrained EDM network.
-    Source: Kingma et al. 2021 (VDM), eq. 15 and 19; as a difference to a Gaussian: Kong et al. 2023, eq. 9.
-    """
-    ratio = per_row(s, x)
-    noisy = x + ratio * noise
-    total = ratio.square() + SIGMA_DATA**2
-    plain, own = x - noisy * SIGMA_DATA**2 / total, x - denoise(noisy, s)
-    return ((plain.square() - own.square()) / gaussian_variance(ratio)).flatten(1).sum(-1)
-
-
-def gaussian_log_prob(x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N"]:
-    """ln N(x; 0, DATA^2)."""
-    return -0.5 * ((x / SIGMA_DATA).square() + math.log(2 * math.pi * SIGMA_DATA**2)).sum(-1)
+# The exact ln p(x) of the ODE --------------------------------------------------------------------------------------------
 
 
 def ode_log_prob(denoise: Denoiser, x: Float[Tensor, "N D"], steps: int) -> Float[Tensor, " N"]:
-    """ln p(x) of the law whose draws the sampler's ODE would give without error, with the exact trace; D backward passes a step.
+    """ln p(x) of the distribution that the ODE draws from, solved without error, by the change of variables along it.
 
-    In u = x / sqrt(s^2 + DATA^2) and the angle a = arctan(s / DATA) the ODE is du / da = -F, F = (D - c_skip x) / c_out,
-    and stands still for Gaussian data: d ln p(u) = trace(dF / du) da. Classical Runge-Kutta steps, on EDM's grid.
+    In u = x / noisy_std and the angle a = arctan(sigma / SIGMA_DATA) the ODE is du / da = -F, with D = c_skip x + c_out F, and
+    d ln p(u) = trace(dF / du) da. The trace is exact: D backward passes for each evaluation. Classical Runge-Kutta steps, on
+    EDM's grid, which gives structures of any size their share of the steps.
     Source: Song et al. 2021, eq. 39; the angle: Lu and Song 2025 (TrigFlow), section 3.
     """
-    # From the grid of s^(1/7): structures of any size get their share of the steps.
-    angles = torch.atan(edm_grid(steps + 1, SIGMA_MIN, SIGMA_MAX, 7.0)[:-1].double().flip(0) / SIGMA_DATA).to(x)
+    angles = torch.atan(edm_grid(steps + 1, SIGMA_MIN, SIGMA_MAX)[:-1].double().flip(0) / SIGMA_DATA).to(x)
     u, log_det = x / math.sqrt(SIGMA_MIN**2 + SIGMA_DATA**2), x.new_zeros(len(x))
     for now, then in pairwise(angles):
         width = then - now
@@ -264,19 +231,19 @@ def ode_log_prob(denoise: Denoiser, x: Float[Tensor, "N D"], steps: int) -> Floa
         for share, before in ((0.0, None), (0.5, 0), (0.5, 1), (1.0, 2)):
             at = u if before is None else u + share * width * slopes[before][0]
             slopes.append(_velocity(denoise, at, now + share * width))
-        for weight, (speed, spread) in zip((1, 2, 2, 1), slopes, strict=True):
-            u, log_det = u + weight / 6 * width * speed, log_det + weight / 6 * width * spread
+        for weight, (speed, divergence) in zip((1, 2, 2, 1), slopes, strict=True):
+            u, log_det = u + weight / 6 * width * speed, log_det + weight / 6 * width * divergence
     normal = -0.5 * (u.square() + math.log(2 * math.pi)).sum(-1)
     return normal + log_det - x.shape[-1] * 0.5 * math.log(SIGMA_MIN**2 + SIGMA_DATA**2)
 
 
 def _velocity(denoise: Denoiser, u: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
-    """(du / da, its divergence) at an angle."""
-    s = SIGMA_DATA * torch.tan(angle)
-    root = (s.square() + SIGMA_DATA**2).sqrt()
+    """(du / da [N, D], its divergence [N]) at an angle."""
+    sigma = SIGMA_DATA * torch.tan(angle)
+    std = noisy_std(sigma)
     with torch.enable_grad():
         u = u.detach().requires_grad_()
-        x = u * root
-        speed = (SIGMA_DATA**2 / root.square() * x - denoise(x, s.expand(len(u)))) * root / (s * SIGMA_DATA)
-        columns = [torch.autograd.grad(speed[:, i].sum(), u, retain_graph=True)[0][:, i] for i in range(u.shape[1])]
-    return speed.detach(), torch.stack(columns).sum(0)
+        x = u * std
+        speed = (SIGMA_DATA**2 / std.square() * x - denoise(x, sigma.expand(len(u)))) * std / (sigma * SIGMA_DATA)
+        diagonal = [torch.autograd.grad(speed[:, i].sum(), u, retain_graph=True)[0][:, i] for i in range(u.shape[1])]
+    return speed.detach(), torch.stack(diagonal).sum(0)

@@ -1,4 +1,4 @@
-"""Whole observations and actions <-> canonical tensors, both ways; nobody else converts."""
+"""Whole observations and actions <-> canonical tensors, both ways; no other module converts them."""
 
 from worldmodel.spaces.specs import ActionSpec, ObsSpec
 

@@ -1,4 +1,4 @@
-"""Numbers in the dtype that a space declares, where they come in another."""
+"""Numbers given in another dtype than the space declares."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def numbers(value: Any) -> np.ndarray | None:
-    """Numbers or flags as an array, whatever form they have: a list, a tensor, one number; None where it is something else."""
+    """A list, a tensor or one number (or flag) as an array; None for anything else."""
     try:
         array = np.asarray(value)
     except Exception:  # a ragged list, a tensor on a GPU
@@ -19,7 +19,7 @@ def numbers(value: Any) -> np.ndarray | None:
 
 
 def cast(x: np.ndarray, dtype: np.dtype) -> np.ndarray | None:
-    """A copy in `dtype`; None where that does not hold one of the numbers. Only digits of floats may be lost."""
+    """A copy in `dtype`; None where that cannot represent one of the numbers. Only digits of floats may be lost."""
     if np.can_cast(x.dtype, dtype, "safe"):
         return np.array(x, dtype)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -30,11 +30,11 @@ def cast(x: np.ndarray, dtype: np.dtype) -> np.ndarray | None:
 
 
 def warning_due(x: np.ndarray, dtype: np.dtype) -> bool:
-    """Whether the user should hear of a cast: digits may be lost, or floats stand for whole numbers."""
+    """Whether to warn of a cast: digits may be lost, or floats stand for whole numbers."""
     return not (np.can_cast(x.dtype, dtype, "safe") or (x.dtype.kind in "iub" and dtype.kind in "iub"))
 
 
 @cache
 def warn_once(what: str, given: str, declared: str, remedy: str) -> None:
-    """Warns that something is converted from now on: once in a process."""
+    """Warns once in a process that something is converted from now on."""
     warnings.warn(f"{what} comes as {given} where {declared} is declared; it is converted. {remedy}.", stacklevel=2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -16,10 +16,10 @@ from worldmodel.errors import UnsupportedSpaceError
 from worldmodel.spaces.layouts import Layout, image_layout
 
 MAX_CATEGORIES = 65536
-"""One-hot groups wider than this would fill the memory before they taught anything."""
+"""Wider one-hot groups would fill the memory."""
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 WIDE = {torch.float64, torch.int32, torch.int64, torch.uint32, torch.uint64}
-"""What float32 would round: a Unix time loses its minutes."""
+"""Dtypes that float32 would round: a Unix time loses its minutes."""
 
 FLATTEN = "worldmodel.envs.FlattenSpaces"
 TRANSFORM_OBS = "gymnasium.wrappers.TransformObservation"
@@ -130,47 +130,39 @@ class KeySpec:
     def fault(self, values: np.ndarray) -> tuple[np.ndarray, str] | None:
         """(bad rows [N] bool, what is wrong) of raw rows [N, *raw_shape]; None where all is well."""
         flat = values.reshape(len(values), -1)
-        if self.raw_dtype.kind == "f":
-            limit = FLOAT32_MAX if self.raw_dtype.itemsize > 4 else np.inf
-            bad = ~np.isfinite(flat) if limit == np.inf else ~(np.abs(flat) <= limit)
+        is_float = self.raw_dtype.kind == "f"
+        if is_float:
+            bad = ~(np.abs(flat) <= FLOAT32_MAX) if self.raw_dtype.itemsize > 4 else ~np.isfinite(flat)
             if bad.any():
                 return bad.any(1), f"is not a finite 32-bit float ({flat[bad][0]})"
-        if self.kind == "image" and (self.raw_dtype.kind == "f" or self.high < 255):
-            tolerance = 1e-3 * float(self.high) if self.raw_dtype.kind == "f" else 0
+        if self.kind == "image" and (is_float or self.high < 255):
+            tolerance = 1e-3 * float(self.high) if is_float else 0
             bad = (flat < -tolerance) | (flat > self.high + tolerance)
-            if bad.any():
-                return bad.any(1), f"holds {flat[bad][0]}, outside the space's bounds [0, {self.high}]"
-        if self.kind == "categorical":
+            what = f"outside the space's bounds [0, {self.high}]"
+        elif self.kind == "categorical":
             bad = (flat < np.array(self.start)) | (flat >= np.array(self.start) + np.array(self.sizes))
-            if bad.any():
-                return bad.any(1), f"holds {flat[bad][0]}, which is no category of {self.space}"
-        if self.kind == "binary" and self.raw_dtype.kind != "b" and (flat > 1).any() | (flat < 0).any():
-            return ((flat > 1) | (flat < 0)).any(1), f"holds {flat.max()}; expected 0 or 1"
-        return None
+            what = f"which is no category of {self.space}" if bad.any() else ""
+        elif self.kind == "binary" and self.raw_dtype.kind != "b":
+            bad, what = (flat > 1) | (flat < 0), "expected 0 or 1"
+        else:
+            return None
+        return (bad.any(1), f"holds {flat[bad][0]}, {what}") if bad.any() else None
 
     def to_json(self) -> dict[str, Any]:
         """Finite JSON (infinite bounds as strings) from which `from_json` makes an equal KeySpec."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-        bounds = {"low": _bound_to_json(self.low), "high": _bound_to_json(self.high)}
-        return {**values, **bounds, "raw_dtype": self.raw_dtype.name}
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+        return {**values, "raw_dtype": self.raw_dtype.name, "low": _bound_to_json(self.low), "high": _bound_to_json(self.high)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> KeySpec:
-        values = dict(data)
-        dtype = np.dtype(values["raw_dtype"])
-        shape = () if values["kind"] == "image" else tuple(values["raw_shape"])
-        for name in ("shape", "raw_shape", "sizes", "start"):
-            values[name] = tuple(values[name])
-        bounds = {name: _bound_from_json(values[name], shape, dtype) for name in ("low", "high")}
-        return cls(**{**values, **bounds, "raw_dtype": dtype})
+        dtype = np.dtype(data["raw_dtype"])
+        shape = () if data["kind"] == "image" else tuple(data["raw_shape"])
 
+        def bound(value: Any) -> np.ndarray | None:
+            return None if value is None else np.broadcast_to(np.array(value, dtype), shape).copy()
 
-def observation_key(name: str, space: gym_spaces.Space, layout: Layout | None) -> KeySpec:
-    key = box_key(name, space, layout) if isinstance(space, gym_spaces.Box) else finite_key(name, space)
-    if key is None:
-        raise unsupported("observation", name, space)
-    return key
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+        return cls(**{**values, "raw_dtype": dtype, "low": bound(data["low"]), "high": bound(data["high"])})
 
 
 def finite_key(name: str, space: gym_spaces.Space) -> KeySpec | None:
@@ -229,18 +221,16 @@ def _check_image(name: str, space: gym_spaces.Box) -> None:
 def unsupported(role: str, name: str, space: Any) -> UnsupportedSpaceError:
     kind = type(space).__name__
     transform = TRANSFORM_OBS if role == "observation" else TRANSFORM_ACTION
+    advice = {
+        ("Dict", "observation"): f"it nests other spaces. Wrap the environment in {FLATTEN}, which makes one flat Dict of it.",
+        ("Dict", "action"): f"it nests other spaces. Offer one Box or MultiDiscrete through {transform}.",
+        ("Text", "observation"): "text has no fixed-size tensor. Drop it with gymnasium.wrappers.FilterObservation or embed it "
+        f"with {transform}.",
+        ("Sequence", role): f"its length varies. Pad it to a Box of fixed shape with {transform}.",
+    }.get(("Dict" if kind == "Tuple" else kind, role))
     if not isinstance(space, gym_spaces.Space):
         advice = "it is no gymnasium.Space. Wrap the environment with shimmy or give it gymnasium spaces."
-    elif kind in ("Dict", "Tuple") and role == "observation":
-        advice = f"it nests other spaces. Wrap the environment in {FLATTEN}, which makes one flat Dict of it."
-    elif kind in ("Dict", "Tuple"):
-        advice = f"it nests other spaces. Offer one Box or MultiDiscrete through {transform}."
-    elif kind == "Text" and role == "observation":
-        advice = f"text has no fixed-size tensor. Drop it with gymnasium.wrappers.FilterObservation or embed it with {transform}."
-    elif kind == "Sequence":
-        advice = f"its length varies. Pad it to a Box of fixed shape with {transform}."
-    else:
-        advice = f"it has no fixed-size tensor. Turn it into a Box, Discrete or Dict of these with {transform}."
+    advice = advice or f"it has no fixed-size tensor. Turn it into a Box, Discrete or Dict of these with {transform}."
     return UnsupportedSpaceError(f"The {role} space at '{name}' is a {kind}, which is not supported: {advice}")
 
 
@@ -282,22 +272,5 @@ def _bound_to_json(bound: np.ndarray | None) -> Any:
     if bound is None:
         return None
     if bound.size and (bound == bound.flat[0]).all():
-        bound = bound.flat[0]
-    number = np.asarray(bound).tolist()
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, list):
-            return [finite(v) for v in value]
-        return str(value) if isinstance(value, float) and not np.isfinite(value) else value
-
-    return finite(number)
-
-
-def _bound_from_json(value: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray | None:
-    if value is None:
-        return None
-
-    def number(v: Any) -> Any:
-        return [number(x) for x in v] if isinstance(v, list) else float(v) if isinstance(v, str) else v
-
-    return np.broadcast_to(np.array(number(value), dtype), shape).copy()
+        bound = np.asarray(bound.flat[0])
+    return np.where(np.isfinite(bound), bound.astype(object), bound.astype(str)).tolist()

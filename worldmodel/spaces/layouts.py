@@ -51,17 +51,15 @@ def _are_channels(side: int, others: tuple[int, ...]) -> bool:
 
 
 def _frame_stack_hint(space: Box) -> str:
-    """What to do so that stacked frames become the channels of one image, pixels staying where they are."""
-    wrappers, low, high = "gymnasium.wrappers", space.low.min(), space.high.max()
-    if len(space.shape) != 4 or not space.is_bounded():
-        return f", or make one image of it with {wrappers}.TransformObservation"
-    a, b, c, d = space.shape
+    """How stacked frames become the channels of one image, pixels staying where they are."""
+    into_channels = ", or put the frames into the channels with gymnasium.wrappers."
+    a, b, c, d = space.shape if len(space.shape) == 4 and space.is_bounded() else (0, 0, 0, 0)
     if min(b, c) >= IMAGE_SIDE and d in IMAGE_CHANNELS:  # frames, height, width, channels: no reshaping brings these together
-        box = f"gymnasium.spaces.Box({low}, {high}, ({b}, {c}, {a * d}), numpy.{space.dtype})"
-        move = f"lambda x: numpy.moveaxis(x, 0, 2).reshape({b}, {c}, {a * d})"
-        return f", or put the frames into the channels with {wrappers}.TransformObservation(env, {move}, {box})"
+        shape = f"({b}, {c}, {a * d})"
+        box = f"gymnasium.spaces.Box({space.low.min()}, {space.high.max()}, {shape}, numpy.{space.dtype})"
+        return f"{into_channels}TransformObservation(env, lambda x: numpy.moveaxis(x, 0, 2).reshape{shape}, {box})"
     if min(c, d) >= IMAGE_SIDE and b in IMAGE_CHANNELS:
-        return f", or put the frames into the channels with {wrappers}.ReshapeObservation(env, ({a * b}, {c}, {d}))"
+        return f"{into_channels}ReshapeObservation(env, ({a * b}, {c}, {d}))"
     if min(a, b) >= IMAGE_SIDE:
-        return f", or put the frames into the channels with {wrappers}.ReshapeObservation(env, ({a}, {b}, {c * d}))"
-    return f", or make one image of it with {wrappers}.TransformObservation"
+        return f"{into_channels}ReshapeObservation(env, ({a}, {b}, {c * d}))"
+    return ", or make one image of it with gymnasium.wrappers.TransformObservation"

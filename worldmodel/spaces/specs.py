@@ -30,7 +30,6 @@ from worldmodel.spaces.keys import (
     KeySpec,
     box_key,
     finite_key,
-    observation_key,
     offsets,
     unsupported,
 )
@@ -56,15 +55,16 @@ class ObsSpec:
         single = not isinstance(space, gym_spaces.Dict)
         items = {"obs": space} if single else dict(space.spaces)
         if not items:
-            raise UnsupportedSpaceError(
-                "The observation space is an empty Dict. Expected at least one key: there is nothing to see otherwise."
-            )
+            raise UnsupportedSpaceError("The observation space is an empty Dict. Expected at least one key.")
         keys = {}
         for name, sub in items.items():
             if not isinstance(name, str):
                 raise UnsupportedSpaceError(f"Observation key {name!r} is no string. Expected string keys; {FLATTEN} renames them.")
             declared = layout.get(name) if isinstance(layout, Mapping) else layout
-            keys[name] = observation_key(name, sub, declared)
+            key = box_key(name, sub, declared) if isinstance(sub, gym_spaces.Box) else finite_key(name, sub)
+            if key is None:
+                raise unsupported("observation", name, sub)
+            keys[name] = key
         return cls(keys, single)
 
     @property
@@ -94,7 +94,7 @@ class ObsSpec:
     def check(self, raw: Mapping[str, np.ndarray], where: Where = "the observation") -> None:
         """Raise EnvError unless every row is of its space: keys, shapes, dtypes, finite numbers, categories.
 
-        where: the place to name, or a function from the row's index to it ("environment 3, episode 12, step 40").
+        where: the place to name, or a function from the row's number to it ("environment 3, episode 12, step 40").
         Vectors may leave their declared bounds: canonical vectors do not depend on them.
         """
         self._same_keys(raw, where)
@@ -146,7 +146,7 @@ class ObsSpec:
 
 @dataclass(frozen=True)
 class ActionSpec:
-    """What an action is: a flat float vector [A] here, whatever the space wants there.
+    """What an action is: a flat float vector [A], whatever the space.
 
     dim    A
     kind   "continuous" (Box, in [-1, 1]), "categorical" (one-hot groups) or "binary" (0 or 1)

@@ -1,4 +1,4 @@
-"""Which windows of consecutive rows a batch is made of, and what undoes that some are drawn more often than others."""
+"""Which windows of consecutive rows a batch is made of, and the importance weights of those that are drawn more often."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Ends:
 class Windows:
     """All windows of `length` rows that the streams of a replay hold.
 
-    next, held  [S] sequence number of the row that each stream gets next, and how many rows it holds
-    ends        [S] where its episodes end
+    next, stored  [S] sequence number of each stream's next row, and how many rows the stream holds
+    ends          [S] where its episodes end
     """
 
     next: np.ndarray
@@ -62,7 +62,7 @@ class Windows:
     def draw(
         self, batch: int, rng: np.random.Generator, recent_fraction: float, terminal_fraction: float
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(streams, starts, weights), each [batch]: drawn by the shares of `Replay.sample`."""
+        """(streams, starts, weights), each [batch]: drawn by the fractions of `Replay.sample`."""
         count = np.array([len(e) if n else 0 for e, n in zip(self.ends, self.counts.tolist())])
         if not count.any():
             terminal_fraction = 0.0
@@ -72,7 +72,7 @@ class Windows:
         return streams, starts, self._weight(streams, starts, recent_fraction, terminal_fraction, int(count.sum()))
 
     def _uniform(self, n: int, rng: np.random.Generator) -> WindowStarts:
-        """Every window of every stream alike."""
+        """Uniform over all windows of all streams."""
         cumulative = np.cumsum(self.counts)
         index = rng.integers(cumulative[-1], size=n)
         streams = np.searchsorted(cumulative, index, side="right")
@@ -86,7 +86,7 @@ class Windows:
         return streams, self.next[streams] - self.length
 
     def _around_ends(self, n: int, count: np.ndarray, rng: np.random.Generator) -> WindowStarts:
-        """An is_last row, each alike (`count` of them in each stream), then a window around it, each alike."""
+        """An is_last row, uniformly (`count` [S] of them in each stream), then a window that contains it, uniformly."""
         if n == 0:
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
         cumulative = np.cumsum(count)
@@ -98,17 +98,17 @@ class Windows:
         return streams, rng.integers(low, high + 1)
 
     def _covering(self, rows: np.ndarray, streams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(first, last) start of the windows that hold each of these rows."""
+        """(first, last) start of the windows that contain each of these rows."""
         last_start = self.next[streams] - self.length
         return np.maximum(rows - self.length + 1, (self.next - self.stored)[streams]), np.minimum(rows, last_start)
 
     def _weight(
         self, streams: np.ndarray, starts: np.ndarray, recent_fraction: float, terminal_fraction: float, count: int
     ) -> np.ndarray:
-        """How much likelier each of these windows is where all are alike than in the mixture that `draw` takes them from.
+        """Importance weights: the uniform probability of each window over its probability in the mixture of `draw`.
 
-        At most 1 / (1 - recent_fraction - terminal_fraction). Without a uniform share some windows are never drawn; then the weights are those among
-        the others, and their mean in the batch is 1. Source: Veach and Guibas 1995 (the balance heuristic); Owen and Zhou 2000.
+        At most 1 / (1 - recent_fraction - terminal_fraction). Without a uniform share some windows are never drawn; then the
+        weights have mean 1 in the batch. Source: Veach and Guibas 1995 (the balance heuristic); Owen and Zhou 2000.
         """
         counts = self.counts
         uniform = np.full(len(streams), 1 / counts.sum())

@@ -1,75 +1,66 @@
-"""Frames to files, and what is drawn around them: films of dreams, plots of signals, figures.
+"""Frames to files, and what is drawn around them: videos of dreams, plots of signals, figures.
 
-A frame is uint8 [H, W, 3], a film uint8 [T, H, W, 3]. Pillow, matplotlib and PyAV are imported where they are used.
+A frame is uint8 [H, W, 3], a video uint8 [T, H, W, 3]. Pillow, matplotlib and PyAV are imported where they are used.
 """
 
 from __future__ import annotations
 
 import io
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from secrets import token_hex
 from typing import Any
 
 import numpy as np
 
 from worldmodel.errors import ConfigError, MissingExtraError
-from worldmodel.storage.checkpoint import make_folder, storage_errors
+from worldmodel.storage.files import write
 
 SUFFIXES = (".gif", ".mp4")
 PAPER, INK, FAINT = (255, 255, 255), (40, 40, 40), (190, 190, 190)
 CONTEXT, IMAGINED, REAL, PREDICTED, SPREAD = (46, 160, 67), (230, 126, 34), (31, 119, 180), (214, 88, 20), (250, 214, 180)
-"""Colours: borders of context and imagined frames; what came, what was believed, and its spread."""
+"""Colours: borders of context and imagined frames; observed numbers, the mean of the roll-outs, and their deviation."""
+BAR, EDGE, GAP = 22, 4, 4
+"""Pixels of a line of text, of a frame's border, and between frames."""
 ERROR_GAIN = 2.0
 """Errors of half the brightness range are white."""
 PALETTE_PIXELS = 120_000
-"""About as many pixels of a film choose its palette."""
+"""About as many pixels of a video choose its palette."""
+MAX_SIGNALS, MAX_BARS = 8, 32
+CAPTIONED_SIDE = 256
+"""Frames under a caption are enlarged until a side has as many pixels."""
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
 def checked(path: Path) -> Path:
-    """The path, if films can be written to it. Raises ConfigError for another suffix, MissingExtraError where PyAV is absent."""
+    """The path, if videos can be written to it. Raises ConfigError for another suffix, MissingExtraError where PyAV is absent."""
     if path.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"'{path}': films are written as {' or '.join(SUFFIXES)}. Give a name that ends in one of them.")
+        raise ConfigError(f"'{path}': videos are written as {' or '.join(SUFFIXES)}. Give a name that ends in one of them.")
     if path.suffix.lower() == ".mp4":
         _av(path)
     return path
 
 
 def save(path: Path, frames: np.ndarray, fps: float = 15) -> None:
-    """Write a film [T, H, W, 3] as .gif or .mp4 (extra `video`), whole or not at all. Raises StorageError, and as `checked`."""
+    """Write a video [T, H, W, 3] as .gif or .mp4 (extra `video`), whole or not at all. Raises StorageError, and as `checked`."""
     checked(path)
     write(path, gif(frames, fps) if path.suffix.lower() == ".gif" else mp4(frames, fps))
-
-
-def write(path: Path, data: bytes) -> None:
-    """Replace a file at once; nothing is left behind where that fails. Raises StorageError."""
-    make_folder(path.parent)
-    temporary = path.parent / f".tmp-{token_hex(8)}"
-    with storage_errors("write", path):
-        try:
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def gif(frames: np.ndarray, fps: float = 15) -> bytes:
     """An animation [T, H, W, 3] that repeats for ever, with one palette for all frames."""
     from PIL import Image
 
-    # Every frame has its say: a colour that few frames show would else turn into its neighbour, and a frame that equals the
-    # one before for that reason is merged away.
+    # The palette samples every frame. Otherwise a colour of few frames would turn into its neighbour, and Pillow would drop a
+    # frame that then equals the one before.
     stride = max(1, round((frames[..., 0].size / PALETTE_PIXELS) ** 0.5))
     sample = np.ascontiguousarray(frames[:, ::stride, ::stride])
     palette = Image.fromarray(sample.reshape(-1, *sample.shape[2:])).quantize(255, dither=Image.Dither.NONE)
     pictures = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     out = io.BytesIO()
-    # GIF counts in hundredths of a second, and viewers slow down what is shorter than two of them.
+    # GIF counts in hundredths of a second, and viewers slow down frames shorter than two of them.
     options = {"duration": max(20, 10 * round(100 / fps)), "loop": 0, "optimize": False, "disposal": 1}
     pictures[0].save(out, "GIF", save_all=True, append_images=pictures[1:], **options)
     return out.getvalue()
@@ -109,46 +100,65 @@ def png(frame: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-# Films ----------------------------------------------------------------------------------------------------------------
+# Videos ---------------------------------------------------------------------------------------------------------------
 
 
 def open_loop_panels(real: np.ndarray, imagined: np.ndarray, context: int, min_size: int = 128) -> np.ndarray:
-    """real | imagined | error, side by side with captions: two films [T, H, W, 3] -> one.
+    """real | imagined | error, side by side with captions: two videos [T, H, W, 3] -> one.
 
     Frames of the context have a green border (there `imagined` is what the model reconstructs), imagined ones an orange one;
     their step is counted from the last frame that was seen. The error is the mean difference of the channels, brightened.
     """
-    scale = max(1, -(-min_size // real.shape[1]))
     error = np.abs(real.astype(np.int16) - imagined).mean(-1, keepdims=True)
     error = np.clip(ERROR_GAIN * error, 0, 255).astype(np.uint8).repeat(3, -1)
-    panels = [x.repeat(scale, 1).repeat(scale, 2) for x in (real, imagined, error)]
-    bar, edge, gap = 22, 4, 4
-    count, height, width = len(real), *panels[0].shape[1:3]
-    video = np.empty((count, bar + height + 2 * edge, 3 * (width + 2 * edge) + 2 * gap, 3), np.uint8)
-    video[:] = PAPER
-    for t in range(count):
-        seen = t < context
-        words = ("real", "reconstructed" if seen else "imagined", "error")
-        step = f"step {t + 1}, seen" if seen else f"step +{t - context + 1}"
-        for i, (panel, word) in enumerate(zip(panels, words)):
-            left = i * (width + 2 * edge + gap)
-            video[t, bar:, left : left + width + 2 * edge] = CONTEXT if seen else IMAGINED
-            video[t, bar + edge : bar + edge + height, left + edge : left + edge + width] = panel[t]
-            caption = _caption(word if i else f"real   {step}", width + 2 * edge, bar)
-            video[t, :bar, left : left + width + 2 * edge] = caption
+    panels = [_enlarged(x, min_size, real.shape[1]) for x in (real, imagined, error)]
+    height, width = panels[0].shape[1] + 2 * EDGE, panels[0].shape[2] + 2 * EDGE
+    video = _paper(len(real), BAR + height, 3 * width + 2 * GAP)
+    for i, panel in enumerate(panels):
+        column = video[:, :, i * (width + GAP) :][:, :, :width]
+        column[:context, BAR:], column[context:, BAR:] = CONTEXT, IMAGINED
+        column[:, BAR + EDGE : -EDGE, EDGE:-EDGE] = panel
+        for t, frame in enumerate(column):
+            step = f"step {t + 1}, seen" if t < context else f"step +{t - context + 1}"
+            words = (f"real   {step}", "reconstructed" if t < context else "imagined", "error")
+            frame[:BAR] = _caption(words[i], width, BAR)
     return video
 
 
-def captioned(frames: np.ndarray, words: Sequence[str], min_size: int = 256) -> np.ndarray:
-    """A film with a line of text above each frame; small frames become several times as large, until a side has `least` pixels."""
-    scale, bar = max(1, -(-min_size // max(frames.shape[1:3]))), 22
-    frames = frames.repeat(scale, 1).repeat(scale, 2)
-    video = np.empty((len(frames), bar + frames.shape[1], max(min_size, frames.shape[2]), 3), np.uint8)
-    video[:] = PAPER
-    for t, text in enumerate(words):
-        video[t, :bar] = _caption(text, video.shape[2], bar)
-        video[t, bar:, : frames.shape[2]] = frames[t]
+def captioned(frames: np.ndarray, words: Sequence[str]) -> np.ndarray:
+    """A video with a line of text above each frame; small frames are enlarged."""
+    frames = _enlarged(frames, CAPTIONED_SIDE, max(frames.shape[1:3]))
+    video = _paper(len(frames), BAR + frames.shape[1], max(CAPTIONED_SIDE, frames.shape[2]))
+    video[:, BAR:, : frames.shape[2]] = frames
+    for frame, text in zip(video, words):
+        frame[:BAR] = _caption(text, frame.shape[1], BAR)
     return video
+
+
+def grid(frames: np.ndarray, rows: Sequence[str], title: str = "", min_size: int = 64) -> np.ndarray:
+    """Images [R, C, H, W, 3] in labelled rows -> one frame."""
+    frames = _enlarged(frames, min_size, frames.shape[2])
+    count, across, height, width = frames.shape[:4]
+    gap = 3
+    margin = max(44, *(8 + int(_font(13).getlength(row)) for row in rows))
+    out = _paper(BAR + count * (height + gap), margin + across * (width + gap))
+    out[:BAR] = _caption(title, out.shape[1], BAR)
+    for r in range(count):
+        row = out[BAR + r * (height + gap) :][:height]
+        row[:, :margin] = _caption(rows[r], margin, height)
+        for c in range(across):
+            row[:, margin + c * (width + gap) :][:, :width] = frames[r, c]
+    return out
+
+
+def _enlarged(frames: np.ndarray, min_size: int, side: int) -> np.ndarray:
+    """Frames [..., H, W, 3] a whole number of times as large, so that `side` becomes at least `min_size`."""
+    scale = max(1, -(-min_size // side))
+    return frames.repeat(scale, -3).repeat(scale, -2)
+
+
+def _paper(*shape: int) -> np.ndarray:
+    return np.full((*shape, 3), PAPER, np.uint8)
 
 
 @lru_cache(maxsize=512)
@@ -168,85 +178,65 @@ def _font(size: int) -> Any:
     return ImageFont.load_default(size)
 
 
-def signal_frames(true: np.ndarray, imagined: np.ndarray, names: Sequence[str], context: int, max_count: int = 8) -> np.ndarray:
-    """Numbers over time as a film: true [T, D] (NaN: unknown) and roll-outs imagined [K, T, D] -> uint8 [T, H, W, 3].
+# Signals --------------------------------------------------------------------------------------------------------------
 
-    A panel for each of the first `most` numbers. What came lies there faintly from the start; what came (blue), the mean
-    of the roll-outs (orange) and a deviation to both sides grow with time. A line marks the last row that was seen.
+
+def signal_frames(true: np.ndarray, imagined: np.ndarray, names: Sequence[str], context: int) -> np.ndarray:
+    """Numbers over time as a video: true [T, D] (NaN: unknown) and roll-outs imagined [K, T, D] -> uint8 [T, H, W, 3].
+
+    A panel for each of the first `MAX_SIGNALS` numbers. All observed values are there faintly from the start; the observed
+    ones (blue), the mean of the roll-outs (orange) and a deviation to both sides grow with time. A green line marks the last
+    observation that the model saw.
     """
     from PIL import Image, ImageDraw
 
-    steps, count = len(true), min(max_count, true.shape[1])
+    steps, count = len(true), min(MAX_SIGNALS, true.shape[1])
     true, imagined = (np.where(np.isfinite(x), x, np.nan)[..., :count].astype(float) for x in (true, imagined))
     mean, spread = imagined.mean(0), imagined.std(0)
-    known = np.concatenate([true, mean - spread, mean + spread])
-    low, high = (np.nan_to_num(f(np.where(np.isnan(known), fill, known), 0)) for f, fill in ((np.min, np.inf), (np.max, -np.inf)))
-    low, high = np.where(low <= high, low, 0), np.where(low <= high, high, 0)
-    margin = np.where(high > low, 0.08 * (high - low), 0.5)
-    low, high = low - margin, high + margin
+    low, high = _limits(np.concatenate([true, mean - spread, mean + spread]))
     columns = 1 if count == 1 else 2
     width, height, pad = 300, 96, 20
+    x = 6 + np.arange(count) % columns * width + np.arange(steps)[:, None] * (width - 12) / max(1, steps - 1)
+    top = pad + np.arange(count) // columns * (height + pad)
     sheet = Image.new("RGB", (columns * width, -(-count // columns) * (height + pad) + 4), PAPER)
     draw = ImageDraw.Draw(sheet)
 
-    def panel_at(d: int) -> Callable[[int, float], tuple[float, float]]:
-        left, top = (d % columns) * width + 6, (d // columns) * (height + pad) + pad
+    def pixels(values: np.ndarray) -> np.ndarray:
+        """[T, D] -> [T, D, 2]"""
+        share = (np.clip(values, low, high) - low) / (high - low)
+        return np.stack([x, top + (1 - share) * (height - 1)], -1)
 
-        def at(t: int, value: float) -> tuple[float, float]:
-            share = (np.clip(value, low[d], high[d]) - low[d]) / (high[d] - low[d])
-            return left + t * (width - 12) / max(1, steps - 1), top + (1 - share) * (height - 1)
+    def line(points: np.ndarray, colour: tuple, thick: int = 2) -> None:
+        if np.isfinite(points).all():
+            draw.line(points.ravel().tolist(), fill=colour, width=thick)
 
-        return at
-
-    panels_at = [panel_at(d) for d in range(count)]
-    for d, at in enumerate(panels_at):
-        draw.rectangle([*at(0, high[d]), *at(steps - 1, low[d])], outline=FAINT)
+    true, mean, upper, lower = map(pixels, (true, mean, mean + spread, mean - spread))
+    for d in range(count):
+        draw.rectangle([x[0, d], top[d], x[-1, d], top[d] + height - 1], outline=FAINT)
         if 0 < context < steps:
-            draw.line([at(context - 1, high[d]), at(context - 1, low[d])], fill=CONTEXT, width=2)
-        x, y = at(0, high[d])
-        draw.text((x, y - pad // 2), f"{names[d]}   [{low[d]:.2g}, {high[d]:.2g}]", fill=INK, font=_font(12), anchor="lm")
-        _line(draw, at, true[:, d], range(1, steps), FAINT, 1)
+            draw.line([x[context - 1, d], top[d], x[context - 1, d], top[d] + height - 1], fill=CONTEXT, width=2)
+        words = f"{names[d]}   [{low[d]:.2g}, {high[d]:.2g}]"
+        draw.text((x[0, d], top[d] - pad // 2), words, fill=INK, font=_font(12), anchor="lm")
+        for t in range(1, steps):
+            line(true[t - 1 : t + 1, d], FAINT, 1)
     video = np.empty((steps, sheet.height, sheet.width, 3), np.uint8)
     for t in range(steps):
-        for d, at in enumerate(panels_at) if t else ():
-            _band(draw, at, mean[:, d], spread[:, d], t)
-            _line(draw, at, true[:, d], [t], REAL, 2)
-            _line(draw, at, mean[:, d], [t], PREDICTED, 2)
+        for d in range(count) if t else ():
+            band = np.concatenate([upper[t - 1 : t + 1, d], lower[t - 1 : t + 1, d][::-1]])
+            if np.isfinite(band).all():
+                draw.polygon(band.ravel().tolist(), fill=SPREAD)
+            line(true[t - 1 : t + 1, d], REAL)
+            line(mean[t - 1 : t + 1, d], PREDICTED)
         video[t] = np.asarray(sheet)
     return video
 
 
-def _line(draw: Any, at: Callable, values: np.ndarray, steps: Sequence[int], colour: tuple, width: int) -> None:
-    """Segments that end at `steps`, where both of their ends are known."""
-    for t in steps:
-        if np.isfinite(values[t - 1]) and np.isfinite(values[t]):
-            draw.line([at(t - 1, values[t - 1]), at(t, values[t])], fill=colour, width=width)
-
-
-def _band(draw: Any, at: Callable, mean: np.ndarray, spread: np.ndarray, t: int) -> None:
-    if np.isfinite([*mean[t - 1 : t + 1], *spread[t - 1 : t + 1]]).all():
-        upper = [at(s, mean[s] + spread[s]) for s in (t - 1, t)]
-        lower = [at(s, mean[s] - spread[s]) for s in (t, t - 1)]
-        draw.polygon(upper + lower, fill=SPREAD)
-
-
-def grid(frames: np.ndarray, rows: Sequence[str], title: str = "", min_size: int = 64) -> np.ndarray:
-    """Pictures [R, C, H, W, 3] in labelled rows -> one frame."""
-    scale = max(1, -(-min_size // frames.shape[2]))
-    frames = frames.repeat(scale, 2).repeat(scale, 3)
-    count, across, height, width = frames.shape[:4]
-    bar, gap = 22, 3
-    margin = max(44, *(8 + int(_font(13).getlength(row)) for row in rows))
-    out = np.empty((bar + count * (height + gap), margin + across * (width + gap), 3), np.uint8)
-    out[:] = PAPER
-    out[:bar] = _caption(title, out.shape[1], bar)
-    for r in range(count):
-        top = bar + r * (height + gap)
-        out[top : top + height, :margin] = _caption(rows[r], margin, height)
-        for c in range(across):
-            left = margin + c * (width + gap)
-            out[top : top + height, left : left + width] = frames[r, c]
-    return out
+def _limits(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(low, high) [D] of the axes for values [N, D], with a margin; NaN: unknown."""
+    low, high = np.fmin.reduce(values, 0), np.fmax.reduce(values, 0)
+    low, high = np.nan_to_num(low), np.nan_to_num(high)
+    margin = np.where(high > low, 0.08 * (high - low), 0.5)
+    return low - margin, high + margin
 
 
 # Figures --------------------------------------------------------------------------------------------------------------
@@ -262,11 +252,9 @@ def _figure(width: float, height: float, left: float = 0.7, bottom: float = 0.55
 
 
 def _encoded(figure: Any) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return png(np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3]))
+    out = io.BytesIO()
+    figure.savefig(out, format="png", pil_kwargs={"compress_level": 4})
+    return out.getvalue()
 
 
 def error_figure(
@@ -291,12 +279,13 @@ def error_figure(
     return _encoded(figure)
 
 
-def bar_figure(values: Sequence[float], labels: Sequence[str], title: str, unit: str, max_count: int = 32) -> bytes:
-    """PNG of the first `most` values as bars."""
+def bar_figure(values: Sequence[float], labels: Sequence[str], title: str, unit: str) -> bytes:
+    """PNG of the first `MAX_BARS` values as bars."""
     figure = _figure(7.5, 3.2)
     axes = figure.add_subplot()
-    axes.bar(range(len(values[:max_count])), values[:max_count], color="C0")
-    axes.set_xticks(range(len(values[:max_count])), labels[:max_count], fontsize=7, rotation=90 if len(values) > 12 else 0)
+    shown = values[:MAX_BARS]
+    axes.bar(range(len(shown)), shown, color="C0")
+    axes.set_xticks(range(len(shown)), labels[:MAX_BARS], fontsize=7, rotation=90 if len(values) > 12 else 0)
     axes.set_title(title, fontsize=9)
     axes.set_ylabel(unit)
     return _encoded(figure)

@@ -47,7 +47,7 @@ def dreamed_episodes(
         done += count
     origin = f"dreamed by {run.path}, step {agent.num_timesteps}, from {start}"
     said = {"env_id": run.config.env.id, "env_options": run.config.env.options, "origin": origin}
-    return Recording.stacked(agent.obs_spec, agent.action_spec, parts, **said)
+    return Recording.from_episodes(agent.obs_spec, agent.action_spec, parts, **said)
 
 
 @torch.no_grad()

@@ -81,8 +81,7 @@ def pack_replay(file: Path | io.BufferedIOBase, step: int, replay: Replay, obs: 
         arrays |= {f"{number}/obs/{key}": x[0].numpy() for key, x in rows.obs.items()}
         arrays |= {f"{number}/{name}": getattr(rows, name)[0].numpy() for name in COLUMNS}
     state = {"holds": "replay", "num_envs": replay.num_envs, "observation": obs.to_json(), "action": action.to_json()}
-    pack = checkpoint.pack_into if hasattr(file, "write") else checkpoint.pack
-    pack(file, step, {"replay": arrays}, state)
+    checkpoint.pack(file, step, {"replay": arrays}, state)
 
 
 def unpack_replay(file: Path | io.BufferedIOBase, replay: Replay, obs: ObsSpec, action: ActionSpec) -> None:

@@ -20,6 +20,7 @@ from worldmodel.diagnostics.rollouts import OpenLoop, open_loop, roll_out
 from worldmodel.envs.draw import Viewer
 from worldmodel.errors import ConfigError
 from worldmodel.model import WorldModel
+from worldmodel.storage import files
 from worldmodel.storage.run import Run
 from worldmodel.view import pictures
 
@@ -245,5 +246,5 @@ def write(out: Path, shown: RolloutVideo, errors: OpenLoop, viewer: Viewer, log:
     pictures.save(out, frames, fps=10)
     if errors.count.any():
         figure = out.with_suffix(".png")
-        pictures.write(figure, error_figure(errors, viewer))
+        files.write(figure, error_figure(errors, viewer))
         log(f"Errors by horizon are drawn in {figure}.")

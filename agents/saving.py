@@ -153,10 +153,7 @@ class SavedAlgorithm(BaseAlgorithm):
             if names := list(names or ()):
                 raise ConfigError(f"save({word}={names}): a file holds weights, optimisers, counters and config. Leave {word} out.")
         content = self.num_timesteps, *self.content(), {"agent": self.kind, "versions": versions()}, self._description()
-        if hasattr(path, "write"):
-            checkpoint.pack_into(path, *content)
-        else:
-            checkpoint.pack(_path(path), *content)
+        checkpoint.pack(path if hasattr(path, "write") else _path(path), *content)
 
     def _description(self) -> dict[str, Any]:
         """What the model is, under SB3's names where it has them: for tools that look into a zip for it."""

@@ -115,7 +115,7 @@ def keep(job: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from worldmodel.commands import train as training
-    from worldmodel.storage.disk_columns import DiskColumns
+    from worldmodel.storage.columns import DiskColumns
     from worldmodel.storage.replay import Replay
     from worldmodel.storage.run import Run
 

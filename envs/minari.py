@@ -22,7 +22,7 @@ from worldmodel.envs.extras import absent, install
 from worldmodel.envs.wrappers import LeafArray, leaf_arrays
 from worldmodel.errors import ConfigError, CorruptError, MissingExtraError, StorageError, UnsupportedSpaceError, did_you_mean
 from worldmodel.spaces.layouts import Layout
-from worldmodel.storage.checkpoint import storage_errors
+from worldmodel.storage.files import storage_errors
 from worldmodel.storage.recording import Recording
 
 PREFIX = "minari:"

@@ -10,7 +10,8 @@ from worldmodel.errors import ConfigError, did_you_mean
 from worldmodel.spaces import ActionSpec, ObsSpec
 from worldmodel.spaces.layouts import Layout
 from worldmodel.storage.recording import Recording
-from worldmodel.storage.run import CONFIG, Run
+from worldmodel.storage.run import Run
+from worldmodel.storage.run_folder import CONFIG
 
 
 def recording(source: str | Path | Run | Recording, layout: Layout | Mapping[str, Layout] | None = None) -> Recording:

@@ -11,12 +11,13 @@ from catalogue import times
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_runs import CHAIN, small_train
+from test_checkpoint import names
 from test_replay import check_rows, fill
-from test_segments import assert_same, files
+from test_segments import assert_same
 
 from worldmodel.agents import Dreamer
 from worldmodel.errors import ConfigError, CorruptError, StorageError
-from worldmodel.storage import checkpoint, segments
+from worldmodel.storage import checkpoint, files, segments
 from worldmodel.storage.replay import Replay
 from worldmodel.storage.run import Run
 
@@ -114,10 +115,10 @@ def test_a_full_disk_keeps_rows_waiting_until_there_is_place_again_or_too_many_w
         with caplog.at_level(logging.WARNING):
             fill(disk, 20)
         assert "wait in memory: Could not write: No space" in caplog.text
-        assert files(tmp_path) == []
+        assert names(tmp_path) == []
     fill(disk, 8)
     assert_same(disk, fill(in_memory(), 35))
-    assert len(files(tmp_path)) >= 3
+    assert len(names(tmp_path)) >= 3
     monkeypatch.setattr(segments, "write", full)
     with pytest.raises(StorageError, match="No space left"):
         fill(disk, 100)
@@ -138,27 +139,27 @@ def test_a_file_that_is_gone_or_cut_is_named_when_its_rows_are_read(tmp_path):
 
 
 def test_damage_is_noticed_when_the_replay_is_opened(tmp_path):
-    marks = fill(on_disk(tmp_path), 20).save(tmp_path)
+    snapshot = fill(on_disk(tmp_path), 20).save(tmp_path)
     file = tmp_path / "segment-000000002.bin"
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.unlink()
     file.write_bytes(data)
     with pytest.raises(CorruptError, match=r"segment-000000002.bin is damaged at offset"):
-        Replay.load(tmp_path, marks, on_disk=True)
+        Replay.load(tmp_path, snapshot, on_disk=True)
 
 
 def test_a_reader_writes_nothing_beside_the_writer(tmp_path):
-    marks = fill(on_disk(tmp_path), 20).save(tmp_path)
-    reader = Replay.load(tmp_path, marks, on_disk=True, writable=False)
-    before = files(tmp_path)
+    snapshot = fill(on_disk(tmp_path), 20).save(tmp_path)
+    reader = Replay.load(tmp_path, snapshot, on_disk=True, writable=False)
+    before = names(tmp_path)
     with pytest.raises(StorageError, match="where its run writes it"):
         fill(reader, 20)
     with pytest.raises(StorageError, match="where its run writes it"):
         reader.save(tmp_path)
     with pytest.raises(StorageError, match="cannot be saved to"):
         on_disk(tmp_path).save(tmp_path / "elsewhere")
-    assert files(tmp_path) == before
+    assert names(tmp_path) == before
 
 
 # In a run ----------------------------------------------------------------------------------------------------------------
@@ -192,7 +193,7 @@ def test_experience_is_on_the_disk_between_checkpoints_and_can_be_kept(tmp_path)
     small_train(folder, 60, options=options)
     unbroken = Run.open(folder).replay().added
     for step in checkpoint.steps(folder / "checkpoints")[1:]:  # as if the process had been killed before the last one
-        checkpoint.discard(folder / "checkpoints" / f"step-{step:012d}")
+        files.discard(folder / "checkpoints" / f"step-{step:012d}")
     (folder / "result.json").unlink()
     small_train(folder, 60, resume=True, keep_newer=True, options=options, log=said.append)
     assert [text for text in said if text.endswith("are kept.")]
@@ -204,7 +205,7 @@ def test_a_run_without_a_checkpoint_begins_anew_with_its_experience(tmp_path):
     small_train(folder, 60)
     rows = Run.open(folder).replay().added
     for step in checkpoint.steps(folder / "checkpoints"):
-        checkpoint.discard(folder / "checkpoints" / f"step-{step:012d}")
+        files.discard(folder / "checkpoints" / f"step-{step:012d}")
     (folder / "result.json").unlink()
     result = small_train(folder, 60, resume=True, log=said.append)
     assert f"Replay: {rows} steps without a checkpoint are kept." in said

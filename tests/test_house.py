@@ -45,14 +45,14 @@ FOLDERS = {
 
 LAYERS = (
     "errors configs",
-    "data registry renamed storage.checkpoint storage.windows nn.networks nn.moments nn.diffusion",
+    "data registry renamed storage.checkpoint storage.files storage.windows nn.networks nn.moments nn.diffusion",
     "config spaces storage.segments view nn.attention",
-    "storage.replay storage.disk_columns storage.weights",
-    "storage.recording distributions",
+    "storage.replay storage.columns storage.weights",
+    "storage.recording storage.npz distributions",
     "encoders decoders heads ensemble",
     "dynamics objectives",
     "model",
-    "learner storage.run",
+    "learner storage.run storage.run_folder",
     "diagnostics",
     "envs",
     "agents",

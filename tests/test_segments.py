@@ -1,16 +1,18 @@
-"""The replay on disk: what was saved comes back, damage is noticed, and a checkpoint's marks are the only truth."""
+"""The replay on disk: what was saved comes back, damage is noticed, and only a checkpoint's snapshot commits rows."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forks import forked, killed_at
+from test_checkpoint import names, put
 from test_replay import GOOD, check_rows, fill, store
 
 from worldmodel.data import Batch
@@ -30,16 +32,6 @@ def assert_same(a: Replay, b: Replay) -> None:
                 assert torch.equal(getattr(x, field.name), getattr(y, field.name))
 
 
-def files(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir())
-
-
-def put(file: Path, data: bytes) -> None:
-    """New content under an old name; cutting a file that was just written costs milliseconds on some file systems."""
-    file.unlink(missing_ok=True)
-    file.write_bytes(data)
-
-
 @pytest.mark.parametrize("rows", [0, 3, 20, 47])
 def test_what_was_saved_is_loaded(tmp_path, rows):
     replay = fill(store(capacity=40, num_envs=2, image=True), rows)
@@ -52,23 +44,23 @@ def test_what_was_saved_is_loaded(tmp_path, rows):
     assert loaded.capacity == 40
 
 
-def test_saves_are_incremental_and_old_marks_stay_loadable_until_swept(tmp_path):
+def test_saves_are_incremental_and_old_snapshots_stay_loadable_until_swept(tmp_path):
     replay, snapshot, copies = store(capacity=40, num_envs=2), [None], []
     for rows in (3, 11, 0, 9, 30, 1, 1):
         fill(replay, rows)
         snapshot.append(replay.save(tmp_path, snapshot[-1]))
         copies.append(Replay.load(tmp_path, snapshot[-1]))
         assert_same(copies[-1], replay)
-    assert files(tmp_path) == [f"segment-{i:09d}.bin" for i in range(1, 7)]  # nothing new, no file
-    for copy, mark in zip(copies, snapshot[1:]):
-        assert_same(Replay.load(tmp_path, mark), copy)
+    assert names(tmp_path) == [f"segment-{i:09d}.bin" for i in range(1, 7)]  # nothing new, no file
+    for copy, saved in zip(copies, snapshot[1:]):
+        assert_same(Replay.load(tmp_path, saved), copy)
     assert [n for n, _ in snapshot[-1]["segments"]] == [4, 5, 6]  # 1 to 3 hold evicted rows only
-    rows = [segments.read_header(tmp_path, n, replay._column_spec, 2).rows for n in (1, 2, 3, 4, 5, 6)]
+    rows = [segments.read_header(tmp_path, n, replay._spec, 2).rows for n in (1, 2, 3, 4, 5, 6)]
     assert rows == [6, 22, 18, 40, 2, 2]  # of 60 new rows, 20 were evicted before they were saved
 
     (tmp_path / ".tmp-123").write_text("left behind")
     Replay.sweep(tmp_path, snapshot[-2:])
-    assert files(tmp_path) == [f"segment-{i:09d}.bin" for i in (4, 5, 6)]
+    assert names(tmp_path) == [f"segment-{i:09d}.bin" for i in (4, 5, 6)]
     assert_same(Replay.load(tmp_path, snapshot[-1]), replay)
 
 
@@ -81,7 +73,7 @@ def test_a_segment_stays_while_any_stream_needs_it(tmp_path):
     assert_same(Replay.load(tmp_path, snapshot), replay)
 
 
-def test_marks_survive_json(tmp_path):
+def test_a_snapshot_survives_json(tmp_path):
     replay = fill(store(), 9)
     assert_same(Replay.load(tmp_path, json.loads(json.dumps(replay.save(tmp_path)))), replay)
 
@@ -90,12 +82,12 @@ def test_a_big_save_is_split_so_that_eviction_frees_the_disk(tmp_path, monkeypat
     monkeypatch.setattr(segments, "MAX_BYTES", 1000)
     replay = fill(fill(store(capacity=200, num_envs=2), 60), 31, [1])
     snapshot = replay.save(tmp_path)
-    assert len(files(tmp_path)) == 4
+    assert len(names(tmp_path)) == 4
     assert max(p.stat().st_size for p in tmp_path.iterdir()) < 2000
     assert_same(Replay.load(tmp_path, snapshot), replay)
 
 
-def test_a_future_that_the_checkpoint_does_not_know_is_dropped_aloud_or_kept_aloud(tmp_path):
+def test_rows_behind_the_checkpoint_are_dropped_or_kept_and_either_is_reported(tmp_path):
     replay = fill(store(capacity=40), 12)
     snapshot = replay.save(tmp_path)
     fill(replay, 5)
@@ -114,17 +106,17 @@ def test_a_future_that_the_checkpoint_does_not_know_is_dropped_aloud_or_kept_alo
     assert_same(Replay.load(tmp_path, kept.save(tmp_path, snapshot)), kept)
 
 
-def test_a_retold_future_replaces_the_one_that_was_dropped(tmp_path):
+def test_rows_written_anew_replace_those_that_were_dropped(tmp_path):
     replay = fill(store(capacity=40), 12)
     snapshot = replay.save(tmp_path)
     fill(replay, 7).save(tmp_path, snapshot)
     other = fill(Replay.load(tmp_path, snapshot), 3)
-    told = other.save(tmp_path, snapshot)
+    later = other.save(tmp_path, snapshot)
     assert_same(Replay.load(tmp_path, snapshot, keep_newer=True), other)
-    assert_same(Replay.load(tmp_path, told), other)
+    assert_same(Replay.load(tmp_path, later), other)
 
 
-def test_damage_behind_the_marks_costs_only_what_is_behind_it(tmp_path):
+def test_damage_behind_the_snapshot_costs_only_what_is_behind_it(tmp_path):
     replay = fill(store(capacity=40), 12)
     snapshot = replay.save(tmp_path)
     middle = fill(replay, 5).save(tmp_path, snapshot)
@@ -138,6 +130,27 @@ def test_damage_behind_the_marks_costs_only_what_is_behind_it(tmp_path):
         assert_same(Replay.load(tmp_path, snapshot, keep_newer=True, log=said.append), copy)
         assert "segment-000000003.bin" in said[0]
         assert said[-1] == "Replay: 5 steps newer than the checkpoint are kept."
+
+
+@pytest.mark.parametrize("largest", [segments.MAX_BYTES, 1000])
+def test_rows_behind_evicted_ones_are_kept_where_they_fill_the_replay(tmp_path, monkeypatch, largest):
+    monkeypatch.setattr(segments, "MAX_BYTES", largest)
+    replay = fill(store(capacity=80, num_envs=2), 1)
+    snapshot = replay.save(tmp_path)
+    whole = fill(replay, 41)  # row 1 of each stream is evicted before it is saved
+    whole.save(tmp_path, snapshot)
+    said: list[str] = []
+    kept = Replay.load(tmp_path, snapshot, keep_newer=True, log=said.append)
+    assert_same(kept, whole)
+    assert said == ["Replay: 80 steps newer than the checkpoint are kept."]
+    recovered = store(capacity=80, num_envs=2)
+    recovered.recover(tmp_path)
+    assert_same(recovered, whole)
+    last = segments.path_of(tmp_path, segments.numbers(tmp_path)[-1])
+    put(last, last.read_bytes()[:-9] + bytes(9))  # now they do not fill it
+    kept = Replay.load(tmp_path, snapshot, keep_newer=True, log=said.append)
+    assert (kept.added_by_stream, said[-1]) == ((1, 1), "Replay: 0 steps newer than the checkpoint are kept.")
+    assert last.name in said[-2]
 
 
 def test_every_flipped_byte_is_noticed(tmp_path):
@@ -194,15 +207,15 @@ def test_a_missing_or_foreign_segment_is_noticed(tmp_path):
         with pytest.raises(CorruptError, match=message):
             Replay.load(tmp_path, snapshot)
         put(one, held)
-    with pytest.raises(CorruptError, match="segments are missing from its marks"):
+    with pytest.raises(CorruptError, match="segments are missing from its snapshot"):
         Replay.load(tmp_path, {**snapshot, "segments": snapshot["segments"][1:]})
     with pytest.raises(CorruptError, match="other columns"):
         Replay.load(tmp_path, {**snapshot, "obs": {"at": [[2], "<i4"]}})
     for rows in ([7], [9], [8, 0], ["x"], None):
-        with pytest.raises(CorruptError, match="marks"):
+        with pytest.raises(CorruptError, match="snapshot"):
             Replay.load(tmp_path, {**snapshot, "rows": rows})
     for key in ("rows", "segments", "obs", "capacity"):
-        with pytest.raises(CorruptError, match="marks"):
+        with pytest.raises(CorruptError, match="snapshot"):
             Replay.load(tmp_path, {k: v for k, v in snapshot.items() if k != key})
 
 
@@ -211,7 +224,7 @@ def test_a_lying_header_allocates_nothing(tmp_path):
     replay = fill(store(capacity=40), 4)
     snapshot = replay.save(tmp_path)
     header = segments.Header(1, (0,), (10**15,))
-    columns = replay._column_spec
+    columns = replay._spec
     segments.write(tmp_path, header, columns, lambda name, *_: np.zeros((1, *columns[name][0])))
     with pytest.raises(CorruptError, match=f"{path.name} has .* bytes, but its header implies"):
         Replay.load(tmp_path, snapshot)
@@ -225,7 +238,7 @@ def test_an_emptied_folder_is_written_anew(tmp_path):
     assert_same(Replay.load(tmp_path, replay.save(tmp_path, snapshot)), replay)
 
 
-def test_marks_of_another_replay_are_refused(tmp_path):
+def test_a_snapshot_of_another_replay_is_refused(tmp_path):
     snapshot = fill(store(capacity=40), 9).save(tmp_path)
     with pytest.raises(ValueError, match="of another replay"):
         store(capacity=40).save(tmp_path, snapshot)
@@ -236,61 +249,43 @@ def test_marks_of_another_replay_are_refused(tmp_path):
 def test_a_full_disk_is_a_named_error_and_leaves_the_last_save_whole(tmp_path):
     replay = fill(store(capacity=40, image=True), 9)
     snapshot = replay.save(tmp_path)
-    before = files(tmp_path)
+    before = names(tmp_path)
     copy = Replay.load(tmp_path, snapshot)
     fill(replay, 30)
-    pid = os.fork()
-    if pid == 0:  # the limit cannot be lifted again, so it lives and dies with a child
+
+    def act() -> bool:
         import resource
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-        try:
+        with pytest.raises(StorageError, match="Free some disk space") as error:
             replay.save(tmp_path, snapshot)
-            os._exit(1)
-        except StorageError as error:
-            os._exit(0 if "Free some disk space" in str(error) and str(tmp_path) in str(error) else 2)
-        finally:
-            os._exit(3)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert files(tmp_path) == before
+        return str(tmp_path) in str(error.value)
+
+    forked(act)
+    assert names(tmp_path) == before
     assert_same(Replay.load(tmp_path, snapshot), copy)
     assert_same(Replay.load(tmp_path, replay.save(tmp_path, snapshot)), replay)
 
 
 def test_a_kill_at_any_step_of_a_save_or_a_sweep_loses_nothing_that_was_committed(tmp_path):
-    def killed_at(n: int, folder: Path, replay: Replay, snapshot: dict) -> int:
-        pid = os.fork()
-        if pid == 0:
-            left = [n]
+    calls = ("open", "fsync", "replace", "unlink", "close")
 
-            def counted(real):
-                def call(*args, **kwargs):
-                    left[0] -= 1
-                    if left[0] < 0:
-                        os._exit(9)
-                    return real(*args, **kwargs)
-
-                return call
-
-            for name in ("open", "fsync", "rename", "unlink", "close"):
-                setattr(os, name, counted(getattr(os, name)))
-            later = fill(replay, 25).save(folder, snapshot)
-            Replay.sweep(folder, [snapshot, later])
-            os._exit(0)
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    def act(folder: Path, replay: Replay, snapshot: dict) -> None:
+        later = fill(replay, 25).save(folder, snapshot)
+        Replay.sweep(folder, [snapshot, later])
 
     for n in range(50):
         folder = tmp_path / str(n)
         replay = fill(store(capacity=20), 5)
         replay.save(folder)  # named by no checkpoint: for the sweep
         snapshot = replay.save(folder)
-        status = killed_at(n, folder, replay, snapshot)
+        status = killed_at(n, calls, partial(act, folder, replay, snapshot))
         assert_same(Replay.load(folder, snapshot, log=lambda said: None), replay)
         again = fill(Replay.load(folder, snapshot, log=lambda said: None), 7)
-        told = again.save(folder, snapshot)
-        Replay.sweep(folder, [told])
-        assert files(folder) == [segments.path_of(folder, number).name for number, _ in told["segments"]]
-        assert_same(Replay.load(folder, told), again)
+        later = again.save(folder, snapshot)
+        Replay.sweep(folder, [later])
+        assert names(folder) == [segments.path_of(folder, number).name for number, _ in later["segments"]]
+        assert_same(Replay.load(folder, later), again)
         if status == 0:
             break
     assert status == 0

@@ -37,7 +37,8 @@ from worldmodel.errors import ConfigError
 from worldmodel.model import ModelConfig, WorldModel
 from worldmodel.spaces import ActionSpec, ObsSpec
 from worldmodel.storage import checkpoint
-from worldmodel.storage.run import CONFIG, Run
+from worldmodel.storage.run import Run
+from worldmodel.storage.run_folder import CONFIG
 from worldmodel.storage.weights import as_arrays
 
 WORLD, POLICY = "world.zip", "policy.zip"

@@ -28,8 +28,8 @@ from worldmodel.config import Config
 from worldmodel.envs.make import as_vec_env
 from worldmodel.errors import ConfigError, EnvError
 from worldmodel.spaces import ObsSpec
-from worldmodel.storage import run as runs
 from worldmodel.storage.run import Run
+from worldmodel.storage.run_folder import latest_default, refuse_existing
 
 _log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class Session:
 def new(session: Session, recipe: Any, run_dir: str | Path | None, given: dict[str, Any], seed: int) -> TrainResult:
     config = Config.from_recipe(recipe, given)
     if run_dir is not None:
-        runs.refuse_existing(Path(run_dir))
+        refuse_existing(Path(run_dir))
     agent = make_agent(config, seed, session.device, session.trust)  # before the folder: what cannot start leaves nothing behind
     try:
         with Run.create(run_dir, config, seed) as run:
@@ -94,7 +94,7 @@ def new(session: Session, recipe: Any, run_dir: str | Path | None, given: dict[s
 
 
 def resumed(session: Session, recipe: Any, run_dir: str | Path | None, given: dict[str, Any], seed: int | None) -> TrainResult:
-    path = Path(run_dir) if run_dir is not None else runs.latest_default(Config.from_recipe(recipe, given), seed or 0)
+    path = Path(run_dir) if run_dir is not None else latest_default(Config.from_recipe(recipe, given), seed or 0)
     with Run.open(path, write=True) as run:
         manifest = run.manifest() or {}
         config = _resume_config(run, manifest, recipe, given, seed)

@@ -14,6 +14,7 @@ from small_runs import CHAIN, merged
 from worldmodel.config import Config
 from worldmodel.spaces import ActionSpec, ObsSpec
 from worldmodel.storage import checkpoint, segments
+from worldmodel.storage.files import sweep
 from worldmodel.storage.replay import Replay
 from worldmodel.storage.run import Run
 
@@ -49,10 +50,10 @@ class Checkpoints:
         checkpoint.prune(folder, keep=1)
 
     def state(self, folder: Path) -> int:
-        checkpoint.sweep(folder)
-        return self.looked_at(folder)
+        sweep(folder)
+        return self.checked_step(folder)
 
-    def looked_at(self, folder: Path) -> int:
+    def checked_step(self, folder: Path) -> int:
         """The step that is there, whole; and nothing else is there that is not."""
         for path in folder.iterdir():
             checkpoint.verify(path)
@@ -72,7 +73,7 @@ class Zip:
         checkpoint.pack(folder / "a.zip", 2, ARRAYS[2], {"step": 2})
 
     def state(self, folder: Path) -> int:
-        checkpoint.sweep(folder)
+        sweep(folder)
         assert [p.name for p in folder.iterdir()] == ["a.zip"]
         return checkpoint.unpack(folder / "a.zip")[1]["step"]
 
@@ -103,12 +104,12 @@ class Runs:
 
     def state(self, folder: Path) -> int:
         with Run.open(folder, write=True) as run:
-            step = Checkpoints().looked_at(folder / "checkpoints")
+            step = Checkpoints().checked_step(folder / "checkpoints")
             assert same_rows(run.replay(), replay_of(step))
-            if step == 2:  # the next save sweeps; a segment that nobody names may stay until then
+            if step == 2:  # the next save sweeps; a segment that no snapshot names may stay until then
                 run._snapshot = run.manifest()["replay"]
                 Replay.sweep(folder / "replay", [run._snapshot])
             for number in segments.numbers(folder / "replay"):
-                segments.read(folder / "replay", number, replay_of(1)._column_spec, 2)
+                segments.read(folder / "replay", number, replay_of(1)._spec, 2)
         assert not [p for p in folder.rglob("*") if p.name.startswith((".tmp-", ".trash-"))]
         return step

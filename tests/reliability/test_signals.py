@@ -13,7 +13,8 @@ from small_runs import Nervous, small_train
 from test_kills import counted, wrong
 
 from worldmodel.errors import StorageError
-from worldmodel.storage.run import LOCK, Run
+from worldmodel.storage.run import Run
+from worldmodel.storage.run_folder import LOCK
 
 
 def test_a_signal_at_any_moment_ends_the_run_in_order_and_a_second_one_at_once(tmp_path, figure):

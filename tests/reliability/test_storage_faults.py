@@ -18,12 +18,12 @@ import pytest
 import stores
 from catalogue import needs, needs_program, times
 from faults import strikes
+from forks import forked
 from small_runs import small_train
-from test_checkpoint import forked
 
 from worldmodel.agents.training.callback import RunCallback
 from worldmodel.errors import ConfigError, CorruptError, StorageError
-from worldmodel.storage import checkpoint, segments
+from worldmodel.storage import checkpoint, files, segments
 from worldmodel.storage import run as runs
 from worldmodel.storage.replay import Replay
 from worldmodel.storage.run import Run
@@ -73,20 +73,12 @@ def test_the_kills_find_a_save_that_is_careless(tmp_path, monkeypatch, careless)
             (path / name).write_bytes(data)
 
     def deletes_first(parent, step, *content):
-        checkpoint.discard(parent / f"step-{step - 1:012d}")
+        files.discard(parent / f"step-{step - 1:012d}")
         return write(parent, step, *content)
 
     if careless == "segment in place":
         store = stores.Runs(tmp_path)
-        monkeypatch.setattr("worldmodel.storage.segments.durable", lambda temporary: open(store.final, "wb"))
-        monkeypatch.setattr(Path, "rename", lambda *_: None)
-        store.final = None
-
-        def prepare(folder, real=store.prepare):
-            real(folder)
-            store.final = folder / "replay" / "segment-000000002.bin"
-
-        store.prepare = prepare
+        monkeypatch.setattr("worldmodel.storage.segments.replacing", lambda path: open(path, "wb"))
     else:
         store = stores.Checkpoints()
         store.prepare = lambda folder: write(folder, 1, stores.ARRAYS[1], {"step": 1})
@@ -142,7 +134,7 @@ def test_the_errors_find_a_save_that_does_not_name_them(tmp_path, monkeypatch):
         def __str__(self):
             return "something went wrong"
 
-    monkeypatch.setattr(checkpoint, "StorageError", Nameless)
+    monkeypatch.setattr(files, "StorageError", Nameless)
     store = stores.Zip()
     found = [
         struck.status
@@ -242,7 +234,7 @@ def test_a_full_disk_stops_saving_and_not_training(small_disk, monkeypatch, figu
 
     def act() -> bool:  # in a child: a disk that is written through a memory map would kill it by SIGBUS
         at_steps(monkeypatch, {30: small_disk.fill, 31: write_much, 70: small_disk.free})
-        return small_train(small_disk.path / "run", 100, options=LOGGED, log=said.append).real_steps == 100 and told(said)
+        return small_train(small_disk.path / "run", 100, options=LOGGED, log=said.append).real_steps == 100 and reported(said)
 
     forked(act)
     run = Run.open(small_disk.path / "run")
@@ -256,11 +248,11 @@ def test_a_full_disk_stops_saving_and_not_training(small_disk, monkeypatch, figu
 
 
 def write_much(model: Any) -> None:
-    """More than the room that is left in the last page of the event file."""
+    """More than what is free in the last page of the event file."""
     model.logger.output_formats[0].writer.add_text("much", "x" * 10_000, model.num_timesteps)
 
 
-def told(said: list[str]) -> bool:
+def reported(said: list[str]) -> bool:
     failed = [text for text in said if text.startswith("The checkpoint at real step") and "Free some disk space" in text]
     return [text.split()[5] for text in failed] == ["40", "60"] and any("waits in memory" in text for text in said)
 

@@ -42,7 +42,7 @@ def summary(found: Recording, source: str, out: str | None = None) -> dict[str, 
 def import_data(source: str, out: str | Path, layout: Any = None) -> dict[str, Any]:
     """Writes the episodes of a source into an NPZ file. Raises ConfigError, CorruptError, MissingExtraError, StorageError."""
     from worldmodel.envs.sources import recording
-    from worldmodel.storage.recording import free_name
+    from worldmodel.storage.npz import free_name
 
     out = free_name(out)
     found = recording(source, layout)
@@ -62,8 +62,8 @@ def export_data(
     from worldmodel.agents.exchange import dreamed_episodes
     from worldmodel.envs import minari
     from worldmodel.envs.sources import recording
-    from worldmodel.storage.recording import free_name
-    from worldmodel.storage.run import CONFIG
+    from worldmodel.storage.npz import free_name
+    from worldmodel.storage.run_folder import CONFIG
 
     dreams = {name: value for name, value in dreams.items() if value is not None}
     if dreams and dreamed is None:

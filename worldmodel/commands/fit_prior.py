@@ -43,7 +43,8 @@ def fit_prior(
     marginal: a standard normal law). The agent and the replay come along. The old run is only read. Raises ConfigError.
     """
     from worldmodel.agents import two_stage
-    from worldmodel.storage.run import Run, refuse_existing
+    from worldmodel.storage.run import Run
+    from worldmodel.storage.run_folder import refuse_existing
 
     two_stage.check(kind, slot, where, steps)
     run = run if isinstance(run, Run) else Run.open(run)

@@ -84,9 +84,9 @@ def train(
 
     from worldmodel.agents.training import session
     from worldmodel.agents.training.signals import Signals
-    from worldmodel.storage import run as runs
+    from worldmodel.storage.run_folder import recipe_or_run
 
-    recipe, run_dir = runs.recipe_or_run(recipe, run_dir, resume)
+    recipe, run_dir = recipe_or_run(recipe, run_dir, resume)
     threads = torch.get_num_threads()
     try:
         with Signals() as signals:

@@ -9,21 +9,18 @@ safetensors does not notice flipped bits, so nothing is parsed before its size a
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
 import logging
-import math
 import os
 import re
 import shutil
 import stat
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
-from secrets import token_hex
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -31,134 +28,34 @@ import safetensors
 import safetensors.numpy
 
 from worldmodel.errors import CorruptError, NumericsError, StorageError
+from worldmodel.storage import files
+from worldmodel.storage.files import dump_json, parse_json, storage_errors
 
 Arrays = dict[str, np.ndarray]
 Content = tuple[dict[str, Arrays], dict, dict]
 
 SCHEMA = 1
 MANIFEST, STATE, DATA = "manifest.json", "state.json", "data"
-MAX_JSON_BYTES, MAX_JSON_DEPTH, MAX_FILES = 64 << 20, 64, 64
+MAX_FILES = 64
 _STEP = re.compile(r"step-(\d{12})")
 _STEM = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 _FILE = re.compile(r"state\.json|data|[a-z][a-z0-9_-]{0,63}\.safetensors")
 _RESERVED = ("schema", "step", "files", "hash")
 _log = logging.getLogger(__name__)
 
-# Files that survive a power cut ---------------------------------------------------------------------------------------
+
+def folder_of(parent: Path, step: int) -> Path:
+    """The folder of a step's checkpoint."""
+    return Path(parent) / f"step-{step:012d}"
 
 
-@contextmanager
-def storage_errors(doing: str, path: Path) -> Iterator[None]:
-    """Turns the operating system's errors into a StorageError that names the path; a read error is damage."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except OSError as error:
-        if error.errno == errno.EIO and doing == "read":
-            raise CorruptError(f"{path} cannot be read: {error.strerror}. Restore it from a copy, or delete it.") from error
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        advice = "Free some disk space and try again" if full else "Check the path and what you may do there"
-        raise StorageError(f"Could not {doing} {path}: {error.strerror or error}. {advice}.") from error
-
-
-@contextmanager
-def durable(path: Path) -> Iterator[BinaryIO]:
-    """A new file, open for writing, that is on the disk when the block ends, or gone where anything failed.
-
-    After a failed fsync the pages may count as clean without being on the disk, so a retry must write anew.
-    """
-    with storage_errors("write", path):
-        try:
-            with open(path, "xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-        except FileExistsError:
-            raise  # somebody else's file stays
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
-
-
-def sync_folder(path: Path) -> None:
-    """Forces the folder's names to the disk: a rename is safe against a power cut only after this."""
-    if os.name == "nt":  # Windows cannot open folders
-        return
-    with storage_errors("write", path):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def make_folder(path: Path) -> None:
-    """Creates the folder and its parents, each forced to the disk."""
-    with storage_errors("create", path):
-        if path.is_dir():
-            return
-        make_folder(path.parent)
-        try:
-            path.mkdir(exist_ok=True)
-        except ValueError as error:  # NUL, or half a character
-            raise OSError(errno.EINVAL, f"no folder can have this name ({error})") from error
-        sync_folder(path.parent)
-
-
-# JSON -----------------------------------------------------------------------------------------------------------------
-
-
-def _plain(value: Any, where: str, depth: int = 0) -> Any:
-    """`value` as what JSON gives back (tuples become lists, numpy scalars Python's); ValueError naming what does not fit."""
-    if depth > MAX_JSON_DEPTH:
-        raise ValueError(f"{where} is nested deeper than {MAX_JSON_DEPTH} levels.")
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise ValueError(f"{where} is {value}, but a checkpoint holds finite numbers only. Store it as a string or as null.")
-        return value
-    if isinstance(value, list | tuple):
-        return [_plain(v, f"{where}[{i}]", depth + 1) for i, v in enumerate(value)]
-    if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str):
-                raise ValueError(f"{where} has the key {key!r}, but JSON keys are strings.")
-        return {k: _plain(v, f"{where}.{k}", depth + 1) for k, v in value.items()}
-    raise ValueError(f"{where} is a {type(value).__name__}, which JSON cannot hold. Arrays belong into `tensors`.")
-
-
-def dump_json(value: Any) -> bytes:
-    return (json.dumps(value, allow_nan=False, indent=1) + "\n").encode()
-
-
-def parse_json(data: bytes, where: Path | str) -> dict:
-    """One JSON object; CorruptError on what `dump_json` would never have written."""
-
-    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict:
-        if len({k for k, _ in pairs}) != len(pairs):
-            raise ValueError("a key occurs twice")
-        return dict(pairs)
-
-    try:
-        value = json.loads(data.decode(), object_pairs_hook=without_duplicates)
-        if not isinstance(value, dict):
-            raise ValueError("it is no object")
-        return _plain(value, "it")  # NaN and infinity, which Python's parser lets through, and depth
-    except (ValueError, RecursionError) as error:
-        raise CorruptError(f"{where} is damaged: {error}. Use an older checkpoint, or restore the file from a copy.") from error
+# Content <-> bytes ----------------------------------------------------------------------------------------------------
 
 
 def _hash(manifest: Mapping[str, Any]) -> str:
     """SHA-256 of the manifest without its own hash, in one canonical spelling."""
     body = {k: v for k, v in manifest.items() if k != "hash"}
     return hashlib.sha256(json.dumps(body, allow_nan=False, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-# Content <-> bytes ----------------------------------------------------------------------------------------------------
 
 
 def _array(value: np.ndarray, where: str) -> np.ndarray:
@@ -185,22 +82,18 @@ def _encode(
         if name in manifest:
             raise ValueError(f"The manifest's entry '{name}' is written by the checkpoint itself. Choose another name.")
     # All of the JSON before the first byte is written.
-    described = {STATE: _plain(state, "state"), **({DATA: _plain(data, "data")} if data is not None else {})}
-    own = _plain(manifest, "manifest")
-    files = {}
-
-    def entry(content: bytes) -> dict[str, Any]:
-        return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-    for stem, arrays in tensors.items():
-        content = safetensors.numpy.save({k: _array(v, f"{stem}.{k}") for k, v in arrays.items()})
-        files[f"{stem}.safetensors"] = entry(content)
-        yield f"{stem}.safetensors", content
-    for name, value in described.items():
-        content = dump_json(value)
-        files[name] = entry(content)
+    described = {STATE: files.json_value(state, "state"), **({DATA: files.json_value(data, "data")} if data is not None else {})}
+    own = files.json_value(manifest, "manifest")
+    entries = {}
+    for name in [*(f"{stem}.safetensors" for stem in tensors), *described]:
+        if name in described:
+            content = dump_json(described[name])
+        else:
+            stem = name.removesuffix(".safetensors")
+            content = safetensors.numpy.save({k: _array(v, f"{stem}.{k}") for k, v in tensors[stem].items()})
+        entries[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         yield name, content
-    complete = {"schema": SCHEMA, "step": int(step), "files": files, **own}
+    complete = {"schema": SCHEMA, "step": int(step), "files": entries, **own}
     yield MANIFEST, dump_json({**complete, "hash": _hash(complete)})
 
 
@@ -209,14 +102,14 @@ def _check_manifest(data: bytes, where: Path | str) -> dict:
     manifest = parse_json(data, where)
     if manifest.get("hash") != _hash(manifest):
         raise CorruptError(f"{where} is damaged: its own SHA-256 differs. Use an older checkpoint.")
-    schema, step, files = (manifest.get(k) for k in ("schema", "step", "files"))
-    if type(schema) is not int or schema < 1 or type(step) is not int or not isinstance(files, dict) or STATE not in files:
+    schema, step, entries = (manifest.get(k) for k in ("schema", "step", "files"))
+    if type(schema) is not int or schema < 1 or type(step) is not int or not isinstance(entries, dict) or STATE not in entries:
         raise CorruptError(f"{where} is no checkpoint's manifest: 'schema', 'step' or 'files' is missing or odd.")
     if schema > SCHEMA:
         raise StorageError(f"{where} has schema {schema}, but this version reads up to {SCHEMA}. Install a newer worldmodel.")
-    if len(files) > MAX_FILES:
-        raise CorruptError(f"{where} names {len(files)} files; at most {MAX_FILES} belong to a checkpoint.")
-    for name, entry in files.items():
+    if len(entries) > MAX_FILES:
+        raise CorruptError(f"{where} names {len(entries)} files; at most {MAX_FILES} belong to a checkpoint.")
+    for name, entry in entries.items():
         if not _FILE.fullmatch(name) or not isinstance(entry, dict) or type(entry.get("size")) is not int:
             raise CorruptError(f"{where} names a file that cannot belong to a checkpoint: {name!r}.")
     return manifest
@@ -229,16 +122,13 @@ def _decode(manifest: dict, get: Callable[[str], bytes], where: str) -> Content:
         if name in (STATE, DATA):
             continue
         try:
-            tensors[name.removesuffix(".safetensors")] = _load_arrays(get(name))
+            arrays = safetensors.numpy.load(get(name))
+            tensors[name.removesuffix(".safetensors")] = {k: x if x.flags.writeable else x.copy() for k, x in arrays.items()}
         except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
             raise CorruptError(f"{where}{name} is no safetensors file of numbers: {error}. Use an older checkpoint.") from error
     if DATA in manifest["files"]:  # for other readers; but a file is whole or refused
         parse_json(get(DATA), where + DATA)
     return tensors, parse_json(get(STATE), where + STATE), manifest
-
-
-def _load_arrays(data: bytes) -> Arrays:
-    return {k: v if v.flags.writeable else v.copy() for k, v in safetensors.numpy.load(data).items()}
 
 
 # Folders --------------------------------------------------------------------------------------------------------------
@@ -256,54 +146,50 @@ def write(
     ValueError or NumericsError on content that does not fit, StorageError where the disk is full, not writable or the
     step is committed already; a damaged checkpoint of that step is replaced. Whatever fails, earlier ones stay as they were.
     """
-    parent = Path(parent)
-    final = parent / f"step-{step:012d}"
-    temporary = parent / f".tmp-{token_hex(8)}"
-    make_folder(parent)
-    damaged = final.exists() and _damage(final) is not None
+    final, temporary = folder_of(parent, step), files.temporary_name(parent)
+    files.make_folder(parent)
+    damaged = final.exists() and damage(final) is not None
     if final.exists() and not damaged:
         raise StorageError(f"{final} is there already and intact. A checkpoint is never overwritten: save at a later step.")
     try:
         with storage_errors("create", temporary):
             temporary.mkdir()
         for name, data in _encode(step, tensors, state, manifest or {}):
-            with durable(temporary / name) as file:
+            with files.durable(temporary / name) as file:
                 file.write(data)
-        sync_folder(temporary)
+        files.sync_folder(temporary)
         if damaged:
-            discard(final)
+            files.discard(final)
         with storage_errors("write", final):
             os.rename(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    sync_folder(parent)
+    files.sync_folder(parent)
     return final
 
 
 def steps(parent: Path) -> list[int]:
     """Steps that have a folder, damaged ones included, ascending; empty where the parent does not exist."""
-    with storage_errors("read", Path(parent)):
+    with storage_errors("read", parent):
         try:
-            entries = list(os.scandir(parent))
+            return sorted(int(m[1]) for path in parent.iterdir() if (m := _STEP.fullmatch(path.name)) and path.is_dir())
         except FileNotFoundError:
             return []
-        return sorted(int(m[1]) for e in entries if (m := _STEP.fullmatch(e.name)) and e.is_dir())
 
 
 def intact(parent: Path, log: Callable[[str], object] = _log.warning) -> Iterator[tuple[int, Path]]:
-    """(step, path) of the checkpoints that verify, newest first; every damaged one that is passed over is told to `log`."""
+    """(step, path) of the checkpoints that verify, newest first; every damaged one that is skipped is reported to `log`."""
     for step in reversed(steps(parent)):
-        path = Path(parent) / f"step-{step:012d}"
-        damage = _damage(path)
-        if damage is None:
-            yield step, path
+        path = folder_of(parent, step)
+        if error := damage(path):
+            log(f"Checkpoint of step {step} is skipped: {error}")
         else:
-            log(f"Checkpoint of step {step} is skipped: {damage}")
+            yield step, path
 
 
 def newest(parent: Path, log: Callable[[str], object] = _log.warning) -> tuple[int, Path] | None:
-    """(step, path) of the highest step that verifies; `log` is told which ones are damaged and how many steps that costs."""
+    """(step, path) of the highest step that verifies; `log` gets which ones are damaged and how many steps that costs."""
     found = next(intact(parent, log), None)
     if found is not None and (lost := steps(parent)[-1] - found[0]) > 0:
         log(f"Step {found[0]} is the newest that verifies: {lost} steps behind it are lost.")
@@ -312,7 +198,6 @@ def newest(parent: Path, log: Callable[[str], object] = _log.warning) -> tuple[i
 
 def verify(path: Path) -> dict:
     """The manifest, after every file's size and SHA-256 were compared with it; CorruptError names file and check."""
-    path = Path(path)
     manifest = read_manifest(path)
     for name in manifest["files"]:
         _check(path / name, manifest["files"][name])
@@ -321,13 +206,12 @@ def verify(path: Path) -> dict:
 
 def read(path: Path) -> Content:
     """(tensors, state, manifest) of a checkpoint; the bytes that are parsed are those that were verified."""
-    path = Path(path)
     manifest = read_manifest(path)
     return _decode(manifest, lambda name: _check(path / name, manifest["files"][name], keep=True), f"{path}{os.sep}")
 
 
 def read_manifest(path: Path) -> dict:
-    """A checkpoint's manifest, which vouches for itself; the files that it names are not looked at (see `verify`)."""
+    """A checkpoint's manifest, which vouches for itself; the files that it names are not read (see `verify`)."""
     where = path / MANIFEST
     manifest = _check_manifest(_check(where, None, keep=True), where)
     named = _STEP.fullmatch(path.name)
@@ -349,8 +233,8 @@ def _check(path: Path, entry: Mapping | None, keep: bool = False) -> bytes:
             raise CorruptError(f"{path} is no regular file.")
         if found.st_size != size:
             raise CorruptError(f"{path} has {found.st_size} bytes, but its manifest says {size}: it was cut or changed.")
-        if size > MAX_JSON_BYTES and (path.suffix == ".json" or path.name == DATA):
-            raise CorruptError(f"{path} has {size} bytes; at most {MAX_JSON_BYTES} are read.")
+        if size > files.MAX_JSON_BYTES and (path.suffix == ".json" or path.name == DATA):
+            raise CorruptError(f"{path} has {size} bytes; at most {files.MAX_JSON_BYTES} are read.")
         with open(path, "rb") as file:
             while part := file.read(1 << 20):
                 digest.update(part)
@@ -361,7 +245,8 @@ def _check(path: Path, entry: Mapping | None, keep: bool = False) -> bytes:
     return b"".join(parts)
 
 
-def _damage(path: Path) -> CorruptError | None:
+def damage(path: Path) -> CorruptError | None:
+    """What is wrong with a checkpoint; None where it verifies."""
     try:
         verify(path)
     except CorruptError as error:
@@ -376,80 +261,42 @@ def prune(parent: Path, keep: int = 2) -> list[int]:
     """
     if keep < 1:
         raise ValueError(f"prune keeps at least one checkpoint, not {keep}.")
-    found_steps = list(reversed(steps(parent)))
-    valid = 0
-    for i, step in enumerate(found_steps):
-        valid += _damage(Path(parent) / f"step-{step:012d}") is None
+    valid, newest_first = 0, steps(parent)[::-1]
+    for i, step in enumerate(newest_first):
+        valid += damage(folder_of(parent, step)) is None
         if valid == keep:
-            for old in found_steps[i + 1 :]:
-                discard(Path(parent) / f"step-{old:012d}")
-            return found_steps[i + 1 :]
+            for old in newest_first[i + 1 :]:
+                files.discard(folder_of(parent, old))
+            return newest_first[i + 1 :]
     return []
-
-
-def discard(path: Path) -> None:
-    """Deletes a folder; a kill on the way leaves it whole under its name or under a name that nobody reads."""
-    trash = path.parent / f".trash-{token_hex(8)}"
-    with storage_errors("delete", path):
-        os.rename(path, trash)
-        sync_folder(path.parent)
-        shutil.rmtree(trash)
-
-
-def sweep(parent: Path) -> None:
-    """Removes what interrupted writes and deletions left behind. Only the run's one writer may call it."""
-    parent = Path(parent)
-    with storage_errors("delete", parent):
-        leftovers = [p for pattern in (".tmp-*", ".trash-*") for p in parent.glob(pattern)]
-        for path in leftovers:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
 
 
 # One zip --------------------------------------------------------------------------------------------------------------
 
 
 def pack(
-    path: Path,
+    path: Path | BinaryIO,
     step: int,
     tensors: Mapping[str, Mapping[str, np.ndarray]],
     state: Mapping,
     manifest: Mapping | None = None,
     data: Mapping | None = None,
-) -> Path:
+) -> Path | BinaryIO:
     """The same content as one zip of stored members; a file of that name is replaced at once or not at all.
 
+    path  or an open binary file or stream, which stays open
     data  JSON that stands in a member `data`, as in SB3's zips, for tools that read there what a model is; `unpack` does not use it
     """
-    path = Path(path)
-    make_folder(path.parent)
-    temporary = path.parent / f".tmp-{token_hex(8)}"
-    with durable(temporary) as file:
-        pack_into(file, step, tensors, state, manifest, data)
-    try:
-        with storage_errors("write", path):
-            os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-    return path
-
-
-def pack_into(
-    file: BinaryIO,
-    step: int,
-    tensors: Mapping[str, Mapping[str, np.ndarray]],
-    state: Mapping,
-    manifest: Mapping | None = None,
-    data: Mapping | None = None,
-) -> None:
-    """The zip of `pack` written to an open binary file or stream, which stays open."""
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    if hasattr(path, "write"):
+        target = nullcontext(path)
+    else:
+        path = Path(path)
+        files.make_folder(path.parent)
+        target = files.replacing(path)
+    with target as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, content in _encode(step, tensors, state, manifest or {}, data):
             archive.writestr(zipfile.ZipInfo(name), content)  # ZipInfo's fixed date: equal content, equal bytes
+    return path
 
 
 def unpack(path: Path | BinaryIO) -> Content:

@@ -1,44 +1,27 @@
-"""Recorded episodes as others keep them, in memory and as one NPZ file that numpy alone reads and writes.
+"""Recorded episodes in Minari's convention, out of a replay, into a replay, and as one NPZ file (`npz.py`).
 
-    FILE.npz   episodes.json   observation/KEY.npy   action.npy   reward.npy   terminated.npy   truncated.npy   lengths.npy
-
-The convention is Minari's: an episode of T steps has T + 1 observations, and T actions, rewards and flags; row t of those
+An episode of T steps has T + 1 observations, and T actions, rewards and flags; row t of those
 belongs to the step from observation t to observation t + 1. Episodes lie one after the other, `lengths` says their steps.
-episodes.json holds the spaces. Files are read without numpy's own loader: nothing in them can run code, and every size
-is compared with what the spaces and lengths imply before anything is allocated.
 """
 
 from __future__ import annotations
 
-import os
-import re
-import zipfile
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import prod
 from pathlib import Path
-from secrets import token_hex
-from typing import Any, BinaryIO
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from numpy.lib import format as npy
 
-from worldmodel.errors import ConfigError, CorruptError, StorageError
+from worldmodel.errors import ConfigError
 from worldmodel.spaces import ActionSpec, ObsSpec
 from worldmodel.spaces.casts import cast, numbers
 from worldmodel.spaces.keys import KeySpec
 from worldmodel.spaces.layouts import Layout
-from worldmodel.storage import checkpoint
+from worldmodel.storage import npz
 from worldmodel.storage.replay import Replay
-
-FORMAT, VERSION = "worldmodel-episodes", 1
-METADATA_NAME = "episodes.json"
-MAX_MEMBERS, MAX_KEY = 4096, 1000
-MAX_DEFLATE_RATIO = 1032
-"""Bytes that one compressed byte can stand for: no honest member claims more."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -52,9 +35,9 @@ class Recording:
     truncated    bool [S]                    the episode was cut there; only on its last step, and there unless terminated
     lengths      int64 [N]                   steps of each episode, at least 1
     obs_spec, action_spec                    the spaces
-    env_id       Gymnasium id, None where nobody said
-    origin       where it comes from, for messages and for people
-    env_options  what EnvConfig said besides the id, as far as it differs from the defaults; None where several said several things
+    env_id       Gymnasium id, None where unknown
+    origin       where it comes from, for messages
+    env_options  EnvConfig's other options that are not the defaults; None where joined recordings differ in them
 
     Raises ConfigError that names the episode and the step of what does not fit: shapes, NaN, what is no category.
     """
@@ -125,33 +108,24 @@ class Recording:
     @classmethod
     def from_episodes(
         cls,
-        observation_space: gym.Space,
-        action_space: gym.Space,
+        observation_space: gym.Space | ObsSpec,
+        action_space: gym.Space | ActionSpec,
         episodes: Iterable[Mapping[str, Any]],
         *,
         layout: Layout | Mapping[str, Layout] | None = None,
         env_id: str | None = None,
         origin: str = "the recording",
+        env_options: Mapping[str, Any] | None = None,
     ) -> Recording:
         """The recording of episodes like those that `episode` gives: arrays, or dicts of arrays, in any number type that fits.
 
         An episode whose last step has no flag was cut there, and counts as truncated. Raises ConfigError, UnsupportedSpaceError.
         """
-        specs = ObsSpec.from_space(observation_space, layout), ActionSpec.from_space(action_space)
-        return cls.stacked(*specs, episodes, env_id=env_id, origin=origin)
-
-    @classmethod
-    def stacked(
-        cls,
-        obs_spec: ObsSpec,
-        action_spec: ActionSpec,
-        episodes: Iterable[Mapping[str, Any]],
-        *,
-        env_id: str | None = None,
-        origin: str = "the recording",
-        env_options: Mapping[str, Any] | None = None,
-    ) -> Recording:
-        """`from_episodes` for spaces that are known in this form already."""
+        obs_spec, action_spec = observation_space, action_space
+        if not isinstance(obs_spec, ObsSpec):
+            obs_spec = ObsSpec.from_space(obs_spec, layout)
+        if not isinstance(action_spec, ActionSpec):
+            action_spec = ActionSpec.from_space(action_spec)
         parts = [_episode(obs_spec, action_spec, episode, f"{origin}: episode {i}") for i, episode in enumerate(episodes)]
         if not parts:
             raise ConfigError(f"{origin} holds no episode of at least one step. Record some first.")
@@ -159,8 +133,8 @@ class Recording:
         action, reward, terminated, truncated = map(np.concatenate, columns)
         joined = {name: np.concatenate([rows[name] for rows in obs]) for name in obs_spec.keys}
         lengths = np.array([len(x) for x in columns[1]], np.int64)
-        provenance = {"env_id": env_id, "origin": origin, "env_options": env_options or {}}
-        return cls(joined, action, reward, terminated, truncated, lengths, obs_spec, action_spec, **provenance)
+        flags = terminated, truncated
+        return cls(joined, action, reward, *flags, lengths, obs_spec, action_spec, env_id, origin, env_options or {})
 
     @classmethod
     def from_replay(
@@ -185,8 +159,8 @@ class Recording:
         last_step = np.zeros(len(terminated), bool)
         last_step[np.cumsum(lengths) - 1] = True
         action = action_spec.decode(prev_action[~first])
-        provenance = {"env_id": env_id, "origin": origin, "env_options": env_options or {}}
-        return cls(obs, action, reward[~first], terminated, last_step & ~terminated, lengths, obs_spec, action_spec, **provenance)
+        flags = terminated, last_step & ~terminated
+        return cls(obs, action, reward[~first], *flags, lengths, obs_spec, action_spec, env_id, origin, env_options or {})
 
     @classmethod
     def joined(cls, recordings: Sequence[Recording], origin: str | None = None) -> Recording:
@@ -237,45 +211,23 @@ class Recording:
 
     def write(self, path: str | Path) -> Path:
         """One NPZ file, whole or absent. ConfigError where the name is taken or no .npz, or a key is none; StorageError."""
-        path = free_name(path)
+        path = npz.free_name(path)
         for name in self.obs:
-            _check_key(name)
+            npz.check_key(name)
         metadata = {
-            "format": FORMAT,
-            "version": VERSION,
             "env_id": self.env_id,
             "env_options": None if self.env_options is None else dict(self.env_options),
             "origin": self.origin,
             "observation": self.obs_spec.to_json(),
             "action": self.action_spec.to_json(),
         }
-        checkpoint.make_folder(path.parent)
-        temporary = path.parent / f".tmp-{token_hex(8)}"
-        with checkpoint.durable(temporary) as file, zipfile.ZipFile(file, "w") as archive:
-            archive.writestr(_member(METADATA_NAME), checkpoint.dump_json(metadata))
-            for name, array in self._arrays().items():
-                with archive.open(_member(f"{name}.npy"), "w", force_zip64=True) as member:
-                    npy.write_array(member, array.astype(array.dtype.newbyteorder("<"), copy=False))
-        with checkpoint.storage_errors("write", path):
-            os.replace(temporary, path)
-        checkpoint.sync_folder(path.parent)
+        npz.write(path, metadata, self._arrays())
         return path
 
     @classmethod
     def read(cls, path: str | Path) -> Recording:
         """What `write` wrote. ConfigError for a file that is something else, CorruptError for a damaged one."""
-        path = Path(path)
-        if not path.is_file():
-            raise ConfigError(f"'{path}' is no file. Expected an NPZ file of episodes, as `worldmodel data export` writes it.")
-        with checkpoint.storage_errors("read", path):
-            _refuse_other_formats(path)
-            try:
-                with zipfile.ZipFile(path) as archive:
-                    return cls(**_content(archive, path))
-            except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, UnicodeDecodeError) as error:
-                raise CorruptError(f"{path} is no intact NPZ file: {error}. Restore it from a copy, or export it again.") from error
-            except MemoryError as error:
-                raise StorageError(f"{path} does not fit into memory: {error}. Split it into several files.") from error
+        return cls(**npz.read(Path(path)))
 
     def _arrays(self) -> dict[str, np.ndarray]:
         steps = {name: getattr(self, name) for name in ("lengths", "action", "reward", "terminated", "truncated")}
@@ -288,7 +240,7 @@ class Recording:
             raise ConfigError(f"{self.origin}: expected at least one episode, and each of at least one step.")
         if self.obs.keys() != self.obs_spec.keys.keys():
             raise ConfigError(f"{self.origin} has the observation keys {sorted(self.obs)}; expected {sorted(self.obs_spec.keys)}.")
-        for name, (shape, dtype) in _expected(self.obs_spec, self.action_spec, self.lengths).items():
+        for name, (shape, dtype) in npz.expected_arrays(self.obs_spec, self.action_spec, self.lengths).items():
             found = self._arrays()[name]
             if found.shape != shape or found.dtype != dtype:
                 raise ConfigError(
@@ -313,29 +265,6 @@ class Recording:
         raise ConfigError(
             f"{self.origin}: episode {number}, step {step} {what}. Expected {expected}. Correct the recording, or leave that "
             "episode out."
-        )
-
-
-def free_name(path: str | Path) -> Path:
-    """The path, if a recording may be written there. ConfigError for another suffix, or a name that is taken."""
-    path = Path(path)
-    if path.suffix.lower() != ".npz":
-        raise ConfigError(
-            f"'{path}': episodes are written as .npz. Give a name that ends in it; Minari's format is written by `data export`."
-        )
-    if path.exists():
-        raise ConfigError(f"'{path}' is there already, and is not overwritten. Choose another name, or delete it first.")
-    return path
-
-
-def _check_key(name: str) -> None:
-    """ConfigError for a key that no member of a zip can be called after, or whose member would lead out of a folder."""
-    nameable = "\0" not in name and not re.search("[\ud800-\udfff]", name) and len(name) <= MAX_KEY
-    if not nameable or ".." in re.split(r"[/\\]", name):
-        shown = repr(name if len(name) <= 40 else name[:40] + "...")
-        raise ConfigError(
-            f"The observation key {shown} cannot name an array of an NPZ file. Expected at most {MAX_KEY} characters, none of them "
-            "NUL or half a character, and no '..' between slashes: rename it with a wrapper."
         )
 
 
@@ -400,147 +329,3 @@ def _shown(spec: ObsSpec | ActionSpec) -> str:
     if isinstance(spec, ActionSpec):
         return str(spec.space)
     return f"{spec.space} ({', '.join(f'{k}: {key.layout or key.kind}' for k, key in spec.keys.items())})"
-
-
-# NPZ ------------------------------------------------------------------------------------------------------------------
-
-
-def _expected(obs_spec: ObsSpec, action_spec: ActionSpec, lengths: np.ndarray) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """{array: (shape, dtype)} that spaces and lengths imply."""
-    steps, rows = int(lengths.sum()), int(lengths.sum()) + len(lengths)
-    flag = np.dtype(bool)
-    return {
-        "lengths": ((len(lengths),), np.dtype(np.int64)),
-        "action": ((steps, *action_spec.key.raw_shape), action_spec.key.raw_dtype),
-        "reward": ((steps,), np.dtype(np.float32)),
-        "terminated": ((steps,), flag),
-        "truncated": ((steps,), flag),
-        **{f"observation/{name}": ((rows, *shape), dtype) for name, (shape, dtype) in obs_spec.store.items()},
-    }
-
-
-def _member(name: str) -> zipfile.ZipInfo:
-    """A compressed member with a fixed date: equal episodes, equal bytes."""
-    info = zipfile.ZipInfo(name)
-    info.compress_type = zipfile.ZIP_DEFLATED
-    return info
-
-
-OTHER_FORMATS = {
-    b"\x89HDF\r\n\x1a\n": "an HDF5 file",
-    b"\x93NUMPY": "a single NumPy array",
-    b"\x80": "a pickle, which is never opened",
-    b"\x1f\x8b": "a gzip file",
-    b"PAR1": "a Parquet file",
-    b"ARROW1": "an Arrow file",
-}
-"""How files begin that may hold experience, but are no NPZ."""
-
-
-def _refuse_other_formats(path: Path) -> None:
-    """ConfigError for a file that is whole, but something else."""
-    with path.open("rb") as file:
-        head = file.read(8)
-    for begins, kind in OTHER_FORMATS.items():
-        if head.startswith(begins):
-            raise ConfigError(
-                f"{path} is {kind}; expected an NPZ file of episodes, as `worldmodel data export` writes it. A data set of "
-                "Minari is read by its name, minari:ID. Of other data make episodes in Python: "
-                "Recording.from_episodes(observation_space, action_space, episodes).write(FILE)."
-            )
-
-
-def _content(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:
-    """The fields of the recording in an open zip."""
-    infos = archive.infolist()
-    members = {info.filename: info for info in infos}
-    if METADATA_NAME not in members:
-        raise ConfigError(
-            f"{path} is no recording of this library: it has no {METADATA_NAME}, which says the spaces. Make one with "
-            "wm.Recording.from_episodes(observation_space, action_space, episodes).write(FILE)."
-        )
-    if len(members) != len(infos) or len(infos) > MAX_MEMBERS:
-        raise CorruptError(f"{path} has members of one name, or more than {MAX_MEMBERS}. Export it again.")
-    for info in infos:
-        if not 0 <= info.header_offset < path.stat().st_size:
-            raise CorruptError(f"{path}: '{info.filename}' lies outside of the file. Restore it from a copy.")
-        if info.file_size > MAX_DEFLATE_RATIO * (info.compress_size + 64):
-            raise CorruptError(f"{path}: '{info.filename}' claims {info.file_size} bytes, more than its own can stand for.")
-    metadata, obs_spec, action_spec = _read_metadata(archive, members[METADATA_NAME], path)
-    if "lengths.npy" not in members:
-        raise CorruptError(f"{path} has no lengths.npy. Restore it from a copy, or export it again.")
-    with archive.open(members["lengths.npy"]) as member:
-        shape = _header(member, path, "lengths")[0]
-        if len(shape) != 1:
-            raise CorruptError(f"{path}: 'lengths' has shape {list(shape)}; expected one number for each episode.")
-    lengths = _array(archive, members["lengths.npy"], (shape, np.dtype(np.int64)), path)
-    if (lengths < 1).any() or (lengths > 2**40).any() or not len(lengths):
-        raise CorruptError(f"{path}: 'lengths' holds what is no number of steps. Restore it from a copy, or export it again.")
-    expected = _expected(obs_spec, action_spec, lengths)
-    if unexpected := {f"{name}.npy" for name in expected} ^ (members.keys() - {METADATA_NAME}):
-        raise CorruptError(f"{path} and its {METADATA_NAME} differ on the arrays {sorted(unexpected)}. Restore it from a copy.")
-    arrays = {name: _array(archive, members[f"{name}.npy"], shape_dtype, path) for name, shape_dtype in expected.items()}
-    obs = {name: arrays.pop(f"observation/{name}") for name in obs_spec.keys}
-    provenance = {"env_id": metadata.get("env_id"), "env_options": metadata.get("env_options", {}), "origin": str(path)}
-    return {"obs": obs, **arrays, "obs_spec": obs_spec, "action_spec": action_spec, **provenance}
-
-
-def _read_metadata(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> tuple[dict, ObsSpec, ActionSpec]:
-    if info.file_size > checkpoint.MAX_JSON_BYTES:
-        raise CorruptError(f"{path}: {METADATA_NAME} has {info.file_size} bytes; at most {checkpoint.MAX_JSON_BYTES} are read.")
-    metadata = checkpoint.parse_json(archive.read(info), f"{path}:{METADATA_NAME}")
-    if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
-        raise ConfigError(
-            f"{path} has format {metadata.get('format')!r}, version {metadata.get('version')!r}; this version reads {FORMAT!r} {VERSION}."
-        )
-    try:
-        obs_spec, action_spec = ObsSpec.from_json(metadata["observation"]), ActionSpec.from_json(metadata["action"])
-        keys = [*obs_spec.keys.values(), action_spec.key]
-        if not obs_spec.keys or any(key.raw_dtype.kind not in "biuf" or min((1, *key.raw_shape)) < 1 for key in keys):
-            raise ValueError("a space that holds no numbers")
-        if not isinstance(metadata.get("env_id"), str | None):
-            raise ValueError("an env_id that is no word")
-        if not isinstance(metadata.get("env_options"), dict | None):
-            raise ValueError("env_options that are no object")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CorruptError(
-            f"{path}: {METADATA_NAME} is damaged ({error!r}). Restore it from a copy, or export it again."
-        ) from error
-    return metadata, obs_spec, action_spec
-
-
-def _header(member: BinaryIO, path: Path, name: str) -> tuple[tuple[int, ...], np.dtype]:
-    """(shape, dtype) that an array's own header says; nothing of it is evaluated as code."""
-    try:
-        version = npy.read_magic(member)
-        reader = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
-        shape, fortran, dtype = reader(member)
-    except (ValueError, KeyError) as error:
-        raise CorruptError(f"{path}: '{name}' has no header of a numpy array ({error}). Restore it from a copy.") from error
-    if fortran or dtype.kind not in "biuf":
-        raise CorruptError(f"{path}: '{name}' is {dtype} in {'Fortran' if fortran else 'C'} order; expected numbers in C order.")
-    return shape, dtype
-
-
-def _array(
-    archive: zipfile.ZipFile, info: zipfile.ZipInfo, shape_dtype: tuple[tuple[int, ...], np.dtype], path: Path
-) -> np.ndarray:
-    """One array of a known form; its size is compared before it is allocated, its CRC as it is read."""
-    shape, dtype = shape_dtype
-    with archive.open(info) as member:
-        found = _header(member, path, info.filename)
-        size = prod(shape) * dtype.itemsize
-        if found != (shape, dtype) or info.file_size != member.tell() + size:
-            raise CorruptError(
-                f"{path}: '{info.filename}' is {found[1]} {list(found[0])} in {info.file_size} bytes; expected {dtype} "
-                f"{list(shape)}. Restore it from a copy, or export it again."
-            )
-        out = np.empty(shape, dtype)
-        left = out.reshape(-1).view(np.uint8).data
-        while len(left):
-            count = member.readinto(left[: 1 << 24])
-            if not count:
-                raise EOFError(f"'{info.filename}' is cut off")
-            left = left[count:]
-        member.read(1)  # at the very end zipfile compares the CRC
-    return out

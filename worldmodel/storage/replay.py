@@ -4,14 +4,15 @@ A stream is one environment's unbroken sequence of rows. A row is complete on ar
 that led to it, the reward received on arriving, and the three flags. The action taken AT a row is the next row's
 `prev_action`, so a batch reads one row further than its window.
 
-Rows have a sequence number within their stream that never changes; row q lies at q modulo the ring's size. The
-write head is therefore no special case: a window is a range of sequence numbers that are all still held.
+Rows have a sequence number within their stream that never changes. A window is a range of sequence numbers that are all
+still held, wherever they lie (`columns.py`).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,14 @@ import torch
 
 from worldmodel.data import Batch
 from worldmodel.errors import CorruptError, StorageError
-from worldmodel.storage import checkpoint, segments
-from worldmodel.storage.disk_columns import DiskColumns
-from worldmodel.storage.windows import Ends, Windows
+from worldmodel.storage import files, segments
+from worldmodel.storage.columns import DiskColumns, MemoryColumns
+from worldmodel.storage.windows import Windows
 
 _log = logging.getLogger(__name__)
 
 FIRST, LAST, TERMINAL = 1, 2, 4
 """Bits of a row's flags."""
-
-SLICE_BYTES = 1024
-"""Rows of at least this size are copied as one slice per window: there, memcpy beats gathering row by row."""
 
 
 class Replay:
@@ -41,8 +39,8 @@ class Replay:
     obs         {key: (shape of one row, dtype)}, the raw dtype of the environment
     action_dim  A, the canonical action's size
     num_envs    number of streams
-    folder      observations lie there, in the segments that `save` writes, and only those that no segment holds yet, at most
-                segments.MAX_BYTES of them, are in memory; None: all of them are
+    folder      observations lie there, in the segments that `save` writes; memory holds those that no segment holds yet, at
+                most segments.MAX_BYTES of them. None: all observations are in memory
     writable    False: `folder` is another process's, and no row can be added
 
     Memory is reserved at once but touched only as rows arrive; `nbytes` is what a full store takes.
@@ -68,20 +66,17 @@ class Replay:
         for key, (_, dtype) in self.obs_spec.items():
             if dtype.kind not in "biuf":
                 raise ValueError(f"Replay cannot store observation '{key}' of dtype {dtype}: only numbers and booleans.")
-        rows = self.size * self.num_envs
-        in_memory = self.obs_spec if folder is None else {}
-        self._obs = {k: np.empty((rows, *shape), dtype) for k, (shape, dtype) in in_memory.items()}
-        self._prev_action = np.empty((rows, self.action_dim), np.float32)
-        self._reward = np.empty(rows, np.float32)
-        self._flags = np.empty(rows, np.uint8)
-        self._next = np.zeros(self.num_envs, np.int64)  # sequence number of the row that each stream gets next
-        self._last_rows = [Ends() for _ in range(self.num_envs)]
-        self._disk: DiskColumns | None = None
-        if folder is not None:
+        obs_columns = {f"obs/{k}": x for k, x in self.obs_spec.items()}
+        scalars = {"prev_action": ((self.action_dim,), np.dtype(np.float32)), "reward": ((), np.dtype(np.float32))}
+        self._scalars = MemoryColumns({**scalars, "flags": ((), np.dtype(np.uint8))}, self.num_envs, self.size)
+        self._spec = {**obs_columns, **self._scalars.spec}
+        if folder is None:
+            self._obs: MemoryColumns | DiskColumns = MemoryColumns(obs_columns, self.num_envs, self.size)
+        else:
             buffer_rows = min(self.size, self._rows_per_segment)
-            self._disk = DiskColumns(
-                folder, {f"obs/{k}": x for k, x in self.obs_spec.items()}, self.num_envs, buffer_rows, writable
-            )
+            self._obs = DiskColumns(folder, obs_columns, self._spec, self.num_envs, buffer_rows, writable)
+        self._next = np.zeros(self.num_envs, np.int64)  # sequence number of the row that each stream gets next
+        self._last_rows = [deque[int]() for _ in range(self.num_envs)]  # their sequence numbers, ascending
 
     # What is held ---------------------------------------------------------------------------------------------------
 
@@ -112,7 +107,7 @@ class Replay:
     @property
     def nbytes(self) -> int:
         """Bytes of memory of the full store."""
-        return sum(column.nbytes for column in self._columns.values()) + (self._disk.nbytes if self._disk else 0)
+        return self._obs.nbytes + self._scalars.nbytes
 
     @property
     def disk_bytes(self) -> int:
@@ -121,18 +116,12 @@ class Replay:
 
     @property
     def _rows_per_segment(self) -> int:
-        """Rows of each stream that a segment of the greatest size takes."""
+        """Rows of each stream that a segment takes at most."""
         return max(1, segments.MAX_BYTES // max(1, row_bytes(self.obs_spec, self.action_dim) * self.num_envs))
 
     @property
     def _held(self) -> np.ndarray:
         return np.minimum(self._next, self.size)
-
-    @property
-    def _columns(self) -> dict[str, np.ndarray]:
-        """What lies in memory as rings."""
-        obs = {f"obs/{k}": v for k, v in self._obs.items()}
-        return {**obs, "prev_action": self._prev_action, "reward": self._reward, "flags": self._flags}
 
     # In -------------------------------------------------------------------------------------------------------------
 
@@ -154,55 +143,55 @@ class Replay:
         where = np.arange(self.num_envs) if streams is None else np.asarray(streams, np.int64)
         if streams is not None:
             self._check_streams(where)
-        n = len(where)
-        if n == 0:
+        if not len(where):
             return
-        rows = self._checked(n, obs, prev_action, reward, is_first, is_last, is_terminal)
-        if self._disk is not None:
-            self._flush_if_full()
-            self._disk.put(where, self._next[where], rows)
-        at = where * self.size + self._next[where] % self.size
-        for name, column in self._columns.items():
-            column[at] = rows[name]
-        last = (rows["flags"] & LAST) != 0
-        self._next[where] += 1  # first: an exception behind it, as Ctrl-C, leaves no end of a row that is not there
-        for stream in where[last].tolist():
-            self._last_rows[stream].append(int(self._next[stream]) - 1)
-        for stream in where.tolist():
-            self._last_rows[stream].drop_before(int(self._next[stream]) - self.size)
+        rows = self._checked(len(where), obs, prev_action, reward, is_first, is_last, is_terminal)
+        self._flush_if_full()
+        self._put(where, self._next[where], rows)
 
-    def extend(
-        self,
-        obs: Mapping[str, np.ndarray],
-        prev_action: np.ndarray,
-        reward: np.ndarray,
-        is_first: np.ndarray,
-        is_last: np.ndarray,
-        is_terminal: np.ndarray,
-        stream: int = 0,
-    ) -> None:
-        """Appends n rows to one stream, in order: what n times `add` does, at once."""
+    def extend(self, obs: Mapping[str, np.ndarray], *columns: np.ndarray, stream: int = 0) -> None:
+        """Appends n rows, with the columns of `add`, to one stream in order: what n times `add` does, at once."""
         self._check_streams(np.array([stream]))
-        n = len(reward)
-        rows = self._checked(n, obs, prev_action, reward, is_first, is_last, is_terminal)
-        if self._disk is not None:  # a segment may fill up at any of them
-            for i in range(n):
-                one = [np.asarray(x)[i : i + 1] for x in (prev_action, reward, is_first, is_last, is_terminal)]
-                self.add({k: np.asarray(x)[i : i + 1] for k, x in obs.items()}, *one, streams=[stream])
+        n, done = len(columns[1]), 0
+        rows = self._checked(n, obs, *columns)
+        while done < n:
+            self._flush_if_full()
+            part = {name: column[done : done + self._obs.free_rows(self._next)] for name, column in rows.items()}
+            count = len(part["flags"])
+            self._put(np.array([stream]), self._next[stream] + np.arange(count), part)
+            done += count
+
+    def _put(self, streams: np.ndarray, sequence: np.ndarray, rows: Mapping[str, np.ndarray], with_obs: bool = True) -> None:
+        """Rows [n, ...] of streams [n], each once, or [1] at the sequence numbers [n], which follow those that are there."""
+        if not len(sequence):
             return
-        none = {name: column[:0] for name, column in self._columns.items()}
-        stops = self._next + n * (np.arange(self.num_envs) == stream)
-        header = segments.Header(0, tuple(self._next.tolist()), tuple(stops.tolist()))
-        self._append(header, [rows if s == stream else none for s in range(self.num_envs)])
+        if with_obs:
+            self._obs.put(streams, sequence, rows)
+        self._scalars.put(streams, sequence, rows)
+        self._next[streams] = sequence[-len(streams) :] + 1  # first: Ctrl-C behind it leaves no end of a row that is not there
+        for i in np.flatnonzero(rows["flags"] & LAST).tolist():
+            self._last_rows[streams[i % len(streams)]].append(int(sequence[i]))
+        for stream in streams.tolist():
+            ends, oldest = self._last_rows[stream], int(self._next[stream]) - self.size
+            while ends and ends[0] < oldest:
+                ends.popleft()
 
     def _checked(self, n: int, obs: Mapping[str, np.ndarray], prev_action, reward, is_first, is_last, is_terminal) -> dict:
         """n rows as columns. Raises ValueError on what does not fit."""
+        if obs.keys() != self.obs_spec.keys():
+            raise ValueError(f"Replay got observation keys {sorted(obs)}, expected {sorted(self.obs_spec)}.")
+        rows = {f"obs/{key}": np.asarray(obs[key]) for key in self.obs_spec}
+        for key, (shape, dtype) in self.obs_spec.items():
+            value = rows[f"obs/{key}"]
+            if value.shape != (n, *shape):
+                raise ValueError(f"Replay got observation '{key}' of shape {list(value.shape)}, expected {[n, *shape]}.")
+            if value.dtype != dtype and not np.can_cast(value.dtype, dtype, "same_kind"):
+                raise ValueError(f"Replay got observation '{key}' of dtype {value.dtype}, expected {dtype}.")
         first, last, terminal = (np.asarray(f, bool) for f in (is_first, is_last, is_terminal))
         prev_action, reward = np.asarray(prev_action, np.float32), np.asarray(reward, np.float32)
-        rows = {k: np.asarray(obs[k]) for k in self.obs_spec if k in obs}
-        self._check_obs(rows, obs, n)
-        entries = {"reward": reward, "is_first": first, "is_last": last, "is_terminal": terminal}
-        for name, value, shape in [(k, v, (n,)) for k, v in entries.items()] + [("prev_action", prev_action, (n, self.action_dim))]:
+        scalars = {"prev_action": prev_action, "reward": reward, "is_first": first, "is_last": last, "is_terminal": terminal}
+        for name, value in scalars.items():
+            shape = (n, self.action_dim) if name == "prev_action" else (n,)
             if value.shape != shape:
                 raise ValueError(f"Replay got {name} of shape {list(value.shape)}, expected {list(shape)}.")
         if not (np.isfinite(reward).all() and np.isfinite(prev_action).all()):
@@ -210,20 +199,20 @@ class Replay:
         if (terminal & ~last).any():
             raise ValueError("Replay got a row that is_terminal but not is_last: a world that ends closes its episode.")
         return {
-            **{f"obs/{k}": x for k, x in rows.items()},
+            **rows,
             "prev_action": np.where(first[:, None], np.float32(0), prev_action),
             "reward": np.where(first, np.float32(0), reward),
             "flags": (FIRST * first + LAST * last + TERMINAL * terminal).astype(np.uint8),
         }
 
     def _flush_if_full(self) -> None:
-        """Writes the rows that wait for a segment once no more of them fit; where the disk is full, more of them may wait."""
-        if not self._disk.is_full(self._next):
+        """Writes the buffer as a segment once it is full; while the disk is full, it may grow."""
+        if self._obs.free_rows(self._next) > 0:
             return
         try:
-            self.save(self._disk.folder)
+            self.save(self._obs.folder)
         except StorageError as error:
-            if not (self._disk.writable and self._disk.enlarge_buffer()):
+            if not self._obs.enlarge_buffer():
                 raise
             _log.warning("The replay could not be written; its rows wait in memory: %s", error)
 
@@ -233,17 +222,8 @@ class Replay:
         if len(where) and (where.min() < 0 or where.max() >= self.num_envs):
             raise ValueError(f"Replay has streams 0..{self.num_envs - 1}, but the streams were {where.tolist()}.")
 
-    def _check_obs(self, rows: dict[str, np.ndarray], obs: Mapping[str, np.ndarray], n: int) -> None:
-        if rows.keys() != obs.keys() or len(rows) != len(self.obs_spec):
-            raise ValueError(f"Replay got observation keys {sorted(obs)}, expected {sorted(self.obs_spec)}.")
-        for key, (shape, dtype) in self.obs_spec.items():
-            if rows[key].shape != (n, *shape):
-                raise ValueError(f"Replay got observation '{key}' of shape {list(rows[key].shape)}, expected {[n, *shape]}.")
-            if rows[key].dtype != dtype and not np.can_cast(rows[key].dtype, dtype, "same_kind"):
-                raise ValueError(f"Replay got observation '{key}' of dtype {rows[key].dtype}, expected {dtype}.")
-
     def recover(self, folder: Path, log: Callable[[str], object] = _log.warning) -> None:
-        """Takes over what lies in a folder without marks, as far as it is intact and without a hole; this replay must be empty."""
+        """Loads a folder's segments without a snapshot, as far as they are intact and no row is missing, into this empty replay."""
         self._load_uncommitted(Path(folder), 0, True, log)
         self._restore_truncations()
 
@@ -252,14 +232,12 @@ class Replay:
 
         For environments that cannot go on from where they were; the next row of each stream must open an episode.
         """
+        flags = self._scalars["flags"]
         for stream in np.flatnonzero(self._next).tolist() if streams is None else streams:
-            self._mark_last(stream, int(self._next[stream]) - 1)
-
-    def _mark_last(self, stream: int, sequence: int) -> None:
-        at = stream * self.size + sequence % self.size
-        if not self._flags[at] & LAST:
-            self._flags[at] |= LAST
-            self._last_rows[stream].append(sequence)
+            newest = int(self._next[stream]) - 1
+            if not flags[at := self._scalars.at(stream, newest)] & LAST:
+                flags[at] |= LAST
+                self._last_rows[stream].append(newest)
 
     def observations(self, stream: int, start: int, stop: int) -> dict[str, np.ndarray]:
         """{key: [stop - start, ...]} of the rows of one stream that come start.. after its oldest."""
@@ -284,19 +262,19 @@ class Replay:
     ) -> Batch:
         """`batch` windows of `length` consecutive rows, as tensors that share no memory with the store.
 
-        recent_fraction  share of the windows that end at the newest row of a stream, streams in turn
-        terminal_fraction    share of the windows drawn so that an is_last row (each alike) lies inside, where there is any
-        The rest is uniform over all windows of all streams. A share that is no whole number of windows is
-        rounded up or down at random, so that it holds on average. The same rng state gives the same batch.
-        `weight` undoes the shares: its product with anything said of a window has, averaged over batches, the mean of that
-        over all windows alike.
+        recent_fraction    fraction of the windows that end at the newest row of a stream, streams in turn
+        terminal_fraction  fraction of the windows that contain an is_last row, drawn uniformly, where there is any
+        The rest is uniform over all windows of all streams. A fraction that is no whole number of windows is rounded up or
+        down at random, so that it holds on average. The same rng state gives the same batch. `weight` [batch, length] are
+        importance weights: the weighted mean over batches is the mean over all windows, uniformly.
         Raises ValueError where no stream holds `length` rows.
         """
         if batch < 1 or length < 1:
             raise ValueError(f"A batch needs at least one window of one step, not {batch} x {length}.")
         if not (recent_fraction >= 0 and terminal_fraction >= 0 and recent_fraction + terminal_fraction <= 1):
             raise ValueError(
-                f"Shares recent_fraction={recent_fraction} and terminal_fraction={terminal_fraction} must be at least 0 and add up to at most 1."
+                f"Shares recent_fraction={recent_fraction} and terminal_fraction={terminal_fraction} must be at least 0 "
+                "and add up to at most 1."
             )
         windows = Windows(self._next, self._held, self._last_rows, length)
         if not windows.counts.any():
@@ -318,82 +296,97 @@ class Replay:
 
     def _gather(self, streams: np.ndarray, starts: np.ndarray, length: int) -> Batch:
         sequence = starts[:, None] + np.arange(length + 1)  # one more: its prev_action is the window's last action
-        at = streams[:, None] * self.size + sequence % self.size
-        flags = self._flags[at[:, :-1]]
+        at = self._scalars.at(streams[:, None], sequence)
+        flags = self._scalars["flags"][at[:, :-1]]
         is_last = (flags & LAST) != 0
-        taken = self._prev_action[at]
-        action = taken[:, 1:].copy()
+        prev_action = self._scalars["prev_action"][at]
+        action = prev_action[:, 1:].copy()
         action[is_last | (sequence[:, 1:] == self._next[streams][:, None])] = 0
         return Batch(
-            obs={k: torch.from_numpy(self._windows(k, streams, starts, at, length)) for k in self.obs_spec},
+            obs={k: torch.from_numpy(self._obs.windows(f"obs/{k}", streams, starts, length)) for k in self.obs_spec},
             action=torch.from_numpy(action),
-            prev_action=torch.from_numpy(taken[:, :-1].copy()),
-            reward=torch.from_numpy(self._reward[at[:, :-1]]),
+            prev_action=torch.from_numpy(prev_action[:, :-1].copy()),
+            reward=torch.from_numpy(self._scalars["reward"][at[:, :-1]]),
             is_first=torch.from_numpy((flags & FIRST) != 0),
             is_last=torch.from_numpy(is_last),
             is_terminal=torch.from_numpy((flags & TERMINAL) != 0),
             row=torch.from_numpy(sequence[:, :-1] * self.num_envs + streams[:, None]),
         )
 
-    def _windows(self, key: str, streams: np.ndarray, starts: np.ndarray, at: np.ndarray, length: int) -> np.ndarray:
-        """[B, length, ...] of one observation; `at` [B, length + 1] are the rows' places in a ring."""
-        if self._disk is not None:
-            return self._disk.windows(f"obs/{key}", streams, starts, length)
-        column = self._obs[key]
-        if column.dtype.itemsize * int(np.prod(column.shape[1:])) < SLICE_BYTES:
-            return column[at[:, :-1]]
-        out = np.empty((len(streams), length, *column.shape[1:]), column.dtype)
-        for b, (stream, offset) in enumerate(zip(streams.tolist(), (starts % self.size).tolist())):
-            ring = column[stream * self.size : (stream + 1) * self.size]
-            before = min(length, self.size - offset)  # rows up to the ring's physical end
-            out[b, :before] = ring[offset : offset + before]
-            out[b, before:] = ring[: length - before]
-        return out
-
     # On disk --------------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path, previous: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Writes the rows that `since` does not cover as new segments and returns the marks: JSON that `load` takes.
+        """Writes the rows that `previous` does not cover as new segments and returns a snapshot: JSON that `load` takes.
 
-        since  marks of an earlier save of this replay into this folder, or None: everything held is written. A replay that
-               lies in `folder` knows by itself what is there
-        Marks name the segments that hold what the replay holds now; a checkpoint keeps them, and so commits the rows.
-        Nothing is deleted here (see `sweep`), so that a kill or a full disk leaves earlier marks loadable.
+        previous  snapshot of an earlier save of this replay into this folder, or None: all rows held are written. A replay
+                  that lies in `folder` knows by itself what is there
+        A snapshot names the segments that hold what the replay holds now; a checkpoint keeps it, and so commits the rows.
+        No segment is deleted here (see `sweep`), so that a kill or a full disk leaves earlier snapshots loadable.
         Raises StorageError where the disk is full or not writable.
         """
-        folder, disk = Path(folder), self._disk
-        if disk is not None:
-            if folder != disk.folder or not disk.writable:
-                raise StorageError(f"This replay lies in {disk.folder}, where its run writes it. It cannot be saved to {folder}.")
-            previous = {"rows": disk.first_in_memory.tolist(), "segments": disk.entries, **self._identity()}
-        checkpoint.make_folder(folder)
-        taken = segments.numbers(folder)
-        entries = self._entries_of(previous) if previous is not None else []
-        folder_changed = previous is None or not {number for number, _ in entries} <= set(taken)
-        if folder_changed and disk is None:
-            previous, entries = {"rows": [0] * self.num_envs}, []
-        entries = self._drop_evicted(folder, entries)
-        if disk is not None:
-            disk.keep(entries)
-
-        low = np.maximum(np.array(previous["rows"], np.int64), self._next - self._held)
-        columns, missing = self._column_spec, self._next - low
-        number = max([*taken, *(n for n, _ in entries)], default=0)
-        for done in range(0, int(missing.max()), self._rows_per_segment):
-            number += 1
-            starts, stops = (low + np.minimum(missing, upto) for upto in (done, done + self._rows_per_segment))
-            header = segments.Header(number, tuple(starts.tolist()), tuple(stops.tolist()))
-            try:
-                entries.append([number, segments.write(folder, header, columns, self._rows)])
-            except StorageError:  # a retry writes all of them anew: on a full disk the first ones must not be in its way
-                if disk is None:
-                    segments.delete(folder, [n for n, _ in entries if n not in taken])
-                raise
-            if disk is not None:
-                disk.attach(segments.locate(folder, number, columns, self.num_envs), self._next)
-        if missing.any():
-            checkpoint.sync_folder(folder)
+        folder = Path(folder)
+        if isinstance(self._obs, DiskColumns):
+            entries = self._save_buffer(folder, self._obs)
+        else:
+            entries = self._save_copy(folder, previous)
         return {"rows": self._next.tolist(), "segments": entries, **self._identity()}
+
+    def _save_buffer(self, folder: Path, disk: DiskColumns) -> list[list[int]]:
+        """Moves the rows of the buffer into segments, one by one: where one cannot be written, those before it stay."""
+        disk.check_writes_to(folder)
+        files.make_folder(folder)
+        disk.keep(self._drop_evicted(folder, disk.entries))
+        for header in self._new_segments(folder, disk.first_in_memory, disk.entries):
+            segments.write(folder, header, self._spec, self._rows)
+            disk.attach(header.number, self._next)
+        return disk.entries
+
+    def _save_copy(self, folder: Path, previous: Mapping[str, Any] | None) -> list[list[int]]:
+        """Writes a copy of the rows behind `previous`; where that fails, none of the new segments stays."""
+        files.make_folder(folder)
+        rows, entries = self._covered(folder, previous)
+        entries, written = self._drop_evicted(folder, entries), []
+        try:
+            for header in self._new_segments(folder, rows, entries):
+                written.append([header.number, segments.write(folder, header, self._spec, self._rows)])
+        except StorageError:  # a retry writes all of them anew: on a full disk the first ones must not be in its way
+            segments.delete(folder, [number for number, _ in written])
+            raise
+        return entries + written
+
+    def _covered(self, folder: Path, previous: Mapping[str, Any] | None) -> tuple[np.ndarray, list[list[int]]]:
+        """(rows [S], segments) that a snapshot covers; none where there is none, or where the folder was emptied since."""
+        nothing = np.zeros(self.num_envs, np.int64), []
+        if previous is None:
+            return nothing
+        rows = np.array(previous["rows"])
+        differs = any(previous.get(k) != v for k, v in self._identity().items())
+        if differs or rows.shape != self._next.shape or (rows > self._next).any():
+            raise ValueError("The snapshot given as `previous` is of another replay. Pass what its last save returned, or None.")
+        entries = [list(entry) for entry in previous["segments"]]
+        return (rows, entries) if {number for number, _ in entries} <= set(segments.numbers(folder)) else nothing
+
+    def _new_segments(self, folder: Path, covered: np.ndarray, entries: list[list[int]]) -> Iterator[segments.Header]:
+        """Headers of the segments to write: the rows held from sequence numbers `covered` [S] on, in parts of the largest size."""
+        low = np.maximum(covered, self._next - self._held)
+        missing, step = self._next - low, self._rows_per_segment
+        number = max([*segments.numbers(folder), *(n for n, _ in entries)], default=0)
+        for done in range(0, int(missing.max()), step):
+            number += 1
+            starts, stops = (low + np.minimum(missing, upto) for upto in (done, done + step))
+            yield segments.Header(number, tuple(starts.tolist()), tuple(stops.tolist()))
+
+    def _drop_evicted(self, folder: Path, entries: list[list[int]]) -> list[list[int]]:
+        """The segments that still hold a row that the ring holds: eviction goes from the oldest on."""
+        oldest = self._next - self._held
+        for i, (number, _) in enumerate(entries):
+            try:
+                header = segments.read_header(folder, number, self._spec, self.num_envs)
+            except CorruptError:  # reported to whoever loads the snapshot
+                return entries[i:]
+            if (np.array(header.stops) > oldest).any():
+                return entries[i:]
+        return []
 
     @classmethod
     def load(
@@ -406,46 +399,43 @@ class Replay:
         on_disk: bool = False,
         writable: bool = True,
     ) -> Replay:
-        """The replay as it was when `marks` were made; with `on_disk`, its observations stay where they are (`writable`: as above).
+        """The replay as it was when the snapshot was made.
 
-        Rows saved later belong to a future that the checkpoint does not know: they are dropped, or kept with
-        `keep_newer`, as far as they are intact; both is told to `log`. CorruptError names the file and the offset
-        of damage to any row that the marks name.
+        on_disk, writable  its observations stay in `folder`, which this process may write: as of `Replay`
+        Rows saved after the snapshot are dropped, or kept with `keep_newer`, as far as they are intact; both is reported to `log`.
+        CorruptError names the file and the offset of damage to any row of the snapshot.
         """
         replay = cls._from_identity(snapshot, folder if on_disk else None, writable)
         try:
             rows, entries = np.array(snapshot["rows"], np.int64), [(int(n), int(seal)) for n, seal in snapshot["segments"]]
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise CorruptError(f"The replay's marks are damaged: {error!r}.") from error
-        low = np.zeros(replay.num_envs, np.int64)  # from here on, each stream's rows are without a hole
+            raise CorruptError(f"The replay's snapshot is damaged: {error!r}.") from error
+        low = np.zeros(replay.num_envs, np.int64)  # from here on, no row of the stream is missing
         for number, seal in entries:
-            header, streams = segments.read(folder, number, replay._column_spec, replay.num_envs, seal)
+            header, streams = segments.read(folder, number, replay._spec, replay.num_envs, seal)
             low = np.where(np.array(header.starts) == replay._next, low, header.starts)
             replay._append(header, streams)
             del streams  # before the next segment is read
         if rows.shape != low.shape or (replay._next != rows).any() or (low > rows - replay._held).any():
-            raise CorruptError(f"{folder} does not hold the rows that the checkpoint names: segments are missing from its marks.")
+            raise CorruptError(
+                f"{folder} does not hold the rows that the checkpoint names: segments are missing from its snapshot."
+            )
         replay._load_uncommitted(folder, max((n for n, _ in entries), default=0), keep_newer, log)
         replay._restore_truncations()
         return replay
 
     @staticmethod
     def sweep(folder: Path, keep: Iterable[Mapping[str, Any]]) -> None:
-        """Deletes the segments that none of the marks in `keep` names, and leftovers of interrupted writes.
+        """Deletes the segments that none of the snapshots in `keep` names, and leftovers of interrupted writes.
 
-        Call it with the marks of every checkpoint that is still there, after old ones were pruned.
+        Call it with the snapshots of every checkpoint that is still there, after old ones were pruned.
         """
-        checkpoint.sweep(folder)
+        files.sweep(Path(folder))
         entries = {int(number) for snapshot in keep for number, _ in snapshot["segments"]}
         segments.delete(folder, [n for n in segments.numbers(folder) if n not in entries])
 
-    @property
-    def _column_spec(self) -> segments.Columns:
-        obs = {f"obs/{k}": column for k, column in self.obs_spec.items()}
-        return {**obs, **{k: (x.shape[1:], x.dtype) for k, x in self._columns.items() if k not in obs}}
-
     def _identity(self) -> dict[str, Any]:
-        """What marks say about the replay that they are of."""
+        """What a snapshot says about the replay that it is of."""
         obs = segments.columns_to_json(self.obs_spec)
         return {"capacity": self.capacity, "num_envs": self.num_envs, "action_dim": self.action_dim, "obs": obs}
 
@@ -457,61 +447,36 @@ class Replay:
         except MemoryError as error:
             raise StorageError(f"The replay's {snapshot['capacity']} steps do not fit into memory: {error}.") from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CorruptError(f"The replay's marks are damaged: {error!r}.") from error
-
-    def _entries_of(self, previous: Mapping[str, Any]) -> list[list[int]]:
-        mine = self._identity()
-        rows = np.array(previous["rows"])
-        if any(previous.get(k) != v for k, v in mine.items()) or rows.shape != self._next.shape or (rows > self._next).any():
-            raise ValueError("The marks given as `since` are of another replay. Pass what its last save returned, or None.")
-        return [list(entry) for entry in previous["segments"]]
-
-    def _drop_evicted(self, folder: Path, entries: list[list[int]]) -> list[list[int]]:
-        """The segments that still hold a row that the ring holds: eviction goes from the oldest on."""
-        oldest = self._next - self._held
-        while entries:
-            try:
-                header = segments.read_header(folder, entries[0][0], self._column_spec, self.num_envs)
-            except CorruptError:  # not this save's business: whoever loads the marks learns of it
-                break
-            if (np.array(header.stops) > oldest).any():
-                break
-            entries = entries[1:]
-        return entries
+            raise CorruptError(f"The replay's snapshot is damaged: {error!r}.") from error
 
     def _rows(self, name: str, stream: int, start: int, stop: int) -> np.ndarray:
-        if self._disk is not None and name in self._disk.spec:
-            return self._disk.windows(name, np.array([stream]), np.array([start]), stop - start)[0]
-        return self._columns[name][stream * self.size + np.arange(start, stop) % self.size]
+        """[stop - start, ...] of one column and stream, by sequence numbers."""
+        columns = self._scalars if name in self._scalars.spec else self._obs
+        return columns.windows(name, np.array([stream]), np.array([start]), stop - start)[0]
 
     def _append(self, header: segments.Header, streams: list[dict[str, np.ndarray]]) -> None:
-        """Puts a segment's rows at their sequence numbers; on disk, its observations stay where they are."""
-        if self._disk is not None:
-            self._disk.attach(segments.locate(self._disk.folder, header.number, self._column_spec, self.num_envs), self._next)
+        """Takes a segment's rows at their sequence numbers; on disk, its observations stay where they are."""
+        if on_disk := isinstance(self._obs, DiskColumns):
+            self._obs.attach(header.number, self._next)
         for stream, (start, stop) in enumerate(zip(header.starts, header.stops)):
             kept = max(start, stop - self.size)
-            at = stream * self.size + np.arange(kept, stop) % self.size
-            for name, column in self._columns.items():
-                column[at] = streams[stream][name][kept - start :]
-            for i in np.flatnonzero(streams[stream]["flags"] & LAST).tolist():
-                self._last_rows[stream].append(start + i)
-            self._next[stream] = stop
-            self._last_rows[stream].drop_before(stop - self.size)
+            rows = {name: column[kept - start :] for name, column in streams[stream].items()}
+            self._put(np.array([stream]), np.arange(kept, stop), rows, with_obs=not on_disk)
 
     def _restore_truncations(self) -> None:
-        """Closes the episodes that `cut` had closed after their last row was on the disk: another one opens behind them."""
+        """Closes the episodes that were truncated after their last row was on the disk: the next row opens another one."""
+        column = self._scalars["flags"]
         for stream, held in enumerate(self._held.tolist()):
-            kept = np.arange(self._next[stream] - held, self._next[stream])
-            flags = self._flags[stream * self.size + kept % self.size]
+            sequence = np.arange(self._next[stream] - held, self._next[stream])
+            at = self._scalars.at(stream, sequence)
+            flags = column[at]
             flags[:-1] |= np.where(flags[1:] & FIRST, LAST, 0).astype(np.uint8)
-            self._flags[stream * self.size + kept % self.size] = flags
-            self._last_rows[stream] = Ends()
-            for sequence in kept[(flags & LAST) != 0].tolist():
-                self._last_rows[stream].append(sequence)
+            column[at] = flags
+            self._last_rows[stream] = deque(sequence[(flags & LAST) != 0].tolist())
 
     def _load_uncommitted(self, folder: Path, after: int, keep: bool, log: Callable[[str], object]) -> None:
-        """Tells of what lies behind the marks and is dropped, or appends it as far as it is intact."""
-        chain = segments.continuation(folder, after, self.added_by_stream, self._column_spec, log)
+        """Appends what lies behind segment `after` as far as it is intact, or drops it; both is reported to `log`."""
+        chain = segments.continuation(folder, after, self.added_by_stream, self.size, self._spec, log)
         if not keep:
             if chain:
                 log(f"Replay: {sum(h.rows for h in chain)} steps newer than the checkpoint are dropped.")
@@ -519,7 +484,7 @@ class Replay:
         count = 0
         for header in chain:
             try:
-                self._append(*segments.read(folder, header.number, self._column_spec, self.num_envs))
+                self._append(*segments.read(folder, header.number, self._spec, self.num_envs))
             except CorruptError as error:
                 log(f"A newer replay segment and all behind it are ignored: {error}")
                 break

@@ -4,8 +4,8 @@
 
 All integers are little-endian uint32. The header says the segment's number, the columns (name, shape of one row, dtype)
 and, for every stream, the sequence numbers [start, stop) that it holds. The blocks follow, stream by stream and column by
-column, rows in order; their sizes are known from the header. The seal chains all CRCs: whoever names a segment by number
-and seal (the marks in a checkpoint) notices a segment of another run or another timeline, too.
+column, rows in order; their sizes are known from the header. The seal chains all CRCs: a reader that names a segment by number
+and seal (a checkpoint's snapshot of the replay) notices a segment of another run, or of an attempt that was given up, too.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from secrets import token_hex
 from typing import BinaryIO
 
 import numpy as np
 
 from worldmodel.errors import CorruptError
-from worldmodel.storage.checkpoint import dump_json, durable, parse_json, storage_errors
+from worldmodel.storage.files import dump_json, parse_json, replacing, storage_errors
 
 MAGIC = b"WMREPLAY"
 VERSION = 1
@@ -83,16 +82,12 @@ def row_bytes(columns: Columns) -> int:
 
 
 def write(folder: Path, header: Header, columns: Columns, block: Callable[[str, int, int, int], np.ndarray]) -> int:
-    """Writes a segment, forced to the disk, and returns its seal. `block(column, stream, start, stop)` gives the rows.
-
-    The caller forces the folder (`checkpoint.sync_folder`) once its last segment is written.
-    """
-    temporary, final = Path(folder) / f".tmp-{token_hex(8)}", path_of(folder, header.number)
+    """Writes a segment, forced to the disk, and returns its seal. `block(column, stream, start, stop)` gives the rows."""
     streams = [[start, stop] for start, stop in zip(header.starts, header.stops)]
     header_json = dump_json({"version": VERSION, "number": header.number, "columns": columns_to_json(columns), "streams": streams})
     length = _UINT.pack(len(header_json))
     seal = zlib.crc32(header_json, zlib.crc32(length))
-    with durable(temporary) as file:
+    with replacing(path_of(folder, header.number)) as file:
         file.write(MAGIC + length + _UINT.pack(seal) + header_json)
         for stream, (start, stop) in enumerate(streams):
             for name, (_, dtype) in columns.items():
@@ -104,8 +99,6 @@ def write(folder: Path, header: Header, columns: Columns, block: Callable[[str, 
                     file.write(crc)
                     seal = zlib.crc32(crc, seal)
         file.write(_UINT.pack(seal))
-    with storage_errors("write", final):
-        temporary.rename(final)
     return seal
 
 
@@ -143,28 +136,45 @@ def read(
 
 
 def continuation(
-    folder: Path, after: int, reached: tuple[int, ...], columns: Columns, log: Callable[[str], object]
+    folder: Path, after: int, reached: tuple[int, ...], size: int, columns: Columns, log: Callable[[str], object]
 ) -> list[Header]:
-    """Headers of the segments behind number `after` that go on from the sequence numbers `reached`, without a hole.
+    """Headers of the segments behind number `after` that go on from the sequence numbers `reached` [S] of rings of `size` rows.
 
-    A later file that starts further back is a retry: it replaces what it repeats. Where nothing was reached yet, the first
-    file may start anywhere: what came before it was evicted.
+    A later file that starts further back is a retry: it replaces what it repeats. Rows may be missing where those behind them
+    fill the rings: the missing ones were evicted before any save.
     """
-    chain: list[Header] = []
+    best: list[Header] = []
+    tried: list[Header] = []  # lacks rows that those behind them do not replace yet
     for number in numbers(folder):
         if number <= after:
             continue
         try:
             header = read_header(folder, number, columns, len(reached))
+            base = best if header.starts in [reached, *(h.stops for h in best)] else tried
+            stops = [reached, *(h.stops for h in base)]
+            before = [i for i, stop in enumerate(stops) if all(a <= b for a, b in zip(stop, header.starts))]
+            if not before:
+                continue
+            chain = [*base[: before[-1]], header]
+            behind_hole = _rows_behind_hole(reached, chain)
+            if behind_hole.min() < np.inf:  # then it takes the place of rows, so it must be whole
+                read(folder, number, columns, len(reached))
         except CorruptError as error:
             log(f"A newer replay segment is ignored: {error}")
             continue
-        known = [reached, *(h.stops for h in chain)]
-        if header.starts in known:
-            chain = [*chain[: known.index(header.starts)], header]
-        elif not chain and not any(reached):
-            chain = [header]
-    return chain
+        tried = chain
+        if behind_hole.min() >= size:
+            best = chain
+    return best
+
+
+def _rows_behind_hole(reached: tuple[int, ...], chain: list[Header]) -> np.ndarray:
+    """Rows of each stream [S] behind the last that is missing; infinity where none is."""
+    rows, stops = np.full(len(reached), np.inf), reached
+    for header in chain:
+        rows = np.where(np.equal(header.starts, stops), rows, 0) + np.subtract(header.stops, header.starts)
+        stops = header.stops
+    return rows
 
 
 def locate(folder: Path, number: int, columns: Columns, num_streams: int) -> StoredSegment:

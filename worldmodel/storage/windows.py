@@ -1,8 +1,9 @@
-"""Which windows of consecutive rows a batch is made of, and what undoes that some are drawn more often than others."""
+"""Which windows of consecutive rows a batch is made of, and the importance weights of those that are drawn more often."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,46 +13,17 @@ WindowStarts = tuple[np.ndarray, np.ndarray]
 """(streams [n], starts [n]) of windows; starts are sequence numbers."""
 
 
-class Ends:
-    """Sorted sequence numbers of one stream's is_last rows, dropped from the front as they are evicted."""
-
-    def __init__(self) -> None:
-        self._at: list[int] = []
-        self._from = 0
-
-    def __len__(self) -> int:
-        return len(self._at) - self._from
-
-    def __getitem__(self, i: int) -> int:
-        """The i-th oldest, i >= 0."""
-        return self._at[self._from + i]
-
-    def within(self, start: int, stop: int) -> list[int]:
-        """Those in start..stop, in order."""
-        return self._at[bisect_left(self._at, start, self._from) : bisect_left(self._at, stop, self._from)]
-
-    def append(self, sequence: int) -> None:
-        self._at.append(sequence)
-
-    def drop_before(self, sequence: int) -> None:
-        while self._from < len(self._at) and self._at[self._from] < sequence:
-            self._from += 1
-        if self._from > 256 and 2 * self._from > len(self._at):  # so that dropping costs O(1) per row on average
-            del self._at[: self._from]
-            self._from = 0
-
-
 @dataclass(frozen=True)
 class Windows:
     """All windows of `length` rows that the streams of a replay hold.
 
-    next, held  [S] sequence number of the row that each stream gets next, and how many rows it holds
-    ends        [S] where its episodes end
+    next, stored  [S] sequence number of each stream's next row, and how many rows the stream holds
+    ends          [S] sequence numbers of the is_last rows that it holds, ascending
     """
 
     next: np.ndarray
     stored: np.ndarray
-    ends: Sequence[Ends]
+    ends: Sequence[deque[int]]
     length: int
 
     @property
@@ -62,7 +34,7 @@ class Windows:
     def draw(
         self, batch: int, rng: np.random.Generator, recent_fraction: float, terminal_fraction: float
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(streams, starts, weights), each [batch]: drawn by the shares of `Replay.sample`."""
+        """(streams, starts, weights), each [batch]: drawn by the fractions of `Replay.sample`."""
         count = np.array([len(e) if n else 0 for e, n in zip(self.ends, self.counts.tolist())])
         if not count.any():
             terminal_fraction = 0.0
@@ -72,7 +44,7 @@ class Windows:
         return streams, starts, self._weight(streams, starts, recent_fraction, terminal_fraction, int(count.sum()))
 
     def _uniform(self, n: int, rng: np.random.Generator) -> WindowStarts:
-        """Every window of every stream alike."""
+        """Uniform over all windows of all streams."""
         cumulative = np.cumsum(self.counts)
         index = rng.integers(cumulative[-1], size=n)
         streams = np.searchsorted(cumulative, index, side="right")
@@ -86,7 +58,7 @@ class Windows:
         return streams, self.next[streams] - self.length
 
     def _around_ends(self, n: int, count: np.ndarray, rng: np.random.Generator) -> WindowStarts:
-        """An is_last row, each alike (`count` of them in each stream), then a window around it, each alike."""
+        """An is_last row, uniformly (`count` [S] of them in each stream), then a window that contains it, uniformly."""
         if n == 0:
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
         cumulative = np.cumsum(count)
@@ -98,29 +70,34 @@ class Windows:
         return streams, rng.integers(low, high + 1)
 
     def _covering(self, rows: np.ndarray, streams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(first, last) start of the windows that hold each of these rows."""
+        """(first, last) start of the windows that contain each of these rows."""
         last_start = self.next[streams] - self.length
         return np.maximum(rows - self.length + 1, (self.next - self.stored)[streams]), np.minimum(rows, last_start)
 
     def _weight(
         self, streams: np.ndarray, starts: np.ndarray, recent_fraction: float, terminal_fraction: float, count: int
     ) -> np.ndarray:
-        """How much likelier each of these windows is where all are alike than in the mixture that `draw` takes them from.
+        """Importance weights: the uniform probability of each window over its probability in the mixture of `draw`.
 
-        At most 1 / (1 - recent_fraction - terminal_fraction). Without a uniform share some windows are never drawn; then the weights are those among
-        the others, and their mean in the batch is 1. Source: Veach and Guibas 1995 (the balance heuristic); Owen and Zhou 2000.
+        At most 1 / (1 - recent_fraction - terminal_fraction). Without a uniform share some windows are never drawn; then the
+        weights have mean 1 in the batch. Source: Veach and Guibas 1995 (the balance heuristic); Owen and Zhou 2000.
         """
         counts = self.counts
         uniform = np.full(len(streams), 1 / counts.sum())
         mixture = max(0.0, 1 - recent_fraction - terminal_fraction) * uniform
         mixture += recent_fraction * (starts == self.next[streams] - self.length) / np.count_nonzero(counts)
         if terminal_fraction:
-            inside = [self.ends[s].within(q, q + self.length) for s, q in zip(streams.tolist(), starts.tolist())]
+            inside = [_within(self.ends[s], q, q + self.length) for s, q in zip(streams.tolist(), starts.tolist())]
             which = np.repeat(np.arange(len(streams)), [len(e) for e in inside])
             low, high = self._covering(np.array([e for some in inside for e in some], np.int64), streams[which])
             mixture += terminal_fraction / count * np.bincount(which, 1 / (high - low + 1), len(streams))
         weight = uniform / mixture
         return weight if recent_fraction + terminal_fraction < 1 else weight / weight.mean()
+
+
+def _within(ends: deque[int], start: int, stop: int) -> list[int]:
+    """Those of the ascending numbers that lie in start..stop - 1."""
+    return [ends[i] for i in range(bisect_left(ends, start), bisect_left(ends, stop))]
 
 
 def _rounded(numbers: tuple[float, ...], rng: np.random.Generator) -> tuple[int, ...]:

@@ -6,17 +6,15 @@ A frame is uint8 [H, W, 3], a film uint8 [T, H, W, 3]. Pillow, matplotlib and Py
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from secrets import token_hex
 from typing import Any
 
 import numpy as np
 
 from worldmodel.errors import ConfigError, MissingExtraError
-from worldmodel.storage.checkpoint import make_folder, storage_errors
+from worldmodel.storage.files import write
 
 SUFFIXES = (".gif", ".mp4")
 PAPER, INK, FAINT = (255, 255, 255), (40, 40, 40), (190, 190, 190)
@@ -44,18 +42,6 @@ def save(path: Path, frames: np.ndarray, fps: float = 15) -> None:
     """Write a film [T, H, W, 3] as .gif or .mp4 (extra `video`), whole or not at all. Raises StorageError, and as `checked`."""
     checked(path)
     write(path, gif(frames, fps) if path.suffix.lower() == ".gif" else mp4(frames, fps))
-
-
-def write(path: Path, data: bytes) -> None:
-    """Replace a file at once; nothing is left behind where that fails. Raises StorageError."""
-    make_folder(path.parent)
-    temporary = path.parent / f".tmp-{token_hex(8)}"
-    with storage_errors("write", path):
-        try:
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def gif(frames: np.ndarray, fps: float = 15) -> bytes:

@@ -28,8 +28,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from worldmodel.errors import ConfigError, CorruptError, StorageError, did_you_mean
-from worldmodel.storage.checkpoint import storage_errors
-from worldmodel.view.pictures import write
+from worldmodel.storage.files import storage_errors, write
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -61,7 +61,7 @@ class Dynamics(nn.Module, ABC):
         self.transition: ConditionalDistribution = build("distribution", transition, self.latent.family, config.deter, self.source)
         self.initial_prior: ConditionalDistribution = build("distribution", initial, self.latent.family, 0, self.source)
 
-    # What a subclass defines -------------------------------------------------------------------------------------------
+    # What a subclass defines ---------------------------------------------------------------------------------------------
 
     @property
     @abstractmethod

@@ -12,7 +12,7 @@ from small_runs import CHAIN, OPTIONS
 from typer.testing import CliRunner
 
 from worldmodel import ConfigError, Run, registry
-from worldmodel.agents.guidance import Guidance, ReplayPosition, between, between_features, state_at
+from worldmodel.agents.guidance import Guidance, ReplayPosition, interpolate_features, interpolation_video, state_at
 from worldmodel.cli import app
 from worldmodel.commands.dream import dream
 from worldmodel.commands.train import train
@@ -94,7 +94,7 @@ def test_pairs_without_an_arc_get_the_line_and_others_beside_them_their_arc():
 def test_what_lies_between_begins_and_ends_at_the_moments(run):
     world = run.world_model()
     ends = [world.dynamics.feature(state_at(world, run.replay(), ReplayPosition(0, step)))[0] for step in (0, 3)]
-    for path in between_features(world, *ends, 7):
+    for path in interpolate_features(world, *ends, 7):
         assert path.shape == (7, world.feature_dim)
         torch.testing.assert_close(path[[0, -1]], torch.stack(ends))
 
@@ -134,4 +134,4 @@ def test_the_command_films_what_lies_between(run, tmp_path):
     told = json.loads(result.stdout)
     assert list(told) == ["run", "between", "steps", "distance", "line_norm", "arc_norm", "out"]
     assert len(told["line_norm"]) == 25 and (tmp_path / "x.gif").read_bytes()[:3] == b"GIF"
-    assert between(run, "0:0", "0:3", tmp_path / "y.gif")["distance"] == pytest.approx(told["distance"])
+    assert interpolation_video(run, "0:0", "0:3", tmp_path / "y.gif")["distance"] == pytest.approx(told["distance"])

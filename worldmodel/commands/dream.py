@@ -82,14 +82,15 @@ def dream(
         agent.policy.world.decode(torch.zeros(0, agent.policy.world.feature_dim))  # says why there is nothing to show
     guided = None
     if start == "prior":
-        shown, guided = rollouts.unguided_or_guided(agent, run, viewer, guide, horizon, draw=out is not None)
+        shown, guided = rollouts.dream_from_prior(agent, run, viewer, guide, horizon, draw=out is not None)
         log("Dreams from the initial distribution: nothing real to compare with, so errors are null.")
         errors = OpenLoop.unknown(context, horizon)
     else:
         count = run.config.log.held_out if episodes is None else episodes
-        errors, shown = rollouts.compare(agent, run, viewer, context, horizon, episodes=count, draw=out is not None, log=log)
+        draw = out is not None
+        errors, shown = rollouts.dream_of_episodes(agent, run, viewer, context, horizon, episodes=count, draw=draw, log=log)
     if out is not None:
-        rollouts.write(out, shown, errors, viewer, log)
+        rollouts.save_rollout(out, shown, errors, viewer, log)
     return {
         "env_id": run.config.env.id,
         "run": str(run.path),
@@ -97,7 +98,7 @@ def dream(
         "context": context,
         **_figures(errors),
         "out": None if out is None else str(out),
-        "worst": rollouts.worst(errors, viewer),
+        "worst": rollouts.worst_number(errors, viewer),
         "guided": guided,
     }
 
@@ -177,7 +178,7 @@ def command(
                     raise ConfigError(
                         f"--between shows no dream, which {', '.join(extra)} would be of: leave out one or the other."
                     )
-                result = guidance_module.between(run, one, other, out, trust=trust)
+                result = guidance_module.interpolation_video(run, one, other, out, trust=trust)
             else:
                 guide = None
                 if toward is not None:

@@ -24,7 +24,8 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_wr
 
 from worldmodel.agents.arguments import reject_unknown_arguments, require_own_policy, with_spec_layout
 from worldmodel.agents.belief import BeliefPolicy, Controller
-from worldmodel.agents.experience import EpisodeStatistics, fit_scaling, new_replay, replay_capacity, rows_before_reset
+from worldmodel.agents.episodes import EpisodeStatistics
+from worldmodel.agents.experience import fit_scaling, new_replay, replay_capacity, rows_before_reset
 from worldmodel.agents.saving import SavedAlgorithm
 from worldmodel.config import Config
 from worldmodel.config.recipes import combine
@@ -161,11 +162,11 @@ class WorldModelAlgorithm(SavedAlgorithm):
     def _check_window(self) -> None:
         """ConfigError where the replay can never hold one sequence: nothing would be learned, without a word."""
         train = self.config.train
-        kept = replay_capacity(train, self.obs_spec, self.action_spec) // self.n_envs
-        if kept < self._sequence_rows:
+        kept, needed = replay_capacity(train, self.obs_spec, self.action_spec) // self.n_envs, self._sequence_rows
+        if kept < needed:
             also = "" if train.replay_gib is None else f" and train.replay_gib (now {train.replay_gib})"
             raise ConfigError(
-                f"The replay keeps {kept} steps of each of {self.n_envs} environments, but one sequence needs {self._sequence_rows}. "
+                f"The replay keeps {kept} steps of each of {self.n_envs} environments, but one sequence needs {needed}. "
                 f"Raise train.capacity (now {train.capacity}){also}, or lower train.batch_length (now {train.batch_length})."
             )
 

@@ -64,11 +64,9 @@ class WorldModelAlgorithm(SavedAlgorithm):
     """Asked between updates: where it says no they end, and the others stay pending. A run asks for signals there."""
     improves: bool = True
     """Whether an update also improves the controller, on states of the averaged model."""
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
-        "MlpPolicy": BeliefPolicy,
-        "CnnPolicy": BeliefPolicy,
-        "MultiInputPolicy": BeliefPolicy,
-    }
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = dict.fromkeys(
+        ("MlpPolicy", "CnnPolicy", "MultiInputPolicy"), BeliefPolicy
+    )
 
     def __init__(
         self,

@@ -57,11 +57,10 @@ class SavedAlgorithm(BaseAlgorithm):
         """Parameters from `get_parameters()`, or from a file that `save` wrote."""
         if isinstance(load_path_or_dict, Mapping):
             super().set_parameters(dict(load_path_or_dict), exact_match, device)
-            return
-        if not exact_match:
+        elif not exact_match:
             raise ConfigError("set_parameters(exact_match=False) is for a dict: a file holds all parameters. Leave it out.")
-        arrays, state, _ = checkpoint.unpack(_path(load_path_or_dict))
-        self.restore(arrays, state, counters=False)
+        else:
+            self.restore(*checkpoint.unpack(_path(load_path_or_dict))[:2], counters=False)
 
     # Saving ---------------------------------------------------------------------------------------------------------
 
@@ -185,10 +184,7 @@ class SavedAlgorithm(BaseAlgorithm):
         """
         _reject_custom_objects(custom_objects)
         if not force_reset:
-            raise ConfigError(
-                "load(force_reset=False): a file holds no observation to go on from, so learning begins with a reset. "
-                "Leave force_reset out."
-            )
+            raise ConfigError("load(force_reset=False): a file holds no observation to go on from. Leave force_reset out.")
         if not hasattr(path, "read") and pathlib.Path(path).is_dir():
             found = checkpoint.newest(pathlib.Path(path) / "checkpoints")
             if found is None:
@@ -224,8 +220,7 @@ class SavedAlgorithm(BaseAlgorithm):
         """
         if not truncate_last_traj:
             raise ConfigError(
-                "load_replay_buffer(truncate_last_traj=False): environments begin anew, so the last episodes end where they were "
-                "saved. Leave truncate_last_traj out."
+                "load_replay_buffer(truncate_last_traj=False): environments begin anew. Leave truncate_last_traj out."
             )
         if self.replay_folder is not None:
             raise ConfigError("The agent of a run has the run's experience. Load the agent by itself: Dreamer.load(RUN).")

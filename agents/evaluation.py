@@ -185,18 +185,15 @@ def _picture(venv: VecEnv) -> np.ndarray:
 
 @contextmanager
 def isolated_rng(model: Any, seed: int) -> Iterator[None]:
-    """Draws in here follow from `seed`, and nothing outside notices them."""
-    generator = getattr(getattr(model, "policy", model), "generator", None)
-    own = generator if isinstance(generator, torch.Generator) else None
-    before = own.get_state() if own is not None else None
-    python, legacy = random.getstate(), np.random.get_state()
+    """Draws in here follow from `seed`: of the model's generator, and no state of the process is left changed."""
+    own = getattr(getattr(model, "policy", model), "generator", None)
+    own = own if isinstance(own, torch.Generator) else torch.Generator()
+    before, python, legacy = own.get_state(), random.getstate(), np.random.get_state()
     with cpu_randomness():
-        if own is not None:
-            own.manual_seed(seed)
+        own.manual_seed(seed)
         try:
             yield
         finally:
             random.setstate(python)
             np.random.set_state(legacy)
-            if own is not None:
-                own.set_state(before)
+            own.set_state(before)

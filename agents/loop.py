@@ -19,18 +19,25 @@ import numpy as np
 import torch
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback
-from stable_baselines3.common.utils import get_device, safe_mean
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_wrapper
+from stable_baselines3.common.utils import safe_mean
+from stable_baselines3.common.vec_env import VecEnv
 
-from worldmodel.agents.arguments import reject_unknown_arguments, require_own_policy, with_spec_layout
+from worldmodel.agents.arguments import (
+    find_device,
+    fitting_policy,
+    refuse_normalization,
+    reject_unknown_arguments,
+    require_own_policy,
+    resolve_config,
+    with_spec_layout,
+)
 from worldmodel.agents.belief import BeliefPolicy, Controller
 from worldmodel.agents.episodes import EpisodeStatistics
 from worldmodel.agents.experience import fit_scaling, new_replay, replay_capacity, rows_before_reset
 from worldmodel.agents.saving import SavedAlgorithm
 from worldmodel.config import Config
-from worldmodel.config.recipes import combine
 from worldmodel.data import Batch, State, Trace
-from worldmodel.envs.make import as_vec_env, id_of, seed_envs
+from worldmodel.envs.make import as_vec_env, seed_envs
 from worldmodel.envs.vectors.restarts import Restarts, restarted
 from worldmodel.envs.vectors.workers import drain
 from worldmodel.errors import ConfigError, EnvError
@@ -85,10 +92,8 @@ class WorldModelAlgorithm(SavedAlgorithm):
         **others: Any,
     ):
         require_own_policy(type(self).__name__, policy)
-        if isinstance(config, Config) and recipe is not None:
-            raise ConfigError(f"recipe={recipe!r} stands beside a whole Config, which came from a recipe. Leave one of them out.")
         self.trust = trust
-        self.config = config if isinstance(config, Config) else self._resolve(recipe, config, env)
+        self.config = resolve_config(self.kind, recipe, config, env)
         reject_unknown_arguments(type(self), others, self.config)
         seed = int(np.random.randint(2**31)) if seed is None else seed
         if isinstance(env, str):
@@ -105,7 +110,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             verbose=verbose,
-            device=_device(device),
+            device=find_device(device),
             support_multi_env=True,
             seed=seed,
         )
@@ -116,35 +121,11 @@ class WorldModelAlgorithm(SavedAlgorithm):
             self._check_window()
             self._setup_model()
 
-    def _resolve(self, recipe: Any, overrides: Any, env: Any) -> Config:
-        if isinstance(overrides, Mapping) and "recipe" in overrides:
-            raise ConfigError(
-                f"config={{'recipe': {overrides['recipe']!r}}} names a recipe, and config holds only what differs from one. "
-                f"Use recipe={overrides['recipe']!r} beside config."
-            )
-        overrides, kind = [] if overrides is None else overrides, {"agent.kind": self.kind}
-        agent = combine(overrides)[1].get("agent", {})
-        if not isinstance(agent, str) and "kind" not in agent:  # else options of this kind would be unknown to the recipe's
-            overrides = {**overrides, **kind} if isinstance(overrides, Mapping) else [*overrides, f"agent.kind={self.kind}"]
-        env_id = env if isinstance(env, str) else id_of(env)
-        base = Config.from_recipe(recipe, overrides, env_id=env_id or "custom")
-        return base if base.agent.kind == self.kind else base.override(kind)
-
     @staticmethod
     def _wrap_env(env: VecEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
-        """SB3's hook: images are not transposed, since ObsSpec knows their layout; VecNormalize's scaling is refused."""
+        """SB3's hook; images are not transposed, since ObsSpec knows their layout."""
         env = as_vec_env(env)
-        normalizer = unwrap_vec_wrapper(env, VecNormalize)
-        if normalizer is not None and normalizer.norm_obs:
-            raise ConfigError(
-                "VecNormalize is around the environment: its statistics would change what the replay holds. Expected plain "
-                "observations: take it off, the world model standardises vectors itself (model.vector_scaling=standardise)."
-            )
-        if normalizer is not None and normalizer.norm_reward:
-            raise ConfigError(
-                "VecNormalize(norm_obs=False) scales the rewards by a scale that moves: the replay would hold one reward in many "
-                "units. Expected plain rewards: take it off, they are learned in units of their own size."
-            )
+        refuse_normalization(env)
         return env
 
     def set_env(self, env: gym.Env | VecEnv, force_reset: bool = True) -> None:
@@ -171,13 +152,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
     # Building -------------------------------------------------------------------------------------------------------
 
     def _setup_model(self) -> None:
-        if not isinstance(self.policy_name, str):
-            self.policy_name = policy_name(self.obs_spec)
-        images = [key.kind == "image" for key in self.obs_spec.keys.values()]
-        if self.policy_name == "CnnPolicy" and not any(images):
-            raise ConfigError(f"CnnPolicy needs an image, but the observations are {self.observation_space}. Use MlpPolicy.")
-        if self.policy_name == "MultiInputPolicy" and self.obs_spec.single:
-            raise ConfigError(f"MultiInputPolicy needs a Dict, but the observations are {self.observation_space}. Use MlpPolicy.")
+        self.policy_name = fitting_policy(self.policy_name, self.obs_spec, self.observation_space)
         with cpu_randomness(self.seed):
             self.world = WorldModel(self.config.model, self.obs_spec, self.action_spec).to(self.device)
             self.controller = self._make_controller().to(self.device)
@@ -477,18 +452,3 @@ class WorldModelAlgorithm(SavedAlgorithm):
     def parameter_count(self) -> int:
         """Trainable parameters of world model and controller together."""
         return sum(p.numel() for module in (self.world, self.controller) for p in module.parameters() if p.requires_grad)
-
-
-def policy_name(spec: ObsSpec) -> str:
-    """SB3's name of a policy for such observations."""
-    if set(spec.keys) != {"obs"}:
-        return "MultiInputPolicy"
-    return "CnnPolicy" if spec.keys["obs"].kind == "image" else "MlpPolicy"
-
-
-def _device(device: torch.device | str) -> torch.device:
-    if torch.device("cpu" if device == "auto" else device).type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "device=cuda was asked for, but torch finds no CUDA device. Use device=cpu, or install a CUDA build of torch."
-        )
-    return get_device(device)

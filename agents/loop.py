@@ -222,7 +222,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
             callback.on_training_start(locals(), globals())
             goes_on = True
             while goes_on and self.num_timesteps < total_timesteps:
-                goes_on = self._round(callback, log_interval)
+                goes_on = self._step_and_learn(callback, log_interval)
         except BaseException:  # perhaps between the environments' step and the replay: the next row would not follow its last
             self._last_obs = None
             raise
@@ -231,7 +231,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
         callback.on_training_end()
         return self
 
-    def _round(self, callback: Any, log_interval: int | None) -> bool:
+    def _step_and_learn(self, callback: Any, log_interval: int | None) -> bool:
         """One step of every environment, the updates that are then due, and the callbacks."""
         callback.on_rollout_start()
         self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)  # before any update reads it
@@ -251,6 +251,8 @@ class WorldModelAlgorithm(SavedAlgorithm):
         ):
             self.dump_logs()
         return goes_on
+
+    # Experience -----------------------------------------------------------------------------------------------------
 
     def start_episodes(self, obs: Any) -> None:
         """Open episodes end as by truncation, and the first observation of each environment goes into the replay."""
@@ -424,8 +426,10 @@ class WorldModelAlgorithm(SavedAlgorithm):
                 self.logger.record_mean(name, value)
         return metrics
 
+    # Logs -----------------------------------------------------------------------------------------------------------
+
     def dump_logs(self) -> None:
-        """Write what was recorded under SB3's usual names."""
+        """Writes what was recorded under SB3's usual names."""
         seconds = max((time.time_ns() - self.start_time) / 1e9, 1e-9)
         if self.ep_info_buffer:
             self.logger.record("rollout/ep_rew_mean", safe_mean([info["r"] for info in self.ep_info_buffer]))

@@ -1,4 +1,4 @@
-"""What SB3's scripts give that has another form here: names of arguments, policy classes, images with their channels first."""
+"""Arguments of an algorithm, as scripts of SB3 give them: config, policy, device, environments, images with channels first."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from gymnasium import spaces
+from stable_baselines3.common.utils import get_device
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_wrapper
 
 from worldmodel.agents.belief import BeliefPolicy
 from worldmodel.config import Config, describe
+from worldmodel.config.recipes import combine
+from worldmodel.envs.make import id_of
 from worldmodel.errors import ConfigError, did_you_mean
 from worldmodel.spaces import ObsSpec
 from worldmodel.spaces.keys import KeySpec
@@ -52,8 +57,55 @@ def reject_unknown_arguments(algorithm: type, given: Mapping[str, Any], config: 
         raise ConfigError(f"{algorithm.__name__} has no argument {', '.join(given)}. Options stand in config: {'; '.join(words)}.")
 
 
+def resolve_config(kind: str, recipe: Any, overrides: Any, env: Any) -> Config:
+    """The config of a new agent of this kind: a whole Config, or a recipe (without: the environment's) and what differs."""
+    if isinstance(overrides, Config):
+        if recipe is not None:
+            raise ConfigError(f"recipe={recipe!r} stands beside a whole Config, which came from a recipe. Leave one of them out.")
+        return overrides
+    if isinstance(overrides, Mapping) and "recipe" in overrides:
+        raise ConfigError(
+            f"config={{'recipe': {overrides['recipe']!r}}} names a recipe, and config holds only what differs from one. "
+            f"Use recipe={overrides['recipe']!r} beside config."
+        )
+    overrides, own = [] if overrides is None else overrides, {"agent.kind": kind}
+    agent = combine(overrides)[1].get("agent", {})
+    if not isinstance(agent, str) and "kind" not in agent:  # else options of this kind would be unknown to the recipe's
+        overrides = {**overrides, **own} if isinstance(overrides, Mapping) else [*overrides, f"agent.kind={kind}"]
+    env_id = env if isinstance(env, str) else id_of(env)
+    config = Config.from_recipe(recipe, overrides, env_id=env_id or "custom")
+    return config if config.agent.kind == kind else config.override(own)
+
+
+def find_device(device: torch.device | str) -> torch.device:
+    """SB3's get_device; ConfigError where CUDA is asked for and there is none."""
+    if torch.device("cpu" if device == "auto" else device).type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "device=cuda was asked for, but torch finds no CUDA device. Use device=cpu, or install a CUDA build of torch."
+        )
+    return get_device(device)
+
+
+def policy_name(spec: ObsSpec) -> str:
+    """SB3's name of a policy for such observations."""
+    if set(spec.keys) != {"obs"}:
+        return "MultiInputPolicy"
+    return "CnnPolicy" if spec.keys["obs"].kind == "image" else "MlpPolicy"
+
+
+def fitting_policy(policy: str | type, spec: ObsSpec, space: spaces.Space) -> str:
+    """The name of the policy; that of BeliefPolicy follows the observations. ConfigError for a name that does not fit them."""
+    if not isinstance(policy, str):
+        return policy_name(spec)
+    if policy == "CnnPolicy" and all(key.kind != "image" for key in spec.keys.values()):
+        raise ConfigError(f"CnnPolicy needs an image, but the observations are {space}. Use MlpPolicy.")
+    if policy == "MultiInputPolicy" and spec.single:
+        raise ConfigError(f"MultiInputPolicy needs a Dict, but the observations are {space}. Use MlpPolicy.")
+    return policy
+
+
 def require_own_policy(algorithm: str, policy: Any) -> None:
-    """ConfigError for another policy class, as SB3's are: this algorithm would never make its networks."""
+    """ConfigError for another policy class, such as SB3's: this algorithm never makes its networks."""
     if isinstance(policy, str) or policy is BeliefPolicy:
         return
     named = policy.__name__ if isinstance(policy, type) else repr(policy)
@@ -63,8 +115,23 @@ def require_own_policy(algorithm: str, policy: Any) -> None:
     )
 
 
+def refuse_normalization(env: VecEnv) -> None:
+    """ConfigError where VecNormalize scales what the replay would hold, by statistics that move."""
+    normalizer = unwrap_vec_wrapper(env, VecNormalize)
+    if normalizer is not None and normalizer.norm_obs:
+        raise ConfigError(
+            "VecNormalize is around the environment: its statistics would change what the replay holds. Expected plain "
+            "observations: take it off, the world model standardises vectors itself (model.vector_scaling=standardise)."
+        )
+    if normalizer is not None and normalizer.norm_reward:
+        raise ConfigError(
+            "VecNormalize(norm_obs=False) scales the rewards by a scale that moves: the replay would hold one reward in many "
+            "units. Expected plain rewards: take it off, they are learned in units of their own size."
+        )
+
+
 def with_spec_layout(spec: ObsSpec, space: spaces.Space) -> spaces.Space:
-    """The space with the axes of its images as the spec has them: SB3 turns images to channels first, or has not turned them."""
+    """The space with the channels of its images where the spec has them; SB3 may have moved them to the front."""
     if not isinstance(space, spaces.Dict):
         return _match_layout(spec.keys.get("obs"), space)
     return spaces.Dict({name: _match_layout(spec.keys.get(name), sub) for name, sub in space.items()})

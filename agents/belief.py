@@ -20,10 +20,10 @@ from worldmodel.spaces.keys import KeySpec
 
 
 class Controller(nn.Module):
-    """What turns a belief into an action; the one thing in which agents differ while they act."""
+    """Turns a belief into an action: all in which agents differ while they act."""
 
     def memory(self, world: WorldModel, batch_size: int) -> State:
-        """What it remembers from one action to the next, at an episode's start: tensors [B, ...], none by default."""
+        """Its own recurrent state at an episode's start: tensors [B, ...], none by default."""
         return State({})
 
     def act(
@@ -35,7 +35,7 @@ class Controller(nn.Module):
         generator: torch.Generator,
         rows: Mapping[str, np.ndarray] | None = None,
     ) -> tuple[Tensor, State]:
-        """(canonical actions [B, A], memory after them) for the states [B]; `rows`: what was seen, raw, None in a dream."""
+        """(canonical actions [B, A], memory after them) for the states [B]; `rows`: raw observations, None in a dream."""
         raise NotImplementedError
 
     def estimate(self, feature: Tensor) -> Tensor | None:
@@ -52,7 +52,7 @@ class BeliefPolicy(BasePolicy):
         self.generator = torch.Generator(device=world.device).manual_seed(seed)
 
     def initial_belief(self, batch_size: int) -> State:
-        """The belief before anything was seen."""
+        """The belief before the first observation."""
         return State(
             {
                 **self.world.initial(batch_size),
@@ -69,7 +69,7 @@ class BeliefPolicy(BasePolicy):
         self.world.eval()
         first = torch.as_tensor(is_first, dtype=torch.bool, device=self.world.device)
         sampling = Sampling(generator=self.generator, mode=deterministic)
-        own = State({name: belief[name] for name in self.world.initial(0)})  # the controller's memory is not the world's
+        own = State({name: belief[name] for name in self.world.initial(0)})  # without the controller's memory
         state = self.world.observe(own, tensors(rows, self.world.device), belief["prev_action"], first, sampling)
         start = self.controller.memory(self.world, len(is_first))
         memory = State({name: torch.where(_broadcast_mask(first, x), x, belief[name]) for name, x in start.items()})
@@ -111,17 +111,15 @@ class BeliefPolicy(BasePolicy):
         is_reset_result = isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], Mapping)
         if is_reset_result and (observation is given or observation.keys() != keys.keys()):
             raise EnvError("predict got (observation, info), which is what reset() returns. Give it the observation: reset()[0].")
-        if isinstance(observation, Mapping):
-            if observation.keys() != keys.keys():
-                return observation, True  # which keys are wrong is said where rows are made of it
-            observation = {k: _as_declared(v, keys[k]) for k, v in observation.items()}
-            name, key = next(iter(keys.items()))
-            if np.ndim(observation[name]) > len(key.raw_shape):
-                return observation, True
-            return {k: np.asarray(v)[None] for k, v in observation.items()}, False
-        key = next(iter(keys.values()))
-        observation = _as_declared(observation, key)
-        return (observation, True) if observation.ndim > len(key.raw_shape) else (observation[None], False)
+        first, key = next(iter(keys.items()))
+        named = observation if isinstance(observation, Mapping) else {first: observation}
+        if named.keys() != keys.keys():
+            return observation, True  # to_raw says which keys are wrong
+        named = {name: _as_declared(x, keys[name]) for name, x in named.items()}
+        vectorized = named[first].ndim > len(key.raw_shape)
+        if not vectorized:
+            named = {name: x[None] for name, x in named.items()}
+        return (named if isinstance(observation, Mapping) else named[first]), vectorized
 
     def save(self, path: Any) -> None:
         """Refused: a policy alone is no agent, and SB3's file of one is a pickle."""
@@ -133,12 +131,12 @@ class BeliefPolicy(BasePolicy):
         raise ConfigError(f"A belief policy has no file of its own ('{path}'). Load its agent: Dreamer.load(path).policy.")
 
     def _predict(self, observation: Any, deterministic: bool = False) -> Tensor:
-        raise NotImplementedError("A belief is needed: call predict().")
+        raise NotImplementedError("It acts on a belief: call predict().")
 
 
 @runtime_checkable
 class ActsOnBelief(Protocol):
-    """What diagnostics ask of whatever acts: an algorithm with a world model, or a policy that came out of a dream."""
+    """What measurements need of an agent: an algorithm with a world model, or a policy that was trained in one."""
 
     policy: BeliefPolicy
     obs_spec: ObsSpec

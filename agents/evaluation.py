@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,11 +66,11 @@ def evaluate(
 ) -> tuple[list[float], list[int]]:
     """(returns, lengths) of greedy episodes, one for each environment seed from `seed` on.
 
-    model    anything with SB3's `predict(obs, state, episode_start, deterministic)`, SB3's own algorithms included
-    max_steps  cuts longer episodes; None: DEFAULT_MAX_STEPS where the environment has no limit of its own
-    give_up  asked at every step; raises Abandoned as soon as it says yes
-    frames   receives the rendered pictures of the first episode, which needs an environment that renders
-    played   receives its observations, each a batch of one, and the return up to there
+    model         anything with SB3's `predict(obs, state, episode_start, deterministic)`, SB3's own algorithms included
+    max_steps     cuts longer episodes; None: DEFAULT_MAX_STEPS where the environment has no limit of its own
+    should_abort  asked at every step; raises EvaluationAborted as soon as it says yes
+    frames        receives the rendered pictures of the first episode, which needs an environment that renders
+    played        receives its observations, each a batch of one, and the return up to there
 
     The episodes are stepped as one batch. No random state of the model or of the process is left changed, so training
     goes on as if nothing had happened. Raises EnvError, MissingExtraError.
@@ -78,22 +78,45 @@ def evaluate(
     config = EnvConfig(id=env) if isinstance(env, str) else env
     if episodes < 1 or seed < 0:
         raise ConfigError(f"An evaluation needs at least 1 episode and a seed of at least 0, not {episodes} and {seed}.")
-    config = config.model_copy(update={"vectorize": "dummy"})  # processes would cost more than they save
     if frames is not None:
         config = config.model_copy(update={"kwargs": {**config.kwargs, "render_mode": "rgb_array"}})
-    with isolated_rng(model, seed):
-        venv = as_trained(model, make_vec(config, episodes, seed))
-        try:
-            require_spaces(model, venv, config.id)
-            return _first_episodes(model, venv, episode_limit(venv, max_steps), should_abort, frames, played)
-        finally:
-            venv.close()
+    with fresh_envs(model, config, episodes, seed) as venv:
+        return _first_episodes(model, venv, episode_limit(venv, max_steps), should_abort, frames, played)
 
 
 def warn_untrained(agent: Any, log: Callable[[str], object]) -> None:
     """Says so where no update has been made: what such an agent does or dreams means nothing."""
     if agent.learner.updates == 0:
         log(f"step {agent.num_timesteps}: untrained. No update of the world model has been made yet: what comes is noise.")
+
+
+@contextmanager
+def fresh_envs(model: Any, config: EnvConfig, count: int, seed: int) -> Iterator[VecEnv]:
+    """Environments with the seeds from `seed` on, in the form that the model was trained with; draws in here are isolated."""
+    with isolated_rng(model, seed):
+        # "dummy": processes would cost more than they save.
+        venv = as_trained(model, make_vec(config.model_copy(update={"vectorize": "dummy"}), count, seed))
+        try:
+            require_spaces(model, venv, config.id)
+            yield venv
+        finally:
+            venv.close()
+
+
+def play(
+    venv: VecEnv, obs: Any, act: Callable[[Any, np.ndarray], np.ndarray], should_abort: Callable[[], bool]
+) -> Iterator[tuple[np.ndarray, Any, np.ndarray, np.ndarray, Sequence[dict]]]:
+    """(actions, next obs, rewards, dones, infos) of each step from a reset's `obs` on, without end.
+
+    act  (obs, where an episode starts [N]) -> actions of the environments
+    """
+    starts = np.ones(venv.num_envs, bool)
+    while True:
+        if should_abort():
+            raise EvaluationAborted
+        actions = act(obs, starts)
+        obs, rewards, starts, infos = venv.step(actions)
+        yield actions, obs, rewards, starts, infos
 
 
 def require_spaces(model: Any, venv: VecEnv, env_id: str) -> None:
@@ -130,30 +153,27 @@ def _first_episodes(
     frames: list[np.ndarray] | None,
     played: list[tuple[Any, float]] | None,
 ) -> tuple[list[float], list[int]]:
-    count = venv.num_envs
-    returns, lengths = [0.0] * count, [0] * count
-    obs, state, starts, running = venv.reset(), None, np.ones(count, bool), np.ones(count, bool)
-    returns_so_far, taken = np.zeros(count), np.zeros(count, np.int64)
-    while True:
-        if should_abort():
-            raise EvaluationAborted
+    state, running = None, np.ones(venv.num_envs, bool)
+    returns, lengths = np.zeros(venv.num_envs), np.zeros(venv.num_envs, np.int64)  # a Monitor rounds, and tiny rewards to nothing
+
+    def act(obs: Any, starts: np.ndarray) -> np.ndarray:
+        nonlocal state
         if frames is not None and running[0]:
             frames.append(_picture(venv))
         if played is not None and running[0]:
             first = {name: x[:1].copy() for name, x in obs.items()} if isinstance(obs, dict) else obs[:1].copy()
-            played.append((first, float(returns_so_far[0])))
+            played.append((first, float(returns[0])))
         action, state = model.predict(obs, state=state, episode_start=starts, deterministic=True)
-        obs, rewards, starts, infos = venv.step(action)
-        returns_so_far, taken = returns_so_far + rewards, taken + 1
-        ended = starts & running & ~restarted(infos)  # an episode whose environment failed is played again
-        for i in np.flatnonzero(ended):
-            returns[i], lengths[i] = float(returns_so_far[i]), int(taken[i])  # a Monitor rounds, and tiny rewards to nothing
-        running &= ~ended
-        for i in np.flatnonzero(running & (taken >= limit) & ~starts):
-            returns[i], lengths[i], running[i] = float(returns_so_far[i]), int(taken[i]), False
+        return action
+
+    for _, _, rewards, dones, infos in play(venv, venv.reset(), act, should_abort):
+        returns[running] += rewards[running]
+        lengths[running] += 1
+        running &= np.where(dones, restarted(infos), lengths < limit)  # an episode whose environment failed is played again
         if not running.any():
-            return returns, lengths
-        returns_so_far[starts] = taken[starts] = 0
+            break
+        returns[running & dones] = lengths[running & dones] = 0
+    return returns.tolist(), lengths.tolist()
 
 
 def _picture(venv: VecEnv) -> np.ndarray:
@@ -165,18 +185,15 @@ def _picture(venv: VecEnv) -> np.ndarray:
 
 @contextmanager
 def isolated_rng(model: Any, seed: int) -> Iterator[None]:
-    """Draws in here follow from `seed`, and nothing outside notices them."""
-    generator = getattr(getattr(model, "policy", model), "generator", None)
-    own = generator if isinstance(generator, torch.Generator) else None
-    before = own.get_state() if own is not None else None
-    python, legacy = random.getstate(), np.random.get_state()
+    """Draws in here follow from `seed`: of the model's generator, and no state of the process is left changed."""
+    own = getattr(getattr(model, "policy", model), "generator", None)
+    own = own if isinstance(own, torch.Generator) else torch.Generator()
+    before, python, legacy = own.get_state(), random.getstate(), np.random.get_state()
     with cpu_randomness():
-        if own is not None:
-            own.manual_seed(seed)
+        own.manual_seed(seed)
         try:
             yield
         finally:
             random.setstate(python)
             np.random.set_state(legacy)
-            if own is not None:
-                own.set_state(before)
+            own.set_state(before)

@@ -14,7 +14,7 @@ from worldmodel.storage.recording import Recording
 from worldmodel.storage.run import Run
 
 DREAM_BATCH = 256
-"""Dreams that take each step together."""
+"""Imagined episodes that are stepped together."""
 
 
 def dreamed_episodes(
@@ -26,10 +26,10 @@ def dreamed_episodes(
     seed: int = 0,
     trust: bool = False,
 ) -> Recording:
-    """Episodes that never happened: the run's agent acts, drawing its actions, in its own world model.
+    """Imagined episodes: the run's agent acts in its own world model, its actions sampled.
 
-    horizon  steps after which a dream is truncated; it terminates where the model draws an end
-    start    beliefs at recorded rows, or the initial distribution
+    horizon  steps after which an episode is truncated; it terminates where the model samples an end
+    start    filtered states at recorded rows, or the initial distribution
     trust    the run's agent.path may be opened, where it has one
 
     Observations are the decoder's means in the environment's own space, rewards the model's means. Raises ConfigError.
@@ -39,15 +39,14 @@ def dreamed_episodes(
         raise ConfigError(f"{episodes} dreams were asked for; expected at least 1.")
     agent = run.agent(trust=trust)
     replay = run.replay() if start == "replay" else None
-    parts, done = [], 0
-    while done < episodes:
+    parts = []
+    for done in range(0, episodes, DREAM_BATCH):
         count = min(DREAM_BATCH, episodes - done)
         worlds = ImaginedWorld(agent.policy.world, count, horizon, start=start, seed=seed + done, replay=replay)
         parts += _dreams(agent, worlds, torch.Generator(agent.device).manual_seed(seed + done))
         done += count
-    origin = f"dreamed by {run.path}, step {agent.num_timesteps}, from {start}"
-    said = {"env_id": run.config.env.id, "env_options": run.config.env.options, "origin": origin}
-    return Recording.from_episodes(agent.obs_spec, agent.action_spec, parts, **said)
+    env, origin = run.config.env, f"dreamed by {run.path}, step {agent.num_timesteps}, from {start}"
+    return Recording.from_episodes(agent.obs_spec, agent.action_spec, parts, env_id=env.id, env_options=env.options, origin=origin)
 
 
 @torch.no_grad()
@@ -66,13 +65,12 @@ def _dreams(agent: Any, worlds: ImaginedWorld, generator: torch.Generator) -> li
         obs.append(world.obs.raw(world.decode(arrival.feature)))
         steps.append((env_action, arrival.reward.cpu().numpy(), terminated, truncated))
         lengths[(lengths == 0) & (terminated | truncated)] = len(steps)
-    columns = [np.stack(column, 1) for column in zip(*steps)]  # [N, H, ...]
-    seen = {name: np.stack([rows[name] for rows in obs], 1) for name in world.obs.keys}
-    names = ("actions", "rewards", "terminations", "truncations")
+    observed = {name: np.stack([rows[name] for rows in obs], 1) for name in world.obs.keys}
+    columns = dict(zip(("actions", "rewards", "terminations", "truncations"), (np.stack(x, 1) for x in zip(*steps))))  # [N, H, ...]
     return [
         {
-            "observations": world.obs.to_env({name: x[i, : n + 1] for name, x in seen.items()}),
-            **{name: column[i, :n] for name, column in zip(names, columns)},
+            "observations": world.obs.to_env({name: x[i, : n + 1] for name, x in observed.items()}),
+            **{name: x[i, :n] for name, x in columns.items()},
         }
         for i, n in enumerate(lengths.tolist())
     ]

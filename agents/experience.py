@@ -1,12 +1,10 @@
-"""An agent's experience: a replay of the size and at the place that the config says, and what goes into it."""
+"""An agent's experience: its replay as the config asks for it, files of one, and the rows that a VecEnv's steps become."""
 
 from __future__ import annotations
 
 import io
-import logging
 import math
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import VecEnv, VecMonitor, is_vecenv_wrapped
 
-from worldmodel.envs.vectors.restarts import RESTARTED
-from worldmodel.envs.vectors.workers import drain
 from worldmodel.errors import ConfigError, CorruptError, EnvError
 from worldmodel.learner import TrainConfig
 from worldmodel.model import WorldModel, tensors
@@ -27,21 +20,19 @@ from worldmodel.spaces import ActionSpec, ObsSpec
 from worldmodel.storage import checkpoint
 from worldmodel.storage.replay import Replay, row_bytes
 
-_log = logging.getLogger(__name__)
 ROWS_AT_ONCE = 4096
-"""Rows that the running statistics take in one go."""
-
+"""Rows that the running statistics are updated with at once."""
 COLUMNS = ("prev_action", "reward", "is_first", "is_last", "is_terminal")
 
 
 def replay_capacity(train: TrainConfig, obs: ObsSpec, action: ActionSpec) -> int:
-    """Steps that the replay holds at most: train.capacity, or what train.replay_gib has room for."""
-    most = math.inf if train.replay_gib is None else train.replay_gib * 2**30 // row_bytes(obs.store, action.dim)
-    return int(min(train.capacity, most))
+    """Steps that the replay holds at most: train.capacity, or as many as fit into train.replay_gib."""
+    limit = math.inf if train.replay_gib is None else train.replay_gib * 2**30 // row_bytes(obs.store, action.dim)
+    return int(min(train.capacity, limit))
 
 
 def new_replay(train: TrainConfig, obs: ObsSpec, action: ActionSpec, streams: int, folder: Path | None) -> Replay:
-    """An empty one. ConfigError where it would not fit into the memory, or there is no folder for it."""
+    """An empty replay. ConfigError where it would not fit into memory, or has no folder to be in."""
     capacity, each = replay_capacity(train, obs, action), row_bytes(obs.store, action.dim)
     if train.replay == "disk":
         if folder is None:
@@ -59,21 +50,19 @@ def new_replay(train: TrainConfig, obs: ObsSpec, action: ActionSpec, streams: in
 
 
 def fit_scaling(world: WorldModel, replay: Replay) -> None:
-    """The running statistics take in all that the replay holds."""
+    """Updates the running statistics with all that the replay holds."""
     vectors = {name: world.obs.keys[name] for name in world.scaling.vectors}
     for stream, held in enumerate(replay.lengths):
         world.heads.scale.update(torch.from_numpy(replay.rewards(stream)))
-        if not vectors:
-            continue
-        for start in range(0, held, ROWS_AT_ONCE):
+        for start in range(0, held if vectors else 0, ROWS_AT_ONCE):
             rows = tensors(replay.observations(stream, start, min(held, start + ROWS_AT_ONCE)), world.device)
             world.scaling.update({name: key.canonical(rows[name]) for name, key in vectors.items()})
 
 
 def pack_replay(file: Path | io.BufferedIOBase, step: int, replay: Replay, obs: ObsSpec, action: ActionSpec) -> None:
-    """All that the replay holds as one file or into a stream: a zip of safetensors and JSON, as of an agent.
+    """Writes all that the replay holds as one zip of safetensors and JSON, through memory.
 
-    It passes through memory. Its name may be any, and one that SB3's callbacks choose ends in .pkl; no pickle is in it.
+    The file may have any name. Those of SB3's callbacks end in .pkl; no pickle is in it.
     """
     arrays = {}
     for number in range(replay.num_envs):
@@ -93,11 +82,11 @@ def unpack_replay(file: Path | io.BufferedIOBase, replay: Replay, obs: ObsSpec, 
     if state.get("holds") != "replay":
         raise ConfigError(f"{file} holds no experience. Expected a file that save_replay_buffer wrote.")
     with _corrupt_if_malformed(file):
-        streams, seen = state["num_envs"], ObsSpec.from_json(state["observation"])
-        done = ActionSpec.from_json(state["action"])
+        streams = state["num_envs"]
+        saved_obs, saved_action = ObsSpec.from_json(state["observation"]), ActionSpec.from_json(state["action"])
     if streams != replay.num_envs:
         raise ConfigError(f"{file} holds experience of {streams} environments, and this agent has {replay.num_envs}. Use as many.")
-    for what, saved, own in (("observation", seen, obs), ("action", done, action)):
+    for what, saved, own in (("observation", saved_obs, obs), ("action", saved_action, action)):
         if saved != own:
             raise ConfigError(f"{file} holds experience with the {what} space {saved.space}, but this agent has {own.space}.")
     with _corrupt_if_malformed(file):
@@ -109,7 +98,7 @@ def unpack_replay(file: Path | io.BufferedIOBase, replay: Replay, obs: ObsSpec, 
 
 @contextmanager
 def _corrupt_if_malformed(file: Any) -> Iterator[None]:
-    """What is missing or of another form than `pack_replay` writes is a CorruptError."""
+    """Turns the errors of a file that `pack_replay` would not write into CorruptError."""
     try:
         yield
     except (AttributeError, EnvError, KeyError, TypeError, ValueError) as error:
@@ -123,81 +112,22 @@ def rows_before_reset(
     to_raw: Callable[[Any], dict[str, np.ndarray]],
     previous_row: Callable[[int], dict[str, np.ndarray]],
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """(the rows [N, ...] that a VecEnv's step arrived at, where the world ended [N]) from the rows that come after a reset.
+    """(rows [N, ...] that a VecEnv's step led to, where they are terminal [N]) from its rows, which follow a reset where done.
 
-    SB3 resets at once, and hands an episode's last observation over in `terminal_observation`. Where a VecEnv does not, the
-    environment's row before the step, `before(number)` [...], stands in: the next episode's first would be a leap.
+    SB3 resets at once, and gives an episode's last observation in `terminal_observation`. Where a VecEnv does not, the
+    environment's row before the step, `previous_row(number)` [...], stands in: the next episode's first would be a leap.
     """
-    ended = np.flatnonzero(dones)
-    truncated = np.array([bool(info.get("TimeLimit.truncated", False)) for info in infos])
-    if not len(ended):
-        return rows_after_reset, dones & ~truncated
-    arrived = {name: x.copy() for name, x in rows_after_reset.items()}
-    told = np.array([i for i in ended if infos[i].get("terminal_observation") is not None], np.int64)
-    if len(told):
-        for name, x in to_raw(_stack([infos[i]["terminal_observation"] for i in told])).items():
-            arrived[name][told] = x
-    for i in np.setdiff1d(ended, told).tolist():
+    rows = {name: x.copy() for name, x in rows_after_reset.items()} if dones.any() else rows_after_reset
+    ended = np.flatnonzero(dones).tolist()
+    given = [i for i in ended if infos[i].get("terminal_observation") is not None]
+    if given:
+        for name, x in to_raw(_stack([infos[i]["terminal_observation"] for i in given])).items():
+            rows[name][given] = x
+    for i in [i for i in ended if i not in given]:
         for name, x in previous_row(i).items():
-            arrived[name][i] = x
-    return arrived, dones & ~truncated
-
-
-class EpisodeStatistics:
-    """Returns and lengths of episodes, told as Monitor tells them where it does not.
-
-    It does not where there is none, and at truncations where it stands inside of a time limit. An end that a Monitor does not
-    know of is left alone: the lost lives of Atari end episodes outside of it on purpose.
-    """
-
-    def __init__(self, venv: VecEnv):
-        self.monitored = is_vecenv_wrapped(venv, VecMonitor)
-        try:
-            self.monitored |= all(venv.env_is_wrapped(Monitor))
-        except (AttributeError, NotImplementedError):  # a VecEnv need not know
-            pass
-        self.start_time = time.time()
-        self.returns, self.lengths = np.zeros(venv.num_envs), np.zeros(venv.num_envs, np.int64)
-
-    def with_episode_info(self, rewards: np.ndarray, dones: np.ndarray, infos: Any) -> list[dict[str, Any]]:
-        """The infos of a step, one dict for each environment, with `episode` in each that ended one."""
-        infos = list(infos) if infos is not None and len(infos) == len(dones) else [{} for _ in dones]
-        self.returns += rewards
-        self.lengths += 1
-        for i in np.flatnonzero(dones).tolist():
-            ours = not self.monitored or infos[i].get("TimeLimit.truncated", False)
-            if "episode" not in infos[i] and ours and RESTARTED not in infos[i]:
-                seen = {"r": float(self.returns[i]), "l": int(self.lengths[i]), "t": round(time.time() - self.start_time, 6)}
-                infos[i] = {**infos[i], "episode": seen}
-            if "episode" in infos[i] or not self.monitored or RESTARTED in infos[i]:
-                self.returns[i] = self.lengths[i] = 0
-        return infos
-
-
-class EnvSyncCheck:
-    """Whether an SB3 algorithm still stands where its environments do, as far as a callback can see.
-
-    SB3 moves its `_last_obs` on behind the callbacks. An exception, or a callback that stops the training, comes between; a
-    `learn` that resets nothing then goes on from an observation that its environments have left.
-    """
-
-    def __init__(self) -> None:
-        self.in_sync, self.last_obs = True, []
-
-    def on_training_start(self, model: BaseAlgorithm) -> None:
-        """At the start of `learn`: environments that were left are reset."""
-        if not self.in_sync and any(model._last_obs is obs for obs in self.last_obs):
-            drain(model.env)
-            model._last_obs = model.env.reset()
-            model._last_episode_starts = np.ones(model.n_envs, bool)
-        self.in_sync, self.last_obs = False, [model._last_obs]
-
-    def step(self, model: BaseAlgorithm, new_obs: Any) -> None:
-        self.last_obs = [model._last_obs, new_obs]
-
-    def end(self, model: BaseAlgorithm) -> None:
-        """At the end of `learn`."""
-        self.in_sync = model._last_obs is self.last_obs[-1]
+            rows[name][i] = x
+    truncated = np.array([bool(info.get("TimeLimit.truncated", False)) for info in infos])
+    return rows, dones & ~truncated
 
 
 def _stack(observations: list[Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Where dreams begin: at recorded moments, between two of them, or where a score is high."""
+"""Where dreams begin: at recorded rows, between two of them, or where a score is high."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ def state_at(world: WorldModel, replay: Replay, position: ReplayPosition) -> Sta
 
 @dataclass(frozen=True)
 class Guidance:
-    """Where guided starts are to lead.
+    """The score that guided initial states shall have much of.
 
-    toward    reward: expected on arriving there; value: the agent's estimate; goal: minus the squared distance of codes
+    toward    reward: expected on arriving there; value: the agent's estimate; goal: minus the squared distance of latents
     strength  what the score is multiplied by, in nats per unit of it; of rewards and values, per unit of the rewards' own size
-    goal      for toward=goal, the moment whose code is meant
+    goal      for toward=goal, the row whose latent is meant
     """
 
     toward: str
@@ -98,11 +98,31 @@ class Guidance:
         return lambda feature: -(world.dynamics.z_of(feature) - goal).square().sum(-1)
 
 
+def initial_states(
+    agent: ActsOnBelief, run: Run, guidance: Guidance | None, count: int, generator: torch.Generator
+) -> tuple[State, dict[str, Any] | None]:
+    """(states from the initial distribution, what guidance changed); the score without it is a mean over 1,000 states."""
+    world, sampling = agent.policy.world.eval(), Sampling(generator=generator)
+    if guidance is None:
+        return world.sample_initial(count, sampling), None
+    score = guidance.score(agent, run)
+    state, size = world.sample_initial_tilted(score, count, guidance.nats_per_unit(world), sampling)
+    with torch.no_grad():
+        unguided, guided = (float(score(world.dynamics.feature(s)).mean()) for s in (world.sample_initial(1000, sampling), state))
+    return state, {
+        "toward": guidance.toward,
+        "strength": guidance.strength,
+        "effective": size,
+        "score": guided,
+        "score_unguided": unguided,
+    }
+
+
 @torch.no_grad()
-def between(
+def interpolation_video(
     run: Run | str | Path, one: str, other: str, out: str | Path, *, steps: int = 25, trust: bool = False
 ) -> dict[str, Any]:
-    """A film of what lies between two moments of a run's replay: along the line of codes, and beside it along the arc.
+    """A video of what lies between two rows of a run's replay: along the line of latents, and beside it along the arc.
 
     one, other   EPISODE:STEP
     out          a .gif or .mp4
@@ -113,9 +133,13 @@ def between(
     positions, replay = [ReplayPosition.parse(text) for text in (one, other)], run.replay()
     world = run.agent(trust=trust).policy.world.eval()
     viewer = Viewer(run.config.env.id, world.obs)
-    features = [world.dynamics.feature(state_at(world, replay, position))[0] for position in positions]
-    line, arc = between_features(world, *features, steps)
-    frames = [_frames(viewer, world, path) for path in (line, arc)]
+    ends = [world.dynamics.feature(state_at(world, replay, position))[0] for position in positions]
+    line, arc = interpolate_features(world, *ends, steps)
+    decoded = [world.decode(path) for path in (line, arc)]
+    if viewer.can_draw:
+        frames = [viewer.frames(obs) for obs in decoded]
+    else:
+        frames = [viewer.signals(None, {name: x[None] for name, x in obs.items()}) for obs in decoded]
     pictures.save(out, np.concatenate(frames, 2), fps=10)  # side by side
     latents = [world.dynamics.z_of(path) for path in (line, arc)]
     return {
@@ -129,20 +153,11 @@ def between(
     }
 
 
-def between_features(
+def interpolate_features(
     world: WorldModel, one: Tensor, other: Tensor, steps: int
 ) -> tuple[Float[Tensor, "S F"], Float[Tensor, "S F"]]:
-    """(straight, with codes on an arc): features between two; the carry is on the line in both."""
+    """(on a line, with latents on an arc): features between two; the recurrent state is on the line in both."""
     line, size = interpolation(one, other, steps), world.dynamics.latent.size
     share = torch.linspace(0, 1, steps, device=one.device).unsqueeze(-1)
     arc = spherical(world.dynamics.z_of(one), world.dynamics.z_of(other), share)
     return line, torch.cat([line[:, :-size], arc], -1)
-
-
-def _frames(viewer: Viewer, world: WorldModel, path: Tensor) -> np.ndarray:
-    obs = world.decode(path)
-    if viewer.can_draw:
-        return viewer.frames(obs)
-    words = [word for words in viewer.names.values() for word in words]
-    values = torch.cat([obs[name] for name in viewer.names], -1).cpu().numpy()[None]
-    return pictures.signal_frames(np.full(values.shape[1:], np.nan), values, words, 0)

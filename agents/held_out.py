@@ -1,4 +1,4 @@
-"""Held-out episodes: fresh ones, for looking at the model alone. They never reach the replay, a gradient or a decision."""
+"""Held-out episodes: fresh ones, to measure the model alone. They never reach the replay, a gradient or a decision."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import torch
 from stable_baselines3.common.vec_env import VecEnv
 
 from worldmodel.agents.belief import ActsOnBelief
-from worldmodel.agents.evaluation import DEFAULT_MAX_STEPS, EvaluationAborted, isolated_rng, require_spaces
+from worldmodel.agents.evaluation import DEFAULT_MAX_STEPS, fresh_envs, play
 from worldmodel.agents.experience import rows_before_reset
 from worldmodel.data import Batch, Episodes, State
-from worldmodel.envs.make import EnvConfig, make_vec
-from worldmodel.envs.vectors.plain import as_trained
+from worldmodel.envs.make import EnvConfig
 from worldmodel.envs.vectors.restarts import restarted
 
 HELD_OUT_SEED = 40_000
@@ -35,25 +34,19 @@ def collect(
 ) -> Episodes:
     """Fresh episodes of the agent's greedy policy with a random action in `random` of the steps, one for each seed from `seed` on.
 
-    steps    looks at no more than so many steps of each; None: to its end, after LIMIT steps at the latest
-    give_up  asked at every step; raises Abandoned as soon as it says yes
+    steps         plays at most so many steps of each; None: to its end, DEFAULT_MAX_STEPS at most
+    should_abort  asked at every step; raises EvaluationAborted as soon as it says yes
 
     Nothing of the agent changes, its random states included. Raises EnvError, MissingExtraError.
     """
     config = EnvConfig(id=env) if isinstance(env, str) else env
-    with isolated_rng(agent, seed):
-        venv = as_trained(agent, make_vec(config.model_copy(update={"vectorize": "dummy"}), episodes, seed))
-        try:
-            require_spaces(agent, venv, config.id)
-            return _first_episodes(
-                agent, venv, DEFAULT_MAX_STEPS if steps is None else steps, random, np.random.default_rng(seed), should_abort
-            )
-        finally:
-            venv.close()
+    with fresh_envs(agent, config, episodes, seed) as venv:
+        steps = DEFAULT_MAX_STEPS if steps is None else steps
+        return _first_episodes(agent, venv, steps, random, np.random.default_rng(seed), should_abort)
 
 
 def _first_episodes(
-    agent: ActsOnBelief, venv: VecEnv, steps: float, random: float, rng: np.random.Generator, should_abort: Callable[[], bool]
+    agent: ActsOnBelief, venv: VecEnv, steps: int, random: float, rng: np.random.Generator, should_abort: Callable[[], bool]
 ) -> Episodes:
     count, spec, codec = venv.num_envs, agent.obs_spec, agent.action_spec
 
@@ -62,26 +55,27 @@ def _first_episodes(
         spec.check(rows)
         return rows
 
-    rows, belief = to_raw(venv.reset()), agent.policy.initial_belief(count)
-    no = np.zeros(count, bool)
-    taken = [(rows, np.zeros((count, codec.dim), np.float32), np.zeros(count, np.float32), no, no)]
-    lengths, starts = np.zeros(count, np.int64), np.ones(count, bool)
-    while not lengths.all() and len(taken) <= steps:
-        if should_abort():
-            raise EvaluationAborted
+    def act(obs: Any, starts: np.ndarray) -> np.ndarray:
+        nonlocal belief
         action, belief = agent.policy.filter_and_act(belief, rows, starts, deterministic=True)
-        action = np.where(rng.random((count, 1)) < random, codec.sample(count, rng), action)
-        env_action = codec.decode(action)
+        return codec.decode(np.where(rng.random((count, 1)) < random, codec.sample(count, rng), action))
+
+    first_obs, no = venv.reset(), np.zeros(count, bool)
+    rows, belief = to_raw(first_obs), agent.policy.initial_belief(count)
+    taken = [(rows, np.zeros((count, codec.dim), np.float32), np.zeros(count, np.float32), no, no)]
+    lengths = np.zeros(count, np.int64)  # rows of each first episode, 0 while it goes on
+    for env_action, obs, reward, dones, infos in play(venv, first_obs, act, should_abort):
         action = codec.encode(env_action)
         belief = State({**belief, "prev_action": torch.as_tensor(action, device=agent.device)})
-        obs, reward, starts, infos = venv.step(env_action)
-        past, rows = rows, to_raw(obs)
+        before, rows = rows, to_raw(obs)
         arrived, terminal = rows_before_reset(
-            rows, starts, infos, to_raw, lambda i, past=past: {name: x[i] for name, x in past.items()}
+            rows, dones, infos, to_raw, lambda i, before=before: {name: x[i] for name, x in before.items()}
         )
-        taken.append((arrived, action, reward, starts, terminal))
-        ended = (lengths == 0) & starts
+        taken.append((arrived, action, reward, dones, terminal))
+        ended = (lengths == 0) & dones
         lengths[ended] = len(taken) - restarted(infos)[ended]  # of a step in which an environment failed nothing is real
+        if lengths.all() or len(taken) > steps:
+            break
     return _episodes(taken, np.where(lengths, lengths, len(taken)))
 
 

@@ -2,6 +2,8 @@
 
 An agent differs in two things only: its `controller`, which turns a belief into an action, and its `behaviour`, which learns
 from a world-model batch. Evaluation, checkpoints and stopping are SB3 callbacks.
+
+Each real step adds `train.ratio` to the updates that are due; whole ones are made at once, and the rest is carried over.
 """
 
 from __future__ import annotations
@@ -17,18 +19,26 @@ import numpy as np
 import torch
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback
-from stable_baselines3.common.utils import get_device, safe_mean
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_wrapper
+from stable_baselines3.common.utils import safe_mean
+from stable_baselines3.common.vec_env import VecEnv
 
 from worldmodel.agents.actor_critic import ActorCriticLearner
-from worldmodel.agents.arguments import reject_unknown_arguments, require_own_policy, with_spec_layout
+from worldmodel.agents.arguments import (
+    find_device,
+    fitting_policy,
+    refuse_normalization,
+    reject_unknown_arguments,
+    require_own_policy,
+    resolve_config,
+    with_spec_layout,
+)
 from worldmodel.agents.belief import BeliefPolicy, Controller
-from worldmodel.agents.experience import EpisodeStatistics, fit_scaling, new_replay, replay_capacity, rows_before_reset
+from worldmodel.agents.episodes import EpisodeStatistics
+from worldmodel.agents.experience import fit_scaling, new_replay, replay_capacity, rows_before_reset
 from worldmodel.agents.saving import SavedAlgorithm
 from worldmodel.config import Config
-from worldmodel.config.recipes import combine
 from worldmodel.data import State
-from worldmodel.envs.make import as_vec_env, id_of, seed_envs
+from worldmodel.envs.make import as_vec_env, seed_envs
 from worldmodel.envs.vectors.restarts import Restarts, restarted
 from worldmodel.envs.vectors.workers import drain
 from worldmodel.errors import ConfigError, EnvError
@@ -59,16 +69,14 @@ class WorldModelAlgorithm(SavedAlgorithm):
     replay_folder: pathlib.Path | None = None
     """Where a run keeps experience; None outside of a run."""
     should_continue: Callable[[], bool] = staticmethod(lambda: True)
-    """Asked between updates: where it says no they end, and what is left of them stays owed. A run asks for signals there."""
+    """Asked between updates: where it says no they end, and the others stay pending. A run asks for signals there."""
     behaviour: ActorCriticLearner | None = None
     """Trains the controller on each world-model batch; None: nothing of it is trained."""
     improves: bool = True
     """Whether an update also improves the controller, on states of the averaged model."""
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
-        "MlpPolicy": BeliefPolicy,
-        "CnnPolicy": BeliefPolicy,
-        "MultiInputPolicy": BeliefPolicy,
-    }
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = dict.fromkeys(
+        ("MlpPolicy", "CnnPolicy", "MultiInputPolicy"), BeliefPolicy
+    )
 
     def __init__(
         self,
@@ -87,17 +95,15 @@ class WorldModelAlgorithm(SavedAlgorithm):
         **others: Any,
     ):
         require_own_policy(type(self).__name__, policy)
-        if isinstance(config, Config) and recipe is not None:
-            raise ConfigError(f"recipe={recipe!r} stands beside a whole Config, which came from a recipe. Leave one of them out.")
         self.trust = trust
-        self.config = config if isinstance(config, Config) else self._resolve(recipe, config, env)
+        self.config = resolve_config(self.kind, recipe, config, env)
         reject_unknown_arguments(type(self), others, self.config)
         seed = int(np.random.randint(2**31)) if seed is None else seed
         if isinstance(env, str):
             env = as_vec_env(self.config.env.model_copy(update={"id": env}), seed=seed)
         elif env is not None:
             env = as_vec_env(env, seed=seed)
-        if env is not None:  # before SB3 looks, so that a space that has no form here is refused with the way out
+        if env is not None:  # before SB3's own checks, so that the error for a space without support says what to do
             self.obs_spec = ObsSpec.from_space(env.observation_space, self.config.env.layout)
             self.action_spec = ActionSpec.from_space(env.action_space)
         super().__init__(
@@ -107,7 +113,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             verbose=verbose,
-            device=_device(device),
+            device=find_device(device),
             support_multi_env=True,
             seed=seed,
         )
@@ -118,38 +124,11 @@ class WorldModelAlgorithm(SavedAlgorithm):
             self._check_window()
             self._setup_model()
 
-    def _resolve(self, recipe: Any, overrides: Any, env: Any) -> Config:
-        if isinstance(config := overrides, Mapping) and "recipe" in config:
-            raise ConfigError(
-                f"config={{'recipe': {config['recipe']!r}}} names a recipe, and config holds only what differs from one. "
-                f"Use recipe={config['recipe']!r} beside config."
-            )
-        env_id = env if isinstance(env, str) else id_of(env)
-        overrides = overrides if overrides is not None else []
-        given_agent = combine(overrides)[1].get("agent", {})
-        if (
-            not isinstance(given_agent, str) and "kind" not in given_agent
-        ):  # else options of this kind would be unknown ones of the recipe's
-            own = {"agent.kind": self.kind}
-            overrides = {**overrides, **own} if isinstance(overrides, Mapping) else [*overrides, f"agent.kind={self.kind}"]
-        base = Config.from_recipe(recipe, overrides, env_id=env_id or "custom")
-        return base if base.agent.kind == self.kind else base.override({"agent.kind": self.kind})
-
     @staticmethod
     def _wrap_env(env: VecEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
-        """SB3's hook: no transposed images here, for spaces.py knows the layout; other libraries' scaling is refused."""
+        """SB3's hook; images are not transposed, since ObsSpec knows their layout."""
         env = as_vec_env(env)
-        normalizer = unwrap_vec_wrapper(env, VecNormalize)
-        if normalizer is not None and normalizer.norm_obs:
-            raise ConfigError(
-                "VecNormalize is around the environment: its statistics would change what the replay holds. Expected plain "
-                "observations: take it off, the world model standardises vectors itself (model.vector_scaling=standardise)."
-            )
-        if normalizer is not None and normalizer.norm_reward:
-            raise ConfigError(
-                "VecNormalize(norm_obs=False) scales the rewards by a scale that moves: the replay would hold one reward in many "
-                "units. Expected plain rewards: take it off, for they are learned in units of their own size."
-            )
+        refuse_normalization(env)
         return env
 
     def set_env(self, env: gym.Env | VecEnv, force_reset: bool = True) -> None:
@@ -163,10 +142,9 @@ class WorldModelAlgorithm(SavedAlgorithm):
             self.observation_space = own
 
     def _check_window(self) -> None:
-        """ConfigError where the replay can never hold one sequence: nothing would be learned, and nobody told."""
+        """ConfigError where the replay can never hold one sequence: nothing would be learned, without a word."""
         train = self.config.train
-        held, needed = replay_capacity(train, self.obs_spec, self.action_spec), train.burn_in + train.batch_length
-        kept = held // self.n_envs
+        kept, needed = replay_capacity(train, self.obs_spec, self.action_spec) // self.n_envs, self._sequence_rows
         if kept < needed:
             also = "" if train.replay_gib is None else f" and train.replay_gib (now {train.replay_gib})"
             raise ConfigError(
@@ -177,13 +155,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
     # Building -------------------------------------------------------------------------------------------------------
 
     def _setup_model(self) -> None:
-        if not isinstance(self.policy_name, str):
-            self.policy_name = policy_name(self.obs_spec)
-        images = [key.kind == "image" for key in self.obs_spec.keys.values()]
-        if self.policy_name == "CnnPolicy" and not any(images):
-            raise ConfigError(f"CnnPolicy needs an image, but the observations are {self.observation_space}. Use MlpPolicy.")
-        if self.policy_name == "MultiInputPolicy" and self.obs_spec.single:
-            raise ConfigError(f"MultiInputPolicy needs a Dict, but the observations are {self.observation_space}. Use MlpPolicy.")
+        self.policy_name = fitting_policy(self.policy_name, self.obs_spec, self.observation_space)
         with cpu_randomness(self.seed):
             self.world = WorldModel(self.config.model, self.obs_spec, self.action_spec).to(self.device)
             self.controller = self._make_controller().to(self.device)
@@ -206,6 +178,11 @@ class WorldModelAlgorithm(SavedAlgorithm):
             self.policy.generator.manual_seed(seed)
             self.generator.manual_seed(seed + 1)
             self.rng = np.random.default_rng(seed)
+
+    @property
+    def _sequence_rows(self) -> int:
+        """Rows of one sequence of a batch."""
+        return self.config.train.burn_in + self.config.train.batch_length
 
     @property
     def prefill_rows(self) -> int:
@@ -244,8 +221,8 @@ class WorldModelAlgorithm(SavedAlgorithm):
             callback.on_training_start(locals(), globals())
             goes_on = True
             while goes_on and self.num_timesteps < total_timesteps:
-                goes_on = self._round(callback, log_interval)
-        except BaseException:  # perhaps between the environments' step or reset and the replay: what comes next does not follow
+                goes_on = self._step_and_learn(callback, log_interval)
+        except BaseException:  # perhaps between the environments' step and the replay: the next row would not follow its last
             self._last_obs = None
             raise
         if goes_on and log_interval is not None and self._logged_at < self.num_timesteps:
@@ -253,8 +230,8 @@ class WorldModelAlgorithm(SavedAlgorithm):
         callback.on_training_end()
         return self
 
-    def _round(self, callback: Any, log_interval: int | None) -> bool:
-        """One step of every environment, the updates that it pays for, then the callbacks."""
+    def _step_and_learn(self, callback: Any, log_interval: int | None) -> bool:
+        """One step of every environment, the updates that are then due, and the callbacks."""
         callback.on_rollout_start()
         self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)  # before any update reads it
         actions, new_obs, rewards, dones, infos = self._collect()
@@ -274,8 +251,10 @@ class WorldModelAlgorithm(SavedAlgorithm):
             self.dump_logs()
         return goes_on
 
+    # Experience -----------------------------------------------------------------------------------------------------
+
     def start_episodes(self, obs: Any) -> None:
-        """Episodes begin: open ones end as by truncation, and the first observation of each environment goes into the replay."""
+        """Open episodes end as by truncation, and the first observation of each environment goes into the replay."""
         if self.replay is None:
             self.replay = self._new_replay()
         elif self.replay.num_envs != self.n_envs:
@@ -287,9 +266,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
             self.replay.truncate_open_episodes()
         self._store_first(self._rows(obs), np.arange(self.n_envs))
         self._belief = self.policy.initial_belief(self.n_envs)
-        self._episode_statistics = (
-            None if self.env is None else EpisodeStatistics(self.env)
-        )  # of steps of its own; others only `record`
+        self._episode_statistics = None if self.env is None else EpisodeStatistics(self.env)  # None: others call `record`
         self._last_episode_starts = np.ones(self.n_envs, bool)
 
     def recover(self, folder: pathlib.Path, log: Callable[[str], object]) -> None:
@@ -320,13 +297,14 @@ class WorldModelAlgorithm(SavedAlgorithm):
         no, yes = np.zeros(n, bool), np.ones(n, bool)
         self._store(rows, np.zeros((n, self.action_spec.dim), np.float32), np.zeros(n, np.float32), yes, no, no, envs)
 
-    def _store(self, rows: dict[str, np.ndarray], action, reward, first, last, terminal, envs: np.ndarray | None = None) -> None:
-        self.replay.add(rows, action, reward, first, last, terminal, streams=None if envs is None else envs)
+    def _store(self, rows: dict[str, np.ndarray], prev_action, reward, first, last, terminal, envs: np.ndarray) -> None:
+        """One row [n, ...] of each of `envs` into the replay and the running statistics."""
+        self.replay.add(rows, prev_action, reward, first, last, terminal, streams=envs)
         self.world.scaling.update(self.obs_spec.canonical(tensors(rows, self.device)))
         self.world.heads.scale.update(torch.as_tensor(reward))
 
     def _collect(self) -> tuple[np.ndarray, Any, np.ndarray, np.ndarray, Sequence[dict]]:
-        """One step of every environment into the replay: the actions that they got, and what came back."""
+        """One step of every environment into the replay: (actions, new observations, rewards, dones, infos)."""
         if self.learner.updates == 0 and self.replay.added < self.prefill_rows:
             action = self._random_action()
             self._belief = State({**self._belief, "prev_action": torch.as_tensor(action, device=self.device)})
@@ -343,11 +321,11 @@ class WorldModelAlgorithm(SavedAlgorithm):
         return env_action, new_obs, rewards, dones, infos
 
     def record(self, env_action: np.ndarray, new_obs: Any, rewards: np.ndarray, dones: np.ndarray, infos: Sequence[dict]) -> None:
-        """What a step of the VecEnv brought goes into the replay, whoever took it; EnvError, and nothing of it, if any is ill.
+        """Adds a step of the VecEnv, whoever took it, to the replay. Raises EnvError, with nothing stored, on invalid numbers.
 
-        Of an environment that was made anew the episode is cut where it was, and the fresh one's first observation stored.
+        Of an environment that failed and was made anew the episode ends before the step, and the new one's first row is stored.
         """
-        action = self.action_spec.encode(env_action)  # what the environment got, exactly
+        action = self.action_spec.encode(env_action)
         if not np.isfinite(rewards).all():
             env = int(np.flatnonzero(~np.isfinite(rewards))[0])
             raise EnvError(
@@ -366,7 +344,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
             self._store_first({name: x[ended] for name, x in new_rows.items()}, ended)
 
     def _previous_row(self, env: int) -> dict[str, np.ndarray]:
-        """The newest row of one environment [...], which stands in for the last observation of an episode that did not tell it."""
+        """The newest row of one environment [...]: the stand-in for an episode's last observation where its info lacks that."""
         if not self._warned_no_last_obs:
             self._warned_no_last_obs = True
             _log.warning(
@@ -388,62 +366,70 @@ class WorldModelAlgorithm(SavedAlgorithm):
         redraw = self._last_episode_starts | (self.rng.random(self.env.num_envs) * self.config.train.random_action_repeat < 1)
         return np.where(redraw[:, None], fresh, self._belief["prev_action"].cpu().numpy())
 
+    # Updates --------------------------------------------------------------------------------------------------------
+
     def learn_from_replay(self) -> None:
-        """The updates that the step just taken pays for; the first ones once the prefill is there."""
+        """The updates for the step just taken, once the replay holds the prefill and one sequence."""
         if self._is_ready:
             self.update_for_steps(self.n_envs)
 
     @property
     def _is_ready(self) -> bool:
-        train = self.config.train
-        rows = train.burn_in + train.batch_length
-        return self.replay is not None and self.replay.added >= train.prefill and max(self.replay.lengths) >= rows
+        replay = self.replay
+        return replay is not None and replay.added >= self.config.train.prefill and max(replay.lengths) >= self._sequence_rows
+
+    @property
+    def _is_pretraining(self) -> bool:
+        return self.learner.updates < self.config.train.pretrain
 
     @property
     def has_pending_updates(self) -> bool:
-        """Whether updates that are paid for have not been made, as where `go_on` ended them."""
-        return self._is_ready and (self.learner.updates < self.config.train.pretrain or self._updates_due >= 1)
+        """Whether updates are due that have not been made, as where `should_continue` ended them."""
+        return self._is_ready and (self._is_pretraining or self._updates_due >= 1)
 
     def update_for_steps(self, steps: int) -> None:
-        """The updates that so many steps pay for; what is left over counts towards the next."""
+        """Makes `train.ratio` updates a step; a fraction of one stays due."""
         self._updates_due += self.config.train.ratio * steps
         self.run_updates()
 
     def run_updates(self) -> bool:
-        """The updates that are owed: what is left of `train.pretrain`, then the ratio's. False where `go_on` ended them."""
-        while (first := self.learner.updates < self.config.train.pretrain) or self._updates_due >= 1:
+        """The pending updates: those of `train.pretrain`, then those that are due. False where `should_continue` ended them."""
+        while self._is_pretraining or self._updates_due >= 1:
             if not self.should_continue():
                 return False
-            self._updates_due -= not first
-            self.update(improve=not first)
+            pretraining = self._is_pretraining
+            self._updates_due -= 0 if pretraining else 1
+            self.update(improve=not pretraining)
         return True
 
     def update(self, improve: bool = True) -> dict[str, float]:
         """One gradient step of the world model and, with `improve`, of the controller; the metrics are logged."""
         train = self.config.train
-        batch = self.replay.sample(
+        windows = self.replay.sample(
             train.batch_size,
-            train.burn_in + train.batch_length,
+            self._sequence_rows,
             self.rng,
             recent_fraction=train.recent_fraction,
             terminal_fraction=train.terminal_fraction,
         )
-        batch = self.learner.prepare(batch)
-        metrics, trace, rows = self.learner.update(batch, self.generator)
+        windows = self.learner.prepare(windows)
+        metrics, trace, batch = self.learner.update(windows, self.generator)  # without the burn-in rows
         metrics = {f"world/{name}": value for name, value in metrics.items()}
         if improve and self.improves:
             if self.learner.ema is not self.world:
-                trace = self.learner.ema_trace(batch, self.generator)
+                trace = self.learner.ema_trace(windows, self.generator)
             if self.behaviour is not None:
-                metrics |= self.behaviour.update(trace, rows, self.generator)
+                metrics |= self.behaviour.update(trace, batch, self.generator)
         self._n_updates += 1
         if self._logger is not None:
             for name, value in metrics.items():
                 self.logger.record_mean(name, value)
         return metrics
 
+    # Logs -----------------------------------------------------------------------------------------------------------
+
     def dump_logs(self) -> None:
-        """Write what was recorded under SB3's usual names."""
+        """Writes what was recorded under SB3's usual names."""
         seconds = max((time.time_ns() - self.start_time) / 1e9, 1e-9)
         if self.ep_info_buffer:
             self.logger.record("rollout/ep_rew_mean", safe_mean([info["r"] for info in self.ep_info_buffer]))
@@ -468,20 +454,5 @@ class WorldModelAlgorithm(SavedAlgorithm):
 
     @property
     def parameter_count(self) -> int:
-        """Numbers that gradients change, of world model and controller together."""
+        """Trainable parameters of world model and controller together."""
         return sum(p.numel() for module in (self.world, self.controller) for p in module.parameters() if p.requires_grad)
-
-
-def policy_name(spec: ObsSpec) -> str:
-    """SB3's name of a policy for such observations."""
-    if set(spec.keys) != {"obs"}:
-        return "MultiInputPolicy"
-    return "CnnPolicy" if spec.keys["obs"].kind == "image" else "MlpPolicy"
-
-
-def _device(device: torch.device | str) -> torch.device:
-    if torch.device("cpu" if device == "auto" else device).type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "device=cuda was asked for, but torch finds no CUDA device. Use device=cpu, or install a CUDA build of torch."
-        )
-    return get_device(device)

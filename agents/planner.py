@@ -1,11 +1,11 @@
-"""Planners: what to do is found anew at each step, by imagining many sequences of actions; as an SB3 algorithm.
+"""Planners: at each step a search over imagined sequences of actions (model-predictive control), as an SB3 algorithm.
 
-| method | candidates | what it does with the best of them |
+| method | candidates | the action |
 |---|---|---|
-| `random` | uniform, once | takes the best one (random shooting) |
-| `cem` | drawn from a law that is fitted to the elites, again and again | takes the law's mean or mode |
-| `icem` | the same with coloured noise, elites kept between iterations and, shifted, between steps | takes the best one ever seen |
-| `mppi` | as cem, elites weighted by their value | takes the law's weighted mean or mode |
+| `random` | uniform, once | that of the best one (random shooting) |
+| `cem` | drawn from a distribution that is fitted to the elites, again and again | its mean or mode |
+| `icem` | the same with coloured noise, elites kept between iterations and, shifted, between steps | that of the best one of all |
+| `mppi` | as cem, elites weighted by their value | the weighted mean or mode |
 
 Sources: Rubinstein 1999 (CEM); Pinneri et al. 2020 (iCEM); Williams et al. 2017 (MPPI), with elites, proposals of a learned
 policy and a terminal value as in Hansen et al. 2024 (TD-MPC2, algorithm 1).
@@ -30,7 +30,7 @@ from worldmodel.registry import register
 from worldmodel.spaces import ActionSpec
 
 UNIFORM_SHARE = 0.5
-"""Share of the uniform distribution in the first law over categories and bits: what the first deviation is to numbers."""
+"""Share of the uniform distribution in the first one over categories and bits: what `first_std` is to numbers."""
 
 
 class PlanConfig(Frozen):
@@ -39,14 +39,16 @@ class PlanConfig(Frozen):
     method: Literal["random", "cem", "icem", "mppi"] = Field("mppi", description="how candidates are drawn and used")
     horizon: int = Field(4, ge=1, description="imagined steps of each candidate")
     samples: int = Field(32, ge=2, description="candidates of each iteration")
-    iterations: int = Field(2, ge=1, description="times that the law is fitted; random shooting draws once")
-    elites: int = Field(6, ge=1, description="best candidates that the law is fitted to")
+    iterations: int = Field(2, ge=1, description="times that the distribution is fitted; random shooting draws once")
+    elites: int = Field(6, ge=1, description="best candidates that the distribution is fitted to")
     proposals: int = Field(8, ge=0, description="candidates that the learned policy draws")
     terminal: bool = Field(True, description="the critic's value counts for what comes behind the horizon")
     temperature: float = Field(0.5, gt=0, description="mppi: spread of the weights, in deviations of the elites' values")
-    first_std: float = Field(1.0, gt=0, description="deviation of the first law over continuous actions, which are in [-1, 1]")
-    min_std: float = Field(0.05, gt=0, description="least deviation of a fitted law; of categories and bits the least share")
-    momentum: float = Field(0.1, ge=0, lt=1, description="share of the law before in a fitted one")
+    first_std: float = Field(
+        1.0, gt=0, description="deviation of the first distribution over continuous actions, which are in [-1, 1]"
+    )
+    min_std: float = Field(0.05, gt=0, description="smallest deviation after a fit; of categories and bits the smallest share")
+    momentum: float = Field(0.1, ge=0, lt=1, description="share of the distribution before in a fitted one")
     colour: float = Field(2.0, ge=0, description="icem: exponent of the noise's spectrum over time; 0: white")
     keep: int = Field(4, ge=0, description="icem: elites that are kept")
     uncertainty_penalty: float = Field(
@@ -75,7 +77,7 @@ class PlanDistribution:
     """Independent distributions of all actions of a plan.
 
     center  [B H A]  means in [-1, 1], or probabilities of each category or bit
-    spread  [B H A]  deviations; None for categories and bits
+    std     [B H A]  deviations; None for categories and bits
     """
 
     spec: ActionSpec
@@ -84,13 +86,18 @@ class PlanDistribution:
 
     @classmethod
     def centered(cls, spec: ActionSpec, center: Float[Tensor, "B H A"], std: float) -> PlanDistribution:
-        """A broad law around a plan: where a search begins."""
+        """A broad one around a plan: where a search begins."""
         if spec.kind == "continuous":
             return cls(spec, center, torch.full_like(center, std))
         return cls(spec, (1 - UNIFORM_SHARE) * center + UNIFORM_SHARE * uniform(spec, center), None)
 
+    @property
+    def noise_dim(self) -> int:
+        """G: one number of noise for each of an action's numbers, groups or bits."""
+        return len(self.spec.sizes) if self.spec.kind == "categorical" else self.spec.dim
+
     def sample(self, noise: Float[Tensor, "B K H G"]) -> Float[Tensor, "B K H A"]:
-        """Actions from normal noise, one number for each of the action's numbers, groups or bits."""
+        """K plans from normal noise."""
         if self.std is not None:
             return (self.center.unsqueeze(1) + self.std.unsqueeze(1) * noise).clamp(-1, 1)
         quantile = torch.special.ndtr(noise)
@@ -113,7 +120,7 @@ class PlanDistribution:
     def fitted(
         self, elites: Float[Tensor, "B E H A"], weight: Float[Tensor, "B E"], config: PlanConfig, max_std: float
     ) -> PlanDistribution:
-        """The law of the weighted elites, with some of this one's in it."""
+        """The distribution of the weighted elites, mixed with a share of this one."""
         weight = weight[:, :, None, None]
         center = (weight * elites).sum(1)
         if self.std is None:
@@ -125,7 +132,7 @@ class PlanDistribution:
 
 
 def uniform(spec: ActionSpec, like: Tensor) -> Tensor:
-    """The centre [..., A] of a law that knows nothing: 0 for numbers, equal shares for categories, a half for bits."""
+    """The centre [..., A] of the uninformed distribution: 0 for numbers, equal shares for categories, a half for bits."""
     if spec.kind == "continuous":
         return torch.zeros_like(like)
     share = [0.5] * spec.dim if spec.kind == "binary" else [1 / n for n in spec.sizes for _ in range(n)]
@@ -133,7 +140,7 @@ def uniform(spec: ActionSpec, like: Tensor) -> Tensor:
 
 
 def colored_noise(white: Float[Tensor, "B K H G"], exponent: float) -> Float[Tensor, "B K H G"]:
-    """Normal noise of unit variance whose power falls with frequency f as f^-exponent along time; 0: as it came.
+    """Normal noise of unit variance whose power falls with frequency f as f^-exponent along time; 0: unchanged.
 
     Source: Timmer and Koenig 1995; Pinneri et al. 2020 (iCEM), section 3.1.
     """
@@ -142,9 +149,8 @@ def colored_noise(white: Float[Tensor, "B K H G"], exponent: float) -> Float[Ten
         return white
     frequency = torch.fft.rfftfreq(steps, device=white.device).clamp_min(1 / steps)
     gain = frequency.pow(-exponent / 2)
-    multiplicity = torch.full_like(
-        gain, 2.0
-    )  # a real signal's spectrum holds each frequency twice but the first and, if even, the last
+    # A real signal's spectrum holds each frequency twice, but the first one and, of an even length, the last one.
+    multiplicity = torch.full_like(gain, 2.0)
     multiplicity[0] = 1.0
     if steps % 2 == 0:
         multiplicity[-1] = 1.0
@@ -156,10 +162,10 @@ def colored_noise(white: Float[Tensor, "B K H G"], exponent: float) -> Float[Ten
 class Plan:
     """What a search found for each of B states.
 
-    law     PlanLaw        of all H actions, fitted to the last elites
-    best    [B H A]        the candidate of the highest value
-    value   [B]            that value: imagined return, with the critic's value behind the horizon
-    elites  [B E H A]      the best candidates, best first
+    distribution             of all H actions, fitted to the last elites
+    best          [B H A]    the candidate of the highest value
+    value         [B]        that value: imagined return, with the critic's value behind the horizon
+    elites        [B E H A]  the best candidates, best first
     """
 
     distribution: PlanDistribution
@@ -181,7 +187,7 @@ class PlannerController(DreamerController):
     """Acts by planning; its memory is the plan of the step before, shifted by one."""
 
     goal: Tensor | None = None
-    """Codes [1 Z], or [B Z] of each state, to be reached; None: rewards count."""
+    """Latents [1 Z], or [B Z] of each state, to be reached; None: rewards count."""
 
     @property
     def uses_actor_critic(self) -> bool:
@@ -189,92 +195,84 @@ class PlannerController(DreamerController):
         return bool(self.config.plan.proposals or self.config.plan.terminal)
 
     def estimate(self, feature: Tensor) -> Tensor | None:
-        return super().estimate(feature) if self.uses_actor_critic else None  # a critic that never learns knows nothing
+        return super().estimate(feature) if self.uses_actor_critic else None  # else the critic was never trained
 
     def memory(self, world: WorldModel, batch_size: int) -> State:
-        plan, dim, device = self.config.plan, world.action.dim, world.device
-        empty = torch.zeros(batch_size, plan.horizon, dim, device=device)
-        memory = {"plan": uniform(world.action, empty).clone()}
-        if plan.method == "icem" and plan.keep:
-            start = PlanDistribution(
-                world.action, memory["plan"], torch.ones_like(empty) if world.action.kind == "continuous" else None
-            )
-            memory["elites"] = start.mode().unsqueeze(1).repeat(1, plan.keep, 1, 1)
+        config, action = self.config.plan, world.action
+        empty = torch.zeros(batch_size, config.horizon, action.dim, device=world.device)
+        plan = uniform(action, empty).clone()
+        memory = {"plan": plan}
+        if config.method == "icem" and config.keep:
+            memory["elites"] = PlanDistribution(action, plan, None).mode().unsqueeze(1).repeat(1, config.keep, 1, 1)
         return State(memory)
 
     def act(
         self, world: WorldModel, state: State, memory: State, deterministic: bool, generator: torch.Generator, rows: Any = None
     ) -> tuple[Tensor, State]:
         config = self.config.plan
-        found = self.search(
-            world, state, memory, generator, config.uncertainty_penalty if deterministic or not config.bonus else -config.bonus
-        )
-        single = config.method in ("random", "icem")  # these take one candidate: a law's mean may lie between two good ones
+        explores = config.bonus and not deterministic
+        found = self.search(world, state, memory, generator, -config.bonus if explores else config.uncertainty_penalty)
+        distribution = found.distribution
+        takes_best = config.method in ("random", "icem")  # the mean may lie between two good candidates
         if deterministic:
-            action = (found.best if single else found.distribution.mode())[:, 0]
+            action = (found.best if takes_best else distribution.mode())[:, 0]
         else:
-            centered = (
-                replace(found.distribution, center=found.best)
-                if single and found.distribution.std is not None
-                else found.distribution
-            )
-            action = centered.sample(self._noise(centered, 1, generator))[:, 0, 0]
-        last = uniform(world.action, found.best[:, -1:])
-        next_memory = {"plan": torch.cat([found.distribution.center[:, 1:], last], 1)}
+            if takes_best and distribution.std is not None:
+                distribution = replace(distribution, center=found.best)
+            action = self._draw(distribution, 1, generator)[:, 0, 0]
+        shifted = {"plan": torch.cat([found.distribution.center[:, 1:], uniform(world.action, found.best[:, -1:])], 1)}
         if "elites" in memory:
             kept = found.elites[:, : config.keep]
-            next_memory["elites"] = torch.cat([kept[:, :, 1:], kept[:, :, -1:]], 2)
-        return action, State(next_memory)
+            shifted["elites"] = torch.cat([kept[:, :, 1:], kept[:, :, -1:]], 2)
+        return action, State(shifted)
 
     @torch.no_grad()
     def search(
         self, world: WorldModel, state: State, memory: State, generator: torch.Generator, uncertainty_penalty: float = 0.0
     ) -> Plan:
-        """The plan for each of the B states; `memory` is what the search begins with, `penalty` weighs uncertainty."""
-        config, spec = self.config.plan, world.action
+        """The plan for each of the B states; `memory` is what the search begins with."""
+        config, size = self.config.plan, state.batch_size
         needs_ensemble(world, "agent.plan.uncertainty_penalty or agent.plan.bonus", uncertainty_penalty)
-        if self.goal is not None and len(self.goal) not in (1, state.batch_size):
-            raise ValueError(f"{len(self.goal)} goals for {state.batch_size} states: set one for all, or one for each.")
+        if self.goal is not None and len(self.goal) not in (1, size):
+            raise ValueError(f"{len(self.goal)} goals for {size} states: set one for all, or one for each.")
         shooting = config.method == "random"
-        start = uniform(spec, memory["plan"]) if shooting else memory["plan"]
-        distribution = PlanDistribution.centered(spec, start, config.first_std)
-        size = state.batch_size
+        start = uniform(world.action, memory["plan"]) if shooting else memory["plan"]
+        distribution = PlanDistribution.centered(world.action, start, config.first_std)
         rows = state.map(lambda x: x.repeat_interleave(config.samples, 0))  # candidate k of state b is row b * samples + k
-        pool: tuple[Tensor, Tensor] | None = None
+        kept: tuple[Tensor, Tensor] | None = None  # plans of an iteration before, with their values, which compete again
         for iteration in range(1 if shooting else config.iterations):
-            plans = distribution.sample(self._noise(distribution, config.samples, generator))
-            if shooting and spec.kind == "continuous":
-                plans = 2 * torch.rand(plans.shape, generator=generator, device=plans.device) - 1
             first = iteration == 0
+            plans = self._draw(distribution, config.samples, generator)
+            if shooting and world.action.kind == "continuous":
+                plans = 2 * torch.rand(plans.shape, generator=generator, device=plans.device) - 1
             if first and "elites" in memory:
                 plans[:, -config.keep :] = memory["elites"]
-            drawn = config.proposals if first else 0
-            dream = self._imagine(world, rows, plans, drawn, generator)
+            proposals = config.proposals if first else 0
+            dream = self._imagine(world, rows, plans, proposals, generator)
             plans = dream.action.unflatten(0, (size, config.samples))
             value = self._value(world, dream, uncertainty_penalty).unflatten(0, (size, config.samples))
-            policy_candidates = plans[:, :drawn], value[:, :drawn]
-            if pool is not None:
-                plans, value = torch.cat([plans, pool[0]], 1), torch.cat([value, pool[1]], 1)
+            proposed = plans[:, :proposals], value[:, :proposals]
+            if kept is not None:
+                plans, value = torch.cat([plans, kept[0]], 1), torch.cat([value, kept[1]], 1)
             top = value.topk(config.elites, 1)
             elites = plans.gather(1, top.indices[:, :, None, None].expand(-1, -1, *plans.shape[2:]))
             distribution = distribution.fitted(elites, self._weights(top.values), config, config.first_std)
             if config.method == "icem":
-                pool = elites[:, : config.keep], top.values[:, : config.keep]
-            elif first and drawn:
-                pool = policy_candidates
+                kept = elites[:, : config.keep], top.values[:, : config.keep]
+            elif first and proposals:
+                kept = proposed
         return Plan(distribution, elites[:, 0], top.values[:, 0], elites)
 
-    def _noise(self, distribution: PlanDistribution, count: int, generator: torch.Generator) -> Tensor:
-        """Normal noise [B, count, H, G]."""
-        parts = len(distribution.spec.sizes) if distribution.spec.kind == "categorical" else distribution.spec.dim
-        shape = distribution.center.shape[0], count, distribution.center.shape[1], parts
-        white = torch.randn(shape, generator=generator, device=distribution.center.device)
-        return colored_noise(white, self.config.plan.colour) if self.config.plan.method == "icem" else white
+    def _draw(self, distribution: PlanDistribution, count: int, generator: torch.Generator) -> Float[Tensor, "B K H A"]:
+        size, horizon, _ = distribution.center.shape
+        shape = size, count, horizon, distribution.noise_dim
+        noise = torch.randn(shape, generator=generator, device=distribution.center.device)
+        return distribution.sample(colored_noise(noise, self.config.plan.colour if self.config.plan.method == "icem" else 0.0))
 
     def _imagine(self, world: WorldModel, rows: State, plans: Tensor, proposals: int, generator: torch.Generator) -> Dream:
         """Roll-outs of all candidates; the first `proposals` of each state follow the learned policy instead of their plan.
 
-        They follow the transition's mode, so that candidates differ by what they do and not by luck.
+        Latents are the transition's mode, so that candidates differ by their actions and not by chance.
         """
         flat_plans = plans.flatten(0, 1)
 
@@ -282,18 +280,18 @@ class PlannerController(DreamerController):
             if not proposals:
                 return flat_plans[:, step]
             action = plans[:, :, step].clone()
-            seen = feature.unflatten(0, plans.shape[:2])[:, :proposals]
-            action[:, :proposals] = world.action.project(self.policy(seen).sample(generator))
+            proposing = feature.unflatten(0, plans.shape[:2])[:, :proposals]
+            action[:, :proposals] = world.action.project(self.policy(proposing).sample(generator))
             return action.flatten(0, 1)
 
         return world.imagine(rows, act, plans.shape[2], Sampling(generator=generator, mode=True))
 
     def _value(self, world: WorldModel, dream: Dream, uncertainty_penalty: float) -> Float[Tensor, " N"]:
-        """What each roll-out is worth: rewards less their doubt, each for as much as it is likely to be reached, discounted.
+        """The value of each roll-out: rewards less penalties, weighted by the probability of reaching them, discounted.
 
-        Towards a goal: the squared distances of codes, less the doubt, undiscounted. The chance that the world has ended
-        does not lower them, or plans would seek the end. Sobal et al. 2025 (PLDM) and EB-JEPA (arXiv 2602.03604), whose
-        ablation has the sum 8 points of success above the last step.
+        Towards a goal: minus squared distances of latents, less penalties, undiscounted. The probability that the episode has
+        ended does not lower them, or plans would seek the end. Sobal et al. 2025 (PLDM) and EB-JEPA (arXiv 2602.03604),
+        whose ablation has the sum 8 points of success above the last step.
         """
         penalties = reward_penalty(world, dream, uncertainty_penalty, self.config.typicality_penalty)
         if self.goal is not None:
@@ -306,7 +304,7 @@ class PlannerController(DreamerController):
         return value + weight[:, -1] * self.value(dream.feature[:, -1]) if self.config.plan.terminal else value
 
     def _weights(self, value: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:
-        """Of the elites in the fit: equal, or with mppi by value, on the scale of their own spread."""
+        """Weights of the elites in the fit: equal, or with mppi by value, on the scale of their own spread."""
         if self.config.plan.method != "mppi" or value.shape[1] < 2:
             return torch.full_like(value, 1 / value.shape[1])
         std = value.std(1, keepdim=True).clamp_min(torch.finfo(value.dtype).tiny)
@@ -320,8 +318,8 @@ class Planner(Dreamer):
         model = Planner("MlpPolicy", "CartPole-v1").learn(1500)
         evaluate_policy(model, env)
 
-    A policy and a critic learn in imagination as Dreamer's do: they propose candidates, and the critic tells what comes
-    behind the horizon. With `agent.plan.proposals=0 agent.plan.terminal=false` there is nothing but the search.
+    A policy and a critic learn in imagination as Dreamer's do: the policy proposes candidates, and the critic values what
+    follows the horizon. With `agent.plan.proposals=0 agent.plan.terminal=false` there is nothing but the search.
     """
 
     kind: ClassVar[str] = "planner"
@@ -338,11 +336,11 @@ class Planner(Dreamer):
         return self.controller.uses_actor_critic
 
     def set_goal(self, obs: Any | None) -> None:
-        """From now on plan towards this observation, by the distance of codes, instead of for reward; None: for reward again.
+        """From now on plan towards this observation, by the distance of latents, instead of for reward; None: for reward again.
 
-        A batch of observations gives each of as many environments a goal of its own. The code is the mean belief about `obs`
-        alone, as at an episode's first step: exact where the posterior looks at nothing else
-        (model.dynamics.posterior=observation), else near it. Raises EnvError for another space.
+        A batch of observations gives each of as many environments a goal of its own. The latent is the posterior's mean for
+        `obs` alone, as at an episode's first step: exact where the posterior reads nothing else
+        (model.dynamics.posterior=observation), else an approximation. Raises EnvError for another space.
         """
         if obs is None:
             self.controller.goal = None

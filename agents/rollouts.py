@@ -1,8 +1,8 @@
-"""Roll-outs beside what really came: the figures, films and returns that `worldmodel dream` and TensorBoard show."""
+"""Roll-outs beside real episodes: the figures, videos and returns that `worldmodel dream` and TensorBoard show."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from worldmodel.agents.belief import ActsOnBelief
 from worldmodel.agents.evaluation import isolated_rng
-from worldmodel.agents.guidance import Guidance
+from worldmodel.agents.guidance import Guidance, initial_states
 from worldmodel.agents.held_out import HELD_OUT_SEED, RANDOM_ACTION_SHARE, collect
-from worldmodel.data import Episodes, Obs, Sampling, State
+from worldmodel.data import Episodes, Sampling, State
 from worldmodel.diagnostics.rollouts import OpenLoop, open_loop, roll_out
 from worldmodel.envs.draw import Viewer
 from worldmodel.errors import ConfigError
@@ -28,19 +28,19 @@ SAMPLES = 8
 """Roll-outs whose mean is the prediction, and whose spread is drawn."""
 
 
-# Films ----------------------------------------------------------------------------------------------------------------
+# Videos ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class RolloutVideo:
-    """One open-loop roll-out as pictures: uint8 [T, H, W, 3], None where there is nothing to draw or to plot.
+    """One open-loop roll-out as frames uint8 [T, H, W, 3], None where there is nothing to draw or to plot.
 
     video    real | imagined | error, of one sampled roll-out
-    signals  every number of the observation over time: what came, and the mean and spread of the roll-outs
+    signals  every number of the observation over time: the observed one, and the mean and spread of the roll-outs
     """
 
-    video: np.ndarray | None
-    signals: np.ndarray | None
+    video: np.ndarray | None = None
+    signals: np.ndarray | None = None
 
 
 def rollout_video(
@@ -50,50 +50,25 @@ def rollout_video(
     longest = int(episodes.lengths.argmax())
     horizon = min(horizon, int(episodes.lengths[longest]) - context)
     if world.decoder is None or horizon < 1:
-        return RolloutVideo(None, None)
+        return RolloutVideo()
     which, start = torch.tensor([longest]), torch.tensor([0])
     roll = roll_out(world, episodes, which, start, context, horizon, samples=SAMPLES, generator=generator)
+    real = {name: x[0] for name, x in roll.truth.items()}
     imagined = {name: torch.cat([roll.seen[name].expand(SAMPLES, -1, *x.shape[3:]), x[0]], 1) for name, x in roll.imagined.items()}
-    video = signals = None
+    video = None
     if viewer.can_draw:
-        real, imagined_frames = (viewer.frames({k: x[0] for k, x in obs.items()}) for obs in (roll.truth, imagined))
-        video = pictures.open_loop_panels(real, imagined_frames, context)
-    if viewer.names:
-        true, drawn = numbers(viewer, {k: x[0] for k, x in roll.truth.items()}), numbers(viewer, imagined)
-        signals = pictures.signal_frames(true, drawn, labels(viewer), context)
-    return RolloutVideo(video, signals)
-
-
-def from_prior(agent: ActsOnBelief, viewer: Viewer, state: State, horizon: int, generator: torch.Generator) -> RolloutVideo:
-    """Dreams from states that no observation led to, in which the agent acts greedily; the first one is drawn."""
-    world = agent.policy.world.eval()
-    features = [world.dynamics.feature(state)]
-    for _, feature, _, _ in _act(agent, state, horizon, 0.0, generator):
-        features.append(feature)
-    obs = {name: x.unflatten(0, (state.batch_size, -1)) for name, x in world.decode(torch.stack(features, 1).flatten(0, 1)).items()}
-    video = viewer.frames({name: x[0] for name, x in obs.items()}) if viewer.can_draw else None
-    signals = None
-    if viewer.names:
-        drawn = numbers(viewer, obs)
-        signals = pictures.signal_frames(np.full(drawn.shape[1:], np.nan), drawn, labels(viewer), 0)
-    return RolloutVideo(video, signals)
-
-
-def numbers(viewer: Viewer, obs: Obs) -> np.ndarray:
-    """The observation's numbers that are no picture, side by side [..., D]."""
-    return torch.cat([obs[name] for name in viewer.names], -1).cpu().numpy()
-
-
-def labels(viewer: Viewer) -> list[str]:
-    """What those numbers are called."""
-    return [word for words in viewer.names.values() for word in words]
+        sample = {name: x[0] for name, x in imagined.items()}
+        video = pictures.open_loop_panels(viewer.frames(real), viewer.frames(sample), context)
+    return RolloutVideo(video, viewer.signals(real, imagined, context))
 
 
 # Returns --------------------------------------------------------------------------------------------------------------
 
 
-def _act(agent: ActsOnBelief, state: State, steps: int, random: float, generator: torch.Generator):
-    """(state, feature, reward [N], continue [N]) after each step that the greedy agent takes in its own world model."""
+def _act(
+    agent: ActsOnBelief, state: State, steps: int, random: float, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(feature [N, F], reward [N], continue [N]) after each step that the greedy agent takes in its own world model."""
     world, controller = agent.policy.world, agent.policy.controller
     rng = np.random.default_rng(int(torch.randint(2**31, (), generator=generator, device=generator.device)))
     memory = controller.memory(world, state.batch_size)
@@ -101,11 +76,11 @@ def _act(agent: ActsOnBelief, state: State, steps: int, random: float, generator
         with torch.no_grad():
             action, memory = controller.act(world, state, memory, True, generator)
             drawn = torch.as_tensor(world.action.sample(state.batch_size, rng), device=action.device)
-            mixed = torch.as_tensor(rng.random((state.batch_size, 1)) < random, device=action.device)
-            action = torch.where(mixed, drawn, action)
+            is_random = torch.as_tensor(rng.random((state.batch_size, 1)) < random, device=action.device)
+            action = torch.where(is_random, drawn, action)
             dream = world.imagine(state, lambda feature, step, action=action: action, 1, Sampling(generator=generator))
         state = dream.last
-        yield state, dream.feature[:, 1], dream.reward[:, 0], dream.cont[:, 0]
+        yield dream.feature[:, 1], dream.reward[:, 0], dream.cont[:, 0]
 
 
 def returns(
@@ -114,7 +89,7 @@ def returns(
     """(imagined, real) returns [N] of the first `steps` steps of each episode, undiscounted.
 
     Both sides act alike, greedily but for random actions; the dream sees an episode's first observation only. A reward
-    counts for as much as its step is likely to be reached, and not beyond the row at which the real episode was truncated.
+    is weighed by the probability that its step is reached, and by 0 behind the row at which the real episode was truncated.
     """
     world = agent.policy.world.eval()
     each = torch.arange(len(episodes.lengths))
@@ -126,16 +101,16 @@ def returns(
     start = {name: x[:, 0] for name, x in rows.obs.items()}
     state = world.observe(world.initial(len(each)), start, rows.prev_action[:, 0], first, Sampling(generator=generator))
     imagined, alive = torch.zeros(len(each), device=agent.device), torch.ones(len(each), device=agent.device)
-    for step, (_, _, reward, cont) in enumerate(_act(agent, state, steps, random, generator)):
+    for step, (_, reward, cont) in enumerate(_act(agent, state, steps, random, generator)):
         imagined += alive * reward * counts[:, step]
         alive = alive * cont
     return imagined.cpu(), (rows.reward * inside)[:, 1:].sum(1).cpu()
 
 
-# Figures --------------------------------------------------------------------------------------------------------------
+# The dream command ----------------------------------------------------------------------------------------------------
 
 
-def compare(
+def dream_of_episodes(
     agent: ActsOnBelief,
     run: Run,
     viewer: Viewer,
@@ -146,53 +121,58 @@ def compare(
     draw: bool,
     log: Callable[[str], object],
 ) -> tuple[OpenLoop, RolloutVideo]:
-    """(errors, one roll-out as pictures where `draw`) of the agent's world model on fresh episodes."""
-    fresh = collect(agent, run.config.env, episodes, steps=run.config.eval.max_steps)
+    """(open-loop errors on so many fresh episodes, one roll-out where `draw`) of the agent's world model."""
+    world, fresh = agent.policy.world, collect(agent, run.config.env, episodes, steps=run.config.eval.max_steps)
     generator = torch.Generator(agent.device).manual_seed(HELD_OUT_SEED)
-    errors = open_loop(agent.policy.world, fresh, context, horizon, samples=SAMPLES, generator=generator)
-    _log_unmeasured_horizons(errors, fresh, log)
+    errors = open_loop(world, fresh, context, horizon, samples=SAMPLES, generator=generator)
+    fits = errors.longest(horizon) or 0
+    if fits < horizon:
+        log(
+            f"The longest of {len(fresh.lengths)} episodes has {int(fresh.lengths.max())} observations: with a context of "
+            f"{context}, horizons beyond {fits} fit into none and are null."
+        )
     if (sentence := worse_than_persistence(errors)) is not None:
         log(sentence)
-    return errors, rollout_video(agent.policy.world, viewer, fresh, context, horizon, generator) if draw else RolloutVideo(
-        None, None
-    )
+    return errors, rollout_video(world, viewer, fresh, context, horizon, generator) if draw else RolloutVideo()
 
 
-def unguided_or_guided(
-    agent: ActsOnBelief, run: Run, viewer: Viewer, guide: Guidance | None, horizon: int, *, draw: bool
+def dream_from_prior(
+    agent: ActsOnBelief, run: Run, viewer: Viewer, guidance: Guidance | None, horizon: int, *, draw: bool
 ) -> tuple[RolloutVideo, dict[str, Any] | None]:
-    """(dreams from nothing as pictures where `draw`, how far they were led)."""
+    """(roll-outs from the initial distribution where `draw`, how much `guidance` raised their score)."""
     generator = torch.Generator(agent.device).manual_seed(HELD_OUT_SEED)
     with isolated_rng(agent, HELD_OUT_SEED):
-        state, guided = _initial_states(agent, run, guide, generator)
-        return from_prior(agent, viewer, state, horizon, generator) if draw else RolloutVideo(None, None), guided
+        state, guided = initial_states(agent, run, guidance, SAMPLES, generator)
+        return _prior_video(agent, viewer, state, horizon, generator) if draw else RolloutVideo(), guided
 
 
-def _initial_states(
-    agent: ActsOnBelief, run: Run, guide: Guidance | None, generator: torch.Generator
-) -> tuple[State, dict[str, Any] | None]:
-    """(states from nothing, how far they were led)."""
-    world, sampling = agent.policy.world.eval(), Sampling(generator=generator)
-    if guide is None:
-        return world.sample_initial(SAMPLES, sampling), None
-    score = guide.score(agent, run)
-    state, size = world.sample_initial_tilted(score, SAMPLES, guide.nats_per_unit(world), sampling)
-    with torch.no_grad():
-        unguided_score, guided_score = (
-            float(score(world.dynamics.feature(s)).mean()) for s in (world.sample_initial(1000, sampling), state)
-        )
-    guided_report = {
-        "toward": guide.toward,
-        "strength": guide.strength,
-        "effective": size,
-        "score": guided_score,
-        "score_unguided": unguided_score,
-    }
-    return state, guided_report
+def _prior_video(agent: ActsOnBelief, viewer: Viewer, state: State, horizon: int, generator: torch.Generator) -> RolloutVideo:
+    """Roll-outs from states that no observation led to, in which the agent acts greedily; `video` is the first one."""
+    dynamics = agent.policy.world.dynamics
+    features = [dynamics.feature(state), *(feature for feature, _, _ in _act(agent, state, horizon, 0.0, generator))]
+    decoded = agent.policy.world.decode(torch.stack(features, 1).flatten(0, 1))
+    obs = {name: x.unflatten(0, (state.batch_size, -1)) for name, x in decoded.items()}
+    video = viewer.frames({name: x[0] for name, x in obs.items()}) if viewer.can_draw else None
+    return RolloutVideo(video, viewer.signals(None, obs))
 
 
-def worst(errors: OpenLoop, viewer: Viewer, max_horizon: int = 15) -> dict[str, Any] | None:
-    """The number that is predicted worst at the longest measured horizon up to `at_most`: its name, error and ratio."""
+def save_rollout(out: Path, shown: RolloutVideo, errors: OpenLoop, viewer: Viewer, log: Callable[[str], object]) -> None:
+    """Writes the video, and the figure of errors beside it."""
+    frames = shown.video if shown.video is not None else shown.signals
+    if frames is None:
+        raise ConfigError(f"{out}: no episode is longer than the context of {errors.context}. Lower --context.")
+    pictures.save(out, frames, fps=10)
+    if errors.count.any():
+        figure = out.with_suffix(".png")
+        files.write(figure, error_figure(errors, viewer))
+        log(f"Errors by horizon are drawn in {figure}.")
+
+
+# Figures --------------------------------------------------------------------------------------------------------------
+
+
+def worst_number(errors: OpenLoop, viewer: Viewer, max_horizon: int = 15) -> dict[str, Any] | None:
+    """The number that is predicted worst at the longest measured horizon up to `max_horizon`: its name, error and ratio."""
     horizon = errors.longest(max_horizon)
     found = None if horizon is None else errors.worst(horizon, [name for name in viewer.names if name in errors.squares])
     if found is None:
@@ -203,7 +183,7 @@ def worst(errors: OpenLoop, viewer: Viewer, max_horizon: int = 15) -> dict[str, 
 
 
 def worse_than_persistence(errors: OpenLoop, max_horizon: int = 15) -> str | None:
-    """One sentence where the model predicts worse than "nothing changes", in all or in a part of the episode; else None."""
+    """One sentence where the model predicts worse than persistence, in all or in a part of the episode; else None."""
     horizon = errors.longest(max_horizon)
     if horizon is None:
         return None
@@ -213,38 +193,16 @@ def worse_than_persistence(errors: OpenLoop, max_horizon: int = 15) -> str | Non
     if not worse:
         return None
     return (
-        f'At horizon {horizon} the error is more than that of "nothing changes", by a ratio of {", ".join(worse)}: '
+        f'At horizon {horizon} the error is more than that of persistence ("nothing changes"), by a ratio of {", ".join(worse)}: '
         "dreams mean nothing there until the model has learned from more steps of that kind."
     )
 
 
 def error_figure(errors: OpenLoop, viewer: Viewer) -> bytes:
     """PNG of the errors by horizon: all numbers together, each by itself where there are few, and persistence."""
-    curves, persistence_curves = {"all": errors.error().tolist()}, {"all": errors.baseline().tolist()}
+    curves, persistence = {"all": errors.error().tolist()}, {"all": errors.baseline().tolist()}
     names = [(key, i, word) for key, words in viewer.names.items() for i, word in enumerate(words) if key in errors.squares]
     for key, i, word in names if len(names) <= 8 else ():
-        curves[word], persistence_curves[word] = (side[key][:, i].sqrt().tolist() for side in (errors.squares, errors.persistence))
+        curves[word], persistence[word] = (side[key][:, i].sqrt().tolist() for side in (errors.squares, errors.persistence))
     unit = "deviations" if viewer.names else "of [0, 1]"
-    return pictures.error_figure(errors.horizons, curves, persistence_curves, "Open-loop error (dashed: nothing changes)", unit)
-
-
-def _log_unmeasured_horizons(errors: OpenLoop, episodes: Episodes, log: Callable[[str], object]) -> None:
-    fits = errors.longest(len(errors.count)) or 0
-    if fits < len(errors.count):
-        longest = int(episodes.lengths.max())
-        log(
-            f"The longest of {len(episodes.lengths)} episodes has {longest} observations: with a context of {errors.context}, "
-            f"horizons beyond {fits} fit into none and are null."
-        )
-
-
-def write(out: Path, shown: RolloutVideo, errors: OpenLoop, viewer: Viewer, log: Callable[[str], object]) -> None:
-    """The film, and the figure of errors beside it."""
-    frames = shown.video if shown.video is not None else shown.signals
-    if frames is None:
-        raise ConfigError(f"{out}: no episode is longer than the context of {errors.context}. Lower --context.")
-    pictures.save(out, frames, fps=10)
-    if errors.count.any():
-        figure = out.with_suffix(".png")
-        files.write(figure, error_figure(errors, viewer))
-        log(f"Errors by horizon are drawn in {figure}.")
+    return pictures.error_figure(errors.horizons, curves, persistence, "Open-loop error (dashed: persistence)", unit)

@@ -1,4 +1,4 @@
-"""What an agent is on the disk: content <-> agent, files that `save` writes and `load` opens, SB3's parameters."""
+"""Agents as files: content <-> agent, zips that `save` writes and `load` opens, SB3's parameters."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import pathlib
 import warnings
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import gymnasium as gym
@@ -33,7 +34,7 @@ PLACEHOLDERS = {"clip_range", "exploration_schedule", "learning_rate", "lr_sched
 
 
 class SavedAlgorithm(BaseAlgorithm):
-    """The part of an agent that files are made of; what it learns from stands in loop.py."""
+    """The part of an agent that is saved and loaded; how it learns is in loop.py."""
 
     kind: ClassVar[str]
 
@@ -50,31 +51,28 @@ class SavedAlgorithm(BaseAlgorithm):
     @property
     def optimizers(self) -> Any:
         """The optimisers as attributes: what SB3's get_parameters and set_parameters look up."""
-        return _Attributes(self.optimizers_by_name)
+        return SimpleNamespace(**self.optimizers_by_name)
 
     def set_parameters(self, load_path_or_dict: Any, exact_match: bool = True, device: torch.device | str = "auto") -> None:
         """Parameters from `get_parameters()`, or from a file that `save` wrote."""
         if isinstance(load_path_or_dict, Mapping):
             super().set_parameters(dict(load_path_or_dict), exact_match, device)
-            return
-        if not exact_match:
+        elif not exact_match:
             raise ConfigError("set_parameters(exact_match=False) is for a dict: a file holds all parameters. Leave it out.")
-        arrays, state, _ = checkpoint.unpack(_path(load_path_or_dict))
-        self.restore(arrays, state, counters=False)
+        else:
+            self.restore(*checkpoint.unpack(_path(load_path_or_dict))[:2], counters=False)
 
     # Saving ---------------------------------------------------------------------------------------------------------
 
     def content(self) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]:
-        """All that the agent is, without its replay: ({file: {name: array}}, JSON state)."""
+        """The whole agent without its replay: ({file: {name: array}}, JSON state)."""
         arrays = {
             "world": as_arrays(self.learner.ema),
             "agent": as_arrays(self.controller),
-            "optim": {
-                f"{name}/{key}": x
-                for name, optimizer in self.optimizers_by_name.items()
-                for key, x in optimizer_arrays(optimizer).items()
-            },
+            "optim": {},
         }
+        for name, optimizer in self.optimizers_by_name.items():
+            arrays["optim"] |= {f"{name}/{key}": x for key, x in optimizer_arrays(optimizer).items()}
         if self.learner.ema is not self.world:
             arrays["optim"] |= {f"live/{name}": x for name, x in as_arrays(self.world).items()}
         for name, generator in self._generators.items():
@@ -111,14 +109,14 @@ class SavedAlgorithm(BaseAlgorithm):
         return {"learn": self.generator, "act": self.policy.generator}
 
     def _behaviour_state(self) -> dict[str, Any]:
-        """Numbers of the controller's learner that are no tensors."""
+        """What the controller's learner keeps besides tensors, as JSON."""
         return {}
 
     def _restore_behaviour(self, state: Mapping[str, Any]) -> None:
         pass
 
     def restore(self, arrays: Mapping[str, Mapping[str, np.ndarray]], state: Mapping[str, Any], *, counters: bool = True) -> None:
-        """Take over what `content` gave; with `counters`, also steps, random state and the ratio's remainder."""
+        """Restores what `content` gave; with `counters`, also steps, random states and the fraction of an update that is due."""
         load_arrays(self.learner.ema, arrays["world"])
         if self.learner.ema is not self.world:
             load_arrays(self.world, _without_prefix("live/", arrays["optim"]))
@@ -132,22 +130,18 @@ class SavedAlgorithm(BaseAlgorithm):
             saved = torch.from_numpy(arrays["optim"][f"generator/{name}"].copy())
             if saved.shape == generator.get_state().shape:
                 generator.set_state(saved)
-            else:  # it was saved on another kind of device, whose draws cannot go on here
+            else:  # saved on another kind of device, whose random state means nothing here
                 generator.manual_seed(self.seed + state["counters"]["num_timesteps"])
         self.rng.bit_generator.state = copy.deepcopy(dict(state["rng"]))
         count = state["counters"]
         self.num_timesteps, self._episode_num, self._n_updates = count["num_timesteps"], count["episodes"], count["n_updates"]
-        self._restarts = count.get("restarts", 0)
-        self.learner.updates, self.learner.skips.count, self._updates_due = (
-            count["updates"],
-            count["skipped"],
-            float(count["credit"]),
-        )
+        self.learner.updates, self.learner.skips.count = count["updates"], count["skipped"]
+        self._restarts, self._updates_due = count.get("restarts", 0), float(count["credit"])
 
     def save(self, path: str | pathlib.Path | io.BufferedIOBase, exclude: Any = None, include: Any = None) -> None:
-        """One zip of stored safetensors, JSON and manifest, with nothing in it that could run code; `path` may be an open stream.
+        """One zip of safetensors, JSON and manifest, with no code in it and without the replay; `path` may be an open stream.
 
-        The replay stays out. What the file holds is fixed, so ConfigError for `exclude` and `include` that name something.
+        What the file holds is fixed: ConfigError for `exclude` and `include` that name something.
         """
         for word, names in (("exclude", exclude), ("include", include)):
             if names := list(names or ()):
@@ -156,7 +150,7 @@ class SavedAlgorithm(BaseAlgorithm):
         checkpoint.pack(path if hasattr(path, "write") else _path(path), *content)
 
     def _description(self) -> dict[str, Any]:
-        """What the model is, under SB3's names where it has them: for tools that look into a zip for it."""
+        """A description under SB3's names, for tools that read it from the zip."""
         return {
             "class": f"worldmodel.agents.{type(self).__name__}",
             "policy_class": self.policy_name,
@@ -187,13 +181,9 @@ class SavedAlgorithm(BaseAlgorithm):
         """
         _reject_custom_objects(custom_objects)
         if not force_reset:
-            raise ConfigError(
-                "load(force_reset=False): a file holds no observation to go on from, so learning begins with a reset. "
-                "Leave force_reset out."
-            )
+            raise ConfigError("load(force_reset=False): a file holds no observation to go on from. Leave force_reset out.")
         if not hasattr(path, "read") and pathlib.Path(path).is_dir():
-            path = pathlib.Path(path)
-            found = checkpoint.newest(path / "checkpoints")
+            found = checkpoint.newest(pathlib.Path(path) / "checkpoints")
             if found is None:
                 raise ConfigError(f"'{path}' holds no checkpoint that verifies. Expected a run folder or a zip written by save().")
             arrays, state, manifest = checkpoint.read(found[1])
@@ -210,25 +200,24 @@ class SavedAlgorithm(BaseAlgorithm):
 
     @property
     def replay_buffer(self) -> Replay | None:
-        """The replay, by SB3's name: what CheckpointCallback and other scripts ask for before they save it."""
+        """The replay, by SB3's name, which CheckpointCallback asks for before it saves it."""
         return self.replay
 
     def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
-        """What the replay holds as one zip without pickle; `path` may be an open stream, and without suffix gets SB3's, `.pkl`."""
+        """Writes the replay as one zip without pickle; `path` may be an open stream, and without suffix gets SB3's, `.pkl`."""
         if self.replay is None:
             raise ConfigError("There is no experience to save yet. Call learn() first.")
         pack_replay(_path(path, ".pkl"), self.num_timesteps, self.replay, self.obs_spec, self.action_spec)
 
     def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
-        """Takes what `save_replay_buffer` wrote in the place of the replay; learning goes on from it with new episodes.
+        """Replaces the replay by what `save_replay_buffer` wrote; learning goes on from it with new episodes.
 
-        Running statistics are taken from it where the model has none; else they stay those of what the model has seen.
+        Running statistics are computed from it where the model has none, and left alone where it has.
         ConfigError for truncate_last_traj=False: the environments cannot go on in the middle of an episode.
         """
         if not truncate_last_traj:
             raise ConfigError(
-                "load_replay_buffer(truncate_last_traj=False): environments begin anew, so the last episodes end where they were "
-                "saved. Leave truncate_last_traj out."
+                "load_replay_buffer(truncate_last_traj=False): environments begin anew. Leave truncate_last_traj out."
             )
         if self.replay_folder is not None:
             raise ConfigError("The agent of a run has the run's experience. Load the agent by itself: Dreamer.load(RUN).")
@@ -236,8 +225,7 @@ class SavedAlgorithm(BaseAlgorithm):
         unpack_replay(_path(path, ".pkl"), replay, self.obs_spec, self.action_spec)
         replay.truncate_open_episodes()
         self.replay, self._last_obs, self._belief = replay, None, None
-        # Else what was saved with the weights has these rows in it already.
-        if self.world.scaling.count == 0 and self.world.heads.scale.squares.count == 0:
+        if self.world.scaling.count == 0 and self.world.heads.scale.squares.count == 0:  # else they hold these rows already
             fit_scaling(self.world, replay)
 
     @classmethod
@@ -260,7 +248,7 @@ class SavedAlgorithm(BaseAlgorithm):
             raise ConfigError(f"The file holds an agent of kind {state.get('agent')!r}, not '{cls.kind}'. Load it with that class.")
         specs = ObsSpec.from_json(state["observation"]), ActionSpec.from_json(state["action"])
         config, script = Config.from_saved(state["config"]), dict(state.get("script", {}))
-        verbose = script.pop("verbose", 0)  # set below: making the agent anew is nothing to tell of
+        verbose = script.pop("verbose", 0)  # set below: the new agent prints nothing
         options = {"seed": state["seed"], "device": device, **script, **kwargs}
         if not isinstance(changes := options.get("config"), Config):
             options["config"] = config.override(changes)
@@ -269,15 +257,10 @@ class SavedAlgorithm(BaseAlgorithm):
         agent.restore(arrays, state)
         if env is not None:
             env = as_trained(agent, as_vec_env(env, seed=state["seed"]))
-            agent.n_envs = env.num_envs  # set_env wants as many as before, but here nothing was collected yet
+            agent.n_envs = env.num_envs  # set_env asks for as many as before, but nothing was collected yet
             agent._check_window()
             agent.set_env(env)
         return agent
-
-
-class _Attributes:
-    def __init__(self, values: Mapping[str, Any]):
-        self.__dict__.update(values)
 
 
 def _reject_custom_objects(custom_objects: Mapping[str, Any] | None) -> None:

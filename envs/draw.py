@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from worldmodel.data import Obs
 from worldmodel.spaces import ObsSpec
 from worldmodel.spaces.keys import KeySpec
+from worldmodel.view import pictures
 
 Point = tuple[float, float]
 Colour = tuple[int, int, int]
@@ -81,8 +84,29 @@ class Viewer:
         x = x.detach().float().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
         if self._draw is None:
             return _pixels(x)
-        pictures = [self._draw(row) for row in x] or [self._draw(np.zeros(x.shape[1:]))]
-        return np.stack(pictures)[: len(x)]
+        drawn = [self._draw(row) for row in x] or [self._draw(np.zeros(x.shape[1:]))]
+        return np.stack(drawn)[: len(x)]
+
+    @property
+    def labels(self) -> list[str]:
+        """The names of all D numbers, key after key."""
+        return [label for labels in self.names.values() for label in labels]
+
+    def numbers(self, obs: Obs) -> np.ndarray:
+        """Canonical observations {key: [*N, ...]} without the images, side by side [*N, D]."""
+        return torch.cat([obs[name] for name in self.names], -1).cpu().numpy()
+
+    def signals(self, observed: Obs | None, imagined: Obs | None, context: int = 0) -> np.ndarray | None:
+        """All numbers over time as frames uint8 [T, H, W, 3]: `observed` {key: [T, D]} and samples `imagined` {key: [K, T, D]}.
+
+        Either may be None. `context` rows were seen before imagining. None where observations are images alone.
+        """
+        if not self.names:
+            return None
+        true = None if observed is None else self.numbers(observed)
+        samples = np.full((1, *true.shape), np.nan) if imagined is None else self.numbers(imagined)
+        true = np.full(samples.shape[1:], np.nan) if true is None else true
+        return pictures.signal_frames(true, samples, self.labels, context)
 
 
 def _pixels(x: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Acting asks for beliefs and states alone: no law is asked for a rate, and none of its draws moves the policy's own."""
+"""Acting needs states alone: no distribution is asked for a rate, and none of its draws moves the policy's own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from worldmodel.model import ModelConfig, WorldModel
 
 
 def transitions() -> list[str]:
-    """Every form that may be the transition of Gaussian codes."""
+    """Every kind that may be the transition of Gaussian latents."""
     fit = []
     for kind in registry.kinds("distribution"):
         try:
@@ -30,9 +30,9 @@ def transitions() -> list[str]:
     return fit
 
 
-def of_form(kind: str) -> WorldModel:
-    law = small("distribution", kind)
-    return small_world(latent="gaussian", transition=law, initial=law)
+def of_kind(kind: str) -> WorldModel:
+    prior = small("distribution", kind)
+    return small_world(latent="gaussian", transition=prior, initial=prior)
 
 
 def policy(world: WorldModel) -> BeliefPolicy:
@@ -43,31 +43,31 @@ def played(world: WorldModel, steps: int = 4) -> torch.Tensor:
     """The state of a policy's generator after some steps of two environments."""
     acts, state = policy(world), None
     for t in range(steps):
-        seen = np.random.default_rng(t).uniform(-1, 1, (2, 4)).astype(np.float32)
-        _, state = acts.predict(seen, state, np.array([t == 0, t == 2]))
+        obs = np.random.default_rng(t).uniform(-1, 1, (2, 4)).astype(np.float32)
+        _, state = acts.predict(obs, state, np.array([t == 0, t == 2]))
     return acts.generator.get_state()
 
 
 @pytest.mark.parametrize("kind", transitions())
-def test_acting_asks_no_law_for_a_rate_whatever_its_form(kind, monkeypatch):
+def test_acting_asks_no_distribution_for_a_rate_whatever_its_kind(kind, monkeypatch):
     asked = []
 
-    world = of_form(kind)
-    for law in (m for m in world.modules() if isinstance(m, ConditionalDistribution)):
+    world = of_kind(kind)
+    for prior in (m for m in world.modules() if isinstance(m, ConditionalDistribution)):
         for name in ("rate", "rates", "log_prob", "loss", "antithetic"):
-            monkeypatch.setattr(type(law), name, lambda *args, name=name, **kwargs: asked.append(name))
+            monkeypatch.setattr(type(prior), name, lambda *args, name=name, **kwargs: asked.append(name))
     played(world)
     assert asked == []
 
 
 @pytest.mark.parametrize("kind", transitions())
 def test_what_a_policy_draws_does_not_depend_on_the_form_of_the_prior(kind):
-    assert torch.equal(played(of_form(kind)), played(of_form("gaussian")))
+    assert torch.equal(played(of_kind(kind)), played(of_kind("gaussian")))
 
 
 @pytest.mark.parametrize("kind", ["dyn", "diamond"])
-def test_a_trace_holds_no_loss_and_the_rate_is_told_once_they_are_asked_for(kind):
-    world = of_form("flow") if kind == "dyn" else diamond()
+def test_a_trace_holds_no_loss_and_the_rate_is_reported_once_they_are_asked_for(kind):
+    world = of_kind("flow") if kind == "dyn" else diamond()
     batch = known_batch() if kind == "dyn" else known_batch(world.obs.space)
     trace = world.trace(batch.with_obs(world.preprocess(batch.obs)), None, Sampling())
     assert set(vars(trace)) == {"embed", "posterior", "z", "h", "feature", "start", "last", "states"}

@@ -51,7 +51,7 @@ def test_the_replay_holds_the_chain_as_its_table_says():
     rows = stored(agent)
     assert_chain(rows, limit=5)
     terminal, truncated = rows.is_terminal.sum(), (rows.is_last & ~rows.is_terminal).sum()
-    assert terminal > 1 and truncated > 1  # both were seen
+    assert terminal > 1 and truncated > 1  # both occurred
     assert len(agent.replay) == 100 + int(rows.is_first.sum())
 
 
@@ -59,8 +59,8 @@ def test_several_environments_fill_a_stream_each():
     agent = small_dreamer(DummyVecEnv([lambda: Chain(limit=5), lambda: Chain(limit=6), lambda: Chain(limit=7)])).learn(120)
     assert agent.num_timesteps == 120 and agent.replay.num_envs == 3
     assert agent.replay.added == 120 + 3 + agent._episode_num  # a row for each step and for each episode's start
-    paid = agent.learner.updates - 2
-    assert 0.2 * (120 - 21) - 1 <= paid <= 0.2 * (120 - 12)
+    made = agent.learner.updates - 2
+    assert 0.2 * (120 - 21) - 1 <= made <= 0.2 * (120 - 12)
     windows = agent.replay.sample(60, min(agent.replay.lengths), np.random.default_rng(0))
     limits = {limit for row in range(60) for limit in (5, 6, 7) if is_chain(sequence(windows, row), limit)}
     assert limits == {5, 6, 7}
@@ -156,13 +156,13 @@ def test_vectors_are_scaled_by_all_that_was_collected():
 
 
 def test_the_belief_forgets_the_past_where_an_episode_begins():
-    agent, told = small_dreamer(Chain(limit=5)), []
+    agent, starts = small_dreamer(Chain(limit=5)), []
     filter_and_act = agent.policy.filter_and_act
-    agent.policy.filter_and_act = lambda *args, **options: told.append(bool(args[2][0])) or filter_and_act(*args, **options)
+    agent.policy.filter_and_act = lambda *args, **options: starts.append(bool(args[2][0])) or filter_and_act(*args, **options)
     agent.learn(60)
     rows = stored(agent)
     acted_at = rows.is_first[:-1][~rows.is_first[1:]].tolist()  # the rows at which an action was taken
-    assert told == acted_at[-len(told) :] and sum(told) > 3
+    assert starts == acted_at[-len(starts) :] and sum(starts) > 3
 
 
 def test_an_update_reports_under_the_promised_tags():

@@ -94,7 +94,7 @@ def test_every_method_finds_the_best_plan_of_each_state_with_every_kind_of_actio
         torch.testing.assert_close(found.distribution.mode(), wanted.expand_as(found.best).contiguous(), rtol=0, atol=atol)
 
 
-def test_a_fitted_law_narrows_and_better_elites_weigh_more_with_mppi():
+def test_a_fitted_distribution_narrows_and_better_elites_weigh_more_with_mppi():
     world = Bandit(ACTIONS["Box"])
     one, six = (search(world, "Box", method="cem", iterations=n) for n in (1, 6))
     assert six.distribution.std.mean() < 0.5 * one.distribution.std.mean()
@@ -113,7 +113,7 @@ def test_rewards_behind_a_predicted_end_count_nothing():
     torch.testing.assert_close(spoilt._value(world, late, 0.0), spoilt._value(world, first, 0.0))
 
 
-def test_the_critic_tells_what_comes_behind_the_horizon():
+def test_the_critic_values_what_follows_the_horizon():
     world = Bandit(ACTIONS["Box"])
     made = controller(world, terminal=True)
     with torch.no_grad():
@@ -187,10 +187,10 @@ def test_a_search_follows_its_generator_bit_for_bit():
     assert torch.equal(one.elites, same.elites) and not torch.equal(one.elites, other.elites)
 
 
-# Laws -------------------------------------------------------------------------------------------------------------------
+# Distributions ----------------------------------------------------------------------------------------------------------
 
 
-def test_draws_of_categories_and_bits_have_the_laws_probabilities():
+def test_draws_of_categories_and_bits_have_its_probabilities():
     noise = torch.randn(1, 20_000, 1, 2, generator=generator())
     groups = ActionSpec.from_space(ACTIONS["MultiDiscrete"])
     center = torch.tensor([[[0.9, 0.1, 0.2, 0.5, 0.3]]])
@@ -200,7 +200,7 @@ def test_draws_of_categories_and_bits_have_the_laws_probabilities():
     torch.testing.assert_close(PlanDistribution(bits, share, None).sample(noise).mean(1), share, rtol=0, atol=0.02)
 
 
-def test_a_law_over_categories_keeps_a_share_of_each():
+def test_a_distribution_over_categories_keeps_a_share_of_each():
     spec = ActionSpec.from_space(ACTIONS["Discrete"])
     distribution = PlanDistribution(spec, torch.full((1, 1, 3), 1 / 3), None)
     elites = torch.tensor([1.0, 0, 0]).expand(1, 4, 1, 3)

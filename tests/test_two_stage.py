@@ -50,7 +50,7 @@ def test_the_new_run_opens_dreams_evaluates_and_learns_on_and_the_old_one_is_unt
     assert train(None, steps=90, run_dir=new.path, resume=True, device="cpu").real_steps == 90
 
 
-def test_all_that_is_not_the_new_law_is_as_it_was_optimiser_included(run, tmp_path):
+def test_all_that_is_not_the_new_prior_is_as_it_was_optimiser_included(run, tmp_path):
     fit_prior(run, "energy", "initial", options={"units": 8}, steps=5, out=tmp_path / "new")
     old, new = run.read()[0], Run.open(tmp_path / "new").read()[0]
     kept = [name for name in old["world"] if "initial_prior" not in name]
@@ -60,41 +60,42 @@ def test_all_that_is_not_the_new_law_is_as_it_was_optimiser_included(run, tmp_pa
     for name, p in agents[0].world.named_parameters():
         if "initial_prior" not in name:
             q = dict(agents[1].world.named_parameters())[name]
-            moments = [a.learner.optimizer.state[x]["exp_avg"] for a, x in zip(agents, (p, q))]
-            assert torch.equal(p, q) and torch.equal(*moments)
-    law = agents[1].world.dynamics.initial_prior.state_dict()
-    assert all(torch.equal(x, agents[1].policy.world.dynamics.initial_prior.state_dict()[name]) for name, x in law.items())
+            states = [a.learner.optimizer.state[x]["exp_avg"] for a, x in zip(agents, (p, q))]
+            assert torch.equal(p, q) and torch.equal(*states)
+    prior = agents[1].world.dynamics.initial_prior.state_dict()
+    assert all(torch.equal(x, agents[1].policy.world.dynamics.initial_prior.state_dict()[name]) for name, x in prior.items())
 
 
-def test_a_form_that_fits_gains_nats_over_a_standard_normal(run, tmp_path):
+def test_a_prior_that_fits_gains_nats_over_a_standard_normal(run, tmp_path):
     result = fit_prior(run, "gaussian", "marginal", steps=400, out=tmp_path / "new")
     assert result["before"] is None and result["density"] == "exact"
     assert result["gain"] == pytest.approx(result["nats"] - result["nats_before"], abs=1e-4)
     assert result["gain"] > 2 * result["standard_error"]
-    world, codes = Run.open(tmp_path / "new").world_model(), posterior_samples(run.world_model(), run.replay(), generator()).z
-    below = float((world.marginal.log_prob(codes, None) < world.marginal_low).float().mean())
+    world, latents = Run.open(tmp_path / "new").world_model(), posterior_samples(run.world_model(), run.replay(), generator()).z
+    below = float((world.marginal.log_prob(latents, None) < world.marginal_low).float().mean())
     assert below == pytest.approx(0.05, abs=0.04)  # so that agent.typicality_penalty can be used in it at once
 
 
 def test_codes_are_the_filters_draws_and_first_rows_come_many_times(run):
     world, replay = run.world_model(), run.replay()
-    codes = posterior_samples(world, replay, generator())
+    latents = posterior_samples(world, replay, generator())
     batch = replay.stream(0)
     firsts = int(batch.is_first.sum())
-    assert int(codes.first.sum()) == 16 * firsts and int((~codes.first).sum()) == batch.is_first.numel() - firsts
-    assert len(codes.episode.unique()) == firsts
-    assert len(codes.z[codes.first].unique(dim=0)) == 16 * firsts
+    assert int(latents.first.sum()) == 16 * firsts and int((~latents.first).sum()) == batch.is_first.numel() - firsts
+    assert len(latents.episode.unique()) == firsts
+    assert len(latents.z[latents.first].unique(dim=0)) == 16 * firsts
 
 
-def test_only_the_law_of_first_rows_is_shown_them_many_times(run):
-    codes, rows = posterior_samples(run.world_model(), run.replay(), generator()), run.replay().stream(0)
+def test_only_the_prior_of_first_rows_is_shown_them_many_times(run):
+    latents, rows = posterior_samples(run.world_model(), run.replay(), generator()), run.replay().stream(0)
     held, firsts = rows.is_first.numel(), int(rows.is_first.sum())
     counts = {
-        slot: len(_rows_for_slot(codes, *slot).row) for slot in (("marginal", "start"), ("initial", "anywhere"), ("initial", "start"))
+        slot: len(_rows_for_slot(latents, *slot).row)
+        for slot in (("marginal", "start"), ("initial", "anywhere"), ("initial", "start"))
     }
     assert counts == {("marginal", "start"): held, ("initial", "anywhere"): held, ("initial", "start"): 16 * firsts}
-    assert sorted(_rows_for_slot(codes, "marginal", "start").row.tolist()) == rows.row[0].tolist()
-    assert len(_rows_for_slot(codes, "transition", "start").row) == held - firsts
+    assert sorted(_rows_for_slot(latents, "marginal", "start").row.tolist()) == rows.row[0].tolist()
+    assert len(_rows_for_slot(latents, "transition", "start").row) == held - firsts
 
 
 @pytest.mark.parametrize("inputs", ["observation", "feature", "exemplar"])
@@ -117,7 +118,7 @@ def test_more_pseudo_inputs_than_rows_are_refused_with_how_many_there_are(run, t
 
 
 @pytest.mark.parametrize("slot", ["initial", "transition"])
-def test_a_run_with_a_slow_encoder_gets_another_law_too(slot, tmp_path):
+def test_a_run_with_a_slow_encoder_gets_another_prior_too(slot, tmp_path):
     options = {k: v for k, v in OPTIONS.items() if ".latent" not in k}
     options |= {"model": "jepa", "model.dynamics.latent.size": 3, "model.objective.ema_decay": 0.9}
     train(CHAIN, steps=60, run_dir=tmp_path / "old", overrides=options, device="cpu")
@@ -133,7 +134,7 @@ def test_the_error_of_a_gain_is_that_of_episodes_and_not_of_rows():
     assert mean == pytest.approx(float(each.mean())) and error == pytest.approx(float(each.std()) / 200**0.5, rel=1e-6)
 
 
-def test_a_form_of_other_codes_is_refused_before_anything_is_written(tmp_path):
+def test_a_prior_of_other_latents_is_refused_before_anything_is_written(tmp_path):
     small_train(tmp_path / "old", steps=40)
     with pytest.raises(ConfigError, match=r"model\.initial.*gaussian codes.*categorical"):
         fit_prior(tmp_path / "old", "energy")
@@ -167,6 +168,6 @@ def test_the_command_prints_one_object(run, tmp_path):
     ]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
-    told = json.loads(result.stdout)
-    assert told["kind"] == "energy" and told["effective"] > 0
-    assert Run.open(told["out"]).config.model.initial.units == 8
+    result_json = json.loads(result.stdout)
+    assert result_json["kind"] == "energy" and result_json["effective"] > 0
+    assert Run.open(result_json["out"]).config.model.initial.units == 8

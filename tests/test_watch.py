@@ -106,7 +106,7 @@ def test_episodes_can_be_cut_and_given_up():
 
 
 @pytest.mark.parametrize("env_id", [CHAIN, CATCH, "Pendulum-v1"])
-def test_a_run_that_is_watched_learns_what_an_unwatched_one_learns(tmp_path, env_id):
+def test_a_run_that_is_measured_learns_what_an_unmeasured_one_learns(tmp_path, env_id):
     small = {f"model.{part}.depth": 2 for part in ("encoder", "decoder")} | {"train.prefill": 30}
     runs = []
     for name, log in (("plain", {"log.tensorboard": False}), ("watched", {**DRAWN, "log.pictures": 17})):
@@ -129,7 +129,7 @@ def events(folder) -> EventAccumulator:
     return EventAccumulator(str(folder)).Reload()
 
 
-def test_a_run_shows_scalars_films_figures_and_its_config(cartpole_run):
+def test_a_run_shows_scalars_videos_figures_and_its_config(cartpole_run):
     seen = events(cartpole_run)
     tags = set(seen.Tags()["scalars"])
     assert {f"world/{name}/{h}" for name in ("open_loop", "persistence", "open_loop_reward") for h in (1, 2, 3)} <= tags
@@ -146,15 +146,15 @@ def test_a_run_shows_scalars_films_figures_and_its_config(cartpole_run):
 
 
 @pytest.mark.parametrize("run", ["cartpole_run", "catch_run"])
-def test_the_film_is_an_animation_that_pillow_reads(run, request):
-    films = tensorboard.read(request.getfixturevalue(run)).images["dream/video"]
-    for _, data in films:
-        film = Image.open(io.BytesIO(data))
-        assert data[:6] == b"GIF89a" and film.n_frames > 5 and film.info["loop"] == 0
-        film.seek(0)
-        first = np.asarray(film.convert("RGB")).astype(int)
-        film.seek(film.n_frames - 1)
-        assert np.abs(first - np.asarray(film.convert("RGB"))).max() > 100
+def test_the_video_is_an_animation_that_pillow_reads(run, request):
+    videos = tensorboard.read(request.getfixturevalue(run)).images["dream/video"]
+    for _, data in videos:
+        video = Image.open(io.BytesIO(data))
+        assert data[:6] == b"GIF89a" and video.n_frames > 5 and video.info["loop"] == 0
+        video.seek(0)
+        first = np.asarray(video.convert("RGB")).astype(int)
+        video.seek(video.n_frames - 1)
+        assert np.abs(first - np.asarray(video.convert("RGB"))).max() > 100
 
 
 def test_what_cannot_be_drawn_is_plotted_and_what_is_a_picture_is_not(chain_run, catch_run):
@@ -169,7 +169,7 @@ def test_horizons_that_fit_into_no_episode_are_left_out(catch_run):
 
 
 @pytest.mark.parametrize("run", ["chain_run", "catch_run"])
-def test_the_projector_finds_codes_with_metadata_and_thumbnails(run, request):
+def test_the_projector_finds_latents_with_metadata_and_thumbnails(run, request):
     folder = request.getfixturevalue(run)
     head, *rows = (folder / "projector/metadata.tsv").read_text().splitlines()
     assert head.split("\t") == ["episode", "step", "reward", "value"]
@@ -184,7 +184,7 @@ def test_a_run_without_tensorboard_or_without_pictures_shows_nothing(tmp_path):
     assert events(tmp_path / "b").Tags()["images"] == []
 
 
-def test_watch_works_in_an_sb3_script_and_says_what_it_needs(tmp_path):
+def test_the_callback_works_in_an_sb3_script_and_says_what_it_needs(tmp_path):
     with pytest.raises(ConfigError, match="tensorboard_log"):
         small_dreamer().learn(10, callback=HeldOutCallback(5))
     model = small_dreamer(tensorboard_log=str(tmp_path)).learn(40, callback=HeldOutCallback(20, episodes=2, horizon=3))
@@ -194,14 +194,14 @@ def test_watch_works_in_an_sb3_script_and_says_what_it_needs(tmp_path):
         HeldOutCallback(every=0)
 
 
-def test_a_model_whose_environment_has_no_id_is_watched_in_the_one_that_is_named(tmp_path):
+def test_a_model_whose_environment_has_no_id_is_measured_in_the_one_that_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"without an id.*env='ID'"):
         small_dreamer(Chain(limit=7), tensorboard_log=str(tmp_path)).learn(10, callback=HeldOutCallback(5))
     small_dreamer(Chain(limit=7), tensorboard_log=str(tmp_path)).learn(40, callback=HeldOutCallback(20, env=CHAIN, episodes=2))
     assert "dream/gap" in events(max(tmp_path.iterdir())).Tags()["scalars"]
 
 
-def test_an_agent_without_a_critic_is_watched_without_values(tmp_path):
+def test_an_agent_without_a_critic_is_measured_without_values(tmp_path):
     folder = tmp_path / "run"
     small_train(folder, 40, options={**DRAWN, "agent": "random"})
     assert (folder / "projector/metadata.tsv").read_text().startswith("episode\tstep\treward\n")
@@ -216,8 +216,8 @@ def long_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("watch") / "long"
     options = {**DRAWN, "log.pictures": 1000, "log.held_out": 2, "eval.every": 0, "eval.episodes": 1, "eval.max_steps": 225}
     small_train(folder, 30, "Acrobot-v1", options=options)
-    said = []
-    return folder, dream(folder, horizon=15, log=said.append), said
+    lines = []
+    return folder, dream(folder, horizon=15, log=lines.append), lines
 
 
 def test_tensorboard_and_dream_tell_the_same_of_the_same_run(long_run):
@@ -225,8 +225,8 @@ def test_tensorboard_and_dream_tell_the_same_of_the_same_run(long_run):
     shown = events(folder)
     for horizon in (1, 15):
         for tag, key in (("open_loop", "observation"), ("persistence", "persistence"), ("open_loop_reward", "reward")):
-            told = shown.Scalars(f"world/{tag}/{horizon}")[-1].value
-            assert told == pytest.approx(result[key][horizon - 1], rel=1e-4), (tag, horizon)
+            shown_value = shown.Scalars(f"world/{tag}/{horizon}")[-1].value
+            assert shown_value == pytest.approx(result[key][horizon - 1], rel=1e-4), (tag, horizon)
         assert shown.Scalars(f"world/ratio/{horizon}")[-1].value == pytest.approx(result["ratio"][horizon - 1], rel=1e-4)
     assert list(result["ratio_by_part"]) == ["0-50", "50-200", "200-"]
     for part, ratios in result["ratio_by_part"].items():
@@ -235,9 +235,9 @@ def test_tensorboard_and_dream_tell_the_same_of_the_same_run(long_run):
 
 
 def test_one_sentence_says_where_a_dream_is_worse_than_nothing(long_run, capsys):
-    _, result, said = long_run
+    _, result, lines = long_run
     worse = [part for part, ratios in result["ratio_by_part"].items() if ratios[-1] > 1]
-    (sentence,) = [line for line in said if "nothing changes" in line]  # 3 updates have taught it little
+    (sentence,) = [line for line in lines if "nothing changes" in line]  # 3 updates have taught it little
     assert worse and all(f"in steps {part}" in sentence for part in worse)
     console.show_dream(result)
     assert "ratio at horizon 15 in steps 200-" in capsys.readouterr().out
@@ -293,24 +293,24 @@ def test_dream_gives_the_same_figures_each_time_and_leaves_the_run_as_it_was(cha
 
 @pytest.mark.parametrize("run", ["chain_run", "cartpole_run", "catch_run"])
 @pytest.mark.parametrize("start", ["replay", "prior"])
-def test_dream_writes_a_film_and_a_figure(run, start, request, tmp_path):
-    result = dream(request.getfixturevalue(run), horizon=6, start=start, out=tmp_path / "deep/film.gif", episodes=20)
-    film = Image.open(tmp_path / "deep/film.gif")
-    assert film.n_frames >= (4 if start == "replay" else 7) and result["out"] == str(tmp_path / "deep/film.gif")
-    assert (tmp_path / "deep/film.png").exists() == (start == "replay")
+def test_dream_writes_a_video_and_a_figure(run, start, request, tmp_path):
+    result = dream(request.getfixturevalue(run), horizon=6, start=start, out=tmp_path / "deep/video.gif", episodes=20)
+    video = Image.open(tmp_path / "deep/video.gif")
+    assert video.n_frames >= (4 if start == "replay" else 7) and result["out"] == str(tmp_path / "deep/video.gif")
+    assert (tmp_path / "deep/video.png").exists() == (start == "replay")
     assert (result["observation"][0] is None) == (start == "prior")
 
 
 @pytest.mark.parametrize(
     ("arguments", "match"),
-    [(["--out", "film.webm"], r"\.gif"), (["--context", "0"], "context"), (["--start", "nowhere"], "nowhere")],
+    [(["--out", "video.webm"], r"\.gif"), (["--context", "0"], "context"), (["--start", "nowhere"], "nowhere")],
 )
 def test_a_dream_that_cannot_be_is_a_usage_error(chain_run, arguments, match):
     done = CliRunner().invoke(app, ["dream", str(chain_run), *arguments])
     assert done.exit_code == 2 and match.replace("\\", "") in done.output + done.stderr
 
 
-def test_a_run_without_a_decoder_is_measured_by_reward_and_refused_a_film(tmp_path, monkeypatch):
+def test_a_run_without_a_decoder_is_measured_by_reward_and_refused_a_video(tmp_path, monkeypatch):
     class Blind(registry.part("objective", "reconstruction")):
         """Reads no observation back."""
 
@@ -334,7 +334,7 @@ def test_a_run_without_a_decoder_is_measured_by_reward_and_refused_a_film(tmp_pa
     result = dream(folder, horizon=3)
     assert result["observation"] == [None] * 3 and result["reward"][0] is not None
     with pytest.raises(ConfigError, match="learns no decoder"):
-        dream(folder, horizon=3, out=tmp_path / "film.gif")
+        dream(folder, horizon=3, out=tmp_path / "video.gif")
 
 
 def _entry(part):
@@ -353,7 +353,7 @@ def test_a_dream_from_nothing_begins_as_the_initial_prior_says(chain_run):
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 
-def test_evaluations_are_filmed_and_one_that_does_not_render_is_drawn_as_signals(cartpole_run, tmp_path):
+def test_evaluations_are_recorded_and_one_that_does_not_render_is_drawn_as_signals(cartpole_run, tmp_path):
     done = CliRunner().invoke(app, ["eval", str(cartpole_run), "--episodes", "1", "--video", str(tmp_path / "play.gif")])
     assert done.exit_code == 0 and Image.open(tmp_path / "play.gif").n_frames > 3
     small_train(tmp_path / "nervous", 30, "Nervous-v0", options={"log.tensorboard": False, "eval.every": 0, "eval.episodes": 1})
@@ -361,5 +361,5 @@ def test_evaluations_are_filmed_and_one_that_does_not_render_is_drawn_as_signals
         warnings.simplefilter("error")  # Gymnasium's about render modes among them
         done = CliRunner().invoke(app, ["eval", str(tmp_path / "nervous"), "--episodes", "1", "--video", str(tmp_path / "no.gif")])
     assert done.exit_code == 0 and "does not render" in done.stderr, done.output
-    film = Image.open(tmp_path / "no.gif")
-    assert film.size == (600, 22 + 96 + 20 + 4) and film.n_frames == 7
+    video = Image.open(tmp_path / "no.gif")
+    assert video.size == (600, 22 + 96 + 20 + 4) and video.n_frames == 7

@@ -14,10 +14,10 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecMonitor
 
+from worldmodel.agents.arguments import policy_name
 from worldmodel.agents.belief import BeliefPolicy
 from worldmodel.agents.evaluation import FINAL_SEED, evaluate, require_spaces
 from worldmodel.agents.held_out import HELD_OUT_SEED, collect
-from worldmodel.agents.loop import policy_name
 from worldmodel.agents.rollouts import returns
 from worldmodel.agents.sb3.agent import (
     HOMES,

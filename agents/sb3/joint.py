@@ -10,7 +10,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecNormalize, unwrap_vec_wrapper
 
-from worldmodel.agents.experience import EnvSyncCheck
+from worldmodel.agents.episodes import EnvSyncCheck
 from worldmodel.agents.random import RandomAgent
 from worldmodel.agents.sb3.extractor import LatentExtractor, raw_observations
 from worldmodel.config import Config

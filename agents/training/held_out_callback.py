@@ -15,7 +15,7 @@ from torch import Tensor
 
 from worldmodel.agents.evaluation import EvaluationAborted
 from worldmodel.agents.held_out import HELD_OUT_SEED, collect
-from worldmodel.agents.rollouts import SAMPLES, error_figure, labels, numbers, returns, rollout_video
+from worldmodel.agents.rollouts import SAMPLES, error_figure, returns, rollout_video
 from worldmodel.config import Config, differences
 from worldmodel.data import Episodes
 from worldmodel.diagnostics.geometry import FilteredStates, filter_episodes, interpolation, traversal, usage
@@ -211,7 +211,7 @@ class HeldOutCallback(BaseCallback):
             picture = pictures.grid(frames.reshape(*features.shape[:2], *frames.shape[1:]), rows, title)
             encoded = pictures.png(picture)
         else:
-            words, values = labels(viewer), numbers(viewer, obs)
+            words, values = viewer.labels, viewer.numbers(obs)
             series = [
                 (row, {w: values[r, :, i].tolist() for i, w in enumerate(words[:TRAVERSED_VARIABLES])})
                 for r, row in enumerate(rows)

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from stable_baselines3.common.callbacks import BaseCallback
 
 from worldmodel import registry
+from worldmodel.agents.arguments import policy_name
 from worldmodel.agents.experience import fit_scaling, new_replay, replay_capacity
-from worldmodel.agents.loop import WorldModelAlgorithm, policy_name
+from worldmodel.agents.loop import WorldModelAlgorithm
 from worldmodel.agents.training.report import SHOWN_LOSSES
 from worldmodel.config import Config
 from worldmodel.envs.sources import recording

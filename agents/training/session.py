@@ -17,8 +17,9 @@ from stable_baselines3.common.logger import Logger
 
 from worldmodel import config as configs
 from worldmodel import registry
+from worldmodel.agents.arguments import policy_name
 from worldmodel.agents.evaluation import FINAL_SEED, EvaluationAborted
-from worldmodel.agents.loop import WorldModelAlgorithm, policy_name
+from worldmodel.agents.loop import WorldModelAlgorithm
 from worldmodel.agents.training import offline
 from worldmodel.agents.training.callback import Progress, RunCallback, env_seed, standing
 from worldmodel.agents.training.held_out_callback import HeldOutCallback

@@ -205,7 +205,7 @@ def names(folder: Path) -> None:
         "Dreamer.load": lambda: Dreamer.load(run),
         "latent_policy_kwargs": lambda: latent_policy_kwargs(run),
         "ImaginedVecEnv": lambda: ImaginedVecEnv(run, 2).reset(),
-        "starts.between": lambda: guidance.between(run, "0:0", "0:1", out / "between.gif"),
+        "guidance.interpolation_video": lambda: guidance.interpolation_video(run, "0:0", "0:1", out / "between.gif"),
         "info": lambda: command("info", run),
         "data info": lambda: command("data", "info", run),
         "data export": lambda: command("data", "export", run, "--out", out / "real.npz"),

@@ -18,7 +18,7 @@ from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env as gymnasium_check
 from stable_baselines3.common.env_checker import check_env as sb3_check
 
-from worldmodel.agents.loop import policy_name
+from worldmodel.agents.arguments import policy_name
 from worldmodel.envs import FlattenSpaces, ImaginedVecEnv
 from worldmodel.envs.make import as_vec_env
 from worldmodel.envs.vectors.plain import plain_action, plain_obs

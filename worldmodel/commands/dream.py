@@ -69,16 +69,18 @@ def dream(
         agent.policy.world.decode(torch.zeros(0, agent.policy.world.feature_dim))  # says why there is nothing to show
     guided = None
     if start == "prior":
-        shown, guided = rollouts.unguided_or_guided(agent, run, viewer, guide, horizon, draw=out is not None)
+        shown, guided = rollouts.dream_from_prior(agent, run, viewer, guide, horizon, draw=out is not None)
         log("Dreams from the initial distribution: nothing real to compare with, so errors are null.")
         errors = OpenLoop.unknown(context, horizon)
     else:
         count = run.config.log.held_out if episodes is None else episodes
-        errors, shown = rollouts.compare(agent, run, viewer, context, horizon, episodes=count, draw=out is not None, log=log)
+        draw = out is not None
+        errors, shown = rollouts.dream_of_episodes(agent, run, viewer, context, horizon, episodes=count, draw=draw, log=log)
     if out is not None:
-        rollouts.write(out, shown, errors, viewer, log)
+        rollouts.save_rollout(out, shown, errors, viewer, log)
     about = {"env_id": run.config.env.id, "run": str(run.path), "step": agent.num_timesteps, "context": context}
-    return {**about, **_figures(errors), "out": out and str(out), "worst": rollouts.worst(errors, viewer), "guided": guided}
+    worst = rollouts.worst_number(errors, viewer)
+    return {**about, **_figures(errors), "out": out and str(out), "worst": worst, "guided": guided}
 
 
 def _figures(errors: OpenLoop) -> dict[str, Any]:
@@ -168,4 +170,4 @@ def _between(run: Path, moments: str, out: Path | None, trust: bool, of_dreams: 
         raise ConfigError("--between wants two moments, EPISODE:STEP,EPISODE:STEP, and --out FILE.gif.")
     if extra := [f"--{name}" for name, value in of_dreams.items() if value is not None]:
         raise ConfigError(f"--between shows no dream, which {', '.join(extra)} would be of: leave out one or the other.")
-    return guidance.between(run, one, other, out, trust=trust)
+    return guidance.interpolation_video(run, one, other, out, trust=trust)

@@ -65,17 +65,12 @@ def _drawn(agent: Any, env_id: str, played: list[Any]) -> np.ndarray:
     import numpy as np
     import torch
 
-    from worldmodel.agents.rollouts import labels, numbers
     from worldmodel.envs.draw import Viewer
-    from worldmodel.view import pictures
 
     viewer = Viewer(env_id, agent.obs_spec)
     rows = [agent.obs_spec.to_raw(obs) for obs in played]
     obs = agent.obs_spec.canonical({name: torch.from_numpy(np.concatenate([row[name] for row in rows])) for name in rows[0]})
-    if viewer.can_draw:
-        return viewer.frames(obs)
-    true = numbers(viewer, obs)
-    return pictures.signal_frames(true, np.full((1, *true.shape), np.nan), labels(viewer), 0)
+    return viewer.frames(obs) if viewer.can_draw else viewer.signals(obs, None)
 
 
 def command(

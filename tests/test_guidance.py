@@ -1,4 +1,4 @@
-"""Where dreams begin: led by a score, at recorded moments, and between them."""
+"""Where dreams begin: guided by a score, at recorded rows, and between them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from small_runs import CHAIN, OPTIONS
 from typer.testing import CliRunner
 
 from worldmodel import ConfigError, Run, registry
-from worldmodel.agents.guidance import Guidance, ReplayPosition, between, between_features, state_at
+from worldmodel.agents.guidance import Guidance, ReplayPosition, interpolate_features, interpolation_video, state_at
 from worldmodel.cli import app
 from worldmodel.commands.dream import dream
 from worldmodel.commands.train import train
@@ -32,35 +32,35 @@ def run(tmp_path_factory) -> Run:
 
 
 @pytest.mark.parametrize("steps", [0, 20], ids=["weighed", "and moved"])
-def test_a_tilted_normal_law_is_moved_by_the_score(steps):
-    law = registry.build("distribution", small("distribution", "gaussian", standard=True), small_latent("gaussian"), 0)
-    x, size = tilted(law, lambda z: z[:, 0], 2000, 1.0, Sampling(generator=generator()), pool=20_000, steps=steps)
+def test_a_tilted_normal_distribution_is_moved_by_the_score(steps):
+    prior = registry.build("distribution", small("distribution", "gaussian", standard=True), small_latent("gaussian"), 0)
+    x, size = tilted(prior, lambda z: z[:, 0], 2000, 1.0, Sampling(generator=generator()), pool=20_000, steps=steps)
     torch.testing.assert_close(x.mean(0), torch.tensor([1.0, 0.0]), atol=0.08, rtol=0)
     torch.testing.assert_close(x.std(0), torch.ones(2), atol=0.08, rtol=0)
-    assert size / 20_000 == pytest.approx(math.exp(-1), rel=0.1)  # 1 / E w^2 for weights of a moved normal law
-    far = tilted(law, lambda z: z[:, 0], 10, 5.0, Sampling(generator=generator()))
+    assert size / 20_000 == pytest.approx(math.exp(-1), rel=0.1)  # 1 / E w^2 for weights of a moved normal prior
+    far = tilted(prior, lambda z: z[:, 0], 10, 5.0, Sampling(generator=generator()))
     assert far[1] < 5 and (steps == 0 or len(x.unique(dim=0)) == 2000)
 
 
-def test_a_law_of_categories_is_tilted_without_moving_between_them():
-    law = registry.build("distribution", small("distribution", "categorical"), small_latent("categorical"), 0)
-    x, size = tilted(law, lambda z: z[:, 0], 500, 50.0, Sampling(generator=generator()))
+def test_a_distribution_of_categories_is_tilted_without_moving_between_them():
+    prior = registry.build("distribution", small("distribution", "categorical"), small_latent("categorical"), 0)
+    x, size = tilted(prior, lambda z: z[:, 0], 500, 50.0, Sampling(generator=generator()))
     assert (x[:, 0] == 1).all() and set(x.unique().tolist()) == {0.0, 1.0} and 400 < size < 1000
 
 
-def test_led_starts_score_higher_and_carry_what_an_episode_begins_with():
+def test_guided_starts_score_higher_and_carry_what_an_episode_begins_with():
     world = small_world(latent="gaussian").eval()
     for p in world.heads.reward_net.parameters():
         p.data += 0.3 * torch.randn(p.shape, generator=generator())
     usual = world.sample_initial(500, Sampling(generator=generator()))
-    led, size = world.sample_initial_tilted(world.heads.reward, 500, 5.0, Sampling(generator=generator()))
-    torch.testing.assert_close(led["h"], usual["h"])
-    assert led["z"].shape == usual["z"].shape and size > 1
-    rewards = [world.heads.reward(world.dynamics.feature(state)).mean() for state in (led, usual)]
+    guided, size = world.sample_initial_tilted(world.heads.reward, 500, 5.0, Sampling(generator=generator()))
+    torch.testing.assert_close(guided["h"], usual["h"])
+    assert guided["z"].shape == usual["z"].shape and size > 1
+    rewards = [world.heads.reward(world.dynamics.feature(state)).mean() for state in (guided, usual)]
     assert rewards[0] > rewards[1] + 0.05
 
 
-def test_a_moment_is_the_filters_state_at_that_row(run):
+def test_a_position_is_the_filters_state_at_that_row(run):
     world, replay = run.world_model(), run.replay()
     rows = replay.stream(0)
     trace = world.trace(rows.with_obs(world.preprocess(rows.obs)), None, Sampling(mode=True))
@@ -91,19 +91,21 @@ def test_pairs_without_an_arc_get_the_line_and_others_beside_them_their_arc():
     assert spherical(torch.zeros(2), other, 0.5).isfinite().all()
 
 
-def test_what_lies_between_begins_and_ends_at_the_moments(run):
+def test_what_lies_between_begins_and_ends_at_the_positions(run):
     world = run.world_model()
     ends = [world.dynamics.feature(state_at(world, run.replay(), ReplayPosition(0, step)))[0] for step in (0, 3)]
-    for path in between_features(world, *ends, 7):
+    for path in interpolate_features(world, *ends, 7):
         assert path.shape == (7, world.feature_dim)
         torch.testing.assert_close(path[[0, -1]], torch.stack(ends))
 
 
-def test_dreams_toward_reward_value_and_goal_say_how_far_they_were_led(run, tmp_path):
+def test_dreams_toward_reward_value_and_goal_say_how_far_they_were_guided(run, tmp_path):
     for guide in (Guidance("reward", 3.0), Guidance("value", 3.0), Guidance("goal", 2.0, ReplayPosition(0, 1))):
-        told = dream(run, 2, 3, "prior", tmp_path / f"{guide.toward}.gif", guide=guide)["guided"]
-        assert told["toward"] == guide.toward and told["effective"] > 0 and (tmp_path / f"{guide.toward}.gif").stat().st_size > 500
-    assert told["score"] > told["score_unguided"]
+        report = dream(run, 2, 3, "prior", tmp_path / f"{guide.toward}.gif", guide=guide)["guided"]
+        assert (
+            report["toward"] == guide.toward and report["effective"] > 0 and (tmp_path / f"{guide.toward}.gif").stat().st_size > 500
+        )
+    assert report["score"] > report["score_unguided"]
     assert dream(run, 2, 3, "prior")["guided"] is None
 
 
@@ -127,11 +129,11 @@ def test_options_that_do_not_go_together_say_what_is_missing(run, words, part):
     assert result.exit_code == 2 and part in result.stderr
 
 
-def test_the_command_films_what_lies_between(run, tmp_path):
+def test_the_command_shows_what_lies_between(run, tmp_path):
     words = ["dream", str(run.path), "--between", "0:0,0:3", "--out", str(tmp_path / "x.gif"), "--json"]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
-    told = json.loads(result.stdout)
-    assert list(told) == ["run", "between", "steps", "distance", "line_norm", "arc_norm", "out"]
-    assert len(told["line_norm"]) == 25 and (tmp_path / "x.gif").read_bytes()[:3] == b"GIF"
-    assert between(run, "0:0", "0:3", tmp_path / "y.gif")["distance"] == pytest.approx(told["distance"])
+    result_json = json.loads(result.stdout)
+    assert list(result_json) == ["run", "between", "steps", "distance", "line_norm", "arc_norm", "out"]
+    assert len(result_json["line_norm"]) == 25 and (tmp_path / "x.gif").read_bytes()[:3] == b"GIF"
+    assert interpolation_video(run, "0:0", "0:3", tmp_path / "y.gif")["distance"] == pytest.approx(result_json["distance"])

@@ -9,8 +9,10 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import cloudpickle
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -23,13 +25,13 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNorm
 
 from worldmodel.agents import JointWorldModel, LatentExtractor, latent_policy_kwargs
 from worldmodel.agents.sb3 import extractor as module
-from worldmodel.agents.sb3.extractor import raw_observations
 from worldmodel.config import Config
 from worldmodel.envs.make import make_vec
 from worldmodel.errors import ConfigError
 from worldmodel.model import WorldModel, tensors
 
 PUSH = spaces.Box(-2, 2, (1,), np.float32)
+OF_0_1 = Path(__file__).parent / "runs_of_0_1" / "sb3"
 OBSERVING = {"posterior": "observation"}
 TINY = {"n_steps": 8, "batch_size": 8, "n_epochs": 1}
 OFF = {"learning_starts": 4, "batch_size": 4, "buffer_size": 100}
@@ -69,7 +71,7 @@ def samples(world, count: int, seed: int = 0) -> dict[str, np.ndarray]:
     return world.obs.to_raw(batch)
 
 
-def code_of(world, rows) -> torch.Tensor:
+def latent_of(world, rows) -> torch.Tensor:
     embed = world.encoder(world.preprocess(tensors(rows)))
     return world.dynamics.posterior(embed, world.initial(len(embed))["h"]).mean
 
@@ -95,7 +97,7 @@ def weights(extractor) -> torch.Tensor:
 # What it gives ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("output", ["code", "embedding"])
+@pytest.mark.parametrize("output", ["latent", "embedding"])
 @pytest.mark.parametrize("name", SPACES)
 def test_it_gives_what_the_world_model_gives_for_the_raw_observation(name, output):
     world = world_of(SPACES[name])
@@ -103,7 +105,7 @@ def test_it_gives_what_the_world_model_gives_for_the_raw_observation(name, outpu
     extractor = make(A2C, env, latent_policy_kwargs(world, output=output)).policy.features_extractor
     rows = samples(world, 6)
     raw = world.obs.to_env(rows)
-    expected = code_of(world, rows) if output == "code" else world.encoder(world.preprocess(tensors(rows)))
+    expected = latent_of(world, rows) if output == "latent" else world.encoder(world.preprocess(tensors(rows)))
     transposed = VecTransposeImage(toys(SPACES[name])) if isinstance(env, VecTransposeImage) else None
     given = transposed.transpose_observations(raw) if transposed is not None else raw
     as_tensors = {k: torch.as_tensor(x) for k, x in given.items()} if isinstance(given, dict) else torch.as_tensor(given)
@@ -125,7 +127,7 @@ def test_unnormalised_images_are_divided_here():
     model = make(A2C, toys(IMAGE), latent_policy_kwargs(world, normalize_images=False))
     rows = samples(world, 3)
     got = model.policy.extract_features(model.policy.obs_to_tensor(rows["obs"])[0])
-    torch.testing.assert_close(got, code_of(world, rows), rtol=0, atol=1e-6)
+    torch.testing.assert_close(got, latent_of(world, rows), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["hwc", "vector", "chw"])
@@ -135,11 +137,11 @@ def test_each_stacked_frame_is_encoded_and_they_stand_side_by_side_oldest_first(
     extractor, obs, frames = model.policy.features_extractor, model.env.reset(), []
     for _ in range(4):
         obs = model.env.step([0])[0]
-        frames.append(raw_observations(extractor, obs))
-    codes = code_of(world, {"obs": np.concatenate(frames[-3:])})
+        frames.append(extractor.observations.newest_raw(obs))
+    latents = latent_of(world, {"obs": np.concatenate(frames[-3:])})
     got = model.policy.extract_features(torch.as_tensor(obs))
-    torch.testing.assert_close(got[0], codes.flatten(), rtol=0, atol=1e-6)
-    assert model.policy.features_extractor.features_dim == 3 * codes.shape[1]
+    torch.testing.assert_close(got[0], latents.flatten(), rtol=0, atol=1e-6)
+    assert model.policy.features_extractor.features_dim == 3 * latents.shape[1]
 
 
 @pytest.mark.parametrize(
@@ -174,7 +176,7 @@ def test_a_filtering_run_gives_its_embedding_and_says_so():
     extractor = make(A2C, toys(), kwargs).policy.features_extractor
     assert extractor.output == "embedding" and extractor.features_dim == world.encoder.out_features
     with pytest.raises(ConfigError, match="model=vae"):
-        latent_policy_kwargs(world, output="code")
+        latent_policy_kwargs(world, output="latent")
 
 
 MODELS = sorted(file.name.removesuffix(".yaml") for file in (importlib.resources.files("worldmodel.configs") / "model").iterdir())
@@ -191,21 +193,21 @@ def world_of_recipe(recipe: str, space, action=TWO_ACTIONS) -> WorldModel:
 def test_a_model_of_every_recipe_is_an_extractor_or_the_error_names_the_reason(space, recipe):
     world, met = world_of_recipe(recipe, SPACES[space]), A2C._wrap_env(toys(SPACES[space]), monitor_wrapper=False)
     rows = samples(world, 3)
-    embed, codes = world.encoder(world.preprocess(tensors(rows))), getattr(world.dynamics, "posterior_net", None) is not None
+    embed, has_latent = world.encoder(world.preprocess(tensors(rows))), getattr(world.dynamics, "posterior_net", None) is not None
     given = torch.as_tensor(rows["obs"] if space == "vector" else np.moveaxis(rows["obs"], -1, 1))
-    for output in ("embedding", "code"):
-        if output == "code" and not codes:
+    for output in ("embedding", "latent"):
+        if output == "latent" and not has_latent:
             with pytest.raises(ConfigError, match="pictures as they are: it has no latent" if recipe == "diamond" else "filters"):
                 latent_policy_kwargs(world, output=output)
             continue
         extractor = LatentExtractor(
             met.observation_space, **latent_policy_kwargs(world, output=output)["features_extractor_kwargs"]
         )
-        expected = embed if output == "embedding" else code_of(world, rows)
+        expected = embed if output == "embedding" else latent_of(world, rows)
         torch.testing.assert_close(extractor(preprocess_obs(given, met.observation_space)), expected, rtol=0, atol=1e-6)
 
 
-def test_a_model_of_pictures_without_a_code_gives_its_embedding_says_why_and_trains_jointly():
+def test_a_model_of_pictures_without_a_latent_gives_its_embedding_says_why_and_trains_jointly():
     world = world_of_recipe("diamond", IMAGE)
     with pytest.warns(UserWarning, match="pictures as they are"):
         kwargs = latent_policy_kwargs(world)
@@ -218,13 +220,13 @@ def test_a_model_of_pictures_without_a_code_gives_its_embedding_says_why_and_tra
     assert callback.agent.learner.updates > 0 and not torch.equal(before, weights(encoder))
 
 
-@pytest.mark.parametrize("wrong", [{"mode": "frosen"}, {"output": "codes"}, {"frames": 0}])
+@pytest.mark.parametrize("wrong", [{"mode": "frosen"}, {"output": "latents"}, {"frames": 0}])
 def test_wrong_options_are_refused(wrong):
     with pytest.raises(ConfigError):
         latent_policy_kwargs(world_of(), **wrong)
 
 
-def test_categorical_codes_are_given_as_probabilities():
+def test_categorical_latents_are_given_as_probabilities():
     world = world_of(latent="categorical")
     extractor = make(A2C, toys(), latent_policy_kwargs(world)).policy.features_extractor
     got = extractor(torch.zeros(2, 4))
@@ -248,7 +250,7 @@ def test_the_trained_weights_are_in_every_network_and_stay_there_while_frozen(al
     found = extractors(model)
     assert len(found) == COPIES[algorithm][shared]
     rows = samples(world, 3)
-    before = code_of(world, rows)
+    before = latent_of(world, rows)
     heads = [p for name, p in model.policy.named_parameters() if "features" not in name]
     first = [p.detach().clone() for p in heads]
     model.learn(24)
@@ -368,6 +370,21 @@ def test_another_process_finds_the_weights_in_the_run_and_no_others(chain_run, t
     kwargs["weights"]["digest"] = "0" * 16  # the run was trained on, say
     with pytest.raises(ConfigError, match="latent_policy_kwargs"):
         LatentExtractor(space, **kwargs)(torch.eye(5))
+
+
+def test_an_algorithm_that_release_0_1_saved_around_an_encoder_opens_with_its_values():
+    """Its options have output="code" and model["inputs"], its arrays and the extractor's class other names."""
+    expected = json.loads((OF_0_1 / "expected.json").read_text())
+    model = PPO.load(OF_0_1 / "extractor.zip", DummyVecEnv([lambda: gym.make("CartPole-v1")]), device="cpu")
+    assert model.policy.features_extractor.output == "latent"
+    values = model.policy.predict_values(torch.tensor(expected["observations"])).flatten()
+    torch.testing.assert_close(values, torch.tensor(expected["values"]), rtol=1e-4, atol=1e-5)
+    model.learn(8)
+
+
+def test_the_former_name_of_an_output_is_refused_with_the_new_one():
+    with pytest.raises(ConfigError, match="called 'latent' now"):
+        latent_policy_kwargs(world_of(), output="code")
 
 
 # Joint training ---------------------------------------------------------------------------------------------------------------

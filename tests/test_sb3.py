@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import gymnasium as gym
@@ -17,7 +18,7 @@ from test_imagined import LEARNS
 from typer.testing import CliRunner
 
 from worldmodel.agents import DreamPolicy, SB3Agent, train_in_dream
-from worldmodel.agents.evaluation import evaluate
+from worldmodel.agents.evaluation import FINAL_SEED, evaluate
 from worldmodel.agents.sb3.agent import HOMES, algorithm_class, seeded_globals
 from worldmodel.cli import app
 from worldmodel.commands.train import train
@@ -330,6 +331,14 @@ def test_another_file_than_at_first_one_of_another_environment_and_one_that_is_n
         SB3Agent("MlpPolicy", CHAIN, config={**SMALL, "agent.path": str(path)}, device="cpu", trust=True)
     with pytest.raises(ConfigError, match=r"is no file.*suffix included"):
         SB3Agent("MlpPolicy", CHAIN, config={**SMALL, "agent.path": str(tmp_path / "absent")}, device="cpu", trust=True)
+
+
+def test_a_policy_that_release_0_1_saved_opens_and_plays_as_it_did():
+    folder = Path(__file__).parent / "runs_of_0_1" / "sb3"
+    expected = json.loads((folder / "expected.json").read_text())["real_return"]
+    policy = DreamPolicy.load(folder / "dream", trust=True)
+    assert policy.result.real_return == expected
+    assert np.mean(evaluate(policy, policy.env, 2, FINAL_SEED)[0]) == pytest.approx(expected)
 
 
 # What does not fit ------------------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ An old option name that somebody writes is an error which names the new one; in 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 _EDM = {"most": "sigma_max", "least": "sigma_min", "level_mean": "log_sigma_mean", "level_std": "log_sigma_std"}
 _BEHAVIOUR = {"penalty": "uncertainty_penalty", "manifold": "typicality_penalty"}
@@ -36,6 +37,9 @@ OPTIONS: dict[str, dict[str, str | None]] = {
 }
 """Config class -> {old option: new option}; None: an option that is gone, because nothing used it."""
 
+EXTRACTOR_OUTPUTS = {"code": "latent"}
+"""LatentExtractor's option `output`: old value -> new value."""
+
 ARRAYS = (
     (r"\binitial_law\.", "initial_prior."),
     (r"^dynamics\.code_in\.", "dynamics.z_in."),
@@ -61,3 +65,9 @@ def array_names(names: Iterable[str]) -> dict[str, str]:
             new = re.sub(pattern, replacement, new)
         found[old] = new
     return found
+
+
+def extractor_options(output: str, model: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The options `output` and `model` of a LatentExtractor; those of a part of the model are `Frozen.parse_saved`'s to translate."""
+    names = OPTIONS["ModelConfig"]
+    return EXTRACTOR_OUTPUTS.get(output, output), {names.get(name) or name: value for name, value in model.items()}

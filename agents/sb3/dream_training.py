@@ -139,7 +139,7 @@ class DreamPolicy:
             raise ConfigError(f"'{folder}' holds no {WORLD}. Expected a folder that DreamPolicy.save wrote.")
         arrays, state, _ = checkpoint.unpack(folder / WORLD)
         specs = ObsSpec.from_json(state["observation_spec"]), ActionSpec.from_json(state["action_spec"])
-        world = WorldModel.from_arrays(ModelConfig.parse(state["model"]), *specs, arrays["world"])
+        world = WorldModel.from_arrays(ModelConfig.parse_saved(state["model"]), *specs, arrays["world"])
         algorithm = algorithm or _class_called(state["algorithm"])
         loaded = open_algorithm(algorithm, folder / POLICY, trust=trust, device=device)
         controller = SB3Controller(loaded, state["sees"], state["noise"])
@@ -207,7 +207,13 @@ def train_in_dream(
         if not isinstance(given, kinds):
             raise ConfigError(f"train_in_dream: {name} is a {type(given).__name__}; expected one of {kinds}.")
     target = EnvConfig(id=env) if isinstance(env, str) else env
-    dream = {"horizon": horizon, "start": start, "observation": observation, "uncertainty_penalty": uncertainty_penalty, "max_uncertainty": max_uncertainty}
+    dream = {
+        "horizon": horizon,
+        "start": start,
+        "observation": observation,
+        "uncertainty_penalty": uncertainty_penalty,
+        "max_uncertainty": max_uncertainty,
+    }
     if isinstance(world, Run) or (Path(world) / CONFIG).is_file():
         if rounds != 1 or steps is not None or overrides:
             raise ConfigError(

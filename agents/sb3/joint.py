@@ -12,7 +12,7 @@ from stable_baselines3.common.vec_env import VecNormalize, unwrap_vec_wrapper
 
 from worldmodel.agents.experience import EnvSyncCheck
 from worldmodel.agents.random import RandomAgent
-from worldmodel.agents.sb3.extractor import LatentExtractor, raw_observations
+from worldmodel.agents.sb3.extractor import LatentExtractor
 from worldmodel.config import Config
 from worldmodel.envs.imagined import Source, learned_world
 from worldmodel.envs.vectors.plain import COUNT_FROM_0, plain_action, plain_obs
@@ -79,9 +79,9 @@ class JointWorldModel(BaseCallback):
         self.leader, self.followers = leader_and_followers(self.model.policy)
         world, run = learned_world(self.source)
         observation, action = plain_obs(world.obs), plain_action(world.action)
-        if observation != self.leader.spec:
+        if observation != self.leader.observations.spec:
             raise ConfigError(
-                f"The world model observes {observation.space}, the policy's encoder {self.leader.spec.space}. Give "
+                f"The world model observes {observation.space}, the policy's encoder {self.leader.observations.spec.space}. Give "
                 "JointWorldModel the run that latent_policy_kwargs got."
             )
         spec = ActionSpec.from_space(self.model.action_space)
@@ -152,7 +152,7 @@ class JointWorldModel(BaseCallback):
         return [module for module in self.model.policy.modules() if isinstance(module, LatentExtractor)]
 
     def _raw(self, obs: Any) -> Any:
-        return raw_observations(self.leader, obs)
+        return self.leader.observations.newest_raw(obs)
 
     def _raw_info(self, info: dict[str, Any]) -> dict[str, Any]:
         if "terminal_observation" not in info:

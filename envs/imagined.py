@@ -13,7 +13,7 @@ with the probability that the continue head gives, so that returns have the expe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -154,7 +154,11 @@ class ImaginedWorld:
         needs_ensemble(self.world, "uncertainty_penalty", uncertainty_penalty)
         needs_ensemble(self.world, "max_uncertainty", max_uncertainty)
         needs_marginal(self.world, "typicality_penalty", typicality_penalty)
-        self.uncertainty_penalty, self.max_uncertainty, self.typicality_penalty = uncertainty_penalty, max_uncertainty, typicality_penalty
+        self.uncertainty_penalty, self.max_uncertainty, self.typicality_penalty = (
+            uncertainty_penalty,
+            max_uncertainty,
+            typicality_penalty,
+        )
         if start == "replay" and replay is None:
             if run is None:
                 raise ConfigError(
@@ -214,7 +218,11 @@ class ImaginedWorld:
         uncertainty = dream.uncertainty[:, 0]
         if self.max_uncertainty is not None:
             over = over | (uncertainty > self.max_uncertainty)
-        reward = reward - self.world.heads.scale.value * reward_penalty(self.world, dream, self.uncertainty_penalty, self.typicality_penalty)[:, 0]
+        reward = (
+            reward
+            - self.world.heads.scale.value
+            * reward_penalty(self.world, dream, self.uncertainty_penalty, self.typicality_penalty)[:, 0]
+        )
         return StepResult(dream.feature[:, 1], reward, terminated, over & ~terminated)
 
     # As arrays ------------------------------------------------------------------------------------------------------
@@ -280,8 +288,8 @@ def to_observations(world: WorldModel, feature: Float[Tensor, "n F"], spec: ObsS
 
 
 def part(obs: Any, rows: Any) -> Any:
-    """Some rows of batched observations; one number gives one observation without the batch axis."""
-    return {name: x[rows] for name, x in obs.items()} if isinstance(obs, dict) else obs[rows]
+    """`rows` of batched observations: indices; one number, for an observation without batch axis; None, to add such an axis."""
+    return {name: np.asarray(x)[rows] for name, x in obs.items()} if isinstance(obs, Mapping) else np.asarray(obs)[rows]
 
 
 class ImaginedVecEnv(VecEnv):
@@ -318,7 +326,12 @@ class ImaginedVecEnv(VecEnv):
         max_uncertainty: float | None = None,
         typicality_penalty: float = 0.0,
     ):
-        options = {"seed": seed, "replay": replay, "uncertainty_penalty": uncertainty_penalty, "typicality_penalty": typicality_penalty}
+        options = {
+            "seed": seed,
+            "replay": replay,
+            "uncertainty_penalty": uncertainty_penalty,
+            "typicality_penalty": typicality_penalty,
+        }
         options |= {"max_uncertainty": max_uncertainty, "plain": True}
         self.worlds = ImaginedWorld(run_or_model, num_envs, horizon, start=start, observation=observation, **options)
         self.rows = [ImaginedSubEnv(self.worlds, i) for i in range(num_envs)]

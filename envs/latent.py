@@ -62,7 +62,7 @@ class LatentVecEnv(VecEnvWrapper):
         with_terminal = [i for i in ended if infos[i].get("terminal_observation") is not None]
         raw = self.world.obs.to_raw(obs)
         for i in with_terminal:
-            for name, x in self.world.obs.to_raw(_batch_of_one(infos[i]["terminal_observation"])).items():
+            for name, x in self.world.obs.to_raw(part(infos[i]["terminal_observation"], None)).items():
                 raw[name][i] = x[0]
         feature = self._filter(raw, self._all, first=False)
         if len(ended):
@@ -87,7 +87,3 @@ class LatentVecEnv(VecEnvWrapper):
         )
         self._state = State({name: x.index_copy(0, at, belief[name]) for name, x in self._state.items()})
         return self.world.dynamics.feature(belief).cpu().numpy()
-
-
-def _batch_of_one(obs: Any) -> Any:
-    return {name: np.asarray(x)[None] for name, x in obs.items()} if isinstance(obs, dict) else np.asarray(obs)[None]

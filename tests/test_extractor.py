@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import cloudpickle
@@ -24,7 +25,6 @@ from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize, VecTransposeImage
 
 from worldmodel.agents import JointWorldModel, LatentExtractor, latent_policy_kwargs
-from worldmodel.agents.sb3 import extractor as module
 from worldmodel.config import Config
 from worldmodel.envs.make import make_vec
 from worldmodel.errors import ConfigError
@@ -322,50 +322,54 @@ def test_a_saved_algorithm_predicts_elsewhere_without_the_run(chain_run, tmp_pat
 
 
 @pytest.mark.parametrize("algorithm", [PPO, DQN, SAC, TD3])
-def test_load_gives_equal_predictions_and_goes_on_learning(algorithm, tmp_path, monkeypatch):
+def test_load_gives_equal_predictions_and_goes_on_learning(algorithm, tmp_path):
     action = PUSH if algorithm in (SAC, TD3) else spaces.Discrete(2)
     model = make(algorithm, toys(action=action), latent_policy_kwargs(world_of(action=action))).learn(16)
     model.save(tmp_path / "model")
-    monkeypatch.setattr(module, "_weights", {})
     loaded = algorithm.load(tmp_path / "model", toys(action=action), device="cpu")
     obs = samples(world_of(), 5, seed=3)["obs"]
     np.testing.assert_array_equal(loaded.predict(obs, deterministic=True)[0], model.predict(obs, deterministic=True)[0])
     loaded.learn(8)
 
 
+def plain(options):
+    """The options as a file holds them."""
+    return json.loads(json.dumps(options))
+
+
 def test_weights_are_kept_as_long_as_the_options_or_a_policy_made_with_them_and_then_freed():
-    gc.collect()
-    before, world = len(module._weights), world_of(seed=11)
-    kwargs, again = latent_policy_kwargs(world), copy.deepcopy(latent_policy_kwargs(world))
-    assert len(module._weights) == before + 1  # equal weights are kept once
+    world = world_of(seed=11)
+    kwargs = latent_policy_kwargs(world)
+    again = copy.deepcopy(kwargs)
+    held = weakref.ref(next(iter(kwargs["features_extractor_kwargs"]["weights"].tensors.values())))
+    copied = copy.copy(again["features_extractor_kwargs"]["weights"])
+    assert copied.tensors is kwargs["features_extractor_kwargs"]["weights"].tensors  # equal weights are kept once
     model = make(A2C, toys(), kwargs)
     pickled = cloudpickle.dumps(kwargs["features_extractor_kwargs"])
     assert type(cloudpickle.loads(pickled)["weights"]) is dict and len(pickled) < 3000
-    del kwargs
+    del kwargs, copied
     LatentExtractor(VECTOR, **again["features_extractor_kwargs"])(torch.zeros(1, 4))
     del again
     gc.collect()
-    assert len(module._weights) == before + 1 and model.policy_kwargs
+    assert held() is not None and model.policy_kwargs
     del model
     gc.collect()
-    assert len(module._weights) == before
+    assert held() is None
 
 
-def test_an_encoder_without_weights_refuses_to_be_used(monkeypatch):
+def test_an_encoder_without_weights_refuses_to_be_used():
     kwargs = latent_policy_kwargs(world_of())
-    monkeypatch.setattr(module, "_weights", {})
-    model = make(DQN, toys(), kwargs)
+    model = make(DQN, toys(), {**kwargs, "features_extractor_kwargs": plain(kwargs["features_extractor_kwargs"])})
     with pytest.raises(ConfigError, match="no weights"):
         model.predict(np.zeros((1, 4), np.float32), deterministic=True)
 
 
-def test_another_process_finds_the_weights_in_the_run_and_no_others(chain_run, tmp_path, monkeypatch):
+def test_another_process_finds_the_weights_in_the_run_and_no_others(chain_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(chain_run, run)
-    kwargs = json.loads(json.dumps(latent_policy_kwargs(run)["features_extractor_kwargs"]))
-    space = spaces.Box(0, 1, (5,), np.float32)
-    expected = LatentExtractor(space, **kwargs)(torch.eye(5))
-    monkeypatch.setattr(module, "_weights", {})
+    given = latent_policy_kwargs(run)["features_extractor_kwargs"]
+    kwargs, space = plain(given), spaces.Box(0, 1, (5,), np.float32)
+    expected = LatentExtractor(space, **given)(torch.eye(5))
     torch.testing.assert_close(LatentExtractor(space, **kwargs)(torch.eye(5)), expected)
     kwargs["weights"]["digest"] = "0" * 16  # the run was trained on, say
     with pytest.raises(ConfigError, match="latent_policy_kwargs"):

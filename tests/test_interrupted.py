@@ -97,7 +97,7 @@ def test_a_signal_in_a_visit_to_the_dream_ends_it(tmp_path):
     asked = []
     agent.should_continue = lambda: asked.append(1) is None and agent.controller.algorithm.num_timesteps < 40
     agent.learn(30)
-    assert agent.visits == 0 and agent.has_pending_updates and agent.imagined_steps < 400
+    assert agent.dreams == 0 and agent.has_pending_updates and agent.imagined_steps < 400
 
 
 # A script --------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from worldmodel.agents import DreamPolicy, SB3Agent, train_in_dream
 from worldmodel.agents.evaluation import FINAL_SEED, evaluate
-from worldmodel.agents.sb3.agent import HOMES, algorithm_class, seeded_globals
+from worldmodel.agents.sb3.algorithms import ALGORITHMS, algorithm_class, seeded_globals
 from worldmodel.cli import app
 from worldmodel.commands.train import train
 from worldmodel.envs import make_vec
@@ -27,7 +27,7 @@ from worldmodel.errors import ConfigError, MissingExtraError, TrustError
 from worldmodel.storage.run import Run
 
 PENDULUM = {**SMALL_WORLD, "agent": "random", "eval.every": 0, "eval.episodes": 1, "log.tensorboard": False, "checkpoint.every": 0}
-FITS = {name: "pendulum" if name in ("sac", "td3", "tqc") else "chain" for name in HOMES}
+FITS = {name: "pendulum" if name in ("sac", "td3", "tqc") else "chain" for name in ALGORITHMS}
 QUICK = {"qrdqn": {"policy_kwargs": {"n_quantiles": 10}}, "tqc": {"policy_kwargs": {"n_quantiles": 5}}}
 
 
@@ -50,7 +50,7 @@ def pendulum(tmp_path_factory) -> str:
 # A finished world -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", HOMES)
+@pytest.mark.parametrize("name", ALGORITHMS)
 def test_each_algorithm_learns_acts_in_reality_and_acts_the_same_once_loaded(name, chain, pendulum, tmp_path):
     made = algorithm_class(name)
     before = []
@@ -187,7 +187,7 @@ def test_schedules_follow_the_real_steps_and_not_each_visit():
     agent = SB3Agent("MlpPolicy", CHAIN, config={**SMALL, **VISITS}, algo_kwargs={"learning_rate": rate}, seed=0, device="cpu")
     agent.learn(100)
     left = sorted(set(seen), reverse=True)
-    assert left[0] == 1 and 0 < left[-1] < 0.2 and len(left) == agent.visits + 1  # SB3 asks once as it is made
+    assert left[0] == 1 and 0 < left[-1] < 0.2 and len(left) == agent.dreams + 1  # SB3 asks once as it is made
 
 
 @pytest.mark.parametrize(("name", "observation"), [("ppo", "latent"), ("dqn", "latent"), ("dqn", "decoded")])
@@ -212,6 +212,17 @@ def test_what_no_file_holds_must_be_given_again(tmp_path):
     loaded = SB3Agent.load(tmp_path / "agent", **given)
     obs = make_vec(CHAIN, 2, seed=0).reset()
     np.testing.assert_array_equal(loaded.predict(obs, deterministic=True)[0], agent.predict(obs, deterministic=True)[0])
+
+
+def test_what_sb3_writes_into_policy_kwargs_is_not_in_the_config_or_in_the_users_mapping(tmp_path):
+    """A2C adds optimizer_class to its policy_kwargs, a class that no config can hold."""
+    given = {"policy_kwargs": {"net_arch": [4]}}
+    config = {**SMALL, "agent.kind": "sb3", "agent.algo": "a2c"}
+    SB3Agent("MlpPolicy", CHAIN, config=config, algo_kwargs=given, device="cpu")
+    assert given == {"policy_kwargs": {"net_arch": [4]}}
+    SB3Agent("MlpPolicy", CHAIN, config={**config, "agent.options": given}, device="cpu").save(tmp_path / "agent")
+    loaded = SB3Agent.load(tmp_path / "agent")
+    assert loaded.config.agent.options == given and loaded.algorithm.policy.net_arch == [4]
 
 
 def test_dict_observations_alternate_too():
@@ -380,7 +391,7 @@ def test_more_rounds_than_real_steps_are_refused():
 
 
 def test_a_missing_extra_is_named(monkeypatch):
-    monkeypatch.setitem(HOMES, "tqc", ("sb3_contrib_that_is_absent", "TQC"))
+    monkeypatch.setitem(ALGORITHMS, "tqc", ("sb3_contrib_that_is_absent", "TQC"))
     with pytest.raises(MissingExtraError, match=r"worldmodel\[contrib\]"):
         algorithm_class("tqc")
 
@@ -388,6 +399,6 @@ def test_a_missing_extra_is_named(monkeypatch):
 def test_a_package_that_is_there_and_broken_is_not_called_absent(monkeypatch, tmp_path):
     (tmp_path / "contrib_of_another_version.py").write_text("from stable_baselines3.common.utils import no_such_name")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(HOMES, "tqc", ("contrib_of_another_version", "TQC"))
+    monkeypatch.setitem(ALGORITHMS, "tqc", ("contrib_of_another_version", "TQC"))
     with pytest.raises(ConfigError, match=r"installed and cannot be imported: .*no_such_name"):
         algorithm_class("tqc")

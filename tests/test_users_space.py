@@ -244,7 +244,7 @@ def test_an_algorithm_in_the_dream_counts_from_0_and_the_environment_gets_its_ow
     config = {"size": "nano", "train.prefill": 20, "train.pretrain": 1, "train.batch_length": 8, "train.batch_size": 2, **options}
     agent = SB3Agent("MlpPolicy", env, config=config, device="cpu", seed=0)
     agent.learn(45)
-    assert agent.visits and agent.algorithm.action_space == spaces.MultiDiscrete([2, 3])
+    assert agent.dreams and agent.algorithm.action_space == spaces.MultiDiscrete([2, 3])
     assert all(env.action_space.contains(x) for x in env.actions)
     assert env.action_space.contains(agent.predict(env.reset()[0])[0])
 

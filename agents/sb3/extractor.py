@@ -3,9 +3,8 @@
     observation of the environment -> SB3's preprocessing -> canonical tensors (preprocessing.py)
         -> scaling -> encoder -> embedding [N, E] -> posterior -> its mean, the latent [N, Z]
 
-The encoder's weights come from this process, which keeps them as long as somebody holds the options that
-`latent_policy_kwargs` returned; else from the run, where its folder is still there; in an algorithm that SB3 has loaded,
-from its zip.
+The encoder's weights come with the options that `latent_policy_kwargs` returned. Options from a file are plain data alone: then the
+weights come from the run, where its folder is still there, or from the zip of the algorithm that is loaded.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import hashlib
 import warnings
 from collections.abc import Mapping
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from gymnasium import spaces
@@ -29,7 +27,7 @@ from worldmodel.distributions import EncoderInterface
 from worldmodel.encoders import VectorScaling
 from worldmodel.envs.imagined import Source, learned_world
 from worldmodel.envs.vectors.plain import plain_obs
-from worldmodel.errors import ConfigError, did_you_mean
+from worldmodel.errors import ConfigError, require_choice, require_whole
 from worldmodel.model import WorldModel, default_distribution
 from worldmodel.nn.moments import in_todays_names
 from worldmodel.registry import build, config_class
@@ -56,17 +54,18 @@ def latent_policy_kwargs(
     Other policy options go beside it: `{**latent_policy_kwargs(run), "net_arch": [64]}`. The values are plain data.
     Raises ConfigError.
     """
-    _require_known("mode", mode, MODES)
+    require_choice("mode", mode, MODES)
+    require_whole(frames=frames)
+    if output in renamed.EXTRACTOR_OUTPUTS:
+        raise ConfigError(f"output is {output!r}; it is called '{renamed.EXTRACTOR_OUTPUTS[output]}' now.")
     if output is not None:
-        _require_known("output", output, OUTPUTS)
-    if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
-        raise ConfigError(f"frames is {frames!r}; expected a whole number of at least 1.")
+        require_choice("output", output, OUTPUTS)
     world, run = learned_world(run_or_model)
     missing = _why_no_latent(world)
     if output == "latent" and missing:
         raise ConfigError(
-            f"output='latent' needs a posterior that depends on the observation alone. {missing} Use output='embedding', train with "
-            "model=vae or model.dynamics.posterior=observation, or wrap the environments in worldmodel.envs.LatentVecEnv."
+            f"output='latent' needs a posterior that depends on the observation alone. {missing} Use output='embedding', train "
+            "with model=vae or model.dynamics.posterior=observation, or wrap the environments in worldmodel.envs.LatentVecEnv."
         )
     if output is None and missing:
         warnings.warn(
@@ -82,7 +81,7 @@ def latent_policy_kwargs(
         "model": {part: config[part] for part in parts},
         "mode": mode,
         "output": output,
-        "frames": frames,
+        "frames": int(frames),
         "normalize_images": normalize_images,
         "weights": _reference(_encoder_weights(world, output), run),
     }
@@ -129,7 +128,7 @@ class LatentExtractor(BaseFeaturesExtractor):
         self.source = dict(weights)
         self.register_buffer("filled", torch.tensor(False))
         self._checked = False
-        found = _find_weights(self.source, output)
+        found = _find_weights(weights, output)
         if found is not None:
             self.load_state_dict({**found, "filled": torch.tensor(True)})
         self.detached = True
@@ -169,10 +168,11 @@ class LatentExtractor(BaseFeaturesExtractor):
 
     def _require_weights(self) -> None:
         if not bool(self.filled):
-            location = f" or in the run folder '{self.source['run']}'" if self.source.get("run") else ""
+            location = f" in the run folder '{self.source['run']}'" if self.source.get("run") else ""
             raise ConfigError(
-                f"The encoder has no weights: those with digest {self.source.get('digest')} were not found in this process{location}, "
-                "and none were loaded. Load the algorithm from its zip, or make policy_kwargs anew with latent_policy_kwargs(run)."
+                f"The encoder has no weights: none came with its options, those with digest {self.source.get('digest')} were not "
+                f"found{location}, and none were loaded. Load the algorithm from its zip, or make policy_kwargs anew with "
+                "latent_policy_kwargs(run)."
             )
         self._checked = True
 
@@ -181,14 +181,6 @@ class LatentExtractor(BaseFeaturesExtractor):
         own = {name.removeprefix(prefix): state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
         state_dict.update({prefix + name: x for name, x in in_todays_names(self, own).items()})
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _require_known(name: str, value: Any, known: tuple[str, ...]) -> None:
-    if value not in known:
-        hint = did_you_mean(str(value), known)
-        if name == "output" and value in renamed.EXTRACTOR_OUTPUTS:
-            hint = f" It is called '{renamed.EXTRACTOR_OUTPUTS[value]}' now."
-        raise ConfigError(f"{name} is {value!r}; expected one of {known}.{hint}")
 
 
 def _why_no_latent(world: WorldModel) -> str:
@@ -215,21 +207,13 @@ def _posterior(config: Frozen, encoder: nn.Module) -> tuple[nn.Module, Any]:
 # Weights ------------------------------------------------------------------------------------------------------------------
 
 
-class _Weights(dict):
-    """{name: tensor} of an encoder; a class of its own, since a plain dict cannot be referred to weakly."""
-
-
-_weights: WeakValueDictionary[str, _Weights] = WeakValueDictionary()
-"""Digest -> encoder weights in this process, for the policies that are built from options."""
-
-
 class _WeightsReference(dict):
-    """The option `weights`: {digest, run, step} as plain data, which keeps the weights of this process alive, as do its copies.
+    """The option `weights`: plain data {digest, run, step} by which weights are found again, and the `tensors` themselves.
 
-    Pickled it is a plain dict.
+    Copies share the tensors; pickled it is a plain dict.
     """
 
-    def __init__(self, data: Mapping[str, Any], tensors: _Weights):
+    def __init__(self, data: Mapping[str, Any], tensors: Mapping[str, Tensor]):
         super().__init__(data)
         self.tensors = tensors
 
@@ -242,20 +226,20 @@ class _WeightsReference(dict):
         return dict, (dict(self),)
 
 
-def _reference(weights: _Weights, run: Run | None) -> _WeightsReference:
-    """How `_find_weights` finds these weights again, in this process and as long as the run is kept."""
+def _reference(weights: dict[str, Tensor], run: Run | None) -> _WeightsReference:
     data = {"digest": _digest(weights)}
     if run is not None:
         data |= {"run": str(run.path), "step": run.read()[1]["counters"]["num_timesteps"]}
-    return _WeightsReference(data, _weights.setdefault(data["digest"], weights))
+    return _WeightsReference(data, weights)
 
 
 def _find_weights(source: Mapping[str, Any], output: str) -> Mapping[str, Tensor] | None:
-    """The weights of a digest: those in this process, else those of the run where it is still there and unchanged."""
+    """The weights that come with a reference, else those of its run, where that is still there and has these weights."""
+    if isinstance(source, _WeightsReference):
+        return source.tensors
     digest, path = source.get("digest"), source.get("run")
-    in_process = _weights.get(digest)
-    if in_process is not None or not path:
-        return in_process
+    if not path:
+        return None
     try:
         run, step = Run.open(path), source.get("step")
         weights = _encoder_weights(run.world_model(step if step in run.checkpoints else None), output)
@@ -264,14 +248,12 @@ def _find_weights(source: Mapping[str, Any], output: str) -> Mapping[str, Tensor
     return weights if _digest(weights) == digest else None
 
 
-def _encoder_weights(world: WorldModel, output: str) -> _Weights:
+def _encoder_weights(world: WorldModel, output: str) -> dict[str, Tensor]:
     """Copies of a world model's tensors by their names in LatentExtractor."""
     modules = {"scaling": world.scaling, "encoder": world.encoder}
     if output == "latent":
         modules["posterior_net"] = world.dynamics.posterior_net
-    return _Weights(
-        {f"{name}.{key}": x.detach().cpu().clone() for name, module in modules.items() for key, x in module.state_dict().items()}
-    )
+    return {f"{name}.{key}": x.detach().cpu().clone() for name, module in modules.items() for key, x in module.state_dict().items()}
 
 
 def _digest(weights: Mapping[str, Tensor]) -> str:

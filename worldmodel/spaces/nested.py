@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 
 def join_path(path: tuple[Any, ...]) -> str:
@@ -17,3 +19,10 @@ def flatten(value: Any, names: Container[str], path: tuple[Any, ...] = ()) -> di
         items = value.items() if isinstance(value, Mapping) else enumerate(value)
         return {name: x for step, part in items for name, x in flatten(part, names, (*path, step)).items()}
     return {join_path(path): value}
+
+
+def stack(observations: Sequence[Any]) -> Any:
+    """Single observations, arrays or dicts of arrays [...], as one batch [N, ...]."""
+    if isinstance(observations[0], Mapping):
+        return {name: np.stack([obs[name] for obs in observations]) for name in observations[0]}
+    return np.stack(observations)

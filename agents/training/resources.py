@@ -1,4 +1,4 @@
-"""What a run may take of memory and disk: told where it is much of what is free."""
+"""Warnings about the memory and disk that a run may need."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from worldmodel.agents.loop import WorldModelAlgorithm
 from worldmodel.storage.run import Run
 
 WARN_SHARE = 0.25
-"""Of what is free; less than this is not worth a word."""
+"""Share of the free memory or disk above which there is a warning."""
 
 
 def free_memory() -> int | None:
-    """Bytes that this machine can still give to processes; None where it does not say (only Linux does)."""
+    """Bytes of available memory; None where it is unknown (only Linux tells)."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             found = dict(line.split(":", 1) for line in file)
@@ -23,7 +23,7 @@ def free_memory() -> int | None:
 
 
 def warn_if_large(model: WorldModelAlgorithm, run: Run, warn: Callable[[str], object]) -> None:
-    """Warns where the replay may take more than a SHARE of the free memory, and the run more of the disk than there is."""
+    """Warns where the replay may take more than WARN_SHARE of the free memory or disk, or the run more disk than is free."""
     free, keep = shutil.disk_usage(run.path).free, run.config.checkpoint.keep
     moments = 0 if model.learner.updates else 8 * model.parameter_count  # Adam's two, from the first update on
     size, written = run.checkpoint_bytes + moments, run.replay_bytes

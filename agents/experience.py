@@ -7,22 +7,23 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor, is_vecenv_wrapped
 
 from worldmodel.envs.vectors.restarts import RESTARTED
+from worldmodel.envs.vectors.workers import drain
 from worldmodel.errors import ConfigError, CorruptError, EnvError
 from worldmodel.learner import TrainConfig
 from worldmodel.model import WorldModel, tensors
 from worldmodel.spaces import ActionSpec, ObsSpec
-from worldmodel.spaces.nested import stack
 from worldmodel.storage import checkpoint
 from worldmodel.storage.replay import Replay, row_bytes
 
@@ -135,7 +136,7 @@ def rows_before_reset(
     arrived = {name: x.copy() for name, x in rows_after_reset.items()}
     told = np.array([i for i in ended if infos[i].get("terminal_observation") is not None], np.int64)
     if len(told):
-        for name, x in to_raw(stack([infos[i]["terminal_observation"] for i in told])).items():
+        for name, x in to_raw(_stack([infos[i]["terminal_observation"] for i in told])).items():
             arrived[name][told] = x
     for i in np.setdiff1d(ended, told).tolist():
         for name, x in previous_row(i).items():
@@ -172,6 +173,38 @@ class EpisodeStatistics:
             if "episode" in infos[i] or not self.monitored or RESTARTED in infos[i]:
                 self.returns[i] = self.lengths[i] = 0
         return infos
+
+
+class EnvSyncCheck:
+    """Whether an SB3 algorithm still stands where its environments do, as far as a callback can see.
+
+    SB3 moves its `_last_obs` on behind the callbacks. An exception, or a callback that stops the training, comes between; a
+    `learn` that resets nothing then goes on from an observation that its environments have left.
+    """
+
+    def __init__(self) -> None:
+        self.in_sync, self.last_obs = True, []
+
+    def on_training_start(self, model: BaseAlgorithm) -> None:
+        """At the start of `learn`: environments that were left are reset."""
+        if not self.in_sync and any(model._last_obs is obs for obs in self.last_obs):
+            drain(model.env)
+            model._last_obs = model.env.reset()
+            model._last_episode_starts = np.ones(model.n_envs, bool)
+        self.in_sync, self.last_obs = False, [model._last_obs]
+
+    def step(self, model: BaseAlgorithm, new_obs: Any) -> None:
+        self.last_obs = [model._last_obs, new_obs]
+
+    def end(self, model: BaseAlgorithm) -> None:
+        """At the end of `learn`."""
+        self.in_sync = model._last_obs is self.last_obs[-1]
+
+
+def _stack(observations: list[Any]) -> Any:
+    if isinstance(observations[0], Mapping):
+        return {name: np.stack([obs[name] for obs in observations]) for name in observations[0]}
+    return np.stack(observations)
 
 
 def _physical_memory() -> float:

@@ -26,18 +26,17 @@ def warn_if_large(model: WorldModelAlgorithm, run: Run, warn: Callable[[str], ob
     """Warns where the replay may take more than WARN_SHARE of the free memory or disk, or the run more disk than is free."""
     free, keep = shutil.disk_usage(run.path).free, run.config.checkpoint.keep
     moments = 0 if model.learner.updates else 8 * model.parameter_count  # Adam's two, from the first update on
-    size, written = run.checkpoint_bytes + moments, run.replay_bytes
-    replay, memory = model.replay, free_memory()
-    replay_disk_bytes = max(0, replay.disk_bytes - written)
-    if (memory is not None and replay.nbytes > WARN_SHARE * memory) or replay_disk_bytes > WARN_SHARE * free:
+    checkpoint_bytes, replay, memory = run.checkpoint_bytes + moments, model.replay, free_memory()
+    disk_bytes = max(0, replay.disk_bytes - run.replay_bytes)  # still to be written
+    if (memory is not None and replay.nbytes > WARN_SHARE * memory) or disk_bytes > WARN_SHARE * free:
         of = "" if memory is None else f" (of {memory / 1e6:,.0f} MB that are free)"
         warn(
             f"The replay may grow to {replay.capacity:,} steps: {replay.nbytes / 1e6:,.0f} MB of memory{of} and "
-            f"{replay_disk_bytes / 1e6:,.0f} MB of disk (of {free / 1e6:,.0f} MB). Lower train.capacity or train.replay_gib, or keep it on the "
-            "disk alone (train.replay=disk)."
+            f"{disk_bytes / 1e6:,.0f} MB of disk (of {free / 1e6:,.0f} MB). Lower train.capacity or train.replay_gib, or keep it on "
+            "the disk alone (train.replay=disk)."
         )
-    if free < keep * size + replay_disk_bytes:
+    if free < keep * checkpoint_bytes + disk_bytes:
         warn(
-            f"The disk of {run.path} has {free / 1e6:.0f} MB left, but {keep} more checkpoints of {size / 1e6:.0f} MB and "
-            f"{replay_disk_bytes / 1e6:.0f} MB of replay may come. Free some space, or lower checkpoint.keep or train.capacity."
+            f"The disk of {run.path} has {free / 1e6:.0f} MB left, but {keep} more checkpoints of {checkpoint_bytes / 1e6:.0f} MB and "
+            f"{disk_bytes / 1e6:.0f} MB of replay may come. Free some space, or lower checkpoint.keep or train.capacity."
         )

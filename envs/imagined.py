@@ -340,23 +340,9 @@ class ImaginedSubEnv:
     spec = None
 
     def __init__(self, worlds: ImaginedWorld, index: int):
-        self.worlds, self.index = worlds, index
-
-    @property
-    def observation_space(self) -> spaces.Space:
-        return self.worlds.observation_space
-
-    @property
-    def action_space(self) -> spaces.Space:
-        return self.worlds.action_space
-
-    @property
-    def render_mode(self) -> str | None:
-        return next(iter(self.worlds.render_modes), None)
-
-    @property
-    def horizon(self) -> int:
-        return self.worlds.horizon
+        self.worlds, self.index, self.horizon = worlds, index, worlds.horizon
+        self.observation_space, self.action_space = worlds.observation_space, worlds.action_space
+        self.render_mode = next(iter(worlds.render_modes), None)
 
     def render(self) -> np.ndarray:
         """uint8 [H, W, 3]."""

@@ -145,7 +145,7 @@ def test_each_stacked_frame_is_encoded_and_they_stand_side_by_side_oldest_first(
 
 
 @pytest.mark.parametrize(
-    ("trained", "met", "says"),
+    ("trained", "space", "says"),
     [
         (VECTOR, spaces.Box(-1, 1, (5,), np.float32), "trained on"),
         (VECTOR, spaces.Box(-2, 2, (4,), np.float32), "trained on"),
@@ -155,10 +155,10 @@ def test_each_stacked_frame_is_encoded_and_they_stand_side_by_side_oldest_first(
         (spaces.MultiDiscrete([[2, 3]]), spaces.MultiDiscrete([[2, 3]]), "PlainVecEnv"),
     ],
 )
-def test_a_run_of_another_environment_or_a_space_that_sb3_garbles_is_refused(trained, met, says):
+def test_a_run_of_another_environment_or_a_space_that_sb3_garbles_is_refused(trained, space, says):
     kwargs = latent_policy_kwargs(world_of(trained))["features_extractor_kwargs"]
     with pytest.raises(ConfigError, match=says):
-        LatentExtractor(met, **kwargs)
+        LatentExtractor(space, **kwargs)
 
 
 def test_an_image_that_is_a_vector_for_the_model_is_refused_where_sb3_would_scale_it():
@@ -191,7 +191,7 @@ def world_of_recipe(recipe: str, space, action=TWO_ACTIONS) -> WorldModel:
     ("space", "recipe"), [(s, r) for s in ("vector", "hwc") for r in MODELS if (s, r) != ("vector", "diamond")]
 )
 def test_a_model_of_every_recipe_is_an_extractor_or_the_error_names_the_reason(space, recipe):
-    world, met = world_of_recipe(recipe, SPACES[space]), A2C._wrap_env(toys(SPACES[space]), monitor_wrapper=False)
+    world, env = world_of_recipe(recipe, SPACES[space]), A2C._wrap_env(toys(SPACES[space]), monitor_wrapper=False)
     rows = samples(world, 3)
     embed, has_latent = world.encoder(world.preprocess(tensors(rows))), getattr(world.dynamics, "posterior_net", None) is not None
     given = torch.as_tensor(rows["obs"] if space == "vector" else np.moveaxis(rows["obs"], -1, 1))
@@ -201,10 +201,10 @@ def test_a_model_of_every_recipe_is_an_extractor_or_the_error_names_the_reason(s
                 latent_policy_kwargs(world, output=output)
             continue
         extractor = LatentExtractor(
-            met.observation_space, **latent_policy_kwargs(world, output=output)["features_extractor_kwargs"]
+            env.observation_space, **latent_policy_kwargs(world, output=output)["features_extractor_kwargs"]
         )
         expected = embed if output == "embedding" else latent_of(world, rows)
-        torch.testing.assert_close(extractor(preprocess_obs(given, met.observation_space)), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(extractor(preprocess_obs(given, env.observation_space)), expected, rtol=0, atol=1e-6)
 
 
 def test_a_model_of_pictures_without_a_latent_gives_its_embedding_says_why_and_trains_jointly():
@@ -434,18 +434,18 @@ def test_the_algorithms_gradients_reach_the_encoder_only_by_wish(rl_gradients):
 
 def test_updates_leave_no_gradient_behind_and_come_between_rollouts():
     model, callback = joint(PPO, toys(), world_of(), ratio=1.0)
-    seen = []
+    recorded = []
     collect = model.collect_rollouts
 
     def watched(*args, **kwargs):
         goes_on = collect(*args, **kwargs)
-        seen.append((callback.agent.learner.updates, [p.grad for p in callback.leader.parameters()]))
+        recorded.append((callback.agent.learner.updates, [p.grad for p in callback.leader.parameters()]))
         return goes_on
 
     model.collect_rollouts = watched
     model.learn(32, callback=callback)
-    assert [updates for updates, _ in seen] == sorted(updates for updates, _ in seen) and seen[-1][0] > 0
-    fresh = [grads for updates, grads in seen[:1] if updates == 0]
+    assert [updates for updates, _ in recorded] == sorted(updates for updates, _ in recorded) and recorded[-1][0] > 0
+    fresh = [grads for updates, grads in recorded[:1] if updates == 0]
     assert all(g is None for grads in fresh for g in grads)
 
 
@@ -457,13 +457,13 @@ def test_what_is_recorded_is_what_the_environment_did(algorithm):
     model, callback = joint(algorithm, venv, world, **({"learning_starts": 100} if algorithm is DQN else {}))
     model.learn(64, callback=callback)
     rows = stored(callback.agent)
-    cell, came = rows.obs["obs"].argmax(-1), rows.prev_action.argmax(-1)
+    cell, taken = rows.obs["obs"].argmax(-1), rows.prev_action.argmax(-1)
     assert len(cell) > 60
     for t in range(1, len(cell)):
         if rows.is_first[t]:
             assert cell[t] == 0 and rows.is_last[t - 1] and not rows.prev_action[t].any()
             continue
-        assert cell[t] == max(cell[t - 1] + (1 if came[t] == 1 else -1), 0)
+        assert cell[t] == max(cell[t - 1] + (1 if taken[t] == 1 else -1), 0)
         assert rows.reward[t] == pytest.approx(1.0 if cell[t] == 4 else (int(cell[t]) - 4) / 10, abs=1e-6)
         assert bool(rows.is_terminal[t]) == (cell[t] == 4)
     assert rows.is_terminal.any()
@@ -481,15 +481,15 @@ def test_continuous_actions_are_recorded_as_the_environment_got_them(algorithm, 
 
 
 def test_stacked_and_transposed_pictures_are_recorded_as_they_were(monkeypatch):
-    seen = []
-    toy = Toy(IMAGE, spoil=lambda obs, reward: (seen.append(obs) or obs, reward))
+    recorded = []
+    toy = Toy(IMAGE, spoil=lambda obs, reward: (recorded.append(obs) or obs, reward))
     world = world_of(IMAGE)
     callback = JointWorldModel(world, ratio=0.0, config=JOINT)
     env = VecFrameStack(DummyVecEnv([lambda: toy]), 2)
     model = make(DQN, env, latent_policy_kwargs(world, "joint", frames=2))
     model.learn(12, callback=callback)
     rows = stored(callback.agent)
-    np.testing.assert_array_equal(rows.obs["obs"][~rows.is_first].numpy(), np.stack(seen))
+    np.testing.assert_array_equal(rows.obs["obs"][~rows.is_first].numpy(), np.stack(recorded))
 
 
 def test_joint_training_goes_on_after_load(tmp_path):

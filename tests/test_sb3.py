@@ -177,16 +177,16 @@ def test_rounds_in_a_world_that_has_learned_nothing_are_refused():
         train_in_dream("ppo", CHAIN, steps=15, total_timesteps=64, overrides=SMALL, episodes=0)
 
 
-def test_schedules_follow_the_real_steps_and_not_each_visit():
-    seen = []
+def test_schedules_follow_the_real_steps_and_not_each_training_in_the_dream():
+    rates = []
 
     def rate(remaining: float) -> float:
-        seen.append(remaining)
+        rates.append(remaining)
         return 1e-3 * remaining
 
     agent = SB3Agent("MlpPolicy", CHAIN, config={**SMALL, **VISITS}, algo_kwargs={"learning_rate": rate}, seed=0, device="cpu")
     agent.learn(100)
-    left = sorted(set(seen), reverse=True)
+    left = sorted(set(rates), reverse=True)
     assert left[0] == 1 and 0 < left[-1] < 0.2 and len(left) == agent.dreams + 1  # SB3 asks once as it is made
 
 
@@ -303,11 +303,11 @@ def test_a_policy_from_a_file_collects_from_the_first_step_acts_and_does_not_lea
 
 def test_a_policy_from_a_file_sees_what_is_there_and_not_what_the_model_makes_of_it(right):
     agent = SB3Agent("MlpPolicy", CHAIN, config={**SMALL, "agent.path": right}, seed=0, device="cpu", trust=True)
-    seen, predict = [], agent.algorithm.predict
-    agent.algorithm.predict = lambda obs, *args: (seen.append(np.array(obs)), predict(obs, *args))[1]
+    observed, predict = [], agent.algorithm.predict
+    agent.algorithm.predict = lambda obs, *args: (observed.append(np.array(obs)), predict(obs, *args))[1]
     obs = make_vec(CHAIN, 2, seed=0).reset()
     agent.predict(obs, deterministic=True)
-    np.testing.assert_array_equal(seen[0], obs)
+    np.testing.assert_array_equal(observed[0], obs)
 
 
 def test_without_trust_a_file_is_not_opened_and_nothing_is_left_behind(right, tmp_path):

@@ -70,15 +70,15 @@ class SB3Config(Frozen):
 class SB3Controller(Controller):
     """Acts by an SB3 policy.
 
-    sees   "latent": the feature of the world model's state; "decoded": the decoded feature; "real": the observation itself,
-           "decoded" in dreams
-    noise  deviation of normal noise on continuous actions that are not deterministic
+    observes  "latent": the feature of the world model's state; "decoded": the decoded feature; "real": the observation itself,
+              "decoded" in dreams
+    noise     deviation of normal noise on continuous actions that are not deterministic
     """
 
-    def __init__(self, algorithm: BaseAlgorithm, sees: str, noise: float = 0.0):
+    def __init__(self, algorithm: BaseAlgorithm, observes: str, noise: float = 0.0):
         super().__init__()
         self.algorithm, self.policy = algorithm, algorithm.policy
-        self.sees, self.noise = sees, noise
+        self.observes, self.noise = observes, noise
         self.lstm = getattr(self.policy, "lstm_hidden_state_shape", None)
 
     def memory(self, world: WorldModel, batch_size: int) -> State:
@@ -92,10 +92,10 @@ class SB3Controller(Controller):
     def act(
         self, world: WorldModel, state: State, memory: State, deterministic: bool, generator: torch.Generator, rows: Any = None
     ) -> tuple[Tensor, State]:
-        if self.sees == "real" and rows is not None:
+        if self.observes == "real" and rows is not None:
             obs = world.obs.to_env(plain_raw(world.obs, rows))
         else:
-            obs = to_observations(world, world.dynamics.feature(state), None if self.sees == "latent" else plain_obs(world.obs))
+            obs = to_observations(world, world.dynamics.feature(state), None if self.observes == "latent" else plain_obs(world.obs))
         lstm_state, first = None, None
         if self.lstm is not None:
             lstm_state = tuple(memory[name].transpose(0, 1).contiguous().cpu().numpy() for name in ("lstm_h", "lstm_c"))

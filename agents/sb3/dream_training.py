@@ -109,7 +109,7 @@ class DreamPolicy:
             "action_spec": self.world.action.to_json(),
             "env": self.env.model_dump(mode="json"),
             "algorithm": type(self.algorithm).__name__,
-            "sees": controller.sees,
+            "sees": controller.observes,
             "noise": controller.noise,
             "seed": self.seed,
             "result": asdict(self.result) if self.result is not None else None,

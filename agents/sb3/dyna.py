@@ -104,11 +104,11 @@ class DynaCallback(ObservingCallback):
         needs_ensemble(self.world, "max_uncertainty", self.max_uncertainty)
         self._transposed, self._worlds, self._filtered_at = None, None, 0
         known, acts = plain_obs(self.world.obs).space, plain_action(self.world.action).space
-        seen, wrapper = model.observation_space, unwrap_vec_wrapper(self.training_env, VecTransposeImage)
+        observed, wrapper = model.observation_space, unwrap_vec_wrapper(self.training_env, VecTransposeImage)
         if wrapper is not None and known == wrapper.venv.observation_space:
-            seen, self._transposed = known, wrapper
-        self._latent = seen == latent_space(self.world)
-        if (not self._latent and seen != known) or model.action_space != acts:
+            observed, self._transposed = known, wrapper
+        self._latent = observed == latent_space(self.world)
+        if (not self._latent and observed != known) or model.action_space != acts:
             raise ConfigError(
                 f"The world model is of another environment: it knows {known} and {acts}, the algorithm {model.observation_space} "
                 f"and {model.action_space}. Pass a run of this environment. {COUNT_FROM_0}"

@@ -13,7 +13,7 @@ WARN_SHARE = 0.25
 
 
 def free_memory() -> int | None:
-    """Bytes of available memory; None where it is unknown (only Linux tells)."""
+    """Bytes of available memory; None where it is unknown (it is known on Linux alone)."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             found = dict(line.split(":", 1) for line in file)
@@ -32,11 +32,11 @@ def warn_if_large(model: WorldModelAlgorithm, run: Run, warn: Callable[[str], ob
         of = "" if memory is None else f" (of {memory / 1e6:,.0f} MB that are free)"
         warn(
             f"The replay may grow to {replay.capacity:,} steps: {replay.nbytes / 1e6:,.0f} MB of memory{of} and "
-            f"{disk_bytes / 1e6:,.0f} MB of disk (of {free / 1e6:,.0f} MB). Lower train.capacity or train.replay_gib, or keep it on "
-            "the disk alone (train.replay=disk)."
+            f"{disk_bytes / 1e6:,.0f} MB of disk (of {free / 1e6:,.0f} MB). Lower train.capacity or train.replay_gib, or keep it "
+            "on the disk alone (train.replay=disk)."
         )
     if free < keep * checkpoint_bytes + disk_bytes:
         warn(
-            f"The disk of {run.path} has {free / 1e6:.0f} MB left, but {keep} more checkpoints of {checkpoint_bytes / 1e6:.0f} MB and "
-            f"{disk_bytes / 1e6:.0f} MB of replay may come. Free some space, or lower checkpoint.keep or train.capacity."
+            f"The disk of {run.path} has {free / 1e6:.0f} MB left, but {keep} more checkpoints of {checkpoint_bytes / 1e6:.0f} MB "
+            f"and {disk_bytes / 1e6:.0f} MB of replay may come. Free some space, or lower checkpoint.keep or train.capacity."
         )

@@ -167,7 +167,7 @@ def algorithm(job: dict[str, Any]) -> dict[str, Any]:
 
     import worldmodel as wm
     from worldmodel.agents import DreamPolicy, train_in_dream
-    from worldmodel.agents.sb3.agent import algorithm_class
+    from worldmodel.agents.sb3.algorithms import algorithm_class
     from worldmodel.config import Config
     from worldmodel.envs import make_vec
 

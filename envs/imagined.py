@@ -1,21 +1,21 @@
-"""The learned world as environments: worlds that step together in torch, and the three forms in which others take them.
+"""The world model as environments: N imagined worlds that step together in torch, and three interfaces to them.
 
-| class | is | resets |
+| class | interface | resets |
 |---|---|---|
-| `ImaginedWorld` | N worlds in tensors | the rows that its caller names |
-| `ImaginedVecEnv` | SB3's VecEnv | ended rows, in the same step |
-| `ImaginedVectorEnv` | Gymnasium's VectorEnv | ended rows, in the same step (SAME_STEP), or as `autoreset_mode` says |
+| `ImaginedWorld` | tensors [N, ...] | the worlds that its caller names |
+| `ImaginedVecEnv` | SB3's VecEnv | ended worlds, in the same step |
+| `ImaginedVectorEnv` | Gymnasium's VectorEnv | ended worlds, in the same step (SAME_STEP), or by `autoreset_mode` |
 | `ImaginedEnv` | Gymnasium's Env, one world | its caller does |
 
-An episode is truncated after `horizon` steps. It terminates where the model says so: on each arrival the world goes on
-with the probability that the continue head gives, so that returns have the expectation that the model predicts.
+An episode is truncated after `horizon` steps. At each step it continues with the probability that the continue head gives,
+else it terminates, so that returns have the expectation that the model predicts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import gymnasium as gym
 import numpy as np
@@ -30,7 +30,7 @@ from torch import Tensor
 from worldmodel.data import Sampling, State
 from worldmodel.envs.draw import Viewer
 from worldmodel.envs.vectors.plain import plain_action, plain_obs
-from worldmodel.errors import ConfigError, NumericsError, did_you_mean
+from worldmodel.errors import ConfigError, NumericsError, require_choice, require_whole
 from worldmodel.learner import reuse_memory
 from worldmodel.model import WorldModel, needs_ensemble, needs_marginal, reward_penalty
 from worldmodel.spaces import ObsSpec
@@ -53,16 +53,16 @@ def learned_world(source: Source) -> tuple[WorldModel, Run | None]:
 
 
 def latent_space(world: WorldModel) -> spaces.Box:
-    """What a policy on features observes: float32 [F], without bounds."""
+    """The space of features: float32 [F], without bounds."""
     return spaces.Box(-np.inf, np.inf, (world.feature_dim,), np.float32)
 
 
 class ReplayStarts:
-    """States to begin from: the filter's beliefs at recorded rows from which the world went on.
+    """States [N, ...] at which episodes begin: the filter's, at recorded rows that are not terminal.
 
-    The filter runs over `windows` windows of the replay at once; of what it gives, a pool is kept from which starts are drawn
-    at random, each `reuse` times on average, before the next windows are filtered. A row counts once its belief rests on
-    its episode's first row or on a quarter of the window.
+    `windows` windows of the replay are filtered at once; their states are a pool, from which starts are drawn uniformly, each
+    `reuse` times on average, before the next windows are filtered. A row is in the pool if its window holds its episode's
+    first row, or at least a quarter of the window before it.
     """
 
     windows, length, reuse = 64, 32, 4
@@ -102,7 +102,7 @@ class ReplayStarts:
 
 
 class StepResult(NamedTuple):
-    """What a step of N worlds brings: their features, the rewards on arriving there, and how their episodes stand."""
+    """One step of N worlds: the new features, the rewards of the step, and which episodes end with it."""
 
     feature: Float[Tensor, "N F"]
     reward: Float[Tensor, " N"]
@@ -111,20 +111,22 @@ class StepResult(NamedTuple):
 
 
 class ImaginedWorld:
-    """N imagined worlds that take each step as one batch; all that is random comes from their own generator.
+    """N imagined worlds, stepped as one batch with a random generator of their own.
 
-    source       a run, a run folder, or a WorldModel (with start="replay" it needs `replay`)
+    source       a run, a run folder, or a WorldModel on the device to use (with start="replay" it needs `replay`)
     horizon      steps after which an episode is truncated
-    start        "replay": beliefs at recorded rows; "prior": the dynamics' initial distribution
-    observation  "latent": the feature; "decoded": the expected observation, in the environment's own space
-    plain        the spaces count from 0 and have one dimension, as SB3's own algorithms need them (see plain.py)
-    seed         of the generator; None: a fresh one
-    uncertainty_penalty      taken off each reward, in units of the rewards' own size, per unit of the ensemble's uncertainty; below 0: a
-                 bonus that explores
-    max_uncertainty  an episode is truncated where the ensemble's uncertainty is greater; None: nowhere
-    typicality_penalty     taken off each reward, in those units, per nat, and number of the code, that it is less likely than real codes are
+    start        "replay": filtered states of recorded rows; "prior": the initial prior
+    observation  "latent": the feature, float32 [F]; "decoded": the expected observation, in the environment's own space
+    seed         of the generator; None: a random one
+    replay       recorded experience, instead of the run's
+    uncertainty_penalty  subtracted from each reward, in units of the rewards' scale, per unit of the ensemble's disagreement;
+                         below 0: a bonus for exploration
+    max_uncertainty      an episode is truncated where the ensemble's disagreement is larger; None: nowhere
+    typicality_penalty   subtracted from each reward, in units of the rewards' scale, per nat and dimension of the latent by
+                         which it is less likely than latents of real observations are
+    plain        spaces count from 0 and have one dimension, as SB3's own algorithms need them (see plain.py)
 
-    Actions of `step` are canonical tensors; `encode` makes them of those in `action_space`. Raises ConfigError.
+    Actions of `step` are canonical tensors; `encode` converts those of `action_space`. Raises ConfigError.
     """
 
     def __init__(
@@ -142,19 +144,16 @@ class ImaginedWorld:
         typicality_penalty: float = 0.0,
         plain: bool = False,
     ):
-        for name, number in (("num_envs", num_envs), ("horizon", horizon)):
-            if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
-                raise ConfigError(f"{name} is {number!r}; expected a whole number of at least 1.")
+        require_whole(num_envs=num_envs, horizon=horizon)
+        require_choice("start", start, get_args(Start))
+        require_choice("observation", observation, get_args(ObservationKind))
         if max_uncertainty is not None and not max_uncertainty > 0:
             raise ConfigError(f"max_uncertainty is {max_uncertainty!r}; expected a number above 0, or None: nowhere.")
-        for name, value, known in (("start", start, ("replay", "prior")), ("observation", observation, ("latent", "decoded"))):
-            if value not in known:
-                raise ConfigError(f"{name} is {value!r}; expected one of {known}.{did_you_mean(str(value), known)}")
         self.world, run = learned_world(source)
         needs_ensemble(self.world, "uncertainty_penalty", uncertainty_penalty)
         needs_ensemble(self.world, "max_uncertainty", max_uncertainty)
         needs_marginal(self.world, "typicality_penalty", typicality_penalty)
-        self.uncertainty_penalty, self.max_uncertainty, self.typicality_penalty = uncertainty_penalty, max_uncertainty, typicality_penalty
+        self.penalties, self.max_uncertainty = (uncertainty_penalty, typicality_penalty), max_uncertainty
         if start == "replay" and replay is None:
             if run is None:
                 raise ConfigError(
@@ -178,17 +177,14 @@ class ImaginedWorld:
         self.seed(int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed)
 
     def seed(self, seed: int | None) -> None:
-        """From the next reset on, everything follows from `seed`; None: from where the generator stands.
-
-        Either way starts are filtered anew: with the world's weights, and the experience, as they are then.
-        """
+        """Seeds the generator (None: leaves it as it is). Starts are filtered anew, with the current weights and replay."""
         if seed is not None:
             self.generator.manual_seed(int(seed))
         self._starts = None if self._replay is None else ReplayStarts(self.world, self._replay)
 
     @torch.no_grad()
     def reset(self, rows: Tensor | None = None) -> Float[Tensor, "n F"]:
-        """Begins new episodes in the worlds of these numbers (None: in all); their features."""
+        """Begins new episodes in the worlds with these indices (None: in all); their features."""
         rows = torch.arange(self.num_envs, device=self.device) if rows is None else rows
         if self._starts is None:
             fresh = self.world.dynamics.sample_initial(len(rows), Sampling(generator=self.generator))
@@ -200,7 +196,7 @@ class ImaginedWorld:
 
     @torch.no_grad()
     def step(self, action: Float[Tensor, "N A"]) -> StepResult:
-        """One step of all worlds. Ended ones go on until they are reset. Raises NumericsError."""
+        """One step of all worlds, those whose episodes have ended included. Raises NumericsError."""
         dream = self.world.imagine(self.state, lambda feature, step: action, 1, Sampling(generator=self.generator))
         self.state, self.age = dream.last, self.age + 1
         reward, cont = dream.reward[:, 0], dream.cont[:, 0]
@@ -210,28 +206,27 @@ class ImaginedWorld:
                 "checkpoint, run.world_model(step)."
             )
         u = torch.rand(self.num_envs, generator=self.generator, device=self.device)
-        terminated, over = u >= cont, self.age >= self.horizon
-        uncertainty = dream.uncertainty[:, 0]
+        terminated, truncated = u >= cont, self.age >= self.horizon
         if self.max_uncertainty is not None:
-            over = over | (uncertainty > self.max_uncertainty)
-        reward = reward - self.world.heads.scale.value * reward_penalty(self.world, dream, self.uncertainty_penalty, self.typicality_penalty)[:, 0]
-        return StepResult(dream.feature[:, 1], reward, terminated, over & ~terminated)
+            truncated = truncated | (dream.uncertainty[:, 0] > self.max_uncertainty)
+        reward = reward - self.world.heads.scale.value * reward_penalty(self.world, dream, *self.penalties)[:, 0]
+        return StepResult(dream.feature[:, 1], reward, terminated, truncated & ~terminated)
 
     # As arrays ------------------------------------------------------------------------------------------------------
 
     def encode(self, actions: np.ndarray) -> Float[Tensor, "N A"]:
-        """Canonical actions of those in `action_space` [N, ...]. Raises ValueError for others."""
+        """Actions of `action_space` [N, ...] -> canonical actions. Raises ValueError for others."""
         return torch.from_numpy(self.action.encode(actions)).to(self.device)
 
     def to_observations(self, feature: Float[Tensor, "n F"]) -> Any:
-        """The observations [n, ...] of features, as fresh arrays in `observation_space` (a dict where that is a Dict)."""
+        """The observations [n, ...] of features, as new arrays in `observation_space` (a dict where that is a Dict)."""
         return to_observations(self.world, feature, self.obs)
 
     def advance(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, np.ndarray, Any]:
-        """One step in which ended worlds begin anew: (obs, reward, terminated, truncated, ended, last).
+        """One step with automatic resets: (obs [N, ...], reward, terminated, truncated, ended, last).
 
-        obs [N, ...] are the new episodes' first where one ended; `ended` [n] are the numbers of those worlds, `last` [n, ...]
-        the observations that they ended with.
+        ended  [n], indices of the worlds whose episodes ended, which have the next episode's first observation in `obs`
+        last   [n, ...], the last observations of those episodes
         """
         step_result = self.step(self.encode(actions))
         obs, reward = self.to_observations(step_result.feature), step_result.reward.cpu().numpy()
@@ -242,7 +237,7 @@ class ImaginedWorld:
         return obs, reward, terminated, truncated, ended, last
 
     def begin(self, rows: np.ndarray, obs: Any) -> None:
-        """New episodes in the worlds of these numbers [n], their first observations into those of all worlds."""
+        """New episodes in the worlds with these indices [n]; their first observations are written into `obs` [N, ...]."""
         if not len(rows):
             return
         fresh = self.to_observations(self.reset(torch.from_numpy(rows).to(self.device)))
@@ -251,11 +246,11 @@ class ImaginedWorld:
 
     @property
     def render_modes(self) -> list[str]:
-        """`rgb_array` where there is a way to draw what the worlds decode to."""
+        """`rgb_array` where decoded observations can be drawn."""
         return ["rgb_array"] if self.viewer.can_draw and self.world.decoder is not None else []
 
     def check_render_mode(self, mode: str | None) -> None:
-        """Raises ConfigError where an environment of these worlds cannot have it."""
+        """Raises ConfigError for a mode that is not among `render_modes`."""
         if mode is not None and mode not in self.render_modes:
             raise ConfigError(
                 f"render_mode is {mode!r}; expected one of {[None, *self.render_modes]}. `rgb_array` needs an image among what "
@@ -263,7 +258,7 @@ class ImaginedWorld:
             )
 
     def frames(self, rows: Sequence[int] | None = None) -> np.ndarray:
-        """Pictures uint8 [n, H, W, 3] of what the worlds decode to. Raises ConfigError where there is no way to draw them."""
+        """Pictures uint8 [n, H, W, 3] of the decoded observations. Raises ConfigError where they cannot be drawn."""
         state = self.state if rows is None else self.state.index(torch.as_tensor(list(rows), device=self.device))
         frames = self.viewer.frames(self.world.decode(self.world.dynamics.feature(state)))
         if frames is None:
@@ -275,52 +270,30 @@ class ImaginedWorld:
 
 
 def to_observations(world: WorldModel, feature: Float[Tensor, "n F"], spec: ObsSpec | None) -> Any:
-    """Features as observations: themselves, or what they decode to in the space of a spec; fresh arrays."""
+    """Features as observations in new arrays: themselves, or decoded into the space of a spec."""
     return feature.cpu().numpy() if spec is None else spec.to_env(spec.raw(world.decode(feature)))
 
 
 def part(obs: Any, rows: Any) -> Any:
-    """Some rows of batched observations; one number gives one observation without the batch axis."""
-    return {name: x[rows] for name, x in obs.items()} if isinstance(obs, dict) else obs[rows]
+    """`rows` of batched observations: indices; one number, for an observation without batch axis; None, to add such an axis."""
+    return {name: np.asarray(x)[rows] for name, x in obs.items()} if isinstance(obs, Mapping) else np.asarray(obs)[rows]
 
 
 class ImaginedVecEnv(VecEnv):
     """N imagined worlds as an SB3 VecEnv, in which unmodified SB3 algorithms train.
 
-    run_or_model  a Run, a run folder, or a WorldModel (on the device where the worlds are to live)
-    num_envs      worlds that take each step as one batch; some hundreds are fastest per world
+    run_or_model  a Run, a run folder, or a WorldModel (on the device to use)
+    num_envs      worlds; some hundreds are fastest per world
     horizon       steps after which an episode is truncated: `TimeLimit.truncated` is set, and algorithms bootstrap
-    start         "replay": beliefs at recorded rows; "prior": the dynamics' initial distribution
-    observation   "latent": features, float32 [F]; "decoded": expected observations, in the environment's own space
-                  Categories, observed or acted, count from 0 whatever the environment's begin at: so SB3's algorithms take them
-    seed          of the worlds' own generator; `seed()` sets it anew, from the next reset on
-    replay        recorded experience, where the run's is not meant or there is no run
-    uncertainty_penalty       taken off each reward, in units of the rewards' own size, per unit of the ensemble's uncertainty; below 0: a
-                 bonus that explores
-    max_uncertainty  an episode is truncated where the ensemble's uncertainty is greater; None: nowhere
-    typicality_penalty     taken off each reward, in those units, per nat, and number of the code, that it is less likely than real codes are
+    options       those of ImaginedWorld: start, observation, seed, replay, uncertainty_penalty, max_uncertainty, typicality_penalty
 
-    What comes out are fresh arrays: SB3 writes into some of them. `render` and `get_images` show what the worlds decode to.
+    Categories in observations and actions count from 0, as SB3's algorithms need them. Observations are new arrays, for SB3 writes
+    into some of them. `seed()` takes effect at the next reset. `render` and `get_images` draw the decoded observations.
     Raises ConfigError.
     """
 
-    def __init__(
-        self,
-        run_or_model: Source,
-        num_envs: int,
-        horizon: int = 15,
-        *,
-        start: Start = "replay",
-        observation: ObservationKind = "latent",
-        seed: int | None = None,
-        replay: Replay | None = None,
-        uncertainty_penalty: float = 0.0,
-        max_uncertainty: float | None = None,
-        typicality_penalty: float = 0.0,
-    ):
-        options = {"seed": seed, "replay": replay, "uncertainty_penalty": uncertainty_penalty, "typicality_penalty": typicality_penalty}
-        options |= {"max_uncertainty": max_uncertainty, "plain": True}
-        self.worlds = ImaginedWorld(run_or_model, num_envs, horizon, start=start, observation=observation, **options)
+    def __init__(self, run_or_model: Source, num_envs: int, horizon: int = 15, **options: Any):
+        self.worlds = ImaginedWorld(run_or_model, num_envs, horizon, plain=True, **options)
         self.rows = [ImaginedSubEnv(self.worlds, i) for i in range(num_envs)]
         super().__init__(num_envs, self.worlds.observation_space, self.worlds.action_space)
 
@@ -362,28 +335,14 @@ class ImaginedVecEnv(VecEnv):
 
 
 class ImaginedSubEnv:
-    """One of several imagined worlds, as `get_attr` and `env_method` see it: they step together, so it only looks."""
+    """One of several imagined worlds for `get_attr` and `env_method`; it has no step, since worlds step together."""
 
     spec = None
 
     def __init__(self, worlds: ImaginedWorld, index: int):
-        self.worlds, self.index = worlds, index
-
-    @property
-    def observation_space(self) -> spaces.Space:
-        return self.worlds.observation_space
-
-    @property
-    def action_space(self) -> spaces.Space:
-        return self.worlds.action_space
-
-    @property
-    def render_mode(self) -> str | None:
-        return next(iter(self.worlds.render_modes), None)
-
-    @property
-    def horizon(self) -> int:
-        return self.worlds.horizon
+        self.worlds, self.index, self.horizon = worlds, index, worlds.horizon
+        self.observation_space, self.action_space = worlds.observation_space, worlds.action_space
+        self.render_mode = next(iter(worlds.render_modes), None)
 
     def render(self) -> np.ndarray:
         """uint8 [H, W, 3]."""
@@ -393,8 +352,8 @@ class ImaginedSubEnv:
 class ImaginedEnv(gym.Env):
     """One imagined world as a Gymnasium environment: `gym.make("worldmodel.envs:Imagined-v0", run="runs/demo")`.
 
-    The options are those of ImaginedVecEnv, `run` its run_or_model. render_mode "rgb_array": what the world decodes to, where
-    that can be drawn. Raises ConfigError.
+    The options are those of ImaginedWorld, `run` its source. render_mode "rgb_array": the decoded observation, where it can be
+    drawn. Raises ConfigError.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
@@ -425,11 +384,11 @@ class ImaginedVectorEnv(gym.vector.VectorEnv):
 
     The options are those of ImaginedEnv, and
     max_episode_steps  a horizon, where it is the shorter one
-    autoreset_mode     when ended worlds begin anew. SAME_STEP: at once, `final_obs` in the infos is what they ended with.
-                       NEXT_STEP: in the next step, whose action they do not see and whose reward is 0; some of
-                       Gymnasium's wrappers, such as NormalizeObservation, want it. DISABLED: the caller resets them
+    autoreset_mode     when ended worlds are reset. SAME_STEP: at once, `final_obs` in the infos is the last observation.
+                       NEXT_STEP: in the next step, which ignores their action and has reward 0; some of Gymnasium's
+                       wrappers, such as NormalizeObservation, need it. DISABLED: by the caller
 
-    `reset(options={"reset_mask": rows})` begins some worlds anew, and leaves the others where they are. Raises ConfigError.
+    `reset(options={"reset_mask": rows})` resets some worlds alone. Raises ConfigError.
     """
 
     supports_reset_mask = True
@@ -448,10 +407,8 @@ class ImaginedVectorEnv(gym.vector.VectorEnv):
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
         **options: Any,
     ):
-        known = [mode.value for mode in AutoresetMode]
-        if autoreset_mode not in known and not isinstance(autoreset_mode, AutoresetMode):
-            hint = did_you_mean(str(autoreset_mode), known)
-            raise ConfigError(f"autoreset_mode is {autoreset_mode!r}; expected an AutoresetMode or one of {known}.{hint}")
+        if not isinstance(autoreset_mode, AutoresetMode):
+            require_choice("autoreset_mode", autoreset_mode, [mode.value for mode in AutoresetMode])
         horizon = horizon if max_episode_steps is None else min(horizon, max_episode_steps)
         self.worlds = ImaginedWorld(run, num_envs, horizon, **options)
         self.worlds.check_render_mode(render_mode)
@@ -481,7 +438,7 @@ class ImaginedVectorEnv(gym.vector.VectorEnv):
 
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         if self.mode is not AutoresetMode.SAME_STEP:
-            return self._step(actions)
+            return self._step_without_reset(actions)
         obs, reward, terminated, truncated, ended, last = self.worlds.advance(actions)
         infos: dict[str, Any] = {}
         if len(ended):
@@ -492,8 +449,8 @@ class ImaginedVectorEnv(gym.vector.VectorEnv):
             infos = {"final_obs": final, "_final_obs": mask, "final_info": {}, "_final_info": mask.copy()}
         return obs, reward, terminated, truncated, infos
 
-    def _step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """One step in which nothing ends and begins at once."""
+    def _step_without_reset(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """One step of NEXT_STEP or DISABLED: episodes that end in it are not reset in it."""
         to_reset = self._ended.copy()
         if to_reset.any() and self.mode is AutoresetMode.DISABLED:
             raise ConfigError(

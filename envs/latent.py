@@ -1,4 +1,4 @@
-"""The real environment seen through the filter: the belief as observation."""
+"""The real environment with the world model's filtered state as observation."""
 
 from __future__ import annotations
 
@@ -16,17 +16,15 @@ from worldmodel.model import tensors
 
 
 class LatentVecEnv(VecEnvWrapper):
-    """Real environments whose observation is the world model's belief: what was trained in the dream plays in reality.
+    """Real environments whose observation is the feature of the world model's filtered state, for policies from the dream.
 
-    venv          the environments that the model was trained in, as they were wrapped there
+    venv          the environments that the model was trained in, with the same wrappers
     run_or_model  a Run, a run folder or a WorldModel
 
-    Actions count from 0 whatever the environments' begin at, as SB3's own algorithms give them.
-
-    The observation is the feature float32 [F] (carry and the code's mode), as in ImaginedVecEnv with latents: it holds the
-    past, so that memoryless algorithms get memory. Each action that is taken enters the belief, an episode's start forgets,
-    and `terminal_observation` is the belief at the last observation; where the environment does not tell that, there is none.
-    Raises ConfigError where the spaces differ.
+    The observation is float32 [F] (recurrent state h and the latent's mode), as in ImaginedVecEnv with observation="latent". It
+    depends on all past observations and actions of the episode, so that memoryless algorithms get memory.
+    `terminal_observation` is the feature at the last observation, where the environment gives that. Actions count from 0 whatever
+    the environments' begin at, as those of SB3's own algorithms. Raises ConfigError where the spaces differ.
     """
 
     def __init__(self, venv: VecEnv, run_or_model: Source):
@@ -62,7 +60,7 @@ class LatentVecEnv(VecEnvWrapper):
         with_terminal = [i for i in ended if infos[i].get("terminal_observation") is not None]
         raw = self.world.obs.to_raw(obs)
         for i in with_terminal:
-            for name, x in self.world.obs.to_raw(_batch_of_one(infos[i]["terminal_observation"])).items():
+            for name, x in self.world.obs.to_raw(part(infos[i]["terminal_observation"], None)).items():
                 raw[name][i] = x[0]
         feature = self._filter(raw, self._all, first=False)
         if len(ended):
@@ -76,18 +74,14 @@ class LatentVecEnv(VecEnvWrapper):
         return self._filter(self.world.obs.to_raw(obs), envs, first=True)
 
     def _filter(self, raw: dict[str, np.ndarray], envs: np.ndarray, first: bool) -> np.ndarray:
-        """Takes observations of some environments into their beliefs; the features [n, F]."""
+        """Filters observations of the environments with indices `envs` [n]; the features [n, F]."""
         at = torch.from_numpy(envs).to(self.device)
-        belief = self.world.observe(
+        state = self.world.observe(
             self._state.index(at),
             tensors(raw, self.device),
             torch.from_numpy(self._action[envs]).to(self.device),
             torch.full((len(envs),), first, device=self.device),
             Sampling(mode=True),
         )
-        self._state = State({name: x.index_copy(0, at, belief[name]) for name, x in self._state.items()})
-        return self.world.dynamics.feature(belief).cpu().numpy()
-
-
-def _batch_of_one(obs: Any) -> Any:
-    return {name: np.asarray(x)[None] for name, x in obs.items()} if isinstance(obs, dict) else np.asarray(obs)[None]
+        self._state = State({name: x.index_copy(0, at, state[name]) for name, x in self._state.items()})
+        return self.world.dynamics.feature(state).cpu().numpy()

@@ -9,8 +9,11 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
+from pathlib import Path
 
 import cloudpickle
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -22,14 +25,13 @@ from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize, VecTransposeImage
 
 from worldmodel.agents import JointWorldModel, LatentExtractor, latent_policy_kwargs
-from worldmodel.agents.sb3 import extractor as module
-from worldmodel.agents.sb3.extractor import raw_observations
 from worldmodel.config import Config
 from worldmodel.envs.make import make_vec
 from worldmodel.errors import ConfigError
 from worldmodel.model import WorldModel, tensors
 
 PUSH = spaces.Box(-2, 2, (1,), np.float32)
+OF_0_1 = Path(__file__).parent / "runs_of_0_1" / "sb3"
 OBSERVING = {"posterior": "observation"}
 TINY = {"n_steps": 8, "batch_size": 8, "n_epochs": 1}
 OFF = {"learning_starts": 4, "batch_size": 4, "buffer_size": 100}
@@ -69,7 +71,7 @@ def samples(world, count: int, seed: int = 0) -> dict[str, np.ndarray]:
     return world.obs.to_raw(batch)
 
 
-def code_of(world, rows) -> torch.Tensor:
+def latent_of(world, rows) -> torch.Tensor:
     embed = world.encoder(world.preprocess(tensors(rows)))
     return world.dynamics.posterior(embed, world.initial(len(embed))["h"]).mean
 
@@ -95,7 +97,7 @@ def weights(extractor) -> torch.Tensor:
 # What it gives ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("output", ["code", "embedding"])
+@pytest.mark.parametrize("output", ["latent", "embedding"])
 @pytest.mark.parametrize("name", SPACES)
 def test_it_gives_what_the_world_model_gives_for_the_raw_observation(name, output):
     world = world_of(SPACES[name])
@@ -103,7 +105,7 @@ def test_it_gives_what_the_world_model_gives_for_the_raw_observation(name, outpu
     extractor = make(A2C, env, latent_policy_kwargs(world, output=output)).policy.features_extractor
     rows = samples(world, 6)
     raw = world.obs.to_env(rows)
-    expected = code_of(world, rows) if output == "code" else world.encoder(world.preprocess(tensors(rows)))
+    expected = latent_of(world, rows) if output == "latent" else world.encoder(world.preprocess(tensors(rows)))
     transposed = VecTransposeImage(toys(SPACES[name])) if isinstance(env, VecTransposeImage) else None
     given = transposed.transpose_observations(raw) if transposed is not None else raw
     as_tensors = {k: torch.as_tensor(x) for k, x in given.items()} if isinstance(given, dict) else torch.as_tensor(given)
@@ -125,7 +127,7 @@ def test_unnormalised_images_are_divided_here():
     model = make(A2C, toys(IMAGE), latent_policy_kwargs(world, normalize_images=False))
     rows = samples(world, 3)
     got = model.policy.extract_features(model.policy.obs_to_tensor(rows["obs"])[0])
-    torch.testing.assert_close(got, code_of(world, rows), rtol=0, atol=1e-6)
+    torch.testing.assert_close(got, latent_of(world, rows), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["hwc", "vector", "chw"])
@@ -135,15 +137,15 @@ def test_each_stacked_frame_is_encoded_and_they_stand_side_by_side_oldest_first(
     extractor, obs, frames = model.policy.features_extractor, model.env.reset(), []
     for _ in range(4):
         obs = model.env.step([0])[0]
-        frames.append(raw_observations(extractor, obs))
-    codes = code_of(world, {"obs": np.concatenate(frames[-3:])})
+        frames.append(extractor.observations.newest_raw(obs))
+    latents = latent_of(world, {"obs": np.concatenate(frames[-3:])})
     got = model.policy.extract_features(torch.as_tensor(obs))
-    torch.testing.assert_close(got[0], codes.flatten(), rtol=0, atol=1e-6)
-    assert model.policy.features_extractor.features_dim == 3 * codes.shape[1]
+    torch.testing.assert_close(got[0], latents.flatten(), rtol=0, atol=1e-6)
+    assert model.policy.features_extractor.features_dim == 3 * latents.shape[1]
 
 
 @pytest.mark.parametrize(
-    ("trained", "met", "says"),
+    ("trained", "space", "says"),
     [
         (VECTOR, spaces.Box(-1, 1, (5,), np.float32), "trained on"),
         (VECTOR, spaces.Box(-2, 2, (4,), np.float32), "trained on"),
@@ -153,10 +155,10 @@ def test_each_stacked_frame_is_encoded_and_they_stand_side_by_side_oldest_first(
         (spaces.MultiDiscrete([[2, 3]]), spaces.MultiDiscrete([[2, 3]]), "PlainVecEnv"),
     ],
 )
-def test_a_run_of_another_environment_or_a_space_that_sb3_garbles_is_refused(trained, met, says):
+def test_a_run_of_another_environment_or_a_space_that_sb3_garbles_is_refused(trained, space, says):
     kwargs = latent_policy_kwargs(world_of(trained))["features_extractor_kwargs"]
     with pytest.raises(ConfigError, match=says):
-        LatentExtractor(met, **kwargs)
+        LatentExtractor(space, **kwargs)
 
 
 def test_an_image_that_is_a_vector_for_the_model_is_refused_where_sb3_would_scale_it():
@@ -174,7 +176,7 @@ def test_a_filtering_run_gives_its_embedding_and_says_so():
     extractor = make(A2C, toys(), kwargs).policy.features_extractor
     assert extractor.output == "embedding" and extractor.features_dim == world.encoder.out_features
     with pytest.raises(ConfigError, match="model=vae"):
-        latent_policy_kwargs(world, output="code")
+        latent_policy_kwargs(world, output="latent")
 
 
 MODELS = sorted(file.name.removesuffix(".yaml") for file in (importlib.resources.files("worldmodel.configs") / "model").iterdir())
@@ -189,23 +191,23 @@ def world_of_recipe(recipe: str, space, action=TWO_ACTIONS) -> WorldModel:
     ("space", "recipe"), [(s, r) for s in ("vector", "hwc") for r in MODELS if (s, r) != ("vector", "diamond")]
 )
 def test_a_model_of_every_recipe_is_an_extractor_or_the_error_names_the_reason(space, recipe):
-    world, met = world_of_recipe(recipe, SPACES[space]), A2C._wrap_env(toys(SPACES[space]), monitor_wrapper=False)
+    world, env = world_of_recipe(recipe, SPACES[space]), A2C._wrap_env(toys(SPACES[space]), monitor_wrapper=False)
     rows = samples(world, 3)
-    embed, codes = world.encoder(world.preprocess(tensors(rows))), getattr(world.dynamics, "posterior_net", None) is not None
+    embed, has_latent = world.encoder(world.preprocess(tensors(rows))), getattr(world.dynamics, "posterior_net", None) is not None
     given = torch.as_tensor(rows["obs"] if space == "vector" else np.moveaxis(rows["obs"], -1, 1))
-    for output in ("embedding", "code"):
-        if output == "code" and not codes:
+    for output in ("embedding", "latent"):
+        if output == "latent" and not has_latent:
             with pytest.raises(ConfigError, match="pictures as they are: it has no latent" if recipe == "diamond" else "filters"):
                 latent_policy_kwargs(world, output=output)
             continue
         extractor = LatentExtractor(
-            met.observation_space, **latent_policy_kwargs(world, output=output)["features_extractor_kwargs"]
+            env.observation_space, **latent_policy_kwargs(world, output=output)["features_extractor_kwargs"]
         )
-        expected = embed if output == "embedding" else code_of(world, rows)
-        torch.testing.assert_close(extractor(preprocess_obs(given, met.observation_space)), expected, rtol=0, atol=1e-6)
+        expected = embed if output == "embedding" else latent_of(world, rows)
+        torch.testing.assert_close(extractor(preprocess_obs(given, env.observation_space)), expected, rtol=0, atol=1e-6)
 
 
-def test_a_model_of_pictures_without_a_code_gives_its_embedding_says_why_and_trains_jointly():
+def test_a_model_of_pictures_without_a_latent_gives_its_embedding_says_why_and_trains_jointly():
     world = world_of_recipe("diamond", IMAGE)
     with pytest.warns(UserWarning, match="pictures as they are"):
         kwargs = latent_policy_kwargs(world)
@@ -218,13 +220,13 @@ def test_a_model_of_pictures_without_a_code_gives_its_embedding_says_why_and_tra
     assert callback.agent.learner.updates > 0 and not torch.equal(before, weights(encoder))
 
 
-@pytest.mark.parametrize("wrong", [{"mode": "frosen"}, {"output": "codes"}, {"frames": 0}])
+@pytest.mark.parametrize("wrong", [{"mode": "frosen"}, {"output": "latents"}, {"frames": 0}])
 def test_wrong_options_are_refused(wrong):
     with pytest.raises(ConfigError):
         latent_policy_kwargs(world_of(), **wrong)
 
 
-def test_categorical_codes_are_given_as_probabilities():
+def test_categorical_latents_are_given_as_probabilities():
     world = world_of(latent="categorical")
     extractor = make(A2C, toys(), latent_policy_kwargs(world)).policy.features_extractor
     got = extractor(torch.zeros(2, 4))
@@ -248,7 +250,7 @@ def test_the_trained_weights_are_in_every_network_and_stay_there_while_frozen(al
     found = extractors(model)
     assert len(found) == COPIES[algorithm][shared]
     rows = samples(world, 3)
-    before = code_of(world, rows)
+    before = latent_of(world, rows)
     heads = [p for name, p in model.policy.named_parameters() if "features" not in name]
     first = [p.detach().clone() for p in heads]
     model.learn(24)
@@ -320,54 +322,73 @@ def test_a_saved_algorithm_predicts_elsewhere_without_the_run(chain_run, tmp_pat
 
 
 @pytest.mark.parametrize("algorithm", [PPO, DQN, SAC, TD3])
-def test_load_gives_equal_predictions_and_goes_on_learning(algorithm, tmp_path, monkeypatch):
+def test_load_gives_equal_predictions_and_goes_on_learning(algorithm, tmp_path):
     action = PUSH if algorithm in (SAC, TD3) else spaces.Discrete(2)
     model = make(algorithm, toys(action=action), latent_policy_kwargs(world_of(action=action))).learn(16)
     model.save(tmp_path / "model")
-    monkeypatch.setattr(module, "_weights", {})
     loaded = algorithm.load(tmp_path / "model", toys(action=action), device="cpu")
     obs = samples(world_of(), 5, seed=3)["obs"]
     np.testing.assert_array_equal(loaded.predict(obs, deterministic=True)[0], model.predict(obs, deterministic=True)[0])
     loaded.learn(8)
 
 
+def plain(options):
+    """The options as a file holds them."""
+    return json.loads(json.dumps(options))
+
+
 def test_weights_are_kept_as_long_as_the_options_or_a_policy_made_with_them_and_then_freed():
-    gc.collect()
-    before, world = len(module._weights), world_of(seed=11)
-    kwargs, again = latent_policy_kwargs(world), copy.deepcopy(latent_policy_kwargs(world))
-    assert len(module._weights) == before + 1  # equal weights are kept once
+    world = world_of(seed=11)
+    kwargs = latent_policy_kwargs(world)
+    again = copy.deepcopy(kwargs)
+    held = weakref.ref(next(iter(kwargs["features_extractor_kwargs"]["weights"].tensors.values())))
+    copied = copy.copy(again["features_extractor_kwargs"]["weights"])
+    assert copied.tensors is kwargs["features_extractor_kwargs"]["weights"].tensors  # equal weights are kept once
     model = make(A2C, toys(), kwargs)
     pickled = cloudpickle.dumps(kwargs["features_extractor_kwargs"])
     assert type(cloudpickle.loads(pickled)["weights"]) is dict and len(pickled) < 3000
-    del kwargs
+    del kwargs, copied
     LatentExtractor(VECTOR, **again["features_extractor_kwargs"])(torch.zeros(1, 4))
     del again
     gc.collect()
-    assert len(module._weights) == before + 1 and model.policy_kwargs
+    assert held() is not None and model.policy_kwargs
     del model
     gc.collect()
-    assert len(module._weights) == before
+    assert held() is None
 
 
-def test_an_encoder_without_weights_refuses_to_be_used(monkeypatch):
+def test_an_encoder_without_weights_refuses_to_be_used():
     kwargs = latent_policy_kwargs(world_of())
-    monkeypatch.setattr(module, "_weights", {})
-    model = make(DQN, toys(), kwargs)
+    model = make(DQN, toys(), {**kwargs, "features_extractor_kwargs": plain(kwargs["features_extractor_kwargs"])})
     with pytest.raises(ConfigError, match="no weights"):
         model.predict(np.zeros((1, 4), np.float32), deterministic=True)
 
 
-def test_another_process_finds_the_weights_in_the_run_and_no_others(chain_run, tmp_path, monkeypatch):
+def test_another_process_finds_the_weights_in_the_run_and_no_others(chain_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(chain_run, run)
-    kwargs = json.loads(json.dumps(latent_policy_kwargs(run)["features_extractor_kwargs"]))
-    space = spaces.Box(0, 1, (5,), np.float32)
-    expected = LatentExtractor(space, **kwargs)(torch.eye(5))
-    monkeypatch.setattr(module, "_weights", {})
+    given = latent_policy_kwargs(run)["features_extractor_kwargs"]
+    kwargs, space = plain(given), spaces.Box(0, 1, (5,), np.float32)
+    expected = LatentExtractor(space, **given)(torch.eye(5))
     torch.testing.assert_close(LatentExtractor(space, **kwargs)(torch.eye(5)), expected)
     kwargs["weights"]["digest"] = "0" * 16  # the run was trained on, say
     with pytest.raises(ConfigError, match="latent_policy_kwargs"):
         LatentExtractor(space, **kwargs)(torch.eye(5))
+
+
+def test_an_algorithm_that_release_0_1_saved_around_an_encoder_opens_with_its_values():
+    """Its options have output="code" and model["inputs"], its arrays and the extractor's class other names."""
+    expected = json.loads((OF_0_1 / "expected.json").read_text())
+    model = PPO.load(OF_0_1 / "extractor.zip", DummyVecEnv([lambda: gym.make("CartPole-v1")]), device="cpu")
+    assert model.policy.features_extractor.output == "latent"
+    values = model.policy.predict_values(torch.tensor(expected["observations"])).flatten()
+    torch.testing.assert_close(values, torch.tensor(expected["values"]), rtol=1e-4, atol=1e-5)
+    model.learn(8)
+
+
+def test_the_former_name_of_an_output_is_refused_with_the_new_one():
+    with pytest.raises(ConfigError, match="called 'latent' now"):
+        latent_policy_kwargs(world_of(), output="code")
 
 
 # Joint training ---------------------------------------------------------------------------------------------------------------
@@ -413,18 +434,18 @@ def test_the_algorithms_gradients_reach_the_encoder_only_by_wish(rl_gradients):
 
 def test_updates_leave_no_gradient_behind_and_come_between_rollouts():
     model, callback = joint(PPO, toys(), world_of(), ratio=1.0)
-    seen = []
+    recorded = []
     collect = model.collect_rollouts
 
     def watched(*args, **kwargs):
         goes_on = collect(*args, **kwargs)
-        seen.append((callback.agent.learner.updates, [p.grad for p in callback.leader.parameters()]))
+        recorded.append((callback.agent.learner.updates, [p.grad for p in callback.leader.parameters()]))
         return goes_on
 
     model.collect_rollouts = watched
     model.learn(32, callback=callback)
-    assert [updates for updates, _ in seen] == sorted(updates for updates, _ in seen) and seen[-1][0] > 0
-    fresh = [grads for updates, grads in seen[:1] if updates == 0]
+    assert [updates for updates, _ in recorded] == sorted(updates for updates, _ in recorded) and recorded[-1][0] > 0
+    fresh = [grads for updates, grads in recorded[:1] if updates == 0]
     assert all(g is None for grads in fresh for g in grads)
 
 
@@ -436,13 +457,13 @@ def test_what_is_recorded_is_what_the_environment_did(algorithm):
     model, callback = joint(algorithm, venv, world, **({"learning_starts": 100} if algorithm is DQN else {}))
     model.learn(64, callback=callback)
     rows = stored(callback.agent)
-    cell, came = rows.obs["obs"].argmax(-1), rows.prev_action.argmax(-1)
+    cell, taken = rows.obs["obs"].argmax(-1), rows.prev_action.argmax(-1)
     assert len(cell) > 60
     for t in range(1, len(cell)):
         if rows.is_first[t]:
             assert cell[t] == 0 and rows.is_last[t - 1] and not rows.prev_action[t].any()
             continue
-        assert cell[t] == max(cell[t - 1] + (1 if came[t] == 1 else -1), 0)
+        assert cell[t] == max(cell[t - 1] + (1 if taken[t] == 1 else -1), 0)
         assert rows.reward[t] == pytest.approx(1.0 if cell[t] == 4 else (int(cell[t]) - 4) / 10, abs=1e-6)
         assert bool(rows.is_terminal[t]) == (cell[t] == 4)
     assert rows.is_terminal.any()
@@ -460,15 +481,15 @@ def test_continuous_actions_are_recorded_as_the_environment_got_them(algorithm, 
 
 
 def test_stacked_and_transposed_pictures_are_recorded_as_they_were(monkeypatch):
-    seen = []
-    toy = Toy(IMAGE, spoil=lambda obs, reward: (seen.append(obs) or obs, reward))
+    recorded = []
+    toy = Toy(IMAGE, spoil=lambda obs, reward: (recorded.append(obs) or obs, reward))
     world = world_of(IMAGE)
     callback = JointWorldModel(world, ratio=0.0, config=JOINT)
     env = VecFrameStack(DummyVecEnv([lambda: toy]), 2)
     model = make(DQN, env, latent_policy_kwargs(world, "joint", frames=2))
     model.learn(12, callback=callback)
     rows = stored(callback.agent)
-    np.testing.assert_array_equal(rows.obs["obs"][~rows.is_first].numpy(), np.stack(seen))
+    np.testing.assert_array_equal(rows.obs["obs"][~rows.is_first].numpy(), np.stack(recorded))
 
 
 def test_joint_training_goes_on_after_load(tmp_path):

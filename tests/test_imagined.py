@@ -96,9 +96,9 @@ def test_a_learned_chain_moves_rewards_and_ends_as_the_real_one_does(chain, star
         action = rng.integers(0, 2, 64)
         obs, reward, done, infos = env.step(action)
         truth = np.clip(cell + 2 * action - 1, 0, 4)
-        seen = np.array([info.get("terminal_observation", row) for info, row in zip(infos, obs)]).argmax(1)
+        observed = np.array([info.get("terminal_observation", row) for info, row in zip(infos, obs)]).argmax(1)
         terminated = done & ~np.array([info.get("TimeLimit.truncated", False) for info in infos])
-        moved.append(seen == truth)
+        moved.append(observed == truth)
         ended.append(terminated == (truth == 4))
         off.append(np.abs(reward - np.where(truth == 4, 1.0, (truth - 4) / 10)))
         cell = obs.argmax(1)
@@ -137,9 +137,9 @@ def test_the_horizon_truncates_and_keeps_the_last_observation(observation):
                 assert info["TimeLimit.truncated"] and info["terminal_observation"] in env.observation_space
                 assert not np.array_equal(info["terminal_observation"], obs[i])
         if observation == "latent":
-            carry = world.dynamics.imagine(before, env.worlds.encode(np.zeros(3, np.int64)), Sampling(mode=True))["h"]
+            h = world.dynamics.imagine(before, env.worlds.encode(np.zeros(3, np.int64)), Sampling(mode=True))["h"]
             last = np.stack([info.get("terminal_observation", row) for info, row in zip(infos, obs)])
-            np.testing.assert_allclose(last[:, : carry.shape[1]], carry.detach().numpy(), atol=1e-6)
+            np.testing.assert_allclose(last[:, : h.shape[1]], h.detach().numpy(), atol=1e-6)
 
 
 def test_a_predicted_end_terminates_even_where_the_horizon_ends_too():
@@ -158,7 +158,7 @@ def test_worlds_end_as_often_as_the_model_says():
 # Beginnings -------------------------------------------------------------------------------------------------------------
 
 
-def test_starts_are_beliefs_at_rows_from_which_the_world_went_on(monkeypatch):
+def test_starts_are_filtered_states_of_rows_that_are_not_terminal(monkeypatch):
     world = small_world(latent="gaussian")
     traces, trace = [], world.trace
     monkeypatch.setattr(world, "trace", lambda batch, *args: traces.append((batch, trace(batch, *args))) or traces[-1][1])
@@ -166,9 +166,9 @@ def test_starts_are_beliefs_at_rows_from_which_the_world_went_on(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         h = starts.draw(500, generator)["h"]
-    batch, seen = traces[0]
-    good = {row.numpy().tobytes() for row in seen.states["h"][~batch.is_terminal]}
-    bad = {row.numpy().tobytes() for row in seen.states["h"][batch.is_terminal]}
+    batch, observed = traces[0]
+    good = {row.numpy().tobytes() for row in observed.states["h"][~batch.is_terminal]}
+    bad = {row.numpy().tobytes() for row in observed.states["h"][batch.is_terminal]}
     drawn = {row.numpy().tobytes() for row in h}
     assert drawn <= good and not drawn & bad and len(drawn) > 30
     assert batch.is_terminal.any()
@@ -270,8 +270,8 @@ def test_what_callers_write_into_their_arrays_changes_nothing():
     def spoil(obs, reward, done, infos):
         obs[:], reward[:], done[:] = 7, 7, True
         for info in infos:
-            info["seen"] = info.get("seen", 0) + 1
-            assert info["seen"] == 1, "each world has an info of its own"
+            info["observed"] = info.get("observed", 0) + 1
+            assert info["observed"] == 1, "each world has an info of its own"
 
     one, other = (ImaginedVecEnv(world, 3, 4, start="prior", seed=0) for _ in range(2))
     assert equal(played(one), played(other, spoil=spoil))
@@ -319,13 +319,13 @@ def test_actions_are_the_environments_own(action):
     world = small_world(VECTOR, action)
     env = ImaginedVecEnv(world, 2, start="prior", seed=0)
     assert env.action_space == action
-    seen = []
+    observed = []
     imagine = world.dynamics.imagine
-    world.dynamics.imagine = lambda state, taken, sampling: seen.append(taken) or imagine(state, taken, sampling)
+    world.dynamics.imagine = lambda state, taken, sampling: observed.append(taken) or imagine(state, taken, sampling)
     env.reset()
     chosen = np.stack([action.sample(), action.sample()])
     env.step(chosen)
-    np.testing.assert_allclose(world.action.decode(seen[-1]), chosen, rtol=1e-5)
+    np.testing.assert_allclose(world.action.decode(observed[-1]), chosen, rtol=1e-5)
 
 
 def test_an_action_that_the_space_does_not_hold_is_refused():
@@ -375,8 +375,8 @@ def test_the_three_forms_tell_the_same_story():
     options = {"start": "prior", "seed": 3}
     venv, vector = ImaginedVecEnv(world, 1, 4, **options), ImaginedVectorEnv(world, 1, 4, **options)
     env = ImaginedEnv(world, 4, **options)
-    seen = venv.reset(), vector.reset()[0], env.reset()[0][None]
-    assert np.array_equal(seen[0], seen[1]) and np.array_equal(seen[0], seen[2])
+    observed = venv.reset(), vector.reset()[0], env.reset()[0][None]
+    assert np.array_equal(observed[0], observed[1]) and np.array_equal(observed[0], observed[2])
     for t in range(12):
         action = np.array([t % 2])
         obs, reward, done, infos = venv.step(action)

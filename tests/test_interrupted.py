@@ -63,19 +63,21 @@ def test_updates_that_the_last_step_still_owes_are_made_on_resume(tmp_path, monk
     assert Run.open(tmp_path / "run").agent().learner.updates == whole
 
 
-def test_a_step_is_evaluated_when_what_it_pays_for_has_been_learned(tmp_path, monkeypatch):
+def test_a_step_is_evaluated_after_its_updates(tmp_path, monkeypatch):
     Nervous.steps = 0
-    seen = []
+    updates = []
     measure = RunCallback.measure
-    monkeypatch.setattr(RunCallback, "measure", lambda self, *args: seen.append(self.model.learner.updates) or measure(self, *args))
+    monkeypatch.setattr(
+        RunCallback, "measure", lambda self, *args: updates.append(self.model.learner.updates) or measure(self, *args)
+    )
     options = {**LONG, "train.prefill": 21, "eval.every": 18}
     strike(monkeypatch, 5)
     with pytest.raises(Interrupted):
         small_train(tmp_path / "run", 30, "Nervous-v0", options=options)
     assert Run.open(tmp_path / "run").checkpoints[-1] == 18
-    seen.clear()  # an evaluation that gave up at once
+    updates.clear()  # an evaluation that gave up at once
     small_train(tmp_path / "run", None, "Nervous-v0", options=options, resume=True)
-    assert seen[0] == LONG["train.pretrain"]
+    assert updates[0] == LONG["train.pretrain"]
 
 
 def test_a_signal_among_the_updates_of_recorded_experience_ends_them_at_once(tmp_path, monkeypatch, walks):  # noqa: F811
@@ -85,7 +87,7 @@ def test_a_signal_among_the_updates_of_recorded_experience_ends_them_at_once(tmp
     assert len(made) == 7
 
 
-def test_a_signal_in_a_visit_to_the_dream_ends_it(tmp_path):
+def test_a_signal_ends_a_training_in_the_dream(tmp_path):
     from worldmodel.agents.sb3.agent import SB3Agent
     from worldmodel.envs.make import make_vec
 
@@ -97,14 +99,14 @@ def test_a_signal_in_a_visit_to_the_dream_ends_it(tmp_path):
     asked = []
     agent.should_continue = lambda: asked.append(1) is None and agent.controller.algorithm.num_timesteps < 40
     agent.learn(30)
-    assert agent.visits == 0 and agent.has_pending_updates and agent.imagined_steps < 400
+    assert agent.dreams == 0 and agent.has_pending_updates and agent.imagined_steps < 400
 
 
 # A script --------------------------------------------------------------------------------------------------------------
 
 
 class Counting(gym.Env):
-    """Shows how many steps the episode has; raises at the calls that are told."""
+    """Shows how many steps the episode has; raises at the given calls."""
 
     observation_space, action_space = gym.spaces.Box(-1, 100, (1,), np.float32), gym.spaces.Discrete(2)
     calls, at, late = 0, -1, False
@@ -264,6 +266,6 @@ def test_a_checkpoint_comes_at_each_evaluation_and_an_untrained_one_is_named(tmp
     small_train(tmp_path / "run", 60, options={"checkpoint.every": 0, "checkpoint.keep": 9})
     assert Run.open(tmp_path / "run").checkpoints == [0, 25, 50, 60]
     small_train(tmp_path / "new", 12, options={"eval.every": 0})
-    said = []
-    assert dream(tmp_path / "new", 1, 2, log=said.append)["step"] == 12
-    assert any("step 12: untrained" in line for line in said)
+    logged = []
+    assert dream(tmp_path / "new", 1, 2, log=logged.append)["step"] == 12
+    assert any("step 12: untrained" in line for line in logged)

@@ -1,4 +1,4 @@
-"""Real environments seen through the filter: the belief that they show is the one that was trained."""
+"""Features of real environments are those of the world model's own filter."""
 
 from __future__ import annotations
 
@@ -73,17 +73,17 @@ class Recorder(VecEnvWrapper):
 
 @pytest.mark.parametrize(("observation", "action"), SPACES, ids=str)
 @pytest.mark.parametrize("posterior", ["filtering", "observation"])
-def test_the_belief_is_that_of_training_row_by_row(observation, action, posterior):
+def test_the_filtered_state_is_that_of_training_row_by_row(observation, action, posterior):
     world = small_world(observation, action, latent="gaussian", dynamics={"posterior": posterior})
     recorder = Recorder(toys(observation, action, 3), world)
     env = LatentVecEnv(recorder, world)
     action.seed(0)
-    seen = [[feature] for feature in env.reset()]
+    features_of = [[feature] for feature in env.reset()]
     for _ in range(14):
         obs, _, dones, infos = env.step(np.stack([action.sample() for _ in range(3)]))
         for i in range(3):
-            seen[i] += [infos[i]["terminal_observation"], obs[i]] if dones[i] else [obs[i]]
-    for replay, features in zip(recorder.replays, seen):
+            features_of[i] += [infos[i]["terminal_observation"], obs[i]] if dones[i] else [obs[i]]
+    for replay, features in zip(recorder.replays, features_of):
         batch = replay.sample(1, len(replay), np.random.default_rng(0))
         assert batch.is_first.sum() > 2 and batch.is_last.any()
         with torch.no_grad():
@@ -91,11 +91,11 @@ def test_the_belief_is_that_of_training_row_by_row(observation, action, posterio
         np.testing.assert_allclose(np.stack(features), trace.feature[0].numpy(), atol=1e-5)
 
 
-def test_the_belief_is_deterministic_and_its_code_the_mode():
+def test_the_filtered_state_is_deterministic_and_its_latent_the_mode():
     world = small_world(latent="categorical")
     env = LatentVecEnv(toys(VECTOR, spaces.Discrete(2), 2), world)
-    code = env.reset()[:, -world.dynamics.latent.size :]
-    assert set(np.unique(code)) == {0.0, 1.0}
+    latent = env.reset()[:, -world.dynamics.latent.size :]
+    assert set(np.unique(latent)) == {0.0, 1.0}
 
 
 def test_it_is_a_sound_vec_env_of_the_dreams_own_space():

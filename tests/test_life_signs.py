@@ -1,4 +1,4 @@
-"""What a run says while it trains, where no progress bar is drawn."""
+"""The progress lines of a run, where there is no bar."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from worldmodel.agents.training import report
 from worldmodel.agents.training.report import LineReport
 
 
-class Reported(WorldModelAlgorithm):
-    """What the report reads of an agent, and nothing else of one."""
+class FakeAgent(WorldModelAlgorithm):
+    """The attributes of an agent that the report reads."""
 
     has_pending_updates = True
 
@@ -26,18 +26,18 @@ class Reported(WorldModelAlgorithm):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that a test winds."""
+    """A clock that a test sets."""
     hand = SimpleNamespace(now=1000.0)
     monkeypatch.setattr(report.time, "perf_counter", lambda: hand.now)
     return hand
 
 
-def test_a_run_reports_in_every_phase_that_it_is_alive(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "LINE_INTERVAL", 0.0)
-    said = []
+def test_a_run_says_in_every_phase_that_it_is_alive(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "LINE_INTERVAL", 0.0, raising=False)
+    logged = []
     options = {"train.pretrain": 4, "log.tensorboard": True, "log.pictures": 30, "log.held_out": 1}
-    small_train(tmp_path / "run", 40, options=options, log=said.append)
-    text = "\n".join(said)
+    small_train(tmp_path / "run", 40, options=options, log=logged.append)
+    text = "\n".join(logged)
     for words in (
         "collecting  step 5/40  0.0 updates/s",
         "pretraining 2/4  step 14/40",
@@ -50,40 +50,40 @@ def test_a_run_reports_in_every_phase_that_it_is_alive(tmp_path, monkeypatch):
 
 
 def test_a_line_comes_when_half_a_minute_was_silent_and_only_then(clock):
-    said = []
-    lines = LineReport(said.append, 4000)
-    lines.start(Reported(500, 0, 1500))
+    logged = []
+    lines = LineReport(logged.append, 4000)
+    lines.start(FakeAgent(500, 0, 1500))
     for update in range(1, 601):  # 2 a second
         clock.now += 0.5
-        lines.alive(Reported(500, update, 1500))
-    assert len(said) == 10  # of 300 seconds
-    assert said[-1] == "pretraining 600/1500  step 500/4000  2.0 updates/s  0.0 steps/s  about 37 min left"
-    lines.evaluated(Reported(500, 600, 1500), {"real_steps": 500, "mean_return": 1.0, "std_return": 0.0, "episodes": 2})
+        lines.alive(FakeAgent(500, update, 1500))
+    assert len(logged) == 10  # of 300 seconds
+    assert logged[-1] == "pretraining 600/1500  step 500/4000  2.0 updates/s  0.0 steps/s  about 37 min left"
+    lines.evaluated(FakeAgent(500, 600, 1500), {"real_steps": 500, "mean_return": 1.0, "std_return": 0.0, "episodes": 2})
     clock.now += 29
-    lines.alive(Reported(500, 601, 1500))
-    assert len(said) == 11
+    lines.alive(FakeAgent(500, 601, 1500))
+    assert len(logged) == 11
 
 
 def test_steps_a_second_are_recent_ones_and_time_in_evaluations_is_none(clock):
-    said = []
-    lines = LineReport(said.append, 10_000)
-    lines.start(Reported(0, 0))
+    logged = []
+    lines = LineReport(logged.append, 10_000)
+    lines.start(FakeAgent(0, 0))
     for step in range(1, 2001):  # random ones, 100 a second
         clock.now += 0.01
-        lines.alive(Reported(step, 0))
+        lines.alive(FakeAgent(step, 0))
     for step in range(2001, 2101):  # 1 a second
         clock.now += 1.0
-        lines.alive(Reported(step, step - 2000))
+        lines.alive(FakeAgent(step, step - 2000))
     row = {"real_steps": 2100, "mean_return": 1.0, "std_return": 0.0, "episodes": 2}
-    lines.evaluated(Reported(2100, 100), row)
-    assert said[-1].endswith("  1 steps/s"), said  # the mean since the start is 17
+    lines.evaluated(FakeAgent(2100, 100), row)
+    assert logged[-1].endswith("  1 steps/s"), logged  # the mean since the start is 17
     for _ in range(100):
         clock.now += 10.0
-        lines.alive(Reported(2100, 100), "evaluating")
+        lines.alive(FakeAgent(2100, 100), "evaluating")
     clock.now += 1.0
-    lines.alive(Reported(2100, 100))
-    lines.evaluated(Reported(2100, 100), row)
-    assert said[-1].endswith("  1 steps/s"), said
+    lines.alive(FakeAgent(2100, 100))
+    lines.evaluated(FakeAgent(2100, 100), row)
+    assert logged[-1].endswith("  1 steps/s"), logged
 
 
 def test_lines_are_seen_without_a_log_and_go_to_logging_where_that_is_listened_to(tmp_path, capsys, caplog):

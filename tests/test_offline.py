@@ -60,13 +60,13 @@ def learn(folder, data, steps=40, recipe=CHAIN, options=None, **kwargs):
 
 
 def test_a_world_model_and_an_agent_learn_without_any_environment(walks, tmp_path, no_environment):
-    said = []
-    result = learn(tmp_path / "run", walks, options={"log.tensorboard": True}, log=said.append)
+    logged = []
+    result = learn(tmp_path / "run", walks, options={"log.tensorboard": True}, log=logged.append)
     assert (result.real_steps, result.updates, result.evaluations) == (0, 3 + 40 * 0.5, [])
     assert result.final_return is None and result.threshold is None and result.solved_at is None and result.env_id == CHAIN
     run = Run.open(tmp_path / "run")
     assert run.checkpoints == [20, 40] and run.config.train.data == (str(walks),) and run.result == result.to_json()
-    assert any(line.startswith("step 40/40  23 updates  obs ") for line in said)
+    assert any(line.startswith("step 40/40  23 updates  obs ") for line in logged)
     losses = tensorboard.read(tmp_path / "run").scalars
     assert {"world/loss/observation", "world/loss/reward"} <= set(losses) and any(tag.startswith("train/") for tag in losses)
 
@@ -121,18 +121,18 @@ def test_it_learns_what_the_data_show(walks, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("observation", "action", "said"),
+    ("observation", "action", "message"),
     [
         (spaces.Box(0, 1, (4,)), spaces.Discrete(2), r"observes Box\(.*\(4,\).*has Box\(.*\(5,\)"),
         (spaces.Box(0, 1, (5,)), spaces.Discrete(3), r"acts in Discrete\(3\), but .* has Discrete\(2\)"),
     ],
 )
-def test_where_the_environment_turns_out_to_have_other_spaces_both_are_shown(observation, action, said, tmp_path):
+def test_where_the_environment_turns_out_to_have_other_spaces_both_are_shown(observation, action, message, tmp_path):
     toy_recording(observation, action).write(tmp_path / "other.npz")
     agent = Run.open(learn(tmp_path / "run", tmp_path / "other.npz", 2).run).agent()
-    for look in (evaluate, collect):
-        with pytest.raises(ConfigError, match=said):
-            look(agent, CHAIN, 1)
+    for function in (evaluate, collect):
+        with pytest.raises(ConfigError, match=message):
+            function(agent, CHAIN, 1)
 
 
 # Resuming ---------------------------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def test_a_run_of_an_environment_does_not_go_on_without_one(walks, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"train.batch_length": 5000}, r"one sequence needs 5000.*lower train.batch_length"),
         ({"train.capacity": 50}, r"the replay keeps 50. Raise train.capacity to \d+"),
@@ -208,8 +208,8 @@ def test_a_run_of_an_environment_does_not_go_on_without_one(walks, tmp_path):
         ({"train.data": ["other.npz"]}, "differ. Give one of them"),
     ],
 )
-def test_data_that_do_not_fit_the_recipe_are_refused_and_leave_no_folder(walks, tmp_path, options, said):
-    with pytest.raises(ConfigError, match=said):
+def test_data_that_do_not_fit_the_recipe_are_refused_and_leave_no_folder(walks, tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
         learn(tmp_path / "run", walks, options=options)
     assert not (tmp_path / "run").exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import gymnasium as gym
@@ -17,8 +18,8 @@ from test_imagined import LEARNS
 from typer.testing import CliRunner
 
 from worldmodel.agents import DreamPolicy, SB3Agent, train_in_dream
-from worldmodel.agents.evaluation import evaluate
-from worldmodel.agents.sb3.agent import HOMES, algorithm_class, seeded_globals
+from worldmodel.agents.evaluation import FINAL_SEED, evaluate
+from worldmodel.agents.sb3.algorithms import ALGORITHMS, algorithm_class, seeded_globals
 from worldmodel.cli import app
 from worldmodel.commands.train import train
 from worldmodel.envs import make_vec
@@ -26,7 +27,7 @@ from worldmodel.errors import ConfigError, MissingExtraError, TrustError
 from worldmodel.storage.run import Run
 
 PENDULUM = {**SMALL_WORLD, "agent": "random", "eval.every": 0, "eval.episodes": 1, "log.tensorboard": False, "checkpoint.every": 0}
-FITS = {name: "pendulum" if name in ("sac", "td3", "tqc") else "chain" for name in HOMES}
+FITS = {name: "pendulum" if name in ("sac", "td3", "tqc") else "chain" for name in ALGORITHMS}
 QUICK = {"qrdqn": {"policy_kwargs": {"n_quantiles": 10}}, "tqc": {"policy_kwargs": {"n_quantiles": 5}}}
 
 
@@ -49,7 +50,7 @@ def pendulum(tmp_path_factory) -> str:
 # A finished world -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", HOMES)
+@pytest.mark.parametrize("name", ALGORITHMS)
 def test_each_algorithm_learns_acts_in_reality_and_acts_the_same_once_loaded(name, chain, pendulum, tmp_path):
     made = algorithm_class(name)
     before = []
@@ -176,17 +177,17 @@ def test_rounds_in_a_world_that_has_learned_nothing_are_refused():
         train_in_dream("ppo", CHAIN, steps=15, total_timesteps=64, overrides=SMALL, episodes=0)
 
 
-def test_schedules_follow_the_real_steps_and_not_each_visit():
-    seen = []
+def test_schedules_follow_the_real_steps_and_not_each_training_in_the_dream():
+    rates = []
 
     def rate(remaining: float) -> float:
-        seen.append(remaining)
+        rates.append(remaining)
         return 1e-3 * remaining
 
     agent = SB3Agent("MlpPolicy", CHAIN, config={**SMALL, **VISITS}, algo_kwargs={"learning_rate": rate}, seed=0, device="cpu")
     agent.learn(100)
-    left = sorted(set(seen), reverse=True)
-    assert left[0] == 1 and 0 < left[-1] < 0.2 and len(left) == agent.visits + 1  # SB3 asks once as it is made
+    left = sorted(set(rates), reverse=True)
+    assert left[0] == 1 and 0 < left[-1] < 0.2 and len(left) == agent.dreams + 1  # SB3 asks once as it is made
 
 
 @pytest.mark.parametrize(("name", "observation"), [("ppo", "latent"), ("dqn", "latent"), ("dqn", "decoded")])
@@ -211,6 +212,17 @@ def test_what_no_file_holds_must_be_given_again(tmp_path):
     loaded = SB3Agent.load(tmp_path / "agent", **given)
     obs = make_vec(CHAIN, 2, seed=0).reset()
     np.testing.assert_array_equal(loaded.predict(obs, deterministic=True)[0], agent.predict(obs, deterministic=True)[0])
+
+
+def test_what_sb3_writes_into_policy_kwargs_is_not_in_the_config_or_in_the_users_mapping(tmp_path):
+    """A2C adds optimizer_class to its policy_kwargs, a class that no config can hold."""
+    given = {"policy_kwargs": {"net_arch": [4]}}
+    config = {**SMALL, "agent.kind": "sb3", "agent.algo": "a2c"}
+    SB3Agent("MlpPolicy", CHAIN, config=config, algo_kwargs=given, device="cpu")
+    assert given == {"policy_kwargs": {"net_arch": [4]}}
+    SB3Agent("MlpPolicy", CHAIN, config={**config, "agent.options": given}, device="cpu").save(tmp_path / "agent")
+    loaded = SB3Agent.load(tmp_path / "agent")
+    assert loaded.config.agent.options == given and loaded.algorithm.policy.net_arch == [4]
 
 
 def test_dict_observations_alternate_too():
@@ -291,11 +303,11 @@ def test_a_policy_from_a_file_collects_from_the_first_step_acts_and_does_not_lea
 
 def test_a_policy_from_a_file_sees_what_is_there_and_not_what_the_model_makes_of_it(right):
     agent = SB3Agent("MlpPolicy", CHAIN, config={**SMALL, "agent.path": right}, seed=0, device="cpu", trust=True)
-    seen, predict = [], agent.algorithm.predict
-    agent.algorithm.predict = lambda obs, *args: (seen.append(np.array(obs)), predict(obs, *args))[1]
+    observed, predict = [], agent.algorithm.predict
+    agent.algorithm.predict = lambda obs, *args: (observed.append(np.array(obs)), predict(obs, *args))[1]
     obs = make_vec(CHAIN, 2, seed=0).reset()
     agent.predict(obs, deterministic=True)
-    np.testing.assert_array_equal(seen[0], obs)
+    np.testing.assert_array_equal(observed[0], obs)
 
 
 def test_without_trust_a_file_is_not_opened_and_nothing_is_left_behind(right, tmp_path):
@@ -330,6 +342,14 @@ def test_another_file_than_at_first_one_of_another_environment_and_one_that_is_n
         SB3Agent("MlpPolicy", CHAIN, config={**SMALL, "agent.path": str(path)}, device="cpu", trust=True)
     with pytest.raises(ConfigError, match=r"is no file.*suffix included"):
         SB3Agent("MlpPolicy", CHAIN, config={**SMALL, "agent.path": str(tmp_path / "absent")}, device="cpu", trust=True)
+
+
+def test_a_policy_that_release_0_1_saved_opens_and_plays_as_it_did():
+    folder = Path(__file__).parent / "runs_of_0_1" / "sb3"
+    expected = json.loads((folder / "expected.json").read_text())["real_return"]
+    policy = DreamPolicy.load(folder / "dream", trust=True)
+    assert policy.result.real_return == expected
+    assert np.mean(evaluate(policy, policy.env, 2, FINAL_SEED)[0]) == pytest.approx(expected)
 
 
 # What does not fit ------------------------------------------------------------------------------------------------------
@@ -371,7 +391,7 @@ def test_more_rounds_than_real_steps_are_refused():
 
 
 def test_a_missing_extra_is_named(monkeypatch):
-    monkeypatch.setitem(HOMES, "tqc", ("sb3_contrib_that_is_absent", "TQC"))
+    monkeypatch.setitem(ALGORITHMS, "tqc", ("sb3_contrib_that_is_absent", "TQC"))
     with pytest.raises(MissingExtraError, match=r"worldmodel\[contrib\]"):
         algorithm_class("tqc")
 
@@ -379,6 +399,6 @@ def test_a_missing_extra_is_named(monkeypatch):
 def test_a_package_that_is_there_and_broken_is_not_called_absent(monkeypatch, tmp_path):
     (tmp_path / "contrib_of_another_version.py").write_text("from stable_baselines3.common.utils import no_such_name")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(HOMES, "tqc", ("contrib_of_another_version", "TQC"))
+    monkeypatch.setitem(ALGORITHMS, "tqc", ("contrib_of_another_version", "TQC"))
     with pytest.raises(ConfigError, match=r"installed and cannot be imported: .*no_such_name"):
         algorithm_class("tqc")

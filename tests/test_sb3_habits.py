@@ -21,7 +21,7 @@ from worldmodel.agents import Dreamer, Planner, RandomAgent
 from worldmodel.agents.arguments import SAME
 from worldmodel.agents.belief import BeliefPolicy
 from worldmodel.agents.evaluation import evaluate, isolated_rng
-from worldmodel.agents.sb3.agent import seeded_globals
+from worldmodel.agents.sb3.algorithms import seeded_globals
 from worldmodel.config import describe
 from worldmodel.errors import ConfigError, CorruptError, EnvError
 from worldmodel.model import WorldModel

@@ -188,8 +188,8 @@ def test_evaluations_leave_no_trace_in_the_training(tmp_path):
     assert all(np.array_equal(x, never[file][name]) for file, arrays in often.items() for name, x in arrays.items())
 
 
-class Told(gym.Env):
-    """Pays its own seed in the first step and ends after 1 + seed % 3 steps."""
+class SeedReward(gym.Env):
+    """Its first reward is its seed and ends after 1 + seed % 3 steps."""
 
     observation_space, action_space = gym.spaces.Box(0, 1, (1,), np.float32), gym.spaces.Discrete(2)
 
@@ -203,7 +203,7 @@ class Told(gym.Env):
         return np.zeros(1, np.float32), reward, self.steps > self.seed_given % 3, False, {}
 
 
-gym.register("Told-v0", entry_point=Told)
+gym.register("SeedReward-v0", entry_point=SeedReward)
 
 
 class Lefty:
@@ -220,7 +220,7 @@ class Lefty:
 
 def test_an_evaluation_is_the_first_episode_of_each_seed():
     model = Lefty()
-    returns, lengths = evaluate(model, "Told-v0", episodes=4, seed=100)
+    returns, lengths = evaluate(model, "SeedReward-v0", episodes=4, seed=100)
     assert returns == [100.0, 101.0, 102.0, 103.0] and lengths == [2, 3, 1, 2]
     assert model.starts == [None, [False, False, True, False], [True, False, True, True]]
 
@@ -268,9 +268,9 @@ def test_the_time_of_evaluations_is_kept_apart(tmp_path, monkeypatch):
     started = time.perf_counter()
     first = small_train(tmp_path / "run", 25)
     second = small_train(tmp_path / "run", 30, resume=True)
-    spent = time.perf_counter() - started
+    elapsed = time.perf_counter() - started
     assert 1.0 <= first.eval_seconds < 1.2 and 1.5 <= second.eval_seconds < 1.8
-    assert 0 < first.wall_seconds < second.wall_seconds < spent - 1.5
+    assert 0 < first.wall_seconds < second.wall_seconds < elapsed - 1.5
 
 
 def test_the_result_has_the_documented_fields_and_is_kept_in_the_run(tmp_path):
@@ -332,10 +332,10 @@ def test_experience_newer_than_the_checkpoint_is_dropped_unless_it_is_to_be_kept
     small_train(tmp_path / "run", 40)
     newest = tmp_path / "run" / "checkpoints" / "step-000000000040" / "world.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
-    said = []
-    small_train(tmp_path / "run", 41, resume=True, keep_newer=keep, log=said.append)
-    assert any("step 40 is skipped" in line for line in said)
-    assert any(("are kept" if keep else "are dropped") in line for line in said)
+    logged = []
+    small_train(tmp_path / "run", 41, resume=True, keep_newer=keep, log=logged.append)
+    assert any("step 40 is skipped" in line for line in logged)
+    assert any(("are kept" if keep else "are dropped") in line for line in logged)
     replay = Run.open(tmp_path / "run").replay()
     rows = replay.sample(1, replay.added, np.random.default_rng(0))
     steps = replay.added - int(rows.is_first.sum())
@@ -370,15 +370,15 @@ def test_a_place_that_cannot_be_written_is_a_storage_error(tmp_path):
 
 
 def test_the_thread_count_is_the_recipe_s_while_training_and_the_process_s_afterwards(tmp_path, monkeypatch):
-    seen = []
+    counts = []
 
     def watched(*_, **__):
-        seen.append(torch.get_num_threads())
+        counts.append(torch.get_num_threads())
         return [0.0], [1]
 
     monkeypatch.setattr("worldmodel.agents.training.callback.evaluate", watched)
     small_train(tmp_path / "run", 10, options={"train.threads": 2, "train.prefill": 50})
-    assert seen == [2] and torch.get_num_threads() == 1
+    assert counts == [2] and torch.get_num_threads() == 1
 
 
 def test_scalars_go_into_the_run_folder_and_a_resume_repeats_none(tmp_path):
@@ -400,11 +400,11 @@ def test_scalars_go_into_the_run_folder_and_a_resume_repeats_none(tmp_path):
     assert steps == sorted(set(steps)) and max(steps) > 60
 
 
-def test_a_task_that_never_ends_is_told_at_the_start_and_evaluated_to_the_cut(tmp_path, monkeypatch):
+def test_a_task_that_never_ends_is_reported_at_the_start_and_evaluated_to_the_cut(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "DEFAULT_MAX_STEPS", 30)
-    said = []
-    result = small_train(tmp_path / "run", 60, "CliffWalking-v1", log=said.append)
-    assert any("eval.max_steps" in line and "30 steps" in line for line in said)
+    logged = []
+    result = small_train(tmp_path / "run", 60, "CliffWalking-v1", log=logged.append)
+    assert any("eval.max_steps" in line and "30 steps" in line for line in logged)
     assert len(result.evaluations) == 2 and result.final_return <= -30
     options = {"eval.max_steps": 9}
     longer = small_train(tmp_path / "run", 75, "CliffWalking-v1", options=options, resume=True)

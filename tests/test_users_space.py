@@ -64,22 +64,28 @@ class OneStep(gym.Env):
     def __init__(self, case: str):
         self.observation_space, self.action_space = CASES[case]
         self.observation_space.seed(0), self.action_space.seed(0)
-        self.seen = [self.observation_space.sample() for _ in range(2)]
+        self.observations = [self.observation_space.sample() for _ in range(2)]
         self.right = [self.action_space.sample() for _ in range(2)]
-        while _equal(*self.seen):
-            self.seen[1] = self.observation_space.sample()
+        while _equal(*self.observations):
+            self.observations[1] = self.observation_space.sample()
         while _equal(*self.right):
             self.right[1] = self.action_space.sample()
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.which = int(self.np_random.integers(2))
-        return copy.deepcopy(self.seen[self.which]), {}
+        return copy.deepcopy(self.observations[self.which]), {}
 
     def step(self, action):
         if not self.action_space.contains(action):
             raise ValueError(f"{action!r} is not of {self.action_space}")
-        return copy.deepcopy(self.seen[self.which]), float(np.allclose(action, self.right[self.which], atol=1e-5)), True, False, {}
+        return (
+            copy.deepcopy(self.observations[self.which]),
+            float(np.allclose(action, self.right[self.which], atol=1e-5)),
+            True,
+            False,
+            {},
+        )
 
 
 for name in CASES:
@@ -104,14 +110,14 @@ class Right(Controller):
     def __init__(self, env: OneStep, spec: ObsSpec):
         super().__init__()
         flat = as_vec_env(env).envs[0]
-        self.seen, self.env = [], env
+        self.observations, self.env = [], env
         for _ in range(50):
-            self.seen.append((spec.to_raw(_batch(flat.reset()[0])), env.right[env.which]))
+            self.observations.append((spec.to_raw(_batch(flat.reset()[0])), env.right[env.which]))
 
     def act(self, world, state, memory, deterministic, generator, rows=None) -> tuple[Tensor, State]:
         actions = []
         for i in range(state.batch_size):
-            known = (right for seen, right in self.seen if all(np.array_equal(seen[k][0], rows[k][i]) for k in rows))
+            known = (right for given, right in self.observations if all(np.array_equal(given[k][0], rows[k][i]) for k in rows))
             actions.append(next(known))
         return torch.as_tensor(world.action.encode(np.stack(actions))), memory
 
@@ -244,7 +250,7 @@ def test_an_algorithm_in_the_dream_counts_from_0_and_the_environment_gets_its_ow
     config = {"size": "nano", "train.prefill": 20, "train.pretrain": 1, "train.batch_length": 8, "train.batch_size": 2, **options}
     agent = SB3Agent("MlpPolicy", env, config=config, device="cpu", seed=0)
     agent.learn(45)
-    assert agent.visits and agent.algorithm.action_space == spaces.MultiDiscrete([2, 3])
+    assert agent.dreams and agent.algorithm.action_space == spaces.MultiDiscrete([2, 3])
     assert all(env.action_space.contains(x) for x in env.actions)
     assert env.action_space.contains(agent.predict(env.reset()[0])[0])
 
@@ -335,7 +341,7 @@ def test_a_run_that_counted_from_0_is_evaluated_so_and_its_resume_says_why_not(o
     assert agent.action_space == spaces.Discrete(3)
     assert len(evaluate(agent, id_of("both"), 2)[0]) == 2
     assert Dreamer.load(old_run.path, env=id_of("both")).learn(5).num_timesteps > 0
-    said = CliRunner().invoke(app, ["eval", str(old_run.path), "--episodes", "2"])
-    assert said.exit_code == 0, said.output
+    result = CliRunner().invoke(app, ["eval", str(old_run.path), "--episodes", "2"])
+    assert result.exit_code == 0, result.output
     with pytest.raises(ConfigError, match="counted all categories from 0"):
         small_train(old_run.path, 60, id_of("both"), resume=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import numbers
+from collections.abc import Collection, Iterable
+from typing import Any
 
 
 class ConfigError(ValueError):
@@ -59,3 +61,16 @@ def did_you_mean(name: str, known: Iterable[str], near_only: bool = False) -> st
     if near:
         return " Did you mean " + " or ".join(f"'{n}'" for n in near) + "?"
     return f" Known: {', '.join(known)}." if known and not near_only else ""
+
+
+def require_whole(prefix: str = "", **values: Any) -> None:
+    """ConfigError where one of the named values is no whole number of at least 1; the message begins with `prefix`."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+            raise ConfigError(f"{prefix}{name} is {value!r}; expected a whole number of at least 1.")
+
+
+def require_choice(name: str, value: Any, known: Collection[str]) -> None:
+    """ConfigError where a value is none of the known ones."""
+    if value not in known:
+        raise ConfigError(f"{name} is {value!r}; expected one of {tuple(known)}.{did_you_mean(str(value), known)}")

@@ -1,16 +1,14 @@
-"""Unmodified Stable-Baselines3 algorithms that learn in the dream: in a finished world, or in turns with it.
+"""`SB3Agent`: an unmodified Stable-Baselines3 algorithm as an agent (`worldmodel train RECIPE agent=sb3 agent.algo=sac`).
 
-`SB3Agent` is an agent like any other (`worldmodel train RECIPE agent=sb3 agent.algo=sac`): its policy collects real experience,
-the world model learns from it, and every so many real steps the algorithm's own `learn()` runs in an ImaginedVecEnv over
-the model as it stands. `train_in_dream` (in_dream.py) is the same in one call. With `agent.path` a policy that SB3 has saved
-collects and acts as it is, on the environment's own observations, and the world model alone learns.
+Its policy collects real experience, the world model learns from it, and every `agent.every` real steps the algorithm's own
+`learn()` runs in an ImaginedVecEnv of the current model: one training in the dream. `train_in_dream` (dream_training.py) is the
+same in one call. With `agent.path` a policy that SB3 has saved collects and acts, on the environment's own observations, and the
+world model alone learns.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,63 +22,44 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
-from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecTransposeImage
+from stable_baselines3.common.vec_env import VecMonitor
 from torch import Tensor
 
 from worldmodel.agents.belief import Controller
 from worldmodel.agents.loop import WorldModelAlgorithm
+from worldmodel.agents.sb3.algorithms import algorithm_class, make_algorithm, open_algorithm, seeded_globals
+from worldmodel.agents.sb3.preprocessing import transposed_space
 from worldmodel.config import Frozen, Options
 from worldmodel.data import State
-from worldmodel.envs.extras import absent, install
 from worldmodel.envs.imagined import ImaginedVecEnv, to_observations
 from worldmodel.envs.vectors.plain import plain_action, plain_obs, plain_raw
-from worldmodel.errors import ConfigError, MissingExtraError, TrustError
+from worldmodel.errors import ConfigError
 from worldmodel.model import WorldModel
 from worldmodel.registry import register
 from worldmodel.storage.replay import Replay
-from worldmodel.storage.weights import cpu_randomness
 
-HOMES = {
-    **{name: ("stable_baselines3", name.upper()) for name in ("ppo", "a2c", "dqn", "sac", "td3")},
-    **{"recurrent_ppo": ("sb3_contrib", "RecurrentPPO"), "tqc": ("sb3_contrib", "TQC"), "qrdqn": ("sb3_contrib", "QRDQN")},
-}
-"""Name in configs -> (package, class)."""
-
-OFF_POLICY = {"learning_starts": 0, "train_freq": 1, "gradient_steps": 4}
-VALUE_BASED = {**OFF_POLICY, "buffer_size": 50_000, "batch_size": 128, "learning_rate": 1e-3, "target_update_interval": 256}
-ON_POLICY = {"n_steps": 16, "gamma": 0.99, "gae_lambda": 0.95}
 DQN_COUNTERS = {"exploration_rate", "_n_calls"}
 """What DQN and its like count besides their steps."""
-DREAM_DEFAULTS: dict[str, dict[str, Any]] = {
-    "PPO": {**ON_POLICY, "batch_size": 256, "n_epochs": 10, "learning_rate": 1e-3, "ent_coef": 1e-3},
-    "A2C": {**ON_POLICY, "n_steps": 8, "learning_rate": 1e-3},
-    "RecurrentPPO": {**ON_POLICY, "batch_size": 256, "n_epochs": 4, "learning_rate": 1e-3},
-    "DQN": VALUE_BASED,
-    "QRDQN": {**VALUE_BASED, "gradient_steps": 1},
-    "SAC": {**OFF_POLICY, "buffer_size": 50_000, "learning_rate": 1e-3},
-    "TD3": {**OFF_POLICY, "buffer_size": 50_000, "learning_rate": 1e-3},
-    "TQC": {**OFF_POLICY, "buffer_size": 50_000, "learning_rate": 1e-3},
-}
-"""Arguments that suit some dozens of imagined worlds, where SB3's defaults suit one real environment; `options` lie over them."""
 
 
 class SB3Config(Frozen):
-    """An algorithm, and how it visits the dream."""
+    """An algorithm, and how it trains in the dream."""
 
     kind: Literal["sb3"] = "sb3"
     algo: Literal["ppo", "a2c", "dqn", "sac", "td3", "recurrent_ppo", "tqc", "qrdqn"] = Field("ppo", description="the algorithm")
     path: str | None = Field(
-        None, description="a zip that the algorithm's save() wrote (needs trust): it collects and acts, and learns no more"
+        None, description="a zip that the algorithm's save() wrote (needs trust): it collects and acts, and is not trained"
     )
-    options: Options = Field({}, description="keyword arguments of its constructor, over those that suit the dream")
-    every: int = Field(25, ge=1, description="real steps between visits to the dream")
-    visits: int | None = Field(None, ge=1, description="most visits; none: to the end of the run")
-    imagined: int = Field(4096, ge=1, description="imagined steps of each visit, over all worlds")
+    options: Options = Field({}, description="keyword arguments of its constructor; defaults are those that suit the dream")
+    every: int = Field(25, ge=1, description="real steps between trainings in the dream")
+    visits: int | None = Field(None, ge=1, description="at most so many trainings in the dream; none: to the end of the run")
+    imagined: int = Field(4096, ge=1, description="imagined steps of each training, over all worlds")
     worlds: int = Field(64, ge=1, description="imagined worlds that step together")
     horizon: int = Field(15, ge=1, description="imagined steps after which an episode is truncated")
     start: Literal["replay", "prior"] = Field("replay", description="imagine from recorded rows, or from the initial distribution")
-    observation: Literal["latent", "decoded"] = Field("latent", description="what it sees: features, or expected observations")
+    observation: Literal["latent", "decoded"] = Field(
+        "latent", description="the policy's observations: features, or expected observations"
+    )
     noise: float = Field(0.0, ge=0, description="deviation of normal noise on real continuous actions, which are in [-1, 1]")
     uncertainty_penalty: float = Field(
         0.0, description="taken off each imagined reward, in units of the rewards' own size, per unit of the ensemble's uncertainty"
@@ -88,101 +67,19 @@ class SB3Config(Frozen):
     max_uncertainty: float | None = Field(None, gt=0, description="imagined episodes are truncated beyond this uncertainty")
 
 
-def algorithm_class(name: str) -> type[BaseAlgorithm]:
-    """SB3's class of a name. Raises MissingExtraError, and ConfigError where its package is broken."""
-    package, attribute = HOMES[name]
-    try:
-        return getattr(importlib.import_module(package), attribute)
-    except ImportError as error:
-        if package.partition(".")[0] not in absent(error):
-            raise ConfigError(
-                f"agent.algo={name} comes with the package '{package}', which is installed and cannot be imported: {error}. "
-                "Correct that installation: it may be of another version than stable-baselines3."
-            ) from error
-        raise MissingExtraError(
-            f"agent.algo={name} comes with the package '{package}', which is not installed. {install('contrib')}"
-        ) from error
-
-
-def open_algorithm(algorithm: type[BaseAlgorithm], path: str | Path, *, trust: bool, device: Any) -> BaseAlgorithm:
-    """What SB3's save() wrote. Raises TrustError without `trust`, ConfigError where there is no such algorithm in the file."""
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"'{path}' is no file. Expected the zip that {algorithm.__name__}.save() wrote, suffix included.")
-    if not trust:
-        raise TrustError(
-            f"'{path}' is a file of Stable-Baselines3: opening it unpickles, which can run any code. Expected --trust, or "
-            "trust=True: give it where the file comes from you, or from somebody you trust."
-        )
-    try:
-        return algorithm.load(path, device=device)
-    except Exception as error:  # whatever its pickles raise
-        raise ConfigError(
-            f"'{path}' could not be opened as {algorithm.__name__}: {type(error).__name__}: {error}. Expected the zip that its "
-            "save() wrote: check agent.algo, or that the file is whole."
-        ) from error
-
-
-@contextmanager
-def seeded_globals(generator: torch.Generator, algorithm: BaseAlgorithm | None = None) -> Iterator[None]:
-    """SB3 draws from the process's own random states: in here they follow from `generator`, and outside nothing of it is seen.
-
-    So does the action space of `algorithm`, from which DQN draws its random actions. CUDA's generators are left as the user seeded
-    them: what an algorithm of SB3 draws on a GPU follows from those.
-    """
-    seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
-    python, legacy = random.getstate(), np.random.get_state()
-    with cpu_randomness(seed):
-        random.seed(seed)
-        np.random.seed(seed)
-        if algorithm is not None:
-            algorithm.action_space.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(legacy)
-
-
-def make_algorithm(
-    algorithm: type[BaseAlgorithm], dream: VecEnv, seed: int, device: Any, options: Mapping[str, Any]
-) -> BaseAlgorithm:
-    """The algorithm in an imagined environment. ConfigError where the action space or an argument does not fit."""
-    space = dream.observation_space
-    image = getattr(space, "shape", None) is not None and len(space.shape) == 3
-    kind = "MultiInput" if hasattr(space, "spaces") else "Cnn" if image else "Mlp"
-    recurrent = any("Recurrent" in c.__name__ for c in algorithm.__mro__)
-    policy = f"{kind}{'LstmPolicy' if recurrent else 'Policy'}"
-    fitting = next((DREAM_DEFAULTS[c.__name__] for c in algorithm.__mro__ if c.__name__ in DREAM_DEFAULTS), {})
-    given = {**fitting, "seed": seed, "device": device, **options}
-    try:
-        return algorithm(given.pop("policy", policy), dream, **given)
-    except (AssertionError, TypeError, ValueError) as error:
-        said = " ".join(str(error).split()).rstrip(".")
-        if "action spaces" in said:
-            raise ConfigError(
-                f"{algorithm.__name__} does not fit this environment: {said}. Choose one that does: ppo, a2c or recurrent_ppo take "
-                "any actions, dqn and qrdqn discrete ones, sac, td3 and tqc continuous ones."
-            ) from None
-        raise ConfigError(f"{algorithm.__name__} refused its arguments: {said}. Correct agent.options or algo_kwargs.") from error
-
-
 class SB3Controller(Controller):
     """Acts by an SB3 policy.
 
-    sees  "latent": the belief's feature; "decoded": what that decodes to; "real": the observation itself, "decoded" in dreams
+    observes  "latent": the feature of the world model's state; "decoded": the decoded feature; "real": the observation itself,
+              "decoded" in dreams
+    noise     deviation of normal noise on continuous actions that are not deterministic
     """
 
-    def __init__(self, algorithm: BaseAlgorithm, sees: str, noise: float = 0.0):
+    def __init__(self, algorithm: BaseAlgorithm, observes: str, noise: float = 0.0):
         super().__init__()
-        self.policy = algorithm.policy
-        self._algorithm = [algorithm]  # in a list: a module would be sought in it, and its networks stand in `policy` already
-        self.sees, self.noise = sees, noise
+        self.algorithm, self.policy = algorithm, algorithm.policy
+        self.observes, self.noise = observes, noise
         self.lstm = getattr(self.policy, "lstm_hidden_state_shape", None)
-
-    @property
-    def algorithm(self) -> BaseAlgorithm:
-        return self._algorithm[0]
 
     def memory(self, world: WorldModel, batch_size: int) -> State:
         """A recurrent policy's hidden states [B, layers, H], and whether the episode is under way."""
@@ -195,18 +92,16 @@ class SB3Controller(Controller):
     def act(
         self, world: WorldModel, state: State, memory: State, deterministic: bool, generator: torch.Generator, rows: Any = None
     ) -> tuple[Tensor, State]:
-        if self.sees == "real" and rows is not None:
-            obs_for_policy = world.obs.to_env(plain_raw(world.obs, rows))
+        if self.observes == "real" and rows is not None:
+            obs = world.obs.to_env(plain_raw(world.obs, rows))
         else:
-            obs_for_policy = to_observations(
-                world, world.dynamics.feature(state), plain_obs(world.obs) if self.sees != "latent" else None
-            )
+            obs = to_observations(world, world.dynamics.feature(state), None if self.observes == "latent" else plain_obs(world.obs))
         lstm_state, first = None, None
         if self.lstm is not None:
             lstm_state = tuple(memory[name].transpose(0, 1).contiguous().cpu().numpy() for name in ("lstm_h", "lstm_c"))
             first = ~memory["started"].cpu().numpy()
         with seeded_globals(generator, self.algorithm):
-            action, lstm_state = self.algorithm.predict(obs_for_policy, lstm_state, first, deterministic)
+            action, lstm_state = self.algorithm.predict(obs, lstm_state, first, deterministic)
         if self.lstm is not None:
             h, c = (torch.as_tensor(x, device=world.device).transpose(0, 1).contiguous() for x in lstm_state)
             memory = State({"lstm_h": h, "lstm_c": c, "started": torch.ones_like(memory["started"])})
@@ -217,19 +112,19 @@ class SB3Controller(Controller):
 
 
 class _StopCallback(BaseCallback):
-    """Ends a visit to the dream where `go_on` says no."""
+    """Ends a training in the dream where `should_continue` says no."""
 
     def __init__(self, should_continue: Callable[[], bool]):
         super().__init__()
-        self.should_continue, self.ended = should_continue, False
+        self.should_continue, self.stopped = should_continue, False
 
     def _on_step(self) -> bool:
-        self.ended = not self.should_continue()
-        return not self.ended
+        self.stopped = not self.should_continue()
+        return not self.stopped
 
 
 class _ForwardingLogger(Logger):
-    """SB3's logger of the algorithm in the dream: what it records is averaged into the run's own log, under names of its own."""
+    """The logger of the algorithm in the dream: its entries are averaged into the run's own log, as train/ and dream/."""
 
     def __init__(self, target: Callable[[], Logger | None]):
         super().__init__(folder=None, output_formats=[])
@@ -246,24 +141,23 @@ class _ForwardingLogger(Logger):
 
 @register("agent", "sb3", SB3Config)
 class SB3Agent(WorldModelAlgorithm):
-    """An SB3 algorithm that learns in the dream alone, while its policy collects what the world model learns from.
+    """An SB3 algorithm that is trained in the dream alone, while its policy collects the world model's experience.
 
-    With `agent.path` the policy of that file collects from the first step on, and does not learn.
+    With `agent.path` the policy of that file collects from the first step on, and is not trained.
 
     algorithm, algo_kwargs  a class and arguments that no config can hold (policy_kwargs with classes, schedules); without them,
                             those of the config
 
-    Off-policy algorithms on latents begin each visit with an empty buffer: the features of an older world model mean other
-    things. On decoded observations the buffer is kept, but for a fence or a resume: checkpoints do not hold it.
+    Off-policy algorithms on latents begin each training with an empty buffer: features of an older world model are not
+    comparable. On decoded observations the buffer is kept, except at a fence or a resume: checkpoints do not hold it.
     """
 
     kind: ClassVar[str] = "sb3"
-    improves = False  # it improves on its visits to the dream
+    improves = False  # not with each update: in its trainings in the dream
 
     def __init__(self, *args: Any, algorithm: type[BaseAlgorithm] | None = None, algo_kwargs: dict | None = None, **kwargs: Any):
         self._algorithm_class, self._algo_kwargs = algorithm, algo_kwargs
-        self._since_visit = 0
-        self.imagined_steps = self.visits = 0
+        self._steps_since_dream = self.dreams = self.imagined_steps = 0
         self._digest: str | None = None
         super().__init__(*args, **kwargs)
 
@@ -293,16 +187,16 @@ class SB3Agent(WorldModelAlgorithm):
 
     @property
     def is_fixed(self) -> bool:
-        """Whether the policy comes from a file, and learns no more."""
+        """Whether the policy comes from a file, and is not trained."""
         return self.config.agent.path is not None
 
     @property
     def prefill_rows(self) -> int:
-        """A policy that comes with its skill collects from the first step on."""
+        """None of a trained policy, which collects from the first step on."""
         return 0 if self.is_fixed else super().prefill_rows
 
     def _dream(self, world: WorldModel, replay: Replay | None) -> VecMonitor:
-        """The imagined worlds; without experience they are there for their spaces alone."""
+        """The imagined worlds; without a replay for their spaces alone."""
         names = ("horizon", "start", "observation", "uncertainty_penalty", "max_uncertainty")
         options = {name: getattr(self.config.agent, name) for name in names}
         options |= {} if replay is not None else {"start": "prior"}
@@ -316,28 +210,26 @@ class SB3Agent(WorldModelAlgorithm):
     # Learning -------------------------------------------------------------------------------------------------------
 
     def update_for_steps(self, steps: int) -> None:
-        """The world model's updates, and a visit to the dream where one is due."""
-        self._since_visit += 0 if self.is_fixed else steps
+        """The world model's updates, and a training in the dream where one is due."""
+        self._steps_since_dream += 0 if self.is_fixed else steps
         super().update_for_steps(steps)
 
     @property
-    def _visit_is_due(self) -> bool:
-        max_phases = self.config.agent.visits
-        return (
-            not self.is_fixed and self._since_visit >= self.config.agent.every and (max_phases is None or self.visits < max_phases)
-        )
+    def _dream_is_due(self) -> bool:
+        every, at_most = self.config.agent.every, self.config.agent.visits
+        return not self.is_fixed and self._steps_since_dream >= every and (at_most is None or self.dreams < at_most)
 
     @property
     def has_pending_updates(self) -> bool:
-        return super().has_pending_updates or (self._is_ready and self._visit_is_due)
+        return super().has_pending_updates or (self._is_ready and self._dream_is_due)
 
     def run_updates(self) -> bool:
         if not super().run_updates():
             return False
-        while self._visit_is_due:
-            if not (self.should_continue() and self.visit(self.config.agent.imagined)):
+        while self._dream_is_due:
+            if not (self.should_continue() and self.train_in_dream(self.config.agent.imagined)):
                 return False
-            self._since_visit -= self.config.agent.every
+            self._steps_since_dream -= self.config.agent.every
         return True
 
     def restart_episodes(self, seed: int) -> None:
@@ -345,11 +237,10 @@ class SB3Agent(WorldModelAlgorithm):
         if isinstance(self.algorithm, OffPolicyAlgorithm) and not self.is_fixed:
             self.algorithm.replay_buffer.reset()
 
-    def visit(self, steps: int) -> bool:
-        """The algorithm's own learn() for so many imagined steps, in worlds that begin anew with the model as it stands.
+    def train_in_dream(self, steps: int) -> bool:
+        """The algorithm's own learn() for so many imagined steps, in new worlds of the current model.
 
-        Its schedules follow the real steps: what is left of this agent's learn(), not of the visit. False where `go_on` ended
-        it: then it counts as none, and is owed.
+        Its schedules follow the progress of this agent's learn(). False where `should_continue` ended it: it stays pending.
         """
         algorithm = self.algorithm
         dream = self._dream(self.learner.ema, self.replay)
@@ -362,9 +253,9 @@ class SB3Agent(WorldModelAlgorithm):
             stop = _StopCallback(self.should_continue)
             algorithm.learn(steps, callback=stop, log_interval=1, reset_num_timesteps=before == 0)
         self.imagined_steps += algorithm.num_timesteps - before
-        self.visits += not stop.ended
+        self.dreams += not stop.stopped
         self.policy.set_training_mode(False)
-        return not stop.ended
+        return not stop.stopped
 
     # Saving ---------------------------------------------------------------------------------------------------------
 
@@ -389,7 +280,7 @@ class SB3Agent(WorldModelAlgorithm):
     def _behaviour_state(self) -> dict[str, Any]:
         given = self._algorithm_class is not None or bool(self._algo_kwargs)
         counts = {"steps": self.algorithm.num_timesteps, "updates": self.algorithm._n_updates}
-        counts |= {"since_visit": self._since_visit, "imagined": self.imagined_steps, "visits": self.visits}
+        counts |= {"since_visit": self._steps_since_dream, "imagined": self.imagined_steps, "visits": self.dreams}
         counts |= {name: getattr(self.algorithm, name) for name in DQN_COUNTERS if hasattr(self.algorithm, name)}
         return {**counts, "given": given, "file": self._digest}
 
@@ -410,22 +301,20 @@ class SB3Agent(WorldModelAlgorithm):
             )
         for name in DQN_COUNTERS & state.keys():
             setattr(self.algorithm, name, state[name])
-        self.visits = state["visits"]
         self.algorithm.num_timesteps, self.algorithm._n_updates = state["steps"], state["updates"]
-        self._since_visit, self.imagined_steps = state["since_visit"], state["imagined"]
+        self._steps_since_dream, self.imagined_steps, self.dreams = state["since_visit"], state["imagined"], state["visits"]
 
 
 def _fits(real: gym.Space, trained: gym.Space) -> bool:
-    """Whether a policy that SB3 trained on one space takes observations of another: it has its images transposed."""
+    """Whether a policy that SB3 trained on one space takes observations of another: SB3 transposes images."""
     if isinstance(real, gym.spaces.Dict) and isinstance(trained, gym.spaces.Dict):
         return real.keys() == trained.keys() and all(_fits(real[name], trained[name]) for name in real)
-    transposed = is_image_space(real) and not is_image_space_channels_first(real)
-    return real == trained or (transposed and VecTransposeImage.transpose_space(real) == trained)
+    return trained in (real, transposed_space(real))
 
 
 @contextmanager
 def _fixed_progress(algorithm: BaseAlgorithm, remaining: float) -> Iterator[None]:
-    """SB3 would count the progress of its schedules within each learn(): in here it stands at `remaining`."""
+    """SB3 counts the progress of its schedules within each learn(); inside this context it stays at `remaining`."""
     algorithm._update_current_progress_remaining = lambda done, total: setattr(algorithm, "_current_progress_remaining", remaining)
     try:
         yield

@@ -1,4 +1,4 @@
-"""`train_in_dream`: an SB3 algorithm learns in a learned world, by its own learn(), and acts in the real one."""
+"""`train_in_dream`: an SB3 algorithm is trained in a world model, by its own learn(), and acts in the real environment."""
 
 from __future__ import annotations
 
@@ -19,21 +19,13 @@ from worldmodel.agents.belief import BeliefPolicy
 from worldmodel.agents.evaluation import FINAL_SEED, evaluate, require_spaces
 from worldmodel.agents.held_out import HELD_OUT_SEED, collect
 from worldmodel.agents.rollouts import returns
-from worldmodel.agents.sb3.agent import (
-    HOMES,
-    SB3Agent,
-    SB3Config,
-    SB3Controller,
-    algorithm_class,
-    make_algorithm,
-    open_algorithm,
-    seeded_globals,
-)
+from worldmodel.agents.sb3.agent import SB3Agent, SB3Controller
+from worldmodel.agents.sb3.algorithms import ALGORITHMS, algorithm_class, make_algorithm, open_algorithm, seeded_globals
 from worldmodel.config import Config
 from worldmodel.envs.imagined import ImaginedVecEnv
 from worldmodel.envs.make import EnvConfig, make_vec
 from worldmodel.envs.vectors.plain import as_trained
-from worldmodel.errors import ConfigError
+from worldmodel.errors import ConfigError, require_choice, require_whole
 from worldmodel.model import ModelConfig, WorldModel
 from worldmodel.spaces import ActionSpec, ObsSpec
 from worldmodel.storage import checkpoint
@@ -42,19 +34,19 @@ from worldmodel.storage.run_folder import CONFIG
 from worldmodel.storage.weights import as_arrays
 
 WORLD, POLICY = "world.zip", "policy.zip"
-"""The files of a saved DreamPolicy: ours, without pickle, and SB3's own."""
+"""The files of a saved DreamPolicy: the world model's, without pickle, and SB3's own."""
 
 
 @dataclass(frozen=True)
 class DreamResult:
-    """What learning in the dream came to.
+    """The result of training in the dream.
 
     algorithm        SB3's class
-    real_steps       steps of the real training environments, random ones included; 0 in a finished world
+    real_steps       steps of the real training environments, random ones included; 0 in the world of a finished run
     imagined_steps   steps of the imagined ones
     real_return      mean of 20 greedy real episodes (seeds 30000..)
-    imagined_return  of the first 100 steps from the first observations of 20 other episodes, as the model dreams them
-    gap              that, less the real return of those same 100 steps: what the policy expects and does not get
+    imagined_return  of the first 100 steps from the first observations of 20 other episodes, as the model predicts them
+    gap              imagined_return minus the real return of those same 100 steps
     """
 
     env_id: str
@@ -69,9 +61,9 @@ class DreamResult:
 class DreamPolicy:
     """A policy from the dream that acts on real observations; `evaluate_policy` takes it as it is.
 
-    algorithm  the SB3 algorithm itself. It goes on with its own `learn()` where it has an environment: once loaded it needs one
-               first, e.g. `policy.algorithm.set_env(ImaginedVecEnv(run, 64))`
-    world      the world model whose belief it sees
+    algorithm  the SB3 algorithm itself, whose own `learn()` continues the training. Once loaded it needs an environment first,
+               e.g. `policy.algorithm.set_env(ImaginedVecEnv(run, 64))`
+    world      the world model whose filtered state the policy observes
     result     DreamResult, or None before `measure`
     """
 
@@ -92,24 +84,24 @@ class DreamPolicy:
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """SB3's recurrent predict, on the environment's own observations: `state` is the belief."""
+        """SB3's recurrent predict, on the environment's own observations: `state` is the world model's filtered state."""
         return self.policy.predict(observation, state, episode_start, deterministic)
 
     def measure(self, real_steps: int, imagined_steps: int, episodes: int = 20, max_steps: int | None = None) -> DreamResult:
-        """Plays in reality and in the dream, and keeps what came of it in `result`. Raises EnvError, MissingExtraError.
+        """Plays in reality and in the dream; the result is also kept in `result`. Raises EnvError, MissingExtraError.
 
         max_steps  real episodes are cut there, as by eval.max_steps
         """
         real = float(np.mean(evaluate(self, self.env, episodes, FINAL_SEED, max_steps=max_steps)[0]))
-        seen = collect(self, self.env, episodes, HELD_OUT_SEED, random=0.0, steps=100)
+        held_out = collect(self, self.env, episodes, HELD_OUT_SEED, random=0.0, steps=100)
         generator = torch.Generator(self.device).manual_seed(HELD_OUT_SEED)
-        imagined, real_prefix_return = (float(x.mean()) for x in returns(self, seen, generator, 100, 0.0))
+        imagined, real_prefix_return = (float(x.mean()) for x in returns(self, held_out, generator, 100, 0.0))
         name = type(self.algorithm).__name__
         self.result = DreamResult(self.env.id, name, real_steps, imagined_steps, real, imagined, imagined - real_prefix_return)
         return self.result
 
     def save(self, folder: str | Path) -> Path:
-        """A folder: world.zip (safetensors, JSON, checksums; no pickle) and policy.zip, SB3's own file, which is one."""
+        """A folder: world.zip (safetensors, JSON, checksums; no pickle) and policy.zip, SB3's own file, which holds pickles."""
         folder = Path(folder)
         controller = self.policy.controller
         state = {
@@ -118,7 +110,7 @@ class DreamPolicy:
             "action_spec": self.world.action.to_json(),
             "env": self.env.model_dump(mode="json"),
             "algorithm": type(self.algorithm).__name__,
-            "sees": controller.sees,
+            "sees": controller.observes,
             "noise": controller.noise,
             "seed": self.seed,
             "result": asdict(self.result) if self.result is not None else None,
@@ -131,16 +123,17 @@ class DreamPolicy:
     def load(
         cls, folder: str | Path, *, trust: bool = False, algorithm: type[BaseAlgorithm] | None = None, device: str = "cpu"
     ) -> DreamPolicy:
-        """What `save` wrote. trust: SB3's file may run code when it is opened; say that you know where it comes from.
+        """What `save` wrote. Raises TrustError, ConfigError, CorruptError.
 
-        algorithm  its class, where it is none of SB3's or sb3-contrib's own. Raises TrustError, ConfigError, CorruptError.
+        trust      SB3's file may run code when it is opened: True for one that you trust
+        algorithm  its class, where it is none of SB3's or sb3-contrib's own
         """
         folder = Path(folder)
         if not (folder / WORLD).is_file():
             raise ConfigError(f"'{folder}' holds no {WORLD}. Expected a folder that DreamPolicy.save wrote.")
         arrays, state, _ = checkpoint.unpack(folder / WORLD)
         specs = ObsSpec.from_json(state["observation_spec"]), ActionSpec.from_json(state["action_spec"])
-        world = WorldModel.from_arrays(ModelConfig.parse(state["model"]), *specs, arrays["world"])
+        world = WorldModel.from_arrays(ModelConfig.parse_saved(state["model"]), *specs, arrays["world"])
         algorithm = algorithm or _class_called(state["algorithm"])
         loaded = open_algorithm(algorithm, folder / POLICY, trust=trust, device=device)
         controller = SB3Controller(loaded, state["sees"], state["noise"])
@@ -153,10 +146,26 @@ class DreamPolicy:
 
 
 def _class_called(name: str) -> type[BaseAlgorithm]:
-    known = [key for key, (_, attribute) in HOMES.items() if attribute == name]
+    known = [key for key, (_, attribute) in ALGORITHMS.items() if attribute == name]
     if not known:
         raise ConfigError(f"'{name}' is no algorithm that is known here. Pass its class: DreamPolicy.load(..., algorithm=CLASS).")
     return algorithm_class(known[0])
+
+
+@dataclass(frozen=True)
+class _Training:
+    """An algorithm and the imagined worlds in which it is trained.
+
+    options  of the ImaginedVecEnv: horizon, start, observation, uncertainty_penalty, max_uncertainty
+    """
+
+    algorithm: type[BaseAlgorithm]
+    total_timesteps: int
+    worlds: int
+    options: dict[str, Any]
+    seed: int
+    device: str
+    algo_kwargs: dict[str, Any]
 
 
 def train_in_dream(
@@ -180,110 +189,71 @@ def train_in_dream(
     device: str = "cpu",
     episodes: int = 20,
 ) -> DreamPolicy:
-    """An unmodified SB3 algorithm learns in imagination, by its own learn(); the policy that comes out acts in reality.
+    """An unmodified SB3 algorithm is trained in imagination, by its own learn(); the policy acts in the real environment.
 
-        train_in_dream(PPO, "runs/demo", total_timesteps=100_000)            # a finished world: not one real step
+        train_in_dream(PPO, "runs/demo", total_timesteps=100_000)            # a finished run: not one real step
         train_in_dream(PPO, "cartpole", total_timesteps=400_000, rounds=50)  # alternating
 
     algo             an algorithm's class (PPO, A2C, DQN, SAC, TD3; RecurrentPPO, TQC, QRDQN with the extra `contrib`), or its name
-    world            a Run or run folder: a finished world. Else a recipe or Gymnasium id: in each of `rounds` rounds the policy
-                     collects real experience, the world model learns from it, and the algorithm learns in the dream
-    total_timesteps  imagined steps of the algorithm, over all rounds; on-policy ones take whole rollouts of n_steps in each world
+    world            a Run or run folder, whose world model is fixed; or a recipe or Gymnasium id: in each of `rounds` rounds the
+                     policy collects real experience, the world model is updated, and the algorithm is trained in the dream
+    total_timesteps  imagined steps over all rounds; on-policy algorithms take whole rollouts of n_steps in each world
     steps            alternating: real steps over all rounds, random ones included (default: the recipe's train.steps)
-    algo_kwargs      arguments of the algorithm, e.g. {"policy_kwargs": ..., "n_steps": 32}, over those that suit imagined worlds
+    algo_kwargs      arguments of the algorithm, e.g. {"policy_kwargs": ..., "n_steps": 32}
     worlds, horizon, start, observation, uncertainty_penalty, max_uncertainty: as those of ImaginedVecEnv
     overrides        alternating: dotted options of the recipe
     env              where the result is measured (default: the environment of the run or recipe)
-    callback         finished world: an SB3 callback for learn(). An EvalCallback sees what the algorithm sees: give it
-                     LatentVecEnv(make_vec(run.config.env), run)
-    episodes         of the measurement at the end; 0: none, and `result` stays None
+    callback         finished run: an SB3 callback for learn(). An EvalCallback needs LatentVecEnv(make_vec(run.config.env), run)
+    episodes         of the measurement at the end; 0: none
 
-    Raises ConfigError for numbers out of range, actions that the algorithm cannot take, and a run of other spaces than `env`.
+    Raises ConfigError.
     """
-    _require_numbers(total_timesteps=total_timesteps, rounds=rounds, horizon=horizon, worlds=worlds, episodes=episodes + 1)
-    algorithm = algorithm_class(SB3Config(algo=algo).algo) if isinstance(algo, str) else algo
-    if not (isinstance(algorithm, type) and issubclass(algorithm, BaseAlgorithm)):
-        raise ConfigError(f"train_in_dream: algo is a {type(algo).__name__}; expected an algorithm's class, like PPO, or its name.")
-    for name, given, kinds in (("world", world, Run | str | Path), ("env", env, EnvConfig | str | None)):
-        if not isinstance(given, kinds):
-            raise ConfigError(f"train_in_dream: {name} is a {type(given).__name__}; expected one of {kinds}.")
-    target = EnvConfig(id=env) if isinstance(env, str) else env
-    dream = {"horizon": horizon, "start": start, "observation": observation, "uncertainty_penalty": uncertainty_penalty, "max_uncertainty": max_uncertainty}
-    if isinstance(world, Run) or (Path(world) / CONFIG).is_file():
+    require_whole("train_in_dream: ", total_timesteps=total_timesteps, rounds=rounds, episodes=episodes + 1)
+    penalties = {"uncertainty_penalty": uncertainty_penalty, "max_uncertainty": max_uncertainty}
+    options = {"horizon": horizon, "start": start, "observation": observation, **penalties}
+    training = _Training(_algorithm(algo), total_timesteps, worlds, options, seed, device, dict(algo_kwargs or {}))
+    run, env = _run(world), EnvConfig(id=env) if isinstance(env, str) else env
+    if run is not None:
         if rounds != 1 or steps is not None or overrides:
             raise ConfigError(
                 "train_in_dream: a run is a finished world: rounds, steps and overrides have no meaning. Leave them out, or pass "
                 "the name of a recipe, to alternate."
             )
-        run = world if isinstance(world, Run) else Run.open(world)
-        target = target or run.config.env
-        limit = run.config.eval.max_steps
-        policy, counts = _train_in_fixed_world(
-            algorithm, run, target, total_timesteps, worlds, dream, algo_kwargs, callback, seed, device
-        )
+        config = run.config
+        policy, counts = _train_in_run(training, run, env or config.env, callback)
+    elif callback is not None:
+        raise ConfigError("train_in_dream: a callback is for a finished world. To alternate, use SB3Agent and its learn().")
     else:
-        if callback is not None:
-            raise ConfigError("train_in_dream: a callback is for a finished world. To alternate, use SB3Agent and its learn().")
-        visits = {"worlds": worlds, "visits": rounds, "imagined": max(1, total_timesteps // rounds), **dream}
-        config = _in_rounds(Config.from_recipe(str(world), overrides), steps, visits)
-        limit = config.eval.max_steps
-        policy, counts = _train_alternating(algorithm, config, target or config.env, algo_kwargs, seed, device)
+        config = _alternating_config(training, Config.from_recipe(str(world), overrides), steps, rounds)
+        policy, counts = _train_alternating(training, config, env or config.env)
     if episodes:
-        policy.measure(*counts, episodes=episodes, max_steps=limit)
+        policy.measure(*counts, episodes=episodes, max_steps=config.eval.max_steps)
     return policy
 
 
-def _in_rounds(base: Config, steps: int | None, visits: dict[str, Any]) -> Config:
-    """The recipe's config with an SB3 agent whose visits to the dream share the real steps behind the random ones."""
-    steps, rounds = base.train.steps if steps is None else steps, visits["visits"]
-    learning_steps = steps - base.train.prefill
-    if rounds > learning_steps:
-        raise ConfigError(
-            f"train_in_dream: {rounds} rounds need as many real steps behind the {base.train.prefill} random ones "
-            f"(train.prefill), but steps={steps}. Raise steps."
-        )
-    return base.override({"agent": {"kind": "sb3", **visits, "every": learning_steps // rounds}, "train.steps": steps})
-
-
-def _require_numbers(**named: Any) -> None:
-    for name, number in named.items():
-        if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
-            raise ConfigError(f"train_in_dream: {name} is {number!r}; expected a whole number of at least 1.")
-
-
-def _require_fit(env: EnvConfig, obs: ObsSpec, action: ActionSpec) -> None:
-    """ConfigError where the environment in which the policy is to act has other spaces than the world."""
-    known = SimpleNamespace(obs_spec=obs, action_spec=action)
-    venv = as_trained(known, make_vec(env, 1))
-    try:
-        require_spaces(known, venv, env.id)
-    finally:
-        venv.close()
-
-
-def _train_in_fixed_world(
-    algorithm, run: Run, env: EnvConfig, total: int, worlds: int, dream: dict, algo_kwargs, callback, seed, device
-):
-    """(policy, (real steps, imagined steps)) of learning in a run's world as it is."""
-    world = run.world_model(device=device)
+def _train_in_run(
+    training: _Training, run: Run, env: EnvConfig, callback: BaseCallback | None
+) -> tuple[DreamPolicy, tuple[int, int]]:
+    """(policy, (real steps, imagined steps)) of training in the fixed world model of a run."""
+    world = run.world_model(device=training.device)
     _require_fit(env, world.obs, world.action)
-    replay = run.replay() if dream["start"] == "replay" else None
-    generator = torch.Generator().manual_seed(seed)
-    with seeded_globals(generator):
-        imagined = VecMonitor(ImaginedVecEnv(world, worlds, seed=seed, replay=replay, **dream))
-        made = make_algorithm(algorithm, imagined, seed, device, dict(algo_kwargs or {}))
-        made.learn(total, callback=callback)
-    return DreamPolicy(world, SB3Controller(made, dream["observation"]), env, seed=seed), (0, made.num_timesteps)
+    replay = run.replay() if training.options["start"] == "replay" else None
+    with seeded_globals(torch.Generator().manual_seed(training.seed)):
+        imagined = VecMonitor(ImaginedVecEnv(world, training.worlds, seed=training.seed, replay=replay, **training.options))
+        algorithm = make_algorithm(training.algorithm, imagined, training.seed, training.device, training.algo_kwargs)
+        algorithm.learn(training.total_timesteps, callback=callback)
+    controller = SB3Controller(algorithm, training.options["observation"])
+    return DreamPolicy(world, controller, env, seed=training.seed), (0, algorithm.num_timesteps)
 
 
-def _train_alternating(algorithm, config: Config, env: EnvConfig, algo_kwargs, seed: int, device: str):
-    """The same of learning in turns with the world model, in one agent."""
-    venv = make_vec(config.env, seed=seed)
+def _train_alternating(training: _Training, config: Config, env: EnvConfig) -> tuple[DreamPolicy, tuple[int, int]]:
+    """The same of training by turns: real experience, updates of the world model, training in the dream."""
+    venv = make_vec(config.env, seed=training.seed)
     try:
         specs = ObsSpec.from_space(venv.observation_space, config.env.layout), ActionSpec.from_space(venv.action_space)
         _require_fit(env, *specs)
-        given = {"algorithm": algorithm, "algo_kwargs": dict(algo_kwargs or {})}
-        agent = SB3Agent(policy_name(specs[0]), venv, config=config, seed=seed, device=device, **given)
+        options = {"seed": training.seed, "device": training.device, "algo_kwargs": training.algo_kwargs}
+        agent = SB3Agent(policy_name(specs[0]), venv, config=config, algorithm=training.algorithm, **options)
         agent.learn(config.train.steps)
     finally:
         venv.close()
@@ -293,7 +263,51 @@ def _train_alternating(algorithm, config: Config, env: EnvConfig, algo_kwargs, s
             f"train_in_dream: {agent.num_timesteps} real steps of {agent.n_envs} environments taught the world model nothing: it "
             f"begins with {config.train.prefill} rows (train.prefill), {rows} of them from one environment. Raise steps."
         )
-    while agent.visits < config.agent.visits:  # learning began later than the random steps ended
-        agent.visit(config.agent.imagined)
-    policy = DreamPolicy(agent.learner.ema, agent.controller, env, seed=seed)
+    while agent.dreams < config.agent.visits:  # learning began later than the random steps ended
+        agent.train_in_dream(config.agent.imagined)
+    policy = DreamPolicy(agent.learner.ema, agent.controller, env, seed=training.seed)
     return policy, (agent.num_timesteps, agent.imagined_steps)
+
+
+def _alternating_config(training: _Training, base: Config, steps: int | None, rounds: int) -> Config:
+    """The recipe's config with an SB3 agent whose `rounds` share the real steps after the random ones."""
+    steps = base.train.steps if steps is None else steps
+    learning_steps = steps - base.train.prefill
+    if rounds > learning_steps:
+        raise ConfigError(
+            f"train_in_dream: {rounds} rounds need as many real steps behind the {base.train.prefill} random ones "
+            f"(train.prefill), but steps={steps}. Raise steps."
+        )
+    agent = {"kind": "sb3", "worlds": training.worlds, "visits": rounds, "every": learning_steps // rounds, **training.options}
+    agent["imagined"] = max(1, training.total_timesteps // rounds)
+    return base.override({"agent": agent, "train.steps": steps})
+
+
+def _algorithm(algo: Any) -> type[BaseAlgorithm]:
+    if isinstance(algo, str):
+        require_choice("algo", algo, ALGORITHMS)
+        return algorithm_class(algo)
+    if not (isinstance(algo, type) and issubclass(algo, BaseAlgorithm)):
+        raise ConfigError(f"train_in_dream: algo is a {type(algo).__name__}; expected an algorithm's class, like PPO, or its name.")
+    return algo
+
+
+def _run(world: Any) -> Run | None:
+    """The finished run that `world` is or names; None for a recipe or the id of an environment."""
+    if isinstance(world, Run):
+        return world
+    if not isinstance(world, str | Path):
+        raise ConfigError(f"train_in_dream: world is a {type(world).__name__}; expected a Run, a run folder or a recipe.")
+    return Run.open(world) if (Path(world) / CONFIG).is_file() else None
+
+
+def _require_fit(env: EnvConfig, obs: ObsSpec, action: ActionSpec) -> None:
+    """ConfigError where the environment in which the policy is to act has other spaces than the world."""
+    if not isinstance(env, EnvConfig):
+        raise ConfigError(f"train_in_dream: env is a {type(env).__name__}; expected an EnvConfig or the id of an environment.")
+    known = SimpleNamespace(obs_spec=obs, action_spec=action)
+    venv = as_trained(known, make_vec(env, 1))
+    try:
+        require_spaces(known, venv, env.id)
+    finally:
+        venv.close()

@@ -1,4 +1,4 @@
-"""Dyna: an SB3 algorithm's own replay buffer, filled up with imagined transitions."""
+"""Dyna: imagined transitions in an SB3 algorithm's own replay buffer."""
 
 from __future__ import annotations
 
@@ -9,42 +9,42 @@ from typing import Any
 import numpy as np
 import torch
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.vec_env import VecNormalize, VecTransposeImage, unwrap_vec_wrapper
+from stable_baselines3.common.vec_env import VecTransposeImage, unwrap_vec_wrapper
 
-from worldmodel.agents.episodes import EnvSyncCheck
 from worldmodel.agents.random import RandomAgent
+from worldmodel.agents.sb3.observing import ObservingCallback
 from worldmodel.config import Config
 from worldmodel.envs.imagined import ImaginedWorld, Source, latent_space, learned_world, part
 from worldmodel.envs.make import id_of
 from worldmodel.envs.vectors.plain import COUNT_FROM_0, plain_action, plain_obs
-from worldmodel.errors import ConfigError
+from worldmodel.errors import ConfigError, require_whole
 from worldmodel.model import needs_ensemble
 from worldmodel.spaces import ActionSpec, ObsSpec
+from worldmodel.spaces.casts import stack
 from worldmodel.storage.replay import Replay
 
 REFILTER_EVERY = 25
-"""Updates of a model that learns along after which roll-outs begin at beliefs of its new weights."""
+"""Updates of a world model in training after which roll-outs begin at states that its new weights have filtered."""
 
 
-class DynaCallback(BaseCallback):
+class DynaCallback(ObservingCallback):
     """Adds `ratio` imagined transitions for each real one to the ReplayBuffer of DQN, SAC, TD3 and their like.
 
         SAC("MlpPolicy", "Pendulum-v1", gradient_steps=4).learn(1000, callback=DynaCallback(ratio=10))
 
-    world            a finished world: a Run, a run folder or a WorldModel (that needs `replay`); None: one learns along, from
-                     what the algorithm meets
+    world            a finished world model: a Run, a run folder or a WorldModel (that needs `replay`); None: one is trained along,
+                     on the algorithm's experience
     ratio            imagined transitions per real step
-    horizon          steps of each roll-out; it begins at the belief about a recorded row and follows the algorithm's own policy
-    every            real steps (of each environment) between roll-outs; of a world that learns along none comes before its first
-                     update, behind `train.prefill` rows
-    max_uncertainty  a roll-out ends where the ensemble's disagreement is greater (needs model.ensemble.members)
-    replay           recorded experience to begin from, where the run's is not meant
-    recipe, config   of the world model that learns along: as those of Dreamer, e.g. config={"train.ratio": 1.0}
-    seed             of that model, and of all that is drawn here
+    horizon          steps of each roll-out, which begins at the filtered state of a recorded row and follows the algorithm's policy
+    every            real steps (of each environment) between roll-outs; a world model that is trained along makes none before its
+                     first update, after `train.prefill` rows
+    max_uncertainty  a roll-out ends where the ensemble's disagreement is larger (needs model.ensemble.members)
+    replay           recorded experience to begin from, instead of the run's
+    recipe, config   of the world model that is trained along: as those of Dreamer, e.g. config={"train.ratio": 1.0}
+    seed             of that model, and of all draws here
 
-    The observations are decoded where the algorithm sees the environment's own, and features where it sees a LatentVecEnv.
+    The observations are decoded where the algorithm observes the environment, and features where it observes a LatentVecEnv.
     Source: Sutton 1991 (Dyna); Janner et al. 2019 (MBPO, algorithm 2), whose short branches from real states these are.
     Raises ConfigError for algorithms without such a buffer, for other spaces, and for numbers out of range.
     """
@@ -63,9 +63,7 @@ class DynaCallback(BaseCallback):
         seed: int = 0,
     ):
         super().__init__()
-        for name, number in (("horizon", horizon), ("every", every)):
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise ConfigError(f"DynaCallback: {name} is {number!r}; expected a whole number of at least 1.")
+        require_whole("DynaCallback: ", horizon=horizon, every=every)
         if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not (np.isfinite(ratio) and ratio >= 0):
             raise ConfigError(f"DynaCallback: ratio is {ratio!r}; expected imagined transitions per real step, 0 or more.")
         if max_uncertainty is not None and not max_uncertainty > 0:
@@ -79,22 +77,20 @@ class DynaCallback(BaseCallback):
         self.source, self.ratio, self.horizon, self.every = world, float(ratio), horizon, every
         self.max_uncertainty, self.seed, self.recorded = max_uncertainty, seed, replay
         self.recipe, self.config = recipe, config
-        self.agent: RandomAgent | None = None
         self.imagined = 0
-        self._transitions_due, self._leftover, self._env_sync = 0.0, [], EnvSyncCheck()
+        self._transitions_due, self._leftover = 0.0, []
         self.generator = torch.Generator().manual_seed(seed)
 
     # Beginning ------------------------------------------------------------------------------------------------------
 
     def _init_callback(self) -> None:
+        super()._init_callback()
         model = self.model
         if not isinstance(model, OffPolicyAlgorithm):
             raise ConfigError(
                 f"Dyna fills a replay buffer, and {type(model).__name__} has none. Use DQN, SAC, TD3, TQC or QRDQN; on-policy "
                 "algorithms learn inside the world: train_in_dream."
             )
-        if unwrap_vec_wrapper(self.training_env, VecNormalize) is not None:
-            raise ConfigError("Dyna: VecNormalize is around the environment, and imagined observations are plain. Take it off.")
         if type(model.replay_buffer) not in (ReplayBuffer, DictReplayBuffer):
             raise ConfigError(
                 f"Dyna adds single transitions, and {type(model.replay_buffer).__name__} takes neighbours for one episode. Use "
@@ -108,11 +104,11 @@ class DynaCallback(BaseCallback):
         needs_ensemble(self.world, "max_uncertainty", self.max_uncertainty)
         self._transposed, self._worlds, self._filtered_at = None, None, 0
         known, acts = plain_obs(self.world.obs).space, plain_action(self.world.action).space
-        seen, wrapper = model.observation_space, unwrap_vec_wrapper(self.training_env, VecTransposeImage)
+        observed, wrapper = model.observation_space, unwrap_vec_wrapper(self.training_env, VecTransposeImage)
         if wrapper is not None and known == wrapper.venv.observation_space:
-            seen, self._transposed = known, wrapper
-        self._latent = seen == latent_space(self.world)
-        if (not self._latent and seen != known) or model.action_space != acts:
+            observed, self._transposed = known, wrapper
+        self._latent = observed == latent_space(self.world)
+        if (not self._latent and observed != known) or model.action_space != acts:
             raise ConfigError(
                 f"The world model is of another environment: it knows {known} and {acts}, the algorithm {model.observation_space} "
                 f"and {model.action_space}. Pass a run of this environment. {COUNT_FROM_0}"
@@ -121,33 +117,21 @@ class DynaCallback(BaseCallback):
             self.recorded = run.replay()
 
     def _make_learner(self) -> RandomAgent:
-        """An agent that never acts: its replay and its learner take in what the algorithm meets."""
+        """The world model that is trained along, with its replay."""
         env = self.training_env
-        env_id = id_of(env) or "custom"
-        given = {**dict(self.config), "agent": "random"} if isinstance(self.config, Mapping) else None
-        if not isinstance(self.config, Config):
-            given = given if given is not None else [*(self.config or []), "agent=random"]
-        config = self.config if isinstance(self.config, Config) else Config.from_recipe(self.recipe, given, env_id=env_id)
+        config = self.config
+        if not isinstance(config, Config):
+            agent = {"agent": "random"}
+            overrides = {**config, **agent} if isinstance(config, Mapping) else [*(config or []), "agent=random"]
+            config = Config.from_recipe(self.recipe, overrides, env_id=id_of(env) or "custom")
         specs = ObsSpec.from_space(env.observation_space, config.env.layout), ActionSpec.from_space(env.action_space)
         return RandomAgent.from_specs("MlpPolicy", *specs, num_envs=env.num_envs, config=config, seed=self.seed)
 
-    def _on_training_start(self) -> None:
-        self._env_sync.on_training_start(self.model)
-        if self.agent is not None:
-            self.agent.set_logger(self.logger)
-            self.agent.start_episodes(self.model._last_obs)
-
     # At each step ---------------------------------------------------------------------------------------------------
 
-    def _on_training_end(self) -> None:
-        self._env_sync.end(self.model)
-
     def _on_step(self) -> bool:
-        self._env_sync.step(self.model, self.locals["new_obs"])
+        super()._on_step()
         if self.agent is not None:
-            steps = (self.locals[name] for name in ("actions", "new_obs", "rewards", "dones", "infos"))
-            self.agent.record(*steps)
-            self.agent.num_timesteps = self.num_timesteps
             self.agent.learn_from_replay()
             if not self.agent.learner.updates:
                 return True
@@ -160,7 +144,7 @@ class DynaCallback(BaseCallback):
         return True
 
     def roll_out(self, starts: int) -> list[tuple[Any, Any, np.ndarray, np.ndarray, np.ndarray]]:
-        """(obs, next obs, action, reward, done), rows [n, ...], of each step; ended roll-outs are left out of what follows."""
+        """(obs, next obs, action, reward, done) [n, ...] of each step; ended roll-outs are left out of the next ones."""
         worlds = self._imagined(starts)
         obs, active, steps = self._for_algorithm(worlds.to_observations(worlds.reset())), np.arange(starts), []
         for _ in range(self.horizon):
@@ -176,7 +160,7 @@ class DynaCallback(BaseCallback):
         return steps
 
     def _imagined(self, starts: int) -> ImaginedWorld:
-        """At least so many worlds, the same ones each time: starts are used again, until the model has learned REFILTER updates."""
+        """At least so many worlds, the same object each time: starts are reused until the model has made REFILTER_EVERY updates."""
         if self._worlds is None or self._worlds.num_envs < starts:
             self._worlds = ImaginedWorld(
                 self.world,
@@ -198,25 +182,19 @@ class DynaCallback(BaseCallback):
         return 0 if self.agent is None else self.agent.learner.updates
 
     def _for_algorithm(self, obs: Any) -> Any:
-        """As the algorithm sees it, which has images transposed."""
+        """As the algorithm observes it: with transposed images."""
         return obs if self._transposed is None else self._transposed.transpose_observations(obs)
 
     def _add(self, steps: list[tuple[Any, Any, np.ndarray, np.ndarray, np.ndarray]]) -> None:
-        """Into the buffer, as many rows at a time as it has environments; what is left over waits for the next time."""
+        """Into the buffer, as many transitions at a time as it has environments; the remainder waits for the next call."""
         buffer, envs = self.model.replay_buffer, self.training_env.num_envs
         transitions = [tuple(part(x, i) for x in step) for step in steps for i in range(len(step[3]))]
         transitions = self._leftover + transitions
         for at in range(0, len(transitions) - envs + 1, envs):
-            obs, next_obs, action, reward, done = (_stacked(column) for column in zip(*transitions[at : at + envs]))
+            obs, next_obs, action, reward, done = (stack(column) for column in zip(*transitions[at : at + envs]))
             if self.world.action.kind == "continuous":
-                action = self.model.policy.scale_action(action)  # as SB3 stores what it took itself
+                action = self.model.policy.scale_action(action)  # as SB3 stores its own actions
             buffer.add(obs, next_obs, action, reward, done, [{} for _ in range(envs)])
             self.imagined += envs
         self._leftover = transitions[len(transitions) - len(transitions) % envs :]
         self.logger.record("dyna/imagined", self.imagined)
-
-
-def _stacked(transitions: Sequence[Any]) -> Any:
-    if isinstance(transitions[0], dict):
-        return {name: np.stack([transition[name] for transition in transitions]) for name in transitions[0]}
-    return np.stack(transitions)

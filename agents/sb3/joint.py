@@ -1,18 +1,15 @@
-"""Joint training: the world model's loss trains the encoder of an SB3 policy, on what the algorithm itself meets."""
+"""Joint training: the world model's loss trains the encoder of an SB3 policy, on the algorithm's own experience."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.vec_env import VecNormalize, unwrap_vec_wrapper
 
-from worldmodel.agents.episodes import EnvSyncCheck
 from worldmodel.agents.random import RandomAgent
-from worldmodel.agents.sb3.extractor import LatentExtractor, raw_observations
+from worldmodel.agents.sb3.extractor import LatentExtractor
+from worldmodel.agents.sb3.observing import ObservingCallback
 from worldmodel.config import Config
 from worldmodel.envs.imagined import Source, learned_world
 from worldmodel.envs.vectors.plain import COUNT_FROM_0, plain_action, plain_obs
@@ -21,25 +18,24 @@ from worldmodel.learner import Learner
 from worldmodel.spaces import ActionSpec
 
 
-class JointWorldModel(BaseCallback):
+class JointWorldModel(ObservingCallback):
     """Trains the world model beside an SB3 algorithm, around the policy's encoder: `learn(..., callback=JointWorldModel(run))`.
 
     run_or_model  the run, its folder or the model that `latent_policy_kwargs(run, mode="joint")` got
     ratio         world-model updates per real step; default: the run's train.ratio
     rl_gradients  whether the algorithm's own loss changes the encoder too
-    config        what differs from the run's options of `train`, e.g. {"train.lr": 3e-4}. Unless they are given here,
+    config        overrides of the run's options of `train`, e.g. {"train.lr": 3e-4}. Unless they are given here,
                   train.ema_decay and train.pretrain are 0, and train.prefill is at most the rows of one batch
-    seed          of the replay's windows and the codes that are drawn
+    seed          of the replay's windows and the sampled latents
 
-    The world model's encoder is the critic's (DQN's, PPO's: the policy's) and nobody's copy. An actor with an extractor of its own
-    gets a copy after each update, and sends no gradients; target networks follow as SB3 makes them follow. Updates are made
-    between SB3's rollouts, so that no rollout is learned from with another encoder than it was made with; the first ones once
-    the replay holds `train.prefill` rows. Of a model that was never trained, give `train.prefill` and `train.pretrain`: it is
-    then trained first on what the algorithm did first.
+    The world model's encoder is the critic's (DQN's, PPO's: the policy's) itself. An actor with an extractor of its own gets a
+    copy after each update, and sends no gradients; target networks follow as in SB3. Updates are made between SB3's rollouts, so
+    that each rollout is learned from with the encoder that collected it; the first ones once the replay holds `train.prefill`
+    rows. For a model that was never trained give `train.prefill` and `train.pretrain`: it is pretrained on the first steps.
 
-    The replay begins empty with each new algorithm object, also after SB3's `load`, whose encoder goes on where it was; decoder,
-    dynamics and heads begin as in `run_or_model`. `agent` is the world model's side, as a RandomAgent that takes no steps:
-    `callback.agent.save(path)` keeps it.
+    The replay begins empty with each new algorithm object, also after SB3's `load`, whose encoder keeps its weights; decoder,
+    dynamics and heads begin as in `run_or_model`. `agent` is the world model's side, a RandomAgent that never acts:
+    `callback.agent.save(path)` saves it.
     """
 
     agent: RandomAgent
@@ -59,29 +55,22 @@ class JointWorldModel(BaseCallback):
             raise ConfigError(f"JointWorldModel: ratio is {ratio!r}; expected updates per real step, 0 or more.")
         self.source, self.ratio, self.rl_gradients, self.config, self.seed = run_or_model, ratio, rl_gradients, config or {}, seed
         self._prepared_for: BaseAlgorithm | None = None
-        self._pending_steps, self._env_sync = 0, EnvSyncCheck()
+        self._pending_steps = 0
 
     def _on_training_start(self) -> None:
-        if unwrap_vec_wrapper(self.training_env, VecNormalize) is not None:
-            raise ConfigError(
-                "VecNormalize is around the environment: the world model would learn other observations and rewards than it was "
-                "trained on. Take it off; the encoder standardises vectors itself."
-            )
         if self._prepared_for is not self.model:
             self._prepare()
-        self._env_sync.on_training_start(self.model)
         self.agent.env = self.training_env
-        self.agent.set_logger(self.model.logger)
-        self.agent.start_episodes(self._raw(self.model._last_obs))
+        super()._on_training_start()
 
     def _prepare(self) -> None:
         """The world model of the source, around the encoder of this algorithm."""
         self.leader, self.followers = leader_and_followers(self.model.policy)
         world, run = learned_world(self.source)
         observation, action = plain_obs(world.obs), plain_action(world.action)
-        if observation != self.leader.spec:
+        if observation != self.leader.observations.spec:
             raise ConfigError(
-                f"The world model observes {observation.space}, the policy's encoder {self.leader.spec.space}. Give "
+                f"The world model observes {observation.space}, the policy's encoder {self.leader.observations.spec.space}. Give "
                 "JointWorldModel the run that latent_policy_kwargs got."
             )
         spec = ActionSpec.from_space(self.model.action_space)
@@ -93,7 +82,7 @@ class JointWorldModel(BaseCallback):
         self.agent = self._make_agent(world, run.config if run is not None else Config.parse({"env": {"id": "custom"}}))
         self.leader.unfreeze(self.rl_gradients)
         for extractor in self._extractors():
-            extractor.scaling = self.leader.scaling  # what was observed is the same for all copies
+            extractor.scaling = self.leader.scaling  # one set of statistics for all copies
         self._sync()
         self._prepared_for, self._pending_steps = self.model, 0
 
@@ -114,16 +103,7 @@ class JointWorldModel(BaseCallback):
         return agent
 
     def _on_step(self) -> bool:
-        step_locals = self.locals
-        self._env_sync.step(self.model, step_locals["new_obs"])
-        action = (
-            step_locals["clipped_actions"] if "clipped_actions" in step_locals else step_locals["actions"]
-        )  # what the environments got
-        infos = [self._raw_info(info) for info in step_locals["infos"]]
-        self.agent.num_timesteps = self.num_timesteps
-        self.agent.record(
-            np.asarray(action), self._raw(step_locals["new_obs"]), step_locals["rewards"], step_locals["dones"], infos
-        )
+        super()._on_step()
         self._pending_steps += 1
         return True
 
@@ -131,11 +111,11 @@ class JointWorldModel(BaseCallback):
         self._learn()
 
     def _on_training_end(self) -> None:
-        self._env_sync.end(self.model)
+        super()._on_training_end()
         self._learn()
 
     def _learn(self) -> None:
-        """The updates that the steps since the last ones pay for."""
+        """The updates due for the steps since the last ones."""
         before = self.agent.learner.updates
         for _ in range(self._pending_steps):
             self.agent.learn_from_replay()
@@ -144,7 +124,7 @@ class JointWorldModel(BaseCallback):
             self._sync()
 
     def _sync(self) -> None:
-        self.agent.learner.optimizer.zero_grad(set_to_none=True)  # no gradient of ours is left in the algorithm's parameters
+        self.agent.learner.optimizer.zero_grad(set_to_none=True)  # the algorithm's optimizer shares these parameters
         for extractor in self.followers:
             extractor.copy_from(self.leader)
 
@@ -152,19 +132,11 @@ class JointWorldModel(BaseCallback):
         return [module for module in self.model.policy.modules() if isinstance(module, LatentExtractor)]
 
     def _raw(self, obs: Any) -> Any:
-        return raw_observations(self.leader, obs)
-
-    def _raw_info(self, info: dict[str, Any]) -> dict[str, Any]:
-        if "terminal_observation" not in info:
-            return info
-        last = info["terminal_observation"]
-        batch = {name: np.asarray(x)[None] for name, x in last.items()} if isinstance(last, Mapping) else np.asarray(last)[None]
-        raw = self._raw(batch)
-        return {**info, "terminal_observation": {k: x[0] for k, x in raw.items()} if isinstance(raw, Mapping) else raw[0]}
+        return self.leader.observations.newest_raw(obs)
 
 
 def leader_and_followers(policy: Any) -> tuple[LatentExtractor, list[LatentExtractor]]:
-    """(the encoder that learns, the copies that follow it): the critic's, the actor's. Raises ConfigError where there is none."""
+    """(the critic's encoder, which is trained; the actor's, a copy of it). Raises ConfigError where there is none."""
     critic = getattr(policy, "critic", None)
     value = getattr(policy, "q_net", getattr(policy, "quantile_net", critic))
     leader = value.features_extractor if value is not None else getattr(policy, "vf_features_extractor", None)

@@ -1,1 +1,1 @@
-"""What surrounds the loop in a run: evaluation and checkpoints on the way, progress, signals, recorded experience, TensorBoard."""
+"""A training run around the loop: evaluation, checkpoints, progress, signals, recorded experience, TensorBoard."""

@@ -1,4 +1,4 @@
-"""What happens on the way of a run: evaluation, confirmation, checkpoints and the end, as a callback of SB3."""
+"""`RunCallback`: evaluation, confirmation, checkpoints and the end of a run, as a callback of SB3."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Progress:
-    """What a run has done besides learning; part of every checkpoint."""
+    """What a run has done besides updates; part of every checkpoint.
+
+    overrides  the options that a resume need not repeat
+    """
 
     overrides: dict[str, Any] = field(default_factory=dict)
     wall_seconds: float = 0.0
@@ -35,9 +38,12 @@ class Progress:
     solved_at: int | None = None
     evaluations: list[dict[str, Any]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.overrides = {key: value for key, value in self.overrides.items() if key != "train.steps"}
+
 
 class RunCallback(BaseCallback):
-    """Evaluates, confirms, checkpoints and stops; asked after every round of real steps."""
+    """Evaluates, saves checkpoints and stops the run; called after every round of real steps."""
 
     def __init__(
         self,
@@ -60,7 +66,7 @@ class RunCallback(BaseCallback):
         self.model.should_continue = lambda: not self.asked()
 
     def asked(self, doing: str | None = None) -> bool:
-        """Whether the process is asked to end; whoever asks also shows that the run is alive, `doing` what is no training."""
+        """Whether a signal asks the process to end. Also reports progress; `doing` names what is not training."""
         self.report.alive(self.model, doing)
         return bool(self.signals)
 
@@ -76,22 +82,28 @@ class RunCallback(BaseCallback):
 
     def _on_step(self) -> bool:
         self.report.alive(self.model)
-        step, every = self.model.num_timesteps, self.config.checkpoint.every
+        options, step = self.config.checkpoint, self.model.num_timesteps
         goes_on = self.evaluate_if_due() and not self.signals
-        due = every and step // every > (step - self.model.n_envs) // every
-        if due or self.progress.evaluated == step:  # an evaluation's own is no fence: that would cut episodes at every one
-            fence = self.config.checkpoint.fence and due
+        due = self._passed(options.every)
+        if due or self.progress.evaluated == step:
+            fence = options.fence and due  # not at an evaluation's checkpoint: episodes would be cut at every one
             self.try_save(fenced=fence and not self.model.has_pending_updates)
             if fence and not self.is_offline and goes_on and step < self.config.train.steps:
                 self.model.restart_episodes(env_seed(self.seed, step))
-        elif (
-            (flush := self.config.checkpoint.flush) and step // flush > (step - self.model.n_envs) // flush and not self.is_offline
-        ):
-            self._flush()
+        elif not self.is_offline and self._passed(options.flush):
+            try:
+                self.run.flush(self.model)
+            except StorageError as error:  # the next checkpoint raises it if it lasts
+                self.warn(f"The experience at {standing(self.model)} could not be written: {error}")
         return goes_on
 
+    def _passed(self, every: int) -> bool:
+        """Whether the last round of steps passed a multiple of `every` (0: never)."""
+        step = self.model.num_timesteps
+        return bool(every) and step // every > (step - self.model.n_envs) // every
+
     def run_updates(self) -> None:
-        """The updates that a signal left owed, before their step is evaluated as if they had been made."""
+        """The updates that a signal left pending, before their step is evaluated."""
         model = self.model
         if model.num_timesteps and model.has_pending_updates and not self.signals:
             self._clock = time.perf_counter()
@@ -100,12 +112,12 @@ class RunCallback(BaseCallback):
             self.add_wall_time()
 
     def evaluate_if_due(self) -> bool:
-        """False where the run is solved and shall end."""
+        """False where the run is solved and eval.stop_when_solved is set, or a signal came."""
         step, every = self.model.num_timesteps, 0 if self.is_offline else self.config.eval.every
         if every and step // every > self.progress.evaluated // every:
             try:
                 self._evaluate(step)
-            except EvaluationAborted:  # it is made up for on resume
+            except EvaluationAborted:  # a resume repeats it
                 return False
         return not (self.config.eval.stop_when_solved and self.progress.solved_at is not None)
 
@@ -141,19 +153,19 @@ class RunCallback(BaseCallback):
                 self._clock = time.perf_counter()
 
     def add_wall_time(self) -> None:
-        """Training time goes on the account up to now; what comes before the first step is no training."""
+        """Adds the time since the last call, or since the first step, to the training time."""
         if self._clock is not None:
             now = time.perf_counter()
             self.progress.wall_seconds += now - self._clock
             self._clock = now
 
     def save(self, fenced: bool = False) -> None:
-        """Commits this step, unless it is; `fenced` where all that follows begins with `reopen`."""
+        """Saves a checkpoint of this step, if there is none yet; `fenced`: new episodes begin right after it."""
         self.add_wall_time()
         self.run.save(self.model, asdict(self.progress), fenced=fenced)
 
     def try_save(self, fenced: bool = False) -> None:
-        """`save`, where a disk that says no is told, and tried again at the next checkpoint, but not for ever."""
+        """`save`; a StorageError is a warning until `checkpoint.failures` have come in a row."""
         limit = self.config.checkpoint.failures
         try:
             self.save(fenced)
@@ -169,13 +181,6 @@ class RunCallback(BaseCallback):
             )
         self.model.logger.record("checkpoint/failed", self._failed)
 
-    def _flush(self) -> None:
-        """The experience so far goes to the disk; where that cannot be, the next checkpoint says whether it is for long."""
-        try:
-            self.run.flush(self.model)
-        except StorageError as error:
-            self.warn(f"The experience at {standing(self.model)} could not be written: {error}")
-
 
 def env_seed(seed: int, step: int) -> int:
     """Seed of the first environment from a checkpoint on; environment i gets this + i."""
@@ -183,5 +188,5 @@ def env_seed(seed: int, step: int) -> int:
 
 
 def standing(agent: WorldModelAlgorithm) -> str:
-    """Where an agent stands, in words; on recorded experience it takes no real steps."""
+    """`real step 40`; `step 40` on recorded experience, where no steps are real."""
     return f"{'' if agent.config.train.data else 'real '}step {agent.num_timesteps}"

@@ -1,4 +1,4 @@
-"""A callback that shows in TensorBoard what the world model believes, on episodes that it never learns from."""
+"""`HeldOutCallback`: the world model's predictions on episodes that it never learns from, in TensorBoard."""
 
 from __future__ import annotations
 
@@ -17,47 +17,46 @@ from worldmodel.agents.evaluation import EvaluationAborted
 from worldmodel.agents.held_out import HELD_OUT_SEED, collect
 from worldmodel.agents.rollouts import SAMPLES, error_figure, returns, rollout_video
 from worldmodel.config import Config, differences
-from worldmodel.data import Episodes
 from worldmodel.diagnostics.geometry import FilteredStates, filter_episodes, interpolation, traversal, usage
 from worldmodel.diagnostics.rollouts import OpenLoop, open_loop
 from worldmodel.envs.draw import Viewer
 from worldmodel.envs.make import EnvConfig
-from worldmodel.errors import ConfigError, StorageError
+from worldmodel.errors import ConfigError, StorageError, require_whole
 from worldmodel.view import pictures, tensorboard
 
 HORIZONS = (1, 2, 3, 5, 10, 15, 30, 50)
 """Horizons whose errors are scalars, as far as they are measured."""
 VIDEO_STEPS, PROJECTOR_POINTS, TRAVERSED_VARIABLES = 40, 300, 8
-"""Steps of the film, points of the projector, variables of the code that are traversed."""
+"""Steps of the video, points of the projector, variables of the latent that are traversed."""
 MAX_VARIABLES = 1024
-"""Numbers beyond which a code is no list of variables, but a picture: none of them is moved, and the projector leaves it out."""
+"""Variables of a latent above which it is an image of the world: it is not traversed, and not in the projector."""
 _log = logging.getLogger(__name__)
 
 
 class HeldOutCallback(BaseCallback):
-    """Every `every` real steps, and at the end: fresh episodes, and what the model makes of them, as TensorBoard tags.
+    """Every `every` real steps, and at the end of training: new episodes, and the world model's predictions on them.
 
-    every     real steps between looks; looks begin with the first update of the world model
-    env       the environment to play them in; without it the one of the model's own config
-    episodes  held-out episodes of each look, played greedily with a random action in five steps
-    steps     of each episode at most; None: as in evaluations (eval.max_steps), 1000 where nothing else is said
-    context   rows that the model sees before it dreams
+    every     real steps between evaluations, which begin with the first update of the world model
+    env       the environment to play them in; default: the one of the model's config
+    episodes  held-out episodes of each evaluation, played greedily with a random action in five steps
+    steps     of each episode at most; None: as in evaluations (eval.max_steps), at most 1000
+    context   rows that the model observes before its open-loop predictions
     horizon   steps over which errors are measured
-    give_up   asked at every step of an episode; a look is left out as soon as it says yes
+    should_abort  asked at every step of an episode; the evaluation is left out as soon as it is true
 
     | tag | what |
     |---|---|
-    | world/open_loop/H, world/persistence/H | root mean square error H steps ahead, and that of "nothing changes", in deviations |
+    | world/open_loop/H, world/persistence/H | root mean square error H steps ahead, and that of persistence, in deviations |
     | world/ratio/H, world/ratio_by_part/PART | the first over the second; the same at the longest horizon by part of the episode |
     | world/open_loop_reward/H, world/open_loop_continue/H | root mean square error in reward units; Brier score |
     | world/uncertainty/H | disagreement of the ensemble H steps ahead, where the model has one |
     | world/open_loop_curve | the same by horizon and number |
     | dream/video, dream/signals | animated: real, imagined and error; every number over time with its spread |
-    | dream/imagined_return, dream/real_return, dream/gap | the first 100 steps of those episodes, dreamed and real |
-    | latent/usage, latent/traversal, latent/interpolation | what the code carries, and what it means |
+    | dream/imagined_return, dream/real_return, dream/gap | the first 100 steps of those episodes, imagined and real |
+    | latent/usage, latent/traversal, latent/interpolation | rates of the latent's variables, and what they decode to |
 
-    The projector shows the codes of these episodes, with reward, step and value. Training goes on as if nothing had happened: no
-    random state, statistic or weight is touched. Raises ConfigError where the logger writes no TensorBoard files.
+    The projector shows the latents of these episodes, with reward, step and value. No random state, statistic or weight of the
+    training changes. Raises ConfigError where the logger writes no TensorBoard files.
     """
 
     def __init__(
@@ -72,23 +71,23 @@ class HeldOutCallback(BaseCallback):
         should_abort: Callable[[], bool] = lambda: False,
     ):
         super().__init__()
-        if min(every, episodes, 1 if steps is None else steps, context, horizon) < 1:
-            raise ConfigError(f"Watch needs numbers of at least 1, not {every=}, {episodes=}, {steps=}, {context=}, {horizon=}.")
+        whole = {"every": every, "episodes": episodes, "steps": 1 if steps is None else steps}
+        require_whole("HeldOutCallback: ", **whole, context=context, horizon=horizon)
         self.every, self.env, self.episodes, self.steps = every, env, episodes, steps
         self.context, self.horizon, self.should_abort = context, horizon, should_abort
         self.evaluated_at: int | None = None
 
     def _init_callback(self) -> None:
-        if self.env is None and self.model.config.env.id == "custom":
-            raise ConfigError(
-                "Watch plays in environments of its own, but the model was given one without an id. Pass Watch(env='ID'), or "
-                "an EnvConfig."
-            )
         env = self.env if self.env is not None else self.model.config.env
+        if self.env is None and env.id == "custom":
+            raise ConfigError(
+                "HeldOutCallback plays in environments of its own, but the model was given one without an id. Pass "
+                "HeldOutCallback(env='ID'), or an EnvConfig."
+            )
         self.env = EnvConfig(id=env) if isinstance(env, str) else env
 
     def _on_training_start(self) -> None:
-        self.writer  # noqa: B018 (raises now rather than after hours)
+        self.writer  # noqa: B018 (raises here rather than hours later)
         if self.evaluated_at is None:
             self._log_config()
 
@@ -108,12 +107,12 @@ class HeldOutCallback(BaseCallback):
             if isinstance(output, TensorBoardOutputFormat):
                 return output.writer
         raise ConfigError(
-            "Watch writes into TensorBoard files, but the model logs none. Make it with tensorboard_log='FOLDER', or leave "
-            "Watch out."
+            "HeldOutCallback writes into TensorBoard files, but the model logs none. Make it with tensorboard_log='FOLDER', or "
+            "leave the callback out."
         )
 
     def show(self) -> None:
-        """One look now, unless this step was looked at already or nothing was learned yet."""
+        """One evaluation now, unless there was one at this step or no update yet."""
         step = self.model.num_timesteps
         if self.evaluated_at == step or self.model.learner.updates == 0:
             return
@@ -128,18 +127,23 @@ class HeldOutCallback(BaseCallback):
         viewer = Viewer(self.env.id, self.model.obs_spec)
         errors = open_loop(world, episodes, self.context, self.horizon, samples=SAMPLES, generator=generator)
         self._log_errors(errors, viewer, step)
-        self._log_videos(viewer, episodes, generator, step)
-        self._log_returns(episodes, generator, step)
+        rollout = rollout_video(world, viewer, episodes, self.context, VIDEO_STEPS, generator)
+        for name, frames in (("video", rollout.video), ("signals", rollout.signals)):
+            if frames is not None:
+                tensorboard.image(self.writer, f"dream/{name}", pictures.gif(frames, fps=10), step)
+        imagined, real = returns(self.model, episodes, generator)
+        for name, value in (("imagined_return", imagined), ("real_return", real), ("gap", imagined - real)):
+            self._scalar(f"dream/{name}", float(value.mean()), step)
         filtered = filter_episodes(world, episodes)
         self._log_latents(viewer, filtered, step)
         if filtered.z.shape[-1] <= MAX_VARIABLES:
             self._log_projector(viewer, filtered)
         self.writer.flush()
 
-    # What is shown ------------------------------------------------------------------------------------------------
+    # Entries in TensorBoard ---------------------------------------------------------------------------------------
 
     def _log_config(self) -> None:
-        """What the run is: its config as text, what differs from the defaults as hyper-parameters, charts that belong together."""
+        """The config as text, its differences from the defaults as hyper-parameters, and the layout of the charts."""
         config = self.model.config
         tensorboard.text(self.writer, "config", config.to_yaml(), self.model.num_timesteps)
         defaults = Config.parse({"env": {"id": "custom"}, "agent": {"kind": config.agent.kind}})
@@ -169,26 +173,12 @@ class HeldOutCallback(BaseCallback):
         if errors.count.any():
             tensorboard.image(self.writer, "world/open_loop_curve", error_figure(errors, viewer), step)
 
-    def _log_videos(self, viewer: Viewer, episodes: Episodes, generator: torch.Generator, step: int) -> None:
-        shown = rollout_video(self.model.policy.world, viewer, episodes, self.context, VIDEO_STEPS, generator)
-        for name, frames in (("video", shown.video), ("signals", shown.signals)):
-            if frames is not None:
-                tensorboard.image(self.writer, f"dream/{name}", pictures.gif(frames, fps=10), step)
-
-    def _log_returns(self, episodes: Episodes, generator: torch.Generator, step: int) -> None:
-        imagined, real = returns(self.model, episodes, generator)
-        self._scalar("dream/imagined_return", float(imagined.mean()), step)
-        self._scalar("dream/real_return", float(real.mean()), step)
-        self._scalar("dream/gap", float((imagined - real).mean()), step)
-
     def _log_latents(self, viewer: Viewer, filtered: FilteredStates, step: int) -> None:
         world = self.model.policy.world
         rate, order = usage(world, filtered), list(range(TRAVERSED_VARIABLES))
         if rate is not None:
             order = rate.argsort(descending=True).tolist()
-            title = (
-                f"Rate of each variable of the code: {filtered.rate:.2f} nats per step in all, {filtered.active} variables active"
-            )
+            title = f"Rate of each variable of the latent: {filtered.rate:.2f} nats per step, {filtered.active} variables active"
             bars = pictures.bar_figure([float(rate[i]) for i in order], [f"z{i}" for i in order], title, "nats per step")
             tensorboard.image(self.writer, "latent/usage", bars, step)
         if world.decoder is None:
@@ -196,15 +186,14 @@ class HeldOutCallback(BaseCallback):
         rows, order = len(filtered.step), order[:TRAVERSED_VARIABLES]
         if filtered.z.shape[-1] <= MAX_VARIABLES:
             traversed = traversal(world, filtered, rows // 2)[order]
-            self._log_strips(
-                "latent/traversal", viewer, traversed, [f"z{i}" for i in order], "One variable of the code moved", step
-            )
+            names, title = [f"z{i}" for i in order], "One variable of the latent moved"
+            self._log_strips("latent/traversal", viewer, traversed, names, title, step)
         ends = torch.linspace(0, rows - 1, 6).long().view(3, 2).tolist()
         paths = torch.stack([interpolation(filtered.feature[a], filtered.feature[b]) for a, b in ends])
-        self._log_strips("latent/interpolation", viewer, paths, ["a", "b", "c"], "Between two beliefs", step)
+        self._log_strips("latent/interpolation", viewer, paths, ["a", "b", "c"], "Between two states", step)
 
     def _log_strips(self, tag: str, viewer: Viewer, features: Tensor, rows: list[str], title: str, step: int) -> None:
-        """Decoded features [R, S, F]: pictures in rows where they can be drawn, else lines of their numbers."""
+        """Decoded features [R, S, F]: R rows of pictures where they can be drawn, else lines of their numbers."""
         obs = {k: x.unflatten(0, features.shape[:2]) for k, x in self.model.policy.world.decode(features.flatten(0, 1)).items()}
         if viewer.can_draw:
             frames = viewer.frames({name: x.flatten(0, 1) for name, x in obs.items()})
@@ -220,7 +209,7 @@ class HeldOutCallback(BaseCallback):
         tensorboard.image(self.writer, tag, encoded, step)
 
     def _log_projector(self, viewer: Viewer, filtered: FilteredStates) -> None:
-        """The newest codes in the projector, evenly spaced over all rows."""
+        """PROJECTOR_POINTS latents in the projector, evenly spaced over all rows."""
         count = len(filtered.step)
         chosen = torch.linspace(0, count - 1, min(PROJECTOR_POINTS, count)).long()
         metadata = {
@@ -235,5 +224,5 @@ class HeldOutCallback(BaseCallback):
         thumbnails = viewer.frames(obs) if viewer.can_draw else None
         try:
             tensorboard.projector(Path(self.writer.log_dir), filtered.posterior.mean[chosen].cpu().numpy(), metadata, thumbnails)
-        except StorageError as error:  # a picture is not worth a run; its checkpoints will say more
+        except StorageError as error:  # the run goes on; if the disk is full, its checkpoints will fail too
             _log.warning("The projector's points are left out: %s", error)

@@ -1,7 +1,7 @@
-"""Learning from recorded experience alone: no environment is made, and what acts improves in imagination as it does online.
+"""Learning from recorded experience alone, without an environment; the controller improves in imagination as it does online.
 
-Steps are those of a schedule: each pays for `train.ratio` updates as a real step would, so that checkpoints, logs, interruptions
-and resumes are the same. Not one of them is a real step.
+Steps are those of a schedule: `train.ratio` updates are due for each, as for a real step, so that checkpoints, logs,
+interruptions and resumes are the same. None of them is a real step.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LOG_STEPS = 50
 def make_agent(config: Config, seed: int, device: str = "auto", trust: bool = False) -> WorldModelAlgorithm:
     """A new agent of the config's kind, its replay filled with `train.data` and its running statistics fitted on that.
 
-    Raises ConfigError (the data do not fit one another, the recipe or a batch), UnsupportedSpaceError, StorageError.
+    Raises ConfigError (data that do not fit one another, the recipe or a batch), UnsupportedSpaceError, StorageError.
     """
     if config.train.replay == "disk":
         raise ConfigError("train.data is learned from in memory; train.replay=disk is for an environment's experience. Drop one.")
@@ -45,9 +45,9 @@ def make_agent(config: Config, seed: int, device: str = "auto", trust: bool = Fa
 def agent_for_resume(
     run: Run, config: Config, seed: int, device: str = "auto", trust: bool = False, *, check: bool = False
 ) -> WorldModelAlgorithm:
-    """An agent for the checkpoint of a run, whose folder holds the experience: the data need not be there any more.
+    """An agent for the checkpoint of a run, whose folder holds the experience: the data themselves are not needed.
 
-    check  reads them all the same, and raises ConfigError where their spaces are no longer those of the run
+    check  reads them nevertheless, and raises ConfigError where their spaces are not those of the run
     """
     state = run.read()[1]
     obs_spec, action_spec = ObsSpec.from_json(state["observation"]), ActionSpec.from_json(state["action"])
@@ -59,7 +59,7 @@ def agent_for_resume(
 def learn(agent: WorldModelAlgorithm, steps: int, callback: BaseCallback, say: Callable[[str], object]) -> None:
     """Learns from the replay until the schedule has reached `steps`, or a callback ends it.
 
-    The first step also pays for `train.pretrain` updates of the world model alone.
+    With the first step also `train.pretrain` updates of the world model alone are due.
     """
     agent.start_time, agent._num_timesteps_at_start = time.time_ns(), agent.num_timesteps
     callback.init_callback(agent)
@@ -75,7 +75,7 @@ def learn(agent: WorldModelAlgorithm, steps: int, callback: BaseCallback, say: C
 
 
 def _log(agent: WorldModelAlgorithm, steps: int, say: Callable[[str], object]) -> None:
-    """TensorBoard's entries, and about ten lines a run."""
+    """TensorBoard's entries, and about ten lines per run."""
     logged, every = agent.logger.name_to_value, max(1, steps // (10 * LOG_STEPS)) * LOG_STEPS
     if agent.num_timesteps % every == 0 or agent.num_timesteps == steps:
         losses = "  ".join(f"{short} {logged[name]:.3g}" for name, short in SHOWN_LOSSES.items() if name in logged)
@@ -92,11 +92,11 @@ def _of_specs(
 
 
 def _read(config: Config) -> Recording:
-    """The episodes of all sources, if a batch can be made of them."""
+    """The episodes of all sources. ConfigError where they are too few for one sequence or too many for the replay."""
     train = config.train
     parts = [recording(source, config.env.layout) for source in train.data]
     for part in parts:
-        _same_environment(part, config)
+        _require_same_environment(part, config)
     found = Recording.joined(parts)
     rows, needed = found.steps + found.episodes, train.burn_in + train.batch_length
     if rows < needed:
@@ -112,8 +112,8 @@ def _read(config: Config) -> Recording:
     return found
 
 
-def _same_environment(found: Recording, config: Config) -> None:
-    """ConfigError where a recording says that it is of another environment than the recipe, or cannot be of this one."""
+def _require_same_environment(found: Recording, config: Config) -> None:
+    """ConfigError where a recording names another environment than the recipe, or has other observations."""
     ours, theirs = config.env.id, found.env_id
     if theirs is not None and ours.rpartition(":")[2] != theirs.rpartition(":")[2]:
         raise ConfigError(

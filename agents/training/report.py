@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a progress bar where there is a terminal, plain lines elsewhere, and TensorBoard."""
+"""Reports of a run in training: a progress bar where there is a terminal, plain lines elsewhere, and TensorBoard."""
 
 from __future__ import annotations
 
@@ -19,25 +19,27 @@ from worldmodel.registry import register
 from worldmodel.view.tensorboard import EventFile
 
 SHOWN_LOSSES = {"world/loss/observation": "obs", "world/loss/reward": "reward"}
-"""Logged losses that the bar shows, under short names."""
+"""Logged losses -> their names in progress reports."""
 LINE_INTERVAL = 30.0
-"""Seconds without a line after which one says that the run is alive."""
+"""Seconds without a line after which a progress line is due."""
 WINDOW = 30.0
 """Seconds over which "recent" is measured."""
 
 
 @register("group", "log")
 class LogConfig(Frozen):
-    """What is written while training."""
+    """Logging during training."""
 
     every: int = Field(4, ge=1, description="episodes between log entries")
     tensorboard: bool = Field(True, description="event files in the run folder")
-    pictures: int = Field(500, ge=0, description="real steps between looks at held-out episodes, and one at the end; 0: none")
-    held_out: int = Field(8, ge=1, description="episodes of each look")
+    pictures: int = Field(
+        500, ge=0, description="real steps between evaluations of the model on held-out episodes; also at the end; 0: none"
+    )
+    held_out: int = Field(8, ge=1, description="held-out episodes of each")
 
 
 class Throughput:
-    """Real steps and updates a second over the last WINDOW seconds of training; evaluations and looks are no part of it."""
+    """Real steps and updates per second over the last WINDOW seconds of training, evaluations excluded."""
 
     def __init__(self) -> None:
         self.steps = self.updates = 0.0
@@ -51,16 +53,16 @@ class Throughput:
         while len(marks) > 1 and now - marks[1][0] >= WINDOW:
             marks.popleft()
         span = now - marks[0][0]
-        if span >= 0.5 or (span > 0 and not self.updates):  # what was known before a pause stands until there is something new
+        if span >= 0.5 or (span > 0 and not self.updates):  # after a pause the last figures stay
             self.steps, self.updates = (mark[1] - marks[0][1]) / span, (mark[2] - marks[0][2]) / span
 
     def pause(self) -> None:
-        """What comes until the next `note` is no training."""
+        """The time until the next `note` is not counted."""
         self._marks.clear()
 
 
 class LineReport:
-    """A line for each evaluation, given to `log`, and one every half minute in which there was none: what goes on, how fast."""
+    """A line to `log` for each evaluation, and a progress line after each LINE_INTERVAL without one."""
 
     def __init__(self, log: Callable[[str], object], total: int):
         self._log, self.total, self.pace = log, total, Throughput()
@@ -74,7 +76,7 @@ class LineReport:
         self.pace.note(model)
 
     def alive(self, model: WorldModelAlgorithm, doing: str | None = None) -> None:
-        """After every round of real steps and between updates; in what is no training, `doing` says what it is."""
+        """Called after every round of real steps and between updates; `doing` names what is not training."""
         if doing is None:
             self.pace.note(model)
         else:
@@ -96,11 +98,11 @@ class LineReport:
         )
 
     def close(self) -> None:
-        """The run ends, in whatever way."""
+        """Called when the run ends, also by an exception."""
 
 
 def phase(model: WorldModelAlgorithm) -> str:
-    """What training is at: experience that nothing is learned from yet, the world model alone, or all of it."""
+    """`collecting`: before the first update; `pretraining`: of the world model alone; `learning`."""
     made, first = model.learner.updates, model.config.train.pretrain
     if made == 0 and not model.has_pending_updates:
         return "collecting"
@@ -108,9 +110,9 @@ def phase(model: WorldModelAlgorithm) -> str:
 
 
 def seconds_left(model: WorldModelAlgorithm, pace: Throughput, total: int) -> float | None:
-    """Until the last step, at the recent pace and without evaluations; None where nothing tells, as before the first updates."""
+    """Until the last step, at the recent pace and without evaluations; None where it is unknown, as before the first updates."""
     train, steps, made = model.config.train, max(0, total - model.num_timesteps), model.learner.updates
-    if made < train.pretrain:  # the steps to come cost what their updates cost
+    if made < train.pretrain:  # steps take the time of their updates
         return (train.pretrain - made + train.ratio * steps) / pace.updates if pace.updates else None
     return steps / pace.steps if pace.steps and made else None
 
@@ -150,7 +152,6 @@ class ProgressBar(LineReport):
         self._bar.update(self._task, completed=model.num_timesteps)
 
     def alive(self, model: WorldModelAlgorithm, doing: str | None = None) -> None:
-        """Here the bar is the sign of life."""
         self._last_line_at = now = time.perf_counter()
         super().alive(model, doing)
         if now - self._drawn < 0.2 and model.num_timesteps < self.total:  # drawing costs more than a small step
@@ -172,9 +173,9 @@ class ProgressBar(LineReport):
 
 
 class Scalars(TensorBoardOutputFormat):
-    """SB3's TensorBoard format in a folder that may hold an earlier part of the run: points behind `step` are hidden.
+    """SB3's TensorBoard format in a folder that may hold an earlier part of the run, whose points after `step` are hidden.
 
-    A disk that is full or gone does not end the run: it is told to `warn`.
+    A disk that is full or gone does not end the run: `warn` gets the message.
     """
 
     def __init__(self, folder: Path, step: int, warn: Callable[[str], object]):
@@ -198,5 +199,5 @@ class _Writer(SummaryWriter):
 
 
 class _FileWriter(FileWriter):
-    def __init__(self, file: EventFile):  # not the base's, which would open a file of its own
+    def __init__(self, file: EventFile):  # the base's would open another file
         self.event_writer = file

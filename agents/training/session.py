@@ -1,10 +1,11 @@
-"""One run from its start, or from its newest checkpoint, to its end."""
+"""One run: make its agent, or reopen it from the newest checkpoint -> train -> result."""
 
 from __future__ import annotations
 
 import logging
 import signal
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -37,14 +38,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to; `real_steps` counts training steps over all environments, random ones included.
+    """The result of a run.
 
+    real_steps     training steps over all environments, random ones included; 0 on recorded experience
     updates        gradient updates of the world model
     wall_seconds   training alone, over all resumes; evaluation is in eval_seconds
-    parameters     numbers that gradients change, of world model and agent together
+    parameters     trainable parameters of world model and agent together
     solved_at      real steps of the first evaluation that reached the threshold and was confirmed; else None
-    final_return   mean of the greedy episodes at the end; None where there was no environment to play them in
-    final_episodes how many they were: the environment's seeds 30,000, 30,001, ... (`worldmodel eval` plays the same)
+    final_return   mean of the greedy episodes at the end; None on recorded experience
+    final_episodes their number, with the environment's seeds 30,000, 30,001, ... (`worldmodel eval` plays the same)
     evaluations    [{real_steps, mean_return, std_return, episodes}]
     run            the run folder
     """
@@ -71,7 +73,10 @@ class TrainResult:
 
 @dataclass
 class Session:
-    """How this process trains, whatever the run."""
+    """What belongs to this process and not to the run.
+
+    progress  whether there is a progress bar; log, warn: where lines go
+    """
 
     signals: Signals
     device: str
@@ -83,18 +88,17 @@ class Session:
 
 
 def new(session: Session, recipe: Any, run_dir: str | Path | None, given: dict[str, Any], seed: int) -> TrainResult:
+    """Trains a new run; `given` are dotted overrides of the recipe."""
     config = Config.from_recipe(recipe, given)
     if run_dir is not None:
         refuse_existing(Path(run_dir))
-    agent = make_agent(config, seed, session.device, session.trust)  # before the folder: what cannot start leaves nothing behind
-    try:
-        with Run.create(run_dir, config, seed) as run:
-            return _train_run(session, run, agent, Progress(overrides=_saved_overrides(given)), seed)
-    finally:
-        _close(agent)
+    agent = make_agent(config, seed, session.device, session.trust)  # before the folder: no folder of what cannot start
+    with _closing_env(agent), Run.create(run_dir, config, seed) as run:
+        return _train_run(session, run, agent, Progress(overrides=given), seed)
 
 
 def resumed(session: Session, recipe: Any, run_dir: str | Path | None, given: dict[str, Any], seed: int | None) -> TrainResult:
+    """Continues a run from its newest checkpoint; `run_dir` None: the latest default folder of the recipe."""
     path = Path(run_dir) if run_dir is not None else latest_default(Config.from_recipe(recipe, given), seed or 0)
     with Run.open(path, write=True) as run:
         manifest = run.manifest() or {}
@@ -104,36 +108,31 @@ def resumed(session: Session, recipe: Any, run_dir: str | Path | None, given: di
         if result is not None and _is_finished(config, result, manifest):
             session.log(f"{run.path} is finished; --steps may make it longer.")
             return TrainResult(**result)
-        if config.train.data and run.checkpoints:
-            torch.set_num_threads(config.train.threads)
-            agent = offline.agent_for_resume(run, config, seed, session.device, session.trust, check="train.data" in given)
-        else:
-            agent = make_agent(config, seed, session.device, session.trust)
-        try:
+        agent = _agent_for_resume(session, run, config, seed, given)
+        with _closing_env(agent):
             state = run.resume(agent, keep_newer=session.keep_newer, log=session.log)
             run.write_config(config)
             run.write_result(None)
-            progress = Progress(**state) if state is not None else Progress(overrides=_saved_overrides(given))
+            progress = Progress(**state) if state is not None else Progress(overrides=given)
             if result is not None:  # the evaluation at the end came after the last checkpoint
                 progress.wall_seconds, progress.eval_seconds = result["wall_seconds"], result["eval_seconds"]
             session.log(f"{run.path} goes on at {standing(agent)}.")
             return _train_run(session, run, agent, progress, seed)
-        finally:
-            _close(agent)
 
 
-def _close(agent: WorldModelAlgorithm) -> None:
-    if agent.env is not None:
-        agent.env.close()
+def _agent_for_resume(session: Session, run: Run, config: Config, seed: int, given: Mapping[str, Any]) -> WorldModelAlgorithm:
+    if not (config.train.data and run.checkpoints):
+        return make_agent(config, seed, session.device, session.trust)
+    torch.set_num_threads(config.train.threads)
+    return offline.agent_for_resume(run, config, seed, session.device, session.trust, check="train.data" in given)
 
 
-def _saved_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The overrides that a resume need not repeat."""
-    return {key: value for key, value in given.items() if key != "train.steps"}
+def _closing_env(agent: WorldModelAlgorithm) -> AbstractContextManager:
+    return nullcontext() if agent.env is None else closing(agent.env)
 
 
 def _is_finished(config: Config, result: Mapping[str, Any], manifest: Mapping[str, Any]) -> bool:
-    """Whether nothing is left to do, and what was reached is still there."""
+    """Whether no steps are left, and the checkpoint of the last one is still there."""
     solved = config.eval.stop_when_solved and result["solved_at"] is not None
     committed = manifest.get("step", -1)
     reached = committed if config.train.data else result["real_steps"]
@@ -141,7 +140,7 @@ def _is_finished(config: Config, result: Mapping[str, Any], manifest: Mapping[st
 
 
 def _resume_config(run: Run, manifest: Mapping[str, Any], recipe: Any, given: dict[str, Any], seed: int | None) -> Config:
-    """The run's config, perhaps with more steps. ConfigError that lists every other difference from what is asked for now."""
+    """The run's config, perhaps with more steps. ConfigError that lists every other difference from the config asked for."""
     before = run.config.in_new_names(manifest.get("progress", {}).get("overrides", {}))
     asked = Config.from_recipe(recipe, {**before, **given}) if recipe is not None else run.config.override(given)
     differs = [
@@ -163,7 +162,7 @@ def _resume_config(run: Run, manifest: Mapping[str, Any], recipe: Any, given: di
 
 
 def make_agent(config: Config, seed: int, device: str = "auto", trust: bool = False) -> WorldModelAlgorithm:
-    """A new agent of the config's kind with its training environments, or with the experience of `train.data` and none."""
+    """A new agent of the config's kind with its training environments, or with the experience of `train.data` instead."""
     train = config.train
     torch.set_num_threads(train.threads)
     if train.data:
@@ -185,7 +184,7 @@ def make_agent(config: Config, seed: int, device: str = "auto", trust: bool = Fa
 
 
 def _train_run(session: Session, run: Run, agent: WorldModelAlgorithm, progress: Progress, seed: int) -> TrainResult:
-    """From where the agent is to the end of the run."""
+    """Trains from the agent's step to the end of the run. Raises Interrupted after a signal, with everything saved."""
     config = run.config
     report = (ProgressBar if session.progress else LineReport)(session.log, config.train.steps)
     agent.replay_folder = run.replay_folder
@@ -210,23 +209,22 @@ def _train_run(session: Session, run: Run, agent: WorldModelAlgorithm, progress:
                 agent.restart_episodes(env_seed(seed, agent.num_timesteps))
                 agent.learn(config.train.steps - agent.num_timesteps, callback, config.log.every, reset_num_timesteps=False)
         run_callback.save()
-        if session.signals:
-            raise _interrupted(session, run, agent)
-        return _final_result(run, agent, run_callback, seed)
+        if not session.signals:
+            return _final_result(run, agent, run_callback, seed)
     except EvaluationAborted:
-        raise _interrupted(session, run, agent) from None
-    except EnvError as error:
+        pass
+    except EnvError:
         run_callback.save()
-        if session.signals:  # a signal to the whole group also ends the environments' processes
-            raise _interrupted(session, run, agent) from error
-        raise
+        if not session.signals:  # else it may come from the signal, which ends the environments' processes too
+            raise
     finally:
         report.close()
         agent.logger.close()
+    raise _interrupted(session, run, agent)
 
 
 def _held_out_callback(config: Config, run_callback: RunCallback) -> HeldOutCallback | None:
-    """The callback that shows held-out episodes; None where nothing would be written, or there is nothing to play in."""
+    """None where no TensorBoard files are written, or there is no environment to play in."""
     if not (config.log.tensorboard and config.log.pictures) or config.train.data:
         return None
     return HeldOutCallback(

@@ -1,4 +1,4 @@
-"""The signals that end a run: remembered until the step in progress has ended."""
+"""The signals that end a run, once the step in progress has ended."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """The first SIGINT, SIGTERM or SIGHUP is remembered, so that the step in progress can end; a second one aborts."""
+    """`received` is the first SIGINT, SIGTERM or SIGHUP, which does not interrupt the step in progress; a second one does."""
 
     def __init__(self) -> None:
         self.received: int | None = None

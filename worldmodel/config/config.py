@@ -64,6 +64,11 @@ class Frozen(pydantic.BaseModel, metaclass=_RaisesConfigError):
         except ValidationError as error:
             raise _config_error(error, cls) from None
 
+    @classmethod
+    def parse_saved(cls: type[Self], data: Mapping) -> Self:
+        """`parse` of what a file holds, which release 0.1 may have written with the names of its time."""
+        return cls.parse(_with_kinds(cls, data, rename=True))
+
     def replace(self: Self, **changes: Any) -> Self:
         """A validated copy with some options changed; mappings are merged."""
         return type(self).parse(merge(self.model_dump(), changes))
@@ -265,7 +270,7 @@ class Config(Frozen):
     @classmethod
     def from_saved(cls, text: str, where: str = "config") -> Config:
         """`from_yaml` of a run's own file, which release 0.1 may have written with the names of its time."""
-        return cls.parse(_with_kinds(cls, load_yaml(text, where), rename=True))
+        return cls.parse_saved(load_yaml(text, where))
 
     def in_new_names(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
         """Dotted overrides that a run of release 0.1 may have been made with, under the names that its options have today."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -52,3 +52,10 @@ def warning_due(x: np.ndarray, dtype: np.dtype) -> bool:
 def warn_once(what: str, given: str, declared: str, remedy: str) -> None:
     """Warns once in a process that something is converted from now on."""
     warnings.warn(f"{what} comes as {given} where {declared} is declared; it is converted. {remedy}.", stacklevel=2)
+
+
+def stack(observations: Sequence[Any]) -> Any:
+    """Single observations, arrays or dicts of arrays [...], as one batch [N, ...]."""
+    if isinstance(observations[0], Mapping):
+        return {name: np.stack([obs[name] for obs in observations]) for name in observations[0]}
+    return np.stack(observations)

@@ -83,6 +83,8 @@ def check_removed(config: type, option: str, value: Any) -> None:
     kept, advice = REMOVED.get((config.__name__, option), (value, ""))
     if value != kept:
         raise ConfigError(f"configs: '{option}={value}' cannot be opened. {advice}")
+
+
 def in_new_kind(role: str, value: Any) -> Any:
     """A part as a config holds it, by its kind's name of today."""
     if isinstance(value, Mapping):

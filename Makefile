@@ -1,7 +1,7 @@
 # make demo   train a world model and an agent inside it on CartPole        (SEED=0, RUN=runs/demo, ARGS="key=value ...")
 # make test   the tests     (ARGS="tests/test_replay.py -k ends", WORKERS=2)
 # make reliability   every fault of the catalogue, as often as docs/reliability.md says: kills, full disks, damage   (ARGS="-k kill")
-# make lint   ruff
+# make lint   ruff, and types of signatures
 # make bench  the measured tables; rows that are there already are not measured again     (ARGS="--print")
 # make figures   writes the tables of README and docs from the rows; make figures-check fails where they differ, or quote stale rows unmarked
 # make reference   writes docs/reference from the code; a test fails where it says something else
@@ -19,16 +19,22 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+LINKS := $(VENV)/links/worldmodel
 # One thread per worker: two threads of torch under any other load can be slower than one by orders of magnitude.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: help venv demo test reliability lint bench figures figures-check reference screenshots clean
+.PHONY: help venv links demo test reliability lint bench figures figures-check reference screenshots clean
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n 's/^# //p' Makefile | sed -n '/^make/p'
 
-venv: $(STAMP)
+venv: links
+
+# worldmodel as one tree, for editors and type checkers (pyproject.toml names the folder to them).
+links: $(STAMP)
+	@rm -rf $(LINKS) && mkdir -p $(LINKS)
+	@ln -s $(filter-out %/__pycache__,$(wildcard $(CURDIR)/worldmodel/*)) $(CURDIR)/agents $(CURDIR)/envs $(CURDIR)/configs $(LINKS)/
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV): about a gigabyte, once. It may take some minutes."
@@ -83,14 +89,15 @@ demo: $(STAMP)
 
 # ---- checks ------------------------------------------------------------------------------------------------------------
 
-test: $(STAMP)
+test: links
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 reliability: $(STAMP)
 	RELIABILITY=full $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/reliability $(ARGS)
 
-lint: $(STAMP)
+lint: links
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 bench: $(STAMP)
 	@for script in $$(grep -l __main__ benchmarks/*.py | grep -v readme.py); do echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done

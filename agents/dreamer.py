@@ -31,7 +31,7 @@ class DreamerController(Controller, ActorCritic):
         policy = self.policy(world.dynamics.feature(state))
         return policy.mode() if deterministic else policy.sample(generator), memory
 
-    def estimate(self, feature: Tensor) -> Tensor:
+    def estimate(self, feature: Tensor) -> Tensor | None:
         return self.value(feature)
 
 

@@ -133,8 +133,8 @@ def interpolation_video(
     positions, replay = [ReplayPosition.parse(text) for text in (one, other)], run.replay()
     world = run.agent(trust=trust).policy.world.eval()
     viewer = Viewer(run.config.env.id, world.obs)
-    ends = [world.dynamics.feature(state_at(world, replay, position))[0] for position in positions]
-    line, arc = interpolate_features(world, *ends, steps)
+    first, last = (world.dynamics.feature(state_at(world, replay, position))[0] for position in positions)
+    line, arc = interpolate_features(world, first, last, steps)
     decoded = [world.decode(path) for path in (line, arc)]
     if viewer.can_draw:
         frames = [viewer.frames(obs) for obs in decoded]

@@ -125,7 +125,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
             self._setup_model()
 
     @staticmethod
-    def _wrap_env(env: VecEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+    def _wrap_env(env: Any, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
         """SB3's hook; images are not transposed, since ObsSpec knows their layout."""
         env = as_vec_env(env)
         refuse_normalization(env)
@@ -297,7 +297,16 @@ class WorldModelAlgorithm(SavedAlgorithm):
         no, yes = np.zeros(n, bool), np.ones(n, bool)
         self._store(rows, np.zeros((n, self.action_spec.dim), np.float32), np.zeros(n, np.float32), yes, no, no, envs)
 
-    def _store(self, rows: dict[str, np.ndarray], prev_action, reward, first, last, terminal, envs: np.ndarray) -> None:
+    def _store(
+        self,
+        rows: dict[str, np.ndarray],
+        prev_action: np.ndarray,
+        reward: np.ndarray,
+        first: np.ndarray,
+        last: np.ndarray,
+        terminal: np.ndarray,
+        envs: np.ndarray,
+    ) -> None:
         """One row [n, ...] of each of `envs` into the replay and the running statistics."""
         self.replay.add(rows, prev_action, reward, first, last, terminal, streams=envs)
         self.world.scaling.update(self.obs_spec.canonical(tensors(rows, self.device)))

@@ -332,7 +332,7 @@ class Planner(Dreamer):
         return PlannerController(self.config.agent, self.world.feature_dim, self.action_spec)
 
     @property
-    def improves(self) -> bool:
+    def improves(self) -> bool:  # type: ignore[override]
         return self.controller.uses_actor_critic
 
     def set_goal(self, obs: Any | None) -> None:

@@ -242,7 +242,15 @@ class SavedAlgorithm(BaseAlgorithm):
         return agent
 
     @classmethod
-    def from_content(cls, arrays, state: Mapping[str, Any], *, env=None, device="auto", **kwargs: Any) -> SavedAlgorithm:
+    def from_content(
+        cls,
+        arrays: Mapping[str, Mapping[str, np.ndarray]],
+        state: Mapping[str, Any],
+        *,
+        env: Any = None,
+        device: torch.device | str = "auto",
+        **kwargs: Any,
+    ) -> SavedAlgorithm:
         """The agent that `content` described; `env` may be given later with set_env."""
         if state.get("agent") != cls.kind:
             raise ConfigError(f"The file holds an agent of kind {state.get('agent')!r}, not '{cls.kind}'. Load it with that class.")

@@ -309,7 +309,8 @@ def _write(
     optim = {name: x for name, x in saved.items() if not name.startswith(("world/", "live/"))}
     if any(name.startswith("live/") for name in saved):
         optim |= {f"live/{name}": x if name.startswith(fresh) else saved[f"live/{name}"] for name, x in own.items()}
-    optim |= _remapped_optimizer(saved, *([name for name, _ in world.named_parameters()] for world in worlds), fresh)
+    before, after = ([name for name, _ in world.named_parameters()] for world in worlds)
+    optim |= _remapped_optimizer(saved, before, after, fresh)
     made = {**arrays, "world": own, "optim": optim}, {**state, "config": config.to_yaml()}
     agent = registry.part("agent", state["agent"]).from_content(*made, device="cpu", trust=trust)
     agent.replay = replay

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from pydantic import Field, ValidationError, model_validator
@@ -52,8 +52,8 @@ class WheelConfig(Frozen):
 
 
 class ModelConfig(Frozen):
-    engine: Part["engine"] = Field({"kind": "piston", "strokes": 2}, description="what moves it")
-    spare: Part["engine"] | None = None
+    engine: Annotated[Any, Part("engine")] = Field({"kind": "piston", "strokes": 2}, description="what moves it")
+    spare: Annotated[Any, Part("engine")] | None = None
     layers: tuple[int, ...] = (8, 8)
     wheel: WheelConfig = WheelConfig(radius=3.0)
 

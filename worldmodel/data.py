@@ -10,10 +10,10 @@ state t to state t+1; reward and continue belong to t+1.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ class Batch:
         """(B, T)."""
         return self.reward.shape[0], self.reward.shape[1]
 
-    def map(self, fn) -> Batch:
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with `fn` applied to every tensor."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         obs = {k: fn(v) for k, v in values.pop("obs").items()}
@@ -114,10 +114,10 @@ class State(Mapping[str, Tensor]):
     def batch_size(self) -> int:
         return next(iter(self.values_.values())).shape[0]
 
-    def map(self, fn) -> State:
+    def map(self, fn: Callable[[Tensor], Tensor]) -> State:
         return State({k: fn(v) for k, v in self.values_.items()})
 
-    def index(self, rows) -> State:
+    def index(self, rows: Any) -> State:
         """The states of some rows of the batch (slice, integer or boolean index)."""
         return self.map(lambda x: x[rows])
 

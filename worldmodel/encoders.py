@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -84,11 +85,11 @@ class VectorScaling(nn.Module):
             return None
         return torch.cat([obs[name].abs().flatten() > RANGE for name in self.vectors]).float().mean()
 
-    def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest) -> None:
         renamed.take_over_statistics(self, state_dict, prefix)  # torch reads SB3's zips itself, without storage.weights
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def _map(self, obs: Obs, log, affine, types: dict[str, torch.dtype]) -> Obs:
+    def _map(self, obs: Obs, log: Callable[[Tensor], Tensor], affine: Callable[..., Tensor], types: dict[str, torch.dtype]) -> Obs:
         out = dict(obs)
         for i, name in enumerate(self.vectors):
             x = obs[name].double()

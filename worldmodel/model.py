@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -49,15 +49,17 @@ class ModelConfig(Frozen):
     """The parts of a world model, each with its own options."""
 
     vector_scaling: Literal["standardise", "symlog", "raw"] = Field("standardise", description="scale of vector observations")
-    encoder: Part["encoder"] = EncoderConfig()
-    decoder: Part["decoder"] = DecoderConfig()
-    dynamics: Part["dynamics"] = RSSMConfig()
-    transition: Part["distribution"] | None = Field(None, description="p(z_t | h_t); none: the latent's family")
-    initial: Part["distribution"] | None = Field(None, description="p(z_0); none: the latent's family")
-    marginal: Part["distribution"] | None = Field(None, description="p(z) of all latents, a VAE's prior; none: without")
-    objective: Part["objective"] = ReconstructionConfig()
-    heads: Part["heads"] = HeadsConfig()
-    ensemble: Part["ensemble"] = EnsembleConfig()
+    encoder: Annotated[Any, Part("encoder")] = EncoderConfig()
+    decoder: Annotated[Any, Part("decoder")] = DecoderConfig()
+    dynamics: Annotated[Any, Part("dynamics")] = RSSMConfig()
+    transition: Annotated[Any, Part("distribution")] | None = Field(None, description="p(z_t | h_t); none: the latent's family")
+    initial: Annotated[Any, Part("distribution")] | None = Field(None, description="p(z_0); none: the latent's family")
+    marginal: Annotated[Any, Part("distribution")] | None = Field(
+        None, description="p(z) of all latents, a VAE's prior; none: without"
+    )
+    objective: Annotated[Any, Part("objective")] = ReconstructionConfig()
+    heads: Annotated[Any, Part("heads")] = HeadsConfig()
+    ensemble: Annotated[Any, Part("ensemble")] = EnsembleConfig()
     rollouts: Literal["latent", "observation"] = Field(
         "latent", description="observation: each imagined step is decoded, by a draw, and encoded again"
     )
@@ -354,7 +356,7 @@ class WorldModel(nn.Module):
         return self.dynamics.correct(state, self.encoder(obs), replace(sampling, noise=None))
 
     @torch.no_grad()
-    def encode(self, obs) -> Posterior:
+    def encode(self, obs: Any) -> Posterior:
         """q(z | x) of single observations [N, ...] in the environment's own form, as at an episode's first step."""
         rows = {name: torch.as_tensor(x, device=self.device) for name, x in self.obs.to_raw(obs).items()}
         embed = self.encoder(self.preprocess(rows))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -145,7 +145,7 @@ class LatentExtractor(BaseFeaturesExtractor):
         self.requires_grad_(False)
         self.detached = True
 
-    def apply(self, fn) -> LatentExtractor:
+    def apply(self, fn: Callable[[nn.Module], None]) -> LatentExtractor:
         """Nothing: SB3 applies initialisers to its policies, which would overwrite the trained weights."""
         return self
 

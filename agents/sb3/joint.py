@@ -15,6 +15,7 @@ from worldmodel.envs.imagined import Source, learned_world
 from worldmodel.envs.vectors.plain import COUNT_FROM_0, plain_action, plain_obs
 from worldmodel.errors import ConfigError
 from worldmodel.learner import Learner
+from worldmodel.model import WorldModel
 from worldmodel.spaces import ActionSpec
 
 
@@ -86,7 +87,7 @@ class JointWorldModel(ObservingCallback):
         self._sync()
         self._prepared_for, self._pending_steps = self.model, 0
 
-    def _make_agent(self, world, config: Config) -> RandomAgent:
+    def _make_agent(self, world: WorldModel, config: Config) -> RandomAgent:
         batch = config.train.batch_size * (config.train.burn_in + config.train.batch_length)
         fixed = {"agent": {"kind": "random"}, "model": world.config.model_dump(mode="json")}
         fixed |= {"train.ema_decay": 0.0, "train.pretrain": 0, "train.prefill": min(config.train.prefill, batch)}

@@ -38,8 +38,8 @@ class Frozen(pydantic.BaseModel, metaclass=_RaisesConfigError):
 
     `true` is no integer, `"3"` is no number; an integer is taken for a float, a list for a tuple, a string for a Path. NaN and
     infinity are refused unless the field says `Field(allow_inf_nan=True)`. Defaults are validated when a config is made:
-    `dynamics: Part["dynamics"] = {"kind": "rssm"}` imports nothing before. A mapping given for a field is merged over that
-    field's default, so one option can be set without resetting the others.
+    `dynamics: Annotated[Any, Part("dynamics")] = {"kind": "rssm"}` imports nothing before. A mapping given for a field is merged
+    over that field's default, so one option can be set without resetting the others.
     """
 
     model_config = pydantic.ConfigDict(
@@ -74,8 +74,13 @@ class Frozen(pydantic.BaseModel, metaclass=_RaisesConfigError):
         return type(self).parse(merge(self.model_dump(), changes))
 
 
-class _Registered:
-    """Annotation: the registry knows the value's class, under `role` and its own `kind`, or under a fixed `kind`."""
+class Part:
+    """Annotation of a field that holds the config of a part: `encoder: Annotated[Any, Part("encoder")]`.
+
+    A mapping with `kind` is parsed by the class that the registry names (without: the default's kind); a word alone is the kind;
+    an instance of that class passes. `Annotated[Any, Part("distribution")] | None` and tuples of parts work too.
+    `Part("group", "train")` is the one class that is registered as the group `train`.
+    """
 
     def __init__(self, role: str, kind: str | None = None) -> None:
         self.role, self.kind = role, kind
@@ -106,24 +111,6 @@ class _Registered:
         return config.model_validate(value)
 
 
-class Part:
-    """`Part["encoder"]`: a field that holds the config of one encoder, chosen by its `kind`.
-
-    A mapping with `kind` is parsed by the class that the registry names (without: the default's kind); a word alone is
-    the kind; an instance of that class passes. `Part["marginal"] | None` and `tuple[Part["head"], ...]` work too.
-    """
-
-    def __class_getitem__(cls, role: str) -> Any:
-        return Annotated[Any, _Registered(role)]
-
-
-class Group:
-    """`Group["train"]`: a field whose class is registered with `@register("group", "train")`."""
-
-    def __class_getitem__(cls, name: str) -> Any:
-        return Annotated[Any, _Registered("group", name)]
-
-
 class EmptyGroup(Frozen):
     """A group for which nothing that is installed has options."""
 
@@ -134,10 +121,10 @@ Options = Annotated[dict[str, pydantic.JsonValue], pydantic.BeforeValidator(plai
 """Field type for free keyword arguments (of an environment, of a wrapper): any plain, finite data."""
 
 
-def _registered(field: pydantic.fields.FieldInfo) -> _Registered | None:
-    """The `Part` or `Group` annotation of a field, also within `... | None`."""
+def _registered(field: pydantic.fields.FieldInfo) -> Part | None:
+    """The `Part` of a field, also within `... | None`."""
     inner = [m for option in get_args(field.annotation) for m in getattr(option, "__metadata__", ())]
-    return next((m for m in [*field.metadata, *inner] if isinstance(m, _Registered)), None)
+    return next((m for m in [*field.metadata, *inner] if isinstance(m, Part)), None)
 
 
 def _default(field: pydantic.fields.FieldInfo) -> Any:
@@ -243,13 +230,13 @@ class Config(Frozen):
 
     recipe: str | None = pydantic.Field(None, description="name of the recipe that this came from")
     description: str = pydantic.Field("", description="one line about it")
-    env: Group["env"] = {}
-    model: Group["model"] = {}
-    agent: Part["agent"] = pydantic.Field({"kind": "dreamer"}, description="what acts")
-    train: Group["train"] = {}
-    eval: Group["eval"] = {}
-    checkpoint: Group["checkpoint"] = {}
-    log: Group["log"] = {}
+    env: Annotated[Any, Part("group", "env")] = {}
+    model: Annotated[Any, Part("group", "model")] = {}
+    agent: Annotated[Any, Part("agent")] = pydantic.Field({"kind": "dreamer"}, description="what acts")
+    train: Annotated[Any, Part("group", "train")] = {}
+    eval: Annotated[Any, Part("group", "eval")] = {}
+    checkpoint: Annotated[Any, Part("group", "checkpoint")] = {}
+    log: Annotated[Any, Part("group", "log")] = {}
 
     @classmethod
     def from_recipe(
@@ -401,7 +388,7 @@ def _type_name(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     limits = [f"{sign} {getattr(m, word)}" for m in metadata for word, sign in signs.items() if getattr(m, word, None) is not None]
     if origin is Annotated:
-        named = next((m for m in args[1:] if isinstance(m, _Registered)), None)
+        named = next((m for m in args[1:] if isinstance(m, Part)), None)
         name = named.role if named else _type_name(args[0], args[1:])
     elif origin is Literal:
         name = " | ".join(str(a) for a in args)

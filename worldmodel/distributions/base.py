@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from worldmodel.config import Frozen
 from worldmodel.data import Loss, Obs, Sampling
 from worldmodel.distributions.latent import Latent, Posterior
 from worldmodel.errors import ConfigError
@@ -93,7 +92,7 @@ class ConditionalDistribution(nn.Module, ABC):
         self.context_dim = context_dim
 
     @classmethod
-    def check(cls, config: Frozen, latent: Latent, slot: str, where: str) -> None:
+    def check(cls, config: Any, latent: Latent, slot: str, where: str) -> None:
         """ConfigError where such a form cannot fill a model's slot; `where` is the key of its config.
 
         Called when a config is read, for nested distributions too, whose slot is "transition" where they have a context.
@@ -123,7 +122,7 @@ class ConditionalDistribution(nn.Module, ABC):
     def log_prob(self, x: Float[Tensor, "*N D"], context: Tensor | None) -> Float[Tensor, "*N"]:
         """In nats; `density` says what it means."""
 
-    def given(self, context: Tensor | None) -> Posterior:
+    def given(self, context: Tensor | None, rows: Tensor | None = None) -> Any:
         """p(x | context) for each row of the context, where `closed_form`; without context its batch shape is [1]."""
         raise self._has_no("closed form")
 
@@ -162,7 +161,15 @@ class ConditionalDistribution(nn.Module, ABC):
         arguments = (posterior, z, None if context is None else context.detach())
         return torch.func.functional_call(self, own, arguments, {"sampling": sampling, "rows": rows})
 
-    def forward(self, posterior: Posterior, z: Tensor, context: Tensor | None, *, sampling=None, rows=None) -> Float[Tensor, "*N"]:
+    def forward(
+        self,
+        posterior: Posterior,
+        z: Tensor,
+        context: Tensor | None,
+        *,
+        sampling: Sampling | None = None,
+        rows: Tensor | None = None,
+    ) -> Float[Tensor, "*N"]:
         """The rate with whatever parameters the module has at the moment."""
         return posterior.log_prob(z) - self.log_prob(z, context)
 
@@ -217,7 +224,9 @@ class ConditionalDistribution(nn.Module, ABC):
         finally:
             self.train(training)
 
-    def _minimise(self, latents: Tensor, context: Tensor | None, steps: int, batch: int, lr: float, generator) -> float:
+    def _minimise(
+        self, latents: Tensor, context: Tensor | None, steps: int, batch: int, lr: float, generator: torch.Generator | None
+    ) -> float:
         sampling = Sampling(generator=generator)
         trainable = [p for p in self.parameters() if p.requires_grad]
         if not trainable:
@@ -287,18 +296,37 @@ class Explicit(ConditionalDistribution):
     def log_prob(self, x: Float[Tensor, "*N D"], context: Tensor | None) -> Float[Tensor, "*N"]:
         return self.given(context).log_prob(x)
 
-    def rate(self, posterior, z, context, *, frozen: bool = False, sampling=None, rows=None):
+    def rate(
+        self,
+        posterior: Posterior,
+        z: Tensor,
+        context: Tensor | None,
+        *,
+        frozen: bool = False,
+        sampling: Sampling | None = None,
+        rows: Tensor | None = None,
+    ) -> Float[Tensor, "*N"]:
         prior = self.given(context, rows)
         if not frozen:
             self.update_statistics(posterior, prior)
         return self.divergence(posterior, z, prior.detach() if frozen else prior)
 
-    def rates(self, posterior, z, context, *, sampling=None, rows=None):
+    def rates(
+        self,
+        posterior: Posterior,
+        z: Tensor,
+        context: Tensor | None,
+        *,
+        sampling: Sampling | None = None,
+        rows: Tensor | None = None,
+    ) -> tuple[Float[Tensor, "*N"], Float[Tensor, "*N"]]:
         prior = self.given(context, rows)
         self.update_statistics(posterior, prior)
         return self.divergence(posterior.detach(), z.detach(), prior), self.divergence(posterior, z, prior.detach())
 
-    def loss(self, x, context, *, sampling=None, rows=None) -> dict[str, Loss]:
+    def loss(
+        self, x: Tensor, context: Tensor | None, *, sampling: Sampling | None = None, rows: Tensor | None = None
+    ) -> dict[str, Loss]:
         return {"nll": Loss(-self.given(context, rows).log_prob(x))}
 
 
@@ -313,8 +341,8 @@ class ClosedForm(Explicit):
         rows = distribution.map(lambda x: x.expand(count, *x.shape))
         return self.latent.draw(rows, sampling or Sampling(), (count, *mean.shape[:-1]), mean.device)
 
-    def divergence(self, posterior, z, prior):
+    def divergence(self, posterior: Posterior, z: Tensor, prior: Any) -> Tensor:
         return posterior.kl(prior)
 
-    def antithetic(self, posterior, z):
+    def antithetic(self, posterior: Posterior, z: Tensor) -> tuple[Tensor, ...]:
         return (z,)  # no rate depends on it

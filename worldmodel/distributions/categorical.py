@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -29,7 +30,7 @@ class CategoricalPosterior(Posterior):
         return self.probs.clamp_min(1e-30).log()
 
     @property
-    def mean(self) -> Tensor:
+    def mean(self) -> Tensor:  # type: ignore[override]
         return self.probs.flatten(-2)
 
     @property
@@ -61,7 +62,7 @@ class CategoricalPosterior(Posterior):
             raise TypeError(f"KL of a categorical against a {type(other).__name__} has no closed form.")
         return (self.probs * (self.log_probs - other.log_probs)).sum(-1)
 
-    def map(self, fn) -> CategoricalPosterior:
+    def map(self, fn: Callable[[Tensor], Tensor]) -> CategoricalPosterior:
         return CategoricalPosterior(fn(self.probs))
 
 
@@ -86,7 +87,7 @@ class CategoricalLatent(Latent):
         self.variables, self.classes, self.unimix = config.variables, config.classes, config.unimix
         self.size = self.parameters = config.variables * config.classes
 
-    def noise(self, shape, generator, device) -> Tensor:
+    def noise(self, shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device | str | None) -> Tensor:
         return torch.rand(*shape, self.variables, generator=generator, device=device)
 
     def distribution(self, parameters: Tensor) -> CategoricalPosterior:
@@ -97,7 +98,7 @@ class CategoricalLatent(Latent):
     def part(self, variables: int) -> CategoricalLatent:
         return CategoricalLatent(CategoricalLatentConfig(variables=variables, classes=self.classes, unimix=self.unimix))
 
-    def traverse(self, z, latents, steps, width) -> Tensor:
+    def traverse(self, z: Tensor, latents: Tensor, steps: int, width: float) -> Tensor:
         """The first S classes of each variable, one after the other; `width` does not matter."""
         classes = min(steps, self.classes)
         moved = z.view(self.variables, self.classes).expand(self.variables, classes, -1, -1).clone()

@@ -121,7 +121,15 @@ class Diffusion(Whitened):
         value = self.edm.training_loss(network, ((latents - mean) / unit).repeat(draws, 1), generator)
         return {"denoise": Loss(value.view(draws, *x.shape[:-1]).mean(0), "score"), **terms}
 
-    def forward(self, posterior: Posterior, z, context, *, sampling: Sampling | None = None, rows=None) -> Float[Tensor, "*N"]:
+    def forward(
+        self,
+        posterior: Posterior,
+        z: Tensor,
+        context: Tensor | None,
+        *,
+        sampling: Sampling | None = None,
+        rows: Tensor | None = None,
+    ) -> Float[Tensor, "*N"]:
         """An upper bound of KL(posterior || self) in expectation, from `rate_samples` noisy samples of z, differentiable in z."""
         generator = None if sampling is None else sampling.generator
         samples, (latents, context) = self.config.rate_samples, _flat(z, context)

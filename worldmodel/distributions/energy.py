@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +44,7 @@ class EnergyConfig(Frozen):
     """The base, the network f, how f learns and how draws are made."""
 
     kind: Literal["energy"] = "energy"
-    base: Part["distribution"] = Field(
+    base: Annotated[Any, Part("distribution")] = Field(
         GaussianConfig(), description="the exact distribution that f tilts; it learns by its own likelihood"
     )
     units: int = Field(128, ge=1, description="width of f")
@@ -112,7 +112,7 @@ class Energy(Whitened):
             self.register_buffer("chains", torch.randn(config.buffer, latent.size))
 
     @classmethod
-    def check(cls, config: EnergyConfig, latent: Latent, slot: str, where: str) -> None:
+    def check(cls, config: Any, latent: Latent, slot: str, where: str) -> None:
         super().check(config, latent, slot, where)
         if config.trainer == "pcd" and slot == "transition":
             raise ConfigError(
@@ -161,7 +161,15 @@ class Energy(Whitened):
         total = weight.logsumexp(0)
         return total - math.log(count), (2 * total - (2 * weight).logsumexp(0)).exp()
 
-    def forward(self, posterior: Posterior, z: Tensor, context: Tensor | None, *, sampling=None, rows=None) -> Float[Tensor, "*N"]:
+    def forward(
+        self,
+        posterior: Posterior,
+        z: Tensor,
+        context: Tensor | None,
+        *,
+        sampling: Sampling | None = None,
+        rows: Tensor | None = None,
+    ) -> Float[Tensor, "*N"]:
         """With an estimate of ln Z from `normaliser` draws, which carries no gradient: f learns by its own loss."""
         log_z, _ = self.log_z(None if context is None else context.flatten(0, -2), self.config.normaliser, sampling)
         return super().forward(posterior, z, context) + (log_z if context is None else log_z.view(context.shape[:-1]))

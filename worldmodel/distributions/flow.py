@@ -13,8 +13,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from worldmodel.config import Frozen
-from worldmodel.data import Sampling
-from worldmodel.distributions.base import PosteriorSource
+from worldmodel.data import Loss, Sampling
+from worldmodel.distributions.base import Posterior, PosteriorSource
 from worldmodel.distributions.latent import Latent
 from worldmodel.distributions.whitening import Whitened
 from worldmodel.nn.moments import RunningMoments
@@ -71,18 +71,28 @@ class Flow(Whitened):
         normal = -0.5 * (noise.square() + math.log(2 * math.pi)).sum(-1)
         return normal + log_det - frame.std.log().sum(-1)
 
-    def sample(self, context: Tensor | None, count: int = 1, sampling=None) -> Float[Tensor, "K N D"]:
+    def sample(self, context: Tensor | None, count: int = 1, sampling: Sampling | None = None) -> Float[Tensor, "K N D"]:
         """`temperature` scales the noise; `mode` is the image of noise 0, which need not be the most likely latent."""
         frame = self.whitening(context)
         noise = self.noise((count, *frame.mean.shape), sampling or Sampling())
         return frame.mean + frame.std * self.splines(context).inv(noise)
 
-    def forward(self, posterior, z, context, *, sampling=None, rows=None):
+    def forward(
+        self,
+        posterior: Posterior,
+        z: Tensor,
+        context: Tensor | None,
+        *,
+        sampling: Sampling | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
         nats = super().forward(posterior, z, context)
         self.update_moments(z)
         return nats
 
-    def loss(self, x, context, *, sampling=None, rows=None):
+    def loss(
+        self, x: Tensor, context: Tensor | None, *, sampling: Sampling | None = None, rows: Tensor | None = None
+    ) -> dict[str, Loss]:
         terms = super().loss(x, context)
         self.update_moments(x)
         return terms

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -13,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from worldmodel.config import Frozen
-from worldmodel.data import Loss
+from worldmodel.data import Loss, Sampling
 from worldmodel.distributions.base import ClosedForm, PosteriorSource
 from worldmodel.distributions.latent import Latent, Posterior
 from worldmodel.nn.moments import RunningMoments
@@ -34,7 +35,7 @@ class GaussianPosterior(Posterior):
     def sample(self, noise: Tensor, temperature: float = 1.0) -> Tensor:
         return torch.addcmul(self.mean, self.std * temperature, noise)
 
-    def mirror(self, z):
+    def mirror(self, z: Tensor) -> Tensor:
         return 2 * self.mean - z
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ class GaussianPosterior(Posterior):
         ratio = (self.std / other.std).square()
         return 0.5 * (ratio + ((self.mean - other.mean) / other.std).square() - 1 - ratio.log())
 
-    def map(self, fn) -> GaussianPosterior:
+    def map(self, fn: Callable[[Tensor], Tensor]) -> GaussianPosterior:
         return GaussianPosterior(fn(self.mean), fn(self.std))
 
 
@@ -86,7 +87,7 @@ class GaussianLatent(Latent):
         self.size = self.variables = config.size
         self.parameters, self.min_std = 2 * config.size, config.min_std
 
-    def noise(self, shape, generator, device) -> Tensor:
+    def noise(self, shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device | str | None) -> Tensor:
         return torch.randn(*shape, self.size, generator=generator, device=device)
 
     def distribution(self, parameters: Tensor) -> GaussianPosterior:
@@ -96,7 +97,7 @@ class GaussianLatent(Latent):
     def part(self, variables: int) -> GaussianLatent:
         return GaussianLatent(GaussianLatentConfig(size=variables, min_std=self.min_std))
 
-    def traverse(self, z, latents, steps, width) -> Tensor:
+    def traverse(self, z: Tensor, latents: Tensor, steps: int, width: float) -> Tensor:
         """S evenly spaced values, up to `width` deviations to both sides of each number's mean."""
         values = latents.mean(0) + latents.std(0) * torch.linspace(-width, width, steps, device=z.device).unsqueeze(-1)
         moved = z.expand(self.size, steps, -1).clone()
@@ -158,10 +159,12 @@ class Gaussian(ClosedForm):
         """The mean square of the errors so far, where `std` is fitted."""
         return self.errors.mean.float()
 
-    def update_statistics(self, posterior: GaussianPosterior, prior: GaussianPosterior) -> None:
+    def update_statistics(self, posterior: Any, prior: Any) -> None:
         self._update_variance((posterior.mean - prior.mean).square() + posterior.std.square())
 
-    def loss(self, x, context, *, sampling=None, rows=None) -> dict[str, Loss]:
+    def loss(
+        self, x: Tensor, context: Tensor | None, *, sampling: Sampling | None = None, rows: Tensor | None = None
+    ) -> dict[str, Loss]:
         """The negative log-likelihood, or {"error": half the squared error, summed over the latent} where `std` is fitted."""
         if not self.fitted:
             return super().loss(x, context, sampling=sampling, rows=rows)
@@ -169,7 +172,7 @@ class Gaussian(ClosedForm):
         self._update_variance(error)
         return {"error": Loss(0.5 * error.sum(-1), "score")}
 
-    def fit(self, latents, context=None, **options) -> float:
+    def fit(self, latents: Tensor, context: Tensor | None = None, **options) -> float:
         """As everywhere; a fitted deviation is then that of the errors at all latents."""
         value = super().fit(latents, context, **options)
         if self.fitted:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -23,8 +23,10 @@ class HierarchicalConfig(Frozen):
 
     kind: Literal["hierarchical"] = "hierarchical"
     top: int = Field(4, ge=1, description="variables of the latent that make up the upper level; the others are the lower one")
-    upper: Part["distribution"] | None = Field(None, description="p(z1 | context); none: the latent's own family")
-    lower: Part["distribution"] | None = Field(None, description="p(z2 | context, z1); none: the latent's own family")
+    upper: Annotated[Any, Part("distribution")] | None = Field(None, description="p(z1 | context); none: the latent's own family")
+    lower: Annotated[Any, Part("distribution")] | None = Field(
+        None, description="p(z2 | context, z1); none: the latent's own family"
+    )
     units: int = Field(128, ge=1, description="width of the networks of levels that are of the latent's own family")
     layers: int = Field(1, ge=0, description="hidden layers of these networks")
 
@@ -53,7 +55,7 @@ class Hierarchical(ConditionalDistribution):
         self.lower: ConditionalDistribution = build("distribution", config.lower or own, two, context_dim + one.size)
 
     @classmethod
-    def check(cls, config: HierarchicalConfig, latent: Latent, slot: str, where: str) -> None:
+    def check(cls, config: Any, latent: Latent, slot: str, where: str) -> None:
         super().check(config, latent, slot, where)
         rest = latent.variables - config.top
         if rest < 1:
@@ -97,19 +99,29 @@ class Hierarchical(ConditionalDistribution):
         z1, z2 = self._split(x)
         return self.upper.log_prob(z1, context) + self.lower.log_prob(z2, self._lower_context(z1, context))
 
-    def forward(self, posterior: Posterior, z: Tensor, context: Tensor | None, *, sampling=None, rows=None) -> Tensor:
+    def forward(
+        self,
+        posterior: Posterior,
+        z: Tensor,
+        context: Tensor | None,
+        *,
+        sampling: Sampling | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
         z1, z2 = self._split(z)
         axis, rest = self.latent.axis, self.latent.variables - self.top
         q1 = posterior.map(lambda p: p.narrow(axis, 0, self.top))
         q2 = posterior.map(lambda p: p.narrow(axis, self.top, rest))
         return self.upper.rate(q1, z1, context) + self.lower.rate(q2, z2, self._lower_context(z1, context))
 
-    def loss(self, x, context, *, sampling=None, rows=None) -> dict[str, Loss]:
+    def loss(
+        self, x: Tensor, context: Tensor | None, *, sampling: Sampling | None = None, rows: Tensor | None = None
+    ) -> dict[str, Loss]:
         """The terms of each level, "upper/" and "lower/" in front of their names."""
         (z1, z2), options = self._split(x), {"sampling": sampling, "rows": rows}
         return _named(self.upper.loss(z1, context, **options), self.lower.loss(z2, self._lower_context(z1, context), **options))
 
-    def fit(self, latents, context=None, **options) -> float:
+    def fit(self, latents: Tensor, context: Tensor | None = None, **options) -> float:
         """The upper level and then the lower one, each by itself."""
         z1, z2 = self._split(latents.detach())
         return self.upper.fit(z1, context, **options) + self.lower.fit(z2, self._lower_context(z1, context), **options)

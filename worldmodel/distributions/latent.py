@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -56,13 +57,13 @@ class Posterior(ABC):
         return self.kl_elements(other).sum(-1)
 
     @abstractmethod
-    def map(self, fn) -> Posterior:
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Posterior:
         """The distribution with `fn` applied to each parameter tensor."""
 
     def detach(self) -> Posterior:
         return self.map(torch.Tensor.detach)
 
-    def index(self, rows) -> Posterior:
+    def index(self, rows: Any) -> Posterior:
         return self.map(lambda x: x[rows])
 
 
@@ -105,7 +106,9 @@ class Latent(ABC):
     def traverse(self, z: Float[Tensor, " Z"], latents: Float[Tensor, "N Z"], steps: int, width: float) -> Float[Tensor, "V S Z"]:
         """`z` with one of its V variables moved at a time, over the range that this variable has in `latents`."""
 
-    def draw(self, distribution: Posterior, sampling: Sampling, shape: tuple[int, ...], device) -> Float[Tensor, "*N Z"]:
+    def draw(
+        self, distribution: Posterior, sampling: Sampling, shape: tuple[int, ...], device: torch.device | str | None
+    ) -> Float[Tensor, "*N Z"]:
         """The mode, or a draw from the caller's noise, or from the generator's."""
         if sampling.mode:
             return distribution.mode

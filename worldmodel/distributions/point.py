@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,7 +35,7 @@ class PointPosterior(Posterior):
     def kl_elements(self, other: Posterior) -> Tensor:
         raise self._undefined("rate against a prior")
 
-    def map(self, fn) -> PointPosterior:
+    def map(self, fn: Callable[[Tensor], Tensor]) -> PointPosterior:
         return PointPosterior(fn(self.mean))
 
     @staticmethod
@@ -68,7 +69,7 @@ class PointLatent(Latent):
     def family(self) -> Latent:
         return GaussianLatent(GaussianLatentConfig(size=self.size))
 
-    def noise(self, shape, generator, device) -> Tensor:
+    def noise(self, shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device | str | None) -> Tensor:
         return torch.empty(*shape, 0, device=device)
 
     def distribution(self, parameters: Tensor) -> PointPosterior:
@@ -77,5 +78,5 @@ class PointLatent(Latent):
     def part(self, variables: int) -> PointLatent:
         return PointLatent(PointLatentConfig(size=variables))
 
-    def traverse(self, z, latents, steps, width) -> Tensor:
+    def traverse(self, z: Tensor, latents: Tensor, steps: int, width: float) -> Tensor:
         return self.family.traverse(z, latents, steps, width)

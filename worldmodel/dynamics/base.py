@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -32,7 +32,7 @@ class DynamicsConfig(Frozen):
     kind: str
     deter: int = Field(128, ge=1, description="size of the recurrent state h")
     units: int = Field(128, ge=1, description="width of the layers around it")
-    latent: Part["latent"] = Field(CategoricalLatentConfig(), description="the kind of latent z")
+    latent: Annotated[Any, Part("latent")] = Field(CategoricalLatentConfig(), description="the kind of latent z")
     posterior: Literal["observation"] = Field("observation", description="q(z | x): the posterior does not depend on h")
     posterior_layers: int = Field(1, ge=1, description="hidden layers of an observation-only posterior")
     free_nats: float = Field(0.1, ge=0, description="KL in nats per step below which it is not pushed further down")
@@ -268,7 +268,9 @@ class RecurrentDynamics(Dynamics):
     def advance(self, recurrent: RecurrentState, combined: Float[Tensor, "N X"]) -> RecurrentState:
         return self.cell(self.project(combined), recurrent)
 
-    def unroll(self, recurrent, combined, is_first, generator) -> RecurrentState:
+    def unroll(
+        self, recurrent: RecurrentState, combined: Tensor, is_first: Tensor, generator: torch.Generator | None
+    ) -> RecurrentState:
         projected, keep = self.project(combined), (~is_first).to(combined).unsqueeze(-1)
         resets = is_first.any(0).tolist()
         steps: list[RecurrentState] = []

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from worldmodel.data import State
+from worldmodel.data import Sampling, State
 from worldmodel.distributions import Posterior
 from worldmodel.dynamics.base import DynamicsConfig, RecurrentDynamics, RecurrentState, stacked
 from worldmodel.nn.networks import BlockGRU, linear, offset_linear
@@ -104,7 +104,9 @@ class RSSM(RecurrentDynamics):
         slow, clock = self.slow(recurrent["slow"], recurrent["clock"], recurrent["h"], combined)
         return {**super().advance(recurrent, combined + self.slow.heard(slow)), "slow": slow, "clock": clock}
 
-    def unroll(self, recurrent, combined, is_first, generator) -> RecurrentState:
+    def unroll(
+        self, recurrent: RecurrentState, combined: Tensor, is_first: Tensor, generator: torch.Generator | None
+    ) -> RecurrentState:
         if self.slow is None:
             return super().unroll(recurrent, combined, is_first, generator)
         keep, steps = (~is_first).to(combined).unsqueeze(-1), []
@@ -123,7 +125,9 @@ class RSSM(RecurrentDynamics):
         raw = self.posterior_out(self.embed_in(embed) + self.h_in(h))
         return self.latent.distribution(raw if self.embed_out is None else raw + self.embed_out(embed))
 
-    def scan(self, state: State, embed, prev_action, is_first, noise, sampling) -> tuple[Posterior, Tensor, RecurrentState]:
+    def scan(
+        self, state: State, embed: Tensor, prev_action: Tensor, is_first: Tensor, noise: Tensor | None, sampling: Sampling | None
+    ) -> tuple[Posterior, Tensor, RecurrentState]:
         """As `Dynamics.scan`; a filtering posterior reads h, so that each step waits for the one before."""
         if not self.filtering:
             return super().scan(state, embed, prev_action, is_first, noise, sampling)

@@ -70,7 +70,9 @@ class Transformer(Dynamics):
         goes_on = torch.zeros(len(combined), 1, dtype=torch.bool, device=combined.device)
         return {name: x[:, 0] for name, x in self.unroll(recurrent, combined.unsqueeze(1), goes_on, None).items()}
 
-    def unroll(self, recurrent: RecurrentState, combined: Float[Tensor, "B T X"], is_first, generator) -> RecurrentState:
+    def unroll(
+        self, recurrent: RecurrentState, combined: Float[Tensor, "B T X"], is_first: Tensor, generator: torch.Generator | None
+    ) -> RecurrentState:
         seen = self._seen(recurrent["age"], is_first)
         memory = [recurrent[name] for name in self.names]
         h, memory_all = self.core(combined.to(recurrent["h"]), memory, seen, generator)

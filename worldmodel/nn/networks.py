@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -203,7 +203,7 @@ CHUNK = 128
 """Images in one call of a convolution on a CPU: activations then fit into caches and below the allocator's threshold."""
 
 
-def in_chunks(function, x: Tensor, *others: Tensor | None) -> Tensor:
+def in_chunks(function: Callable[[Tensor], Tensor], x: Tensor, *others: Tensor | None) -> Tensor:
     """`function` of the rows of some tensors: on a CPU in chunks, elsewhere at once."""
     if x.device.type != "cpu" or len(x) <= CHUNK:
         return function(x, *others)

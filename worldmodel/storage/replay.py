@@ -176,7 +176,16 @@ class Replay:
             while ends and ends[0] < oldest:
                 ends.popleft()
 
-    def _checked(self, n: int, obs: Mapping[str, np.ndarray], prev_action, reward, is_first, is_last, is_terminal) -> dict:
+    def _checked(
+        self,
+        n: int,
+        obs: Mapping[str, np.ndarray],
+        prev_action: np.ndarray,
+        reward: np.ndarray,
+        is_first: np.ndarray,
+        is_last: np.ndarray,
+        is_terminal: np.ndarray,
+    ) -> dict:
         """n rows as columns. Raises ValueError on what does not fit."""
         if obs.keys() != self.obs_spec.keys():
             raise ValueError(f"Replay got observation keys {sorted(obs)}, expected {sorted(self.obs_spec)}.")

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, MutableMapping
-from typing import Any, NamedTuple
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from worldmodel.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 _EDM = {"most": "sigma_max", "least": "sigma_min", "level_mean": "log_sigma_mean", "level_std": "log_sigma_std"}
 _BEHAVIOUR = {"penalty": "uncertainty_penalty", "manifold": "typicality_penalty"}
@@ -97,7 +97,7 @@ class Statistics(NamedTuple):
     mean: str = ""
     variance: str = ""
     count: str = ""
-    convert: Callable[[torch.Tensor, float], torch.Tensor] = lambda x, count: x
+    convert: Callable[[Tensor, float], Tensor] = lambda x, count: x
 
 
 LONG_AGO = 1e12
@@ -111,7 +111,7 @@ STATISTICS = (
     Statistics("Ensemble", "moments", "mean", "variance", "batches"),
     Statistics("Decoder", "errors#", mean="log_std#", convert=lambda log_std, _: (2 * log_std.double()).exp()),
     Statistics("DiffusionDecoder", "differences#", mean="difference#", convert=lambda rms, _: rms.square()),
-    Statistics("VectorScaling", "moments.#", "mean#", "square#", "count", lambda x, n: x / n if n else torch.ones_like(x)),
+    Statistics("VectorScaling", "moments.#", "mean#", "square#", "count", lambda x, n: x / n if n else x.new_ones(x.shape)),
 )
 NEW_ARRAYS = {
     "RewardScale": {"squares.count": LONG_AGO, "squares.mean": 1.0, "squares.variance": 1.0},
@@ -125,6 +125,8 @@ def take_over_statistics(module: nn.Module, arrays: MutableMapping[str, Any], pr
 
     arrays  {name: array or tensor} of the module's state, each name behind `prefix`
     """
+    import torch  # not above, since configs import this module and start without torch
+
     for path, part in module.named_modules(remove_duplicate=False):  # a state dict has what is shared under each of its names
         owner, kinds = prefix + path + "." * bool(path), {kind.__name__ for kind in type(part).__mro__}
         for old in STATISTICS:
@@ -142,6 +144,8 @@ def take_over_statistics(module: nn.Module, arrays: MutableMapping[str, Any], pr
 
 def _take_over(arrays: MutableMapping[str, Any], today: str, mean: str, variance: str, count: float, convert: Callable) -> None:
     """Writes one RunningMoments from the stored mean, variance or both; nothing where they are not stored or today's are."""
+    import torch
+
     if f"{today}.count" in arrays or (variance or mean) not in arrays:
         return
     stored = {name: torch.as_tensor(arrays.pop(name)) for name in (mean, variance) if name}

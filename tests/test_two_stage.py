@@ -136,7 +136,7 @@ def test_the_error_of_a_gain_is_that_of_episodes_and_not_of_rows():
 
 def test_a_prior_of_other_latents_is_refused_before_anything_is_written(tmp_path):
     small_train(tmp_path / "old", steps=40)
-    with pytest.raises(ConfigError, match=r"model\.initial.*gaussian codes.*categorical"):
+    with pytest.raises(ConfigError, match=r"model\.initial.*gaussian latents.*categorical"):
         fit_prior(tmp_path / "old", "energy")
     assert [p.name for p in tmp_path.iterdir()] == ["old"]
 

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from worldmodel.errors import ConfigError
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
+    from torch import Tensor, nn
 
 _EDM = {"most": "sigma_max", "least": "sigma_min", "level_mean": "log_sigma_mean", "level_std": "log_sigma_std"}
 _BEHAVIOUR = {"penalty": "uncertainty_penalty", "manifold": "typicality_penalty"}
@@ -116,7 +115,7 @@ class Statistics(NamedTuple):
     mean: str = ""
     variance: str = ""
     count: str = ""
-    convert: Callable[[torch.Tensor, float], torch.Tensor] = lambda x, count: x
+    convert: Callable[[Tensor, float], Tensor] = lambda x, count: x
 
 
 LONG_AGO = 1e12
@@ -144,7 +143,7 @@ def take_over_statistics(module: nn.Module, arrays: MutableMapping[str, Any], pr
 
     arrays  {name: array or tensor} of the module's state, each name behind `prefix`
     """
-    import torch
+    import torch  # not above, since configs import this module and start without torch
 
     for path, part in module.named_modules(remove_duplicate=False):  # a state dict has what is shared under each of its names
         owner, kinds = prefix + path + "." * bool(path), {kind.__name__ for kind in type(part).__mro__}

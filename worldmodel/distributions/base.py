@@ -233,7 +233,7 @@ class ConditionalDistribution(nn.Module, ABC):
             return float(sum(term.mean() for term in self.loss(latents, context, sampling=sampling).values()).detach())
         optimizer = torch.optim.Adam(trainable, lr=lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        value = torch.zeros(())
+        value = torch.zeros((), device=latents.device)
         for _ in range(steps):
             rows = torch.randint(len(latents), (min(batch, len(latents)),), generator=generator, device=latents.device)
             given = None if context is None else context[rows]

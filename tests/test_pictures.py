@@ -89,10 +89,10 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path, monkeypatch):
     pictures.save(path, video(2))
     before = path.read_bytes()
 
-    def full(self, data):
+    def full(handle):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(StorageError, match=r"video\.gif"):
         pictures.save(path, video(3))
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["video.gif"]

@@ -153,6 +153,30 @@ def test_rows_behind_evicted_ones_are_kept_where_they_fill_the_replay(tmp_path, 
     assert last.name in said[-2]
 
 
+@pytest.mark.parametrize(
+    ("spans", "chain"),
+    [
+        ([(5, 8), (8, 9)], [1, 2]),
+        ([(5, 8), (8, 9), (8, 12)], [1, 3]),  # a retry replaces what it repeats
+        ([(5, 8), (6, 9)], [1]),  # goes on from nothing
+        ([(20, 26)], []),  # rows are missing, and 6 do not fill a ring of 10
+        ([(20, 26), (26, 30)], [1, 2]),
+        ([(20, 26), (26, 30), (26, 28)], [1, 2]),  # a shorter retry would leave rows missing
+        ([(20, 26), (26, 30), (26, 31)], [1, 3]),
+        ([(20, 26), (5, 7), (7, 8)], [2, 3]),
+        ([(5, 8), (20, 26), (8, 9)], [1, 3]),
+        ([(5, 8), (12, 22), (22, 23)], [1, 2, 3]),
+    ],
+)
+def test_segments_go_on_from_rows_or_replace_a_whole_ring(tmp_path, spans, chain):
+    columns = {"x": ((), np.dtype(np.uint8))}
+    for number, (start, stop) in enumerate(spans, 1):
+        header = segments.Header(number, (start,), (stop,))
+        segments.write(tmp_path, header, columns, lambda name, stream, start, stop: np.zeros(stop - start, np.uint8))
+    found = segments.continuation(tmp_path, 0, (5,), 10, columns, pytest.fail)
+    assert [header.number for header in found] == chain
+
+
 def test_every_flipped_byte_is_noticed(tmp_path):
     replay = fill(store(capacity=8, num_envs=2, action_dim=1), 5)
     snapshot = replay.save(tmp_path)

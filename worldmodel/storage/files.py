@@ -36,12 +36,13 @@ def storage_errors(doing: str, path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def durable(path: Path) -> Iterator[BinaryIO]:
+def durable(path: Path, final: Path | None = None) -> Iterator[BinaryIO]:
     """A new file, open for writing, that is on the disk when the block ends, or gone where anything failed.
 
+    final  the name that errors say, where the file gets another one afterwards
     After a failed fsync the pages may count as clean without being on the disk, so a retry must write anew.
     """
-    with storage_errors("write", path):
+    with storage_errors("write", final or path):
         try:
             with open(path, "xb") as file:
                 yield file
@@ -58,7 +59,7 @@ def durable(path: Path) -> Iterator[BinaryIO]:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file, open for writing, that takes the name `path` when the block ends: at once, or not at all where anything failed."""
     temporary = temporary_name(path.parent)
-    with durable(temporary) as file:
+    with durable(temporary, path) as file:
         yield file
     try:
         with storage_errors("write", path):

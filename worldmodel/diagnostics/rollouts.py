@@ -161,55 +161,44 @@ def open_loop(
     episode where context and at least one step fit, and counts at the horizons that fit.
     """
     sizes = {} if world.decoder is None else {name: math.prod(key.shape) for name, key in world.obs.keys.items()}
-    sums = [_Sums(horizon, sizes) for _ in PARTS]
+    sums = torch.zeros(len(PARTS), horizon, 4 + 2 * sum(sizes.values()))
     episode, start = _starts(episodes, context, every)
     part = torch.bucketize(start + context - 1, torch.tensor(list(PARTS.values())[1:]), right=True)
     at_once = max(1, min(ROLLOUTS_AT_ONCE, NUMBERS_AT_ONCE // (horizon * max(1, sum(sizes.values())))) // samples)
     for rows in torch.arange(len(episode)).split(at_once) if len(episode) else ():
         roll = roll_out(world, episodes, episode[rows], start[rows], context, horizon, samples=samples, generator=generator)
+        errors = _errors(world, roll, context)
         for which in part[rows].unique().tolist():
-            sums[which].add(world, roll, torch.nonzero(part[rows] == which)[:, 0].to(world.device), context)
-    total = _Sums(horizon, sizes)
-    for own in sums:
-        total.merge(own)
+            sums[which] += errors[(part[rows] == which).to(errors.device)].sum(0).cpu()
     has_ensemble = world.ensemble is not None
-    parts = {name: own.means(context, has_ensemble) for name, own in zip(PARTS, sums)}
-    return replace(total.means(context, has_ensemble), parts=parts)
+    parts = {name: _means(own, sizes, context, has_ensemble) for name, own in zip(PARTS, sums)}
+    return replace(_means(sums.sum(0), sizes, context, has_ensemble), parts=parts)
 
 
-class _Sums:
-    """Squared errors of rollouts, summed by horizon."""
+def _errors(world: WorldModel, roll: Rollout, context: int) -> Float[Tensor, "S H C"]:
+    """At each step: 1, squared errors of reward and continue, uncertainty, squared errors of all numbers of an observation, and the
+    same of persistence; zeros after the episode's end."""
+    inside, observed = roll.inside[:, context:].float(), roll.window.window(context)
+    reward = (roll.reward.mean(1) - observed.reward).square()
+    cont = (roll.cont.mean(1) - (~observed.is_terminal).float()).square()
+    per_step = torch.stack([torch.ones_like(inside), reward, cont, roll.uncertainty.mean(1)], -1)
+    squares, persistence = [], []
+    for name, imagined in roll.imagined.items():
+        truth, unit = roll.truth[name], world.scaling.deviation(name)
+        squares.append(((imagined.mean(1) - truth[:, context:]) / unit).square().flatten(2))
+        persistence.append(((truth[:, context - 1 : context] - truth[:, context:]) / unit).square().flatten(2))
+    return inside.unsqueeze(-1) * torch.cat([per_step, *squares, *persistence], -1)
 
-    def __init__(self, horizon: int, sizes: dict[str, int]):
-        self.squares, self.persistence = ({name: torch.zeros(horizon, d) for name, d in sizes.items()} for _ in range(2))
-        self.columns = torch.zeros(4, horizon)  # count, reward, continue, uncertainty
 
-    def add(self, world: WorldModel, roll: Rollout, chosen: Int[Tensor, " N"], context: int) -> None:
-        """Adds the rollouts of some of the starts."""
-        inside, observed = roll.inside[chosen, context:].float(), roll.window.window(context)
-        reward = (roll.reward[chosen].mean(1) - observed.reward[chosen]).square()
-        cont = (roll.cont[chosen].mean(1) - (~observed.is_terminal[chosen]).float()).square()
-        per_step = torch.stack([torch.ones_like(inside), reward, cont, roll.uncertainty[chosen].mean(1)])
-        self.columns += (inside * per_step).sum(1).cpu()
-        for name in self.squares:
-            x, unit = roll.truth[name][chosen], world.scaling.deviation(name)
-            weight = inside.view(*inside.shape, *[1] * (x.ndim - 2))
-            error = weight * ((roll.imagined[name][chosen].mean(1) - x[:, context:]) / unit).square()
-            persistence_error = weight * ((x[:, context - 1 : context] - x[:, context:]) / unit).square()
-            self.squares[name] += error.sum(0).flatten(1).cpu()
-            self.persistence[name] += persistence_error.sum(0).flatten(1).cpu()
-
-    def merge(self, other: _Sums) -> None:
-        self.columns += other.columns
-        for mine, theirs in ((self.squares, other.squares), (self.persistence, other.persistence)):
-            for name, x in theirs.items():
-                mine[name] += x
-
-    def means(self, context: int, has_ensemble: bool) -> OpenLoop:
-        count, reward, cont, uncertainty = self.columns
-        squares, persistence = ({k: x / count.unsqueeze(-1) for k, x in s.items()} for s in (self.squares, self.persistence))
-        uncertainty = uncertainty / count if has_ensemble else torch.full_like(count, torch.nan)
-        return OpenLoop(context, count.to(torch.int64), squares, persistence, (reward / count).sqrt(), cont / count, uncertainty)
+def _means(sums: Float[Tensor, "H C"], sizes: dict[str, int], context: int, has_ensemble: bool) -> OpenLoop:
+    """The errors of `_errors` summed over rollouts -> their means, by observation key of so many numbers."""
+    count, width = sums[:, 0], sum(sizes.values())
+    per_step, *observations = (sums / count.unsqueeze(-1)).split([4, width, width], -1)
+    _, reward, cont, uncertainty = per_step.unbind(-1)
+    squares, persistence = (dict(zip(sizes, x.split(list(sizes.values()), -1))) if sizes else {} for x in observations)
+    if not has_ensemble:
+        uncertainty = torch.full_like(count, torch.nan)
+    return OpenLoop(context, count.to(torch.int64), squares, persistence, reward.sqrt(), cont, uncertainty)
 
 
 def _starts(episodes: Episodes, context: int, every: int) -> tuple[Int[Tensor, " S"], Int[Tensor, " S"]]:

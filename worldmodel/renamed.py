@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from typing import Any, NamedTuple
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from worldmodel.errors import ConfigError
+
+if TYPE_CHECKING:  # this module is imported with configs, which are to be light
+    import torch
+    from torch import nn
 
 _EDM = {"most": "sigma_max", "least": "sigma_min", "level_mean": "log_sigma_mean", "level_std": "log_sigma_std"}
 _BEHAVIOUR = {"penalty": "uncertainty_penalty", "manifold": "typicality_penalty"}
@@ -124,7 +125,7 @@ STATISTICS = (
     Statistics("Ensemble", "moments", "mean", "variance", "batches"),
     Statistics("Decoder", "errors#", mean="log_std#", convert=lambda log_std, _: (2 * log_std.double()).exp()),
     Statistics("DiffusionDecoder", "differences#", mean="difference#", convert=lambda rms, _: rms.square()),
-    Statistics("VectorScaling", "moments.#", "mean#", "square#", "count", lambda x, n: x / n if n else torch.ones_like(x)),
+    Statistics("VectorScaling", "moments.#", "mean#", "square#", "count", lambda x, n: x / n if n else x.new_ones(x.shape)),
 )
 NEW_ARRAYS = {
     "RewardScale": {"squares.count": LONG_AGO, "squares.mean": 1.0, "squares.variance": 1.0},
@@ -138,6 +139,8 @@ def take_over_statistics(module: nn.Module, arrays: MutableMapping[str, Any], pr
 
     arrays  {name: array or tensor} of the module's state, each name behind `prefix`
     """
+    import torch
+
     for path, part in module.named_modules(remove_duplicate=False):  # a state dict has what is shared under each of its names
         owner, kinds = prefix + path + "." * bool(path), {kind.__name__ for kind in type(part).__mro__}
         for old in STATISTICS:
@@ -155,6 +158,8 @@ def take_over_statistics(module: nn.Module, arrays: MutableMapping[str, Any], pr
 
 def _take_over(arrays: MutableMapping[str, Any], today: str, mean: str, variance: str, count: float, convert: Callable) -> None:
     """Writes one RunningMoments from the stored mean, variance or both; nothing where they are not stored or today's are."""
+    import torch
+
     if f"{today}.count" in arrays or (variance or mean) not in arrays:
         return
     stored = {name: torch.as_tensor(arrays.pop(name)) for name in (mean, variance) if name}

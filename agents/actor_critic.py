@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from worldmodel.config import Frozen
 from worldmodel.data import Batch, Dream, Sampling, State, Trace
+from worldmodel.distributions import GaussianPosterior
 from worldmodel.errors import ConfigError
 from worldmodel.learner import SkippedUpdates, clip_gradients, nonfinite_parameters
 from worldmodel.model import WorldModel, needs_ensemble, needs_marginal, reward_penalty
@@ -71,10 +71,10 @@ class Policy:
     config: ActorCriticConfig
 
     @property
-    def _normal(self) -> tuple[Tensor, Tensor]:
+    def _normal(self) -> GaussianPosterior:
         mean, raw = self.parameters.chunk(2, -1)
         low, high = self.config.min_std, self.config.max_std
-        return torch.tanh(mean), (high - low) * torch.sigmoid(raw + 2) + low
+        return GaussianPosterior(torch.tanh(mean), (high - low) * torch.sigmoid(raw + 2) + low)
 
     @property
     def _groups(self) -> list[Tensor]:
@@ -89,8 +89,8 @@ class Policy:
     def sample(self, generator: torch.Generator | None) -> Tensor:
         kind, shape, device = self.spec.kind, self.parameters.shape[:-1], self.parameters.device
         if kind == "continuous":
-            mean, std = self._normal
-            return mean + std * torch.randn(mean.shape, generator=generator, device=device)
+            normal = self._normal
+            return normal.mean + normal.std * torch.randn(normal.std.shape, generator=generator, device=device)
         if kind == "binary":
             return (torch.rand(self.parameters.shape, generator=generator, device=device) < self._bits).float()
         parts = []
@@ -102,7 +102,7 @@ class Policy:
 
     def mode(self) -> Tensor:
         if self.spec.kind == "continuous":
-            return self._normal[0]
+            return self._normal.mode
         if self.spec.kind == "binary":
             return (self.parameters > 0).float()
         return torch.cat([nn.functional.one_hot(p.argmax(-1), p.shape[-1]).float() for p in self._groups], -1)
@@ -110,8 +110,7 @@ class Policy:
     def log_prob(self, action: Tensor) -> Tensor:
         """ln p(action) [*N]."""
         if self.spec.kind == "continuous":
-            mean, std = self._normal
-            return -(0.5 * ((action - mean) / std).square() + std.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
+            return self._normal.log_prob(action)
         if self.spec.kind == "binary":
             return torch.where(action > 0.5, self._bits.log(), (1 - self._bits).log()).sum(-1)
         return (action * torch.cat(self._groups, -1).log()).sum(-1)
@@ -119,7 +118,7 @@ class Policy:
     def entropy(self) -> Tensor:
         """In nats [*N], summed over the action's parts."""
         if self.spec.kind == "continuous":
-            return (self._normal[1].log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+            return self._normal.entropy()
         if self.spec.kind == "binary":
             p = self._bits
             return -(p * p.log() + (1 - p) * (1 - p).log()).sum(-1)
@@ -353,7 +352,7 @@ class ActorCriticLearner:
         if self.skips.allow(self.updates, bad):
             self.actor_optimizer.step()
             self.critic_optimizer.step()
+            slow, critic = (list(part.parameters()) for part in (self.behaviour.slow, self.behaviour.critic))
             with torch.no_grad():
-                for slow, fast in zip(self.behaviour.slow.parameters(), self.behaviour.critic.parameters(), strict=True):
-                    slow.lerp_(fast, self.config.slow)
+                torch._foreach_lerp_(slow, critic, self.config.slow)
         return metrics

@@ -15,9 +15,8 @@ from worldmodel.data import Sampling, State
 from worldmodel.errors import ConfigError, EnvError
 from worldmodel.model import WorldModel, tensors
 from worldmodel.spaces import ActionSpec, ObsSpec
-from worldmodel.spaces.casts import cast
+from worldmodel.spaces.casts import cast, flatten
 from worldmodel.spaces.keys import KeySpec
-from worldmodel.spaces.nested import flatten
 
 
 class Controller(nn.Module):

@@ -67,8 +67,9 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 
 def measure(world, train, held_out, job: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
     """Everything about one model; the same draws' noise for each form."""
+    from regions import Region, decoder_sensitivity, nearest, path_ratio
+
     from worldmodel.diagnostics.geometry import spherical
-    from worldmodel.diagnostics.validity import Region, decoder_sensitivity, nearest, path_ratio
     from worldmodel.model import active_units
 
     def decode(z):

@@ -17,9 +17,8 @@ from worldmodel.envs.extras import missing_extra
 from worldmodel.envs.vectors.plain import Plain
 from worldmodel.errors import ConfigError, EnvError, UnsupportedSpaceError
 from worldmodel.spaces import ObsSpec
-from worldmodel.spaces.casts import cast, numbers, warn_once, warning_due
+from worldmodel.spaces.casts import cast, join_path, numbers, warn_once, warning_due
 from worldmodel.spaces.keys import FLOAT32_MAX
-from worldmodel.spaces.nested import join_path
 
 _log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Behaviour learned in imagination: policies are normalised laws, values are worth what they should, better actions win."""
+"""Behaviour learned in imagination: policies are normalised, values are what they should be, better actions win."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def test_no_action_is_ever_impossible(space):
     parts = spec.sizes if spec.kind == "categorical" else (2,) * spec.dim
     likely = [torch.tensor([500.0] + [-500.0] * (n - 1)) for n in spec.sizes] or [torch.full((spec.dim,), 500.0)]
     sure, actions = Policy(spec, torch.cat(likely).unsqueeze(0), config(unimix=0.06)), every_action(spec)
-    least = Policy(spec, sure.parameters.expand(len(actions), -1), sure.config).log_prob(actions).exp().min()
-    assert float(least) == pytest.approx(float(np.prod([0.06 / n for n in parts])), rel=1e-3)
+    smallest = Policy(spec, sure.parameters.expand(len(actions), -1), sure.config).log_prob(actions).exp().min()
+    assert float(smallest) == pytest.approx(float(np.prod([0.06 / n for n in parts])), rel=1e-3)
     assert sure.entropy().isfinite().all()
 
 
@@ -78,13 +78,13 @@ def test_a_policy_over_numbers_is_a_normal_around_a_mean_within_the_range():
     one, n = policy(SPACES["numbers"], rows=3, min_std=0.1, max_std=0.8), 20_000
     mean, raw = one.parameters.chunk(2, -1)
     std = 0.1 + 0.7 * torch.sigmoid(raw + 2)
-    law = Normal(torch.tanh(mean), std)
+    expected = Normal(torch.tanh(mean), std)
     many = Policy(one.spec, one.parameters.expand(n, 3, -1), one.config)
     x = many.sample(generator())
-    assert_near(x.mean(0), law.mean, n, x.std(0))
+    assert_near(x.mean(0), expected.mean, n, x.std(0))
     torch.testing.assert_close(x.std(0), std, rtol=0.05, atol=0)
-    torch.testing.assert_close(many.log_prob(x), law.log_prob(x).sum(-1))
-    torch.testing.assert_close(one.entropy(), law.entropy().sum(-1))
+    torch.testing.assert_close(many.log_prob(x), expected.log_prob(x).sum(-1))
+    torch.testing.assert_close(one.entropy(), expected.entropy().sum(-1))
     assert torch.equal(one.mode(), torch.tanh(mean))
 
 

@@ -27,7 +27,7 @@ def tokens(seed: int = 0) -> Tensor:
 
 
 def seen(*openings: int) -> Tensor:
-    """How far each step may look back where sequences open at these steps, the same in every row."""
+    """How far back each step attends where sequences open at these steps, the same in every row."""
     return torch.stack([torch.tensor([t - max((o for o in openings if o <= t), default=0) for t in range(T)])] * B)
 
 
@@ -77,14 +77,14 @@ def test_what_a_token_gathers_does_not_depend_on_where_the_sequence_began():
     torch.testing.assert_close(late[:, 5:], outputs(net, x)[:, :7], rtol=1e-5, atol=1e-5)
 
 
-def test_an_untrained_token_looks_less_at_what_is_further_back():
+def test_an_untrained_token_attends_less_to_what_is_further_back():
     net = CausalTransformer(WIDTH, 16, layers=1, heads=2, window=5)
     torch.testing.assert_close(net.bias.detach(), torch.tensor([[0.0625], [0.00390625]]) * -torch.arange(5))
 
 
 def test_distances_and_order_count():
     net, x = network(1), tokens()
-    x[:, 2:] = x[:, 2:3]  # all the same, so that only where the others stand can tell
+    x[:, 2:] = x[:, 2:3]  # all the same, so that only the positions of the others differ
     swapped = torch.cat([x[:, [1, 0]], x[:, 2:]], 1)
     assert (outputs(net, x)[:, 2] - outputs(net, swapped)[:, 2]).abs().max() > 1e-3
 

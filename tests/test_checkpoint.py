@@ -1,7 +1,8 @@
-"""The checkpoint: whole or absent, never silently different, and never code."""
+"""The checkpoint: whole or absent, never silently different, and it never runs code."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -16,9 +17,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+from forks import forked, killed_at
 
 from worldmodel.errors import CorruptError, NumericsError, StorageError
-from worldmodel.storage import checkpoint
+from worldmodel.storage import checkpoint, files
 
 
 def content(seed: int = 0) -> tuple[dict, dict, dict]:
@@ -34,7 +36,7 @@ def content(seed: int = 0) -> tuple[dict, dict, dict]:
     }
     state = {"rng": {"state": 2**127 + seed, "has": False}, "best": None, "lr": 1e-4, "name": "a/ü\ud800", "list": [1, [2.5]]}
     tensors = {"world": world, "agent": {"w": np.ones(2, np.float32)}, "optim": {}}
-    return tensors, state, {"config": {"seed": seed}, "marks": [[1, 2]]}
+    return tensors, state, {"config": {"seed": seed}, "rows": [[1, 2]]}
 
 
 def assert_equal(found: tuple[dict, dict, dict], wanted: tuple[dict, dict, dict], step: int) -> None:
@@ -58,17 +60,6 @@ def put(file: Path, data: bytes) -> None:
     """New content under an old name; cutting a file that was just written costs milliseconds on some file systems."""
     file.unlink(missing_ok=True)
     file.write_bytes(data)
-
-
-def forked(act) -> None:
-    """Runs `act` in a child, which must return True; limits that cannot be lifted again die with it."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os._exit(0 if act() else 1)
-        except BaseException:
-            os._exit(2)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 # Whole ----------------------------------------------------------------------------------------------------------------
@@ -223,11 +214,10 @@ def test_cut_lengthened_and_missing_files_are_noticed(tmp_path):
 
 def test_random_mutants_are_never_silently_different(tmp_path):
     path = checkpoint.write(tmp_path, 3, *content())
-    files = sorted(path.iterdir())
-    whole = {f: f.read_bytes() for f in files}
+    whole = {file: file.read_bytes() for file in sorted(path.iterdir())}
     rng = random.Random(0)
     for _ in range(1000):
-        file = rng.choice(files)
+        file = rng.choice(list(whole))
         data = bytearray(whole[file])
         a, b = sorted(rng.randrange(len(data) + 1) for _ in range(2))
         data[a:b] = rng.choice([b"", bytes(b - a), rng.randbytes(5), data[a:b] * 2, b'"step": 3', b"NaN", b"[" * 2000])
@@ -283,8 +273,6 @@ def test_a_forged_manifest_reaches_no_other_file(tmp_path, change, message):
 
 def replace(path: Path, name: str, data: bytes) -> None:
     """Puts another file in, with a manifest that vouches for it."""
-    import hashlib
-
     (path / name).write_bytes(data)
     forge(path, lambda m: m["files"].update({name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}}))
 
@@ -384,8 +372,8 @@ def test_leftovers_are_swept_and_nothing_else(tmp_path):
     (parent / ".tmp-link").symlink_to(outside)
     (parent / "notes.txt").write_text("mine")
     assert checkpoint.steps(parent) == [3]
-    checkpoint.sweep(parent)
-    checkpoint.sweep(tmp_path / "nowhere")
+    files.sweep(parent)
+    files.sweep(tmp_path / "nowhere")
     assert names(parent) == ["notes.txt", path.name]
     assert names(outside) == ["kept"]
 
@@ -393,33 +381,12 @@ def test_leftovers_are_swept_and_nothing_else(tmp_path):
 def test_a_kill_at_any_step_of_a_commit_leaves_the_old_or_the_new_one(tmp_path):
     calls = ("open", "fsync", "rename", "mkdir", "rmdir", "unlink", "close")
 
-    def killed_at(n: int, parent: Path) -> int:
-        pid = os.fork()
-        if pid == 0:
-            left = [n]
-
-            def counted(real):
-                def call(*args, **kwargs):
-                    left[0] -= 1
-                    if left[0] < 0:
-                        os._exit(9)
-                    return real(*args, **kwargs)
-
-                return call
-
-            for name in calls:
-                setattr(os, name, counted(getattr(os, name)))
-            checkpoint.write(parent, 2, *content(2))
-            checkpoint.prune(parent, keep=1)
-            os._exit(0)
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
     seen = set()
     for n in range(200):
         parent = tmp_path / str(n)
         checkpoint.write(parent, 1, *content(1))
-        status = killed_at(n, parent)
-        checkpoint.sweep(parent)
+        status = killed_at(n, calls, lambda parent=parent: [checkpoint.write(parent, 2, *content(2)), checkpoint.prune(parent, 1)])
+        files.sweep(parent)
         step, path = checkpoint.newest(parent, pytest.fail)
         assert_equal(checkpoint.read(path), content(step), step)
         assert set(names(parent)) <= {"step-000000000001", "step-000000000002"}

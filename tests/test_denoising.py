@@ -145,8 +145,8 @@ def mixture_samples(n: int) -> Tensor:
     return MEANS[which.long()] + WIDTH * torch.randn(n, 2, generator=generator(2))
 
 
-def bounds(denoise, x: Tensor, looks: int) -> Tensor:
-    uniform, noise, weight = fixed_samples(looks, x.shape[1])
+def bounds(denoise, x: Tensor, samples: int) -> Tensor:
+    uniform, noise, weight = fixed_samples(samples, x.shape[1])
     s, nats = sigma_of_information(uniform)
     each = [information_gain(denoise, x, s[i].expand(len(x)), noise[i].expand_as(x)) for i in range(len(s))]
     return gaussian_log_prob(x) + nats * weight @ torch.stack(each)
@@ -189,7 +189,7 @@ def test_levels_of_the_bound_hide_equal_shares_of_information():
 
 
 @pytest.mark.parametrize("size", [1, 2, 8])
-def test_even_looks_have_the_moments_of_normal_noise(size):
+def test_even_samples_have_the_moments_of_normal_noise(size):
     uniform, noise, weight = fixed_samples(6, size)
     assert uniform.unique().numel() == 6 and float(weight.sum()) == pytest.approx(1, abs=1e-5)
     torch.testing.assert_close(weight @ noise, torch.zeros(size), atol=1e-5, rtol=0)

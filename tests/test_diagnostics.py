@@ -1,4 +1,4 @@
-"""Open-loop errors against a world whose answer is known by hand, and what the latent space is said to look like."""
+"""Open-loop errors against a world whose answer is known by hand, and measures of the latent space."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_start_counts_at_every_horizon_that_fits():
     assert open_loop(Oracle().installed(), line_episodes(12, 25), 5, 15, every=5).count[0] == 2 + 4
 
 
-def test_errors_are_told_by_the_part_of_the_episode_in_which_a_dream_starts():
+def test_errors_are_reported_by_the_part_of_the_episode_in_which_a_dream_starts():
     errors = open_loop(Oracle().installed(), line_episodes(12, 260), 5, 15, samples=2)
     assert {name: int(part.count[0]) for name, part in errors.parts.items()} == {"0-50": 1 + 5, "50-200": 15, "200-": 6}
     assert sum(part.count for part in errors.parts.values()).equal(errors.count)
@@ -165,7 +165,7 @@ def mixed_episodes(observation: spaces.Space) -> Episodes:
     [LINE, spaces.Discrete(3), spaces.Box(0, 255, (16, 16, 3), np.uint8), spaces.Dict({"a": LINE, "b": spaces.MultiBinary(3)})],
     ids=["vector", "categories", "image", "dict"],
 )
-def test_every_space_and_code_has_errors_and_the_same_seed_gives_the_same(observation, latent):
+def test_every_space_and_latent_has_errors_and_the_same_seed_gives_the_same(observation, latent):
     world, episodes = small_world(observation, latent=latent), mixed_episodes(observation)
     one, same, other = (open_loop(world, episodes, 3, 4, generator=generator(seed)) for seed in (0, 0, 1))
     assert one.error().isfinite().all() and (one.error() > 0).all() and one.squares.keys() == world.obs.keys.keys()
@@ -188,7 +188,7 @@ def test_without_a_decoder_rewards_and_ends_are_measured_alone():
 
 
 @pytest.mark.parametrize("latent", ["gaussian", "categorical"])
-def test_the_rates_of_the_variables_add_up_to_the_rate_of_the_code(latent):
+def test_the_rates_of_the_variables_add_up_to_the_rate_of_the_latent(latent):
     world, episodes = small_world(LINE, latent=latent), mixed_episodes(LINE)
     seen = filter_episodes(world, episodes)
     rate = usage(world, seen)
@@ -214,10 +214,10 @@ def test_a_traversal_moves_one_variable_at_a_time(latent, slow):
     moved = traversal(world, seen, 4, steps=3)
     family, own = world.dynamics.latent, seen.feature[4]
     assert moved.shape[1:] == (3, world.feature_dim)
-    each = moved.shape[0] and family.size // moved.shape[0]  # numbers of each variable in a flat code
+    size = moved.shape[0] and family.size // moved.shape[0]  # numbers of each variable in a flat latent
     changed = (moved != own).any(1)
     for v in range(moved.shape[0]):
-        inside = slice(world.feature_dim - family.size + v * each, world.feature_dim - family.size + (v + 1) * each)
+        inside = slice(world.feature_dim - family.size + v * size, world.feature_dim - family.size + (v + 1) * size)
         assert changed[v, inside].any() and int(changed[v].sum()) == int(changed[v, inside].sum())
     assert (moved[:, 0] != moved[:, 1]).any(-1).all()
 

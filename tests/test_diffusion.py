@@ -1,4 +1,4 @@
-"""The law of codes that is known by how it denoises: its draws, its bound, its exact likelihood and its steering."""
+"""The prior of latents that is known by how it denoises: its draws, its bound, its exact likelihood and its steering."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from worldmodel.data import Sampling
 from worldmodel.distributions import Diffusion, DiffusionConfig
 
 
-def law(size: int = 2, context: int = 0, **options) -> Diffusion:
+def prior(size: int = 2, context: int = 0, **options) -> Diffusion:
     torch.manual_seed(0)
     options = {"units": 32, "layers": 2, **options}
     return Diffusion(DiffusionConfig(**options), small_latent("gaussian", size=size), context).eval()
@@ -35,7 +35,7 @@ def gaussian_log_prob(x: Tensor) -> Tensor:
 @pytest.fixture(scope="module")
 def fitted() -> Diffusion:
     """A prior that was fitted to a Gaussian."""
-    one = law()
+    one = prior()
     one.fit(gaussian(2000), steps=300, lr=5e-3, generator=generator())
     return one
 
@@ -65,7 +65,7 @@ def test_the_rate_is_on_average_what_the_bound_says(fitted):
     assert float(sampled.mean().detach()) == pytest.approx(float(expected.detach()), abs=0.3)
 
 
-def test_a_frozen_rate_moves_codes_towards_the_law(fitted):
+def test_a_frozen_rate_moves_latents_towards_the_prior(fitted):
     """Its gradient is that of the negative log-likelihood, on average."""
     one, z = fitted, (MEAN + torch.tensor([0.6, 3.0])).expand(400, 2).clone().requires_grad_()
     posterior = one.latent.distribution(torch.zeros(400, 4))
@@ -83,7 +83,7 @@ def test_few_steps_draw_what_was_fitted(fitted):
 
 
 def test_two_moons_are_likelier_than_under_a_gaussian_by_the_exact_likelihood():
-    one, train, test = law(units=64), two_moons(2000, 0), two_moons(400, 10)
+    one, train, test = prior(units=64), two_moons(2000, 0), two_moons(400, 10)
     one.fit(train, steps=500, lr=5e-3, generator=generator())
     best = torch.distributions.Normal(train.mean(0), train.std(0)).log_prob(test).sum(-1).mean()
     exact, bound = one.ode_log_prob(test, None).mean(), one.log_prob(test, None).mean()
@@ -92,7 +92,7 @@ def test_two_moons_are_likelier_than_under_a_gaussian_by_the_exact_likelihood():
 
 
 def test_the_exact_likelihood_integrates_to_one():
-    one = law()
+    one = prior()
     one.fit(two_moons(500, 0), steps=100, lr=5e-3, generator=generator())
     side = torch.linspace(-3, 3, 41)
     mass = one.ode_log_prob(torch.cartesian_prod(side, side), None).exp().sum() * float(side[1] - side[0]) ** 2
@@ -102,28 +102,28 @@ def test_the_exact_likelihood_integrates_to_one():
 # Statistics and noise ---------------------------------------------------------------------------------------------------
 
 
-def test_codes_are_standardised_by_statistics_that_stand_still_while_evaluating():
-    one, codes = law(), gaussian(4000)
+def test_latents_are_standardised_by_statistics_that_stand_still_while_evaluating():
+    one, latents = prior(), gaussian(4000)
     before = copy.deepcopy(one.state_dict())
-    one.loss(codes, None)
+    one.loss(latents, None)
     assert all(torch.equal(x, before[name]) for name, x in one.state_dict().items())
     one.train()
-    for part in codes.split(40):
+    for part in latents.split(40):
         one.loss(part, None)
     torch.testing.assert_close(one.moments.mean.float(), MEAN, atol=0.3, rtol=0)
     torch.testing.assert_close(one.moments.variance.float().sqrt(), STD, rtol=0.1, atol=0)
-    assert float(((codes - one.moments.mean.float()) / one._units(None)[1]).std()) == pytest.approx(0.5, rel=0.1)
-    seen = one.measures(codes, None), one.measures(3 * codes, None)
+    assert float(((latents - one.moments.mean.float()) / one._units(None)[1]).std()) == pytest.approx(0.5, rel=0.1)
+    seen = one.measures(latents, None), one.measures(3 * latents, None)
     assert seen[0]["narrowest"] == pytest.approx(1, rel=0.1) and seen[1]["widest"] == pytest.approx(3, rel=0.1)
 
 
 def test_a_number_that_is_not_finite_does_not_stay_in_the_statistics():
-    one = law().train()
+    one = prior().train()
     one.loss(torch.full((4, 2), torch.nan), None)
     assert one.moments.mean.isfinite().all() and one.moments.variance.isfinite().all()
 
 
-def test_the_same_noise_gives_the_same_code_and_no_noise_the_mode(fitted):
+def test_the_same_noise_gives_the_same_latent_and_no_noise_the_mode(fitted):
     noise = torch.randn(3, 1, 2, generator=generator())
     one, same = (fitted.sample(None, 3, Sampling(generator=generator(seed), noise=noise)) for seed in (0, 1))
     assert torch.equal(one, same)
@@ -131,21 +131,21 @@ def test_the_same_noise_gives_the_same_code_and_no_noise_the_mode(fitted):
     assert torch.equal(mode, fitted.sample(None, 1, Sampling(noise=0 * noise[:1])))
 
 
-def test_an_untrained_law_is_a_gaussian_of_the_codes_mean_and_deviation():
-    one = law().train()
+def test_an_untrained_prior_is_a_gaussian_of_the_latents_mean_and_deviation():
+    one = prior().train()
     one.update_moments(gaussian(1000))
     x = gaussian(50, seed=4)
     right = torch.distributions.Normal(one.moments.mean.float(), one.moments.deviation(0.0)).log_prob(x).sum(-1)
     torch.testing.assert_close(one.log_prob(x, None), right, atol=5e-3, rtol=0)
 
 
-def test_too_large_a_code_has_no_exact_likelihood():
+def test_too_large_a_latent_has_no_exact_likelihood():
     with pytest.raises(ValueError, match="64"):
-        law(size=65).ode_log_prob(torch.zeros(1, 65), None)
+        prior(size=65).ode_log_prob(torch.zeros(1, 65), None)
 
 
-def test_the_loss_weighs_all_levels_alike_and_is_of_the_size_of_the_code():
-    one = law(size=8).train()
+def test_the_loss_weighs_all_levels_alike_and_is_of_the_size_of_the_latent():
+    one = prior(size=8).train()
     loss = one.loss(torch.randn(3000, 8, generator=generator()), None, sampling=Sampling(generator=generator(1)))["denoise"]
     assert loss.unit == "score" and loss.value.shape == (3000,)
     assert float(loss.value.mean().detach()) == pytest.approx(8, rel=0.05)

@@ -11,8 +11,9 @@ from catalogue import times
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_runs import CHAIN, small_train
+from test_checkpoint import names
 from test_replay import check_rows, fill
-from test_segments import assert_same, names
+from test_segments import assert_same
 
 from worldmodel.agents import Dreamer
 from worldmodel.errors import ConfigError, CorruptError, StorageError

@@ -1,4 +1,4 @@
-"""Gaussian and categorical codes: what only they promise."""
+"""Gaussian and categorical latents: what only they promise."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_no_class_is_ever_impossible_so_rates_are_bounded():
     assert float(sure.kl(opposite)) <= 2 * math.log(3 / 0.03)
 
 
-def test_no_gaussian_belief_is_narrower_than_its_floor_and_an_untrained_one_is_standard():
+def test_no_gaussian_posterior_is_narrower_than_its_floor_and_an_untrained_one_is_standard():
     latent = small_latent("gaussian", min_std=0.2)
     assert float(latent.distribution(torch.full((1, 4), -100.0)).std.min()) == pytest.approx(0.2)
     assert float(latent.distribution(torch.zeros(1, 4)).std.max()) == pytest.approx(1.2)
@@ -64,28 +64,28 @@ def test_no_gaussian_belief_is_narrower_than_its_floor_and_an_untrained_one_is_s
 @pytest.mark.parametrize("context", [None, torch.ones(5, 3)], ids=["alone", "given h"])
 def test_a_standard_gaussian_has_nothing_to_learn_whatever_the_context(context):
     rows, width = (1, 0) if context is None else context.shape
-    law = registry.build("distribution", small("distribution", "gaussian", standard=True), small_latent("gaussian"), width)
-    assert not list(law.parameters()) and not law.state_dict()
-    torch.testing.assert_close(law.log_prob(torch.zeros(rows, 2), context), torch.full((rows,), -math.log(2 * math.pi)))
-    assert law.sample(context, 4, Sampling(generator=generator())).shape == (4, rows, 2)
+    prior = registry.build("distribution", small("distribution", "gaussian", standard=True), small_latent("gaussian"), width)
+    assert not list(prior.parameters()) and not prior.state_dict()
+    torch.testing.assert_close(prior.log_prob(torch.zeros(rows, 2), context), torch.full((rows,), -math.log(2 * math.pi)))
+    assert prior.sample(context, 4, Sampling(generator=generator())).shape == (4, rows, 2)
 
 
 def test_a_fitted_gaussian_learns_its_mean_by_squares_and_its_deviation_from_what_is_left():
     torch.manual_seed(0)
-    law = registry.build("distribution", small("distribution", "gaussian", std="fitted", layers=0), small_latent("gaussian"), 1)
+    prior = registry.build("distribution", small("distribution", "gaussian", std="fitted", layers=0), small_latent("gaussian"), 1)
     g = generator()
     context = torch.randn(2000, 1, generator=g)
-    codes = torch.cat([2 * context, -context], 1) + torch.tensor([0.5, 0.1]) * torch.randn(2000, 2, generator=g)
-    law.train().fit(codes, context, steps=300, lr=0.03, generator=g)
-    posterior = law.eval().given(context)
+    latents = torch.cat([2 * context, -context], 1) + torch.tensor([0.5, 0.1]) * torch.randn(2000, 2, generator=g)
+    prior.train().fit(latents, context, steps=300, lr=0.03, generator=g)
+    posterior = prior.eval().given(context)
     assert (posterior.mean - torch.cat([2 * context, -context], 1)).abs().mean() < 0.05
     assert torch.allclose(posterior.std[0], torch.tensor([0.5, 0.1]), rtol=0.1)
-    before = law.variance.clone()
-    law.loss(codes + 9, context)
-    assert torch.equal(law.variance, before)  # outside training nothing is learned
+    before = prior.variance.clone()
+    prior.loss(latents + 9, context)
+    assert torch.equal(prior.variance, before)  # outside training nothing is learned
 
 
-def test_a_deviation_is_fitted_by_every_way_in_which_the_law_learns():
+def test_a_deviation_is_fitted_by_every_way_in_which_the_prior_learns():
     def fresh():
         config = small("distribution", "gaussian", std="fitted")
         return registry.build("distribution", config, small_latent("gaussian"), 0).train()
@@ -97,15 +97,15 @@ def test_a_deviation_is_fitted_by_every_way_in_which_the_law_learns():
     ways["rates"].rates(posterior, x, None)
     ways["loss"].loss(x, None)
     ways["fit"].eval().fit(x, steps=1, generator=generator())
-    assert {name for name, law in ways.items() if (law.variance > 1.2).all()} == set(ways)
+    assert {name for name, prior in ways.items() if (prior.variance > 1.2).all()} == set(ways)
     assert (ways["fit"].variance - 9).abs().max() < 2
     still.rate(posterior, x, None, frozen=True)
     still.requires_grad_(False).rate(posterior, x, None)
     assert torch.equal(still.variance, torch.ones(2))
 
 
-def test_a_fit_draws_its_batches_where_the_codes_are(monkeypatch):
-    law = registry.build("distribution", small("distribution", "gaussian"), small_latent("gaussian"), 0)
+def test_a_fit_draws_its_batches_where_the_latents_are(monkeypatch):
+    prior = registry.build("distribution", small("distribution", "gaussian"), small_latent("gaussian"), 0)
     places, randint = [], torch.randint
 
     def drawn(*args, **options):
@@ -113,6 +113,6 @@ def test_a_fit_draws_its_batches_where_the_codes_are(monkeypatch):
         return randint(*args, **options)
 
     monkeypatch.setattr(torch, "randint", drawn)
-    codes = torch.randn(9, law.latent.size, generator=generator())
-    law.fit(codes, steps=2, generator=generator())
-    assert places == [codes.device] * 2
+    latents = torch.randn(9, prior.latent.size, generator=generator())
+    prior.fit(latents, steps=2, generator=generator())
+    assert places == [latents.device] * 2

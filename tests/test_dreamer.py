@@ -84,7 +84,7 @@ def test_policy_names_are_checked_against_the_space():
         small_dreamer(policy="MlpLstmPolicy")
 
 
-def test_spaces_without_a_form_are_refused_with_the_way_out():
+def test_spaces_without_a_layout_are_refused_with_the_way_out():
     unbounded = spaces.Box(-np.inf, np.inf, (2,), np.float32)
     with pytest.raises(UnsupportedSpaceError, match="bound"):
         small_dreamer(Toy(VECTOR, unbounded))
@@ -331,9 +331,7 @@ def test_a_device_that_is_not_there_is_refused():
 
 def test_what_acts_imagines_and_is_saved_is_the_averaged_model(tmp_path):
     agent = small_dreamer(Chain(limit=7), **{"train.ema_decay": 0.9}).learn(40)
-    average, live = (
-        torch.cat([p.detach().flatten() for p in world.parameters()]) for world in (agent.learner.ema, agent.world)
-    )
+    average, live = (torch.cat([p.detach().flatten() for p in world.parameters()]) for world in (agent.learner.ema, agent.world))
     assert agent.policy.world is agent.behaviour.world is agent.learner.ema and not torch.equal(average, live)
     agent.save(tmp_path / "agent.zip")
     loaded = Dreamer.load(tmp_path / "agent.zip")

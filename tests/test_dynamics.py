@@ -1,4 +1,4 @@
-"""The laws that every registered dynamics keeps, whatever its posterior looks at and whatever its codes are."""
+"""What holds for every registered dynamics, whatever its posterior reads and whatever its latents are."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LATENTS = registry.kinds("latent")
 
 
 class Roll(NamedTuple):
-    """A dynamics with what its posterior may look at, over a kind of code, with or without a level that ticks more slowly."""
+    """A dynamics, what its posterior reads, a kind of latent, with or without a slow level."""
 
     dynamics: str
     posterior: str
@@ -29,7 +29,7 @@ class Roll(NamedTuple):
     clocks: str = "one clock"
 
     def world(self, **options) -> WorldModel:
-        """A world model in eval mode whose random parameters are large enough for every law to have something to say."""
+        """A world model in eval mode whose random parameters are large enough for every distribution to count."""
         own = {} if self.posterior == "own" else {"posterior": self.posterior}
         own |= {"slow": 5} if self.clocks == "two clocks" else {}
         parts = {name: options.pop(name) for name in ("marginal",) if name in options}
@@ -55,7 +55,7 @@ def rolls() -> Iterator[Roll]:
 
 ROLLS = list(rolls())
 every_dynamics = pytest.mark.parametrize("roll", ROLLS, ids="-".join)
-every_belief = pytest.mark.parametrize("roll", [r for r in ROLLS if r.latent != "point"], ids="-".join)
+every_stochastic = pytest.mark.parametrize("roll", [r for r in ROLLS if r.latent != "point"], ids="-".join)
 
 B, T = 3, 6
 
@@ -93,13 +93,13 @@ def observe(world, state: State, inputs: Inputs, mode: bool = False) -> tuple[St
 
 
 def rates(world, trace: Trace, is_first: Tensor) -> dict[str, Tensor]:
-    """The two sides of the rate, by name; nothing for point codes, which have none."""
+    """The two sides of the rate, by name; nothing for point latents, which have none."""
     losses = world.dynamics.losses(trace, flagged(is_first), Sampling(generator=generator()))
     return {name: losses[name].value for name in ("dyn", "rep") if name in losses}
 
 
 def numbers(trace: Trace) -> dict[str, Tensor]:
-    """All that a trace says, by name, each [B, T, ...]; dicts are walked, for beartype looks at one value only."""
+    """Every tensor of a trace, by name, each [B, T, ...]; dicts are walked, for beartype checks one value only."""
     parameters: list[Tensor] = []
     trace.posterior.map(lambda x: parameters.append(x) or x)
     named = {"embed": trace.embed, "z": trace.z, "h": trace.h, "feature": trace.feature}
@@ -148,13 +148,13 @@ def test_filter_equals_sequence(roll, mode):
 
 @every_dynamics
 @pytest.mark.parametrize("cut", [1, 3, 5])
-def test_a_window_split_in_two_carries_over(roll, cut):
+def test_a_window_split_in_two_is_continued(roll, cut):
     world = roll.world()
     inputs, state = Inputs.random(world), start_state(world)
     _, whole = observe(world, state, inputs)
-    carry, before = observe(world, state, inputs.part(0, cut))
-    assert_equal(dict(carry), dict(before.last))
-    _, after = observe(world, carry, inputs.part(cut, T))
+    between, before = observe(world, state, inputs.part(0, cut))
+    assert_equal(dict(between), dict(before.last))
+    _, after = observe(world, between, inputs.part(cut, T))
     halves = numbers(before), numbers(after)
     assert_equal({name: torch.cat([half[name] for half in halves], 1) for name in halves[0]}, numbers(whole))
 
@@ -189,7 +189,7 @@ def test_rows_do_not_mix_in_eval_mode(roll):
 
 @every_dynamics
 def test_imagination_takes_the_same_step_as_observation(roll):
-    """h does not know the observation: from one state and action it is the same whether one looks or not."""
+    """h does not know the observation: from one state and action it is the same with and without one."""
     world = roll.world()
     inputs, state = Inputs.random(world).part(1, 3), start_state(world)
     last, trace = observe(world, state, inputs.part(0, 1))
@@ -231,14 +231,14 @@ def test_a_beginning_is_drawn_from_the_initial_distribution(roll):
     torch.testing.assert_close(state["h"], trace.h[:1, 0].expand(n, -1))  # row 0 begins an episode there
 
 
-@every_belief
+@every_stochastic
 def test_rates_of_first_rows_come_from_the_initial_distribution_and_others_from_the_transition(roll):
     world = roll.world()
     inputs = Inputs.random(world)
     _, trace = observe(world, start_state(world), inputs)
-    first, law = inputs.is_first, world.dynamics.initial_prior
+    first, prior = inputs.is_first, world.dynamics.initial_prior
     with torch.no_grad():
-        begun = law.rate(trace.posterior.index(first), trace.z[first], None)
+        begun = prior.rate(trace.posterior.index(first), trace.z[first], None)
         moved = world.dynamics.transition.rate(trace.posterior.index(~first), trace.z[~first], trace.h[~first])
     for side in rates(world, trace, first).values():
         torch.testing.assert_close(side[first], begun)
@@ -252,27 +252,27 @@ def test_without_free_nats_a_rate_below_0_by_its_noise_trains_like_any_other():
     assert torch.equal(rate.grad, torch.ones(2))
 
 
-@every_belief
+@every_stochastic
 def test_free_nats_stop_the_gradient_of_each_row_for_itself_and_leave_the_rate(roll):
     world = roll.world()
     if not world.dynamics.transition.closed_form:
         pytest.skip("sampled rates are held on the batch mean")
     inputs, state = Inputs.random(world), start_state(world)
     raw = rates(world, observe(world, state, inputs)[1], inputs.is_first)["dyn"].detach()
-    floor = float(raw.flatten().sort().values[8:10].mean())  # between two rows: at a rate itself the gradient is anybody's
-    held = roll.world(free_nats=floor)
+    bound = float(raw.flatten().sort().values[8:10].mean())  # between two rows: at a rate itself the gradient is undefined
+    held = roll.world(free_nats=bound)
     sampling = Sampling(noise=inputs.noise)
     _, trace = held.dynamics.observe(state, inputs.embed.requires_grad_(), inputs.prev_action, inputs.is_first, sampling)
     parts = {"embed": inputs.embed, **dict(held.dynamics.transition.named_parameters())}
     near = {"rtol": 1e-5, "atol": 1e-5}  # attention with and without a gradient are not the same code
     for side in rates(held, trace, inputs.is_first).values():
         torch.testing.assert_close(side, raw, **near)
-        free = side[side < floor]
+        free = side[side < bound]
         assert 0 < len(free) < B * T
         assert not reached(free, **parts) and reached(side, **parts)
 
 
-@every_belief
+@every_stochastic
 def test_the_prior_side_trains_the_prior_and_the_other_the_posterior(roll):
     world = roll.world()
     inputs = Inputs.random(world).rows(slice(2, 3)).part(0, 1)  # one step, no reset: no past through which gradients could flow
@@ -286,17 +286,17 @@ def test_the_prior_side_trains_the_prior_and_the_other_the_posterior(roll):
 
 
 def marginals(latent: str) -> Iterator[str | None]:
-    """No marginal, and each that fits the kind of code."""
+    """No marginal, and each that fits the kind of latent."""
     yield None
-    for law in registry.kinds("distribution"):
+    for kind in registry.kinds("distribution"):
         try:
-            ModelConfig.parse({"dynamics": {"latent": {"kind": latent}}, "marginal": {"kind": law}})
+            ModelConfig.parse({"dynamics": {"latent": {"kind": latent}}, "marginal": {"kind": kind}})
         except ConfigError:
             continue
-        yield law
+        yield kind
 
 
-@pytest.mark.parametrize(("roll", "marginal"), [(roll, law) for roll in ROLLS for law in marginals(roll.latent)])
+@pytest.mark.parametrize(("roll", "marginal"), [(roll, kind) for roll in ROLLS for kind in marginals(roll.latent)])
 def test_every_parameter_moves_within_three_updates(roll, marginal):
     world = roll.world(**({"marginal": small("distribution", marginal)} if marginal else {}))
     before = {name: p.detach().clone() for name, p in world.named_parameters()}

@@ -121,11 +121,11 @@ REMOVED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "a refiner": ("gaussian", {**ENERGY, "model__decoder__kind": "diffusion"}, ENERGY),
 }
 """What is taken away, from which recipe, and the options with it and without it."""
-LAWS = {kind: registry.part("distribution", kind) for kind in registry.kinds("distribution")}
-for kind in (kind for kind, law in LAWS.items() if "gaussian" in law.latent_kinds):
-    if "marginal" in LAWS[kind].slots:
+DISTRIBUTIONS = {kind: registry.part("distribution", kind) for kind in registry.kinds("distribution")}
+for kind in (kind for kind, part in DISTRIBUTIONS.items() if "gaussian" in part.latent_kinds):
+    if "marginal" in DISTRIBUTIONS[kind].slots:
         REMOVED[f"a weightless marginal {kind}"] = ("gaussian", {"model__marginal__kind": kind}, {})
-    if "initial" in LAWS[kind].slots and not LAWS[kind].of_posteriors:
+    if "initial" in DISTRIBUTIONS[kind].slots and not DISTRIBUTIONS[kind].of_posteriors:
         REMOVED[f"an initial {kind} of points"] = ("jepa", {"model__initial__kind": kind}, {"model__initial__kind": "gaussian"})
 
 

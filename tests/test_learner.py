@@ -93,7 +93,7 @@ def test_a_scale_multiplies():
     torch.testing.assert_close(3 * gradients[0], gradients[1])
 
 
-def test_the_weights_of_the_rates_that_train_the_codes_grow_over_the_warm_up():
+def test_the_weights_of_the_rates_that_train_the_posterior_grow_over_the_warm_up():
     learner = make_learner(warmup=4, scales={"rep": 0.5, "marginal": 2.0, "dyn": 1.0})
     seen = []
     for seed in range(6):
@@ -145,7 +145,7 @@ def test_the_same_seed_gives_the_same_bits():
     assert same(*map(content, worlds))
 
 
-def test_each_parameters_gradient_is_clipped_to_the_greatest_norm_and_the_whole_one_reported_as_it_was():
+def test_each_parameters_gradient_is_clipped_to_the_largest_norm_and_the_whole_one_reported_as_it_was():
     reported, norms = {}, {}
     for clip in (1e9, 1e-1, 1e-3):
         world = small_world()

@@ -1,4 +1,4 @@
-"""What a run says while it trains, where nobody draws a bar."""
+"""What a run says while it trains, where no progress bar is drawn."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from worldmodel.agents.training import report
 from worldmodel.agents.training.report import LineReport
 
 
-class Told(WorldModelAlgorithm):
-    """What the report asks of an agent, and nothing else of one."""
+class Reported(WorldModelAlgorithm):
+    """What the report reads of an agent, and nothing else of one."""
 
     has_pending_updates = True
 
@@ -32,8 +32,8 @@ def clock(monkeypatch):
     return hand
 
 
-def test_a_run_says_in_every_phase_that_it_is_alive(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "LINE_INTERVAL", 0.0, raising=False)
+def test_a_run_reports_in_every_phase_that_it_is_alive(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "LINE_INTERVAL", 0.0)
     said = []
     options = {"train.pretrain": 4, "log.tensorboard": True, "log.pictures": 30, "log.held_out": 1}
     small_train(tmp_path / "run", 40, options=options, log=said.append)
@@ -52,37 +52,37 @@ def test_a_run_says_in_every_phase_that_it_is_alive(tmp_path, monkeypatch):
 def test_a_line_comes_when_half_a_minute_was_silent_and_only_then(clock):
     said = []
     lines = LineReport(said.append, 4000)
-    lines.start(Told(500, 0, 1500))
+    lines.start(Reported(500, 0, 1500))
     for update in range(1, 601):  # 2 a second
         clock.now += 0.5
-        lines.alive(Told(500, update, 1500))
+        lines.alive(Reported(500, update, 1500))
     assert len(said) == 10  # of 300 seconds
     assert said[-1] == "pretraining 600/1500  step 500/4000  2.0 updates/s  0.0 steps/s  about 37 min left"
-    lines.evaluated(Told(500, 600, 1500), {"real_steps": 500, "mean_return": 1.0, "std_return": 0.0, "episodes": 2})
+    lines.evaluated(Reported(500, 600, 1500), {"real_steps": 500, "mean_return": 1.0, "std_return": 0.0, "episodes": 2})
     clock.now += 29
-    lines.alive(Told(500, 601, 1500))
+    lines.alive(Reported(500, 601, 1500))
     assert len(said) == 11
 
 
 def test_steps_a_second_are_recent_ones_and_time_in_evaluations_is_none(clock):
     said = []
     lines = LineReport(said.append, 10_000)
-    lines.start(Told(0, 0))
+    lines.start(Reported(0, 0))
     for step in range(1, 2001):  # random ones, 100 a second
         clock.now += 0.01
-        getattr(lines, "alive", getattr(lines, "step", None))(Told(step, 0))
+        lines.alive(Reported(step, 0))
     for step in range(2001, 2101):  # 1 a second
         clock.now += 1.0
-        getattr(lines, "alive", getattr(lines, "step", None))(Told(step, step - 2000))
+        lines.alive(Reported(step, step - 2000))
     row = {"real_steps": 2100, "mean_return": 1.0, "std_return": 0.0, "episodes": 2}
-    lines.evaluated(Told(2100, 100), row)
+    lines.evaluated(Reported(2100, 100), row)
     assert said[-1].endswith("  1 steps/s"), said  # the mean since the start is 17
     for _ in range(100):
         clock.now += 10.0
-        lines.alive(Told(2100, 100), "evaluating")
+        lines.alive(Reported(2100, 100), "evaluating")
     clock.now += 1.0
-    lines.alive(Told(2100, 100))
-    lines.evaluated(Told(2100, 100), row)
+    lines.alive(Reported(2100, 100))
+    lines.evaluated(Reported(2100, 100), row)
     assert said[-1].endswith("  1 steps/s"), said
 
 

@@ -1,4 +1,4 @@
-"""The MDN-RNN: codes of the observation alone, and a recurrence that learns from them without shaping them."""
+"""The MDN-RNN: latents of the observation alone, and an LSTM from which no gradient flows into them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_the_cell_equals_torchs_own():
         torch.testing.assert_close(ours(projected, h, c), tuple(theirs(x, (h, c))))
 
 
-def test_no_loss_of_the_recurrence_reaches_the_codes():
+def test_no_loss_of_the_recurrence_reaches_the_latents():
     world = mdn_rnn()
     embed = embedding(world)
     trace = traced(world, embed)
@@ -59,15 +59,15 @@ def test_no_loss_of_the_recurrence_reaches_the_codes():
     assert reached(trace.z, embed=embed, **own) == {"embed"}
 
 
-def test_what_is_read_in_a_code_shapes_it_at_its_own_step():
+def test_losses_at_a_latent_reach_it_at_its_own_step():
     world = mdn_rnn()
     embed = embedding(world)
     (gradient,) = torch.autograd.grad(traced(world, embed).feature[:, 2].sum(), embed)
     assert (gradient.abs().amax((0, 2)) > 0).tolist() == [False, False, True, False, False]
 
 
-def test_the_carry_remembers_further_back_than_its_output():
-    """c travels beside h in the state, and both forget where an episode opens."""
+def test_the_recurrent_state_holds_more_than_its_output():
+    """c is part of the state beside h, and both are reset where an episode opens."""
     world = mdn_rnn()
     embed = embedding(world)
     trace = traced(world, embed)
@@ -82,7 +82,7 @@ def test_the_carry_remembers_further_back_than_its_output():
         torch.testing.assert_close(trace.states[name][0, 3], first[name][0])
 
 
-def test_gradients_of_a_dream_flow_through_its_codes():
+def test_gradients_of_a_dream_flow_through_its_latents():
     """Only training on what was observed is separate: an actor that learns through the model needs the whole chain."""
     world = mdn_rnn()
     action = torch.zeros(B, 2, requires_grad=True)

@@ -20,13 +20,13 @@ def diagonal(weights: tuple[float, float] = (0.5, 0.5), std: float = 0.5) -> Com
     return Components(torch.tensor([weights]).log(), GaussianPosterior(mean, torch.full_like(mean, std)))
 
 
-def law(context: int = 0, latent: str = "gaussian", seed: int = 0, **options):
+def prior(context: int = 0, latent: str = "gaussian", seed: int = 0, **options):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return registry.build("distribution", small("distribution", "mixture", **options), small_latent(latent), context)
 
 
-def test_a_component_explains_a_whole_code_and_not_each_number_for_itself():
+def test_a_component_explains_a_whole_latent_and_not_each_number_for_itself():
     corners = torch.tensor([[3.0, 3.0], [-3.0, -3.0], [3.0, -3.0]])
     nats = diagonal().log_prob(corners)
     peak = math.log(0.5) - math.log(2 * math.pi * 0.5**2)
@@ -63,7 +63,7 @@ def test_a_draw_is_differentiable_in_the_drawn_components_parameters():
 
 
 def test_every_row_of_a_context_has_its_own_mixture():
-    form, context = law(3), torch.randn(4, 3, generator=generator())
+    form, context = prior(3), torch.randn(4, 3, generator=generator())
     mix = form.given(context)
     assert mix.log_weights.shape == (4, 5) and mix.distributions.mean.shape == (4, 5, 2)
     torch.testing.assert_close(mix.log_weights.exp().sum(-1), torch.ones(4))
@@ -73,15 +73,15 @@ def test_every_row_of_a_context_has_its_own_mixture():
 
 @pytest.mark.parametrize("context", [0, 3])
 def test_components_start_apart_and_all_in_use(context):
-    form = law(context)
+    form = prior(context)
     given = torch.randn(256, context, generator=generator()) if context else None
     x = form.sample(given, 1 if context else 256, Sampling(generator=generator())).view(256, 2)
     seen = form.measures(x, given)
     assert seen["used"] > 3 and seen["spread"] > 0.5
 
 
-def test_no_component_dies_whatever_the_weights_and_none_narrows_onto_one_code():
-    form = law(floor=0.05)
+def test_no_component_dies_whatever_the_weights_and_none_narrows_onto_one_latent():
+    form = prior(floor=0.05)
     form.logits.data[0] = 1000.0
     form.raw.data[:, 2:] = -1000.0
     mix = form.given(None)
@@ -92,7 +92,7 @@ def test_no_component_dies_whatever_the_weights_and_none_narrows_onto_one_code()
 
 
 def test_what_is_used_and_how_far_apart_components_are_is_measured():
-    form = law(components=4)
+    form = prior(components=4)
     form.raw.data[:] = 0
     assert form.measures(torch.zeros(8, 2), None)["spread"] == pytest.approx(0, abs=1e-5)
     form.raw.data[:, 0] = torch.tensor([0.0, 50.0, 100.0, 150.0])
@@ -101,7 +101,7 @@ def test_what_is_used_and_how_far_apart_components_are_is_measured():
 
 
 def test_categorical_components_make_variables_depend_on_one_another():
-    form = law(latent="categorical", components=2)
+    form = prior(latent="categorical", components=2)
     form.raw.data = torch.tensor([[50.0, 0, 0, 50, 0, 0], [0, 50, 0, 0, 50, 0]])
     x = form.sample(None, 500, Sampling(generator=generator())).view(500, 2, 3)
     assert float((x[:, 0] == x[:, 1]).all(-1).float().mean()) > 0.95
@@ -109,7 +109,7 @@ def test_categorical_components_make_variables_depend_on_one_another():
 
 def test_a_mixture_of_nothing_is_refused():
     with pytest.raises(ConfigError, match="components"):
-        law(components=0)
+        prior(components=0)
 
 
 def test_many_narrow_components_are_scored_as_well_as_few():
@@ -123,18 +123,17 @@ def test_many_narrow_components_are_scored_as_well_as_few():
 
 
 def test_over_mirrored_draws_a_sampled_rate_moves_the_mean_as_the_closed_form_does():
-    """Drawn alone, z pulls the mean towards itself; of z and its mirror image only the belief's mean is left."""
-    narrow = law(components=1)
+    """Drawn alone, z pulls the mean towards itself; of z and its mirror image only the posterior's mean is left."""
+    narrow = prior(components=1)
     posterior = GaussianPosterior(torch.tensor([[0.3, -0.2]]), torch.tensor([[0.5, 0.2]]))
     z = posterior.sample(torch.tensor([[1.3, -0.7]]))
     gradients = {}
-    for name, codes in (("one", (z,)), ("both", narrow.antithetic(posterior, z))):
-        rates = [narrow.rates(posterior, code, None)[0] for code in codes]
+    for name, draws in (("one", (z,)), ("both", narrow.antithetic(posterior, z))):
+        rates = [narrow.rates(posterior, x, None)[0] for x in draws]
         gradients[name] = torch.autograd.grad(sum(rates).sum() / len(rates), narrow.raw)[0][0, :2]
     closed = torch.autograd.grad(posterior.kl(narrow.given(None).distributions).sum(), narrow.raw)[0][0, :2]
     torch.testing.assert_close(gradients["both"], closed)
     assert (gradients["one"] - closed).abs().max() > 0.1
-    assert registry.build("distribution", small("distribution", "gaussian"), small_latent("gaussian"), 0).antithetic(posterior, z) == (
-        z,
-    )
+    gaussian = registry.build("distribution", small("distribution", "gaussian"), small_latent("gaussian"), 0)
+    assert gaussian.antithetic(posterior, z) == (z,)
     assert small_latent("categorical").distribution(torch.zeros(1, 6)).mirror(torch.zeros(1, 6)) is None

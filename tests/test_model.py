@@ -67,7 +67,7 @@ def trained(request) -> tuple[WorldModel, Replay]:
 
 
 def walked_to(world: WorldModel, cell: int):
-    """The belief after walking right from the start to a cell."""
+    """The state after walking right from the start to a cell."""
     state = world.initial(1)
     for at in range(cell + 1):
         obs = torch.eye(5)[at : at + 1]
@@ -117,7 +117,7 @@ def test_a_truncated_row_goes_on_and_a_terminal_one_does_not(trained):
     assert float(cont[truncated].mean()) > 0.95 and float(cont[terminal].mean()) < 0.05
 
 
-def test_a_belief_from_one_observation_is_that_of_an_episodes_first_step(trained):
+def test_a_posterior_from_one_observation_is_that_of_an_episodes_first_step(trained):
     world, _ = trained
     obs = np.eye(5, dtype=np.float32)
     posterior = world.encode(obs)
@@ -126,7 +126,7 @@ def test_a_belief_from_one_observation_is_that_of_an_episodes_first_step(trained
     torch.testing.assert_close(posterior.mode, state["z"])
 
 
-def test_a_belief_from_one_observation_draws_nothing_from_the_transition(trained, monkeypatch):
+def test_a_posterior_from_one_observation_draws_nothing_from_the_transition(trained, monkeypatch):
     world, _ = trained
     monkeypatch.setattr(type(world.dynamics.transition), "sample", None)
     assert world.encode(np.eye(5, dtype=np.float32)).mode.shape[0] == 5
@@ -275,7 +275,7 @@ def test_a_world_comes_from_its_spaces_by_seed_alone():
     assert one.encoder.out_features == 8 + 4 and torch.equal(torch.get_rng_state(), before)
 
 
-def test_an_option_that_does_not_exist_and_a_space_without_form_are_refused():
+def test_an_option_that_does_not_exist_and_a_space_without_layout_are_refused():
     with pytest.raises(ConfigError, match=r"dynamics.detr.*deter"):
         WorldModel.from_spaces(VECTOR, TWO_ACTIONS, {"dynamics": {"detr": 3}})
     with pytest.raises(UnsupportedSpaceError):
@@ -294,9 +294,9 @@ def test_a_saved_world_is_the_same_world():
 @pytest.mark.parametrize("part", ["encoder", "decoder", "objective", "heads"])
 def test_every_registered_part_builds_into_a_world(part):
     for kind in registry.kinds(part):
-        form = small(part, kind)
-        codes = {"latent": "point", "dynamics": {"posterior": "observation"}} if getattr(form, "points", False) else {}
-        world = small_world(**{part: form}, **codes)
+        config = small(part, kind)
+        latent = {"latent": "point", "dynamics": {"posterior": "observation"}} if getattr(config, "points", False) else {}
+        world = small_world(**{part: config}, **latent)
         trace, batch = traced(world, known_batch())
         assert all(term.value.isfinite().all() for term in world.loss(trace, batch).values())
     assert ModelConfig.model_fields[part]
@@ -320,13 +320,13 @@ def test_rollouts_of_observations_look_at_what_each_step_decodes_to():
     start, action = world.sample_initial(3, MODE), torch.zeros(3, 2)
     dream = world.imagine(start, lambda feature, step: action, 1, MODE)
     blind = world.dynamics.imagine(start, world.action.project(action), MODE)
-    looked = world.dynamics.correct(blind, world.encoder(world.decoder.mean(world.dynamics.feature(blind))), MODE)
-    torch.testing.assert_close(dream.feature[:, 1], world.dynamics.feature(looked))
+    corrected = world.dynamics.correct(blind, world.encoder(world.decoder.mean(world.dynamics.feature(blind))), MODE)
+    torch.testing.assert_close(dream.feature[:, 1], world.dynamics.feature(corrected))
     assert not torch.allclose(dream.feature[:, 1], world.dynamics.feature(blind))
 
 
 @pytest.mark.parametrize(
-    ("codes", "model", "said"),
+    ("latent", "model", "said"),
     [
         ("gaussian", {"transition": {"kind": "hierarchical", "top": 99}}, r"model\.transition\.top=99.*at most 2"),
         (
@@ -359,13 +359,13 @@ def test_rollouts_of_observations_look_at_what_each_step_decodes_to():
         ("point", {"objective": {"kind": "jepa", "probe": False}, "rollouts": "observation"}, r"model\.objective\.probe=true"),
     ],
 )
-def test_a_part_that_cannot_work_is_refused_when_the_config_is_read_and_told_by_its_key(codes, model, said):
-    size = {"variables": 3} if codes == "categorical" else {"size": 3}
+def test_a_part_that_cannot_work_is_refused_when_the_config_is_read_and_named_by_its_key(latent, model, said):
+    size = {"variables": 3} if latent == "categorical" else {"size": 3}
     with pytest.raises(ConfigError, match=said):
-        Config.from_recipe({"model": {"dynamics": {"latent": {"kind": codes, **size}, "posterior": "observation"}, **model}})
+        Config.from_recipe({"model": {"dynamics": {"latent": {"kind": latent, **size}, "posterior": "observation"}, **model}})
 
 
-def test_laws_within_laws_are_accepted_where_they_work():
+def test_distributions_within_distributions_are_accepted_where_they_work():
     within = {"kind": "hierarchical", "top": 2, "upper": {"kind": "hierarchical", "top": 1, "lower": "flow"}}
     model = {"transition": {"kind": "diffusion"}, "initial": within, "marginal": {"kind": "energy", "base": within}}
     assert ModelConfig.parse({"dynamics": {"latent": {"kind": "gaussian", "size": 3}}, **model}).initial.upper.top == 1
@@ -375,7 +375,7 @@ def test_laws_within_laws_are_accepted_where_they_work():
 
 
 def test_dreams_end_and_pay_as_often_as_the_world_where_both_are_random():
-    """Ends that nothing foretells, at 0.0058 a step, each with a reward of 10; a quarter of the windows is drawn for them."""
+    """Ends that nothing predicts, at 0.0058 a step, each with a reward of 10; a quarter of the windows is drawn for them."""
     rows, rng, g, pay = 20_000, np.random.default_rng(0), generator(), 10.0
     last = rng.random(rows) < 0.0058
     first = np.concatenate([[True], last[:-1]])
@@ -399,7 +399,7 @@ def test_dreams_end_and_pay_as_often_as_the_world_where_both_are_random():
     assert float(dream.reward.mean()) == pytest.approx(pay * rate, rel=0.2)
 
 
-def test_a_laws_own_loss_is_averaged_over_all_rows_as_every_other_is():
+def test_a_priors_own_loss_is_averaged_over_all_rows_as_every_other_is():
     world = small_world(latent="gaussian", transition=small("distribution", "energy"), initial=small("distribution", "energy"))
     trace, batch = traced(world, known_batch())
     terms = world.dynamics.losses(trace, batch, Sampling(generator=generator()))

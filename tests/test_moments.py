@@ -55,7 +55,7 @@ def test_statistics_that_are_fixed_on_what_is_not_finite_stay_as_they_were(memor
 
 
 @pytest.mark.parametrize("size", [1.0, 1e6, 1e-6])
-def test_rewards_of_any_size_are_told_apart(size):
+def test_rewards_of_any_size_are_reported_apart(size):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         heads = Heads(HeadsConfig(), 4)

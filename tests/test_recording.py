@@ -1,4 +1,4 @@
-"""Recorded episodes: the same out of a replay, through a file, and back into a replay; nothing ill gets in."""
+"""Recorded episodes: the same out of a replay, through a file, and back into a replay; nothing invalid gets in."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def with_nan(array):
         (lambda e: {"observations": [["a"] * 4] * 6}, "no array of numbers"),
     ],
 )
-def test_what_is_ill_is_refused_with_its_place(change, said):
+def test_invalid_values_are_refused_with_their_place(change, said):
     with pytest.raises(ConfigError, match=said) as error:
         Recording.from_episodes(VECTOR, spaces.Discrete(3), [spoiled(**change(spoiled()))], origin="my logs")
     assert str(error.value).startswith("my logs")
@@ -247,7 +247,7 @@ def test_names_that_are_taken_or_odd_are_refused(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["a.npz"]
 
 
-def test_a_foreign_file_is_told_from_a_damaged_one(tmp_path):
+def test_another_format_is_not_called_damaged(tmp_path):
     np.savez(tmp_path / "foreign.npz", observations=np.zeros(3))
     with pytest.raises(ConfigError, match=r"no recording of this library.*from_episodes"):
         Recording.read(tmp_path / "foreign.npz")
@@ -267,7 +267,7 @@ def test_every_flipped_byte_is_noticed_or_harmless(tmp_path):
     for at in range(0, len(whole), 7):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
         try:
-            assert_same(Recording.read(path), recording)  # a date, or a flag that nobody reads
+            assert_same(Recording.read(path), recording)  # a date, or a flag that is never read
         except (ConfigError, CorruptError):
             noticed += 1
     assert noticed > 0.5 * len(whole) / 7

@@ -35,7 +35,7 @@ POWERS = {"2^20": 2.0**20, "2^-20": 2.0**-20}
 SIZES = {"1e6": 1e6, "1e-6": 1e-6}
 OPTIONS = {
     "as it is": {},
-    "replayed values, doubt": {
+    "replayed values, uncertainty penalty": {
         "agent.replay_value": 0.3,
         "agent.uncertainty_penalty": 0.5,
         "model.ensemble.members": 2,
@@ -78,13 +78,13 @@ def test_in_another_unit_dreamer_learns_the_same_bits_and_reports_in_rewards(nam
     assert torch.equal(stored(other).prev_action, stored(one).prev_action)
     assert torch.equal(without_units(other.policy), without_units(one.policy))
     feature = torch.randn(5, one.world.feature_dim, generator=generator())
-    for told in (lambda agent: agent.world.heads.reward(feature), lambda agent: agent.controller.estimate(feature)):
-        assert torch.equal(told(other), size * told(one)) and told(one).any()
+    for found in (lambda agent: agent.world.heads.reward(feature), lambda agent: agent.controller.estimate(feature)):
+        assert torch.equal(found(other), size * found(one)) and found(one).any()
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 def test_metrics_of_rewards_are_in_rewards_and_losses_have_no_unit(size):
-    told = []
+    found = []
     for factor in (1.0, size):
         world, batch = small_world(heads=small("heads", "standard", limit=10.0)), known_batch(rows=8)
         batch.reward.mul_(factor)
@@ -98,10 +98,10 @@ def test_metrics_of_rewards_are_in_rewards_and_losses_have_no_unit(size):
         for seed in range(3):
             metrics, trace, prepared = learner.update(learner.prepare(batch), generator(seed))
             metrics |= actor.update(trace, prepared, generator(seed))
-        told.append(metrics)
-    for tag, value in told[0].items():
+        found.append(metrics)
+    for tag, value in found[0].items():
         unit = size if tag in ("dream/return", "train/return_scale") else 1.0
-        assert told[1][tag] == pytest.approx(unit * value, rel=1e-3, abs=1e-4 * unit), tag
+        assert found[1][tag] == pytest.approx(unit * value, rel=1e-3, abs=1e-4 * unit), tag
 
 
 def test_plans_are_the_same_and_worth_as_much_in_rewards():
@@ -131,7 +131,7 @@ def test_plans_are_the_same_and_worth_as_much_in_rewards():
 def test_imagined_worlds_pay_in_rewards(size, learned):
     paid = []
     for factor in (1.0, size):
-        agent = learned("replayed values, doubt", factor)
+        agent = learned("replayed values, uncertainty penalty", factor)
         worlds = ImaginedWorld(agent.world, 6, 5, seed=3, replay=agent.replay, uncertainty_penalty=0.5)
         worlds.reset()
         paid.append(torch.stack([worlds.step(worlds.world.action.project(torch.eye(2)[[0, 1] * 3])).reward for _ in range(4)]))
@@ -145,7 +145,9 @@ def test_dreams_from_nothing_are_led_as_far_to_rewards_of_any_size(size, toward,
     for factor in (1.0, size):
         agent = learned("as it is", factor)
         world, score = agent.world.eval(), {"reward": agent.world.heads.reward, "value": agent.controller.estimate}[toward]
-        led.append(world.sample_initial_tilted(score, 8, Guidance(toward, 3.0).nats_per_unit(world), Sampling(generator=generator())))
+        led.append(
+            world.sample_initial_tilted(score, 8, Guidance(toward, 3.0).nats_per_unit(world), Sampling(generator=generator()))
+        )
     (state, effective), (same, as_effective) = led
     assert torch.equal(state["z"], same["z"]) and effective == as_effective > 1
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forks import forked, killed_at
+from test_checkpoint import names, put
 from test_replay import GOOD, check_rows, fill, store
 
 from worldmodel.data import Batch
@@ -28,16 +30,6 @@ def assert_same(a: Replay, b: Replay) -> None:
                 assert torch.equal(x.obs[key], y.obs[key])
             for field in fields(Batch)[1:]:
                 assert torch.equal(getattr(x, field.name), getattr(y, field.name))
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir())
-
-
-def put(file: Path, data: bytes) -> None:
-    """New content under an old name; cutting a file that was just written costs milliseconds on some file systems."""
-    file.unlink(missing_ok=True)
-    file.write_bytes(data)
 
 
 @pytest.mark.parametrize("rows", [0, 3, 20, 47])
@@ -60,8 +52,8 @@ def test_saves_are_incremental_and_old_snapshots_stay_loadable_until_swept(tmp_p
         copies.append(Replay.load(tmp_path, snapshot[-1]))
         assert_same(copies[-1], replay)
     assert names(tmp_path) == [f"segment-{i:09d}.bin" for i in range(1, 7)]  # nothing new, no file
-    for copy, mark in zip(copies, snapshot[1:]):
-        assert_same(Replay.load(tmp_path, mark), copy)
+    for copy, saved in zip(copies, snapshot[1:]):
+        assert_same(Replay.load(tmp_path, saved), copy)
     assert [n for n, _ in snapshot[-1]["segments"]] == [4, 5, 6]  # 1 to 3 hold evicted rows only
     rows = [segments.read_header(tmp_path, n, replay._spec, 2).rows for n in (1, 2, 3, 4, 5, 6)]
     assert rows == [6, 22, 18, 40, 2, 2]  # of 60 new rows, 20 were evicted before they were saved
@@ -260,58 +252,40 @@ def test_a_full_disk_is_a_named_error_and_leaves_the_last_save_whole(tmp_path):
     before = names(tmp_path)
     copy = Replay.load(tmp_path, snapshot)
     fill(replay, 30)
-    pid = os.fork()
-    if pid == 0:  # the limit cannot be lifted again, so it lives and dies with a child
+
+    def act() -> bool:
         import resource
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-        try:
+        with pytest.raises(StorageError, match="Free some disk space") as error:
             replay.save(tmp_path, snapshot)
-            os._exit(1)
-        except StorageError as error:
-            os._exit(0 if "Free some disk space" in str(error) and str(tmp_path) in str(error) else 2)
-        finally:
-            os._exit(3)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        return str(tmp_path) in str(error.value)
+
+    forked(act)
     assert names(tmp_path) == before
     assert_same(Replay.load(tmp_path, snapshot), copy)
     assert_same(Replay.load(tmp_path, replay.save(tmp_path, snapshot)), replay)
 
 
 def test_a_kill_at_any_step_of_a_save_or_a_sweep_loses_nothing_that_was_committed(tmp_path):
-    def killed_at(n: int, folder: Path, replay: Replay, snapshot: dict) -> int:
-        pid = os.fork()
-        if pid == 0:
-            left = [n]
+    calls = ("open", "fsync", "replace", "unlink", "close")
 
-            def counted(real):
-                def call(*args, **kwargs):
-                    left[0] -= 1
-                    if left[0] < 0:
-                        os._exit(9)
-                    return real(*args, **kwargs)
-
-                return call
-
-            for name in ("open", "fsync", "replace", "unlink", "close"):
-                setattr(os, name, counted(getattr(os, name)))
-            later = fill(replay, 25).save(folder, snapshot)
-            Replay.sweep(folder, [snapshot, later])
-            os._exit(0)
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    def act(folder: Path, replay: Replay, snapshot: dict) -> None:
+        later = fill(replay, 25).save(folder, snapshot)
+        Replay.sweep(folder, [snapshot, later])
 
     for n in range(50):
         folder = tmp_path / str(n)
         replay = fill(store(capacity=20), 5)
         replay.save(folder)  # named by no checkpoint: for the sweep
         snapshot = replay.save(folder)
-        status = killed_at(n, folder, replay, snapshot)
+        status = killed_at(n, calls, partial(act, folder, replay, snapshot))
         assert_same(Replay.load(folder, snapshot, log=lambda said: None), replay)
         again = fill(Replay.load(folder, snapshot, log=lambda said: None), 7)
-        told = again.save(folder, snapshot)
-        Replay.sweep(folder, [told])
-        assert names(folder) == [segments.path_of(folder, number).name for number, _ in told["segments"]]
-        assert_same(Replay.load(folder, told), again)
+        later = again.save(folder, snapshot)
+        Replay.sweep(folder, [later])
+        assert names(folder) == [segments.path_of(folder, number).name for number, _ in later["segments"]]
+        assert_same(Replay.load(folder, later), again)
         if status == 0:
             break
     assert status == 0

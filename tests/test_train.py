@@ -21,7 +21,7 @@ from worldmodel.agents.training.signals import Interrupted
 from worldmodel.commands.train import train
 from worldmodel.errors import ConfigError, EnvError, NumericsError, StorageError
 from worldmodel.model import WorldModel
-from worldmodel.storage import checkpoint
+from worldmodel.storage import checkpoint, files
 from worldmodel.storage.run import Run
 
 FENCE = {"train.ema_decay": 0.9, "checkpoint.fence": True, "checkpoint.keep": 1, "env.num_envs": 2, "train.ratio": 0.3}
@@ -309,7 +309,7 @@ def test_a_run_without_a_checkpoint_starts_over(tmp_path):
     small_train(tmp_path / "run", 20)
     (tmp_path / "run" / "result.json").unlink()
     for step in checkpoint.steps(tmp_path / "run" / "checkpoints"):
-        checkpoint.discard(tmp_path / "run" / "checkpoints" / f"step-{step:012d}")
+        files.discard(tmp_path / "run" / "checkpoints" / f"step-{step:012d}")
     assert small_train(tmp_path / "run", 20, resume=True).real_steps == 20
 
 

@@ -48,7 +48,7 @@ def part(x: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
 
 
 def changed(world: WorldModel, name: str, at: int, openings: tuple[int, ...] = ()) -> list[int]:
-    """The steps of row 0 whose carry another embedding, or another action, at step `at` changes."""
+    """The steps of row 0 whose h another embedding, or another action, at step `at` changes."""
     one = inputs(world, openings=openings)
     other = {key: y.clone() for key, y in one.items()}
     other[name][:, at] = 1 - one[name][:, at]
@@ -56,12 +56,12 @@ def changed(world: WorldModel, name: str, at: int, openings: tuple[int, ...] = (
     return (difference.abs().amax(-1) > 1e-7).nonzero().flatten().tolist()
 
 
-def test_an_observation_reaches_the_carries_after_it_within_the_windows_and_no_others():
+def test_an_observation_reaches_h_after_it_within_the_windows_and_no_others():
     assert changed(transformer(), "embed", at=2) == [3, 4, 5, 6, 7, 8, 9]  # its token is step 3's, which two layers see for 3 more
     assert changed(transformer(layers=1), "embed", at=2) == [3, 4, 5, 6]
 
 
-def test_an_action_reaches_the_carry_that_it_led_to_and_later_ones():
+def test_an_action_reaches_the_h_that_it_led_to_and_later_ones():
     assert changed(transformer(), "prev_action", at=3) == [3, 4, 5, 6, 7, 8, 9]
 
 
@@ -74,7 +74,7 @@ def test_nothing_reaches_over_the_opening_of_an_episode():
 @pytest.mark.parametrize("window", [2, 4, 40])
 @pytest.mark.parametrize("openings", [(), (0, 5, 6)], ids=["one episode", "three episodes"])
 def test_the_cache_gives_what_the_parallel_pass_gives(window, openings):
-    """Step by step, from a carry of an earlier window, and by imagination, whose carry does not look."""
+    """Step by step, from the state of an earlier window, and by imagination, whose h needs no observation."""
     world = transformer(window=window)
     x, (before, _) = inputs(world, 0, openings), observe(world, inputs(world, 1))
     last, whole = observe(world, x, before)
@@ -154,7 +154,7 @@ def test_dropout_is_of_training_and_not_of_dreams():
     assert torch.equal(*dreams)
 
 
-def test_a_window_of_one_row_and_a_first_carry_agree_with_a_beginning():
+def test_a_window_of_one_row_and_a_first_state_agree_with_a_beginning():
     world = transformer("categorical")
     state = world.sample_initial(3000, Sampling(generator=generator()))
     x = part(inputs(world, openings=(0,)), 0, 1)
@@ -174,7 +174,7 @@ def test_it_learns_under_autocast_and_compiled_parts_keep_their_names():
     assert list(world.state_dict()) == names
 
 
-def test_heads_that_do_not_divide_the_carry_are_refused_when_the_config_is_read():
+def test_heads_that_do_not_divide_deter_are_refused_when_the_config_is_read():
     with pytest.raises(ValueError, match=r"deter=12 must divide by heads=5"):
         TransformerConfig(deter=12, heads=5)
     with pytest.raises(ConfigError, match=r"heads"):

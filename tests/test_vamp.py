@@ -20,7 +20,7 @@ KINDS = ("observation", "feature", "exemplar")
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def law(kind: str = "observation", context: int = 0, h: int = 0, seed: int = 0, **options) -> VampPrior:
+def prior(kind: str = "observation", context: int = 0, h: int = 0, seed: int = 0, **options) -> VampPrior:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         latent = small_latent("gaussian")
@@ -42,7 +42,7 @@ def rows(*numbers: int) -> torch.Tensor:
 
 @every_kind
 def test_a_component_is_the_posterior_at_a_pseudo_input(kind):
-    form = law(kind)
+    form = prior(kind)
     mix, posterior = form.given(None), form.source.posterior(form.embeddings(), torch.zeros(5, 0))
     torch.testing.assert_close(mix.distributions.mean, posterior.mean)
     x = torch.randn(7, 2, generator=generator())
@@ -51,7 +51,7 @@ def test_a_component_is_the_posterior_at_a_pseudo_input(kind):
 
 
 def test_pseudo_images_stay_between_black_and_white():
-    form, seen = law("observation"), {}
+    form, seen = prior("observation"), {}
     form.input1.data.mul_(100)
     encode = eyes(form).encode
     watched = replace(form.source.encoder, encode=lambda obs: seen.update(obs) or encode(obs))
@@ -63,7 +63,7 @@ def test_pseudo_images_stay_between_black_and_white():
 @every_kind
 @pytest.mark.parametrize("where", [{}, {"h": 3}, {"context": 3, "h": 3}, {"context": 3}], ids=str)
 def test_the_rate_trains_pseudo_inputs_and_encoder_and_a_frozen_one_neither(kind, where):
-    form = law(kind, **where)
+    form = prior(kind, **where)
     context = torch.randn(4, 3, generator=generator()) if where.get("context") else None
     posterior = form.latent.distribution(torch.randn(4, 4, generator=generator(1)))
     z = posterior.mean.clone()
@@ -80,19 +80,19 @@ def test_the_rate_trains_pseudo_inputs_and_encoder_and_a_frozen_one_neither(kind
 
 
 def test_the_weights_are_equal_learned_or_given_by_the_context():
-    assert torch.allclose(law().given(None).log_weights.exp(), torch.tensor(0.2))
-    free = law(weights="learned")
+    assert torch.allclose(prior().given(None).log_weights.exp(), torch.tensor(0.2))
+    free = prior(weights="learned")
     free.logits.data[0, 2] = 50
     assert float(free.given(None).log_weights.detach().exp()[0, 2]) == pytest.approx(1)
-    far = law(context=3).given(torch.tensor([[-9.0] * 3, [9.0] * 3])).log_weights
+    far = prior(context=3).given(torch.tensor([[-9.0] * 3, [9.0] * 3])).log_weights
     assert (far[0] - far[1]).abs().max() > 0.1
 
 
 # Exemplars -------------------------------------------------------------------------------------------------------------
 
 
-def test_an_exemplar_is_left_out_of_the_law_of_its_own_row_and_of_no_other():
-    form = law("exemplar")
+def test_an_exemplar_is_left_out_of_the_prior_of_its_own_row_and_of_no_other():
+    form = prior("exemplar")
     form.replace_exemplars(observations(5), torch.zeros(5, 0), rows(10, 11, 12, 13, 14))
     posterior = eyes(form).posterior(eyes(form).encode(observations(5)), torch.zeros(5, 0))
     z = posterior.mean.detach()
@@ -108,8 +108,8 @@ def test_an_exemplar_is_left_out_of_the_law_of_its_own_row_and_of_no_other():
     assert not torch.allclose(unseen, torch.stack(held_out))
 
 
-def test_exemplars_begin_with_their_rows_and_carries_and_are_left_out_of_their_own_laws():
-    form, given = law("exemplar", h=3), observations(7)
+def test_exemplars_start_with_their_rows_and_recurrent_states_and_are_left_out_of_their_own_priors():
+    form, given = prior("exemplar", h=3), observations(7)
     h = torch.randn(7, 3, generator=generator())
     form.init_pseudo_inputs(given, h, torch.arange(20, 27))
     assert form.row.tolist() == [20, 21, 22, 23, 24] and torch.equal(form.h, h[:5])
@@ -120,7 +120,7 @@ def test_exemplars_begin_with_their_rows_and_carries_and_are_left_out_of_their_o
 
 
 def test_the_oldest_exemplars_make_room_and_no_row_is_held_twice():
-    form = law("exemplar", renew=2)
+    form = prior("exemplar", renew=2)
     for start in range(0, 8, 2):
         form.replace_exemplars(observations(4, start), torch.zeros(4, 0), rows(start, start + 1, start, start + 1))
     assert sorted(form.row.tolist()) == [3, 4, 5, 6, 7]
@@ -131,14 +131,14 @@ def test_the_oldest_exemplars_make_room_and_no_row_is_held_twice():
 
 
 def test_an_observation_that_is_not_finite_is_no_exemplar():
-    form, seen = law("exemplar"), observations(3)
+    form, seen = prior("exemplar"), observations(3)
     seen["vector"][1, 0] = torch.nan
     form.replace_exemplars(seen, torch.zeros(3, 0), rows(1, 2, 3))
     assert set(form.row.tolist()) == {-1, 1, 3} and form.input0.isfinite().all()
 
 
 def test_exemplars_are_saved_with_the_weights():
-    form, fresh = law("exemplar"), law("exemplar", seed=1)
+    form, fresh = prior("exemplar"), prior("exemplar", seed=1)
     form.replace_exemplars(observations(5), torch.zeros(5, 0), rows(1, 2, 3, 4, 5))
     fresh.load_state_dict(form.state_dict())
     x = torch.randn(3, 2, generator=generator())
@@ -146,39 +146,39 @@ def test_exemplars_are_saved_with_the_weights():
 
 
 @pytest.mark.parametrize("slot", ["initial", "transition", "marginal"])
-def test_training_shows_each_slot_the_rows_that_it_is_a_law_of_and_eval_shows_none(slot):
+def test_training_shows_each_slot_the_rows_that_it_is_a_prior_of_and_eval_shows_none(slot):
     config = small("distribution", "vamp", pseudo_inputs="exemplar", renew=5, weights="equal")
     world = small_world(latent="gaussian", **{slot: config})
-    law = world.marginal if slot == "marginal" else getattr(world.dynamics, "initial_prior" if slot == "initial" else slot)
+    prior = world.marginal if slot == "marginal" else getattr(world.dynamics, "initial_prior" if slot == "initial" else slot)
     batch = known_batch()
     batch = batch.with_obs(world.preprocess(batch.obs))
     numbered = replace(batch, row=torch.arange(18).view(3, 6))
     world.eval().trace(numbered)
-    assert (law.row == -1).all()
+    assert (prior.row == -1).all()
     world.train().trace(batch)  # rows that no store numbers
-    assert (law.row == -1).all()
+    assert (prior.row == -1).all()
     world.trace(numbered)
-    held = set(law.row.tolist()) - {-1}
+    held = set(prior.row.tolist()) - {-1}
     first = set(numbered.row[numbered.is_first].tolist())
     assert held and (held <= first if slot == "initial" else not held & first if slot == "transition" else True)
-    at = int((law.row >= 0).nonzero()[0])
+    at = int((prior.row >= 0).nonzero()[0])
     key = next(iter(numbered.obs))
-    assert torch.equal(law.input0[at], numbered.obs[key].flatten(0, 1)[law.row[at]])
+    assert torch.equal(prior.input0[at], numbered.obs[key].flatten(0, 1)[prior.row[at]])
 
 
 @every_kind
 @pytest.mark.parametrize("posterior", ["filtering", "observation"])
-def test_a_model_learns_with_a_vamp_law_in_every_slot(kind, posterior):
+def test_a_model_learns_with_a_vamp_prior_in_every_slot(kind, posterior):
     config = small("distribution", "vamp", pseudo_inputs=kind, renew=2)
     world = small_world(latent="gaussian", dynamics={"posterior": posterior}, transition=config, initial=config, marginal=config)
     learner = Learner(world, TrainConfig(burn_in=0, warmup=0, ema_decay=0.9))
-    looked = []
+    measured = []
     for seed in range(3):
         batch = replace(known_batch(seed=seed), row=torch.arange(18).view(3, 6) + 18 * seed)
         metrics, _, _ = learner.update(learner.prepare(batch), generator(seed))
-        looked.append({name for name in metrics if name.startswith("prior/")})
-    told = {f"prior/{slot}/{name}" for slot in ("initial", "transition", "marginal") for name in ("used", "spread")}
-    assert learner.updates == 3 and looked == [told, set(), set()]  # the laws are looked at now and then
+        measured.append({name for name in metrics if name.startswith("prior/")})
+    reported = {f"prior/{slot}/{name}" for slot in ("initial", "transition", "marginal") for name in ("used", "spread")}
+    assert learner.updates == 3 and measured == [reported, set(), set()]  # the priors are measured now and then
     assert all(torch.equal(a, b) for a, b in zip(world.buffers(), learner.ema.buffers()))
 
 
@@ -196,7 +196,7 @@ def test_a_copied_world_asks_its_own_encoder():
 
 
 def test_pseudo_inputs_that_are_all_alike_have_no_spread():
-    form = law("feature")
+    form = prior("feature")
     assert form.measures(torch.zeros(4, 2), None)["spread"] > 0.1
     form.embed.data[:] = form.embed.data[:1].clone()
     assert form.measures(torch.zeros(4, 2), None)["spread"] == pytest.approx(0, abs=1e-5)
@@ -207,12 +207,12 @@ def test_without_an_encoder_the_error_says_what_to_take_instead():
         registry.build("distribution", small("distribution", "vamp"), small_latent("gaussian"), 0)
 
 
-def test_a_carry_that_the_context_cannot_stand_for_is_refused():
+def test_a_recurrent_state_that_the_context_cannot_replace_is_refused():
     with pytest.raises(ConfigError, match=r"dynamics\.posterior=observation"):
-        law(context=3, h=5)
+        prior(context=3, h=5)
 
 
-def test_codes_without_beliefs_are_refused_when_the_config_is_read():
+def test_latents_without_posteriors_are_refused_when_the_config_is_read():
     with pytest.raises(ConfigError, match=r"model\.dynamics\.latent\.kind=point"):
         ModelConfig.parse({"dynamics": {"latent": {"kind": "point"}}, "marginal": {"kind": "vamp"}})
 

@@ -10,26 +10,20 @@ import importlib
 import importlib.metadata
 from typing import Any
 
-_MODULES = {
-    "Config": "worldmodel.config",
-    "ConfigError": "worldmodel.errors",
-    "CorruptError": "worldmodel.errors",
-    "EnvError": "worldmodel.errors",
-    "MissingExtraError": "worldmodel.errors",
-    "NumericsError": "worldmodel.errors",
-    "Recording": "worldmodel.storage.recording",
-    "Replay": "worldmodel.storage.replay",
-    "Run": "worldmodel.storage.run",
-    "StorageError": "worldmodel.errors",
-    "TrainResult": "worldmodel.agents.training.session",
-    "TrustError": "worldmodel.errors",
-    "UnsupportedSpaceError": "worldmodel.errors",
-    "WorldModel": "worldmodel.model",
-    "dream": "worldmodel.commands.dream",
-    "dreamed_episodes": "worldmodel.agents.exchange",
-    "fit_prior": "worldmodel.commands.fit_prior",
-    "train": "worldmodel.commands.train",
+_NAMES = {
+    "agents.exchange": "dreamed_episodes",
+    "agents.training.session": "TrainResult",
+    "commands.dream": "dream",
+    "commands.fit_prior": "fit_prior",
+    "commands.train": "train",
+    "config": "Config",
+    "errors": "ConfigError CorruptError EnvError MissingExtraError NumericsError StorageError TrustError UnsupportedSpaceError",
+    "model": "WorldModel",
+    "storage.recording": "Recording",
+    "storage.replay": "Replay",
+    "storage.run": "Run",
 }
+_MODULES = {name: f"worldmodel.{module}" for module, names in _NAMES.items() for name in names.split()}
 __all__ = sorted(_MODULES)
 
 

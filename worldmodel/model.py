@@ -276,14 +276,12 @@ class WorldModel(nn.Module):
         if self.training and prior.density != "none":
             self._update_typicality(trace.z.detach().flatten(0, -2))
         options = {"sampling": sampling.substream("marginal"), "rows": batch.row}
-        by_kl, terms = prior.density == "exact", {}
-        if self.dynamics.latent.deterministic:
-            by_kl = False
-        else:
+        terms, exact, deterministic = {}, prior.density == "exact", self.dynamics.latent.deterministic
+        if not deterministic:
             draws = prior.antithetic(trace.posterior, trace.z)
-            kl = [prior.rate(trace.posterior, z, None, frozen=not by_kl, **options) for z in draws]
+            kl = [prior.rate(trace.posterior, z, None, frozen=not exact, **options) for z in draws]
             terms["marginal"] = Loss(sum(kl) / len(kl))
-        if not by_kl:
+        if deterministic or not exact:
             terms |= {f"prior/marginal/{name}": term for name, term in prior.loss(trace.z.detach(), None, **options).items()}
         return terms
 

@@ -51,9 +51,9 @@ class Checkpoints:
 
     def state(self, folder: Path) -> int:
         sweep(folder)
-        return self.looked_at(folder)
+        return self.checked_step(folder)
 
-    def looked_at(self, folder: Path) -> int:
+    def checked_step(self, folder: Path) -> int:
         """The step that is there, whole; and nothing else is there that is not."""
         for path in folder.iterdir():
             checkpoint.verify(path)
@@ -104,9 +104,9 @@ class Runs:
 
     def state(self, folder: Path) -> int:
         with Run.open(folder, write=True) as run:
-            step = Checkpoints().looked_at(folder / "checkpoints")
+            step = Checkpoints().checked_step(folder / "checkpoints")
             assert same_rows(run.replay(), replay_of(step))
-            if step == 2:  # the next save sweeps; a segment that nobody names may stay until then
+            if step == 2:  # the next save sweeps; a segment that no snapshot names may stay until then
                 run._snapshot = run.manifest()["replay"]
                 Replay.sweep(folder / "replay", [run._snapshot])
             for number in segments.numbers(folder / "replay"):

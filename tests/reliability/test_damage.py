@@ -106,7 +106,7 @@ def lie(rng: random.Random, files: Files, foreign: Files) -> Files:
 
 
 def tried(read: Callable[[], bytes], whole: bytes, named: str, refusals: tuple = (StorageError,)) -> str:
-    """What comes of reading: "identical" or "refused", which is allowed, or what is not."""
+    """The outcome of reading: "identical" or "refused", which is allowed, or what is not."""
     try:
         found = read()
     except refusals as error:  # CorruptError, or a newer schema's
@@ -160,7 +160,7 @@ def fingerprint(found: checkpoint.Content) -> bytes:
 
 
 def damaged_folders(folder: Path, count: int) -> Counter:
-    """What comes of reading a checkpoint's folder with damaged files."""
+    """The outcome of reading a checkpoint's folder with damaged files."""
     path, other = (checkpoint.write(folder, step, *content(step)) for step in (3, 4))
     files, foreign = ({file.name: file.read_bytes() for file in sorted(p.iterdir())} for p in (path, other))
     whole = fingerprint(checkpoint.read(path))
@@ -201,7 +201,7 @@ def rezip(path: Path, members: Files) -> None:
 
 
 def vouched(files: Files) -> Files:
-    """The files with a manifest that vouches for them, as somebody makes who knows how; unchanged where it is no manifest."""
+    """The files with a manifest that vouches for them, as one who knows the format makes it; unchanged where it is no manifest."""
     try:
         manifest = json.loads(files["manifest.json"])
         for name, entry in manifest["files"].items():
@@ -267,19 +267,19 @@ def resealed(data: bytes) -> bytes:
 
 def damaged_segments(folder: Path, count: int) -> Counter:
     """What comes of loading a replay of three segments; every third damage has a fresh CRC of the header over it."""
-    replay, marks, other = store(capacity=40, num_envs=2), None, store(capacity=40, num_envs=2)
+    replay, snapshot, other = store(capacity=40, num_envs=2), None, store(capacity=40, num_envs=2)
     for rows in (9, 7, 5):
-        marks = fill(replay, rows).save(folder, marks)
+        snapshot = fill(replay, rows).save(folder, snapshot)
     elsewhere = fill(other, 30).save(folder / "other")
     for number, _ in elsewhere["segments"] * 3:
         shutil.copy(segments.path_of(folder / "other", number), folder / "other" / "copy")
     files = {path.name: path.read_bytes() for path in sorted(folder.glob("segment-*.bin"))}
     foreign = dict.fromkeys(files, (folder / "other" / "copy").read_bytes())
-    whole, counts = rows_of(Replay.load(folder, marks)), Counter()
+    whole, counts = rows_of(Replay.load(folder, snapshot)), Counter()
     for at, (_, changed) in enumerate(mutants(files, foreign, count)):
         for name, data in changed.items():
             put(folder / name, resealed(data) if at % 3 == 0 else data)
-        counts[tried_with_offset(lambda: rows_of(Replay.load(folder, marks)), whole)] += 1
+        counts[tried_with_offset(lambda: rows_of(Replay.load(folder, snapshot)), whole)] += 1
         for name in changed:
             put(folder / name, files[name])
     return counts

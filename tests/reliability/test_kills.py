@@ -215,7 +215,7 @@ def wrong(counts: dict[str, int]) -> dict[str, int]:
 
 @pytest.mark.parametrize(("kind", "quick", "all_of_them"), [("fence", 6, 150), ("disk", 4, 100), ("none", 3, 50)])
 def test_a_run_that_is_killed_at_any_moment_goes_on_from_what_it_had_committed(tmp_path, figure, kind, quick, all_of_them):
-    """Teeth: told of a commit before it was written, it loses steps; written in place, it does not open or starts over."""
+    """Teeth: a commit that is reported before it is written loses steps; written in place, it does not open or starts over."""
     counts = counted("kills", tmp_path, times(quick, all_of_them), kind)
     assert not wrong(counts), counts
     same = f", {counts['losses differ']} losses and {counts['differ']} final states that differ" if kind != "none" else ""

@@ -28,7 +28,7 @@ from worldmodel.storage.run import Run
 
 KIB, MIB = 1024, 1 << 20
 SAMPLES = 40
-"""Looks at a growing process."""
+"""Samples of the memory of a process, while it grows."""
 
 
 class Wide(gym.Env):
@@ -59,7 +59,7 @@ def theil_sen(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def growth(steps: list[int], kib: list[int]) -> tuple[float, float]:
-    """(KiB a step, MiB in all) over the looks behind the first quarter, in which caches fill."""
+    """(KiB a step, MiB in all) over the samples behind the first quarter, in which caches fill."""
     x, y = (np.array(values[len(values) // 4 :], float) for values in (steps, kib))
     slope = theil_sen(x, y)
     return slope, slope * (x[-1] - x[0]) / KIB
@@ -69,7 +69,7 @@ def is_steady(slope: float, whole: float) -> bool:
     return slope <= 0.5 and whole <= 16
 
 
-class Looks(BaseCallback):
+class MemorySamples(BaseCallback):
     """Memory, file descriptors and threads every so many steps."""
 
     def __init__(self, every: int):
@@ -85,10 +85,10 @@ class Looks(BaseCallback):
 def grow(job: dict[str, Any]) -> dict[str, Any]:
     """Trains a small Dreamer whose replay is full after a tenth of its steps."""
     agent = make_agent(small_config({"train.capacity": max(100, job["steps"] // 10), "train.ratio": 0.1}), 0, "cpu")
-    looks = Looks(job["steps"] // SAMPLES)
-    agent.learn(job["steps"], looks, log_interval=4)
+    samples = MemorySamples(job["steps"] // SAMPLES)
+    agent.learn(job["steps"], samples, log_interval=4)
     agent.env.close()
-    return {"seen": looks.seen, "updates": agent.learner.updates, "full": len(agent.replay) == agent.replay.capacity}
+    return {"seen": samples.seen, "updates": agent.learner.updates, "full": len(agent.replay) == agent.replay.capacity}
 
 
 def small_config(options: dict[str, Any]) -> Config:
@@ -101,13 +101,13 @@ def test_a_long_run_does_not_grow(figure):
     """Teeth: traces that are kept, here as a leak of 1 KiB a step on top of what was measured."""
     steps = times(2_400, 20_000)
     found = in_child(__file__, {"what": "grow", "steps": steps}, MALLOC_ARENA_MAX="2")
-    at, resident = ([look[name] for look in found["seen"]] for name in ("step", "VmRSS"))
+    at, resident = ([sample[name] for sample in found["seen"]] for name in ("step", "VmRSS"))
     slope, whole = growth(at, resident)
     settled = found["seen"][len(at) // 4 :]
     assert found["full"] and found["updates"] > steps / 11 and len(at) >= SAMPLES
     assert is_steady(slope, whole), list(zip(at, resident))
     assert not is_steady(*growth(at, [kib + step for step, kib in zip(at, resident)]))
-    assert len({(look["fds"], look["threads"]) for look in settled}) == 1
+    assert len({(sample["fds"], sample["threads"]) for sample in settled}) == 1
     figure(
         "M1",
         f"{steps:,} steps, {found['updates']:,} updates: {slope:.3f} KiB a step, {whole:.1f} MiB in all; files, threads constant",
@@ -132,8 +132,8 @@ def test_agents_that_are_closed_leave_nothing_behind(vectorize, figure):
     """Teeth: a list that keeps all agents."""
     agents = times(6, 10)
     seen = in_child(__file__, {"what": "cycle", "vectorize": vectorize, "agents": agents}, MALLOC_ARENA_MAX="2")["seen"]
-    assert len({(look["fds"], look["threads"]) for look in seen[1:]}) == 1
-    more = max(look["VmRSS"] for look in seen[2:]) / seen[1]["VmRSS"] - 1
+    assert len({(sample["fds"], sample["threads"]) for sample in seen[1:]}) == 1
+    more = max(sample["VmRSS"] for sample in seen[2:]) / seen[1]["VmRSS"] - 1
     assert more <= 0.05
     figure("M1", f"{agents} agents built and closed ({vectorize}): {100 * more:+.1f} % of memory after the second")
 
@@ -146,7 +146,7 @@ PICTURES |= {"eval.every": 0, "eval.episodes": 1, "model.encoder.depth": 2, "mod
 
 
 def pictures(job: dict[str, Any]) -> dict[str, Any]:
-    """Trains on pictures, or goes on with it; the greatest memory."""
+    """Trains on pictures, or goes on with it; the largest memory."""
     small_train(Path(job["folder"]), job["steps"], "test_memory:Wide-v0", options=PICTURES, resume=job["resume"])
     return memory()
 
@@ -180,7 +180,7 @@ def larger(job: dict[str, Any]) -> dict[str, Any]:
         fits = False
     replay, rng = Replay(rows * STREAMS, PICTURE, 2, STREAMS, Path(job["folder"])), np.random.default_rng(0)
     yes, no = np.ones(STREAMS, bool), np.zeros(STREAMS, bool)
-    number, greatest = np.zeros((STREAMS, 64, 64, 3), np.uint8), 0
+    number, largest = np.zeros((STREAMS, 64, 64, 3), np.uint8), 0
     for row in range(rows):
         number[:, :2, 0] = [[row % 256] * 3, [row // 256] * 3]
         last = row % 50 == 49
@@ -192,14 +192,14 @@ def larger(job: dict[str, Any]) -> dict[str, Any]:
         since = time.perf_counter()
         batch = replay.sample(16, 32, rng, terminal_fraction=0.25)
         milliseconds.append(1000 * (time.perf_counter() - since))
-        greatest = max(greatest, memory()["RssAnon"])
+        largest = max(largest, memory()["RssAnon"])
         seen = batch.obs["obs"].numpy()
         np.testing.assert_array_equal(seen[..., 0, 0, 0] + 256 * seen[..., 1, 0, 0].astype(int), batch.row.numpy() // STREAMS)
-    return {"fits": fits, "anonymous": greatest, "ms": milliseconds, "held": len(replay), **memory()}
+    return {"fits": fits, "anonymous": largest, "ms": milliseconds, "held": len(replay), **memory()}
 
 
 def test_a_store_larger_than_the_memory_is_written_and_sampled(tmp_path, figure):
-    """Teeth: the same store in memory, or a spool that keeps what it has written."""
+    """Teeth: the same store in memory, or a buffer that keeps what it has written."""
     store, limit = (times(300, 1536) * MIB, times(512 - 100, 512) * MIB)
     job = {"what": "larger", "store": store, "limit": limit, "batches": times(200, 2_000), "folder": str(tmp_path)}
     found = in_child(__file__, job, MALLOC_ARENA_MAX="2")
@@ -239,18 +239,18 @@ def most_bytes(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[int]:
     """Bytes of the replay on the disk behind each file that is written: only then they grow."""
     found, write = [], segments.write
 
-    def told(*args: Any) -> int:
+    def counted(*args: Any) -> int:
         seal = write(*args)
         found.append(sum(file.stat().st_size for file in (folder / "replay").iterdir()))
         return seal
 
-    monkeypatch.setattr(segments, "write", told)
+    monkeypatch.setattr(segments, "write", counted)
     return found
 
 
 @pytest.mark.parametrize("place", ["memory", "disk"])
 def test_many_times_the_capacity_take_little_more_of_the_disk_than_one(tmp_path, monkeypatch, figure, place):
-    """Checkpoints at a tenth, experience at a twentieth of the capacity. Teeth: marks that go on naming evicted segments."""
+    """Checkpoints at a tenth, experience at a twentieth of the capacity. Teeth: snapshots that go on naming evicted segments."""
     capacity, row, filled = 400, 256 * 4 + 2 * 4 + 4 + 1, times(4, 10)
     monkeypatch.setattr(segments, "MAX_BYTES", capacity * row // 20)
     monkeypatch.setattr("os.fsync", lambda handle: None)  # what is tested is how much is there, not when it is safe

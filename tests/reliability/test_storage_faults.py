@@ -18,8 +18,8 @@ import pytest
 import stores
 from catalogue import needs, needs_program, times
 from faults import strikes
+from forks import forked
 from small_runs import small_train
-from test_checkpoint import forked
 
 from worldmodel.agents.training.callback import RunCallback
 from worldmodel.errors import ConfigError, CorruptError, StorageError
@@ -234,7 +234,7 @@ def test_a_full_disk_stops_saving_and_not_training(small_disk, monkeypatch, figu
 
     def act() -> bool:  # in a child: a disk that is written through a memory map would kill it by SIGBUS
         at_steps(monkeypatch, {30: small_disk.fill, 31: write_much, 70: small_disk.free})
-        return small_train(small_disk.path / "run", 100, options=LOGGED, log=said.append).real_steps == 100 and told(said)
+        return small_train(small_disk.path / "run", 100, options=LOGGED, log=said.append).real_steps == 100 and reported(said)
 
     forked(act)
     run = Run.open(small_disk.path / "run")
@@ -248,11 +248,11 @@ def test_a_full_disk_stops_saving_and_not_training(small_disk, monkeypatch, figu
 
 
 def write_much(model: Any) -> None:
-    """More than the room that is left in the last page of the event file."""
+    """More than what is free in the last page of the event file."""
     model.logger.output_formats[0].writer.add_text("much", "x" * 10_000, model.num_timesteps)
 
 
-def told(said: list[str]) -> bool:
+def reported(said: list[str]) -> bool:
     failed = [text for text in said if text.startswith("The checkpoint at real step") and "Free some disk space" in text]
     return [text.split()[5] for text in failed] == ["40", "60"] and any("waits in memory" in text for text in said)
 

@@ -38,11 +38,11 @@ def dream(
     """Open-loop roll-outs of a run's newest checkpoint on fresh episodes; what `worldmodel dream --json` prints.
 
     context   observations that the model sees before it dreams
-    horizon   steps that it dreams; null where no episode is that long
+    horizon   steps that it dreams; errors are null where no episode is that long
     start     "prior": from draws of the initial prior, with no real episode to compare with: all errors are null
-    out       a .gif or .mp4 of one roll-out; its figure of errors lies beside it as .png
-    episodes  fresh ones to compare with; None: log.held_out of the run, so that the figures are those of TensorBoard
+    out       a .gif or .mp4 of one roll-out; the figure of errors is written beside it as .png
     guide     draws of the initial prior begin where this is high, however rare such states are
+    episodes  fresh ones to compare with; None: log.held_out of the run, so that the figures are those of TensorBoard
     trust     the run's agent.path may be opened, where it has one
 
     Raises ConfigError where context or horizon are no numbers of steps, and where the run has no decoder and `out` is given.
@@ -77,19 +77,12 @@ def dream(
         errors, shown = rollouts.compare(agent, run, viewer, context, horizon, episodes=count, draw=out is not None, log=log)
     if out is not None:
         rollouts.write(out, shown, errors, viewer, log)
-    return {
-        "env_id": run.config.env.id,
-        "run": str(run.path),
-        "step": agent.num_timesteps,
-        "context": context,
-        **_figures(errors),
-        "out": None if out is None else str(out),
-        "worst": rollouts.worst(errors, viewer),
-        "guided": guided,
-    }
+    about = {"env_id": run.config.env.id, "run": str(run.path), "step": agent.num_timesteps, "context": context}
+    return {**about, **_figures(errors), "out": out and str(out), "worst": rollouts.worst(errors, viewer), "guided": guided}
 
 
 def _figures(errors: OpenLoop) -> dict[str, Any]:
+    """The errors by horizon, for JSON."""
     return {
         "horizons": errors.horizons,
         "observation": _column(errors.error()),

@@ -38,47 +38,34 @@ def train(
 ) -> TrainResult:
     """Train what a recipe (name, path, gym id or content) describes; everything is kept in a run folder.
 
-    recipe      with resume also a run folder, whose recipe and options it goes on with
+    recipe      with resume also a run folder, whose recipe and options are used again
     steps       real steps of the whole run (default: the recipe's train.steps); on resume it may grow
     seed        of environments, weights and draws (default 0; on resume the run's own)
-    run_dir     default runs/<recipe>-s<seed>, with a number behind it if that exists
+    run_dir     default runs/<recipe>-s<seed>, with a number appended if that exists
     overrides   dotted keys: {"train.ratio": 2.0} or ["train.ratio=2"]; on resume those that are left out stay as they were
-    resume      goes on from the newest good checkpoint; the result of a finished run is given back
-    keep_newer  on resume, keeps replay rows that are newer than the checkpoint
-    progress    a progress bar on stderr, else lines for `log`: one at each evaluation, and one every 30 s in which there was none
-    log         gets these lines and warnings; without it they go to Python's logging, as info and as warnings, and the lines to
-                stderr where that is set to show no info (it is not unless somebody asks for it)
+    resume      continue from the newest good checkpoint; of a finished run the result is returned
+    keep_newer  on resume, keep replay rows that are newer than the checkpoint
+    progress    a progress bar on stderr, else lines for `log`: one at each evaluation, and one after 30 s without any
+    log         gets these lines and warnings; default: Python's logging, and stderr for lines that it is set not to show
     data        recorded experience to learn from: .npz files, folders of them, "minari:ID", runs. Then no environment is made:
                 `train.pretrain` updates of the world model, then train.steps * train.ratio of all; nothing is evaluated
     trust       files that options name may be opened although that can run code: agent.path, a zip of Stable-Baselines3
 
-    Exact on resume, on the same device and thread count: weights, optimisers, running statistics, replay (up to the
-    checkpoint), counters, the ratio's remainder and all random states. Not exact: the environments. They are reset with
-    seeds that follow from (seed, step), and the open episode of each is closed like a truncated one, so a resumed run is
-    another run of equal standing. With checkpoint.fence=true every checkpoint of checkpoint.every does the same to the
-    unbroken run, and the two are equal bit for bit, as far as the environment is determined by its reset seed.
+    Exact on resume, on the same device and thread count: all that is learned, the replay up to the checkpoint, counters and
+    random states. Not exact: the environments, which are reset with seeds that follow from (seed, step). With
+    checkpoint.fence=true an unbroken run does the same at every checkpoint, and both are equal bit for bit.
 
     SIGINT, SIGTERM and SIGHUP finish the step, save and raise Interrupted (a KeyboardInterrupt); a second one aborts.
-    Raises ConfigError, UnsupportedSpaceError, MissingExtraError, TrustError, EnvError (the state is saved first), StorageError
-    and NumericsError (the last good checkpoint stays).
+    Raises ConfigError, UnsupportedSpaceError, MissingExtraError, TrustError, StorageError, NumericsError, EnvError (once saved).
     """
     if not isinstance(recipe, str | Path | Mapping | None):
         raise ConfigError(
             f"recipe is a {type(recipe).__name__}; expected a name, a path, a gym id or a mapping. An environment that is an "
             "object is for Dreamer('MlpPolicy', env)."
         )
-    given = flat_overrides(overrides)
-    if steps is not None:
-        if given.get("train.steps", steps) != steps:
-            raise ConfigError(f"steps={steps} and train.steps={given['train.steps']} differ. Give one of them.")
-        given["train.steps"] = steps
-    if data is not None:
-        sources = _as_sources(data)
-        if list(given.get("train.data", sources)) != sources:
-            raise ConfigError(f"data={sources} and train.data={given['train.data']} differ. Give one of them.")
-        given["train.data"] = sources
     if seed is not None and seed < 0:
         raise ConfigError(f"seed is {seed}; expected at least 0.")
+    given = _overrides(overrides, steps, data)
     import torch
 
     from worldmodel.agents.training import session
@@ -102,6 +89,19 @@ def _default_log(text: str) -> None:
         _log.info(text)
     else:
         print(text, file=sys.stderr, flush=True)
+
+
+def _overrides(overrides: Mapping[str, Any] | Sequence[str] | None, steps: int | None, data: Any) -> dict[str, Any]:
+    """{dotted key: value} of all that is to be changed, `steps` and `data` among it."""
+    given = flat_overrides(overrides)
+    for name, value in (("steps", steps), ("data", None if data is None else _as_sources(data))):
+        key = f"train.{name}"
+        other = list(given[key]) if isinstance(given.get(key), tuple) else given.get(key, value)
+        if value is not None and other != value:
+            raise ConfigError(f"{name}={value} and {key}={given[key]} differ. Give one of them.")
+        if value is not None:
+            given[key] = value
+    return given
 
 
 def _as_sources(data: Any) -> list[str]:

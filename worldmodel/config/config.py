@@ -29,20 +29,17 @@ Self = TypeVar("Self", bound="Frozen")
 class _RaisesConfigError(type(pydantic.BaseModel)):
     """Direct construction reports like a file does: a ConfigError with the key."""
 
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super().__call__(*args, **kwargs)
-        except ValidationError as error:
-            raise _config_error(error, cls) from None
+    def __call__(cls, **options: Any) -> Any:
+        return cls.parse(options)
 
 
 class Frozen(pydantic.BaseModel, metaclass=_RaisesConfigError):
     """Base of every config: immutable, no unknown keys, no silent conversions.
 
-    `true` is no integer, `"3"` is no number, an integer is a float, a list is a tuple, a string is a Path;
-    NaN and infinity are refused unless the field says `Field(allow_inf_nan=True)`. Defaults are validated too, and
-    lazily: `dynamics: Part["dynamics"] = {"kind": "rssm"}` imports nothing until a config is made. A mapping given
-    for a field is merged over that field's default, so one option can be set without resetting its neighbours.
+    `true` is no integer, `"3"` is no number; an integer is taken for a float, a list for a tuple, a string for a Path. NaN and
+    infinity are refused unless the field says `Field(allow_inf_nan=True)`. Defaults are validated when a config is made:
+    `dynamics: Part["dynamics"] = {"kind": "rssm"}` imports nothing before. A mapping given for a field is merged over that
+    field's default, so one option can be set without resetting the others.
     """
 
     model_config = pydantic.ConfigDict(

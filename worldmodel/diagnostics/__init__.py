@@ -1,1 +1,1 @@
-"""Measurements of a trained model: open-loop errors, latent space, likelihood, validity of samples."""
+"""Measurements of a trained model: open-loop errors, latent space and likelihood."""

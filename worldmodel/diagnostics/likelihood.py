@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.distributions import LowRankMultivariateNormal
 
 from worldmodel.distributions import Latent, Posterior
 
@@ -119,9 +120,6 @@ class FactorModel:
 
     def log_prob(self, x: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
         """ln N(x; mean, weight weight^T + sigma^2 I), in nats and in double precision."""
-        weight, centred = self.weight.double(), (x - self.mean).double()
-        size = weight.shape[0]
-        covariance = weight @ weight.T + self.sigma**2 * torch.eye(size, dtype=torch.double, device=weight.device)
-        lower = torch.linalg.cholesky(covariance)
-        white = torch.linalg.solve_triangular(lower, centred.T, upper=False)
-        return -0.5 * (size * math.log(2 * math.pi) + white.square().sum(0)) - lower.diagonal().log().sum()
+        mean = self.mean.double()
+        marginal = LowRankMultivariateNormal(mean, self.weight.double(), torch.full_like(mean, self.sigma**2))
+        return marginal.log_prob(x.double())

@@ -153,7 +153,7 @@ class Diffusion(Whitened):
         4 size steps backward passes: meant for latents of at most 64 numbers. ValueError beyond.
         """
         if self.latent.size > 64:
-            raise ValueError(f"ode_log_prob takes one backward pass per number of a code, and {self.latent.size} are more than 64.")
+            raise ValueError(f"ode_log_prob takes one backward pass per number, and {self.latent.size} numbers are more than 64.")
         latents, context = _flat(x, context)
         mean, unit = self._units(context)
         value = ode_log_prob(self._denoiser(context), (latents - mean) / unit, steps) - unit.log().sum(-1)

@@ -1,17 +1,8 @@
 """The recurrent state h' = f(h, z, a), its posterior and its prior."""
 
-from worldmodel.dynamics.base import Dynamics, DynamicsConfig
-from worldmodel.dynamics.mdn_rnn import MDNRNN, MDNRNNConfig
+from worldmodel.dynamics.base import Dynamics
+from worldmodel.dynamics.mdn_rnn import MDNRNN
 from worldmodel.dynamics.rssm import RSSM, RSSMConfig
 from worldmodel.dynamics.transformer import Transformer, TransformerConfig
 
-__all__ = [
-    "MDNRNN",
-    "RSSM",
-    "Dynamics",
-    "DynamicsConfig",
-    "MDNRNNConfig",
-    "RSSMConfig",
-    "Transformer",
-    "TransformerConfig",
-]
+__all__ = ["MDNRNN", "RSSM", "Dynamics", "RSSMConfig", "Transformer", "TransformerConfig"]

@@ -61,7 +61,7 @@ class Dynamics(nn.Module, ABC):
         self.transition: ConditionalDistribution = build("distribution", transition, self.latent.family, config.deter, self.source)
         self.initial_prior: ConditionalDistribution = build("distribution", initial, self.latent.family, 0, self.source)
 
-    # What a subclass says ------------------------------------------------------------------------------------------------
+    # What a subclass defines ---------------------------------------------------------------------------------------------
 
     @property
     @abstractmethod
@@ -74,7 +74,7 @@ class Dynamics(nn.Module, ABC):
 
     @abstractmethod
     def zero_recurrent(self, batch_size: int) -> RecurrentState:
-        """Zeros: nothing came before."""
+        """Zeros: the state before an episode."""
 
     @abstractmethod
     def advance(self, recurrent: RecurrentState, combined: Float[Tensor, "N X"]) -> RecurrentState:

@@ -1,4 +1,4 @@
-"""Mean and variance of numbers that keep coming: the one way in which the parts follow them."""
+"""Running mean and variance: of all data, or an exponential average."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 class RunningMoments(nn.Module):
     """Mean and variance [*D] of rows [N, *D], in float64 and kept with the weights.
 
-    memory  None: every row counts the same, for ever. Else the share that what was known keeps at each batch; until that is
-            reached it is the plain average of the batches so far, so that the first one counts in full
-    before  the mean before anything was seen; the variance is 1 then
+    memory        None: all rows weigh the same. Else the share that the statistics keep at each batch; at first less, so that they
+                  are the plain average of the batches so far
+    initial_mean  the mean before any data; the variance is 1 then
 
-    Of a batch that is not all finite nothing enters: it would not leave again, and an update that is skipped leaves nothing
-    behind. Buffers are replaced and not changed, since a loss that is yet to be differentiated may hold them.
+    A batch that is not all finite is left out. Buffers are replaced and not changed in place, since a loss that is yet to be
+    differentiated may hold them.
     Source: Chan et al. 1979 (parallel variance).
     """
 
@@ -29,12 +29,12 @@ class RunningMoments(nn.Module):
 
     @torch.no_grad()
     def update(self, batch: Float[Tensor, "N *D"]) -> None:
-        """Take rows in. `count` is that of rows or, with a memory, of batches."""
+        """Takes rows in. `count` is that of rows or, with a memory, of batches."""
         if not len(batch):
             return
         x = batch.detach().to(self.mean)
         mean, variance = x.mean(0), x.var(0, correction=0)
-        finite = (mean.isfinite() & variance.isfinite()).all()  # of the batch: an overflow of squares is not taken in either
+        finite = (mean.isfinite() & variance.isfinite()).all()  # an overflow of squares is left out too
         total = self.count + (len(x) if self.memory is None else 1)
         share = (total - self.count) / total
         if self.memory is not None:
@@ -46,12 +46,12 @@ class RunningMoments(nn.Module):
 
     @torch.no_grad()
     def reset_to(self, batch: Float[Tensor, "N *D"]) -> None:
-        """From now on those of these rows, which weigh as much as the memory holds: what comes later moves them no faster."""
-        initial_mean, self.count = self.count, torch.zeros_like(self.count)
+        """The statistics of these rows alone, at full memory: later batches then move them no faster than usual."""
+        before, self.count = self.count, torch.zeros_like(self.count)
         self.update(batch)
         after = self.count if self.memory is None else torch.full_like(self.count, round(1 / (1 - self.memory)))
-        self.count = torch.where(self.count > 0, after, initial_mean)
+        self.count = torch.where(self.count > 0, after, before)
 
     def deviation(self, min_value: float) -> Tensor:
-        """float32 [*D], at least `least`."""
+        """float32 [*D], at least `min_value`."""
         return self.variance.sqrt().clamp_min(min_value).float()

@@ -1,12 +1,26 @@
-"""Numbers given in another dtype than the space declares."""
+"""What environments give, in the form that their spaces declare: nested values by flat names, numbers in the right dtype."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Container, Mapping
 from functools import cache
 from typing import Any
 
 import numpy as np
+
+
+def join_path(path: tuple[Any, ...]) -> str:
+    """`arm.angle` of the steps ("arm", "angle"), `pair.0` of ("pair", 0)."""
+    return ".".join(map(str, path))
+
+
+def flatten(value: Any, names: Container[str], path: tuple[Any, ...] = ()) -> dict[str, Any]:
+    """{flat name: array} of nested dicts and tuples; a tuple that has one of the names is an array that somebody wrote so."""
+    if isinstance(value, Mapping) or (isinstance(value, tuple) and not (path and join_path(path) in names)):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        return {name: x for step, part in items for name, x in flatten(part, names, (*path, step)).items()}
+    return {join_path(path): value}
 
 
 def numbers(value: Any) -> np.ndarray | None:

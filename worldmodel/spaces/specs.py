@@ -22,7 +22,7 @@ from gymnasium import spaces as gym_spaces
 from torch import Tensor
 
 from worldmodel.errors import EnvError, NumericsError, UnsupportedSpaceError
-from worldmodel.spaces.casts import cast, numbers, warn_once, warning_due
+from worldmodel.spaces.casts import cast, flatten, numbers, warn_once, warning_due
 from worldmodel.spaces.keys import (
     FLATTEN,
     TRANSFORM_ACTION,
@@ -34,7 +34,6 @@ from worldmodel.spaces.keys import (
     unsupported,
 )
 from worldmodel.spaces.layouts import Layout
-from worldmodel.spaces.nested import flatten
 
 Where = str | Callable[[int], str]
 

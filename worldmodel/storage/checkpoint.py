@@ -28,19 +28,8 @@ import safetensors
 import safetensors.numpy
 
 from worldmodel.errors import CorruptError, NumericsError, StorageError
-from worldmodel.storage.files import (
-    MAX_JSON_BYTES,
-    discard,
-    dump_json,
-    durable,
-    json_value,
-    make_folder,
-    parse_json,
-    replacing,
-    storage_errors,
-    sync_folder,
-    temporary_name,
-)
+from worldmodel.storage import files
+from worldmodel.storage.files import dump_json, parse_json, storage_errors
 
 Arrays = dict[str, np.ndarray]
 Content = tuple[dict[str, Arrays], dict, dict]
@@ -93,8 +82,8 @@ def _encode(
         if name in manifest:
             raise ValueError(f"The manifest's entry '{name}' is written by the checkpoint itself. Choose another name.")
     # All of the JSON before the first byte is written.
-    described = {STATE: json_value(state, "state"), **({DATA: json_value(data, "data")} if data is not None else {})}
-    own = json_value(manifest, "manifest")
+    described = {STATE: files.json_value(state, "state"), **({DATA: files.json_value(data, "data")} if data is not None else {})}
+    own = files.json_value(manifest, "manifest")
     entries = {}
     for name in [*(f"{stem}.safetensors" for stem in tensors), *described]:
         if name in described:
@@ -113,14 +102,14 @@ def _check_manifest(data: bytes, where: Path | str) -> dict:
     manifest = parse_json(data, where)
     if manifest.get("hash") != _hash(manifest):
         raise CorruptError(f"{where} is damaged: its own SHA-256 differs. Use an older checkpoint.")
-    schema, step, files = (manifest.get(k) for k in ("schema", "step", "files"))
-    if type(schema) is not int or schema < 1 or type(step) is not int or not isinstance(files, dict) or STATE not in files:
+    schema, step, entries = (manifest.get(k) for k in ("schema", "step", "files"))
+    if type(schema) is not int or schema < 1 or type(step) is not int or not isinstance(entries, dict) or STATE not in entries:
         raise CorruptError(f"{where} is no checkpoint's manifest: 'schema', 'step' or 'files' is missing or odd.")
     if schema > SCHEMA:
         raise StorageError(f"{where} has schema {schema}, but this version reads up to {SCHEMA}. Install a newer worldmodel.")
-    if len(files) > MAX_FILES:
-        raise CorruptError(f"{where} names {len(files)} files; at most {MAX_FILES} belong to a checkpoint.")
-    for name, entry in files.items():
+    if len(entries) > MAX_FILES:
+        raise CorruptError(f"{where} names {len(entries)} files; at most {MAX_FILES} belong to a checkpoint.")
+    for name, entry in entries.items():
         if not _FILE.fullmatch(name) or not isinstance(entry, dict) or type(entry.get("size")) is not int:
             raise CorruptError(f"{where} names a file that cannot belong to a checkpoint: {name!r}.")
     return manifest
@@ -157,8 +146,8 @@ def write(
     ValueError or NumericsError on content that does not fit, StorageError where the disk is full, not writable or the
     step is committed already; a damaged checkpoint of that step is replaced. Whatever fails, earlier ones stay as they were.
     """
-    final, temporary = folder_of(parent, step), temporary_name(parent)
-    make_folder(parent)
+    final, temporary = folder_of(parent, step), files.temporary_name(parent)
+    files.make_folder(parent)
     damaged = final.exists() and damage(final) is not None
     if final.exists() and not damaged:
         raise StorageError(f"{final} is there already and intact. A checkpoint is never overwritten: save at a later step.")
@@ -166,17 +155,17 @@ def write(
         with storage_errors("create", temporary):
             temporary.mkdir()
         for name, data in _encode(step, tensors, state, manifest or {}):
-            with durable(temporary / name) as file:
+            with files.durable(temporary / name) as file:
                 file.write(data)
-        sync_folder(temporary)
+        files.sync_folder(temporary)
         if damaged:
-            discard(final)
+            files.discard(final)
         with storage_errors("write", final):
             os.rename(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    sync_folder(parent)
+    files.sync_folder(parent)
     return final
 
 
@@ -244,8 +233,8 @@ def _check(path: Path, entry: Mapping | None, keep: bool = False) -> bytes:
             raise CorruptError(f"{path} is no regular file.")
         if found.st_size != size:
             raise CorruptError(f"{path} has {found.st_size} bytes, but its manifest says {size}: it was cut or changed.")
-        if size > MAX_JSON_BYTES and (path.suffix == ".json" or path.name == DATA):
-            raise CorruptError(f"{path} has {size} bytes; at most {MAX_JSON_BYTES} are read.")
+        if size > files.MAX_JSON_BYTES and (path.suffix == ".json" or path.name == DATA):
+            raise CorruptError(f"{path} has {size} bytes; at most {files.MAX_JSON_BYTES} are read.")
         with open(path, "rb") as file:
             while part := file.read(1 << 20):
                 digest.update(part)
@@ -277,7 +266,7 @@ def prune(parent: Path, keep: int = 2) -> list[int]:
         valid += damage(folder_of(parent, step)) is None
         if valid == keep:
             for old in newest_first[i + 1 :]:
-                discard(folder_of(parent, old))
+                files.discard(folder_of(parent, old))
             return newest_first[i + 1 :]
     return []
 
@@ -302,8 +291,8 @@ def pack(
         target = nullcontext(path)
     else:
         path = Path(path)
-        make_folder(path.parent)
-        target = replacing(path)
+        files.make_folder(path.parent)
+        target = files.replacing(path)
     with target as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, content in _encode(step, tensors, state, manifest or {}, data):
             archive.writestr(zipfile.ZipInfo(name), content)  # ZipInfo's fixed date: equal content, equal bytes

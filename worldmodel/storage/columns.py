@@ -39,7 +39,7 @@ class MemoryColumns:
         """Bytes of memory."""
         return sum(column.nbytes for column in self._columns.values())
 
-    def room(self, next_rows: np.ndarray) -> int:
+    def free_rows(self, next_rows: np.ndarray) -> int:
         """Rows of one stream that can be put at once."""
         return self.size
 
@@ -104,7 +104,7 @@ class DiskColumns:
         """[number, seal] of the segments, oldest first."""
         return [[segment.header.number, segment.seal] for segment in self._segments]
 
-    def room(self, next_rows: np.ndarray) -> int:
+    def free_rows(self, next_rows: np.ndarray) -> int:
         """Rows that the buffer still takes of each stream; next_rows [S] are their next sequence numbers."""
         return self._buffer_size - int((next_rows - self.first_in_memory).max())
 
@@ -127,7 +127,7 @@ class DiskColumns:
             raise StorageError(f"This replay lies in {self.folder}, where its run writes it. It cannot be saved to {folder}.")
 
     def put(self, streams: np.ndarray, sequence: np.ndarray, rows: Mapping[str, np.ndarray]) -> None:
-        """Rows [n, ...] of streams [n] or [1] at their sequence numbers [n], which the buffer must have room for."""
+        """Rows [n, ...] of streams [n] or [1] at their sequence numbers [n], which the buffer must have free rows for."""
         at = sequence - self.first_in_memory[streams]
         for name, column in self._buffer.items():
             column[streams, at] = rows[name]

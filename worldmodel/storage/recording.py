@@ -133,8 +133,8 @@ class Recording:
         action, reward, terminated, truncated = map(np.concatenate, columns)
         joined = {name: np.concatenate([rows[name] for rows in obs]) for name in obs_spec.keys}
         lengths = np.array([len(x) for x in columns[1]], np.int64)
-        provenance = {"env_id": env_id, "origin": origin, "env_options": env_options or {}}
-        return cls(joined, action, reward, terminated, truncated, lengths, obs_spec, action_spec, **provenance)
+        flags = terminated, truncated
+        return cls(joined, action, reward, *flags, lengths, obs_spec, action_spec, env_id, origin, env_options or {})
 
     @classmethod
     def from_replay(
@@ -159,8 +159,8 @@ class Recording:
         last_step = np.zeros(len(terminated), bool)
         last_step[np.cumsum(lengths) - 1] = True
         action = action_spec.decode(prev_action[~first])
-        provenance = {"env_id": env_id, "origin": origin, "env_options": env_options or {}}
-        return cls(obs, action, reward[~first], terminated, last_step & ~terminated, lengths, obs_spec, action_spec, **provenance)
+        flags = terminated, last_step & ~terminated
+        return cls(obs, action, reward[~first], *flags, lengths, obs_spec, action_spec, env_id, origin, env_options or {})
 
     @classmethod
     def joined(cls, recordings: Sequence[Recording], origin: str | None = None) -> Recording:

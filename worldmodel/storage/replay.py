@@ -11,6 +11,7 @@ still held, wherever they lie (`columns.py`).
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from worldmodel.data import Batch
 from worldmodel.errors import CorruptError, StorageError
 from worldmodel.storage import files, segments
 from worldmodel.storage.columns import DiskColumns, MemoryColumns
-from worldmodel.storage.windows import Ends, Windows
+from worldmodel.storage.windows import Windows
 
 _log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class Replay:
             buffer_rows = min(self.size, self._rows_per_segment)
             self._obs = DiskColumns(folder, obs_columns, self._spec, self.num_envs, buffer_rows, writable)
         self._next = np.zeros(self.num_envs, np.int64)  # sequence number of the row that each stream gets next
-        self._last_rows = [Ends() for _ in range(self.num_envs)]
+        self._last_rows = [deque[int]() for _ in range(self.num_envs)]  # their sequence numbers, ascending
 
     # What is held ---------------------------------------------------------------------------------------------------
 
@@ -142,55 +143,55 @@ class Replay:
         where = np.arange(self.num_envs) if streams is None else np.asarray(streams, np.int64)
         if streams is not None:
             self._check_streams(where)
-        n = len(where)
-        if n == 0:
+        if not len(where):
             return
-        rows = self._checked(n, obs, prev_action, reward, is_first, is_last, is_terminal)
+        rows = self._checked(len(where), obs, prev_action, reward, is_first, is_last, is_terminal)
         self._flush_if_full()
         self._put(where, self._next[where], rows)
 
-    def extend(
-        self,
-        obs: Mapping[str, np.ndarray],
-        prev_action: np.ndarray,
-        reward: np.ndarray,
-        is_first: np.ndarray,
-        is_last: np.ndarray,
-        is_terminal: np.ndarray,
-        stream: int = 0,
-    ) -> None:
-        """Appends n rows to one stream, in order: what n times `add` does, at once."""
+    def extend(self, obs: Mapping[str, np.ndarray], *columns: np.ndarray, stream: int = 0) -> None:
+        """Appends n rows, with the columns of `add`, to one stream in order: what n times `add` does, at once."""
         self._check_streams(np.array([stream]))
-        rows = self._checked(len(reward), obs, prev_action, reward, is_first, is_last, is_terminal)
-        done = 0
-        while done < len(reward):
+        n, done = len(columns[1]), 0
+        rows = self._checked(n, obs, *columns)
+        while done < n:
             self._flush_if_full()
-            part = {name: column[done : done + self._obs.room(self._next)] for name, column in rows.items()}
+            part = {name: column[done : done + self._obs.free_rows(self._next)] for name, column in rows.items()}
             count = len(part["flags"])
             self._put(np.array([stream]), self._next[stream] + np.arange(count), part)
             done += count
 
     def _put(self, streams: np.ndarray, sequence: np.ndarray, rows: Mapping[str, np.ndarray], with_obs: bool = True) -> None:
         """Rows [n, ...] of streams [n], each once, or [1] at the sequence numbers [n], which follow those that are there."""
+        if not len(sequence):
+            return
         if with_obs:
             self._obs.put(streams, sequence, rows)
         self._scalars.put(streams, sequence, rows)
-        # First: an exception behind it, as Ctrl-C, leaves no end of a row that is not there.
-        np.maximum.at(self._next, np.broadcast_to(streams, sequence.shape), sequence + 1)
-        last = (rows["flags"] & LAST) != 0
-        for stream, row in zip(np.broadcast_to(streams, sequence.shape)[last].tolist(), sequence[last].tolist()):
-            self._last_rows[stream].append(row)
+        self._next[streams] = sequence[-len(streams) :] + 1  # first: Ctrl-C behind it leaves no end of a row that is not there
+        for i in np.flatnonzero(rows["flags"] & LAST).tolist():
+            self._last_rows[streams[i % len(streams)]].append(int(sequence[i]))
         for stream in streams.tolist():
-            self._last_rows[stream].drop_before(int(self._next[stream]) - self.size)
+            ends, oldest = self._last_rows[stream], int(self._next[stream]) - self.size
+            while ends and ends[0] < oldest:
+                ends.popleft()
 
     def _checked(self, n: int, obs: Mapping[str, np.ndarray], prev_action, reward, is_first, is_last, is_terminal) -> dict:
         """n rows as columns. Raises ValueError on what does not fit."""
+        if obs.keys() != self.obs_spec.keys():
+            raise ValueError(f"Replay got observation keys {sorted(obs)}, expected {sorted(self.obs_spec)}.")
+        rows = {f"obs/{key}": np.asarray(obs[key]) for key in self.obs_spec}
+        for key, (shape, dtype) in self.obs_spec.items():
+            value = rows[f"obs/{key}"]
+            if value.shape != (n, *shape):
+                raise ValueError(f"Replay got observation '{key}' of shape {list(value.shape)}, expected {[n, *shape]}.")
+            if value.dtype != dtype and not np.can_cast(value.dtype, dtype, "same_kind"):
+                raise ValueError(f"Replay got observation '{key}' of dtype {value.dtype}, expected {dtype}.")
         first, last, terminal = (np.asarray(f, bool) for f in (is_first, is_last, is_terminal))
         prev_action, reward = np.asarray(prev_action, np.float32), np.asarray(reward, np.float32)
-        rows = {k: np.asarray(obs[k]) for k in self.obs_spec if k in obs}
-        self._check_obs(rows, obs, n)
-        entries = {"reward": reward, "is_first": first, "is_last": last, "is_terminal": terminal}
-        for name, value, shape in [(k, v, (n,)) for k, v in entries.items()] + [("prev_action", prev_action, (n, self.action_dim))]:
+        scalars = {"prev_action": prev_action, "reward": reward, "is_first": first, "is_last": last, "is_terminal": terminal}
+        for name, value in scalars.items():
+            shape = (n, self.action_dim) if name == "prev_action" else (n,)
             if value.shape != shape:
                 raise ValueError(f"Replay got {name} of shape {list(value.shape)}, expected {list(shape)}.")
         if not (np.isfinite(reward).all() and np.isfinite(prev_action).all()):
@@ -198,15 +199,15 @@ class Replay:
         if (terminal & ~last).any():
             raise ValueError("Replay got a row that is_terminal but not is_last: a world that ends closes its episode.")
         return {
-            **{f"obs/{k}": x for k, x in rows.items()},
+            **rows,
             "prev_action": np.where(first[:, None], np.float32(0), prev_action),
             "reward": np.where(first, np.float32(0), reward),
             "flags": (FIRST * first + LAST * last + TERMINAL * terminal).astype(np.uint8),
         }
 
     def _flush_if_full(self) -> None:
-        """Writes the buffer as a segment once it has no room left; while the disk is full, it may grow."""
-        if self._obs.room(self._next) > 0:
+        """Writes the buffer as a segment once it is full; while the disk is full, it may grow."""
+        if self._obs.free_rows(self._next) > 0:
             return
         try:
             self.save(self._obs.folder)
@@ -221,15 +222,6 @@ class Replay:
         if len(where) and (where.min() < 0 or where.max() >= self.num_envs):
             raise ValueError(f"Replay has streams 0..{self.num_envs - 1}, but the streams were {where.tolist()}.")
 
-    def _check_obs(self, rows: dict[str, np.ndarray], obs: Mapping[str, np.ndarray], n: int) -> None:
-        if rows.keys() != obs.keys() or len(rows) != len(self.obs_spec):
-            raise ValueError(f"Replay got observation keys {sorted(obs)}, expected {sorted(self.obs_spec)}.")
-        for key, (shape, dtype) in self.obs_spec.items():
-            if rows[key].shape != (n, *shape):
-                raise ValueError(f"Replay got observation '{key}' of shape {list(rows[key].shape)}, expected {[n, *shape]}.")
-            if rows[key].dtype != dtype and not np.can_cast(rows[key].dtype, dtype, "same_kind"):
-                raise ValueError(f"Replay got observation '{key}' of dtype {rows[key].dtype}, expected {dtype}.")
-
     def recover(self, folder: Path, log: Callable[[str], object] = _log.warning) -> None:
         """Loads a folder's segments without a snapshot, as far as they are intact and no row is missing, into this empty replay."""
         self._load_uncommitted(Path(folder), 0, True, log)
@@ -240,14 +232,12 @@ class Replay:
 
         For environments that cannot go on from where they were; the next row of each stream must open an episode.
         """
+        flags = self._scalars["flags"]
         for stream in np.flatnonzero(self._next).tolist() if streams is None else streams:
-            self._mark_last(stream, int(self._next[stream]) - 1)
-
-    def _mark_last(self, stream: int, sequence: int) -> None:
-        flags, at = self._scalars["flags"], self._scalars.at(stream, sequence)
-        if not flags[at] & LAST:
-            flags[at] |= LAST
-            self._last_rows[stream].append(sequence)
+            newest = int(self._next[stream]) - 1
+            if not flags[at := self._scalars.at(stream, newest)] & LAST:
+                flags[at] |= LAST
+                self._last_rows[stream].append(newest)
 
     def observations(self, stream: int, start: int, stop: int) -> dict[str, np.ndarray]:
         """{key: [stop - start, ...]} of the rows of one stream that come start.. after its oldest."""
@@ -482,9 +472,7 @@ class Replay:
             flags = column[at]
             flags[:-1] |= np.where(flags[1:] & FIRST, LAST, 0).astype(np.uint8)
             column[at] = flags
-            self._last_rows[stream] = Ends()
-            for row in sequence[(flags & LAST) != 0].tolist():
-                self._last_rows[stream].append(row)
+            self._last_rows[stream] = deque(sequence[(flags & LAST) != 0].tolist())
 
     def _load_uncommitted(self, folder: Path, after: int, keep: bool, log: Callable[[str], object]) -> None:
         """Appends what lies behind segment `after` as far as it is intact, or drops it; both is reported to `log`."""

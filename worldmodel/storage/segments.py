@@ -4,7 +4,7 @@
 
 All integers are little-endian uint32. The header says the segment's number, the columns (name, shape of one row, dtype)
 and, for every stream, the sequence numbers [start, stop) that it holds. The blocks follow, stream by stream and column by
-column, rows in order; their sizes are known from the header. The seal chains all CRCs: whoever names a segment by number
+column, rows in order; their sizes are known from the header. The seal chains all CRCs: a reader that names a segment by number
 and seal (a checkpoint's snapshot of the replay) notices a segment of another run, or of an attempt that was given up, too.
 """
 
@@ -143,33 +143,38 @@ def continuation(
     A later file that starts further back is a retry: it replaces what it repeats. Rows may be missing where those behind them
     fill the rings: the missing ones were evicted before any save.
     """
-    chain: list[Header] = []
-    behind_hole: list[Header] = []  # does not go on from the chain, and takes over once it fills the rings
+    best: list[Header] = []
+    tried: list[Header] = []  # lacks rows that those behind them do not replace yet
     for number in numbers(folder):
         if number <= after:
             continue
         try:
             header = read_header(folder, number, columns, len(reached))
-            stops = [reached, *(h.stops for h in chain)]
-            if header.starts in stops:
-                chain = [*chain[: stops.index(header.starts)], header]
+            base = best if header.starts in [reached, *(h.stops for h in best)] else tried
+            stops = [reached, *(h.stops for h in base)]
+            before = [i for i, stop in enumerate(stops) if all(a <= b for a, b in zip(stop, header.starts))]
+            if not before:
                 continue
-            read(folder, number, columns, len(reached))  # it takes the place of other rows only where it is whole
+            chain = [*base[: before[-1]], header]
+            behind_hole = _rows_behind_hole(reached, chain)
+            if behind_hole.min() < np.inf:  # then it takes the place of rows, so it must be whole
+                read(folder, number, columns, len(reached))
         except CorruptError as error:
             log(f"A newer replay segment is ignored: {error}")
             continue
-        follows = [h.stops for h in behind_hole]
-        keep = follows.index(header.starts) + 1 if header.starts in follows else 0
-        behind_hole = [*behind_hole[:keep], header]
-        before = [i for i, stop in enumerate(stops) if all(a <= b for a, b in zip(stop, behind_hole[0].starts))]
-        if before and _fills(stops[before[-1]], behind_hole, size):
-            chain, behind_hole = [*chain[: before[-1]], *behind_hole], []
-    return chain
+        tried = chain
+        if behind_hole.min() >= size:
+            best = chain
+    return best
 
 
-def _fills(reached: tuple[int, ...], chain: list[Header], size: int) -> bool:
-    """Whether each stream of the chain goes on from `reached`, or holds `size` rows by itself."""
-    return all(a == b or c - b >= size for a, b, c in zip(reached, chain[0].starts, chain[-1].stops))
+def _rows_behind_hole(reached: tuple[int, ...], chain: list[Header]) -> np.ndarray:
+    """Rows of each stream [S] behind the last that is missing; infinity where none is."""
+    rows, stops = np.full(len(reached), np.inf), reached
+    for header in chain:
+        rows = np.where(np.equal(header.starts, stops), rows, 0) + np.subtract(header.stops, header.starts)
+        stops = header.stops
+    return rows
 
 
 def locate(folder: Path, number: int, columns: Columns, num_streams: int) -> StoredSegment:

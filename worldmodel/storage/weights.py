@@ -15,8 +15,9 @@ from worldmodel.errors import ConfigError
 
 @contextmanager
 def cpu_randomness(seed: int | None = None) -> Iterator[None]:
-    """Whatever draws from torch's own CPU generator in here follows from `seed` (None: from where it stands), and outside nothing
-    of it is seen. The process's CUDA generators are left alone, which torch.manual_seed would reseed.
+    """Draws from torch's CPU generator inside follow from `seed` (None: from its current state); outside, it is unchanged.
+
+    The process's CUDA generators are left alone, which torch.manual_seed would reseed.
     """
     with torch.random.fork_rng(devices=[]):
         if seed is not None:

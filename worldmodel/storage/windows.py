@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,46 +13,17 @@ WindowStarts = tuple[np.ndarray, np.ndarray]
 """(streams [n], starts [n]) of windows; starts are sequence numbers."""
 
 
-class Ends:
-    """Sorted sequence numbers of one stream's is_last rows, dropped from the front as they are evicted."""
-
-    def __init__(self) -> None:
-        self._at: list[int] = []
-        self._from = 0
-
-    def __len__(self) -> int:
-        return len(self._at) - self._from
-
-    def __getitem__(self, i: int) -> int:
-        """The i-th oldest, i >= 0."""
-        return self._at[self._from + i]
-
-    def within(self, start: int, stop: int) -> list[int]:
-        """Those in start..stop, in order."""
-        return self._at[bisect_left(self._at, start, self._from) : bisect_left(self._at, stop, self._from)]
-
-    def append(self, sequence: int) -> None:
-        self._at.append(sequence)
-
-    def drop_before(self, sequence: int) -> None:
-        while self._from < len(self._at) and self._at[self._from] < sequence:
-            self._from += 1
-        if self._from > 256 and 2 * self._from > len(self._at):  # so that dropping costs O(1) per row on average
-            del self._at[: self._from]
-            self._from = 0
-
-
 @dataclass(frozen=True)
 class Windows:
     """All windows of `length` rows that the streams of a replay hold.
 
     next, stored  [S] sequence number of each stream's next row, and how many rows the stream holds
-    ends          [S] where its episodes end
+    ends          [S] sequence numbers of the is_last rows that it holds, ascending
     """
 
     next: np.ndarray
     stored: np.ndarray
-    ends: Sequence[Ends]
+    ends: Sequence[deque[int]]
     length: int
 
     @property
@@ -115,12 +87,17 @@ class Windows:
         mixture = max(0.0, 1 - recent_fraction - terminal_fraction) * uniform
         mixture += recent_fraction * (starts == self.next[streams] - self.length) / np.count_nonzero(counts)
         if terminal_fraction:
-            inside = [self.ends[s].within(q, q + self.length) for s, q in zip(streams.tolist(), starts.tolist())]
+            inside = [_within(self.ends[s], q, q + self.length) for s, q in zip(streams.tolist(), starts.tolist())]
             which = np.repeat(np.arange(len(streams)), [len(e) for e in inside])
             low, high = self._covering(np.array([e for some in inside for e in some], np.int64), streams[which])
             mixture += terminal_fraction / count * np.bincount(which, 1 / (high - low + 1), len(streams))
         weight = uniform / mixture
         return weight if recent_fraction + terminal_fraction < 1 else weight / weight.mean()
+
+
+def _within(ends: deque[int], start: int, stop: int) -> list[int]:
+    """Those of the ascending numbers that lie in start..stop - 1."""
+    return [ends[i] for i in range(bisect_left(ends, start), bisect_left(ends, stop))]
 
 
 def _rounded(numbers: tuple[float, ...], rng: np.random.Generator) -> tuple[int, ...]:

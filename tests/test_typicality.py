@@ -1,4 +1,4 @@
-"""Planning where the model is valid: codes unlike real ones cost reward."""
+"""Planning where the model is valid: latents unlike real ones cost reward."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NORMAL = small("distribution", "gaussian", standard=True)
 
 
 def slide(marginal=NORMAL):
-    """A world whose codes are normal; an action moves the code's first number, and reward is how far along it is."""
+    """A world whose latents are normal; an action moves the latent's first number, and reward is how far along it is."""
     world = small_world(action=ONE, latent="gaussian", marginal=marginal).eval()
 
     def imagine(self, state: State, action, sampling) -> State:
@@ -45,16 +45,16 @@ def furthest(typicality_penalty: float) -> float:
     return float(found.best[0, :, 0].cumsum(0).max())
 
 
-def test_a_planner_leaves_the_manifold_for_reward_unless_that_costs():
-    assert furthest(0.0) > 5.0  # no code was ever seen there
+def test_a_planner_leaves_the_typical_set_for_reward_unless_that_costs():
+    assert furthest(0.0) > 5.0  # no latent was ever seen there
     assert 1.0 < furthest(20.0) < 3.0
 
 
-def test_the_log_density_is_that_of_the_code_and_what_is_off_begins_at_the_quantile():
+def test_the_log_density_is_that_of_the_latent_and_what_is_off_begins_at_the_quantile():
     world = slide()
-    code = torch.tensor([[0.0, 0.0], [2.0, 0.0], [4.0, 0.0]])
-    feature = torch.cat([torch.randn(3, world.feature_dim - 2, generator=generator()), code], -1)
-    torch.testing.assert_close(world.log_density(feature), world.marginal.log_prob(code, None))
+    z = torch.tensor([[0.0, 0.0], [2.0, 0.0], [4.0, 0.0]])
+    feature = torch.cat([torch.randn(3, world.feature_dim - 2, generator=generator()), z], -1)
+    torch.testing.assert_close(world.log_density(feature), world.marginal.log_prob(z, None))
     off = world.atypicality(feature.view(1, 3, -1))[0]
     assert off[0] == off[1] == 0 and off[2] == pytest.approx((float(world.marginal_low) + 8 + 1.8379) / 2, abs=1e-3)
     inside = world.marginal.log_prob(torch.randn(5000, 2, generator=generator(1)), None) >= world.marginal_low
@@ -72,7 +72,7 @@ def test_training_follows_the_quantile_and_evaluation_leaves_it():
     seen = world.marginal.log_prob(trace.z.flatten(0, 1), None).quantile(0.05)
     torch.testing.assert_close(world.marginal_low, seen)
     asked = []
-    world.fit_typicality = lambda codes, share: asked.append(len(codes))
+    world.fit_typicality = lambda latents, share: asked.append(len(latents))
     for _ in range(100):
         world.loss(trace, batch)
     assert asked == [18, 18]  # at the 51st update and the 101st: a likelihood may cost more than all else
@@ -82,7 +82,7 @@ def test_training_follows_the_quantile_and_evaluation_leaves_it():
     torch.testing.assert_close(world.marginal_low, seen.lerp(far, 0.01))
 
 
-def test_codes_that_are_not_finite_leave_the_quantile_as_it_was():
+def test_latents_that_are_not_finite_leave_the_quantile_as_it_was():
     world = slide()
     before = world.marginal_low.clone()
     world.fit_typicality(torch.full((20, 2), torch.nan), 0.01)
@@ -105,10 +105,11 @@ def test_the_imagined_world_and_the_actor_critic_pay_the_same_price():
 
 def test_options_that_need_a_marginal_say_how_to_get_one():
     world = slide(marginal=None)
+    options = ActorCriticConfig(units=8, typicality_penalty=1.0)
     for use in (
         lambda: world.log_density(torch.zeros(1, world.feature_dim)),
         lambda: ImaginedWorld(world, 2, start="prior", typicality_penalty=1.0),
-        lambda: ActorCriticLearner(world, ActorCritic(ActorCriticConfig(units=8, typicality_penalty=1.0), world.feature_dim, world.action)),
+        lambda: ActorCriticLearner(world, ActorCritic(options, world.feature_dim, world.action)),
     ):
         with pytest.raises(ConfigError, match=r"fit-prior RUN .*--slot marginal"):
             use()

@@ -143,7 +143,8 @@ class LatentExtractor(BaseFeaturesExtractor):
     ):
         spec = ObsSpec.from_json(observation)
         with cpu_randomness():  # the policy's own first weights stay as they would be without us
-            encoder = build_encoder(_config("encoder", model), _config("dynamics", model), spec)
+            kind = model.get("dynamics", {"kind": "rssm"})["kind"]  # 0.1 saved none beside an encoder alone
+            encoder = build_encoder(_config("encoder", model), kind, spec)
             net, latent = _posterior(_config("dynamics", model), encoder) if output == "code" else (None, None)
         super().__init__(observation_space, frames * (latent.size if latent is not None else encoder.out_features))
         self.mode, self.output, self.frames, self.spec, self.latent = mode, output, frames, spec, latent

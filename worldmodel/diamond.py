@@ -28,7 +28,7 @@ from worldmodel.data import Batch, Loss, Obs, Sampling, State, Trace
 from worldmodel.distributions import EncoderInterface, PointLatent, PointLatentConfig, PointPosterior
 from worldmodel.encoders import EncoderConfig, convolution
 from worldmodel.errors import ConfigError
-from worldmodel.nn.diffusion import EDM, SAMPLERS, low_discrepancy
+from worldmodel.nn.diffusion import EDM, low_discrepancy
 from worldmodel.nn.networks import MLP, BlockGRU, linear, offset_linear
 from worldmodel.nn.unet import DenoisingUNet
 from worldmodel.registry import register
@@ -154,7 +154,7 @@ class Diamond(nn.Module):
         self.action_in = linear(action_dim, config.units, bias=False)
         self.bend = nn.Sequential(nn.LayerNorm(config.units), nn.SiLU())
         self.gru = BlockGRU(config.units, config.deter)
-        self.path = EDM(config.log_sigma_mean, config.log_sigma_std, config.sigma_min, config.sigma_max)
+        self.edm = EDM(config.log_sigma_mean, config.log_sigma_std, config.sigma_min, config.sigma_max)
         channels, conditioning = self.shape[0], config.past * (action_dim + 1)
         self.unet = DenoisingUNet(channels, config.past * channels, conditioning, tuple(self.shape[1:]), config.depth)
 
@@ -264,14 +264,13 @@ class Diamond(nn.Module):
         noise = pictures.new_zeros(len(pictures), *self.shape)
         if not sampling.mode:
             noise = sampling.temperature * torch.randn(noise.shape, generator=sampling.generator, device=noise.device)
-        levels = self.path.grid(sampling.steps or self.config.steps).to(noise)
         network = self._network(pictures, actions, age)
 
         def denoise(x: Tensor, level: Tensor) -> Tensor:
-            expected = self.path.denoised(network, x, self._with_offset(level))
+            expected = self.edm.denoised(network, x, self._with_offset(level))
             return ((expected.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
-        return (SAMPLERS["euler"](denoise, self.path.start(noise, levels[0]), levels) + 1) / 2
+        return (self.edm.sample(denoise, noise, sampling.steps or self.config.steps) + 1) / 2
 
     # Losses ---------------------------------------------------------------------------------------------------------------
 
@@ -293,12 +292,12 @@ class Diamond(nn.Module):
         value = z.new_zeros(later.shape)
         if len(chosen):
             data = 2 * latent_to_picture(z[row, step], self.shape) - 1
-            level = self.path.training_levels(low_discrepancy(len(data), generator, z.device)).clamp(*LEVELS)
+            level = self.edm.training_levels(low_discrepancy(len(data), generator, z.device)).clamp(*LEVELS)
             noise = torch.randn(data.shape, generator=generator, device=z.device) * level.view(-1, 1, 1, 1)
             offset = torch.randn(*data.shape[:2], 1, 1, generator=generator, device=z.device) * self.config.offset
             whole = self._with_offset(level)
             network = self._network(*(x[row, step] for x in given))
-            error = self.path.loss(network, data, (noise + offset) / whole.view(-1, 1, 1, 1), whole) / self.latent.size
+            error = self.edm.loss(network, data, (noise + offset) / whole.view(-1, 1, 1, 1), whole) / self.latent.size
             value = value.index_put((row, step), error * (int(later.sum()) / len(chosen)))
         return {"denoise": Loss(value, "score", later)}
 

@@ -109,9 +109,9 @@ def default_distribution(dynamics: Frozen) -> Frozen:
     return DEFAULT_DISTRIBUTIONS[build("latent", dynamics.latent).family.kind].replace(units=dynamics.units)
 
 
-def build_encoder(encoder: Frozen, dynamics: Frozen, obs: ObsSpec) -> nn.Module:
-    """The encoder that a config names, or the one that its dynamics has in its place."""
-    own = getattr(part("dynamics", dynamics.kind), "Encoder", None)
+def build_encoder(encoder: Frozen, dynamics_kind: str, obs: ObsSpec) -> nn.Module:
+    """The encoder of a config, or the one that its dynamics has in its place."""
+    own = getattr(part("dynamics", dynamics_kind), "Encoder", None)
     return own(encoder, obs) if own else build("encoder", encoder, obs)
 
 
@@ -129,7 +129,7 @@ class WorldModel(nn.Module):
         self.config, self.obs, self.action = config, obs, action
         own = default_distribution(config.dynamics)
         self.scaling = VectorScaling(config.vector_scaling, obs)
-        self.encoder = build_encoder(config.encoder, config.dynamics, obs)
+        self.encoder = build_encoder(config.encoder, config.dynamics.kind, obs)
         interface = EncoderInterface({name: key.shape for name, key in obs.keys.items()}, self.encoder.out_features, self._embed)
         self.dynamics = build("dynamics", config.dynamics, interface, action.dim, config.transition or own, config.initial or own)
         self.feature_dim = self.dynamics.feature_dim

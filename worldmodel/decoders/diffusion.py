@@ -6,6 +6,7 @@ A mean of many possible pictures is blurred where they differ; these decoders dr
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -24,7 +25,7 @@ from worldmodel.distributions import (
     GaussianLatentConfig,
     Posterior,
 )
-from worldmodel.nn.diffusion import EDM, SAMPLERS, SIGMA_DATA, Network
+from worldmodel.nn.diffusion import EDM, SIGMA_DATA, Network
 from worldmodel.nn.moments import RunningMoments
 from worldmodel.nn.networks import ConvEncoder, DenoisingMLP, SkipMLP, linear
 from worldmodel.nn.unet import DenoisingUNet
@@ -61,7 +62,7 @@ class DiffusionDecoder(Decoder):
     def __init__(self, config: DiffusionDecoderConfig, spec: ObsSpec, feature_dim: int, latent_dim: int):
         super().__init__(config, spec, feature_dim, latent_dim)
         self.pixelwise_noise = []  # what is drawn here are pictures
-        self.path = EDM(config.log_sigma_mean, config.log_sigma_std, config.sigma_min, config.sigma_max)
+        self.edm = EDM(config.log_sigma_mean, config.log_sigma_std, config.sigma_min, config.sigma_max)
         shapes = [spec.keys[name].shape for name in self.images]
         self.unets = nn.ModuleList(DenoisingUNet(s[0], s[0], self.in_features, tuple(s[1:]), config.refine_depth) for s in shapes)
         for i in range(len(self.images)):
@@ -86,7 +87,7 @@ class DiffusionDecoder(Decoder):
                 getattr(self, f"differences{i}").update(difference.square().flatten(1).mean(1))
             data = difference / self._unit(i)
             network = self._network(i, mean[rows], condition[rows])
-            error = self.path.training_loss(network, data, generator) / data[0].numel()
+            error = self.edm.training_loss(network, data, generator) / data[0].numel()
             total = total.index_add(0, rows, error * (len(condition) / len(rows)))  # the mean over all rows is that of these
         return terms | {"denoise": Loss(total, "score")}
 
@@ -124,9 +125,7 @@ class DiffusionDecoder(Decoder):
         noise = torch.zeros_like(like)
         if not sampling.mode:
             noise = sampling.temperature * torch.randn(like.shape, generator=sampling.generator, device=like.device)
-        levels = self.path.grid(sampling.steps or self.config.steps).to(noise)
-        denoise = lambda x, level: self.path.denoised(network, x, level)  # noqa: E731
-        return SAMPLERS[self.config.sampler](denoise, self.path.start(noise, levels[0]), levels)
+        return self.edm.sample(partial(self.edm.denoised, network), noise, sampling.steps or self.config.steps, self.config.sampler)
 
 
 class LatentDiffusionDecoderConfig(DecoderConfig):
@@ -159,8 +158,7 @@ class LatentDiffusionDecoder(nn.Module):
         self.perceptron = SkipMLP(width, config.units, config.layers, config.units) if width else None
         embedded = sum(c.out_features for c in self.convolutions) + (config.units if width else 0)
         self.posterior = linear(embedded, self.latent.parameters)
-        own = {name: getattr(config, name) for name in DecoderConfig.model_fields if name not in ("kind", "reads")}
-        self.autodecoder = Decoder(DecoderConfig(**own), spec, config.size, config.size)
+        self.autodecoder = Decoder(config, spec, config.size, config.size)
         self.standard = Gaussian(GaussianConfig(standard=True), self.latent, 0)
         self.prior = Diffusion(config.prior, self.latent, self.in_features)
 

@@ -17,7 +17,6 @@ from worldmodel.distributions.latent import Latent, Posterior
 from worldmodel.distributions.whitening import Whitened
 from worldmodel.nn.diffusion import (
     EDM,
-    SAMPLERS,
     SIGMA_DATA,
     Denoiser,
     fixed_samples,
@@ -95,12 +94,10 @@ class Diffusion(Whitened):
         if sampling.mode and count > 1:  # not computed side by side, where rows are rounded differently
             return self.sample(context, 1, sampling).repeat_interleave(count, 0)
         shape = (count, *((1,) if context is None else context.shape[:-1]), self.latent.size)
-        noise = self.noise(shape, sampling)
-        sigmas = self.edm.grid(sampling.steps or self.config.steps).to(noise)
-        start = self.edm.start(noise, sigmas[0]).reshape(-1, self.latent.size)
+        noise = self.noise(shape, sampling).reshape(-1, self.latent.size)
         context = None if context is None else context.expand(count, *context.shape).flatten(0, -2)
         mean, unit = self._units(context)
-        x = SAMPLERS[self.config.sampler](self._denoiser(context), start, sigmas)
+        x = self.edm.sample(self._denoiser(context), noise, sampling.steps or self.config.steps, self.config.sampler)
         return (x * unit + mean).view(shape)
 
     def loss(

@@ -77,6 +77,11 @@ class EDM:
         sigma = self.training_levels(low_discrepancy(len(x), generator, x.device))
         return self.loss(network, x, torch.randn(x.shape, generator=generator, device=x.device), sigma)
 
+    def sample(self, denoise: Denoiser, noise: Float[Tensor, "N ..."], steps: int, sampler: str = "euler") -> Tensor:
+        """Data from noise of N(0, I), in some steps of a sampler (a key of SAMPLERS)."""
+        sigmas = self.grid(steps).to(noise)
+        return SAMPLERS[sampler](denoise, self.start(noise, sigmas[0]), sigmas)
+
 
 def noisy_std(sigma: Tensor) -> Tensor:
     """Deviation of noisy data."""

@@ -72,7 +72,7 @@ class BeliefPolicy(BasePolicy):
         own = State({name: belief[name] for name in self.world.initial(0)})  # without the controller's memory
         state = self.world.observe(own, tensors(rows, self.world.device), belief["prev_action"], first, sampling)
         start = self.controller.memory(self.world, len(is_first))
-        memory = State({name: torch.where(_broadcast_mask(first, x), x, belief[name]) for name, x in start.items()})
+        memory = State({k: torch.where(first.view(-1, *[1] * (x.ndim - 1)), x, belief[k]) for k, x in start.items()})
         action, memory = self.controller.act(self.world, state, memory, deterministic, self.generator, rows)
         action = self.world.action.project(action)
         return action.cpu().numpy(), State({**state, **memory, "prev_action": action})
@@ -84,10 +84,13 @@ class BeliefPolicy(BasePolicy):
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """SB3's predict: `state` is the belief as a tuple of arrays; None, or `episode_start`, forgets the past.
+        """SB3's recurrent predict: (actions, belief as a tuple of arrays).
 
-        deterministic: the belief's mode and the policy's mode. Without `state` every call is an episode's first.
-        observation: lists and other kinds of numbers are taken as the space's own, where it can represent them.
+        observation    with or without a batch axis; lists and other number types are cast where the space can represent them
+        state          the belief that the last call returned; None: an episode's first step
+        episode_start  where the belief begins anew
+        deterministic  the posterior's mode and the policy's mode
+
         EnvError for an observation that training would refuse: not finite, of another shape, of no category.
         """
         observation, vectorized = self.batched(observation)
@@ -149,8 +152,3 @@ def _as_declared(x: Any, key: KeySpec) -> np.ndarray:
     x = np.asarray(x)
     declared = cast(x, key.raw_dtype) if x.dtype.kind in "biuf" else None
     return x if declared is None else declared
-
-
-def _broadcast_mask(mask: Tensor, like: Tensor) -> Tensor:
-    """A mask [B] that broadcasts over tensors [B, ...]."""
-    return mask.view(-1, *[1] * (like.ndim - 1))

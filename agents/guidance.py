@@ -36,7 +36,7 @@ class ReplayPosition:
     @classmethod
     def parse(cls, text: str) -> ReplayPosition:
         if not re.fullmatch(r"\d+:\d+", text):
-            raise ConfigError(f"'{text}' names no moment; expected EPISODE:STEP of the run's replay, such as 0:12.")
+            raise ConfigError(f"'{text}' names no row; expected EPISODE:STEP of the run's replay, such as 0:12.")
         return cls(*map(int, text.split(":")))
 
 
@@ -62,7 +62,7 @@ def state_at(world: WorldModel, replay: Replay, position: ReplayPosition) -> Sta
 
 @dataclass(frozen=True)
 class Guidance:
-    """The score that guided initial states shall have much of.
+    """A score that initial states are tilted by: p(s) is multiplied by exp(strength * score).
 
     toward    reward: expected on arriving there; value: the agent's estimate; goal: minus the squared distance of latents
     strength  what the score is multiplied by, in nats per unit of it; of rewards and values, per unit of the rewards' own size

@@ -62,7 +62,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
     config  dotted overrides, e.g. {"train.ratio": 1.0} or ["model=vae"]
     stats_window_size  episodes over which returns, lengths and success are averaged in the log
     seed    of environments, weights and draws; None: drawn from numpy's global state, as SB3's set_random_seed leaves it
-    trust   files that options name may be opened although that can run code (agent.path of agent=sb3); they are refused else
+    trust   opens files that options name although that can run code (agent.path of agent=sb3); they are refused otherwise
     """
 
     kind: ClassVar[str]
@@ -202,9 +202,10 @@ class WorldModelAlgorithm(SavedAlgorithm):
     ) -> WorldModelAlgorithm:
         """Collect `total_timesteps` real steps and learn from them; SB3's signature.
 
-        `log_interval`: episodes between log lines, of which there is one at the end too, unless a callback stops it, and at least
-        one in LOG_STEPS steps.
-        Whatever ends it early, an exception anywhere included, the next `learn` begins new episodes, and open ones are cut.
+        log_interval  episodes between log entries; there is one at least every LOG_STEPS steps, and one at the end unless a
+                      callback stops the training
+
+        After an exception anywhere in it the next `learn` begins new episodes, and open ones end as by truncation.
         """
         if self.env is None:
             raise ConfigError(f"{type(self).__name__} has no environment to learn in. Call set_env(env) first.")
@@ -341,13 +342,13 @@ class WorldModelAlgorithm(SavedAlgorithm):
                 f"{self._location(env)}: the reward is {rewards[env]}. A finite number was expected; the step was not stored."
             )
         new_rows = self._rows(new_obs)
-        arrived, terminal = rows_before_reset(new_rows, dones, infos, self._rows, self._previous_row)
-        lost = restarted(infos)
-        self.replay.truncate_open_episodes(np.flatnonzero(lost).tolist())
-        if not lost.all():
-            here = np.flatnonzero(~lost)
-            arrived = {name: x[here] for name, x in arrived.items()}
-            self._store(arrived, action[here], rewards[here], np.zeros(len(here), bool), dones[here], terminal[here], here)
+        rows, terminal = rows_before_reset(new_rows, dones, infos, self._rows, self._previous_row)
+        failed = restarted(infos)
+        self.replay.truncate_open_episodes(np.flatnonzero(failed).tolist())
+        if not failed.all():
+            kept = np.flatnonzero(~failed)
+            rows = {name: x[kept] for name, x in rows.items()}
+            self._store(rows, action[kept], rewards[kept], np.zeros(len(kept), bool), dones[kept], terminal[kept], kept)
         if dones.any():
             ended = np.flatnonzero(dones)
             self._store_first({name: x[ended] for name, x in new_rows.items()}, ended)
@@ -358,7 +359,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
             self._warned_no_last_obs = True
             _log.warning(
                 "%s: an episode ended without 'terminal_observation' in its info, so that its last observation is unknown; the one "
-                "before stands in for it, here and wherever it is missing. SB3's VecEnvs tell it; a wrapper must keep it.",
+                "before stands in for it, here and wherever it is missing. SB3's VecEnvs give it; a wrapper must keep it.",
                 self._location(env),
             )
         held = self.replay.lengths[env]
@@ -403,10 +404,9 @@ class WorldModelAlgorithm(SavedAlgorithm):
 
     def run_updates(self) -> bool:
         """The pending updates: those of `train.pretrain`, then those that are due. False where `should_continue` ended them."""
-        while self._is_pretraining or self._updates_due >= 1:
+        while (pretraining := self._is_pretraining) or self._updates_due >= 1:
             if not self.should_continue():
                 return False
-            pretraining = self._is_pretraining
             self._updates_due -= 0 if pretraining else 1
             self.update(improve=not pretraining)
         return True

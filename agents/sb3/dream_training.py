@@ -202,9 +202,7 @@ def train_in_dream(
     overrides        alternating: dotted options of the recipe
     env              where the result is measured (default: the environment of the run or recipe)
     callback         finished run: an SB3 callback for learn(). An EvalCallback needs LatentVecEnv(make_vec(run.config.env), run)
-    episodes         of the measurement at the end; 0: none
-
-    Raises ConfigError.
+    episodes         of the measurement at the end; 0: none. Raises ConfigError.
     """
     require_whole("train_in_dream: ", total_timesteps=total_timesteps, rounds=rounds, episodes=episodes + 1)
     options = {"horizon": horizon, "start": start, "observation": observation}

@@ -22,6 +22,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.save_util import recursive_getattr
 from stable_baselines3.common.vec_env import VecMonitor
 from torch import Tensor
 
@@ -264,13 +265,13 @@ class SB3Agent(WorldModelAlgorithm):
         if self.is_fixed:
             return super().optimizers_by_name
         names, _ = self.algorithm._get_torch_save_params()
-        own = {name: _get_by_path(self.algorithm, name) for name in names if name != "policy"}
+        own = {name: recursive_getattr(self.algorithm, name) for name in names if name != "policy"}
         return {**super().optimizers_by_name, **{name: x for name, x in own.items() if isinstance(x, torch.optim.Optimizer)}}
 
     @property
     def _variables(self) -> dict[str, Tensor]:
         """Tensors that the algorithm learns besides its networks, such as SAC's entropy coefficient."""
-        return {name: _get_by_path(self.algorithm, name) for name in self.algorithm._get_torch_save_params()[1]}
+        return {name: recursive_getattr(self.algorithm, name) for name in self.algorithm._get_torch_save_params()[1]}
 
     def content(self) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]:
         arrays, state = super().content()
@@ -320,9 +321,3 @@ def _fixed_progress(algorithm: BaseAlgorithm, remaining: float) -> Iterator[None
         yield
     finally:
         del algorithm._update_current_progress_remaining
-
-
-def _get_by_path(root: Any, dotted: str) -> Any:
-    for name in dotted.split("."):
-        root = getattr(root, name)
-    return root

@@ -134,7 +134,13 @@ class DreamPolicy:
         arrays, state, _ = checkpoint.unpack(folder / WORLD)
         specs = ObsSpec.from_json(state["observation_spec"]), ActionSpec.from_json(state["action_spec"])
         world = WorldModel.from_arrays(ModelConfig.parse_saved(state["model"]), *specs, arrays["world"])
-        algorithm = algorithm or _class_called(state["algorithm"])
+        if algorithm is None:
+            names = {attribute: name for name, (_, attribute) in ALGORITHMS.items()}
+            if state["algorithm"] not in names:
+                raise ConfigError(
+                    f"'{state['algorithm']}' is no algorithm of SB3. Pass its class: DreamPolicy.load(..., algorithm=CLASS)."
+                )
+            algorithm = algorithm_class(names[state["algorithm"]])
         loaded = open_algorithm(algorithm, folder / POLICY, trust=trust, device=device)
         controller = SB3Controller(loaded, state["sees"], state["noise"])
         policy = cls(world.to(device), controller, EnvConfig.parse(state["env"]), seed=state["seed"])
@@ -143,13 +149,6 @@ class DreamPolicy:
 
     def __repr__(self) -> str:
         return f"DreamPolicy({type(self.algorithm).__name__}, {self.env.id}, {self.result})"
-
-
-def _class_called(name: str) -> type[BaseAlgorithm]:
-    known = [key for key, (_, attribute) in ALGORITHMS.items() if attribute == name]
-    if not known:
-        raise ConfigError(f"'{name}' is no algorithm that is known here. Pass its class: DreamPolicy.load(..., algorithm=CLASS).")
-    return algorithm_class(known[0])
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,7 @@ class _Training:
     options: dict[str, Any]
     seed: int
     device: str
-    algo_kwargs: dict[str, Any]
+    algo_kwargs: Mapping[str, Any]
 
 
 def train_in_dream(
@@ -204,15 +203,14 @@ def train_in_dream(
     overrides        alternating: dotted options of the recipe
     env              where the result is measured (default: the environment of the run or recipe)
     callback         finished run: an SB3 callback for learn(). An EvalCallback needs LatentVecEnv(make_vec(run.config.env), run)
-    episodes         of the measurement at the end; 0: none
-
-    Raises ConfigError.
+    episodes         of the measurement at the end; 0: none. Raises ConfigError.
     """
     require_whole("train_in_dream: ", total_timesteps=total_timesteps, rounds=rounds, episodes=episodes + 1)
-    penalties = {"uncertainty_penalty": uncertainty_penalty, "max_uncertainty": max_uncertainty}
-    options = {"horizon": horizon, "start": start, "observation": observation, **penalties}
-    training = _Training(_algorithm(algo), total_timesteps, worlds, options, seed, device, dict(algo_kwargs or {}))
-    run, env = _run(world), EnvConfig(id=env) if isinstance(env, str) else env
+    options = {"horizon": horizon, "start": start, "observation": observation}
+    options |= {"uncertainty_penalty": uncertainty_penalty, "max_uncertainty": max_uncertainty}
+    training = _Training(_algorithm(algo), total_timesteps, worlds, options, seed, device, algo_kwargs or {})
+    env = EnvConfig(id=env) if isinstance(env, str) else env
+    run = world if isinstance(world, Run) else Run.open(world) if (Path(world) / CONFIG).is_file() else None
     if run is not None:
         if rounds != 1 or steps is not None or overrides:
             raise ConfigError(
@@ -292,19 +290,8 @@ def _algorithm(algo: Any) -> type[BaseAlgorithm]:
     return algo
 
 
-def _run(world: Any) -> Run | None:
-    """The finished run that `world` is or names; None for a recipe or the id of an environment."""
-    if isinstance(world, Run):
-        return world
-    if not isinstance(world, str | Path):
-        raise ConfigError(f"train_in_dream: world is a {type(world).__name__}; expected a Run, a run folder or a recipe.")
-    return Run.open(world) if (Path(world) / CONFIG).is_file() else None
-
-
 def _require_fit(env: EnvConfig, obs: ObsSpec, action: ActionSpec) -> None:
     """ConfigError where the environment in which the policy is to act has other spaces than the world."""
-    if not isinstance(env, EnvConfig):
-        raise ConfigError(f"train_in_dream: env is a {type(env).__name__}; expected an EnvConfig or the id of an environment.")
     known = SimpleNamespace(obs_spec=obs, action_spec=action)
     venv = as_trained(known, make_vec(env, 1))
     try:

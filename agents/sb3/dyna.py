@@ -118,11 +118,9 @@ class DynaCallback(ObservingCallback):
 
     def _make_learner(self) -> RandomAgent:
         """The world model that is trained along, with its replay."""
-        env = self.training_env
-        config = self.config
+        env, config = self.training_env, self.config
         if not isinstance(config, Config):
-            agent = {"agent": "random"}
-            overrides = {**config, **agent} if isinstance(config, Mapping) else [*(config or []), "agent=random"]
+            overrides = {**config, "agent": "random"} if isinstance(config, Mapping) else [*(config or []), "agent=random"]
             config = Config.from_recipe(self.recipe, overrides, env_id=id_of(env) or "custom")
         specs = ObsSpec.from_space(env.observation_space, config.env.layout), ActionSpec.from_space(env.action_space)
         return RandomAgent.from_specs("MlpPolicy", *specs, num_envs=env.num_envs, config=config, seed=self.seed)
@@ -161,6 +159,7 @@ class DynaCallback(ObservingCallback):
 
     def _imagined(self, starts: int) -> ImaginedWorld:
         """At least so many worlds, the same object each time: starts are reused until the model has made REFILTER_EVERY updates."""
+        updates = 0 if self.agent is None else self.agent.learner.updates
         if self._worlds is None or self._worlds.num_envs < starts:
             self._worlds = ImaginedWorld(
                 self.world,
@@ -172,14 +171,11 @@ class DynaCallback(ObservingCallback):
                 max_uncertainty=self.max_uncertainty,
                 plain=True,
             )
-            self._filtered_at = self._updates()
-        elif self._updates() >= self._filtered_at + REFILTER_EVERY:
+            self._filtered_at = updates
+        elif updates >= self._filtered_at + REFILTER_EVERY:
             self._worlds.seed(None)
-            self._filtered_at = self._updates()
+            self._filtered_at = updates
         return self._worlds
-
-    def _updates(self) -> int:
-        return 0 if self.agent is None else self.agent.learner.updates
 
     def _for_algorithm(self, obs: Any) -> Any:
         """As the algorithm observes it: with transposed images."""
@@ -188,8 +184,7 @@ class DynaCallback(ObservingCallback):
     def _add(self, steps: list[tuple[Any, Any, np.ndarray, np.ndarray, np.ndarray]]) -> None:
         """Into the buffer, as many transitions at a time as it has environments; the remainder waits for the next call."""
         buffer, envs = self.model.replay_buffer, self.training_env.num_envs
-        transitions = [tuple(part(x, i) for x in step) for step in steps for i in range(len(step[3]))]
-        transitions = self._leftover + transitions
+        transitions = self._leftover + [tuple(part(x, i) for x in step) for step in steps for i in range(len(step[3]))]
         for at in range(0, len(transitions) - envs + 1, envs):
             obs, next_obs, action, reward, done = (stack(column) for column in zip(*transitions[at : at + envs]))
             if self.world.action.kind == "continuous":

@@ -62,25 +62,21 @@ def learn(agent: WorldModelAlgorithm, steps: int, callback: BaseCallback, say: C
     With the first step also `train.pretrain` updates of the world model alone are due.
     """
     agent.start_time, agent._num_timesteps_at_start = time.time_ns(), agent.num_timesteps
+    line_every = max(1, steps // (10 * LOG_STEPS)) * LOG_STEPS  # about ten lines per run
     callback.init_callback(agent)
     callback.on_training_start(locals(), globals())
     goes_on = True
     while goes_on and agent.num_timesteps < steps:
         agent.num_timesteps += 1
         agent.update_for_steps(1)
-        goes_on = callback.on_step()
-        if agent.num_timesteps % LOG_STEPS == 0 or agent.num_timesteps == steps or not goes_on:
-            _log(agent, steps, say)
+        goes_on, step = callback.on_step(), agent.num_timesteps
+        if step % line_every == 0 or step == steps:
+            logged = agent.logger.name_to_value
+            losses = "  ".join(f"{short} {logged[name]:.3g}" for name, short in SHOWN_LOSSES.items() if name in logged)
+            say(f"step {step}/{steps}  {agent.learner.updates} updates  {losses}")
+        if step % LOG_STEPS == 0 or step == steps or not goes_on:
+            agent.dump_logs()
     callback.on_training_end()
-
-
-def _log(agent: WorldModelAlgorithm, steps: int, say: Callable[[str], object]) -> None:
-    """TensorBoard's entries, and about ten lines per run."""
-    logged, every = agent.logger.name_to_value, max(1, steps // (10 * LOG_STEPS)) * LOG_STEPS
-    if agent.num_timesteps % every == 0 or agent.num_timesteps == steps:
-        losses = "  ".join(f"{short} {logged[name]:.3g}" for name, short in SHOWN_LOSSES.items() if name in logged)
-        say(f"step {agent.num_timesteps}/{steps}  {agent.learner.updates} updates  {losses}")
-    agent.dump_logs()
 
 
 def _of_specs(

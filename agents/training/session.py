@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from stable_baselines3.common.callbacks import CallbackList
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import Logger
 
 from worldmodel import config as configs
@@ -197,8 +197,11 @@ def _train_run(session: Session, run: Run, agent: WorldModelAlgorithm, progress:
     outputs = [Scalars(run.path, agent.num_timesteps, session.warn)] if config.log.tensorboard else []
     agent.set_logger(Logger(str(run.path), outputs))
     run_callback.init_callback(agent)
-    held_out_callback = _held_out_callback(config, run_callback)
-    callback = run_callback if held_out_callback is None else CallbackList([run_callback, held_out_callback])
+    callbacks: list[BaseCallback] = [run_callback]
+    if config.log.tensorboard and config.log.pictures and not config.train.data:
+        should_abort = partial(run_callback.asked, "looking at held-out episodes")
+        callbacks.append(HeldOutCallback(config.log.pictures, episodes=config.log.held_out, should_abort=should_abort))
+    callback = CallbackList(callbacks)
     try:
         run_callback.save(fenced=config.checkpoint.fence and agent.num_timesteps == 0)
         run_callback.run_updates()
@@ -220,23 +223,9 @@ def _train_run(session: Session, run: Run, agent: WorldModelAlgorithm, progress:
     finally:
         report.close()
         agent.logger.close()
-    raise _interrupted(session, run, agent)
-
-
-def _held_out_callback(config: Config, run_callback: RunCallback) -> HeldOutCallback | None:
-    """None where no TensorBoard files are written, or there is no environment to play in."""
-    if not (config.log.tensorboard and config.log.pictures) or config.train.data:
-        return None
-    return HeldOutCallback(
-        config.log.pictures, episodes=config.log.held_out, should_abort=partial(run_callback.asked, "looking at held-out episodes")
-    )
-
-
-def _interrupted(session: Session, run: Run, agent: WorldModelAlgorithm) -> Interrupted:
-    name = signal.Signals(session.signals.received).name
-    command = run.resume_command(session.device, session.trust)
+    name, command = signal.Signals(session.signals.received).name, run.resume_command(session.device, session.trust)
     text = f"{name}: stopped at {standing(agent)}, saved in {run.path}. Go on with:\n  {command}"
-    return Interrupted(session.signals.received, text)
+    raise Interrupted(session.signals.received, text)
 
 
 def _final_result(run: Run, agent: WorldModelAlgorithm, run_callback: RunCallback, seed: int) -> TrainResult:

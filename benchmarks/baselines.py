@@ -1,9 +1,9 @@
 """Model-free baselines under the same protocol as our own runs; `control.py` calls them.
 
-Hyperparameters are those that rl-baselines3-zoo publishes for the environment, SB3's defaults where it publishes none.
-For DQN on Catch they are what solved it soonest. Where one observation does not tell the state, the baseline sees stacked
-frames, since our side remembers. `updates_per_step` replaces the ratio of gradient updates to real steps and nothing else, except
-that learning starts no later than in the recipe that it is compared with.
+Hyperparameters are those that rl-baselines3-zoo publishes for the environment, SB3's defaults where it publishes none; for DQN on
+Catch, those that solved it soonest. Where one observation does not tell the state, the baseline sees stacked frames, since our side
+has memory. `updates_per_step` replaces the ratio of gradient updates to real steps; learning then starts no later than in the
+recipe that it is compared with.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -112,12 +113,15 @@ class Random:
 
 
 class Protocol(BaseCallback):
-    """Evaluates, confirms and stops exactly as `worldmodel.train` does; the time of it is kept apart."""
+    """Evaluates, confirms and stops exactly as `worldmodel.train` does; the time of it is kept apart.
 
-    def __init__(self, config: Config, max_steps: int, max_seconds: float):
+    acting  model -> what plays the evaluation episodes
+    """
+
+    def __init__(self, config: Config, max_steps: int, max_seconds: float, acting: Callable[[Any], Any] = lambda model: model):
         super().__init__()
-        self.config, self.goal = config, threshold(config.eval, config.env.id)
-        self.max_steps, self.max_seconds = max_steps, max_seconds
+        self.config, self.threshold = config, threshold(config.eval, config.env.id)
+        self.max_steps, self.max_seconds, self.acting = max_steps, max_seconds, acting
         self.evaluations: list[dict[str, Any]] = []
         self.eval_seconds, self.evaluated, self.solved_at, self.stopped = 0.0, 0, None, None
 
@@ -137,8 +141,8 @@ class Protocol(BaseCallback):
     def _evaluate(self, step: int) -> None:
         returns = self.measure(EVALUATION_SEED)
         mean = float(np.mean(returns))
-        if self.goal is not None and mean >= self.goal and self.solved_at is None:
-            self.solved_at = step if float(np.mean(self.measure(CONFIRMATION_SEED))) >= self.goal else None
+        if self.threshold is not None and mean >= self.threshold and self.solved_at is None:
+            self.solved_at = step if float(np.mean(self.measure(CONFIRMATION_SEED))) >= self.threshold else None
         self.evaluated = step
         row = {"real_steps": step, "mean_return": mean, "std_return": float(np.std(returns)), "episodes": len(returns)}
         self.evaluations.append(row)
@@ -147,16 +151,34 @@ class Protocol(BaseCallback):
         """Returns of greedy episodes with environment seeds from `seed` on."""
         since = time.perf_counter()
         try:
-            return evaluate(self.model, self.config.env, self.config.eval.episodes, seed)[0]
+            return evaluate(self.acting(self.model), self.config.env, self.config.eval.episodes, seed)[0]
         finally:
             self.eval_seconds += time.perf_counter() - since
 
+    def learn(self, model: Any, steps: int, callbacks: Sequence[BaseCallback] = ()) -> dict[str, Any]:
+        """Trains under this protocol; gives the keys of `worldmodel train --json`, and `stopped`: "time" where that ended it."""
+        since = time.perf_counter()
+        model.learn(steps, callback=[*callbacks, self])
+        seconds = time.perf_counter() - since - self.eval_seconds
+        return {
+            "real_steps": model.num_timesteps,
+            "updates": updates_of(model),
+            "wall_seconds": seconds,
+            "parameters": sum(p.numel() for name, p in model.policy.named_parameters() if p.requires_grad and "target" not in name),
+            "threshold": self.threshold,
+            "solved_at": self.solved_at,
+            "final_return": float(np.mean(self.measure(FINAL_SEED))),
+            "eval_seconds": self.eval_seconds,
+            "evaluations": self.evaluations,
+            "stopped": self.stopped,
+        }
+
 
 class Stacked:
-    """A policy of stacked frames that stacks them by itself: what `evaluate` takes, whose environments give single ones."""
+    """A policy of stacked frames of `space` that stacks by itself what `see` makes of the environment's single ones."""
 
-    def __init__(self, model: Any, space: spaces.Box, see: Callable[[np.ndarray], np.ndarray], frames: int):
-        self.model, self.space, self.see, self.frames = model, space, see, frames
+    def __init__(self, model: Any, space: spaces.Box, frames: int, see: Callable[[np.ndarray], np.ndarray] = np.asarray):
+        self.model, self.space, self.frames, self.see = model, space, frames, see
 
     def predict(self, obs: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False) -> tuple:
         """SB3's; the state is the stack."""
@@ -169,23 +191,8 @@ class Stacked:
         return self.model.predict(stack, deterministic=deterministic)[0], state
 
 
-class StackedProtocol(Protocol):
-    """The protocol, on a policy that wants stacked frames of `space`, which `see` makes of the environment's."""
-
-    def __init__(self, *args: Any, space: spaces.Box, frames: int, see: Callable[[np.ndarray], np.ndarray] = np.asarray):
-        super().__init__(*args)
-        self.seen = {"space": space, "frames": frames, "see": see}
-
-    def measure(self, seed: int) -> list[float]:
-        since = time.perf_counter()
-        try:
-            return evaluate(Stacked(self.model, **self.seen), self.config.env, self.config.eval.episodes, seed)[0]
-        finally:
-            self.eval_seconds += time.perf_counter() - since
-
-
 def run_random(config: Config, seed: int) -> dict[str, Any]:
-    """Uniform actions: nothing is trained, and the final return is all there is."""
+    """Uniform actions: only the final return is measured."""
     env = make_env(config.env)
     try:
         agent = Random(env.action_space, seed)
@@ -193,8 +200,8 @@ def run_random(config: Config, seed: int) -> dict[str, Any]:
     finally:
         env.close()
     counts = {"real_steps": 0, "updates": 0, "wall_seconds": 0.0, "eval_seconds": 0.0, "parameters": 0}
-    goal = threshold(config.eval, config.env.id)
-    return {**counts, "threshold": goal, "solved_at": None, "final_return": final, "evaluations": [], "stopped": None}
+    counts |= {"threshold": threshold(config.eval, config.env.id), "solved_at": None}
+    return {**counts, "final_return": final, "evaluations": [], "stopped": None}
 
 
 def run(
@@ -207,51 +214,34 @@ def run(
     callbacks: Sequence[BaseCallback] = (),
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """One baseline run; the keys are those of `worldmodel train --json`, and `stopped`: "time" where that ended it.
+    """The result of one baseline run, as `Protocol.learn` gives it.
 
-    callbacks   asked before the protocol's own
+    callbacks   called before the protocol
     options     of the algorithm, over those of the baseline
     """
     if name == "random":
         return run_random(config, seed)
     baseline = BASELINES[config.env.id, name]
-    given, options = options or {}, dict(baseline.options)
+    matched: dict[str, Any] = {}
     if updates_per_step is not None:
         ratio = Fraction(updates_per_step).limit_denominator(64)
-        options |= {"train_freq": ratio.denominator, "gradient_steps": ratio.numerator}
-        options["learning_starts"] = min(options.get("learning_starts", 100), config.train.prefill)
-    options |= given
-    venv = make_vec(config.env, baseline.num_envs, seed)
-    limits = config, min(baseline.steps, max_steps or baseline.steps), max_seconds
+        matched = {"train_freq": ratio.denominator, "gradient_steps": ratio.numerator}
+        matched["learning_starts"] = min(baseline.options.get("learning_starts", 100), config.train.prefill)
+    venv, acting = make_vec(config.env, baseline.num_envs, seed), lambda model: model
     if baseline.frames > 1:
-        protocol: Protocol = StackedProtocol(*limits, space=venv.observation_space, frames=baseline.frames)
+        acting = partial(Stacked, space=venv.observation_space, frames=baseline.frames)
         venv = VecFrameStack(venv, baseline.frames)
-    else:
-        protocol = Protocol(*limits)
+    protocol = Protocol(config, min(baseline.steps, max_steps or baseline.steps), max_seconds, acting)
+    given = {**baseline.options, **matched, **(options or {})}
     try:
-        model = baseline.algorithm(baseline.policy, venv, seed=seed, device="cpu", **options)
-        since = time.perf_counter()
-        model.learn(baseline.steps, callback=[*callbacks, protocol])
-        wall = time.perf_counter() - since - protocol.eval_seconds
-        final = float(np.mean(protocol.measure(FINAL_SEED)))
+        model = baseline.algorithm(baseline.policy, venv, seed=seed, device="cpu", **given)
+        return protocol.learn(model, baseline.steps, callbacks)
     finally:
         venv.close()
-    return {
-        "real_steps": model.num_timesteps,
-        "updates": updates_of(model),
-        "wall_seconds": wall,
-        "eval_seconds": protocol.eval_seconds,
-        "parameters": sum(p.numel() for name, p in model.policy.named_parameters() if p.requires_grad and "target" not in name),
-        "threshold": protocol.goal,
-        "solved_at": protocol.solved_at,
-        "final_return": final,
-        "evaluations": protocol.evaluations,
-        "stopped": protocol.stopped,
-    }
 
 
 def updates_of(model: Any) -> int:
-    """Gradient updates so far: SB3 counts epochs for PPO and RecurrentPPO, updates elsewhere."""
+    """Gradient updates so far; SB3 counts epochs for PPO and RecurrentPPO."""
     if hasattr(model, "n_epochs"):
         return model._n_updates * -(-model.n_steps * model.n_envs // model.batch_size)
     return model._n_updates

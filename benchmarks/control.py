@@ -16,20 +16,19 @@ below is the name of a recipe.
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import re
 import signal
 import statistics
-import sys
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from rows import Load, Rows, marked, median, number, options, say, spread, table
+from rows import Key, Load, Row, Rows, call, label, marked, options, say, script, table, words
+from rows import grouped as grouped_by
+from tables import median, number, solved, spread
 
 from worldmodel.config import Config, list_recipes
 from worldmodel.errors import ConfigError
@@ -42,7 +41,7 @@ class Task:
     """A recipe, what is changed in it, and the baselines on its environment that are not measured for another task.
 
     matched   gradient updates of the policy per real step, where they are not the world model's (train.ratio)
-    ours      what our side is called in the rows
+    ours      name of our side in the rows
     """
 
     recipe: str
@@ -75,10 +74,9 @@ PLUG_IN = {
 # One run, in a process of its own ---------------------------------------------------------------------------------------
 
 
-def work(job: dict[str, Any]) -> dict[str, Any]:
-    """What one run came to."""
+def work(job: Row) -> Row:
+    """The result of one run."""
     config = Config.from_recipe(job["recipe"], job["overrides"])
-    torch.set_num_threads(config.train.threads)
     with Load() as load:
         if job["algorithm"] == OURS:
             with tempfile.TemporaryDirectory() as folder:
@@ -86,13 +84,19 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         else:
             from baselines import run
 
-            name = job["algorithm"].partition(",")[0]
-            result = run(config, name, job["seed"], job["updates_per_step"], job["max_steps"], 60 * job["max_minutes"])
+            name, ratio = job["algorithm"].partition(",")[0], updates_per_step(job["algorithm"])
+            result = run(config, name, job["seed"], ratio, job["max_steps"], 60 * job["max_minutes"])
     return {**result, "foreign": load.cores}
 
 
-def train_ours(job: dict[str, Any], config: Config, path: Path, device: str = "cpu", resume: bool = False) -> dict[str, Any]:
-    """`worldmodel.train` into a folder; when time is up it stops as by SIGTERM, and its state counts."""
+def updates_per_step(algorithm: str) -> float | None:
+    """The number in `dqn, 0.5 updates/step`."""
+    found = re.search(r", ([\d.e+-]+) updates/step$", algorithm)
+    return float(found[1]) if found else None
+
+
+def train_ours(job: Row, config: Config, path: Path, device: str = "cpu", resume: bool = False) -> Row:
+    """`worldmodel.train` into a folder; when time is up it stops as by SIGTERM, and its last state counts."""
     import worldmodel
     from worldmodel.agents import Interrupted
 
@@ -106,7 +110,7 @@ def train_ours(job: dict[str, Any], config: Config, path: Path, device: str = "c
     timer.daemon = True
     timer.start()
     try:
-        log = say if job["verbose"] else _silent
+        log = say if job["verbose"] else lambda text: None
         done = worldmodel.train(job["recipe"], steps, job["seed"], path, job["overrides"], device, resume=resume, log=log)
         result = {**done.to_json(), "stopped": None}
     except Interrupted:
@@ -118,7 +122,7 @@ def train_ours(job: dict[str, Any], config: Config, path: Path, device: str = "c
     return {name: value for name, value in result.items() if name not in ("run", "recipe", "seed", "threads", "env_id")}
 
 
-def interrupted(path: Path, config: Config) -> dict[str, Any]:
+def interrupted(path: Path, config: Config) -> Row:
     """The result of a run that was stopped, from its last checkpoint; its final return is measured here."""
     from worldmodel.agents.evaluation import FINAL_SEED, evaluate, threshold
     from worldmodel.storage.run import Run
@@ -138,45 +142,61 @@ def interrupted(path: Path, config: Config) -> dict[str, Any]:
     }
 
 
-def _silent(text: str) -> None:
-    pass
-
-
 # All of them ----------------------------------------------------------------------------------------------------------
 
 
-def jobs(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], dict[str, Any], int]]:
-    """(key of the row, job, threads) of all that is asked for, seeds innermost."""
+def task_of(key: Key) -> Task:
+    """The task of a row's key; of one without a name in the lists, the recipe of that name."""
+    name = key["task"]
+    return TASKS.get(name) or PLUG_IN.get(name) or Task(name)
+
+
+def config_of(key: Key) -> Config:
+    """What our side of a row is configured with."""
+    task = task_of(key)
+    return Config.from_recipe(task.recipe, [*task.overrides, *key["overrides"]])
+
+
+def keys(args: argparse.Namespace) -> Iterator[Key]:
+    """The keys of all that is asked for, seeds innermost; ConfigError for a recipe or option that does not exist."""
     for name in args.tasks:
-        task = {**TASKS, **PLUG_IN}.get(name) or Task(name)
-        overrides = [*task.overrides, *args.overrides]
-        config = Config.from_recipe(task.recipe, overrides)
-        algorithms: list[tuple[str, float | None]] = [(OURS, None)]
+        key = {"task": name, "overrides": args.overrides}
+        task, config = task_of(key), config_of(key)
+        algorithms = [task.ours]
         if args.baselines:
             ratio = task.matched or config.train.ratio
-            algorithms += [pair for baseline in task.baselines for pair in variants(config, baseline, ratio)]
-        for algorithm, ratio in algorithms:
-            if args.only and algorithm not in args.only:
-                continue
-            for seed in args.seeds:
+            algorithms += [variant for baseline in task.baselines for variant in variants(config, baseline, ratio)]
+        for algorithm in algorithms:
+            for seed in args.seeds if not args.only or algorithm in args.only else ():
                 key = {"task": name, "algorithm": algorithm, "seed": seed, "overrides": args.overrides}
-                key |= {"max_steps": args.max_steps, "max_minutes": args.max_minutes}
-                job = {**key, "recipe": task.recipe, "overrides": overrides, "updates_per_step": ratio, "verbose": args.verbose}
-                yield key, job, config.train.threads
+                yield {**key, "max_steps": args.max_steps, "max_minutes": args.max_minutes}
 
 
-def variants(config: Config, baseline: str, ratio: float) -> list[tuple[str, float | None]]:
+def variants(config: Config, baseline: str, ratio: float) -> list[str]:
     """A baseline as published, and with as many updates per real step as ours where that is another number."""
     from baselines import BASELINES
 
     own = None if baseline == "random" else BASELINES[config.env.id, baseline].updates_per_step
-    matched = [(f"{baseline}, {ratio:g} updates/step", ratio)]
-    return [(baseline, None), *(matched if own is not None and own != ratio and ratio > 0 else [])]
+    matched = [f"{baseline}, {ratio:g} updates/step"]
+    return [baseline, *(matched if own is not None and own != ratio and ratio > 0 else [])]
 
 
-def measure(args: argparse.Namespace, rows: Rows) -> int:
-    """Runs what is missing; gives the number of runs that failed."""
-    return rows.measure(__file__, jobs(args), seconds_for(args), came)
+def measure(args: argparse.Namespace, rows: Rows, file: str = __file__, more: Mapping[str, Row] | None = None) -> int:
+    """Measures the keys that have no row; gives the number of runs that failed.
+
+    file  the script that works
+    more  algorithm -> what is added to its jobs
+    """
+
+    def run(key: Key) -> Row:
+        task = task_of(key)
+        job = {**key, "recipe": task.recipe, "overrides": [*task.overrides, *key["overrides"]], "verbose": args.verbose}
+        return call(file, {**job, **(more or {}).get(key["algorithm"], {})}, threads(key), seconds_for(args))
+
+    def threads(key: Key) -> int:
+        return config_of(key).train.threads
+
+    return rows.measure(list(keys(args)), run, threads, summary)
 
 
 def seconds_for(args: argparse.Namespace) -> float:
@@ -184,37 +204,39 @@ def seconds_for(args: argparse.Namespace) -> float:
     return 90 * args.max_minutes + 300
 
 
-def came(row: Mapping[str, Any]) -> str:
-    """What a run came to, in words."""
+def summary(row: Row) -> str:
+    """The result of a run in words."""
     return f"solved at {row['solved_at']}, final return {row['final_return']:.1f}"
 
 
-def grouped(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """{key without the seed, as JSON: rows}, in the order of tasks."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(json.dumps({name: value for name, value in row["key"].items() if name != "seed"}), []).append(row)
+def add_limits(parser: argparse.ArgumentParser, max_minutes: float = 60.0) -> None:
+    """The arguments that end a run, and --verbose."""
+    parser.add_argument("--max-steps", type=int, help="ends every run there (default: the recipe's or the baseline's own length)")
+    parser.add_argument("--max-minutes", type=float, default=max_minutes, help="ends every run then, evaluation included")
+    parser.add_argument("--verbose", action="store_true", help="every evaluation of our runs on stderr")
+
+
+def grouped(rows: Iterable[Row]) -> list[list[Row]]:
+    """Rows that differ by their seed alone, in the order of tasks."""
+    groups = grouped_by(rows, lambda row: tuple((name, str(value)) for name, value in row["key"].items() if name != "seed"))
     order = {name: i for i, name in enumerate([*TASKS, *PLUG_IN])}
-    return dict(sorted(groups.items(), key=lambda pair: order.get(json.loads(pair[0])["task"], len(order))))
+    return sorted(groups.values(), key=lambda found: order.get(found[0]["key"]["task"], len(order)))
 
 
-def report(rows: Iterable[dict[str, Any]], folder: Path) -> str:
-    """One line for each task, algorithm and set of options: medians over seeds, [least..greatest]; then who needs fewer steps."""
+def report(rows: Iterable[Row], folder: Path) -> str:
+    """One line for each task, algorithm and set of options: medians over seeds, [min..max]; then who needs fewer steps."""
     lines, groups = [], grouped(rows)
-    for text, found in groups.items():
-        key = json.loads(text)
-        limits = [f"{name}={key[name]}" for name in ("max_steps",) if key[name]]
-        solved = [row["solved_at"] for row in found]
-        seconds = [row["wall_seconds"] if row["solved_at"] else None for row in found]
+    for found in groups:
+        key = found[0]["key"]
         lines.append(
             [
                 key["task"],
-                marked(" ".join([key["algorithm"], *key["overrides"], *limits]), found),
-                f"{sum(x is not None for x in solved)}/{len(solved)}",
-                spread(solved, 1),
-                spread(seconds),
-                spread([row["final_return"] for row in found]),
-                spread([row["updates"] / row["real_steps"] if row["real_steps"] else 0.0 for row in found], 2).split(" ")[0],
+                marked(label(key, key["algorithm"]), found),
+                solved(found),
+                spread((row["solved_at"] for row in found), 1),
+                spread(row["wall_seconds"] if row["solved_at"] else None for row in found),
+                spread(row["final_return"] for row in found),
+                spread((row["updates"] / row["real_steps"] if row["real_steps"] else 0.0 for row in found), 2).split(" ")[0],
                 number(found[0]["parameters"], 1),
                 "/".join(sorted({str(row["where"]["threads"]) for row in found})),
                 max((row["foreign"] for row in found if row["foreign"] is not None), default=""),
@@ -225,44 +247,47 @@ def report(rows: Iterable[dict[str, Any]], folder: Path) -> str:
     return "\n".join([table(head, lines), "", *comparisons(groups, folder)])
 
 
-def comparisons(groups: Mapping[str, Sequence[dict[str, Any]]], folder: Path, of: str | None = None) -> list[str]:
+# Against the best without a model -------------------------------------------------------------------------------------
+
+
+def comparisons(groups: Iterable[Sequence[Row]], folder: Path, of: str | None = None) -> list[str]:
     """Our real steps as a share of those of the best of all that learn no model, of any result file; medians over seeds."""
     lines = []
     for key, found, best, there in strongest(groups, folder, of):
-        ours, least = (median(row["solved_at"] for row in side) for side in (found, there))
+        ours, theirs = (median(row["solved_at"] for row in side) for side in (found, there))
         seeds = f"{len(there)} seed{'s' if len(there) > 1 else ''}"
         name = " ".join([key["task"], *key["overrides"]])
-        if max(ours, least) < float("inf"):
-            line = f"{name}: {ours / least:.2f} x the real steps of {best}, {seeds}"
+        if max(ours, theirs) < float("inf"):
+            line = f"{name}: {ours / theirs:.2f} x the real steps of {best}, {seeds}"
         else:
-            line = f"{name}: {number(ours, 1)} real steps, {best} {number(least, 1)}, {seeds}"
+            line = f"{name}: {number(ours, 1)} real steps, {best} {number(theirs, 1)}, {seeds}"
         lines.append(marked(line + ("; their ranges overlap" if overlap(found, there) else ""), [*found, *there], of))
     return lines
 
 
 def strongest(
-    groups: Mapping[str, Sequence[dict[str, Any]]], folder: Path, of: str | None = None
-) -> Iterator[tuple[dict[str, Any], Sequence[dict[str, Any]], str, list[dict[str, Any]]]]:
+    groups: Iterable[Sequence[Row]], folder: Path, of: str | None = None
+) -> Iterator[tuple[Key, Sequence[Row], str, list[Row]]]:
     """(key, our rows, name and rows of the best of all that learn no model, of any result file) of each group of ours."""
     others = rivals(folder, of)
-    for text, found in groups.items():
-        key = json.loads(text)
-        task = TASKS.get(key["task"]) or PLUG_IN.get(key["task"]) or Task(key["task"])
+    for found in groups:
+        key = found[0]["key"]
+        task = task_of(key)
         there = others.get(task.recipe)
         if key["algorithm"] == task.ours and there and found[0]["threshold"] is not None:
             best = min(there, key=lambda name: median(row["solved_at"] for row in there[name]))
             yield key, found, best, there[best]
 
 
-def overlap(*sides: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether the real steps of two groups of runs have a number in common, of which no difference can be told."""
+def overlap(*sides: Iterable[Row]) -> bool:
+    """Whether the ranges of real steps of two groups of runs intersect, so that no difference can be told."""
     ends = [[row["solved_at"] or float("inf") for row in side] for side in sides]
     return max(map(min, ends)) <= min(map(max, ends))
 
 
-def rivals(folder: Path, of: str | None = None) -> dict[str, dict[str, list[dict[str, Any]]]]:
+def rivals(folder: Path, of: str | None = None) -> dict[str, dict[str, list[Row]]]:
     """{recipe: {name (file): rows}} of the whole runs, in all result files, that learned no model and had no other options."""
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    found: dict[str, dict[str, list[Row]]] = {}
     for file in sorted(Path(folder).glob("*.jsonl")):
         for row in Rows(file.stem, folder, of=of):
             key = row["key"]
@@ -279,32 +304,22 @@ def rivals(folder: Path, of: str | None = None) -> dict[str, dict[str, list[dict
 
 
 def main() -> int:
-    if sys.argv[1:2] == ["--worker"]:
-        result = work(json.loads(sys.argv[2]))
-        print(json.dumps(result, allow_nan=False))
-        return 0
-    parser = options(__doc__)
-    parser.add_argument("--tasks", type=lambda text: text.split(","), help=f"separated by commas: {', '.join(TASKS)}, or recipes")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = options(__doc__, seeds=(0, 1, 2), overrides=True)
+    parser.add_argument("--tasks", type=words, help=f"separated by commas: {', '.join(TASKS)}, or recipes")
     parser.add_argument("--only", type=lambda text: text.split("+"), metavar="A+B", help="these algorithms only, e.g. random+dqn")
     parser.add_argument("--baselines", action="store_true", help="the model-free baselines too")
-    parser.add_argument("--max-steps", type=int, help="ends every run there (default: the recipe's or the baseline's own length)")
-    parser.add_argument("--max-minutes", type=float, default=60.0, help="ends every run then, evaluation included")
-    parser.add_argument("--print", action="store_true", help="only the table")
-    parser.add_argument("--verbose", action="store_true", help="every evaluation of our runs on stderr")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of the recipes; eval.* counts for baselines too")
+    add_limits(parser)
     args = parser.parse_intermixed_args()
     known = {name for name, _, _ in list_recipes()}
-    if args.tasks is None:
-        args.tasks = [name for name, task in TASKS.items() if task.recipe in known]
+    args.tasks = args.tasks or [name for name, task in TASKS.items() if task.recipe in known]
     rows = Rows("control", args.results, args.again)
     try:
         failed = 0 if args.print else measure(args, rows)
     except ConfigError as error:
         parser.error(str(error))
     print(report(rows, args.results))
-    return 1 if failed else 0
+    return failed
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script(main, work)

@@ -4,15 +4,15 @@
     python benchmarks/fidelity.py --device cuda --updates 10000
     python benchmarks/fidelity.py --print                           # the table of what is there
 
-Frames are Pendulum's at 64x64 pixels, drawn from its state (rod, and an arc that shows the speed), so that one frame tells the
-whole state. The data set is the same for all seeds: 60 episodes for training and 30 for testing. An encoder and the standard
-decoder are trained as a VAE; on the very same features, without any gradient into them, the refiner of `diffusion` and the whole
-of `latent_diffusion` are trained beside it. Measured on the test frames' features:
+Frames are Pendulum's at 64x64 pixels, drawn from its state (rod, and an arc that shows the speed), so that one frame determines
+the state. The data set is the same for all seeds: 60 episodes for training and 30 for testing. An encoder and the standard
+decoder are trained as a VAE; on the same features, without gradient into them, the refiner of `diffusion` and the whole of
+ `latent_diffusion` are trained beside it. Measured on the test frames' features:
 
     sharpness  mean gradient of the pictures over that of the real frames: 1 is right, less is blurred, more is noisy
     contours   the same of its square (Tenengrad: Krotkov 1987), in which faint grain on flat ground hardly counts and edges do
-    frechet    Frechet distance to the real frames in the features of a state probe, a small CNN that tells a frame's state and
-               was trained on real training frames alone; `real` is the distance between two halves of the test frames' episodes
+    frechet    Frechet distance to the real frames in the features of a state probe, a small CNN that predicts a frame's state,
+               trained on real training frames alone; `real` is the distance between two halves of the test frames' episodes
     probe      error of the probe's state on the picture over that on the VAE's picture (root mean square, in deviations)
     frames/s   of decoding 64 features at once
 """
@@ -20,17 +20,17 @@ of `latent_diffusion` are trained beside it. Measured on the test frames' featur
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
 from PIL import Image
-from rows import Load, Rows, marked, options, say, spread, table, timed
+from rows import Load, Row, Rows, call, grouped, marked, options, say, script, table, timed
+from tables import spread
 from torch import Tensor, nn
 
 from worldmodel.data import Sampling
@@ -51,7 +51,7 @@ PICTURES = ("vae", *(f"{kind}@{n}" for kind in ("diffusion", "latent") for n in 
 
 
 def episodes(first: int, count: int) -> tuple[Tensor, Tensor]:
-    """(frames [count, LENGTH, 3, 64, 64] in [0, 1], states [count, LENGTH, 3]) of seeds first.., pushed so that all angles come."""
+    """(frames [count, LENGTH, 3, 64, 64] in [0, 1], states [count, LENGTH, 3]) of seeds first.., pushed to all angles."""
     env, draw = gym.make("Pendulum-v1"), scene("Pendulum-v1").draw
     frames, states = [], []
     for seed in range(first, first + count):
@@ -65,7 +65,7 @@ def episodes(first: int, count: int) -> tuple[Tensor, Tensor]:
     return pictures.view(count, LENGTH, 3, SIDE, SIDE), torch.from_numpy(np.stack(states)).view(count, LENGTH, 3)
 
 
-# Judges ---------------------------------------------------------------------------------------------------------------
+# Metrics --------------------------------------------------------------------------------------------------------------
 
 
 class Probe(nn.Module):
@@ -120,28 +120,35 @@ class Decoders(nn.Module):
         self.drawn = build("decoder", LatentDiffusionDecoderConfig(**own), spec, LATENT, LATENT)
 
     def feature(self, frames: Tensor, generator: torch.Generator):
-        """(belief, its draw)."""
+        """(posterior, a draw from it)."""
         posterior = self.latent.distribution(self.posterior(self.encoder({"obs": frames})))
         return posterior, self.latent.draw(posterior, Sampling(generator=generator), (len(frames),), frames.device)
 
     def loss(self, frames: Tensor, generator: torch.Generator) -> Tensor:
-        posterior, code = self.feature(frames, generator)
-        terms = list(self.diffusion.loss(code, {"obs": frames}, Sampling(generator=generator)).values())
-        terms += self.drawn.loss(code.detach(), {"obs": frames}, Sampling(generator=generator)).values()
+        posterior, latent = self.feature(frames, generator)
+        terms = list(self.diffusion.loss(latent, {"obs": frames}, Sampling(generator=generator)).values())
+        terms += self.drawn.loss(latent.detach(), {"obs": frames}, Sampling(generator=generator)).values()
         return sum(term.mean() for term in terms) + posterior.kl(self.prior.given(None)).mean()
 
     def pictures(self, feature: Tensor, generator: torch.Generator) -> dict[str, Callable[[], Tensor]]:
-        draw = lambda decoder, steps: lambda: decoder.sample(feature, Sampling(generator=generator, steps=steps))["obs"]  # noqa: E731
+        """What decodes the features, by the name of the picture."""
+
+        def draw(decoder: nn.Module, steps: int) -> Tensor:
+            return decoder.sample(feature, Sampling(generator=generator, steps=steps))["obs"]
+
         made = {"vae": lambda: self.diffusion.mean(feature)["obs"]}
         for steps in STEPS:
-            made |= {f"diffusion@{steps}": draw(self.diffusion, steps), f"latent@{steps}": draw(self.drawn, steps)}
+            made |= {
+                f"diffusion@{steps}": partial(draw, self.diffusion, steps),
+                f"latent@{steps}": partial(draw, self.drawn, steps),
+            }
         return made
 
 
 def train(
     module: nn.Module, loss: Callable[[Tensor], Tensor], count: int, updates: int, lr: float, rng: np.random.Generator
 ) -> None:
-    """Adam with a cosine schedule; `loss` gets the numbers of a batch's frames."""
+    """Adam with a cosine schedule; `loss` gets the indices of a batch's frames."""
     optimizer = torch.optim.Adam(module.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
     module.train()
@@ -157,8 +164,8 @@ def train(
     module.eval()
 
 
-def work(job: dict[str, Any]) -> dict[str, Any]:
-    """Everything of one seed."""
+def work(job: Row) -> Row:
+    """The result of one seed."""
     device, rng = torch.device(job["device"]), np.random.default_rng(job["seed"])
     torch.manual_seed(job["seed"])
     generator = torch.Generator(device).manual_seed(job["seed"])
@@ -167,23 +174,23 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     probe, decoders = Probe().to(device), Decoders(job["depth"], job["sampler"]).to(device)
     since = time.perf_counter()
     with Load() as load:
-        error = lambda rows: (probe(seen[rows]) - states[rows] / deviation).square().mean()  # noqa: E731
+        error = lambda indices: (probe(seen[indices]) - states[indices] / deviation).square().mean()  # noqa: E731
         train(probe, error, len(seen), job["probe_updates"], 2e-3, rng)
-        train(decoders, lambda rows: decoders.loss(seen[rows], generator), len(seen), job["updates"], 1e-3, rng)
+        train(decoders, lambda indices: decoders.loss(seen[indices], generator), len(seen), job["updates"], 1e-3, rng)
     seconds = time.perf_counter() - since
     with torch.no_grad():
         return measure(decoders, probe, unseen, truth / deviation, generator) | {"train_seconds": seconds, "foreign": load.cores}
 
 
-def measure(decoders: Decoders, probe: Probe, unseen: Tensor, truth: Tensor, generator: torch.Generator) -> dict[str, Any]:
-    """What the pictures of test frames are worth."""
+def measure(decoders: Decoders, probe: Probe, unseen: Tensor, truth: Tensor, generator: torch.Generator) -> Row:
+    """The quality of the pictures of test frames, and the speed of decoding."""
     halves = [probe.features(half.flatten(0, 1)) for half in (unseen[::2], unseen[1::2])]
     real, truth = unseen.flatten(0, 1), truth.flatten(0, 1)
     features = probe.features(real)
     wrong = lambda frames: float((probe(frames) - truth).square().mean().sqrt())  # noqa: E731
     feature = decoders.feature(real, generator)[1]
     made = {name: torch.cat(parts) for name, parts in _in_parts(decoders, feature, generator).items()}
-    out: dict[str, Any] = {"real": {"frechet": frechet(*halves), "probe_error": wrong(real)}}
+    out: Row = {"real": {"frechet": frechet(*halves), "probe_error": wrong(real)}}
     for name, frames in made.items():
         out[name] = {
             **{name: own / true for name, own, true in zip(("sharpness", "contours"), edges(frames), edges(real), strict=True)},
@@ -196,62 +203,41 @@ def measure(decoders: Decoders, probe: Probe, unseen: Tensor, truth: Tensor, gen
         took = timed(lambda decode=decode, wait=synchronise: (decode(), wait()), 3, 0.3, 20.0)
         out[name] |= {"frames_per_second": 64_000 / sorted(took["ms"])[1], "quiet": took["quiet"]}
     name = torch.cuda.get_device_name() if feature.is_cuda else "cpu"
-    return {"pictures": out, "device_name": name, "parameters": {k: _size(v) for k, v in decoders.named_children()}}
+    return {
+        "pictures": out,
+        "device_name": name,
+        "parameters": {k: sum(p.numel() for p in v.parameters()) for k, v in decoders.named_children()},
+    }
 
 
 def _in_parts(decoders: Decoders, feature: Tensor, generator: torch.Generator) -> dict[str, list[Tensor]]:
     parts: dict[str, list[Tensor]] = {name: [] for name in PICTURES}
     for part in feature.split(256):
         for name, decode in decoders.pictures(part, generator).items():
-            parts[name].append((decode().clamp(0, 1) * 255).round() / 255)  # as frames are kept
+            parts[name].append((decode().clamp(0, 1) * 255).round() / 255)  # as frames are stored
     return parts
-
-
-def _size(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
 
 
 # All of them ----------------------------------------------------------------------------------------------------------
 
 
 def report(rows: Rows) -> str:
-    """One line for each kind of picture, device and number of updates: medians over seeds, [least..greatest]."""
-    groups: dict[tuple, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["device_name"], row["key"]["updates"], row["key"]["depth"], row["key"]["sampler"]), []).append(row)
-    lines, kinds = [], ("sharpness", "contours", "frechet", "frames_per_second")
-    for (device, updates, depth, sampler), found in groups.items():
-        lines.append(
-            [
-                marked("real", found),
-                device,
-                updates,
-                depth,
-                "",
-                len(found),
-                "1",
-                "1",
-                spread([r["pictures"]["real"]["frechet"] for r in found]),
-                "",
-                "",
-            ]
-        )
+    """One line for each kind of picture, device and number of updates: medians over seeds, [min..max]."""
+    lines, kinds = [], ("sharpness", "contours", "frechet")
+    groups = grouped(rows, lambda row: (row["device_name"], *(row["key"][name] for name in ("updates", "depth", "sampler"))))
+    for (*where, sampler), found in groups.items():
+        distance = spread(row["pictures"]["real"]["frechet"] for row in found)
+        lines.append([marked("real", found), *where, "", len(found), "1", "1", distance, "", ""])
         for name in PICTURES:
-            cells = {key: [row["pictures"][name][key] for row in found if key in row["pictures"][name]] for key in kinds}
-            ratio = [row["pictures"][name]["probe_error"] / row["pictures"]["vae"]["probe_error"] for row in found]
-            shown = [*(spread(cells[key]) for key in kinds[:3]), spread(ratio), spread(cells["frames_per_second"])]
-            lines.append([marked(name, found), device, updates, depth, sampler if "diffusion" in name else "", len(found), *shown])
-    return table(["pictures", "device", "updates", "depth", "sampler", "seeds", *kinds[:3], "probe", "frames/s"], lines)
+            cells = [spread(row["pictures"][name][kind] for row in found if kind in row["pictures"][name]) for kind in kinds]
+            probe = spread(row["pictures"][name]["probe_error"] / row["pictures"]["vae"]["probe_error"] for row in found)
+            speed = spread(row["pictures"][name]["frames_per_second"] for row in found)
+            lines.append([marked(name, found), *where, sampler if "diffusion" in name else "", len(found), *cells, probe, speed])
+    return table(["pictures", "device", "updates", "depth", "sampler", "seeds", *kinds, "probe", "frames/s"], lines)
 
 
 def main() -> int:
-    if sys.argv[1:2] == ["--worker"]:
-        job = json.loads(sys.argv[2])
-        torch.set_num_threads(job["threads"])
-        print(json.dumps(work(job), allow_nan=False))
-        return 0
-    parser = options(__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = options(__doc__, seeds=(0, 1, 2))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--updates", type=int, default=3000, help=f"of {BATCH} frames each")
     parser.add_argument("--probe-updates", type=int, default=1000)
@@ -259,16 +245,15 @@ def main() -> int:
     parser.add_argument("--sampler", choices=("multistep", "euler", "heun"), default="euler", help="of the refiner")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="all rows as one JSON list instead of the table")
-    parser.add_argument("--print", action="store_true", help="only the table")
     args = parser.parse_args()
     rows = Rows("fidelity", args.results, args.again)
-    key = {"row": "fidelity", "seed": 0, "device": args.device, "updates": args.updates, "depth": args.depth}
-    key |= {"probe_updates": args.probe_updates, "sampler": args.sampler}
-    jobs = [({**key, "seed": seed}, {**key, "seed": seed, "threads": args.threads}, args.threads) for seed in args.seeds]
-    failed = 0 if args.print else rows.measure(__file__, jobs, 4 * 3600)
+    names = ("device", "updates", "depth", "probe_updates", "sampler")
+    keys = [{"row": "fidelity", "seed": seed, **{name: getattr(args, name) for name in names}} for seed in args.seeds]
+    run = lambda key: call(__file__, key, args.threads, 4 * 3600)  # noqa: E731
+    failed = 0 if args.print else rows.measure(keys, run, lambda key: args.threads)
     print(json.dumps(list(rows)) if args.json else report(rows))
-    return 1 if failed else 0
+    return failed
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script(main, work)

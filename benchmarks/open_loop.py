@@ -1,4 +1,4 @@
-"""How far dreams are from what came: open-loop error and its ratio to persistence, by horizon, of recipes trained anew.
+"""How far dreams are from what is observed: open-loop error and its ratio to persistence, by horizon, of recipes trained anew.
 
     python benchmarks/open_loop.py
     python benchmarks/open_loop.py --tasks cartpole --seeds 0 1 2 train.ema_decay=0
@@ -13,14 +13,12 @@ Catch lasts 7 steps, so horizon 15 fits nowhere; with a context of 2 frames, whi
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from rows import Load, Rows, marked, options, say, spread, table
+from rows import Load, Row, Rows, call, grouped, label, marked, options, say, script, table
+from tables import spread
 
 TASKS: dict[str, dict[str, Any]] = {
     "cartpole": {"recipe": "cartpole", "context": 5, "horizon": 50, "at": 15},
@@ -29,7 +27,7 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 
 
-def work(job: dict[str, Any]) -> dict[str, Any]:
+def work(job: Row) -> Row:
     """Train unless there is a run, then dream."""
     from worldmodel.commands.dream import dream
     from worldmodel.commands.train import train
@@ -47,47 +45,34 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     return {**kept, **{name: x for name, x in errors.items() if name not in ("run", "out")}, "foreign": load.cores}
 
 
-def lines(rows: Rows) -> list[list[str]]:
+def report(rows: Rows) -> str:
     """Per task and options: medians over seeds at the horizons of interest."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(" ".join([row["key"]["task"], *row["key"]["overrides"]]), []).append(row)
-    out = []
-    for label, group in groups.items():
-        name = marked(label, group)
-        task = TASKS[group[0]["key"]["task"]]
+    lines: list[list[object]] = []
+    for name, group in grouped(rows, lambda row: label(row["key"], row["key"]["task"])).items():
+        first, task = [marked(name, group), len(group)], TASKS[group[0]["key"]["task"]]
         for h in sorted({1, 5, task["at"], min(task["horizon"], 50)}):
-            cells = {key: [row[key][h - 1] for row in group] for key in ("observation", "persistence", "ratio")}
-            if all(x is None for x in cells["ratio"]):
-                continue
-            shown = [spread(cells[key], 2) for key in ("observation", "persistence", "ratio")]
-            out.append([name, str(len(group)), str(h), *shown])
+            columns = [[row[key][h - 1] for row in group] for key in ("observation", "persistence", "ratio")]
+            if any(ratio is not None for ratio in columns[-1]):
+                lines.append([*first, h, *(spread(column, 2) for column in columns)])
         worst = [f"{row['worst']['name']} {row['worst']['observation']:.2f}" for row in group if row["worst"]]
         if worst:
-            out.append([name, str(len(group)), "worst", "; ".join(worst), "", ""])
-        steps = spread([row["real_steps"] for row in group])
-        out.append([name, str(len(group)), "real steps", steps, "", ""])
-    return out
+            lines.append([*first, "worst", "; ".join(worst), "", ""])
+        lines.append([*first, "real steps", spread(row["real_steps"] for row in group), "", ""])
+    return table(["task", "seeds", "horizon", "error", "persistence", "ratio"], lines)
 
 
 def main() -> int:
-    parser = options(__doc__)
+    parser = options(__doc__, seeds=(0, 1, 2), overrides=True)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--run", help="measure this run of one task and one seed instead of training one")
-    parser.add_argument("--print", action="store_true", help="only the table")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    args, overrides = parser.parse_known_args()
-    if args.worker:
-        print(json.dumps(work(json.loads(args.worker))))
-        return 0
+    args = parser.parse_intermixed_args()
     rows = Rows("open_loop", args.results, args.again)
-    keys = [{"task": name, "seed": seed, "overrides": overrides} for name in args.tasks for seed in args.seeds]
-    jobs = [(key, {**TASKS[key["task"]], "seed": key["seed"], "overrides": overrides, "run": args.run}, 1) for key in keys]
-    failed = 0 if args.print else rows.measure(__file__, jobs, 3600)
-    print(table(["task", "seeds", "horizon", "error", "persistence", "ratio"], lines(rows)))
-    return 1 if failed else 0
+    keys = [{"task": name, "seed": seed, "overrides": args.overrides} for name in args.tasks for seed in args.seeds]
+    run = lambda key: call(__file__, {**TASKS[key["task"]], **key, "run": args.run}, 1, 3600)  # noqa: E731
+    failed = 0 if args.print else rows.measure(keys, run)
+    print(report(rows))
+    return failed
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script(main, work)

@@ -1,4 +1,4 @@
-"""What the plug-in comes to: SB3 algorithms in the dream, planners, Dyna, and the speed of planning; SB3's baselines beside.
+"""Figures of the plug-in: SB3 algorithms in the dream, planners, Dyna, and the speed of planning; SB3's baselines beside.
 
     python benchmarks/plug_in.py                                     # every row that is not there yet, one after the other
     python benchmarks/plug_in.py --rows planner-pendulum --seeds 0   # some of them
@@ -6,8 +6,8 @@
 
 Rows of real steps keep control.py's protocol: 20 greedy episodes every `eval.every` real steps, solved where their mean and
 that of 20 others reach the threshold. Beside each stands the plain SB3 algorithm, as published and, off-policy, with as
-many gradient updates per real step as the policy gets here. What solves a pixel task with a pretrained encoder is measured by
-catch_encoder.py, imagined steps per second by imagined.py.
+many gradient updates per real step as the policy gets here. A pixel task with a pretrained encoder is measured by catch_encoder.py,
+imagined steps per second by imagined.py.
 
 | row | what |
 |---|---|
@@ -23,32 +23,31 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
+import control
 import numpy as np
 import torch
-from control import DYNA_ROW, DYNA_UPDATES, PLUG_IN, came, jobs, report, seconds_for, work
-from rows import Failed, Load, Rows, call, marked, number, options, say, spread, stale, table, timed
+from control import DYNA_ROW, DYNA_UPDATES, PLUG_IN
+from rows import Key, Load, Row, Rows, call, grouped, marked, options, script, stale, table, timed
+from tables import number, spread
 
 DYNA = {"ratio": 150, "horizon": 15, "every": 10, "config": {"train.prefill": 250, "train.pretrain": 300, "train.ratio": 2.0}}
 DYNA_SAC = {"learning_starts": 250, "buffer_size": 30_000}
 SEEDS = {"dyna-pendulum": [0, 1, 2, 3, 4]}
 PENALTIES = (0.0, 10.0, 30.0, 100.0)
 GAP_STEPS = 120
-"""Random real steps behind the world of the gap: few, so that there are errors to exploit."""
+"""Random real steps that the world of the gap is trained on: few, so that there are errors to exploit."""
 SPEED = ["size=medium", "agent.plan.samples=512", "agent.plan.iterations=6", "agent.plan.horizon=3", "agent.plan.elites=64"]
 SPEED += ["agent.plan.proposals=24"]
 FITS = {"cartpole": ("ppo", "a2c", "dqn", "qrdqn", "recurrent_ppo"), "pendulum": ("sac", "td3", "tqc")}
 IMAGINED = 8192
 WORLD_STEPS, PREFILL = 400, 300
-"""Random real steps behind the worlds of the eight algorithms, and how many of them at most before anything is learned."""
+"""Random real steps that the worlds of the eight algorithms are trained on, and how many of them at most come before training."""
 MARGIN = {"cartpole": 50.0, "pendulum": 300.0}
 """By how much a mean return of 20 episodes must exceed random play's in the same world, to count as better than it."""
 OTHER = ("mppi", "gap", "algorithms")
@@ -57,17 +56,16 @@ OTHER = ("mppi", "gap", "algorithms")
 # Real steps -------------------------------------------------------------------------------------------------------------
 
 
-def dyna(job: dict[str, Any]) -> dict[str, Any]:
+def dyna(job: Row) -> Row:
     """SAC with the callback, under the baselines' protocol; `updates` are SAC's.
 
-    It learns only once the model does, and its buffer forgets what earlier, worse models imagined.
+    SAC starts to learn once the model does, and its buffer drops transitions of earlier, worse models.
     """
     from baselines import run
 
     from worldmodel.agents import DynaCallback
     from worldmodel.config import Config
 
-    torch.set_num_threads(1)
     config = Config.from_recipe("pendulum", ["eval.every=100"])
     callback = DynaCallback(seed=job["seed"], **DYNA)
     with Load() as load:
@@ -76,57 +74,48 @@ def dyna(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def real_steps(args: argparse.Namespace, rows: Rows, name: str) -> int:
-    """Runs what is missing of one row and its baselines; gives the number of runs that failed."""
-    seeds = args.seeds or SEEDS.get(name, [0, 1, 2])
-    asked = {"tasks": [name], "seeds": seeds, "baselines": not args.ours, "only": None, "overrides": [], "max_steps": None}
-    asked |= {"max_minutes": args.max_minutes, "verbose": args.verbose}
-    wanted = list(jobs(argparse.Namespace(**asked)))
-    if name == "dyna-pendulum":
-        wanted = [_of_dyna(*each) if each[0]["algorithm"] == "worldmodel" else each for each in wanted]
-    return rows.measure(__file__, wanted, seconds_for(args), came)
-
-
-def _of_dyna(key: dict[str, Any], job: dict[str, Any], threads: int) -> tuple[dict[str, Any], dict[str, Any], int]:
-    return {**key, "algorithm": DYNA_ROW}, {**job, "row": "dyna"}, threads
+    """Measures the runs of one row and its baselines that are missing; gives the number of runs that failed."""
+    asked = {"tasks": [name], "seeds": args.seeds or SEEDS.get(name, [0, 1, 2]), "baselines": not args.ours, "only": None}
+    asked |= {"overrides": [], "max_steps": None, "max_minutes": args.max_minutes, "verbose": args.verbose}
+    return control.measure(argparse.Namespace(**asked), rows, __file__, {DYNA_ROW: {"row": "dyna"}})
 
 
 # Speed ------------------------------------------------------------------------------------------------------------------
 
 
-def mppi(job: dict[str, Any]) -> dict[str, Any]:
+def mppi(job: Row) -> Row:
     """Milliseconds of `predict` for one observation of Pendulum, filter included."""
     from worldmodel.agents import Planner
     from worldmodel.agents.planner import flops
 
-    torch.set_num_threads(job["threads"])
     planner = Planner("MlpPolicy", "Pendulum-v1", config=SPEED, seed=0, device="cpu")
-    obs, held = planner.env.reset(), {"belief": None}
+    obs, state = planner.env.reset(), None
 
     def act() -> None:
-        _, held["belief"] = planner.predict(obs, held["belief"], np.zeros(1, bool), deterministic=True)
+        nonlocal state
+        _, state = planner.predict(obs, state, np.zeros(1, bool), deterministic=True)
 
-    taken = timed(act, samples=7, least=0.5, most=job["most"], warmup=5)
+    taken = timed(act, samples=7, min_seconds=0.5, max_seconds=job["most"], warmup=5)
     return {**taken, "gflop": flops(planner.policy.world, planner.controller) / 1e9, "parameters": planner.parameter_count}
 
 
 # The gap ----------------------------------------------------------------------------------------------------------------
 
 
-def gap(job: dict[str, Any]) -> dict[str, Any]:
-    """A pure search over 15 steps in a world learned from `GAP_STEPS` random steps of Pendulum: what it expects, and what comes."""
+def gap(job: Row) -> Row:
+    """A pure search over 15 steps in a world learned from `GAP_STEPS` random steps of Pendulum: imagined and real return."""
     import worldmodel as wm
     from worldmodel.agents.planner import PlannerConfig, PlannerController
     from worldmodel.data import Sampling
     from worldmodel.envs import make_env
     from worldmodel.model import tensors
 
-    torch.set_num_threads(1)
     made = {"agent": "random", "model.ensemble.members": 5}
     made |= {"train.prefill": GAP_STEPS, "train.pretrain": 200, "log.tensorboard": False}
     made |= {"eval.every": 0, "eval.episodes": 1}
     plan = {"method": "icem", "horizon": 15, "samples": 256, "iterations": 4, "elites": 24, "proposals": 0, "terminal": False}
     expected: dict[float, list[float]] = {penalty: [] for penalty in PENALTIES}
-    came: dict[float, list[float]] = {penalty: [] for penalty in PENALTIES}
+    real: dict[float, list[float]] = {penalty: [] for penalty in PENALTIES}
     with tempfile.TemporaryDirectory() as folder:
         run = wm.Run.open(wm.train("pendulum", GAP_STEPS, job["seed"], Path(folder) / "run", made, "cpu").run)
         world = run.world_model()
@@ -149,20 +138,20 @@ def gap(job: dict[str, Any]) -> dict[str, Any]:
                     copied, total = copy.deepcopy(env), 0.0
                     for planned in found.best[0]:
                         total += float(copied.step(world.action.decode(planned[None])[0])[1])
-                    came[penalty].append(total)
+                    real[penalty].append(total)
             drawn = world.action.sample(1, rng)
             obs, *_ = env.step(world.action.decode(drawn)[0])
             action = torch.from_numpy(drawn)
         env.close()
-    rows = {f"{p:g}": {"imagined": statistics.fmean(expected[p]), "real": statistics.fmean(came[p])} for p in PENALTIES}
+    rows = {f"{p:g}": {"imagined": statistics.fmean(expected[p]), "real": statistics.fmean(real[p])} for p in PENALTIES}
     return {"by_penalty": rows}
 
 
 # The eight algorithms -----------------------------------------------------------------------------------------------------
 
 
-def algorithm(job: dict[str, Any]) -> dict[str, Any]:
-    """One algorithm in a world of 400 real steps: updates, whether its weights moved, real return, and what a loaded one does."""
+def algorithm(job: Row) -> Row:
+    """One algorithm in a world of 400 real steps: updates, change of weights, real return, whether a loaded one acts the same."""
     from baselines import run_random, updates_of
 
     import worldmodel as wm
@@ -171,7 +160,6 @@ def algorithm(job: dict[str, Any]) -> dict[str, Any]:
     from worldmodel.config import Config
     from worldmodel.envs import make_vec
 
-    torch.set_num_threads(1)
     recipe, name, seed = job["recipe"], job["algorithm"], job["seed"]
     if name == "random":
         return {"real_return": run_random(Config.from_recipe(recipe), seed)["final_return"]}
@@ -205,7 +193,11 @@ def algorithm(job: dict[str, Any]) -> dict[str, Any]:
 WORKERS = {"dyna": dyna, "mppi": mppi, "gap": gap, "algorithms": algorithm}
 
 
-def others(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+def work(job: Row) -> Row:
+    return WORKERS[job["row"]](job) if "row" in job else control.work(job)
+
+
+def others(name: str, args: argparse.Namespace) -> list[Key]:
     """The keys of a row that is not about real steps."""
     if name == "mppi":
         return [{"row": name, "threads": threads, "most": args.most} for threads in (1, 2)]
@@ -221,19 +213,19 @@ def others(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     return keys
 
 
-def judged(rows: Iterable[dict[str, Any]], of: str | None = None) -> list[dict[str, Any]]:
-    """Of each algorithm and number of imagined steps, beside random play: {"algorithm", "recipe", "imagined", "rows", "said"}.
+def judged(rows: Iterable[Row], of: str | None = None) -> list[Row]:
+    """Of each algorithm and number of imagined steps: {"algorithm", "recipe", "imagined", "rows", "said"}.
 
-    What is said: that it runs, saves and loads, where a loaded one acts the same, and in how many seeds its real return exceeds
-    random play's mean by `MARGIN`. Stale rows count where the algorithm has no others; the oldest lack seed and steps.
+    said  that it runs, saves and loads, where a loaded one acts the same, and in how many seeds its real return exceeds random
+          play's mean by `MARGIN`
+
+    Stale rows count where the algorithm has no others; the oldest lack seed and steps.
     """
     rows = list(rows)
     fresh = {(row["key"]["recipe"], row["key"]["algorithm"]) for row in rows if not stale(row, of)}
-    groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
-    for row in rows:
-        key = row["key"]
-        if not stale(row, of) or (key["recipe"], key["algorithm"]) not in fresh:
-            groups.setdefault((key["recipe"], key["algorithm"], key.get("imagined", IMAGINED)), []).append(row)
+    counted = (row for row in rows if not stale(row, of) or (row["key"]["recipe"], row["key"]["algorithm"]) not in fresh)
+    names = lambda row: (row["key"]["recipe"], row["key"]["algorithm"], row["key"].get("imagined", IMAGINED))  # noqa: E731
+    groups = grouped(counted, names)
     out = []
     order = {(recipe, name): i for recipe, group in FITS.items() for i, name in enumerate(["random", *group])}
     for (recipe, name, imagined), found in sorted(groups.items(), key=lambda x: (x[0][0], order[x[0][:2]], x[0][2])):
@@ -242,55 +234,42 @@ def judged(rows: Iterable[dict[str, Any]], of: str | None = None) -> list[dict[s
         if name == "random":
             said = ""
         elif random:
-            least = statistics.fmean(row["real_return"] for row in random) + MARGIN[recipe]
-            beat = sum(row["real_return"] >= least for row in found)
-            said += f"; beats random by {MARGIN[recipe]:g} in {beat} of {len(found)} seeds"
-        out.append({"algorithm": name, "recipe": recipe, "imagined": imagined, "rows": found, "random": random, "said": said})
+            threshold = statistics.fmean(row["real_return"] for row in random) + MARGIN[recipe]
+            better = sum(row["real_return"] >= threshold for row in found)
+            said += f"; beats random by {MARGIN[recipe]:g} in {better} of {len(found)} seeds"
+        out.append({"algorithm": name, "recipe": recipe, "imagined": imagined, "rows": found, "said": said})
     return out
 
 
-def tables(rows: Rows, folder: Path) -> str:
+def report(rows: Rows, folder: Path) -> str:
     """All tables of what is there."""
-    by: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        by.setdefault(row["key"].get("row", "control"), []).append(row)
-    parts = [report(by["control"], folder)] if "control" in by else []
+    by = grouped(rows, lambda row: row["key"].get("row", "control"))
+    parts = [control.report(by["control"], folder)] if "control" in by else []
     if "mppi" in by:
-        lines = [
-            [
-                marked(r["key"]["threads"], [r]),
-                spread(r["ms"]),
-                number(r["gflop"]),
-                number(r["parameters"], 1),
-                number(r["foreign"], 1),
-            ]
-            for r in by["mppi"]
-        ]
-        parts.append(table(["threads", "ms of one MPPI action (TD-MPC2: 160)", "GFLOP", "parameters", "foreign"], lines))
+        head, lines = ["threads", "ms of one MPPI action (TD-MPC2: 160)", "GFLOP", "parameters", "foreign"], []
+        for row in by["mppi"]:
+            figures = [number(row["gflop"]), number(row["parameters"], 1), number(row["foreign"], 1)]
+            lines.append([marked(row["key"]["threads"], [row]), spread(row["ms"]), *figures])
+        parts.append(table(head, lines))
     if "gap" in by:
         lines = []
         for penalty in (f"{p:g}" for p in PENALTIES):
             found = [row["by_penalty"][penalty] for row in by["gap"]]
-            gaps = [x["imagined"] - x["real"] for x in found]
-            name = marked(penalty, by["gap"])
-            lines.append([name, *(spread(x[side] for x in found) for side in ("imagined", "real")), spread(gaps)])
+            returns = [spread(x[side] for x in found) for side in ("imagined", "real")]
+            lines.append([marked(penalty, by["gap"]), *returns, spread(x["imagined"] - x["real"] for x in found)])
         parts.append(table(["penalty", "imagined return", "real return", "gap"], lines))
     if "algorithms" in by:
         names = ("updates", "moved", "real_return", "gap", "seconds")
-        shown = []
+        lines = []
         for group in judged(by["algorithms"]):
             cells = [spread(row[name] for row in group["rows"] if name in row) for name in names]
             steps = "" if group["algorithm"] == "random" else number(group["imagined"], 1)
-            shown.append([marked(group["algorithm"], group["rows"]), group["recipe"], steps, *cells, group["said"]])
-        parts.append(table(["algorithm", "world", "imagined steps", *names, "so it"], shown))
+            lines.append([marked(group["algorithm"], group["rows"]), group["recipe"], steps, *cells, group["said"]])
+        parts.append(table(["algorithm", "world", "imagined steps", *names, "so it"], lines))
     return "\n\n".join(parts)
 
 
 def main() -> int:
-    if sys.argv[1:2] == ["--worker"]:
-        job = json.loads(sys.argv[2])
-        print(json.dumps(WORKERS[job["row"]](job) if "row" in job else work(job), allow_nan=False))
-        return 0
     parser = options(__doc__)
     known = [*PLUG_IN, *OTHER]
     parser.add_argument("--rows", nargs="+", choices=known, default=known, help="these rows only")
@@ -300,25 +279,18 @@ def main() -> int:
     parser.add_argument("--ours", action="store_true", help="without the baselines")
     parser.add_argument("--max-minutes", type=float, default=15.0, help="ends every run of real steps then, evaluation included")
     parser.add_argument("--most", type=float, default=60, help="seconds to wait for undisturbed samples of a speed")
-    parser.add_argument("--print", action="store_true", help="only the tables")
     parser.add_argument("--verbose", action="store_true", help="every evaluation of our runs on stderr")
     args = parser.parse_args()
     rows = Rows("plug_in", args.results, args.again)
-    failed = 0
+    threads, failed = lambda key: key.get("threads", 1), 0
     for name in [] if args.print else args.rows:
         if name in PLUG_IN:
             failed += real_steps(args, rows, name)
-            continue
-        for key in others(name, args):
-            if not rows.has(key):
-                try:
-                    rows.add(key, call(__file__, key, key.get("threads", 1), 1800), key.get("threads", 1))
-                except Failed as error:
-                    failed += 1
-                    say(f"failed: {key}: {error}")
-    print(tables(rows, args.results))
-    return 1 if failed else 0
+        else:
+            failed += rows.measure(others(name, args), lambda key: call(__file__, key, threads(key), 1800), threads)
+    print(report(rows, args.results))
+    return failed
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script(main, work)

@@ -1,85 +1,118 @@
-"""What the benchmark scripts share: rows in results/<name>.jsonl, workers, foreign load, timed samples, tables.
+"""What the benchmark scripts share: rows in results/<name>.jsonl, worker processes, timed samples.
 
-A row is one finished measurement: the key that identifies it, what was measured, and under `where` the commit, a hash of the
-code, when, the threads, the versions and the processor. Rows are only ever appended. Of rows with equal keys the newest of this
-tree's code counts, else the newest: never the better one. A row of other code than this tree's is *stale*: tables mark it with
-a dagger, and a run measures it again.
+A row is one finished measurement: its key, what was measured, and under `where` the commit, a hash of the code, the date, threads,
+versions and processor. Rows are only ever appended. Of rows with equal keys the newest of this tree's code counts, else the
+newest: never the better one. A row of other code than this tree's is *stale*: tables mark it with a dagger, and the next run
+measures it again.
+
+A script parses its arguments, measures the keys that have no row (`Rows.measure`) and prints a table; `script` starts it.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import hashlib
 import io
 import json
-import math
 import os
 import platform
 import signal
-import statistics
 import subprocess
 import sys
 import threading
 import time
 import tokenize
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
+
+from tables import markdown
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("worldmodel", "torch", "numpy", "gymnasium", "stable_baselines3", "zuko")
 CODE = ("worldmodel", "agents", "envs", "configs")
-"""Folders whose content makes a row's figures."""
+"""Folders of the code that is measured."""
 STALE = "†"
 LEGEND = f"{STALE} measured by other code than this tree's; a run without --print measures it again"
 QUIET = 0.12
-"""Foreign cores up to which a timed sample counts as quiet."""
+"""Cores kept busy by other processes up to which a timed sample counts as quiet."""
+
+
+Row = dict[str, Any]
+Key = Mapping[str, Any]
+Group = TypeVar("Group", bound=Hashable)
 
 
 class Failed(RuntimeError):
     """A worker ended without a result."""
 
 
-# Rows -----------------------------------------------------------------------------------------------------------------
+# Scripts --------------------------------------------------------------------------------------------------------------
 
 
-def options(description: str | None) -> argparse.ArgumentParser:
-    """A parser with what every script takes."""
+def options(description: str | None, seeds: Sequence[int] = (), overrides: bool = False) -> argparse.ArgumentParser:
+    """A parser of what every script takes; for one of `seeds` (the default ones) or `overrides`, of these too."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=HERE / "results", metavar="DIR", help="folder of the result files")
     parser.add_argument("--again", action="store_true", help="measure rows that are already there once more")
+    parser.add_argument("--print", action="store_true", help="only the tables of what is there")
+    if seeds:
+        parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
+    if overrides:
+        parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of the recipes; other options, other rows")
     return parser
 
 
+def words(text: str) -> list[str]:
+    """The words of an argument, separated by commas."""
+    return text.split(",")
+
+
+def script(main: Callable[[], int], work: Callable[[Row], Row] | None = None) -> NoReturn:
+    """Runs a script whose `main` gives the number of failed rows; as a worker (`call`), prints what `work` makes of the job."""
+    if sys.argv[1:2] != ["--worker"]:
+        sys.exit(min(main(), 1))
+    with contextlib.redirect_stdout(sys.stderr):
+        result = work(json.loads(sys.argv[2]))
+    print(json.dumps(result, allow_nan=False))
+    sys.exit()
+
+
+# Rows -----------------------------------------------------------------------------------------------------------------
+
+
 class Rows:
-    """The rows of one file; `of`: the hash of the code by which they are stale or not, without one this tree's."""
+    """The rows of one file.
+
+    again  measure those that are there as well
+    of     hash of the code that rows of other code are stale against; default: this tree's
+    """
 
     def __init__(self, name: str, folder: Path, again: bool = False, of: str | None = None):
-        self.file, self.again, self.code, self.of = Path(folder) / f"{name}.jsonl", again, code(), of
+        self.file, self.again, self.code = Path(folder) / f"{name}.jsonl", again, code()
         lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
-        self._rows: dict[str, dict[str, Any]] = {}
+        self._rows: dict[str, Row] = {}
         for row in map(json.loads, filter(None, lines)):
-            self._keep(row)
+            text = _text(row["key"])
+            if text not in self._rows or stale(self._rows[text], of) or not stale(row, of):
+                self._rows[text] = row
 
-    def _keep(self, row: dict[str, Any]) -> None:
-        word = _word(row["key"])
-        if word not in self._rows or stale(self._rows[word], self.of) or not stale(row, self.of):
-            self._rows[word] = row
-
-    def has(self, key: Mapping[str, Any]) -> bool:
+    def has(self, key: Key) -> bool:
         """Whether this row need not be measured; says so."""
-        row = self._rows.get(_word(key))
+        row = self._rows.get(_text(key))
         if row is None or self.again:
             return False
         say(f"{'there, but of other code' if stale(row) else 'already there'}: {_short(key)}")
         return not stale(row)
 
-    def add(self, key: Mapping[str, Any], measured: Mapping[str, Any], threads: int) -> dict[str, Any]:
-        """Appends one finished row; `measured` may not hold NaN, for JSON has none.
+    def add(self, key: Key, measured: Mapping[str, Any], threads: int) -> Row:
+        """Appends one finished row; `measured` may not hold NaN, which JSON has not.
 
         Where the code changed since these rows were opened, nobody knows which of both made the row: it is stale at once.
         """
@@ -88,38 +121,55 @@ class Rows:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
-        self._rows[_word(key)] = row
-        say(f"done: {_short(key)}")
+        self._rows[_text(key)] = row
         return row
 
     def measure(
         self,
-        script: str | Path,
-        jobs: Iterable[tuple[Mapping[str, Any], Mapping[str, Any], int]],
-        seconds: float,
-        tell: Callable[[dict[str, Any]], str] | None = None,
+        keys: Iterable[Key],
+        work: Callable[[Key], Mapping[str, Any]],
+        threads: Callable[[Key], int] = lambda key: 1,
+        summary: Callable[[Row], str] | None = None,
+        at_once: int = 1,
     ) -> int:
-        """Runs what is missing of (key, job, threads), one after the other, as `call` does; gives the number that failed.
+        """Adds what `work` gives for each key without a row, `at_once` keys at a time; gives the number of those that failed.
 
-        tell  what is said of a row that has come
+        summary  what is said of a finished row
         """
-        failed = 0
-        for key, job, threads in list(jobs):  # a wrong name or option is found before anything runs
-            if self.has(key):
-                continue
+
+        def one(key: Key) -> int:
             since = time.perf_counter()
             try:
-                row = self.add(key, call(script, job, threads, seconds), threads)
+                row = self.add(key, work(key), threads(key))
             except Failed as error:
-                failed += 1
                 say(f"failed: {_short(key)}: {error}")
-                continue
-            if tell is not None:
-                say(f"  {tell(row)}, {time.perf_counter() - since:.0f} s in all")
-        return failed
+                return 1
+            figures = f"{summary(row)}, " if summary else ""
+            say(f"done: {_short(key)}: {figures}{time.perf_counter() - since:.0f} s in all")
+            return 0
+
+        missing = [key for key in keys if not self.has(key)]
+        if at_once == 1:
+            return sum(map(one, missing))
+        with ThreadPoolExecutor(at_once) as pool:
+            return sum(pool.map(one, missing))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter(self._rows.values())
+
+
+def grouped(rows: Iterable[Row], group: Callable[[Row], Group]) -> dict[Group, list[Row]]:
+    """The rows by what `group` gives for them, in the order of their appearance."""
+    found: dict[Group, list[Row]] = {}
+    for row in rows:
+        found.setdefault(group(row), []).append(row)
+    return found
+
+
+def label(key: Key, *more: object) -> str:
+    """`more` and the options of a key as one text."""
+    limits = [f"max_steps={key['max_steps']}"] if key.get("max_steps") else []
+    return " ".join(map(str, [*more, *key.get("overrides", ()), *limits]))
 
 
 def where(threads: int) -> dict[str, Any]:
@@ -143,7 +193,7 @@ def code() -> str:
 
 
 def _hash(root: Path = HERE.parent) -> str:
-    """Of names and contents of all files in `CODE`, caches and what only people read aside; 16 hex digits."""
+    """Of names and contents of all files in `CODE`, but for caches, comments and docstrings; 16 hex digits."""
     digest = hashlib.sha256()
     for folder in CODE:
         for file in sorted(path for path in (root / folder).rglob("*") if path.is_file()):
@@ -172,15 +222,21 @@ def stale(row: Mapping[str, Any], of: str | None = None) -> bool:
 
 
 def marked(text: object, rows: Iterable[Mapping[str, Any]], of: str | None = None) -> str:
-    """`text`, with a dagger where one of the rows that it tells of is stale."""
+    """`text`, with a dagger where one of its rows is stale."""
     return f"{text} {STALE}" if any(stale(row, of) for row in rows) else str(text)
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
+    """A Markdown table for a terminal, and below it what a dagger means where one stands in it."""
+    text = markdown(head, lines, aligned=True)
+    return f"{text}\n\n{LEGEND}" if STALE in text else text
 
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _word(key: Mapping[str, Any]) -> str:
+def _text(key: Mapping[str, Any]) -> str:
     return json.dumps(key, sort_keys=True)
 
 
@@ -198,8 +254,8 @@ def _commit() -> str | None:
         return None
 
 
-def _git(*words: str) -> str:
-    return subprocess.run(["git", "-C", str(HERE), *words], capture_output=True, text=True, check=True).stdout.strip()
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", "-C", str(HERE), *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _processor() -> str:
@@ -225,18 +281,18 @@ def call(script: str | Path, job: Mapping[str, Any], threads: int, seconds: floa
     return command([sys.executable, str(script), "--worker", json.dumps(job)], threads, seconds)
 
 
-def command(words: Sequence[str], threads: int, seconds: float, **environment: str) -> dict[str, Any]:
+def command(line: Sequence[str], threads: int, seconds: float, **environment: str) -> dict[str, Any]:
     """The object on the last line of a command's stdout; Failed where it has none, fails, or takes longer than `seconds`."""
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), **environment}
     if threading.current_thread() is threading.main_thread():  # an exception, on which `run` kills the worker
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        done = subprocess.run(words, stdout=subprocess.PIPE, text=True, env=env, timeout=seconds)
+        done = subprocess.run(line, stdout=subprocess.PIPE, text=True, env=env, timeout=seconds)
     except subprocess.TimeoutExpired as error:
-        raise Failed(f"no result after {seconds:.0f} s: {' '.join(words[:3])}") from error
+        raise Failed(f"no result after {seconds:.0f} s: {' '.join(line[:3])}") from error
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
-        raise Failed(f"exit code {done.returncode}: {' '.join(words[:3])}")
+        raise Failed(f"exit code {done.returncode}: {' '.join(line[:3])}")
     try:
         return json.loads(lines[-1])
     except json.JSONDecodeError as error:
@@ -277,63 +333,27 @@ def _own_seconds() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
-def timed(work: Callable[[], object], samples: int, least: float, most: float, warmup: int = 2) -> dict[str, Any]:
-    """Milliseconds of one `work()`: {"ms": [...], "foreign": the greatest foreign load among them, "quiet": bool}.
+def timed(work: Callable[[], object], samples: int, min_seconds: float, max_seconds: float, warmup: int = 2) -> dict[str, Any]:
+    """Milliseconds of one `work()`: {"ms": [...], "foreign": the largest foreign load among them, "quiet": bool}.
 
-    A sample repeats the work for at least `least` seconds. Samples under foreign load are set aside and taken again until
-    `samples` quiet ones exist; where `most` seconds pass before that, all count and quiet is False.
+    A sample repeats the work for at least `min_seconds`. Samples under foreign load are set aside and taken again until
+    `samples` quiet ones exist; where `max_seconds` pass before that, all count and quiet is False.
     """
     for _ in range(warmup):
         work()
     taken: list[tuple[float, float | None]] = []
-    begun = time.perf_counter()
+    started = time.perf_counter()
     while True:
         with Load() as load:
             count, since = 0, time.perf_counter()
-            while not count or time.perf_counter() - since < least:
+            while not count or time.perf_counter() - since < min_seconds:
                 work()
                 count += 1
-            spent = time.perf_counter() - since
-        taken.append((1000 * spent / count, load.cores))
+            seconds = time.perf_counter() - since
+        taken.append((1000 * seconds / count, load.cores))
         quiet = [sample for sample in taken if (sample[1] or 0.0) <= QUIET]
-        late = time.perf_counter() - begun > most
+        late = time.perf_counter() - started > max_seconds
         if len(quiet) >= samples or (late and len(taken) >= samples):
             used = quiet if len(quiet) >= samples else taken
             loads = [cores for _, cores in used if cores is not None]
             return {"ms": [ms for ms, _ in used], "foreign": max(loads, default=None), "quiet": used is quiet}
-
-
-# Tables ---------------------------------------------------------------------------------------------------------------
-
-
-def spread(values: Iterable[float | None], digits: int = 3) -> str:
-    """`median [min..max]`; None stands for what never came, and is greater than everything."""
-    known = sorted(math.inf if x is None else float(x) for x in values)
-    if not known:
-        return ""
-    middle = number(median(known), digits)
-    return middle if len(known) == 1 else f"{middle} [{number(known[0], digits)}..{number(known[-1], digits)}]"
-
-
-def median(values: Iterable[float | None]) -> float:
-    """The median, None being greater than everything: infinite where at least half never came."""
-    known = [math.inf if x is None else float(x) for x in values]
-    return statistics.median_high(known) if math.inf in known else statistics.median(known)
-
-
-def number(x: float | None, digits: int = 3) -> str:
-    """At least `digits` significant digits, thousands set apart; `-` for what never came."""
-    if x is None or math.isinf(x):
-        return "-"
-    if x == 0:
-        return "0"
-    return f"{x:,.{max(0, digits - 1 - math.floor(math.log10(abs(x))))}f}"
-
-
-def table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
-    """A Markdown table with aligned columns, and what a dagger means where one stands in it."""
-    cells = [list(head), *([str(x) for x in line] for line in lines)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    drawn = ["| " + " | ".join(x.ljust(w) for x, w in zip(row, widths)) + " |" for row in cells]
-    legend = ["", LEGEND] if any(STALE in x for row in cells for x in row) else []
-    return "\n".join([drawn[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *drawn[1:], *legend])

@@ -4,18 +4,18 @@
     python benchmarks/sampling.py --print
 
 Stores: 200,000 CartPole rows in one stream, the same in 8 streams, and 20,000 frames of 64x64x3 uint8 (246 MB).
-Draws as `train` makes them: a quarter of the sequences chosen so that an episode ends in them, the rest uniform.
+A quarter of the sequences is chosen so that an episode ends in them, as in training; the rest is uniform.
 """
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
 import numpy as np
 import torch
-from rows import Load, Rows, marked, number, options, table
+from rows import Load, Row, Rows, marked, options, script, table
+from tables import number
 
 from worldmodel.storage.replay import Replay
 
@@ -42,7 +42,7 @@ def filled(capacity: int, shape: tuple[int, ...], dtype: type, actions: int, str
     return replay
 
 
-def measure(store: dict[str, Any], count: int) -> dict[str, Any]:
+def measure(store: dict[str, Any], count: int) -> Row:
     """Median and 95th percentile of `count` batches, in milliseconds."""
     replay, rng = filled(**store), np.random.default_rng(1)
     taken = []
@@ -60,19 +60,16 @@ def main() -> int:
     parser = options(__doc__)
     parser.add_argument("--stores", nargs="+", choices=list(STORES), default=list(STORES))
     parser.add_argument("--count", type=int, default=1000, help="batches of each store")
-    parser.add_argument("--print", action="store_true", help="only the table")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = Rows("sampling", args.results, args.again)
-    for name in [] if args.print else args.stores:
-        key = {"store": name, "batch": BATCH, "length": LENGTH, "ends": ENDS}
-        if not rows.has(key):
-            rows.add(key, measure(STORES[name], args.count), threads=1)
+    keys = [{"store": name, "batch": BATCH, "length": LENGTH, "ends": ENDS} for name in args.stores]
+    failed = 0 if args.print else rows.measure(keys, lambda key: measure(STORES[key["store"]], args.count))
     numbers = ("held", "megabytes", "median_ms", "p95_ms", "foreign")
     lines = [[marked(row["key"]["store"], [row]), *(number(row[name]) for name in numbers)] for row in rows]
     print(table(["store", "rows", "MB", "median ms", "p95 ms", "foreign"], lines))
-    return 0
+    return failed
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script(main)

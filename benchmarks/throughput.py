@@ -5,26 +5,25 @@
     python benchmarks/throughput.py --obs vector --threads 1 --options compile,bf16
     python benchmarks/throughput.py --print
 
-Size S: carry, width and hidden layers of 256, 16 x 16 latents, two-layer perceptrons, convolutions from 24 channels, 255
+Size S: recurrent state, width and hidden layers of 256, 16 x 16 latents, two-layer perceptrons, convolutions from 24 channels, 255
 bins; 2 actions; 4 floats or 64x64x3 pixels; 16 sequences of 64 steps, 15 imagined steps from all 1,024 states, fp32.
 The replay holds random episodes. The peer's update starts from a batch in memory, ours from the replay. Every
 measurement is a fresh process, ours and the peer's take turns, samples under foreign load are taken again.
 
-GEMM is the rate of a 1024 x 1024 matrix product in the same process; the floor is the update's arithmetic (matrix
-products and convolutions, as torch counts them) at that rate. DIR holds `peer_dreamer_torch.py`, which prints one JSON
-object per run; VENV has sheeprl installed (README.md). `--options` shows what an option of `train` changes: a row each.
+GEMM is the rate of a 1024 x 1024 matrix product in the same process; the lower bound is the update's arithmetic (matrix products
+and convolutions, as torch counts them) at that rate. DIR holds `peer_dreamer_torch.py`, which prints one JSON object per run; VENV
+has sheeprl installed (README.md). `--options` measures what an option of `train` changes, in a row of its own each.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
 import statistics
-import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,8 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
-from rows import Failed, Rows, call, command, marked, number, options, say, spread, table, timed
+from rows import Key, Row, Rows, call, command, marked, options, script, table, timed, words
+from tables import number, spread
 
 SIZE_S = [
     "model=dreamer",
@@ -75,24 +75,23 @@ class Noise(gym.Env):
 # Ours, in a process of its own ------------------------------------------------------------------------------------------
 
 
-def work(job: dict[str, Any]) -> dict[str, Any]:
+def work(job: Row) -> Row:
     """Milliseconds of one update and of its halves, GEMM rate, arithmetic and parameters."""
-    if "train.compile=true" in job["overrides"]:  # the first update then takes what it takes a new user
+    if "train.compile=true" in job["overrides"]:  # as long as at a new user's first update
         os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
-    torch.set_num_threads(job["threads"])
     agent = filled_agent(job["obs"] == "pixel", job["threads"], job["overrides"])
     marks: list[float] = []
     inner = agent.learner.update
 
-    def marked(*args: Any) -> Any:
+    def timestamped(*args: Any) -> Any:
         result = inner(*args)
         marks.append(time.perf_counter())
         return result
 
-    agent.learner.update = marked
-    begun = time.perf_counter()
+    agent.learner.update = timestamped
+    started = time.perf_counter()
     agent.update()
-    first = time.perf_counter() - begun
+    first = time.perf_counter() - started
     halves: list[tuple[float, float]] = []
 
     def update() -> None:
@@ -132,7 +131,7 @@ def arithmetic(agent: Any) -> dict[str, float]:
 
 
 def gemm(n: int = 1024) -> float:
-    """GFLOP/s of an fp32 matrix product: the best of 7 samples, for foreign load only ever takes away."""
+    """GFLOP/s of an fp32 matrix product: the best of 7 samples, since foreign load only slows it."""
     a, b = torch.rand(n, n), torch.rand(n, n)
     out = torch.empty(n, n)
     return 2 * n**3 / 1e6 / min(timed(lambda: torch.mm(a, b, out=out), 7, 0.15, 3.0)["ms"])
@@ -141,16 +140,17 @@ def gemm(n: int = 1024) -> float:
 # The rows -------------------------------------------------------------------------------------------------------------
 
 
-def pair(args: argparse.Namespace, obs: str, threads: int, option: str) -> dict[str, Any]:
+def pair(args: argparse.Namespace, key: Key) -> Row:
     """Ours, and what it is compared with (the peer, or for an option ours without it), in turn."""
+    obs, threads, option = key["obs"], key["threads"], key["option"]
     job = {"obs": obs, "threads": threads, "samples": args.samples, "seconds": args.seconds}
-    ours, other = [], []
+    ours, without, peers = [], [], []
     for _ in range(args.rounds):
         ours.append(call(__file__, {**job, "overrides": OPTIONS[option]}, threads, 600 + 4 * args.seconds))
         if option != "fp32":
-            other.append(call(__file__, {**job, "overrides": []}, threads, 600 + 4 * args.seconds)["ms"])
+            without += call(__file__, {**job, "overrides": []}, threads, 600 + 4 * args.seconds)["ms"]
         elif args.peers is not None:
-            other.append(peer(args, obs, threads))
+            peers.append(peer(args, obs, threads))
     row = {**ours[0], "ms": [ms for one in ours for ms in one["ms"]]}
     for name in ("world_ms", "agent_ms", "first_update_s", "gemm_gflops"):
         row[name] = statistics.median(one[name] for one in ours)
@@ -158,37 +158,41 @@ def pair(args: argparse.Namespace, obs: str, threads: int, option: str) -> dict[
     row["foreign"] = max((one["foreign"] for one in ours if one["foreign"] is not None), default=None)
     if "gflop" in row:
         row["floor_ms"] = 1000 * row["gflop"] / row["gemm_gflops"]
-    if option != "fp32":
-        row["without_ms"] = [ms for one in other for ms in one]
-    elif other:
+    if without:
+        row["without_ms"] = without
+    if peers:
         row["peer"] = {
-            **{name: other[-1].get(name) for name in ("peer", "params", "split", "torch", "threads")},
-            "rounds_ms": [one["update_ms"] for one in other],
-            "noise": [one.get("noise") for one in other],
+            **{name: peers[-1].get(name) for name in ("peer", "params", "split", "torch", "threads")},
+            "rounds_ms": [one["update_ms"] for one in peers],
+            "noise": [one.get("noise") for one in peers],
         }
     return row
 
 
-def peer(args: argparse.Namespace, obs: str, threads: int) -> dict[str, Any]:
+def peer(args: argparse.Namespace, obs: str, threads: int) -> Row:
     """One run of the peer's script in the peer's own environment."""
-    script = args.peers.resolve() / "peer_dreamer_torch.py"
-    words = [str(args.peer_python.absolute()), str(script), "sheeprl", obs, "S", *(["1thread"] if threads == 1 else [])]
-    return command(words, threads, 900, PYTHONDONTWRITEBYTECODE="1")
+    file = args.peers.resolve() / "peer_dreamer_torch.py"
+    line = [str(args.peer_python.absolute()), str(file), "sheeprl", obs, "S", *(["1thread"] if threads == 1 else [])]
+    return command(line, threads, 900, PYTHONDONTWRITEBYTECODE="1")
 
 
-def report(rows: Rows) -> str:
-    """Milliseconds as median [least..greatest]; the peer's from its own samples over all rounds."""
+def peer_ms(row: Row) -> tuple[float, str]:
+    """(median, `median [min..max]`) of the peer's milliseconds, over all rounds."""
+    rounds = row["peer"]["rounds_ms"]
+    middle = statistics.median(x["median"] for x in rounds)
+    return middle, f"{number(middle)} [{number(min(x['min'] for x in rounds))}..{number(max(x['max'] for x in rounds))}]"
+
+
+def report(rows: Iterable[Row]) -> str:
+    """Milliseconds as median [min..max]; the peer's from its own samples over all rounds."""
     lines = []
     for row in sorted(rows, key=lambda row: json.dumps(row["key"])):
-        key, ours = row["key"], statistics.median(row["ms"])
-        there = row.get("peer")
-        theirs = [x["median"] for x in there["rounds_ms"]] if there else row.get("without_ms")
-        name = "" if theirs is None else f"{there['peer']} " if there else "fp32 eager "
-        if there:
-            ends = min(x["min"] for x in there["rounds_ms"]), max(x["max"] for x in there["rounds_ms"])
-            name += f"{number(statistics.median(theirs))} [{number(ends[0])}..{number(ends[1])}]"
-        elif theirs:
-            name += spread(theirs)
+        key, ours, theirs, name = row["key"], statistics.median(row["ms"]), None, ""
+        if "peer" in row:
+            theirs, name = peer_ms(row)
+            name = f"{row['peer']['peer']} {name}"
+        elif "without_ms" in row:
+            theirs, name = statistics.median(row["without_ms"]), f"fp32 eager {spread(row['without_ms'])}"
         first = f" (first {number(row['first_update_s'], 2)} s)" if key["option"] == "compile" else ""
         lines.append(
             [
@@ -197,59 +201,48 @@ def report(rows: Rows) -> str:
                 f"{number(row['world_ms'])} + {number(row['agent_ms'])}",
                 number(1000 / ours),
                 name,
-                "" if theirs is None else f"{statistics.median(theirs) / ours:.2f} x",
+                "" if theirs is None else f"{theirs / ours:.2f} x",
                 number(row["gemm_gflops"]),
                 f"{number(row['floor_ms'])} ({ours / row['floor_ms']:.1f} x)" if "floor_ms" in row else "",
                 _millions(row["parameters"].values()),
-                _millions(there["params"].values()) if there else "",
+                _millions(row["peer"]["params"].values()) if "peer" in row else "",
                 f"{row['foreign']}{'' if row['quiet'] else ' NOISY'}",
             ]
         )
-    head = ["update", "ms", "world + agent", "updates/s", "beside", "faster", "GFLOP/s", "floor ms", "parameters"]
+    head = ["update", "ms", "world + agent", "updates/s", "beside", "faster", "GFLOP/s", "lower bound, ms", "parameters"]
     head += ["the peer's", "foreign"]
     return table(head, lines)
 
 
-def _millions(counts: Any) -> str:
+def _millions(counts: Iterable[int]) -> str:
     return " / ".join(f"{n / 1e6:.3f}" for n in counts) + " M"
 
 
 def main() -> int:
-    if sys.argv[1:2] == ["--worker"]:
-        with contextlib.redirect_stdout(sys.stderr):
-            result = work(json.loads(sys.argv[2]))
-        print(json.dumps(result))
-        return 0
     parser = options(__doc__)
     parser.add_argument("--obs", nargs="+", choices=["vector", "pixel"], default=["vector", "pixel"])
     parser.add_argument("--threads", type=int, nargs="+", default=[n for n in (2, 1) if n <= (os.cpu_count() or 1)])
-    parser.add_argument("--options", type=lambda text: text.split(","), default=[], help="separated by commas: compile, bf16")
+    parser.add_argument("--options", type=words, default=[], help="separated by commas: compile, bf16")
     parser.add_argument("--peers", type=Path, metavar="DIR", help="folder of peer_dreamer_torch.py")
     parser.add_argument("--peer-python", type=Path, metavar="FILE", help="python of the peer's environment")
     parser.add_argument("--samples", type=int, default=5, help="quiet samples in each round")
     parser.add_argument("--rounds", type=int, default=2, help="how often ours and the peer take turns")
     parser.add_argument("--seconds", type=float, default=40.0, help="for quiet samples; then noisy ones count")
-    parser.add_argument("--print", action="store_true", help="only the table")
     args = parser.parse_args()
     if (args.peers is None) != (args.peer_python is None):
         parser.error("--peers and --peer-python belong together")
     if unknown := sorted(set(args.options) - set(OPTIONS)):
         parser.error(f"--options takes {', '.join(OPTIONS)}; not {', '.join(unknown)}")
-    rows, failed = Rows("throughput", args.results, args.again), 0
-    asked = itertools.product(args.obs, args.threads, ["fp32", *(x for x in args.options if x != "fp32")])
-    for obs, threads, option in [] if args.print else asked:
-        beside = "fp32" if option != "fp32" else "sheeprl" if args.peers is not None else None
-        key = {"obs": obs, "size": "S", "threads": threads, "option": option, "beside": beside}
-        if rows.has(key):
-            continue
-        try:
-            rows.add(key, pair(args, obs, threads, option), threads)
-        except Failed as error:
-            failed += 1
-            say(f"failed: {obs} {threads}t {option}: {error}")
+    rows = Rows("throughput", args.results, args.again)
+    peers = "sheeprl" if args.peers is not None else None
+    keys = []
+    for obs, threads, option in itertools.product(args.obs, args.threads, dict.fromkeys(["fp32", *args.options])):
+        beside = peers if option == "fp32" else "fp32"
+        keys.append({"obs": obs, "size": "S", "threads": threads, "option": option, "beside": beside})
+    failed = 0 if args.print else rows.measure(keys, lambda key: pair(args, key), lambda key: key["threads"])
     print(report(rows))
-    return 1 if failed else 0
+    return failed
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script(main, work)

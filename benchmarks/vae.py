@@ -1,12 +1,13 @@
-"""A variational autoencoder around any law of codes: its parts, how it learns, and what is measured of it.
+"""A variational autoencoder with any prior of its latents: its parts, training, and figures. Used by `digits.py` and `mnist.py`.
 
-The prior is a part of the project, built through the registry as a model builds it; everything else is the same for every
-form. Within a seed all forms begin with the same encoder and decoder and see the same batches and the same noise.
+The prior is built through the registry as a model builds it; everything else is the same for every form. Within a seed all forms
+start with the same encoder and decoder and train on the same batches with the same noise.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import math
 import time
 from collections.abc import Callable
@@ -27,14 +28,26 @@ from worldmodel.distributions import EncoderInterface, GaussianLatent, GaussianL
 from worldmodel.model import active_units
 from worldmodel.nn.networks import MLP
 
+FORMS: dict[str, dict[str, Any]] = {
+    "gaussian": {"kind": "gaussian", "standard": True},
+    "gaussian_learned": {"kind": "gaussian"},
+    "mixture": {"kind": "mixture", "components": 32},
+    "vamp": {"kind": "vamp", "components": 100},
+    "flow": {"kind": "flow"},
+    "hierarchical": {"kind": "hierarchical"},
+    "energy": {"kind": "energy"},
+    "diffusion": {"kind": "diffusion"},
+}
+"""Options of each form of the prior, on the small digits."""
+
 
 class Setup(Frozen):
     """What all forms share."""
 
-    latents: int = Field(2, ge=1, description="numbers in a code")
+    latents: int = Field(2, ge=1, description="size of a latent")
     batch: int = Field(100, ge=1, description="observations in an update")
     lr: float = Field(1e-3, gt=0, description="learning rate of Adam")
-    epochs: int = Field(500, ge=1, description="most passes over the training set")
+    epochs: int = Field(500, ge=1, description="passes over the training set at most")
     patience: int = Field(50, ge=1, description="epochs without a better validation ELBO after which it ends")
     warmup: float = Field(0.0, ge=0, le=1, description="share of the schedule in which the rate's weight grows from 0 to 1")
     decay: float = Field(0.0, ge=0, le=1, description="share of the schedule in which the learning rate falls to 0, at its end")
@@ -42,39 +55,39 @@ class Setup(Frozen):
     units: int = Field(128, ge=1, description="width of encoder and decoder")
     layers: int = Field(2, ge=1, description="hidden layers of each")
     init: Literal["torch", "offset"] = Field("torch", description="first weights: torch's, or those of `networks.MLP`")
-    clip: float = Field(100.0, gt=0, description="greatest norm of a gradient")
-    noises: int = Field(4, ge=1, description="draws of each code in the validation ELBO")
+    clip: float = Field(100.0, gt=0, description="maximum norm of a gradient")
+    noises: int = Field(4, ge=1, description="draws of each latent in the validation ELBO")
     seconds: float = Field(math.inf, gt=0, allow_inf_nan=True, description="time after which it ends; the schedule follows it")
 
 
 class VAE(nn.Module):
-    """Encoder, law and decoder of observations [N, *shape] in [0, 1].
+    """Encoder, prior and decoder of observations [N, *shape] in [0, 1].
 
-    body     observations -> [N, E];  head  [N, E] -> parameters of a belief
-    decoder  codes [*N, Z] -> what `likelihood` takes
+    body     observations -> [N, E];  head  [N, E] -> parameters of a posterior
+    decoder  latents [*N, Z] -> input of `likelihood`
     likelihood  (output of the decoder, x [N, *shape]) -> ln p(x|z) [*N]
-    law      config of the prior; made last, so that the others begin alike whatever it is
+    prior    its config; made last, so that the first weights of the others do not depend on it
     """
 
-    def __init__(self, shape: tuple[int, ...], latents: int, body: nn.Module, decoder: nn.Module, likelihood, law: Any):
+    def __init__(self, shape: tuple[int, ...], latents: int, body: nn.Module, decoder: nn.Module, likelihood, prior: Any):
         super().__init__()
         self.latent = GaussianLatent(GaussianLatentConfig(size=latents))
         self.body, self.decoder, self.likelihood = body, decoder, likelihood
         self.head = nn.Linear(body.out_features, self.latent.parameters)
         source = PosteriorSource(EncoderInterface({"image": shape}, body.out_features, self.embed), 0, self.posterior)
-        self.law = registry.build("distribution", law, self.latent, 0, source)
+        self.prior = registry.build("distribution", prior, self.latent, 0, source)
 
     def embed(self, obs: dict[str, Tensor]) -> Tensor:
         return self.body(obs["image"].flatten(1))
 
-    def posterior(self, embed: Tensor, carry: Tensor | None = None) -> GaussianPosterior:
+    def posterior(self, embed: Tensor, h: Tensor | None = None) -> GaussianPosterior:
         return self.latent.distribution(self.head(embed))
 
     def encode(self, x: Tensor) -> GaussianPosterior:
         return self.posterior(self.embed({"image": x}))
 
     def log_likelihood(self, z: Tensor, x: Tensor) -> Tensor:
-        """ln p(x|z) [*N] of codes [*N, Z], the last of *N along x."""
+        """ln p(x|z) [*N] of latents [*N, Z], the last of *N along x."""
         return self.likelihood(self.decoder(z), x)
 
 
@@ -106,7 +119,7 @@ def perceptron(inputs: int, outputs: int | None, setup: Setup) -> nn.Sequential:
 
 
 class Logistic:
-    """Each number is one of `levels` evenly spaced ones in [0, 1]: a logistic law cut into bins, the outer two without end.
+    """Each number is one of `levels` evenly spaced ones in [0, 1]: a logistic distribution in bins, the outer two without end.
 
     The decoder gives a centre and a log scale for each. Source: Salimans et al. 2017 (PixelCNN++), eq. 2, with one component.
     """
@@ -151,39 +164,58 @@ class Normal(nn.Module):
         return (-0.5 * away.square() - self.log_sigma - 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
-# Learning ---------------------------------------------------------------------------------------------------------------
+# Training ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Streams:
-    """The random numbers of one seed: apart, so that a form that draws noise of its own disturbs nobody's batches."""
+    """The random numbers of one seed, apart, so that noise drawn by a form does not change the batches."""
 
     rows: torch.Generator
-    codes: torch.Generator
+    latents: torch.Generator
     pixels: torch.Generator
-    law: torch.Generator
+    prior: torch.Generator
 
     @classmethod
     def of(cls, seed: int) -> Streams:
         return cls(*(torch.Generator().manual_seed(4 * seed + n) for n in range(4)))
 
 
-def law_config(options: dict[str, Any]) -> Any:
-    """The config of a law from {"kind": ..., option: ...}; ConfigError for a kind or option that does not exist."""
+def prior_config(options: dict[str, Any]) -> Any:
+    """The config of a prior from {"kind": ..., option: ...}; ConfigError for a kind or option that does not exist."""
     return registry.config_class("distribution", options["kind"]).parse(options)
+
+
+def parted(overrides: list[str], form: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`flow.units=32 lr=0.001` as (options of this form's prior, options of the set-up)."""
+    own, shared = {}, {}
+    for text in overrides:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise SystemExit(f"'{text}' is no option: write name=value, as in lr=0.001 or flow.units=32.")
+        kind, dot, option = name.partition(".")
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            pass  # an option may be a word
+        if not dot:
+            shared[name] = value
+        elif kind == form:
+            own[option] = value
+    return own, shared
 
 
 def seeded(seed: int, make: Callable[[], VAE], begin: Tensor | None = None) -> VAE:
     """A model whose first weights come from `seed` alone; the process's own random state stays as it was.
 
-    begin  observations at which a law that is made of some starts (`VampPrior.begin`)
+    begin  observations that pseudo-inputs start at
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = make()
-    if begin is not None and hasattr(vae.law, "init_pseudo_inputs"):
+    if begin is not None and hasattr(vae.prior, "init_pseudo_inputs"):
         order = torch.randperm(len(begin), generator=torch.Generator().manual_seed(seed))
-        vae.law.init_pseudo_inputs({"image": begin[order]})
+        vae.prior.init_pseudo_inputs({"image": begin[order]})
     return vae
 
 
@@ -198,17 +230,17 @@ def learn(
 ) -> dict[str, Any]:
     """Trains until the validation ELBO is no better; leaves the best weights. `binary`: pixels are drawn anew in each batch.
 
-    Forms with an exact density learn with the encoder, by their rate. The others learn by their own loss on codes that
-    stand still, and their frozen rate trains the encoder.
+    Forms with an exact density learn with the encoder, by their rate. The others learn by their own loss on detached latents,
+    and their frozen rate trains the encoder.
     """
-    streams, begun, cpu = Streams.of(seed), time.perf_counter(), time.process_time()
+    streams, started, cpu = Streams.of(seed), time.perf_counter(), time.process_time()
     optimizer = torch.optim.Adam(vae.parameters(), lr=setup.lr, fused=True)
-    shown = copy.deepcopy(vae) if setup.average else vae
+    averaged = copy.deepcopy(vae) if setup.average else vae
     best, kept, at = -math.inf, copy.deepcopy(vae.state_dict()), 0
     valid = binarised(valid, torch.Generator().manual_seed(1)) if binary else valid
     updates = epoch = 0
     for epoch in range(1, setup.epochs + 1):
-        done = max((epoch - 1) / setup.epochs, (time.perf_counter() - begun) / setup.seconds)
+        done = max((epoch - 1) / setup.epochs, (time.perf_counter() - started) / setup.seconds)
         if done >= 1 or epoch - at > setup.patience:
             break
         beta = min(1.0, done / setup.warmup) if setup.warmup else 1.0
@@ -216,33 +248,34 @@ def learn(
             group["lr"] = setup.lr * min(1.0, max(0.01, (1 - done) / setup.decay) if setup.decay else 1.0)
         vae.train()
         for rows in torch.randperm(len(train), generator=streams.rows).split(setup.batch):
-            if time.perf_counter() - begun >= setup.seconds:
+            if time.perf_counter() - started >= setup.seconds:
                 break
             x = binarised(train[rows], streams.pixels) if binary else train[rows]
             _update(vae, optimizer, x, rows, beta, setup.clip, streams)
             updates += 1
-            if shown is not vae:
-                follow(shown, vae, setup.average)
-        elbo = validation(shown, valid, setup.noises)
+            if averaged is not vae:
+                update_average(averaged, vae, setup.average)
+        elbo = validation(averaged, valid, setup.noises)
         if beta < 1:
-            at = epoch  # patience begins when the rate counts in full
+            at = epoch  # patience starts when the rate has its full weight
         elif elbo > best:
-            best, kept, at = elbo, copy.deepcopy(shown.state_dict()), epoch
-        log(f"epoch {epoch} beta {beta:.2f} validation ELBO {elbo:.3f} best {best:.3f}, {time.perf_counter() - begun:.0f} s")
+            best, kept, at = elbo, copy.deepcopy(averaged.state_dict()), epoch
+        log(f"epoch {epoch} beta {beta:.2f} validation ELBO {elbo:.3f} best {best:.3f}, {time.perf_counter() - started:.0f} s")
     vae.load_state_dict(kept)
     vae.eval()
-    spent = {"seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time() - cpu}
-    return {"epochs": epoch, "best_epoch": at, "updates": updates, "validation": best, **spent}
+    seconds = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
+    return {"epochs": epoch, "best_epoch": at, "updates": updates, "validation": best, **seconds}
 
 
 def _update(vae: VAE, optimizer, x: Tensor, rows: Tensor, beta: float, clip: float, streams: Streams) -> None:
     posterior = vae.encode(x)
-    z = posterior.sample(vae.latent.noise((len(x),), streams.codes, x.device))
-    exact, sampling = vae.law.density == "exact", Sampling(generator=streams.law)
-    rate = vae.law.rate(posterior, z, None, frozen=not exact, sampling=sampling, rows=rows)
+    z = posterior.sample(vae.latent.noise((len(x),), streams.latents, x.device))
+    prior, sampling = vae.prior, Sampling(generator=streams.prior)
+    exact = prior.density == "exact"
+    rate = prior.rate(posterior, z, None, frozen=not exact, sampling=sampling, rows=rows)
     loss = (beta * rate - vae.log_likelihood(z, x)).mean()
     if not exact:
-        loss = loss + sum(term.mean() for term in vae.law.loss(z.detach(), None, sampling=sampling, rows=rows).values())
+        loss = loss + sum(term.mean() for term in prior.loss(z.detach(), None, sampling=sampling, rows=rows).values())
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(vae.parameters(), clip)
@@ -251,8 +284,8 @@ def _update(vae: VAE, optimizer, x: Tensor, rows: Tensor, beta: float, clip: flo
 
 
 @torch.no_grad()
-def follow(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Takes the model's weights into their exponential average, and its statistics as they are."""
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """One step of the exponential average of the model's weights; buffers are copied."""
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
     for own, new in zip(average.buffers(), model.buffers()):
         own.copy_(new)
@@ -272,7 +305,7 @@ def validation(vae: VAE, x: Tensor, noises: int, chunk: int = 2000) -> float:
 
 
 def binarised(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Each pixel 1 with its own brightness as the probability."""
+    """Each pixel 1 with its brightness as the probability."""
     return (torch.rand(x.shape, generator=generator) < x).to(x)
 
 
@@ -280,19 +313,19 @@ def binarised(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def log_prior(vae: VAE, finely: bool = False) -> tuple[Callable[[Tensor], Tensor], dict[str, float]]:
-    """(ln p(z) of codes [*N, Z], normalised; what is to be known of the normaliser where it is estimated).
+    """(ln p(z) of latents [*N, Z], normalised; figures of the normaliser where it is estimated).
 
     `finely`: annealed importance sampling for a normaliser and the ODE for a form with a bound, instead of the cheaper ways.
     """
-    law = vae.law
-    if law.density == "unnormalised":
+    prior = vae.prior
+    if prior.density == "unnormalised":
         sampling = Sampling(generator=torch.Generator().manual_seed(0))
-        log_z, ess = law.log_z(None, 2000 if finely else 1000, sampling, **({"ais": True} if finely else {}))
+        log_z, ess = prior.log_z(None, 2000 if finely else 1000, sampling, **({"ais": True} if finely else {}))
         normaliser = float(log_z.squeeze())
-        return lambda z: law.log_prob(z, None) - normaliser, {"log_z": normaliser, "log_z_ess": float(ess.squeeze())}
-    if law.density == "bound" and finely and hasattr(law, "ode_log_prob"):
-        return lambda z: law.ode_log_prob(z, None), {}
-    return lambda z: law.log_prob(z, None), {}
+        return lambda z: prior.log_prob(z, None) - normaliser, {"log_z": normaliser, "log_z_ess": float(ess.squeeze())}
+    if prior.density == "bound" and finely and hasattr(prior, "ode_log_prob"):
+        return lambda z: prior.ode_log_prob(z, None), {}
+    return lambda z: prior.log_prob(z, None), {}
 
 
 @torch.no_grad()
@@ -306,7 +339,7 @@ def weighed(vae: VAE, x: Tensor, draws: int, seed: int, prior: Callable[[Tensor]
 
 
 def figures(vae: VAE, x: Tensor, found: Importance) -> dict[str, Any]:
-    """What a row tells of a trained model, in nats per observation."""
+    """The figures of a trained model, in nats per observation."""
     with torch.no_grad():
         mean = vae.encode(x).mean
     return {
@@ -317,5 +350,5 @@ def figures(vae: VAE, x: Tensor, found: Importance) -> dict[str, Any]:
         "distortion": float(found.distortion.mean()),
         "active": active_units(mean),
         "parameters": sum(p.numel() for p in vae.parameters()),
-        "law_parameters": sum(p.numel() for p in vae.law.parameters()),
+        "law_parameters": sum(p.numel() for p in vae.prior.parameters()),
     }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
@@ -22,8 +21,11 @@ from worldmodel.cli import app
 from worldmodel.config import REQUIRED, Config, OptionInfo, describe
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "benchmarks"))
+
+from tables import filled, markdown  # noqa: E402
+
 PAGES = ("reference/options.md", "reference/command-line.md")
-BLOCK = re.compile(r"(<!-- reference: ([\w-]+) -->\n)(.*?)(<!-- /reference -->)", re.DOTALL)
 ROLES = {
     "agent": "`agent`",
     "encoder": "`model.encoder`",
@@ -35,19 +37,7 @@ ROLES = {
     "heads": "`model.heads`",
     "ensemble": "`model.ensemble`",
 }
-"""Where the parts of each role stand in a config."""
-
-
-def cell(value: Any) -> str:
-    """One cell of a Markdown table."""
-    return str(value).replace("|", "\\|").replace("\n", " ")
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    """A Markdown table."""
-    lines = [list(map(cell, head)), *(list(map(cell, row)) for row in rows)]
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join(("|" + "|".join(line) + "|") if line[0] == "---" else f"| {' | '.join(line)} |" for line in lines) + "\n"
+"""The keys of a config that take the parts of each role."""
 
 
 def default(value: Any) -> str:
@@ -61,14 +51,14 @@ def default(value: Any) -> str:
 def options(rows: Iterable[OptionInfo]) -> str:
     """The table of some options."""
     cells = [[f"`{row.key}`", row.type, default(row.default), row.description] for row in rows]
-    return table(["option", "type", "default", "meaning"], cells)
+    return markdown(["option", "type", "default", "meaning"], cells) + "\n"
 
 
 def without_parts() -> Iterator[OptionInfo]:
     """The options that belong to no exchangeable part."""
-    parts = ("agent.", *(f"model.{slot}." for slot in ("encoder", "decoder", "dynamics", "objective", "heads", "ensemble")))
+    prefixes = ("agent.", *(f"model.{slot}." for slot in ("encoder", "decoder", "dynamics", "objective", "heads", "ensemble")))
     for row in describe(Config):
-        if row.key.endswith(".kind") or not row.key.startswith(parts):
+        if row.key.endswith(".kind") or not row.key.startswith(prefixes):
             yield row
 
 
@@ -85,30 +75,30 @@ def parts() -> str:
     return "\n".join(found)
 
 
-def called(info: Any, group: str = "") -> str:
-    """What a command does, how it is written, and its flags."""
+def command(info: Any, group: str = "") -> str:
+    """A command's description, syntax and flags."""
     name = info.name or info.callback.__name__
-    said, *more = [" ".join(part.split()) for part in inspect.getdoc(info.callback).split("\n\n")]
-    hints, rows, given = get_type_hints(info.callback, include_extras=True), [], []
+    paragraphs = [" ".join(part.split()) for part in inspect.getdoc(info.callback).split("\n\n")]
+    hints, rows, arguments = get_type_hints(info.callback, include_extras=True), [], []
     for parameter in inspect.signature(info.callback).parameters.values():
         kind, about = get_args(hints[parameter.name])
         meaning = " ".join((about.help or "").split())
         if isinstance(about, ArgumentInfo):
-            given.append(about.metavar or parameter.name.upper())
-            rows.append([f"`{given[-1]}`", "", meaning])
+            arguments.append(about.metavar or parameter.name.upper())
+            rows.append([f"`{arguments[-1]}`", "", meaning])
             continue
         words = [word for word in (about.default, *(about.param_decls or ())) if isinstance(word, str) and word.startswith("-")]
         names = words or [f"--{parameter.name.replace('_', '-')}"]
         rows.append([", ".join(f"`{word}`" for word in names), value(kind, about, parameter.default), meaning])
-    line = " ".join(["worldmodel", *([group] if group else []), name, *given, "[FLAGS]"])
+    called = " ".join(["worldmodel", *([group] if group else []), name])
     example = f"```sh\n{info.epilog.removeprefix('Example: ')}\n```"
-    title = f"### `worldmodel {group + ' ' if group else ''}{name}`"
-    flags = table(["flag", "value (default)", "meaning"], rows)
-    return "\n\n".join([title, said, *more, f"```text\n{line}\n```", flags + "\n" + example]) + "\n"
+    syntax = f"```text\n{' '.join([called, *arguments, '[FLAGS]'])}\n```"
+    flags = markdown(["flag", "value (default)", "meaning"], rows)
+    return "\n\n".join([f"### `{called}`", *paragraphs, syntax, flags, example]) + "\n"
 
 
 def value(kind: Any, about: Any, default: Any) -> str:
-    """What stands behind a flag, and its default; nothing behind one that is only there or not."""
+    """The value of a flag and its default; nothing for a switch."""
     plain = next((each for each in get_args(kind) if each is not type(None)), kind) if type(None) in get_args(kind) else kind
     if plain is bool:
         return ""
@@ -122,9 +112,9 @@ def value(kind: Any, about: Any, default: Any) -> str:
 
 
 def commands() -> str:
-    found = [called(info) for info in app.registered_commands]
+    found = [command(info) for info in app.registered_commands]
     for group in app.registered_groups:
-        found += [called(info, group.name or group.typer_instance.info.name) for info in group.typer_instance.registered_commands]
+        found += [command(info, group.name or group.typer_instance.info.name) for info in group.typer_instance.registered_commands]
     return "\n".join(found)
 
 
@@ -132,8 +122,8 @@ BLOCKS: dict[str, Callable[[], str]] = {"config": config, "parts": parts, "comma
 
 
 def written(text: str) -> str:
-    """A page with its generated parts as the code says today."""
-    return BLOCK.sub(lambda found: f"{found[1]}{BLOCKS[found[2]]()}{found[4]}", text)
+    """A page with its generated parts as of this code."""
+    return filled(text, "reference", {name: block() for name, block in BLOCKS.items()})
 
 
 def main() -> int:

@@ -5,29 +5,23 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
+import baselines
+import control
+import plug_in
+import readme
+import rows
 from stable_baselines3.common.callbacks import BaseCallback
 
 from worldmodel.config import Config
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
-
-@pytest.fixture
-def rows(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import rows
-
-    return rows
-
-
-def written(folder: Path, rows, *measured: tuple[int, str | None]) -> None:
+def written(folder: Path, *measured: tuple[int, str | None]) -> None:
     """Rows of one key: (what was measured, its code; "now": of this tree)."""
     lines = [{"key": {"seed": 0}, "x": x, "where": {"code": rows.code() if of == "now" else of}} for x, of in measured]
     (folder / "some.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_a_row_carries_a_hash_that_any_change_of_the_code_changes(rows, tmp_path):
+def test_a_row_carries_a_hash_that_any_change_of_the_code_changes(tmp_path):
     for folder in rows.CODE:
         (tmp_path / folder / "deep").mkdir(parents=True)
         (tmp_path / folder / "deep" / "file.py").write_text("x = 1\n")
@@ -46,35 +40,46 @@ def test_a_row_carries_a_hash_that_any_change_of_the_code_changes(rows, tmp_path
     assert rows._hash(tmp_path) != seen[-1]
 
 
-def test_a_row_of_other_code_is_marked_and_measured_again(rows, tmp_path):
+def test_rows_that_are_missing_are_measured_and_those_that_fail_are_counted(tmp_path):
+    def work(key):
+        if key["seed"] == 2:
+            raise rows.Failed("no result")
+        return {"x": 10 * key["seed"]}
+
+    for at_once in (1, 2):
+        found = rows.Rows("some", tmp_path)
+        assert found.measure([{"seed": seed} for seed in range(3)], work, summary=str, at_once=at_once) == 1
+        assert [row["x"] for row in rows.Rows("some", tmp_path)] == [0, 10]
+        assert len((tmp_path / "some.jsonl").read_text().splitlines()) == 2  # nothing is measured twice
+
+
+def test_a_row_of_other_code_is_marked_and_measured_again(tmp_path):
     for of, is_stale in (("now", False), ("0123456789abcdef", True), (None, True)):
-        written(tmp_path, rows, (1, of))
+        written(tmp_path, (1, of))
         found = rows.Rows("some", tmp_path)
         assert found.has({"seed": 0}) is not is_stale
         text = rows.table(["x"], [[rows.marked(row["x"], [row])] for row in found])
         assert (rows.STALE in text) is (rows.LEGEND in text) is is_stale
 
 
-def test_of_equal_keys_the_newest_of_this_code_counts_and_never_the_better_one(rows, tmp_path):
+def test_of_equal_keys_the_newest_of_this_code_counts_and_never_the_better_one(tmp_path):
     for measured, counts in (
         ([(500, None), (1250, "now"), (1000, "old")], 1250),
         ([(500, "old"), (2000, None)], 2000),
         ([(500, "now"), (1250, "now")], 1250),
     ):
-        written(tmp_path, rows, *measured)
+        written(tmp_path, *measured)
         assert [row["x"] for row in rows.Rows("some", tmp_path)] == [counts]
 
 
-def test_a_row_that_the_code_changed_under_is_stale_at_once(rows, tmp_path, monkeypatch):
+def test_a_row_that_the_code_changed_under_is_stale_at_once(tmp_path, monkeypatch):
     found = rows.Rows("some", tmp_path)
     assert not rows.stale(found.add({"seed": 0}, {"x": 1}, threads=1))
     monkeypatch.setattr(rows, "_hash", lambda: "changed")
     assert rows.stale(found.add({"seed": 1}, {"x": 1}, threads=1))
 
 
-def test_a_comparison_takes_the_best_of_any_result_file_and_says_where_ranges_overlap(rows, tmp_path):
-    import control
-
+def test_a_comparison_takes_the_best_of_any_result_file_and_says_where_ranges_overlap(tmp_path):
     def put(file, solved, **key):
         for seed, at in enumerate(solved):
             row = {"solved_at": at, "threshold": 0.9, "where": {"code": rows.code()}}
@@ -107,24 +112,20 @@ class Seen(BaseCallback):
         return True
 
 
-def test_baselines_of_a_task_that_one_frame_does_not_tell_see_stacked_frames_and_update_as_often_as_ours(rows):
-    import baselines
-    import control
-
+def test_baselines_of_a_task_that_one_frame_does_not_tell_see_stacked_frames_and_update_as_often_as_ours():
     config = Config.from_recipe("catch", ["eval.episodes=2", "eval.every=8"])
     learned = [name for name in control.TASKS["catch"].baselines if name != "random"]
     assert learned
     for name in learned:
-        assert [ratio for _, ratio in control.variants(config, name, config.train.ratio)] == [None, config.train.ratio]
+        variants = control.variants(config, name, config.train.ratio)
+        assert [control.updates_per_step(variant) for variant in variants] == [None, config.train.ratio]
         seen = Seen()
         result = baselines.run(config, name, 0, config.train.ratio, 16, 60, [seen], {"learning_starts": 4, "buffer_size": 50})
         assert sorted(seen.shape) == [6, 64, 64]
         assert [row["real_steps"] for row in result["evaluations"]] == [8, 16] and result["updates"] == 5
 
 
-def test_an_algorithm_beats_random_where_it_does_by_the_stated_margin_in_every_seed_it_was_tried(rows):
-    import plug_in
-
+def test_an_algorithm_beats_random_where_it_does_by_the_stated_margin_in_every_seed_it_was_tried():
     def row(algorithm, seed, real, same=True, **more):
         key = {"row": "algorithms", "recipe": "cartpole", "algorithm": algorithm, "seed": seed, **more}
         return {"key": key, "real_return": real, "loaded acts the same": same, "where": {"code": rows.code()}}
@@ -140,17 +141,13 @@ def test_an_algorithm_beats_random_where_it_does_by_the_stated_margin_in_every_s
     assert [group["said"] for group in plug_in.judged(made[3:5])] == ["runs, saves and loads"]
 
 
-def test_tables_in_readme_and_docs_say_what_the_rows_say(rows):
-    import readme
-
+def test_tables_in_readme_and_docs_say_what_the_rows_say():
     assert readme.differing(readme.declared()) == []
     text = "".join((readme.ROOT / name).read_text() for name in readme.FILES)
     assert sorted(found[2] for found in readme.BLOCK.finditer(text)) == sorted([*readme.BLOCKS, "made", "made"])  # on two pages
 
 
-def test_the_check_fails_where_readme_differs_from_rows_or_quotes_a_stale_one_unmarked(rows, tmp_path, monkeypatch):
-    import readme
-
+def test_the_check_fails_where_readme_differs_from_rows_or_quotes_a_stale_one_unmarked(tmp_path, monkeypatch):
     def row(code, solved):
         key = {"task": "pendulum", "algorithm": "worldmodel", "seed": 0, "overrides": [], "max_steps": None}
         made = {"code": code, "when": "2026-01-02T00:00:00+00:00"}

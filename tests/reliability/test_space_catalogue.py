@@ -1,6 +1,6 @@
 """E1: every space trains, or is refused by name; there is no third outcome. docs/spaces.md is what comes out of this.
 
-PYTHONPATH=tests python tests/reliability/test_space_catalogue.py    writes the table there anew
+PYTHONPATH=tests:benchmarks python tests/reliability/test_space_catalogue.py    writes the table there anew
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from conftest import TWO_ACTIONS, VECTOR, Toy, small_dreamer
 from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env as gymnasium_check
 from stable_baselines3.common.env_checker import check_env as sb3_check
+from tables import markdown
 
 from worldmodel.agents.loop import policy_name
 from worldmodel.envs import FlattenSpaces, ImaginedVecEnv
@@ -28,7 +29,7 @@ from worldmodel.spaces.keys import KeySpec
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "spaces.md"
 BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
-REFRESH = f"PYTHONPATH=tests python {Path(__file__).relative_to(PAGE.parents[1])}"
+REFRESH = f"PYTHONPATH=tests:benchmarks python {Path(__file__).relative_to(PAGE.parents[1])}"
 
 INF = np.inf
 BITS = np.iinfo(np.int64)
@@ -184,8 +185,7 @@ def refusal(message: str, space: spaces.Space, role: str) -> str:
 
 
 def table(rows: dict[str, tuple[str, str]]) -> str:
-    lines = ["| space | as observation | as action |", "|---|---|---|"]
-    return "\n".join([*lines, *(f"| `{name}` | {seen} | {done} |" for name, (seen, done) in rows.items())]) + "\n"
+    return markdown(["space", "as observation", "as action"], ([f"`{name}`", *cells] for name, cells in rows.items())) + "\n"
 
 
 def run() -> dict[str, tuple[str, str]]:

@@ -111,7 +111,8 @@ def train_ours(job: Row, config: Config, path: Path, device: str = "cpu", resume
     timer.start()
     try:
         log = say if job["verbose"] else lambda text: None
-        done = worldmodel.train(job["recipe"], steps, job["seed"], path, job["overrides"], device, resume=resume, log=log)
+        overrides = [option for option in job["overrides"] if not option.startswith("train.steps=")]  # counted above
+        done = worldmodel.train(job["recipe"], steps, job["seed"], path, overrides, device, resume=resume, log=log)
         result = {**done.to_json(), "stopped": None}
     except Interrupted:
         if not late.is_set():  # somebody else wants this process to end

@@ -1,5 +1,5 @@
-"""Where agents act: real environments, small worlds with known answers, the learned world as an environment,
-and real ones seen through it.
+"""Environments: real ones, small ones with known solutions, the learned world as an environment, and real ones observed through
+its filter.
 
 Importing this registers `Catch-v0`, `Chain-v0`, `TwoRooms-v0` and `Imagined-v0` with Gymnasium (use them as
 `worldmodel.envs:Catch-v0`) and loads nothing else: the names below are resolved when they are first used.

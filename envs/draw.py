@@ -1,4 +1,4 @@
-"""Pictures of observations: what the model imagines can be drawn as well as what was real."""
+"""Pictures of observations, real and imagined."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ GROUND, LINE, BODY = (16, 16, 32), (84, 88, 120), (64, 192, 255)
 POLE, ALARM, GOAL = (255, 208, 64), (255, 80, 72), (96, 224, 144)
 
 FINE = 3
-"""Shapes are drawn on a grid this many times finer than the picture, since Pillow places their corners on whole pixels."""
-ABSURD = 1e6
+"""Shapes are drawn on a grid this many times finer than the picture, since Pillow rounds their corners to whole pixels."""
+MAX_DRAWN = 1e6
 """Larger numbers are drawn as this one."""
 
 TRACK_LIMIT, POLE_LIMIT = 2.4, math.radians(12)
 """Where an episode of CartPole ends: metres from the middle of the track, radians from upright."""
 SWEEP_SECONDS = 0.2
-"""The Pendulum's arc is the angle that it turns through in this time: 92 degrees at its greatest speed of 8 rad/s."""
+"""The Pendulum's arc is the angle that it turns through in this time: 92 degrees at its maximum speed of 8 rad/s."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """How a vector observation is drawn.
+    """The drawing of a vector observation.
 
     names  of its D numbers, with units
-    draw   one observation [D] in the environment's own units -> uint8 [H, W, 3], the same size every time. Any numbers can
-           be drawn: NaN counts as 0, and a cart that leaves the view is held at its border.
+    draw   one observation [D] in the environment's own units -> uint8 [H, W, 3] of a fixed size. Any numbers can be drawn: NaN
+           counts as 0, and a cart that leaves the view is drawn at its border.
     """
 
     names: tuple[str, ...]
@@ -45,7 +45,7 @@ class Scene:
 
 
 def scene(env_id: str) -> Scene | None:
-    """The scene of a registered id, with or without a "module:" in front; None for those that nobody has drawn."""
+    """The scene of a registered id, with or without a "module:" in front; None where there is none."""
     return _SCENES.get(env_id.rpartition(":")[2])
 
 
@@ -73,7 +73,7 @@ class Viewer:
         """Canonical observations {key: [N, *shape]}, as `ObsSpec.canonical` gives them -> uint8 [N, H, W, 3], or None.
 
         The first image is shown in its own size: the newest frame of a stack, in colour where the channels come in threes.
-        Four channels could be RGBA or four grey frames; they are taken for frames.
+        Four channels are taken for four grey frames, not RGBA.
         """
         if self._key is None:
             return None
@@ -120,7 +120,7 @@ class _View:
 
 
 class _Sheet:
-    """A picture in the making. Points and widths are in the view's units, angles in radians counter-clockwise from right."""
+    """An unfinished picture. Points and widths are in the view's units, angles in radians counter-clockwise from right."""
 
     def __init__(self, view: _View, image: Image.Image):
         self.view, self.image, self.pen = view, image, ImageDraw.Draw(image)
@@ -160,14 +160,14 @@ class _Sheet:
 
 def _drawable(obs: np.ndarray) -> list[float]:
     numbers = (float(number) for number in obs)
-    return [0.0 if math.isnan(number) else min(max(number, -ABSURD), ABSURD) for number in numbers]
+    return [0.0 if math.isnan(number) else min(max(number, -MAX_DRAWN), MAX_DRAWN) for number in numbers]
 
 
 # CartPole ---------------------------------------------------------------------------------------------------------------
 
 _TRACK = _View(144, 96, x=72, y=68, unit=22.5)
 _TRACK_END = _TRACK.x / _TRACK.unit
-# Cart and pole are twice as large as the track's scale would have them: the lean of a pole of 22 pixels cannot be read.
+# Cart and pole are drawn at twice the track's scale: the angle of a pole of 22 pixels could not be seen.
 _CART_WIDTH, _CART_HEIGHT, _POLE_LENGTH = 0.8, 0.44, 2.0
 
 

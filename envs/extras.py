@@ -20,7 +20,7 @@ REGISTERS = {
 
 
 def register_for(env_id: str) -> None:
-    """Import the package that registers `env_id`, if one is known to.
+    """Imports the package that registers `env_id`, if one is known.
 
     Raises MissingExtraError where it is absent, EnvError where it is broken.
     """
@@ -40,11 +40,11 @@ def register_for(env_id: str) -> None:
 
 
 def missing_extra(error: BaseException) -> MissingExtraError | None:
-    """The error that names our extra, if `error` says that one of its packages is absent, and it is."""
+    """The error with the name of our extra, if `error` names one of its packages as absent, and it is."""
     if not isinstance(error, (ImportError, gymnasium.error.DependencyNotInstalled)):
         return None
     mentioned = {name.lower() for name in absent(error)}
-    # Gymnasium wraps the import error in a sentence of its own, which may name a second package in passing.
+    # Gymnasium wraps the import error in a sentence of its own, which may also name another package.
     if isinstance(error, gymnasium.error.DependencyNotInstalled) and not mentioned & {module.lower() for module in EXTRAS}:
         mentioned = set(re.findall(r"\w+", str(error).lower()))
     for module, extra in EXTRAS.items():
@@ -54,7 +54,7 @@ def missing_extra(error: BaseException) -> MissingExtraError | None:
 
 
 def absent(error: BaseException | None) -> list[str]:
-    """The packages that an error, and what it came from, says are not installed."""
+    """The packages that an error and its causes name as not installed."""
     names = []
     while error is not None:
         if isinstance(error, ModuleNotFoundError) and error.name:

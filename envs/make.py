@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 @register("group", "env")
 class EnvConfig(Frozen):
-    """Which environment, how it is seen, and what happens where it fails."""
+    """The environment, how it is observed, and what happens where it fails."""
 
     id: str = Field(description='Gymnasium id, "module:Name-v0" imports the module first')
     kwargs: dict[str, Any] = Field({}, description="for the environment's constructor")
@@ -64,13 +64,13 @@ class EnvConfig(Frozen):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What makes it another environment than the id alone, as plain data."""
+        """The options that change the environment of this id, as plain data."""
         named = {"kwargs", "pixels", "max_episode_steps", "action_repeat"}
         return self.model_dump(mode="json", include=named, exclude_defaults=True)
 
 
 def make_env(config: EnvConfig | str, index: int = 0, seed: int | None = None) -> gym.Env:
-    """One environment: checked, limited, repeated, rendered, flat and monitored (in this order, outwards).
+    """One environment with all wrappers: checked, limited, repeated, rendered, flat and monitored (from the inside out).
 
     Its first reset and its action space are seeded with seed + index.
     Raises ConfigError (unknown id, wrong kwargs), MissingExtraError, EnvError (its constructor raised).
@@ -81,8 +81,8 @@ def make_env(config: EnvConfig | str, index: int = 0, seed: int | None = None) -
     if config.pixels is not None:
         kwargs.setdefault("render_mode", "rgb_array")
     try:
-        # The time limit goes around the checks: its unpacking of a malformed step would hide what was wrong.
-        with warnings.catch_warnings():  # many environments render without saying so in their metadata
+        # The time limit goes around the checks: unpacking a malformed step, it would hide the error.
+        with warnings.catch_warnings():  # many environments render without an entry in their metadata
             warnings.filterwarnings("ignore", ".*not in the possible render_modes", UserWarning)
             env = gym.make(spec, max_episode_steps=-1, disable_env_checker=True, **kwargs)
     except Exception as error:
@@ -103,7 +103,7 @@ def make_vec(config: EnvConfig | str, num_envs: int | None = None, seed: int | N
     reporting = [partial(_make_reporting, config, index, seed) for index in range(count)]
     restarts = Restarts(config.restarts, config.restart_window)
     if config.vectorize == "subproc":
-        # A worker cannot say why its environment could not be made: find out here.
+        # A worker cannot report why its environment could not be made: find out here.
         make_env(config).close()
         venv: VecEnv = WorkerVecEnv(reporting, timeout=config.timeout, restarts=restarts)
     elif config.restarts:
@@ -118,7 +118,7 @@ def make_vec(config: EnvConfig | str, num_envs: int | None = None, seed: int | N
 def as_vec_env(
     env: str | EnvConfig | gym.Env | gym.vector.VectorEnv | VecEnv, num_envs: int | None = None, seed: int | None = None
 ) -> VecEnv:
-    """A VecEnv of whatever users hold: an id, a config, one Gymnasium environment, several, or a VecEnv, which is passed back."""
+    """A VecEnv of an id, a config, a Gymnasium environment or vector environment; a VecEnv is returned as it is."""
     if isinstance(env, gym.vector.VectorEnv):
         env = VecMonitor(GymVecEnvAdapter(env))
     if isinstance(env, VecEnv):
@@ -140,7 +140,7 @@ def as_vec_env(
 
 
 def seed_envs(venv: VecEnv, seed: int) -> None:
-    """Environment i begins its next episode with seed + i; of a VecEnv that cannot be seeded that is said, and it goes on."""
+    """Seeds the next reset of environment i with seed + i; logs a warning for a VecEnv that cannot be seeded."""
     try:
         venv.seed(seed)
     except Exception as error:
@@ -151,7 +151,7 @@ def seed_envs(venv: VecEnv, seed: int) -> None:
 
 
 def id_of(env: gym.Env | gym.vector.VectorEnv | VecEnv | None) -> str | None:
-    """The Gymnasium id of an environment, or the one of all that a VecEnv steps; None where it is not known.
+    """The Gymnasium id of an environment, or of all in a VecEnv; None where it is unknown or differs.
 
     Environments in processes of their own are not asked: a spec that cannot be pickled would end the process.
     """
@@ -188,7 +188,6 @@ def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
     base = re.sub(r"-v\d+$", "", name)
     known = [other for other in gym.registry if re.fullmatch(re.escape(base) + r"-v\d+", other)] or list(gym.registry)
     hint = did_you_mean(name, known)
-    # The whole registry is no help, and long.
     hint = hint if hint.startswith(" Did") else " Import the package that registers it by writing 'module:Name-v0'."
     raise ConfigError(f"env.id '{env_id}' is not registered with Gymnasium.{hint}")
 
@@ -216,14 +215,14 @@ def _wrapped(
 
 
 def _has_outer_monitor(env: gym.Env) -> bool:
-    """Whether a Monitor is around it that every truncation passes: one inside of a time limit never hears of the end."""
+    """Whether a Monitor is around it that sees every truncation: one inside of a time limit does not."""
     while isinstance(env, gym.Wrapper) and not isinstance(env, Monitor | TimeLimit):
         env = env.env
     return isinstance(env, Monitor)
 
 
 def _raise_creation_error(error: Exception, config: EnvConfig, index: int) -> None:
-    """Raise what the failure of an environment's constructor means to the user."""
+    """Raises the error of an environment's constructor as one with a remedy."""
     extra = missing_extra(error)
     if extra is not None:
         raise extra from error
@@ -238,13 +237,13 @@ def _raise_creation_error(error: Exception, config: EnvConfig, index: int) -> No
 
 
 def _remedy(error: BaseException, other: str) -> str:
-    """Installing what an error says is absent, else something other."""
+    """Advice to install the package that an error names as absent, else `other`."""
     names = absent(error)
     return f"Install '{names[0]}'" if names else other
 
 
 def renders(config: EnvConfig) -> bool:
-    """Whether the environment draws itself; MissingExtraError where it only lacks a package for that."""
+    """Whether the environment renders pictures; MissingExtraError where it only lacks a package for that."""
     try:
         env = make_env(config.model_copy(update={"kwargs": {**config.kwargs, "render_mode": "rgb_array"}}), seed=0)
     except (ConfigError, EnvError):  # its constructor takes no render_mode
@@ -269,7 +268,7 @@ def _newest(env_id: str) -> str | None:
 
 
 def frames_per_second(env_id: str) -> float:
-    """At what rate the class of an environment wants its pictures shown; 30 where it does not say."""
+    """The frame rate of an environment's pictures, by its class; 30 where that has none."""
     entry = find_spec(env_id).entry_point
     maker = gym.envs.registration.load_env_creator(entry) if isinstance(entry, str) else entry
     return float(getattr(maker, "metadata", {}).get("render_fps") or 30)

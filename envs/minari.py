@@ -1,7 +1,7 @@
-"""Minari's data sets, in and out: https://minari.farama.org. Only sets that lie on this machine; nothing is downloaded.
+"""Reads and writes Minari's data sets (https://minari.farama.org) on this machine; nothing is downloaded.
 
 Nested spaces become one flat Dict, as those of an environment do, so that a model of the data fits the environment. Only Minari's
-metadata and arrays are read: no environment is made, not even where Minari itself would make one to learn its spaces.
+metadata and arrays are read: no environment is made.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
 from worldmodel.envs.extras import absent, install
-from worldmodel.envs.wrappers import LeafArray, leaf_arrays
+from worldmodel.envs.wrappers import Flattener
 from worldmodel.errors import ConfigError, CorruptError, MissingExtraError, StorageError, UnsupportedSpaceError, did_you_mean
 from worldmodel.spaces.layouts import Layout
 from worldmodel.storage.checkpoint import storage_errors
@@ -40,13 +39,11 @@ def read(dataset_id: str, layout: Layout | Mapping[str, Layout] | None = None) -
         if not {"observation_space", "action_space"} <= metadata.keys():
             raise ConfigError(f"{name} says nothing of its spaces. Expected a data set that Minari 0.5 or later wrote.")
         dataset = minari.load_dataset(dataset_id)
-        found = list(leaf_arrays(dataset.observation_space, plain=False))
-        single = not isinstance(dataset.observation_space, (spaces.Dict, spaces.Tuple))
-        observation = found[0].plain.outer if single else spaces.Dict({leaf.name: leaf.plain.outer for leaf in found})
+        flatten = Flattener(dataset.observation_space)
         return Recording.from_episodes(
-            observation,
+            flatten.space,
             dataset.action_space,
-            _episodes(dataset, found, single),
+            _episodes(dataset, flatten),
             layout=layout,
             env_id=dataset.env_spec.id if dataset.env_spec is not None else None,
             origin=name,
@@ -57,22 +54,16 @@ def read(dataset_id: str, layout: Layout | Mapping[str, Layout] | None = None) -
         raise _missing(error) from error
     except MemoryError as error:
         raise StorageError(f"{name} does not fit into memory: {error}. Split it with minari.split_dataset.") from error
-    except Exception as error:  # whatever Minari or HDF5 stumble over in a file
+    except Exception as error:  # any error of Minari or HDF5 in a damaged file
         raise CorruptError(
             f"{name} in {folder} cannot be read: {type(error).__name__}: {error}. Restore it from a copy, or fetch it again."
         ) from error
 
 
-def _episodes(dataset: Any, found: list[LeafArray], single: bool) -> Iterator[dict[str, Any]]:
+def _episodes(dataset: Any, flatten: Flattener) -> Iterator[dict[str, Any]]:
     for episode in dataset.iterate_episodes():
-        rows = {leaf.name: leaf.of(episode.observations) for leaf in found}
-        yield {
-            "observations": rows[""] if single else rows,
-            "actions": episode.actions,
-            "rewards": episode.rewards,
-            "terminations": episode.terminations,
-            "truncations": episode.truncations,
-        }
+        rest = {name: getattr(episode, name) for name in ("actions", "rewards", "terminations", "truncations")}
+        yield {"observations": flatten(episode.observations), **rest}
 
 
 def check_free(dataset_id: str) -> Path:
@@ -87,7 +78,7 @@ def check_free(dataset_id: str) -> Path:
 
 
 def write(dataset_id: str, recording: Recording) -> Path:
-    """A new local Minari data set of these episodes, whole or absent; its folder. Pictures are kept exactly.
+    """Writes a new local Minari data set of these episodes, whole or not at all; gives its folder. Pictures are stored exactly.
 
     Raises ConfigError where the id is malformed or taken or HDF5 has no name for a key, StorageError, MissingExtraError.
     """
@@ -100,12 +91,12 @@ def write(dataset_id: str, recording: Recording) -> Path:
             )
     from minari.data_collector.episode_buffer import EpisodeBuffer
 
-    # Stacked already: Minari's own way to build them, step by step, needs jax.
+    # Made from whole arrays: Minari's way to build them step by step needs jax.
     buffers = [EpisodeBuffer(**recording.episode(number)) for number in range(recording.episodes)]
     exact = {"jpeg_encoding": False} if "jpeg_encoding" in inspect.signature(minari.create_dataset_from_buffers).parameters else {}
     try:
         with storage_errors("write", folder), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that nobody is named as author
+            warnings.simplefilter("ignore")  # of a missing author
             dataset = minari.create_dataset_from_buffers(
                 dataset_id,
                 buffers,
@@ -115,7 +106,7 @@ def write(dataset_id: str, recording: Recording) -> Path:
                 **exact,
             )
             spec = _env_spec(recording)
-            if spec is not None:  # given above, Minari would make the environment
+            if spec is not None:  # as an argument above it would make the environment
                 dataset.storage.update_metadata({"env_spec": spec.to_json()})
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
@@ -126,9 +117,9 @@ def write(dataset_id: str, recording: Recording) -> Path:
 
 
 def _env_spec(recording: Recording) -> EnvSpec | None:
-    """What makes the environment again; None where that is unknown, or wrappers stood around it that a spec cannot name.
+    """The spec of the environment; None where it is unknown, or had wrappers that a spec cannot name.
 
-    The registered spec under the id that also says its module; the bare id where nobody registered it here.
+    The registered spec under the id with its module; of an id that is not registered here, the bare id.
     """
     env_id, options = recording.env_id, recording.env_options
     if env_id is None or options is None or options.keys() & {"pixels", "action_repeat"}:
@@ -143,7 +134,7 @@ def _env_spec(recording: Recording) -> EnvSpec | None:
 
 def _absent(minari: Any, dataset_id: str) -> ConfigError:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # other data sets may be damaged: no matter here
+        warnings.simplefilter("ignore")  # of other data sets that are damaged
         known = list(minari.list_local_datasets())
     hint = did_you_mean(dataset_id, known)
     if not known:
@@ -157,7 +148,7 @@ def _absent(minari: Any, dataset_id: str) -> ConfigError:
 
 
 def _well_formed(dataset_id: str) -> str:
-    """The id, unless Minari could not have given it: another one may lead out of Minari's folder."""
+    """The id, checked to be one of Minari: another one may lead out of Minari's folder."""
     try:
         _minari().dataset.minari_dataset.parse_dataset_id(dataset_id)
     except (ValueError, TypeError) as error:  # a TypeError where the version is missing
@@ -174,7 +165,7 @@ def _folder(dataset_id: str) -> Path:
 
 def _minari() -> Any:
     try:
-        import h5py  # noqa: F401 (Minari finds out only as it opens a file)
+        import h5py  # noqa: F401 (Minari imports it only when it opens a file)
         import minari
         import minari.dataset.minari_storage
     except ImportError as error:

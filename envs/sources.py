@@ -1,4 +1,4 @@
-"""Where recorded experience comes from: NPZ files, folders of them, Minari's data sets, and runs."""
+"""Sources of recorded experience: NPZ files, folders of them, Minari's data sets, and runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from worldmodel.storage.run import CONFIG, Run
 def recording(source: str | Path | Run | Recording, layout: Layout | Mapping[str, Layout] | None = None) -> Recording:
     """The episodes of one source: FILE.npz, a folder of such files, "minari:ID", a run or its folder.
 
-    `layout` settles what the shapes of Minari's images leave open; the other sources know theirs.
+    `layout`: of Minari's images whose shapes leave it open; the other sources have theirs.
     Raises ConfigError, CorruptError, MissingExtraError, UnsupportedSpaceError.
     """
     if isinstance(source, Recording):

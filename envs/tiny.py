@@ -1,4 +1,4 @@
-"""Small worlds with known answers, drawn in numpy."""
+"""Small environments with known solutions, drawn in numpy."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class Chain(gym.Env):
 
 
 class TwoRooms(gym.Env):
-    """A dot glides through two rooms with one door between them; it starts in one room, and the goal is in the other.
+    """A dot moves through two rooms with one door between them; it starts in one room, and the goal is in the other.
 
     Observation  uint8 [64, 64, 3]: walls and dot. The goal is not in it: `goal_image()`, or info["goal_obs"] at the reset
     Action       Box [-1, 1]^2, velocity (right, down): up to `speed` pixels a step along each axis
@@ -134,9 +134,9 @@ class TwoRooms(gym.Env):
     End          terminates there; truncates on step `limit`
     Info         "position" and "goal", pixels (x, y); "is_success" after each step
 
-    Wall and door are always the same, or with `random_wall` drawn at each reset; start and goal are drawn evenly from the
-    two rooms. `way()` is a shortest one; who follows it arrives in every episode, while heading for the goal
-    as if there were no wall gets stuck at the wall in most. Size and idea: Sobal et al. 2025 (PLDM), the two-rooms task.
+    Wall and door are fixed, or with `random_wall` drawn at each reset; start and goal are uniform over the two rooms. Following
+    `shortest_path()` reaches the goal in every episode, while heading straight for the goal gets stuck at the wall in most.
+    Source of size and task: Sobal et al. 2025 (PLDM), two-rooms.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
@@ -185,15 +185,15 @@ class TwoRooms(gym.Env):
         return self.wall - half, self.wall + half
 
     def distance(self) -> float:
-        """Pixels from the dot to the goal, as the crow flies."""
+        """Pixels from the dot to the goal in a straight line."""
         return float(np.linalg.norm(self.goal - self.position))
 
     def goal_image(self) -> np.ndarray:
-        """The observation of one who has arrived."""
+        """The observation at the goal."""
         return self.picture(self.goal)
 
     def picture(self, position: np.ndarray) -> np.ndarray:
-        """The observation [64, 64, 3] with the dot at `position`; its rim is smooth, so that parts of a pixel show."""
+        """The observation [64, 64, 3] with the dot at `position`, anti-aliased, so that fractions of a pixel show."""
         frame = self._rooms.copy()
         reach = int(self.dot) + 1
         columns, rows = (slice(max(int(x) - reach, 0), int(x) + reach + 1) for x in position)

@@ -1,11 +1,12 @@
-"""Wrappers that make any Gymnasium environment safe to learn from: checked, flat, repeated, seen in pixels."""
+"""Wrappers of Gymnasium environments: checked, flat, actions repeated, rendered pictures as observations."""
 
 from __future__ import annotations
 
 import copy
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from typing import Any, NoReturn
 
 import gymnasium as gym
@@ -14,7 +15,8 @@ from gymnasium import spaces
 from PIL import Image
 
 from worldmodel.envs.extras import missing_extra
-from worldmodel.envs.vectors.plain import Plain
+from worldmodel.envs.vectors.batches import describe
+from worldmodel.envs.vectors.plain import PlainSpaces
 from worldmodel.errors import ConfigError, EnvError, UnsupportedSpaceError
 from worldmodel.spaces import ObsSpec
 from worldmodel.spaces.casts import cast, numbers, warn_once, warning_due
@@ -25,16 +27,16 @@ _log = logging.getLogger(__name__)
 
 
 class CheckedEnv(gym.Wrapper):
-    """Passes on only what the spaces allow, in copies; anything that cannot be made so is an EnvError that says where it happened.
+    """Passes on copies of elements of the spaces; anything else is an EnvError with the environment, episode and step.
 
     index  the number of the environment among its siblings, used in messages
-    seed   for the first reset, if that is not given one
+    seed   for the first reset without a seed of its own
 
-    Observations are compared with the space that the environment had when it was wrapped: keys, shape, dtype, finite
-    numbers, categories. Rewards are finite numbers, flags are booleans, `info` is a dict. Numbers of another dtype, 0 and 1 for
-    flags, and lists for arrays are converted where the declared form can hold them, with one warning for each key. What the
-    environment raises, `SystemExit` included, becomes an EnvError; only KeyboardInterrupt and a missing optional package pass.
-    `options` are passed on only if there are some: an environment need not take them.
+    Observations are compared with the space at the time of wrapping: keys, shape, dtype, finite numbers, categories. Rewards are
+    finite numbers, flags are booleans, `info` is a dict. Numbers of another dtype, 0 and 1 for flags, and lists for arrays are
+    converted where the declared form can hold them, with one warning for each key. Exceptions of the environment, `SystemExit`
+    included, become EnvErrors; only KeyboardInterrupt and a missing optional package pass. `options` are passed on only where
+    given: an environment need not take them.
     """
 
     def __init__(self, env: gym.Env, index: int = 0, seed: int | None = None):
@@ -53,7 +55,7 @@ class CheckedEnv(gym.Wrapper):
         given = {"seed": seed} if options is None else {"seed": seed, "options": options}
         result = self._call("reset", lambda: self.env.reset(**given))
         if not isinstance(result, tuple) or len(result) != 2:
-            self._fail(f"reset returned {_describe(result)}", "(observation, info)", "Return both, as Gymnasium does since 0.26")
+            self._fail(f"reset returned {describe(result)}", "(observation, info)", "Return both, as Gymnasium does since 0.26")
         obs, info = result
         return self._observation(obs), self._info(info)
 
@@ -64,7 +66,7 @@ class CheckedEnv(gym.Wrapper):
         result = self._call("step", lambda: self.env.step(action))
         if not isinstance(result, tuple) or len(result) != 5:
             self._fail(
-                f"step returned {_describe(result)}",
+                f"step returned {describe(result)}",
                 "(observation, reward, terminated, truncated, info)",
                 "Split `done` into terminated and truncated, as Gymnasium does since 0.26",
             )
@@ -76,7 +78,7 @@ class CheckedEnv(gym.Wrapper):
         return self._call("render", self.env.render)
 
     def close(self) -> None:
-        """What is wrong then is said and no error: it would hide what the environment was closed for."""
+        """Logs errors as warnings: raised, they would hide the error that the environment is closed for."""
         try:
             self._call("close", self.env.close)
         except EnvError as error:
@@ -99,14 +101,14 @@ class CheckedEnv(gym.Wrapper):
             ) from error
 
     def _observation(self, value: Any) -> Any:
-        return _checked(self._space, value, "", self)
+        return _checked(self._space, value, (), self)
 
     def _reward(self, reward: Any) -> float:
         number = numbers(reward)
         if number is None or number.size != 1:
-            self._fail(f"the reward is {_describe(reward)}", "one number", "Return float(reward)")
+            self._fail(f"the reward is {describe(reward)}", "one number", "Return float(reward)")
         if number.shape or number.dtype.kind == "b":
-            self._warn_once("the reward", _describe(reward), "one number", "Return float(reward)")
+            self._warn_once("the reward", describe(reward), "one number", "Return float(reward)")
         if not abs(value := float(number.item())) <= FLOAT32_MAX:
             self._fail(f"the reward is {value}", "a finite 32-bit float", "Find where the environment computes it, or clip it")
         return value
@@ -115,45 +117,45 @@ class CheckedEnv(gym.Wrapper):
         if not isinstance(flag, (bool, np.bool_)):
             number = numbers(flag)
             if number is None or number.size != 1 or number.item() not in (0, 1):
-                self._fail(f"'{name}' is {_describe(flag)}", "a bool", f"Return bool({name})")
-            self._warn_once(f"'{name}'", _describe(flag), "a bool", f"Return bool({name})")
+                self._fail(f"'{name}' is {describe(flag)}", "a bool", f"Return bool({name})")
+            self._warn_once(f"'{name}'", describe(flag), "a bool", f"Return bool({name})")
         return bool(flag)
 
     def _warn_once(self, what: str, given: str, declared: str, remedy: str) -> None:
-        if self.index == 0:  # its siblings do the same, perhaps in processes of their own
+        if self.index == 0:  # its siblings would warn of the same, perhaps in other processes
             warn_once(what, given, declared, remedy)
 
     def _info(self, info: Any) -> dict[str, Any]:
         if not isinstance(info, dict):
-            self._fail(f"info is {_describe(info)}", "a dict", "Return {} where there is nothing to say")
+            self._fail(f"info is {describe(info)}", "a dict", "Return {} where there is nothing to say")
         return dict(info)
 
     def _fail(self, found: str, expected: str, remedy: str) -> NoReturn:
         raise EnvError(f"{self.place()}: {found}; expected {expected}. {remedy}.")
 
 
-def _checked(space: spaces.Space, value: Any, path: str, env: CheckedEnv) -> Any:
-    """A copy of `value`, an element of `space`; EnvError with its key path otherwise."""
-    name = f"observation '{path or 'obs'}'"
+def _checked(space: spaces.Space, value: Any, path: tuple[Any, ...], env: CheckedEnv) -> Any:
+    """A copy of `value` as an element of `space`; EnvError with the key path where it is none."""
+    name = f"observation '{join_path(path) or 'obs'}'"
     if isinstance(space, spaces.Dict):
         if not isinstance(value, Mapping):
-            env._fail(f"{name} is {_describe(value)}", f"a dict with the keys {list(space.spaces)}", "Return one value a key")
+            env._fail(f"{name} is {describe(value)}", f"a dict with the keys {list(space.spaces)}", "Return one value a key")
         if value.keys() != space.spaces.keys():
             missing, extra = [k for k in space.spaces if k not in value], [k for k in value if k not in space.spaces]
             env._fail(
                 f"{name} has missing keys {missing} and extra keys {extra}", f"{list(space.spaces)}", "Return what the space says"
             )
-        return {key: _checked(sub, value[key], _join(path, key), env) for key, sub in space.spaces.items()}
+        return {key: _checked(sub, value[key], (*path, key), env) for key, sub in space.spaces.items()}
     if isinstance(space, spaces.Tuple):
         if not isinstance(value, tuple | list) or len(value) != len(space.spaces):
-            env._fail(f"{name} is {_describe(value)}", f"a tuple of {len(space.spaces)}", "Return one value an item")
-        return tuple(_checked(sub, item, _join(path, i), env) for i, (sub, item) in enumerate(zip(space.spaces, value)))
+            env._fail(f"{name} is {describe(value)}", f"a tuple of {len(space.spaces)}", "Return one value an item")
+        return tuple(_checked(sub, item, (*path, i), env) for i, (sub, item) in enumerate(zip(space.spaces, value)))
     if isinstance(space, spaces.Discrete):
         return _checked_category(space, value, name, env)
     if isinstance(space, (spaces.Box, spaces.MultiDiscrete, spaces.MultiBinary)):
         return _checked_array(space, value, name, env)
     if not space.contains(value):
-        env._fail(f"{name} is {_describe(value)}", f"an element of {space}", "Return what the space says")
+        env._fail(f"{name} is {describe(value)}", f"an element of {space}", "Return what the space says")
     return copy.deepcopy(value)
 
 
@@ -161,9 +163,9 @@ def _checked_category(space: spaces.Discrete, value: Any, name: str, env: Checke
     given = numbers(value)
     array = None if given is None or given.size != 1 else cast(given.reshape(()), np.dtype(np.int64))
     if array is None:
-        env._fail(f"{name} is {_describe(value)}", f"one integer of {space}", "Return int(observation)")
+        env._fail(f"{name} is {describe(value)}", f"one integer of {space}", "Return int(observation)")
     if given.shape or given.dtype.kind not in "iu":
-        env._warn_once(name, _describe(given), "one integer", "Return int(observation)")
+        env._warn_once(name, describe(given), "one integer", "Return int(observation)")
     if not space.start <= array < space.start + space.n:
         env._fail(f"{name} is {int(array)}", f"a category of {space}", "Correct the environment or its observation_space")
     return np.dtype(space.dtype).type(array)
@@ -173,7 +175,7 @@ def _checked_array(space: spaces.Space, value: Any, name: str, env: CheckedEnv) 
     dtype, shape = np.dtype(space.dtype), tuple(space.shape)
     given = numbers(value)
     if given is None or given.shape != shape:
-        env._fail(f"{name} is {_describe(value)}", f"an array of shape {shape}", "Correct the environment or its observation_space")
+        env._fail(f"{name} is {describe(value)}", f"an array of shape {shape}", "Correct the environment or its observation_space")
     if isinstance(space, spaces.Box):
         remedy = f"Return it as {dtype}, or declare what comes with gymnasium.wrappers.DtypeObservation"
         value = cast(given, dtype)
@@ -201,51 +203,43 @@ def _checked_array(space: spaces.Space, value: Any, name: str, env: CheckedEnv) 
     return np.array(value, dtype)
 
 
-def _describe(value: Any) -> str:
-    """What a value is, in a few words."""
-    if isinstance(value, (np.ndarray, np.generic)):
-        return f"an array of shape {value.shape}, dtype {value.dtype}"
-    if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {len(value)}"
-    return f"{value!r}" if value is None or isinstance(value, (bool, int, float, str)) else f"of type {type(value).__name__}"
-
-
-def _join(path: str, key: Any) -> str:
-    return f"{path}.{key}" if path else str(key)
-
-
-@dataclass(frozen=True)
-class LeafArray:
-    """One array of a nested space: the way to it, its flat name, and its space there and here."""
-
-    path: tuple[Any, ...]
-    plain: Plain
-
-    @property
-    def name(self) -> str:
-        return join_path(self.path)
-
-    def of(self, value: Any) -> Any:
-        """Its value in one observation, or in many at once [T, ...]."""
-        for step in self.path:
-            value = value[step]
-        return self.plain.to_plain(value)
-
-
-def leaf_arrays(space: spaces.Space, *, plain: bool, path: tuple[Any, ...] = ()) -> Iterator[LeafArray]:
-    """All arrays of a space, in its order; `plain`: in their plain form."""
+def leaf_arrays(space: spaces.Space, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], spaces.Space]]:
+    """(path of keys and numbers, space) of all arrays of a nested space, in its order."""
     if isinstance(space, (spaces.Dict, spaces.Tuple)):
-        items = space.spaces.items() if isinstance(space, spaces.Dict) else enumerate(space.spaces)
-        for key, sub in items:
-            yield from leaf_arrays(sub, plain=plain, path=(*path, key))
+        for key, sub in space.spaces.items() if isinstance(space, spaces.Dict) else enumerate(space.spaces):
+            yield from leaf_arrays(sub, (*path, key))
     else:
-        yield LeafArray(path, Plain.of(space) if plain else Plain(space, space))
+        yield path, space
+
+
+class Flattener:
+    """Nested Dict and Tuple spaces as one flat Dict, whose keys are joined with "."; any other space stays as it is.
+
+    Raises UnsupportedSpaceError where two keys would be the same, and where there is none.
+    """
+
+    def __init__(self, space: spaces.Space):
+        leaves = list(leaf_arrays(space))
+        names = [join_path(path) for path, _ in leaves]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice or not names:
+            what = f"its flat keys {twice} would be made twice" if twice else "it holds no array"
+            raise UnsupportedSpaceError(
+                f"The observation space {space} cannot be flattened: {what}. Rename or add keys in the environment."
+            )
+        self._paths = dict(zip(names, (path for path, _ in leaves)))
+        self._single = not isinstance(space, (spaces.Dict, spaces.Tuple))
+        self.space = space if self._single else spaces.Dict(dict(zip(names, (sub for _, sub in leaves))))
+
+    def __call__(self, obs: Any) -> Any:
+        """One observation, or many [T, ...], as an element of the flat space."""
+        return obs if self._single else {name: reduce(getitem, path, obs) for name, path in self._paths.items()}
 
 
 class FlattenSpaces(gym.Wrapper):
     """Nested Dict and Tuple observations as one flat Dict, whose keys are joined with "." (items of a Tuple are "0", "1", ...).
 
-    plain  also the rest is as SB3's own algorithms want it (see plain.py): Discrete and MultiDiscrete are shifted to start at 0,
+    plain  also converts spaces to the form that SB3's own algorithms need (see plain.py): Discrete and MultiDiscrete start at 0,
            as observation and as action, grids of them become one row, and a Box without dimensions gets one
 
     Everything else is passed on. Raises UnsupportedSpaceError.
@@ -253,23 +247,14 @@ class FlattenSpaces(gym.Wrapper):
 
     def __init__(self, env: gym.Env, *, plain: bool = True):
         super().__init__(env)
-        space = env.observation_space
-        self._leaf_arrays = list(leaf_arrays(space, plain=plain))
-        names = [leaf.name for leaf in self._leaf_arrays]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice or not names:
-            what = f"its flat keys {twice} would be made twice" if twice else "it holds no array"
-            raise UnsupportedSpaceError(
-                f"The observation space {space} cannot be flattened: {what}. Rename or add keys in the environment."
-            )
-        outer = {leaf.name: leaf.plain.outer for leaf in self._leaf_arrays}
-        for name, sub in outer.items():
-            if not isinstance(sub, spaces.Box):  # a Box may still need a layout, which is told later
+        self._flatten = Flattener(env.observation_space)
+        self._plain = PlainSpaces(self._flatten.space, env.action_space) if plain else None
+        self.observation_space = self._plain.observation if plain else self._flatten.space
+        self.action_space = self._plain.action if plain else env.action_space
+        single = not isinstance(self.observation_space, spaces.Dict)
+        for name, sub in {"obs": self.observation_space}.items() if single else self.observation_space.items():
+            if not isinstance(sub, spaces.Box):  # a Box may still need a layout, which is given later
                 ObsSpec.from_space(spaces.Dict({name or "obs": sub}))
-        self._single = not isinstance(space, (spaces.Dict, spaces.Tuple))
-        self.observation_space = outer[""] if self._single else spaces.Dict(outer)
-        self._action = Plain.of(env.action_space, action=True) if plain else Plain(env.action_space, env.action_space)
-        self.action_space = self._action.outer
 
     @classmethod
     def wrap(cls, env: gym.Env, *, plain: bool = True) -> gym.Env:
@@ -280,18 +265,20 @@ class FlattenSpaces(gym.Wrapper):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         obs, info = self.env.reset(seed=seed, options=options)
-        return self._flat(obs), info
+        return self._observation(obs), info
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        obs, reward, terminated, truncated, info = self.env.step(self._action.from_plain(action))
-        return self._flat(obs), reward, terminated, truncated, info
+        action = action if self._plain is None else self._plain.from_plain_action(action)
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return self._observation(obs), reward, terminated, truncated, info
 
-    def _flat(self, obs: Any) -> Any:
-        return self._leaf_arrays[0].of(obs) if self._single else {leaf.name: leaf.of(obs) for leaf in self._leaf_arrays}
+    def _observation(self, obs: Any) -> Any:
+        flat = self._flatten(obs)
+        return flat if self._plain is None else self._plain.to_plain_obs(flat)
 
 
 class RenderObservation(gym.Wrapper):
-    """The picture instead of the observation: `render()` resized to uint8 [size, size, 3]. The observation is dropped.
+    """The rendered picture as observation, resized to uint8 [size, size, 3].
 
     Raises ConfigError where the render mode is not rgb_array, EnvError where `render` gives no picture.
     """
@@ -318,16 +305,14 @@ class RenderObservation(gym.Wrapper):
         frame = self.env.render()
         if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
             place = self.get_wrapper_attr("place")() if self.has_wrapper_attr("place") else "the environment"
-            raise EnvError(
-                f"{place}: render gave {_describe(frame)}; expected uint8 [height, width, 3]. Correct its render method."
-            )
+            raise EnvError(f"{place}: render gave {describe(frame)}; expected uint8 [height, width, 3]. Correct its render method.")
         if frame.shape[:2] == (self.size, self.size):
             return frame.copy()
         return np.array(Image.fromarray(frame).resize((self.size, self.size), Image.Resampling.BOX))
 
 
 class ActionRepeat(gym.Wrapper):
-    """Each action is taken `times` times, or until the episode ends; the rewards add up, the last observation counts."""
+    """Repeats each action `times` times, or until the episode ends; gives the sum of rewards and the last observation."""
 
     def __init__(self, env: gym.Env, times: int):
         if times < 1:

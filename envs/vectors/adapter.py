@@ -1,18 +1,18 @@
 """Gymnasium's vector environments as SB3 VecEnvs.
 
-The two differ in when an ended environment begins anew. SB3 wants it in the same step: `step` gives the new episode's first
+The two differ in when an ended environment is reset. SB3 wants it in the same step: `step` gives the new episode's first
 observation, and the info the old one's last. Gymnasium has three modes:
 
 | autoreset_mode | what the adapter does | supported |
 |---|---|---|
 | SAME_STEP | takes the last observations from `final_obs` | always |
 | DISABLED | resets the ended ones with `reset_mask` | always |
-| NEXT_STEP | the same, so that the step which only resets never comes to pass | where some environments can be reset alone |
+| NEXT_STEP | the same, so that there is no step which only resets | where single environments can be reset |
 
-A NEXT_STEP environment that cannot reset some of its rows alone is refused: it gives the first observation one step late,
-while the other rows have to move on, so that there would be a transition from the old episode into the new one. SyncVectorEnv,
-AsyncVectorEnv (with shared memory), ImaginedVectorEnv and Gymnasium's CartPole can; for others there is `reset_rows`.
-Of wrappers around them, those that do not pass `reset_mask` on, or forget the other rows with it, are refused at the first reset.
+A NEXT_STEP environment that cannot reset single environments is refused: it gives the first observation one step late, while the
+others move on, so that there would be a transition from the old episode into the new one. SyncVectorEnv, AsyncVectorEnv (with
+shared memory), ImaginedVectorEnv and Gymnasium's CartPole can; for others there is `reset_rows`. Wrappers around them that do not
+pass `reset_mask` on, or lose the other environments with it, are refused at the first reset.
 """
 
 from __future__ import annotations
@@ -32,22 +32,23 @@ from gymnasium.wrappers.vector import NormalizeReward
 from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.vec_env import VecEnv
 
+from worldmodel.envs.vectors.batches import copied, take, write
 from worldmodel.envs.vectors.check import PLAIN
 from worldmodel.errors import ConfigError, EnvError, UnsupportedSpaceError
 
 ResetRows = Callable[[VectorEnv, np.ndarray], tuple[Any, dict[str, Any]]]
-"""(vector environment, rows [N] bool) -> observations [N, ...], of which those of the rows count, and infos, as `reset` gives."""
+"""(vector environment, mask [N] bool) -> observations [N, ...], of which those in the mask are used, and infos, as of `reset`."""
 
 
 class GymVecEnvAdapter(VecEnv):
     """A Gymnasium VectorEnv as an SB3 VecEnv.
 
     vector_env  its spaces must be ones that SB3 takes: plain ones, or a flat Dict of them as observation. SB3's own algorithms
-                need a PlainVecEnv around this where categories do not begin at 0
-    reset_rows  begins some rows anew, for NEXT_STEP environments that do not know `reset_mask`: (env, rows [N]) -> (obs, infos)
+                need a PlainVecEnv around this where categories do not start at 0
+    reset_rows  resets single environments, for NEXT_STEP ones without `reset_mask`: (env, mask [N]) -> (obs, infos)
 
     Rewards are float32, observations copies. `seed(s)` seeds environment i with s + i where the VectorEnv does so.
-    Gymnasium's wrappers that keep their own account of episodes are right with SAME_STEP only; SB3's VecMonitor always is.
+    Gymnasium's wrappers that count episodes themselves are correct with SAME_STEP only; SB3's VecMonitor always is.
     Raises ConfigError, UnsupportedSpaceError.
     """
 
@@ -84,14 +85,14 @@ class GymVecEnvAdapter(VecEnv):
         self._reset_seeds()
         self._reset_options()
         self.reset_infos = _infos_per_env(infos, self.num_envs)
-        return _copied(obs)
+        return copied(obs)
 
     def step_async(self, actions: np.ndarray) -> None:
         self._actions = actions
 
     def step_wait(self) -> tuple[Any, np.ndarray, np.ndarray, list[dict[str, Any]]]:
         obs, rewards, terminated, truncated, infos = self.vector_env.step(self._actions)
-        obs, terminated, truncated = _copied(obs), np.asarray(terminated, bool), np.asarray(truncated, bool)
+        obs, terminated, truncated = copied(obs), np.asarray(terminated, bool), np.asarray(truncated, bool)
         dones = terminated | truncated
         rows = _infos_per_env(infos, self.num_envs)
         if dones.any():
@@ -102,7 +103,7 @@ class GymVecEnvAdapter(VecEnv):
         return obs, np.array(rewards, np.float32), dones, rows
 
     def _reset_ended(self, obs: Any, dones: np.ndarray, rows: list[dict[str, Any]]) -> dict[int, Any]:
-        """The last observations of ended environments, by number; puts their new episodes' first ones into `obs`."""
+        """The last observations of ended environments, by number; writes their new episodes' first ones into `obs`."""
         ended = np.flatnonzero(dones).tolist()
         if self.mode is AutoresetMode.SAME_STEP:
             last = {}
@@ -113,16 +114,14 @@ class GymVecEnvAdapter(VecEnv):
                         f"environment {i}: it ended, and its info holds no 'final_obs'. Expected the episode's last observation "
                         "there, as of every VectorEnv whose autoreset_mode is SAME_STEP. Correct the environment."
                     )
-                last[i] = _copied(rows[i].pop("final_obs"))
+                last[i] = copied(rows[i].pop("final_obs"))
                 rows[i] = {**rows[i].get("final_info", {})}
             return last
-        last = {i: _copied(_row(obs, i)) for i in ended}
+        last = {i: copied(take(obs, i)) for i in ended}
         fresh, infos = self._reset_rows(self.vector_env, dones.copy())
         new_infos = _infos_per_env(infos, self.num_envs)
         self.reset_infos = [new_infos[i] if dones[i] else old for i, old in enumerate(self.reset_infos)]
-        pairs = [(obs[key], fresh[key]) for key in obs] if isinstance(obs, dict) else [(obs, fresh)]
-        for old, new in pairs:
-            old[dones] = new[dones]
+        write(obs, dones, take(fresh, dones))
         return last
 
     def close(self) -> None:
@@ -132,7 +131,7 @@ class GymVecEnvAdapter(VecEnv):
         pictures = self.vector_env.render()
         return [None] * self.num_envs if pictures is None else list(pictures)
 
-    # Single environments: SyncVectorEnv has them, AsyncVectorEnv asks them all, native ones have none ------------------
+    # Single environments: SyncVectorEnv has them, AsyncVectorEnv only calls all at once, native ones have none ----------
 
     def has_attr(self, attr_name: str) -> bool:
         inner = self.vector_env.unwrapped
@@ -166,13 +165,13 @@ class GymVecEnvAdapter(VecEnv):
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: Any = None) -> list[bool]:
         if isinstance(self.vector_env.unwrapped, SyncVectorEnv):
             return [is_wrapped(env, wrapper_class) for env in self._envs(indices)]
-        if isinstance(self.vector_env.unwrapped, AsyncVectorEnv):  # they tell what they are called: <Monitor<TimeLimit<...>>>
+        if isinstance(self.vector_env.unwrapped, AsyncVectorEnv):  # their names: <Monitor<TimeLimit<...>>>
             chains, names = self.vector_env.unwrapped.call("__str__"), _class_names(wrapper_class)
             return [not names.isdisjoint(re.findall(r"<(\w+)", chains[i])) for i in self._indices(indices)]
         return [False for _ in self._indices(indices)]
 
     def _envs_with(self, name: str) -> VectorEnv:
-        """The VectorEnv; AttributeError where its environments lack the name: AsyncVectorEnv would end its processes."""
+        """The VectorEnv; AttributeError where its environments lack the name, at which AsyncVectorEnv would end its processes."""
         if not self.has_attr(name):
             raise AttributeError(f"The environments of {self.vector_env} have no attribute '{name}'.")
         return self.vector_env.unwrapped
@@ -186,7 +185,7 @@ class GymVecEnvAdapter(VecEnv):
 
 
 def _find_reset_rows(env: VectorEnv, mode: AutoresetMode) -> ResetRows | None:
-    """How some rows of this environment begin anew; None where it does that itself in the same step. Raises ConfigError."""
+    """What resets single environments; None where they reset themselves in the same step. Raises ConfigError."""
     if mode is AutoresetMode.SAME_STEP:
         return None
     inner = env.unwrapped
@@ -208,10 +207,7 @@ def _by_mask(env: VectorEnv, rows: np.ndarray) -> tuple[Any, dict[str, Any]]:
 
 
 def _check_reset_mask(env: VectorEnv) -> None:
-    """ConfigError, with the wrapper's name, where the reset of some rows does not come through to the environment.
-
-    That is spared: zeros stand in for its answer.
-    """
+    """ConfigError, with the wrapper's name, where `reset_mask` does not reach the environment, which answers with zeros here."""
     inner, mask_received = env.unwrapped, []
     chain = [env]
     while isinstance(chain[-1], VectorWrapper):
@@ -226,7 +222,7 @@ def _check_reset_mask(env: VectorEnv) -> None:
         inner.reset = answer
         for wrapper in [] if faulty else chain[-2::-1]:
             mask_received.clear()
-            with suppress(Exception):  # one that refuses comes before the environment is asked, which is what counts
+            with suppress(Exception):  # one that raises does so before the environment is called
                 wrapper.reset(options={"reset_mask": np.arange(env.num_envs) == 0})
             if mask_received != [True]:
                 faulty = wrapper
@@ -243,7 +239,7 @@ def _check_reset_mask(env: VectorEnv) -> None:
 
 
 def _cart_pole(env: CartPoleVectorEnv, rows: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
-    """What CartPoleVectorEnv's next step would do with rows that ended, done at once."""
+    """What CartPoleVectorEnv's next step would do with environments that ended."""
     env.state[:, rows] = env.np_random.uniform(env.low, env.high, (4, int(rows.sum())))
     env.steps[rows] = 0
     env.prev_done[rows] = False
@@ -253,14 +249,6 @@ def _cart_pole(env: CartPoleVectorEnv, rows: np.ndarray) -> tuple[np.ndarray, di
 def _class_names(wrapper: type) -> set[str]:
     """The names of a class and of those derived from it."""
     return {wrapper.__name__}.union(*map(_class_names, wrapper.__subclasses__()))
-
-
-def _copied(obs: Any) -> Any:
-    return {key: np.array(x) for key, x in obs.items()} if isinstance(obs, dict) else np.array(obs)[()]
-
-
-def _row(obs: Any, i: int) -> Any:
-    return {key: x[i] for key, x in obs.items()} if isinstance(obs, dict) else obs[i]
 
 
 def _infos_per_env(infos: dict[str, Any] | list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
@@ -276,7 +264,7 @@ def _infos_per_env(infos: dict[str, Any] | list[dict[str, Any]], count: int) -> 
         if not isinstance(values, np.ndarray) and getattr(values, "ndim", 0):  # of torch or JAX
             values = np.asarray(values)
         if not isinstance(values, np.ndarray | list | tuple) or len(values) != count:
-            values = [value] * count  # said of all environments at once
+            values = [value] * count  # one value for all environments
         for i in np.flatnonzero(have).tolist():
             rows[i][key] = values[i]
     return rows

@@ -11,6 +11,7 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
+from worldmodel.envs.vectors.batches import describe, take
 from worldmodel.errors import ConfigError, EnvError
 
 PLAIN = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
@@ -18,18 +19,18 @@ PLAIN = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
 
 def check_vec_env(venv: VecEnv, steps: int = 200, seed: int = 0) -> None:
-    """Plays `steps` random steps three times and raises EnvError at the first thing that SB3's algorithms could not rely on.
+    """Plays `steps` random steps three times and raises EnvError at the first violation of what SB3's algorithms rely on.
 
-    - spaces are of the kinds that SB3 takes; observations, `terminal_observation` included, are inside theirs, in its dtype
-    - `step` gives (obs, rewards, dones, infos): float and bool arrays [N], N dicts of their own
-    - an ended environment begins anew in the same step, and its info holds `terminal_observation`; `TimeLimit.truncated` is a
+    - spaces are of the kinds that SB3 takes; observations, `terminal_observation` included, are elements of theirs, in its dtype
+    - `step` gives (obs, rewards, dones, infos): float and bool arrays [N], N distinct dicts
+    - an ended environment is reset in the same step, and its info holds `terminal_observation`; `TimeLimit.truncated` is a
       bool, and true at ends only
     - the same seed gives the same episodes
-    - returned arrays are the caller's: they are not written to again, and what is written into them has no effect
+    - returned arrays are not written to again, and writing into them has no effect
     - `has_attr`, `get_attr`, `env_method` and `env_is_wrapped` answer for each environment
 
-    The environments are left where the play ended. A warning says so if no episode ended. Of SB3's wrappers two fail, as
-    they are made: VecNormalize, whose statistics move, so that no two plays are alike, and VecFrameStack, which lends its buffer.
+    The environments stay where the play ended. Warns if no episode ended. Of SB3's wrappers two fail by design: VecNormalize,
+    whose statistics change between plays, and VecFrameStack, which returns its buffer.
     """
     if not isinstance(venv, VecEnv):
         raise ConfigError(f"check_vec_env expects a Stable-Baselines3 VecEnv; got {type(venv).__name__}.")
@@ -42,7 +43,7 @@ def check_vec_env(venv: VecEnv, steps: int = 200, seed: int = 0) -> None:
     check.ends(first)
     check.same(first, check.play(actions, seed), "two plays of the same seed and actions differ", "Seed everything in reset")
     corrupted = check.play(actions, seed, corrupt=True)
-    check.same(first, corrupted, "what the caller writes into returned arrays changes what comes", "Return copies")
+    check.same(first, corrupted, "what the caller writes into returned arrays changes later ones", "Return copies")
 
 
 class _Check:
@@ -82,22 +83,22 @@ class _Check:
             for indices, count in ((None, self.count), (0, 1), ([self.count - 1], 1)):
                 try:
                     answer = ask(indices)
-                except NotImplementedError:  # environments that are one array may have no methods of their own
+                except NotImplementedError:  # native vector environments may have no single ones
                     continue
                 if not isinstance(answer, list) or len(answer) != count:
-                    self.fail(f"{name} with indices={indices} gave {_describe(answer)}", f"a list of {count}")
+                    self.fail(f"{name} with indices={indices} gave {describe(answer)}", f"a list of {count}")
 
     # Play -----------------------------------------------------------------------------------------------------------
 
     def play(self, actions: list[np.ndarray], seed: int, *, checked: bool = False, corrupt: bool = False) -> list[dict[str, Any]]:
-        """Copies of all that came: obs of the reset, then obs, rewards, dones and terminal observations of each step."""
+        """Copies of all returned: obs of the reset, then obs, rewards, dones and terminal observations of each step."""
         venv = self.venv
         venv.seed(seed)
         obs = venv.reset()
         if checked:
             self.observations(obs, "reset")
             if not isinstance(venv.reset_infos, list | tuple) or len(venv.reset_infos) != self.count:
-                self.fail(f"reset_infos is {_describe(venv.reset_infos)}", f"a list of {self.count} dicts")
+                self.fail(f"reset_infos is {describe(venv.reset_infos)}", f"a list of {self.count} dicts")
         transcript = [{"obs": copy.deepcopy(obs)}]
         returned: dict[str, Any] = {"obs": obs}
         for action in actions:
@@ -118,29 +119,29 @@ class _Check:
             self.fail(f"{where} gave a tuple of {len(obs)}", "observations alone; the infos go into reset_infos")
         space = self.venv.observation_space
         if isinstance(space, spaces.Dict) and (not isinstance(obs, dict) or obs.keys() != space.spaces.keys()):
-            self.fail(f"{where} gave {_describe(obs)}", f"a dict with the keys {list(space.spaces)}")
+            self.fail(f"{where} gave {describe(obs)}", f"a dict with the keys {list(space.spaces)}")
         for name, part, x in _parts(space, obs):
             what = f"{where}: observation{f' {name!r}' if name else ''}"
             if not isinstance(x, np.ndarray) or x.shape != (self.count, *part.shape) or x.dtype != part.dtype:
-                self.fail(f"{what} is {_describe(x)}", f"an array of shape {(self.count, *part.shape)}, dtype {part.dtype}")
+                self.fail(f"{what} is {describe(x)}", f"an array of shape {(self.count, *part.shape)}, dtype {part.dtype}")
             for i in range(self.count):
                 if not part.contains(x[i]):
                     self.fail(f"{what} of environment {i} is outside the space", f"an element of {part}")
 
     def step(self, result: Any) -> None:
         if not isinstance(result, tuple) or len(result) != 4:
-            self.fail(f"step gave {_describe(result)}", "(obs, rewards, dones, infos)", "Join terminated and truncated in dones")
+            self.fail(f"step gave {describe(result)}", "(obs, rewards, dones, infos)", "Join terminated and truncated in dones")
         obs, rewards, dones, infos = result
         self.observations(obs, "step")
         for name, x, kind, words in (("rewards", rewards, "f", "floats"), ("dones", dones, "b", "bools")):
             if not isinstance(x, np.ndarray) or x.shape != (self.count,) or x.dtype.kind != kind:
-                self.fail(f"{name} is {_describe(x)}", f"an array of {self.count} {words}")
+                self.fail(f"{name} is {describe(x)}", f"an array of {self.count} {words}")
         if not np.isfinite(rewards).all():
             self.fail(f"rewards are {rewards}", "finite numbers")
         if not rewards.flags.writeable:
             self.fail("rewards are read-only", "an array that SB3 can add bootstrapped values to", "Return a copy")
         if not isinstance(infos, list | tuple) or len(infos) != self.count or not all(isinstance(x, dict) for x in infos):
-            self.fail(f"infos is {_describe(infos)}", f"a list of {self.count} dicts")
+            self.fail(f"infos is {describe(infos)}", f"a list of {self.count} dicts")
         if len({id(info) for info in infos}) != self.count:
             self.fail("infos holds one dict twice", "a dict for each environment: VecMonitor writes into them")
         for i, info in enumerate(infos):
@@ -162,13 +163,13 @@ class _Check:
         space, last = self.venv.observation_space, info["terminal_observation"]
         named = isinstance(space, spaces.Dict)
         if named != isinstance(last, dict) or (named and last.keys() != space.spaces.keys()):
-            self.fail(f"terminal_observation is {_describe(last)}", f"an element of {space}")
+            self.fail(f"terminal_observation is {describe(last)}", f"an element of {space}")
         for _, part, x in _parts(space, last):
             if getattr(x, "dtype", part.dtype) != part.dtype or not part.contains(x):
-                self.fail(f"terminal_observation is {_describe(x)}", f"an element of {part}, without a batch axis")
+                self.fail(f"terminal_observation is {describe(x)}", f"an element of {part}, without a batch axis")
 
     def fresh(self, returned: dict[str, Any], copied: dict[str, Any], result: tuple[Any, ...]) -> None:
-        """That a step has left alone what the one before gave, and gives arrays of its own."""
+        """Checks that a step leaves the arrays of the one before unchanged, and returns other ones."""
         if not _same(returned, copied):
             self.fail("arrays of one step were written to in the next", "fresh arrays every time", "Return copies")
         obs, rewards, dones, infos = result
@@ -177,12 +178,12 @@ class _Check:
             if any(np.shares_memory(new, old) for old in [*_arrays(returned), *_arrays(ends)]):
                 self.fail("arrays that were returned share memory", "fresh arrays every time", "Return copies")
 
-    # What was seen --------------------------------------------------------------------------------------------------
+    # Transcripts ------------------------------------------------------------------------------------------------------
 
     def ends(self, transcript: list[dict[str, Any]]) -> None:
-        """That new episodes begin in the step that ends the old ones: the observation there is another than the last one."""
+        """Checks that ended environments are reset in the same step: its observation differs from the terminal one."""
         pairs = [
-            (last, _row(step["obs"], i)) for step in transcript[1:] for last, i in zip(step["ends"], np.flatnonzero(step["dones"]))
+            (last, take(step["obs"], i)) for step in transcript[1:] for last, i in zip(step["ends"], np.flatnonzero(step["dones"]))
         ]
         if not pairs:
             warnings.warn(
@@ -212,10 +213,6 @@ def _parts(space: spaces.Space, obs: Any) -> list[tuple[str, spaces.Space, Any]]
     return [("", space, obs)]
 
 
-def _row(obs: Any, i: int) -> Any:
-    return {name: x[i] for name, x in obs.items()} if isinstance(obs, dict) else obs[i]
-
-
 def _arrays(value: Any) -> list[np.ndarray]:
     """All arrays in nested dicts and lists, in order."""
     if isinstance(value, dict):
@@ -235,14 +232,3 @@ def _corrupt(returned: dict[str, Any]) -> None:
     for x in _arrays(returned):
         if x.flags.writeable:
             x[...] = ~x if x.dtype.kind in "biu" else x + 1
-
-
-def _describe(value: Any) -> str:
-    """What a value is, in a few words."""
-    if isinstance(value, np.ndarray | np.generic):
-        return f"an array of shape {value.shape}, dtype {value.dtype}"
-    if isinstance(value, dict):
-        return f"a dict with the keys {list(value)}"
-    if isinstance(value, tuple | list):
-        return f"a {type(value).__name__} of {len(value)}"
-    return f"{value!r}" if value is None or isinstance(value, bool | int | float | str) else f"of type {type(value).__name__}"

@@ -1,7 +1,7 @@
-"""Spaces as Stable-Baselines3's own algorithms need them, where the user's are not so: counted from 0, in one dimension.
+"""The plain form of spaces, which Stable-Baselines3's own algorithms need: counted from 0, in one dimension.
 
-Those algorithms give the first category the number 0 whatever the space says. Our own agents take every space as it is; what
-is here stands between an algorithm of SB3 and environments, real or imagined.
+Those algorithms give the first category the number 0 whatever the space's start. Our own agents take every space as it is. This
+module converts between an algorithm of SB3 and environments, real or imagined.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ COUNT_FROM_0 = "SB3's own algorithms count categories from 0: wrap the environme
 
 @dataclass(frozen=True)
 class Plain:
-    """A space and its plain form, with the way there and back for one value or many [..., *shape].
+    """A space and its plain form, with the conversion of one value or many [..., *shape] in both directions.
 
-    Discrete and MultiDiscrete begin at 0, grids of categories become one row, as do bits as actions; a Box without dimensions
+    Discrete and MultiDiscrete start at 0, grids of categories and of bits as actions become one row, a Box without dimensions
     gets one. Any other space is its own plain form.
     """
 
@@ -98,30 +98,50 @@ def _plain_key(key: KeySpec, action: bool = False) -> KeySpec:
 
 
 def _may_change(key: KeySpec) -> bool:
-    """Cheap to ask, where making the space of a picture is not."""
+    """Whether the plain form may differ; saves making the space of a picture."""
     return key.kind in ("categorical", "binary") or not key.raw_shape
 
 
 # Environments ---------------------------------------------------------------------------------------------------------
 
 
+class PlainSpaces:
+    """The plain form of an environment's spaces, whose observation is one space or a flat Dict.
+
+    observation, action  the plain spaces
+    changes              whether one of them differs from the environment's
+    """
+
+    def __init__(self, observation: spaces.Space, action: spaces.Space):
+        self._named = isinstance(observation, spaces.Dict)
+        parts = observation.spaces if self._named else {"": observation}
+        self._parts = {name: Plain.of(space) for name, space in parts.items()}
+        self._action = Plain.of(action, action=True)
+        self.observation, self.action = observation, self._action.outer
+        changed = any(plain.changes for plain in self._parts.values())
+        if changed:
+            outer = {name: plain.outer for name, plain in self._parts.items()}
+            self.observation = spaces.Dict(outer) if self._named else outer[""]
+        self.changes = changed or self._action.changes
+
+    def to_plain_obs(self, obs: Any) -> Any:
+        """One observation, or many [N, ...]."""
+        return {k: plain.to_plain(obs[k]) for k, plain in self._parts.items()} if self._named else self._parts[""].to_plain(obs)
+
+    def from_plain_action(self, action: Any) -> Any:
+        return self._action.from_plain(action)
+
+
 class PlainVecEnv(VecEnvWrapper):
     """Environments in the plain form, for SB3's own algorithms: `PPO("MlpPolicy", PlainVecEnv(make_vec("YourEnv-v0")))`.
 
-    Where all spaces are plain already it changes nothing. Our own agents need none: they speak the environments' spaces.
+    Where all spaces are plain already it changes nothing. Our own agents do not need it: they take every space.
     """
 
     def __init__(self, venv: VecEnv):
-        observation = venv.observation_space
-        self._named = isinstance(observation, spaces.Dict)
-        parts = dict(observation.spaces) if self._named else {"": observation}
-        self._parts = {name: Plain.of(part) for name, part in parts.items()}
-        self._action = Plain.of(venv.action_space, action=True)
-        outer = {name: part.outer for name, part in self._parts.items()}
-        changed = any(part.changes for part in self._parts.values())
-        self.changes = changed or self._action.changes
-        seen = (spaces.Dict(outer) if self._named else outer[""]) if changed else observation
-        super().__init__(venv, observation_space=seen, action_space=self._action.outer)
+        self._spaces = PlainSpaces(venv.observation_space, venv.action_space)
+        self.changes = self._spaces.changes
+        super().__init__(venv, observation_space=self._spaces.observation, action_space=self._spaces.action)
 
     @classmethod
     def around(cls, venv: VecEnv) -> VecEnv:
@@ -130,27 +150,24 @@ class PlainVecEnv(VecEnvWrapper):
         return wrapped if wrapped.changes else venv
 
     def reset(self) -> Any:
-        return self._plain_obs(self.venv.reset())
+        return self._spaces.to_plain_obs(self.venv.reset())
 
     def step_async(self, actions: np.ndarray) -> None:
-        self.venv.step_async(self._action.from_plain(actions))
+        self.venv.step_async(self._spaces.from_plain_action(actions))
 
     def step_wait(self) -> tuple[Any, np.ndarray, np.ndarray, list[dict[str, Any]]]:
         obs, rewards, dones, infos = self.venv.step_wait()
         for i in np.flatnonzero(dones):
             if infos[i].get("terminal_observation") is not None:
-                infos[i]["terminal_observation"] = self._plain_obs(infos[i]["terminal_observation"])
-        return self._plain_obs(obs), rewards, dones, infos
-
-    def _plain_obs(self, obs: Any) -> Any:
-        return {k: part.to_plain(obs[k]) for k, part in self._parts.items()} if self._named else self._parts[""].to_plain(obs)
+                infos[i]["terminal_observation"] = self._spaces.to_plain_obs(infos[i]["terminal_observation"])
+        return self._spaces.to_plain_obs(obs), rewards, dones, infos
 
 
 def as_trained(model: Any, venv: VecEnv) -> VecEnv:
-    """The environments as a model knows them: plain, where it acts in the plain form of their spaces alone.
+    """The environments in the spaces of a model: in the plain form where it has that of their spaces.
 
-    So do SB3's own algorithms, and agents of version 0.1, for which categories were counted from 0. A model that says nothing of
-    its spaces gets the environments as they are.
+    SB3's own algorithms have, and agents of version 0.1, which counted categories from 0. A model without spaces gets the
+    environments as they are.
     """
     if hasattr(model, "obs_spec"):
         return as_known(venv, model.obs_spec.space, model.action_spec.space)

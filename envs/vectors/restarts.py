@@ -1,7 +1,7 @@
-"""Environments that failed, and new ones in their place.
+"""Replaces environments that failed by new ones.
 
-An environment in `ReportFaults` tells of its errors instead of raising them. A VecEnv of such environments makes a fresh one in
-place of one that failed, as often as its `Restarts` allow, and raises the error after that.
+An environment in `ReportFaults` reports its errors instead of raising them. A VecEnv of such environments replaces one that failed
+by a new one, as often as its `Restarts` allow, and raises the error after that.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 from stable_baselines3.common.vec_env.patch_gym import _patch_env
 
+from worldmodel.envs.vectors.batches import copied, take, write
 from worldmodel.errors import EnvError, MissingExtraError
 
 _log = logging.getLogger(__name__)
@@ -26,12 +27,12 @@ _log = logging.getLogger(__name__)
 FAULT = "worldmodel.fault"
 """The info key under which an environment reports an error: (class name, message)."""
 RESTARTED = "worldmodel.restarted"
-"""The info key of a step in which an environment failed and was made anew: the error's message. Nothing of that step is real."""
+"""The info key of a step in which an environment failed and was made anew: the error's message. Such a step is no transition."""
 ERRORS: dict[str, type[Exception]] = {"EnvError": EnvError, "MissingExtraError": MissingExtraError}
 
 
 class ReportFaults(gym.Wrapper):
-    """An error ends as a report in the info. The reset that VecEnvs make after a failed step repeats it, and touches nothing."""
+    """Reports errors in the info. The reset that VecEnvs make after a failed step repeats the report without a call."""
 
     _fault: dict[str, Any] | None = None
 
@@ -53,14 +54,14 @@ class ReportFaults(gym.Wrapper):
 
 
 class Restarts:
-    """How often environments may be made anew: `limit` times within `window` seconds, over all of a VecEnv; `count` were."""
+    """Limits how often environments are made anew: `limit` times within `window` seconds, over all of a VecEnv; `count` so far."""
 
     def __init__(self, limit: int = 0, window: float = 300.0):
         self.limit, self.window, self.count = limit, window, 0
         self._times: deque[float] = deque()
 
     def record_failure(self, error: Exception) -> None:
-        """One more for this error; raises it where none is left, and where a new environment would be no better."""
+        """Counts a restart for this error; raises it where none is left, and where a new environment would fail as well."""
         now = time.monotonic()
         while self._times and now - self._times[0] > self.window:
             self._times.popleft()
@@ -74,19 +75,18 @@ class Restarts:
 
 
 class RestartingVecEnv(VecEnv):
-    """What a VecEnv of environments in ReportFaults has besides: fresh ones in place of those that failed.
+    """Mixin of VecEnvs whose environments are in ReportFaults: replaces those that failed by new ones.
 
-    A step in which one failed has not happened: its info holds RESTARTED and nothing else of the environment, and for SB3 the
-    episode is truncated at its last good observation, with reward 0. Where an episode ended well and only the next one could not
-    begin, the step stands as it is. The fresh environment is reset with a seed that follows from the VecEnv's, its number and
-    how many there were before it.
+    A step in which one failed is no transition: its info holds RESTARTED and nothing else of the environment, and for SB3 the
+    episode is truncated at its last good observation, with reward 0. Where only the reset after an episode's end failed, the step
+    counts. The new environment is reset with a seed from the VecEnv's, its number and the number of its failures.
     """
 
     restarts: Restarts
     _base: int | None = None
 
     def _recreate(self, index: int, seed: int | None) -> tuple[Any, dict[str, Any]]:
-        """What the reset of a fresh environment with this number gives. Raises EnvError."""
+        """The result of the reset of a new environment with this number. Raises EnvError."""
         raise NotImplementedError
 
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
@@ -108,7 +108,11 @@ class RestartingVecEnv(VecEnv):
         infos, self.reset_infos = list(infos), list(self.reset_infos)
         for i, info in enumerate(infos):
             if FAULT in info:
-                infos[i] = {RESTARTED: info[FAULT][1], "TimeLimit.truncated": True, "terminal_observation": _row(self._last, i)}
+                infos[i] = {
+                    RESTARTED: info[FAULT][1],
+                    "TimeLimit.truncated": True,
+                    "terminal_observation": copied(take(self._last, i)),
+                }
                 rewards[i], dones[i] = 0, True
                 self._write_first(obs, i, *self._restart(i, info[FAULT]))
             elif dones[i] and FAULT in self.reset_infos[i]:
@@ -132,9 +136,8 @@ class RestartingVecEnv(VecEnv):
         return obs, info
 
     def _write_first(self, obs: VecEnvObs, index: int, first: Any, info: dict[str, Any]) -> None:
-        """The first observation of an episode into those of all environments."""
-        for into, value in [(obs[key], first[key]) for key in obs] if isinstance(obs, Mapping) else [(obs, first)]:
-            into[index] = value
+        """Writes the first observation of an episode into those of all environments."""
+        write(obs, index, first)
         self.reset_infos[index] = info
 
 
@@ -147,19 +150,19 @@ class LocalVecEnv(RestartingVecEnv, DummyVecEnv):
         super().__init__(self._env_fns)
 
     def _recreate(self, index: int, seed: int | None) -> tuple[Any, dict[str, Any]]:
-        with contextlib.suppress(Exception):  # what is broken need not close
+        with contextlib.suppress(Exception):  # a broken environment may fail to close
             self.envs[index].close()
         self.envs[index] = _patch_env(self._env_fns[index]())
         return self.envs[index].reset(seed=seed)
 
 
 def restarted(infos: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """Which environments [N] were made anew in this step, so that nothing of it happened there."""
+    """Which environments [N] were made anew in this step, which is no transition there."""
     return np.array([RESTARTED in info for info in infos], bool)
 
 
 def zero_observation(space: gym.Space) -> Any:
-    """An observation that stands where there is none."""
+    """Zeros in the place of an observation."""
     if isinstance(space, gym.spaces.Dict):
         return {key: zero_observation(sub) for key, sub in space.items()}
     return np.zeros(space.shape, space.dtype)
@@ -167,7 +170,3 @@ def zero_observation(space: gym.Space) -> Any:
 
 def _fault_info(error: Exception) -> dict[str, Any]:
     return {FAULT: (type(error).__name__, str(error) if type(error).__name__ in ERRORS else f"{type(error).__name__}: {error}")}
-
-
-def _row(obs: VecEnvObs, index: int) -> Any:
-    return {key: x[index].copy() for key, x in obs.items()} if isinstance(obs, Mapping) else obs[index].copy()

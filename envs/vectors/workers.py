@@ -1,4 +1,4 @@
-"""Environments in processes of their own: what goes wrong there is told here, also where nothing answers any more."""
+"""Environments in processes of their own, whose errors are reported here, also where a process hangs or is gone."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from worldmodel.envs.vectors.restarts import FAULT, RestartingVecEnv, Restarts, 
 from worldmodel.errors import EnvError
 
 SHUTDOWN_SECONDS = 5.0
-"""Seconds that processes have to end of themselves."""
+"""Seconds that processes have to end by themselves."""
 
 
 class WorkerConnection:
-    """The way to one worker: SB3 sends and receives here as it does over a pipe.
+    """The pipe to one worker, with the interface that SB3 uses.
 
-    Where no answer comes within `timeout` seconds, or the process is gone, `recv` gives the report of that (see ReportFaults);
-    to anything but step and reset it raises the EnvError. A process that hung is killed, so that no late answer can be taken for
-    that to a later question. Steps are counted as actions, and the reset that follows an episode's last step belongs to it.
+    Where no answer comes within `timeout` seconds, or the process is gone, `recv` gives a report (see ReportFaults), and raises
+    an EnvError for commands other than step and reset. A process that hangs is killed, so that no late answer is taken for that to
+    a later command. Steps count actions, and the reset that follows an episode's last step belongs to it.
     """
 
     def __init__(self, index: int, remote: Connection, process: BaseProcess, space: gym.Space, timeout: float | None):
@@ -42,7 +42,7 @@ class WorkerConnection:
         if self.command == "reset":
             self.episode, self.steps = self.episode + 1, 0
         self.steps += self.command == "step"
-        with contextlib.suppress(OSError):  # of a process that is gone, `recv` tells
+        with contextlib.suppress(OSError):  # `recv` reports a process that is gone
             self.remote.send(message)
 
     def recv(self) -> Any:
@@ -80,7 +80,7 @@ class WorkerConnection:
 
 
 class WorkerVecEnv(RestartingVecEnv, SubprocVecEnv):
-    """SB3's SubprocVecEnv that raises its workers' errors here, or makes those environments anew in processes of their own.
+    """SB3's SubprocVecEnv that raises its workers' errors in this process, or replaces those environments and their processes.
 
     env_fns   make environments in ReportFaults
     timeout   seconds that a step or a reset may take; None: for ever
@@ -143,16 +143,16 @@ class WorkerVecEnv(RestartingVecEnv, SubprocVecEnv):
 
 
 def drain(venv: VecEnv) -> None:
-    """Takes what the processes of a SubprocVecEnv still answer to a call that was interrupted, lest it pass for that to the next.
+    """Reads the answers of a SubprocVecEnv to a call that was interrupted, which would be taken for those to the next.
 
-    Other VecEnvs have nothing to take. Raises EnvError where the processes are gone.
+    Does nothing for other VecEnvs. Raises EnvError where the processes are gone.
     """
     while isinstance(venv, VecEnvWrapper):
         venv = venv.venv
     if not isinstance(venv, SubprocVecEnv) or venv.closed:
         return
     try:
-        for remote in venv.remotes:  # what comes before the answer to this is old
+        for remote in venv.remotes:  # answers before that to this are old
             remote.send(("get_spaces", None))
         for remote in venv.remotes:
             answer = None
@@ -167,7 +167,7 @@ def drain(venv: VecEnv) -> None:
 
 
 def main_guard_hint(start_method: str | None) -> str:
-    """What to do where processes die because each runs the script that started them from its top; "" where that is not it."""
+    """Advice where processes die because each runs the unguarded script that started them; "" where it is guarded or forked."""
     if start_method == "fork":
         return ""
     script = getattr(sys.modules["__main__"], "__file__", None)
@@ -185,7 +185,7 @@ def main_guard_hint(start_method: str | None) -> str:
 
 
 def stop_processes(processes: Sequence[BaseProcess]) -> None:
-    """Waits for processes that were told to end, and ends those that do not: also a stopped one, which takes no SIGTERM."""
+    """Waits for processes to end, and kills those that do not, also a stopped one, which takes no SIGTERM."""
     deadline = time.monotonic() + SHUTDOWN_SECONDS
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))

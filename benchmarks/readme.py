@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import control
@@ -21,8 +21,9 @@ import open_loop
 import plug_in
 import throughput
 import validity
-from rows import HERE, STALE, Key, Row, Rows, code, grouped, marked, options, say, stale
-from tables import blocks, filled, markdown, median, number, spread
+from figures import BLOCKS, Figures, block
+from rows import HERE, STALE, Key, Row, code, grouped, options, say
+from tables import blocks, filled, median, number, spread
 from tables import solved as count_solved
 
 ROOT = HERE.parent
@@ -31,49 +32,6 @@ BLOCK = blocks("figures")
 MADE = re.compile(r"without † are of code `([0-9a-f]{16})`")
 NONE = "none"
 """Instead of a hash: no row is of that code."""
-BLOCKS: dict[str, Callable[[Figures], str]] = {}
-
-
-class Figures:
-    """The rows of all files, marked by whether the code with hash `of` made them; `fresh`: whether any of those used was."""
-
-    def __init__(self, folder: Path, of: str):
-        self.folder, self.of, self.fresh = folder, of, False
-
-    def rows(self, name: str, **key: object) -> list[Row]:
-        """The rows of a file whose keys have these values."""
-        rows = Rows(name, self.folder, of=self.of)
-        return [row for row in rows if all(row["key"].get(name) == value for name, value in key.items())]
-
-    def mark(self, text: object, rows: Iterable[Row]) -> str:
-        rows = list(rows)
-        self.fresh |= any(not stale(row, self.of) for row in rows)
-        return marked(text, rows, self.of)
-
-    def table(self, head: Sequence[str], lines: Iterable[Sequence[object]], rows: Iterable[Row]) -> str:
-        """A Markdown table and the dates of its rows; where there are none, says so."""
-        dates = sorted({row["where"]["when"][:10] for row in rows})
-        if not dates:
-            return "Not measured yet.\n"
-        drawn = markdown(head, lines)
-        when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-        legend = f"; {STALE} by earlier code" if STALE in drawn else ""
-        return f"{drawn}\n\nRows of {when}{legend}.\n"
-
-    def grouped(self, head: Sequence[str], groups: Mapping[object, Sequence[Row]], cells: Callable[..., Iterable[object]]) -> str:
-        """A table with a line for each group: its marked name, and `cells` of its rows."""
-        lines = [[self.mark(name, rows), *cells(rows)] for name, rows in groups.items()]
-        return self.table(head, lines, [row for rows in groups.values() for row in rows])
-
-
-def block(name: str) -> Callable[[Callable[[Figures], str]], Callable[[Figures], str]]:
-    """Registers what writes a block, with its newline at the end."""
-
-    def register(write: Callable[[Figures], str]) -> Callable[[Figures], str]:
-        BLOCKS[name] = write
-        return write
-
-    return register
 
 
 # Control --------------------------------------------------------------------------------------------------------------
@@ -215,9 +173,9 @@ def _catch_encoder(figures: Figures) -> str:
         "naturecnn": "SB3's NatureCNN",
         "cells": "no picture: the true cells of ball and paddle",
     }
-    groups = {name: figures.rows("plug_in", row="catch-encoder", side=side) for side, name in sides.items()}
+    named = [(name, figures.rows("plug_in", row="catch-encoder", side=side)) for side, name in sides.items()]
     cells = lambda rows: [count_solved(rows), spread((row["solved_at"] for row in rows), 1)]  # noqa: E731
-    return figures.grouped(["DQN on two frames sees", "solved", "real steps"], groups, cells)
+    return figures.lines(["DQN on two frames sees", "solved", "real steps"], named, cells)
 
 
 @block("rewards")
@@ -228,7 +186,7 @@ def _rewards(figures: Figures) -> str:
 
     found = sorted((row for row in figures.rows("reward_scale") if plain(row["key"])), key=lambda row: row["key"]["size"])
     groups = grouped(found, lambda row: f"{row['key']['size']:g}")
-    return figures.grouped(["reward of a step of CartPole", "solved", "real steps"], groups, cells)
+    return figures.lines(["reward of a step of CartPole", "solved", "real steps"], groups.items(), cells)
 
 
 # Dreams and speed -----------------------------------------------------------------------------------------------------
@@ -287,81 +245,82 @@ def _acting(figures: Figures) -> str:
         by = {row["key"]["tree"]: spread(row["ms"]) for row in rows}
         return [by.get(tree, "") for tree in ("here", "against")]
 
-    return figures.grouped(
-        ["prior", "here, ms", "0.1.0, ms"], grouped(figures.rows("acting"), lambda row: row["key"]["form"]), cells
-    )
+    groups = grouped(figures.rows("acting"), lambda row: row["key"]["form"])
+    return figures.lines(["prior", "here, ms", "0.1.0, ms"], groups.items(), cells)
 
 
 @block("updates")
 def _updates(figures: Figures) -> str:
+    def cells(rows: Sequence[Row]) -> list[str]:
+        ours, (theirs, text) = rows[0]["ms"], throughput.peer_ms(rows[0])
+        return [spread(ours), text, f"{median(ours) / theirs:.2f}"]
+
     names = {"vector": "four numbers", "pixel": "64x64 pixels"}
     found = [row for row in figures.rows("throughput", option="fp32") if row.get("peer")]
     found.sort(key=lambda row: (list(names).index(row["key"]["obs"]), -row["key"]["threads"]))
-    lines = []
-    for row in found:
-        theirs, text = throughput.peer_ms(row)
-        name = figures.mark(f"{names[row['key']['obs']]}, {_threads(row['key'])}", [row])
-        lines.append([name, spread(row["ms"]), text, f"{median(row['ms']) / theirs:.2f}"])
-    return figures.table(["observations", "here, ms", "sheeprl, ms", "ratio"], lines, found)
+    named = [(f"{names[row['key']['obs']]}, {_threads(row['key'])}", [row]) for row in found]
+    return figures.lines(["observations", "here, ms", "sheeprl, ms", "ratio"], named, cells)
 
 
 # Forms of the prior ---------------------------------------------------------------------------------------------------
 
 
+def by_form(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
+    return [(f"`{row['key']['form']}`", [row]) for row in rows]
+
+
 @block("form-costs")
 def _form_costs(figures: Figures) -> str:
+    def cells(rows: Sequence[Row]) -> list[str]:
+        update, draw, dream = (median(rows[0][name]) for name in ("update_ms", "draw_ms", "dream_ms"))
+        rates = [rounded(1000 * n / ms) for n, ms in ((forms.WORLDS, draw), (forms.WORLDS * forms.HORIZON, dream))]
+        return [number(update), *rates, number(rows[0]["parameters"], 1)]
+
     order = [*forms.FORMS, *forms.EXTRA]
-    found, lines = sorted(figures.rows("forms", task="cost"), key=lambda row: order.index(row["key"]["form"])), []
-    for row in found:
-        update, draw, dream = (median(row[name]) for name in ("update_ms", "draw_ms", "dream_ms"))
-        many = [rounded(1000 * n / ms) for n, ms in ((forms.WORLDS, draw), (forms.WORLDS * forms.HORIZON, dream))]
-        lines.append([figures.mark(f"`{row['key']['form']}`", [row]), number(update), *many, number(row["parameters"], 1)])
+    found = sorted(figures.rows("forms", task="cost"), key=lambda row: order.index(row["key"]["form"]))
     head = ["recipe", "update of the world model, ms", "codes/s", "dreamed steps/s", "parameters of the world model"]
-    return figures.table(head, lines, found)
+    return figures.lines(head, by_form(found), cells)
+
+
+def ratios(row: Row) -> list[str]:
+    """The ratios to persistence at 1 step and at 15."""
+    return [number(row["ratio"][step], 2) for step in (0, 14)]
 
 
 @block("form-runs")
 def _form_runs(figures: Figures) -> str:
-    found, lines = sorted(figures.rows("forms", task="cartpole", overrides=[]), key=lambda row: row["ratio"][14]), []
-    for row in found:
+    def cells(rows: Sequence[Row]) -> list[str]:
+        row = rows[0]
         nats = "none" if row["rate"] is None else ("at most " if row["density"] == "bound" else "") + number(row["rate"])
         if row.get("marginal_rate") is not None:
             nats += f"; {number(row['marginal_rate'])} against the marginal"
-        name = figures.mark(f"`{row['key']['form']}`", [row])
-        cells = [number(row["real_steps"], 1), number(row["solved_at"], 1), number(row["ratio"][0], 2), number(row["ratio"][14], 2)]
-        lines.append([name, *cells, nats, number(row["final_return"])])
+        return [number(row["real_steps"], 1), number(row["solved_at"], 1), *ratios(row), nats, number(row["final_return"])]
+
+    found = sorted(figures.rows("forms", task="cartpole", overrides=[]), key=lambda row: row["ratio"][14])
     head = ["recipe", "real steps", "solved at", "ratio to persistence at 1 step", "at 15", "nats of a code given the past"]
-    return figures.table([*head, "return at the end"], lines, found)
+    return figures.lines([*head, "return at the end"], by_form(found), cells)
 
 
 @block("form-pictures")
 def _form_pictures(figures: Figures) -> str:
     found = sorted(figures.rows("forms", task="images", overrides=[]), key=lambda row: row["ratio"][14])
-    lines = [
-        [
-            figures.mark(f"`{row['key']['form']}`", [row]),
-            number(row["updates"], 1),
-            *(number(row["ratio"][h], 2) for h in (0, 14)),
-        ]
-        for row in found
-    ]
-    return figures.table(["recipe", "updates", "ratio to persistence at 1 step", "at 15"], lines, found)
+    cells = lambda rows: [number(rows[0]["updates"], 1), *ratios(rows[0])]  # noqa: E731
+    return figures.lines(["recipe", "updates", "ratio to persistence at 1 step", "at 15"], by_form(found), cells)
 
 
 @block("two-rooms")
 def _two_rooms(figures: Figures) -> str:
-    names = {"random": "random actions", "straight": "straight to the goal", "sigreg": "sigreg", "vicreg": "vicreg"}
-    names |= {"hybrid": "hybrid", "none": "none (nothing against collapse, no inverse model)"}
-    columns = "rank T linear near h1 h10 line way".split()
-
     def cells(rows: Sequence[Row]) -> list[object]:
         success, actions = spread((100 * row["success"] for row in rows), 2), spread((row["actions"] for row in rows), 2)
         return [len(rows), success, actions, *(spread((row[name] for row in rows if name in row), 2) for name in columns)]
 
-    found = [row for row in figures.rows("two_rooms") if not row["key"].get("overrides")]
-    groups = {name: [row for row in found if row["key"]["variant"] == variant] for variant, name in names.items()}
-    head = ["variant", "seeds", "success %", "actions", *columns]
-    return figures.grouped(head, {name: rows for name, rows in groups.items() if rows}, cells)
+    names = {"random": "random actions", "straight": "straight to the goal", "sigreg": "sigreg", "vicreg": "vicreg"}
+    names |= {"hybrid": "hybrid", "none": "none (nothing against collapse, no inverse model)"}
+    columns = "rank T linear near h1 h10 line way".split()
+    plain_rows = (row for row in figures.rows("two_rooms") if not row["key"].get("overrides"))
+    groups = grouped(plain_rows, lambda row: row["key"]["variant"])
+    named = [(name, groups[variant]) for variant, name in names.items() if variant in groups]
+    return figures.lines(["variant", "seeds", "success %", "actions", *columns], named, cells)
 
 
 PRIORS = {
@@ -402,7 +361,7 @@ def _validity_betas(figures: Figures) -> str:
     names = {0.0: "0: an autoencoder", 1.0: "1: a VAE"}
     groups = grouped(found, lambda row: names.get(row["key"]["beta"], f"{row['key']['beta']:g}"))
     head = ["beta", "seeds", "error of reconstruction", "codes of real observations", "N(0, I)", "midpoint of two codes"]
-    return figures.grouped([*head, "numbers in use"], groups, cells)
+    return figures.lines([*head, "numbers in use"], groups.items(), cells)
 
 
 @block("validity-forms")

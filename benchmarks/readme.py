@@ -43,7 +43,7 @@ TITLES = {
     "catch": "Catch, 64x64 pixels (0.9)",
 }
 OURS = {
-    "cartpole": "`cartpole`: Dreamer, Gaussian codes",
+    "cartpole": "`cartpole`: Dreamer, Gaussian latents",
     "vae": "`cartpole model=vae`: plain VAE encoder",
     "acrobot": "`acrobot`: explored by random actions that last",
     "ppo-cartpole": "unmodified SB3 PPO, in turns with the world model (`agent=sb3`)",
@@ -278,7 +278,7 @@ def _form_costs(figures: Figures) -> str:
 
     order = [*forms.FORMS, *forms.EXTRA]
     found = sorted(figures.rows("forms", task="cost"), key=lambda row: order.index(row["key"]["form"]))
-    head = ["recipe", "update of the world model, ms", "codes/s", "dreamed steps/s", "parameters of the world model"]
+    head = ["recipe", "update of the world model, ms", "latents/s", "dreamed steps/s", "parameters of the world model"]
     return figures.lines(head, by_form(found), cells)
 
 
@@ -297,7 +297,7 @@ def _form_runs(figures: Figures) -> str:
         return [number(row["real_steps"], 1), number(row["solved_at"], 1), *ratios(row), nats, number(row["final_return"])]
 
     found = sorted(figures.rows("forms", task="cartpole", overrides=[]), key=lambda row: row["ratio"][14])
-    head = ["recipe", "real steps", "solved at", "ratio to persistence at 1 step", "at 15", "nats of a code given the past"]
+    head = ["recipe", "real steps", "solved at", "ratio to persistence at 1 step", "at 15", "nats of a latent given the past"]
     return figures.lines([*head, "return at the end"], by_form(found), cells)
 
 
@@ -347,7 +347,7 @@ def _digits(figures: Figures) -> str:
                 prior = figures.mark(PRIORS.get(form, form), mine)
                 lines.append([latents, name, prior, len(mine), f"{cells['nats']:.2f}", gain])
                 used += mine
-    return figures.table(["numbers in a code", "first weights", "prior", "seeds", "nats", "over N(0, I), paired"], lines, used)
+    return figures.table(["numbers in a latent", "first weights", "prior", "seeds", "nats", "over N(0, I), paired"], lines, used)
 
 
 @block("validity-betas")
@@ -360,7 +360,7 @@ def _validity_betas(figures: Figures) -> str:
     found = sorted(figures.rows("validity", data="pendulum", overrides=[]), key=lambda row: row["key"]["beta"])
     names = {0.0: "0: an autoencoder", 1.0: "1: a VAE"}
     groups = grouped(found, lambda row: names.get(row["key"]["beta"], f"{row['key']['beta']:g}"))
-    head = ["beta", "seeds", "error of reconstruction", "codes of real observations", "N(0, I)", "midpoint of two codes"]
+    head = ["beta", "seeds", "error of reconstruction", "latents of real observations", "N(0, I)", "midpoint of two latents"]
     return figures.lines([*head, "numbers in use"], groups.items(), cells)
 
 
@@ -368,13 +368,13 @@ def _validity_betas(figures: Figures) -> str:
 def _validity_forms(figures: Figures) -> str:
     found, lines = figures.rows("validity", data="pendulum", overrides=[], beta=1), []
     names = {"gaussian": "a learned Gaussian", "mixture": "mixture of 8", "vamp": "VampPrior", "energy": "energy over a Gaussian"}
-    names["codes"] = "decoded codes of real observations"
+    names["codes"] = "decoded latents of real observations"
     for form in ("N(0, I)", *validity.FORMS, "codes"):
         mine = [row for row in found if form in row]
         valid = spread((row[form]["valid"] for row in mine), 2)
         slope = spread((row[form]["slope"] for row in mine if "slope" in row[form]), 2)
         lines.append([figures.mark(names.get(form, form), mine), len(mine), valid, slope or "1"])
-    return figures.table(["prior", "seeds", "draws that land", "slope of the decoder at draws, against codes"], lines, found)
+    return figures.table(["prior", "seeds", "draws that land", "slope of the decoder at draws, against latents"], lines, found)
 
 
 @block("pictures")

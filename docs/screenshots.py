@@ -1,10 +1,10 @@
-"""Pictures of TensorBoard for the docs: the dashboards of a run folder, photographed in a headless Chromium.
+"""Screenshots of TensorBoard for the docs: the dashboards of a run folder in a headless Chromium.
 
     python docs/screenshots.py runs/demo --out docs/images
     python docs/screenshots.py runs/cartpole-s0 runs/cartpole-s1 --pages scalars hparams
 
-Wants Debian's packages chromium and chromium-driver. The browser is driven over WebDriver, which is JSON over HTTP, so the
-standard library is enough for it. Nothing here leaves the machine: both servers and the browser keep to 127.0.0.1.
+Needs Debian's packages chromium and chromium-driver. The browser is driven over WebDriver, JSON over HTTP, with the standard
+library. Both servers and the browser use 127.0.0.1 only.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FLAGS = (
     "--headless=new --no-first-run --disable-background-networking --disable-component-update --disable-sync --disable-quic",
     "--disable-dev-shm-usage --hide-scrollbars --force-prefers-reduced-motion --lang=en-US --no-proxy-server",
     "--use-angle=swiftshader --enable-unsafe-swiftshader",  # WebGL without a GPU, for the projector
-    "--blink-settings=imageAnimationPolicy=1",  # GIFs play once and rest on their last frame: every picture shows the same one
+    "--blink-settings=imageAnimationPolicy=1",  # GIFs play once and stop at their last frame, so that pictures are reproducible
 )
 
 SETTINGS = {
@@ -58,16 +58,16 @@ const all = (selector, root = document) => [...root.querySelectorAll('*')].flatM
 const shown = selector => all(selector).filter(e => e.checkVisibility());
 const topOf = e => e.getBoundingClientRect().top;
 """
-"""What every script may call: selectors that see through shadow roots and frames, where TensorBoard keeps most of itself."""
+"""Functions for the scripts below: selectors that search shadow roots and frames too, which hold most of TensorBoard."""
 
 
 @dataclass(frozen=True)
 class Page:
-    """A dashboard and how to photograph it. `ready`, `act` and `end` are JavaScript.
+    """A dashboard and its screenshot. `ready`, `act` and `end` are JavaScript.
 
-    plugin  TensorBoard's name for what the dashboard needs data of
-    path    what follows TensorBoard's address
-    ready   true once all is there; holds again after `act`
+    plugin  TensorBoard's name of the plugin whose data the dashboard shows
+    path    appended to TensorBoard's address
+    ready   true once all is loaded; also after `act`
     end     the element that the picture ends with; without one it is HEIGHTS[0] high
     act     run before the picture is taken, with the options as `arguments[0]`
     """
@@ -120,18 +120,18 @@ PAGES = {
             const colour = arguments[0].colour;
             if (colour && !names.includes(colour)) throw `no colours for '${colour}'; there are: ${names.slice(1).join(', ')}`;
             if (colour) data.selectedColorOptionName = colour;
-            // To place the camera ends its orbit, which would give another picture each time.
+            // Placing the camera ends its orbit, which would give a different picture each time.
             projector.projectorScatterPlotAdapter.scatterPlot.setCameraPositionAndTarget([0.45, 0.9, 1.6], [0, 0, 0]);
         """,
     ),
 }
 
 HEIGHTS = (900, 600, 1200)
-"""Of a page without `end`; least and most of one with it."""
+"""Of a page without `end`; minimum and maximum of one with it."""
 
 
 def request(url: str, body: dict | None = None, method: str | None = None) -> Any:
-    """The JSON that a server on this machine answers with. A proxy that the environment names is not asked."""
+    """The JSON answer of a server on this machine, without any proxy of the environment."""
     data = None if body is None else json.dumps(body).encode()
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method), timeout=60) as answer:
@@ -139,21 +139,21 @@ def request(url: str, body: dict | None = None, method: str | None = None) -> An
 
 
 @contextlib.contextmanager
-def server(command: list[str], announces: str, log: Path, **options: Any) -> Iterator[str]:
-    """A program that runs until the block ends, from when it has said what `announces` matches; gives the match's group."""
+def server(command: list[str], ready: str, log: Path, **options: Any) -> Iterator[str]:
+    """A program that runs until the block ends, once its log matches the pattern `ready`; gives the match's group."""
     with log.open("w") as file:
-        # A session of its own: Ctrl-C reaches this script alone, which then ends things in order.
+        # In a session of its own: Ctrl-C reaches this script alone, which then ends the servers.
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, **options)
     try:
         deadline = time.monotonic() + 60
-        while not (match := re.search(announces, log.read_text(errors="replace"))):
+        while not (match := re.search(ready, log.read_text(errors="replace"))):
             if process.poll() is not None or time.monotonic() > deadline:
-                said = log.read_text(errors="replace").strip()
-                raise SystemExit(f"`{' '.join(command)}` was to start and say '{announces}'. It said:\n{said}")
+                output = log.read_text(errors="replace").strip()
+                raise SystemExit(f"`{' '.join(command)}` was to start and print '{ready}'. It printed:\n{output}")
             time.sleep(0.1)
         yield match[1]
     finally:
-        for ending in (signal.SIGTERM, signal.SIGKILL):  # the second is for those of its group that the first has left behind
+        for ending in (signal.SIGTERM, signal.SIGKILL):  # the second for those of its group that ignore the first
             with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(process.pid, ending)
                 process.wait(timeout=10)
@@ -166,8 +166,8 @@ def tensorboard(runs: list[Path], folder: Path) -> contextlib.AbstractContextMan
     for run in runs:
         (logdir / run.name).symlink_to(run)
     command = [sys.executable, "-m", "tensorboard.main", "--logdir=runs", "--host=127.0.0.1", "--port=0", "--load_fast=false"]
-    command += ["--reload_interval=0", "--reload_task=blocking"]  # all is there before the first page is asked for
-    # From within the folder: pages show the path as it was given, and `runs` is the same in every picture.
+    command += ["--reload_interval=0", "--reload_task=blocking"]  # all is loaded before the first page is requested
+    # Run in the folder: pages show the path as given, so that it is `runs` in every picture.
     return server(command, r"(http://127\.0\.0\.1:\d+/) ", folder / "tensorboard.log", cwd=folder)
 
 
@@ -181,20 +181,20 @@ class Browser:
         try:
             return request(self.url + path, body, method)["value"]
         except urllib.error.HTTPError as error:
-            said = json.loads(error.read())["value"]["message"].strip().splitlines()[0]
-            raise SystemExit(f"chromium refused '{path or 'a session'}': {said}") from None
+            message = json.loads(error.read())["value"]["message"].strip().splitlines()[0]
+            raise SystemExit(f"chromium refused '{path or 'a session'}': {message}") from None
         except OSError as error:
             raise SystemExit(f"chromedriver did not answer to '{path or 'a session'}': {error}") from None
 
     def open(self, url: str) -> None:
-        self.call("/url", {"url": "about:blank"})  # another fragment alone would load nothing anew
+        self.call("/url", {"url": "about:blank"})  # a new fragment alone would load nothing
         self.call("/url", {"url": url})
 
     def run(self, script: str, *args: Any) -> Any:
         return self.call("/execute/sync", {"script": FIND + script, "args": list(args)})
 
     def resize(self, width: int, height: int) -> None:
-        """The page's own size in pixels; a window's would include its frame."""
+        """Sets the page's size in pixels, without the frame of a window."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.call("/goog/cdp/execute", {"cmd": "Emulation.setDeviceMetricsOverride", "params": size})
 
@@ -206,7 +206,7 @@ class Browser:
             time.sleep(0.2)
 
     def settled(self) -> bytes:
-        """A picture that is the same a second later: loaded, drawn, all animations at their end. After 30 seconds, any."""
+        """A picture that is the same a second later, so that loading and animations have ended. After 30 seconds, any."""
         deadline, last = time.monotonic() + 30, b""
         while (png := self.call("/screenshot")) != last and time.monotonic() < deadline:
             last = png
@@ -216,14 +216,14 @@ class Browser:
 
 @contextlib.contextmanager
 def chromium(folder: Path) -> Iterator[Browser]:
-    """A headless Chromium that reaches this machine and nothing else."""
+    """A headless Chromium that can connect to this machine only."""
     binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (binary and driver):
         missing = " and ".join(name for name, found in (("chromium", binary), ("chromedriver", driver)) if not found)
         raise SystemExit(f"{missing} not found on PATH. On Debian: {PACKAGES}")
     args = [*" ".join(FLAGS).split(), "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
     args += [f"--user-data-dir={folder / 'profile'}"]
-    args += ["--no-sandbox"] if os.geteuid() == 0 else []  # as root it does not start with one
+    args += ["--no-sandbox"] if os.geteuid() == 0 else []  # as root it does not start with a sandbox
     wanted = {"browserName": "chrome", "goog:chromeOptions": {"binary": binary, "args": args}}
     env = {**os.environ, "TZ": "UTC", "XDG_CONFIG_HOME": str(folder), "XDG_CACHE_HOME": str(folder)}
     with server([driver, "--port=0"], r"started successfully on port (\d+)", folder / "chromedriver.log", env=env) as port:
@@ -232,14 +232,14 @@ def chromium(folder: Path) -> Iterator[Browser]:
         try:
             yield browser
         finally:
-            with contextlib.suppress(SystemExit):  # what went wrong before is the message
+            with contextlib.suppress(SystemExit):  # an earlier error is the message
                 browser.call("", method="DELETE")
 
 
 def active(url: str, pages: list[str]) -> set[str]:
     """Those of the pages that TensorBoard has data for."""
     deadline = time.monotonic() + 5
-    while True:  # it only begins to look for the projector's files when it is asked for the first time
+    while True:  # it looks for the projector's files only after the first request
         plugins = request(url + "data/plugins_listing")
         found = {page for page in pages if plugins.get(PAGES[page].plugin, {}).get("enabled")}
         if found == set(pages) or time.monotonic() > deadline:
@@ -249,8 +249,8 @@ def active(url: str, pages: list[str]) -> set[str]:
 
 def take(browser: Browser, url: str, name: str, options: dict[str, Any]) -> bytes:
     """The picture of a page, as PNG."""
-    page, (usual, least, most) = PAGES[name], HEIGHTS
-    browser.resize(page.width, usual)
+    page, (height, min_height, max_height) = PAGES[name], HEIGHTS
+    browser.resize(page.width, height)
     browser.open(url + page.path)
     browser.wait(page.ready, name)
     if page.act:
@@ -260,12 +260,12 @@ def take(browser: Browser, url: str, name: str, options: dict[str, Any]) -> byte
     end = browser.run(f"const end = {page.end}; return end && Math.floor(end.getBoundingClientRect().bottom)")
     if end is None:
         return png
-    browser.resize(page.width, min(max(end, least), most))
+    browser.resize(page.width, min(max(end, min_height), max_height))
     return browser.settled()
 
 
 def save(png: bytes, file: Path) -> int:
-    """Write a PNG with as many colours as fit into MAX_BYTES; gives its size."""
+    """Writes a PNG with as many colours as fit into MAX_BYTES; gives its size."""
     image = Image.open(io.BytesIO(png)).convert("RGB")
     for colours in (None, 256, 128, 64, 32):
         packed = io.BytesIO()
@@ -277,7 +277,7 @@ def save(png: bytes, file: Path) -> int:
 
 
 def runs_of(parser: argparse.ArgumentParser, given: list[Path]) -> list[Path]:
-    """The run folders as absolute paths; ends with a message where one is none."""
+    """The run folders as absolute paths; exits with a message where one is none."""
     runs = [run.resolve() for run in given]
     for run in runs:
         if not any(run.rglob("*tfevents*")):
@@ -296,13 +296,13 @@ def main() -> int:
     args = parser.parse_args()
     runs, pages = runs_of(parser, args.run), args.pages or list(PAGES)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))  # an exception, on which the servers end
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))  # an exception, which ends the servers
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="screenshots-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         with tensorboard(runs, folder) as url, chromium(folder) as browser:
             found = active(url, pages)
-            browser.open(url + "data/environment")  # any small page will do: local storage belongs to the address
+            browser.open(url + "data/environment")  # any small page of this address, which local storage belongs to
             browser.run("localStorage.setItem('_tb_global_settings', arguments[0])", json.dumps(SETTINGS))
             for page in pages:
                 if page in found:

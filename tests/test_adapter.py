@@ -62,7 +62,7 @@ def play(env, steps: int = 16):
 
 @pytest.mark.parametrize("mode", AutoresetMode)
 @pytest.mark.parametrize("observation", [VECTOR, IMAGE, spaces.Discrete(4), DICT], ids=str)
-def test_every_mode_tells_what_sb3_would_have_told(mode, observation):
+def test_every_mode_gives_what_sb3_gives(mode, observation):
     makers = [toy(i, observation) for i in range(3)]
     adapter = GymVecEnvAdapter(SyncVectorEnv(makers, autoreset_mode=mode))
     ours, theirs = play(adapter), play(DummyVecEnv(makers))
@@ -126,7 +126,7 @@ def test_sb3_and_our_agents_learn_in_it():
     assert {episode["l"] for episode in agent.ep_info_buffer} <= {2, 3, 4}
 
 
-def test_single_environments_are_asked_and_told():
+def test_attributes_of_single_environments_are_read_and_set():
     env = GymVecEnvAdapter(SyncVectorEnv([toy(0), toy(1)]))
     assert env.get_attr("gravity") == [9.8, 9.8] and env.get_attr("gravity", 1) == [9.8] and not env.has_attr("mass")
     env.set_attr("gravity", 1.6, [1])
@@ -254,7 +254,7 @@ def test_where_the_last_observation_is_not_told_the_one_before_stands_in_with_on
     assert [record.message.count("terminal_observation") for record in caplog.records] == [1]
 
 
-def test_a_policy_on_beliefs_plays_where_the_last_observation_is_not_told():
+def test_a_policy_on_latents_plays_where_the_last_observation_is_missing():
     world = small_world(chains().observation_space, chains().action_space)
     env = LatentVecEnv(Forgets(chains()), world)
     env.reset()

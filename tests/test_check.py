@@ -1,4 +1,4 @@
-"""The checker of VecEnvs: sound ones pass, and each fault is told."""
+"""The checker of VecEnvs: correct ones pass, and each fault is reported."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Sound(VecEnv):
         self.rng = np.random.default_rng()
         super().__init__(3, observation, action)
 
-    def look(self):
+    def draw(self):
         return self.rng.uniform(-1, 1, (3, 4)).astype(np.float32)
 
     def reset(self):
         if self._seeds[0] is not None:
             self.rng = np.random.default_rng(self._seeds[0])
         self._reset_seeds()
-        self.steps, self.obs = np.arange(3), self.look()
+        self.steps, self.obs = np.arange(3), self.draw()
         return self.obs.copy()
 
     def step_async(self, actions):
@@ -41,7 +41,7 @@ class Sound(VecEnv):
         self.steps += 1
         done = self.steps % 5 == 0
         truncated = self.steps % 10 == 0
-        last, self.obs = self.look(), self.look()
+        last, self.obs = self.draw(), self.draw()
         obs = np.where(done[:, None], self.obs, last)
         infos = [
             {"terminal_observation": last[i].copy(), "TimeLimit.truncated": bool(truncated[i])} if done[i] else {} for i in range(3)
@@ -100,8 +100,8 @@ def reused(env, obs, rewards, dones, infos):
     return env.buffer, rewards, dones, infos
 
 
-def believed(env, obs, rewards, dones, infos):
-    """The rewards' memory is read again: what the caller writes there comes back."""
+def reads_again(env, obs, rewards, dones, infos):
+    """Reads the rewards' memory again, with what the caller wrote into it."""
     env.given = rewards + np.float32(0.5) * env.given
     return obs, env.given, dones, infos
 
@@ -174,7 +174,7 @@ FAULTS = {
     ),
     "a buffer that is reused": (broken(step_wait=reused), "written to in the next"),
     "arrays that are read again": (
-        broken(step_wait=believed, reset=lambda env, obs: (setattr(env, "given", 0), obs)[1]),
+        broken(step_wait=reads_again, reset=lambda env, obs: (setattr(env, "given", 0), obs)[1]),
         "what the caller writes",
     ),
     "read-only rewards": (broken(step_wait=lambda env, o, r, d, i: (r.setflags(write=False), (o, r, d, i))[1]), "read-only"),
@@ -188,7 +188,7 @@ FAULTS["SB3's frame stack, which lends its buffer"] = VecFrameStack(Sound(), 2),
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_each_fault_is_told(fault):
+def test_each_fault_is_reported(fault):
     env, message = FAULTS[fault]
     with pytest.raises(EnvError, match=message):
         check_vec_env(env, steps=25)
@@ -215,7 +215,7 @@ def test_sound_ones_pass(env):
         check_vec_env(env(), steps=60)
 
 
-def test_a_play_without_ends_is_told():
+def test_a_play_without_ends_gives_a_warning():
     with pytest.warns(UserWarning, match="no episode ended in 2 steps"):
         check_vec_env(Sound(), steps=2)
 

@@ -1,4 +1,4 @@
-"""What environments and scripts for SB3 do out of habit, done with ours."""
+"""What environments and scripts for SB3 usually do, with our environments."""
 
 import copy
 import pickle
@@ -22,7 +22,7 @@ PIXELS = spaces.Box(0, 255, (2,), np.uint8)
 
 
 class Loose(gym.Env):
-    """Gives what it is told to; its `reset` takes no options."""
+    """Returns the given values; its `reset` takes no options."""
 
     def __init__(self, obs=(0.5, 1.0), space=BOX, reward=1.0, terminated=False, truncated=False):
         self.observation_space, self.action_space = space, spaces.Discrete(2)
@@ -36,7 +36,7 @@ class Loose(gym.Env):
 
 
 @pytest.fixture(autouse=True)
-def untold():
+def warnings_again():
     warn_once.cache_clear()
 
 
@@ -67,7 +67,7 @@ CONVERTED = {
 @pytest.mark.parametrize("options, expected, name", CONVERTED.values(), ids=list(CONVERTED))
 def test_numbers_in_another_form_are_converted_with_one_warning_that_names_the_key(options, expected, name):
     env = CheckedEnv(Loose(**options))
-    with pytest.warns(UserWarning, match=name) as told:
+    with pytest.warns(UserWarning, match=name) as warned:
         env.reset()
         for _ in range(3):
             obs, reward, terminated, truncated, _ = env.step(0)
@@ -75,7 +75,7 @@ def test_numbers_in_another_form_are_converted_with_one_warning_that_names_the_k
     for x, y in [(obs, expected)] if not isinstance(obs, dict) else [(obs["arm"]["angle"], expected["arm"]["angle"])]:
         assert np.asarray(x).dtype == np.asarray(y).dtype
     assert (type(reward), reward, terminated, truncated) == (float, 1.0, False, False)
-    assert len(told) == 1
+    assert len(warned) == 1
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_numbers_in_another_form_are_converted_with_one_warning_that_names_the_k
     ],
     ids=["whole numbers", "narrower", "reward"],
 )
-def test_a_form_that_loses_nothing_needs_no_word(options, recwarn):
+def test_a_lossless_conversion_gives_no_warning(options, recwarn):
     env = CheckedEnv(Loose(**options))
     env.reset()
     env.step(0)
@@ -106,13 +106,13 @@ class Reports(VecEnvWrapper):
 
 
 def test_a_vec_env_may_give_wide_floats_numbers_for_flags_and_an_empty_list_of_infos():
-    with pytest.warns(UserWarning, match="'obs' comes as float64") as told:
+    with pytest.warns(UserWarning, match="'obs' comes as float64") as warned:
         agent = small_dreamer(Reports(DummyVecEnv([lambda: gym.make("CartPole-v1", max_episode_steps=6)])))
         agent.learn(20)
     rows = stored(agent)
     assert rows.obs["obs"].dtype == torch.float32 and rows.is_last.dtype == torch.bool and int(rows.is_last.sum()) == 3
     assert [episode["l"] for episode in agent.ep_info_buffer] == [6, 6, 6]
-    assert sum("float64" in str(one.message) for one in told) == 1
+    assert sum("float64" in str(one.message) for one in warned) == 1
 
 
 def test_a_vec_env_that_gives_what_its_space_cannot_hold_is_named():
@@ -160,7 +160,7 @@ def test_a_limit_of_steps_is_a_horizon_where_it_is_the_shorter_one(limit, length
 
 
 @pytest.mark.parametrize("mode", [SAME, NEXT, NEVER, "NextStep"])
-def test_imagined_worlds_begin_anew_as_the_mode_says(mode):
+def test_imagined_worlds_are_reset_as_the_mode_says(mode):
     env, same = vector(autoreset_mode=mode), vector()
     assert env.metadata["autoreset_mode"] is AutoresetMode(mode)
     obs, _ = env.reset(seed=1)
@@ -212,7 +212,7 @@ def test_an_unknown_autoreset_mode_is_refused_with_those_there_are():
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))], ids=["deepcopy", "pickle"])
-def test_imagined_worlds_that_begin_at_the_prior_are_copied_and_pickled(copied):
+def test_imagined_worlds_that_start_at_the_prior_are_copied_and_pickled(copied):
     env = ImaginedVecEnv(small_world(), 2, 4, start="prior", seed=0)
     env.reset()
     again, actions = copied(env), np.zeros(2, np.int64)

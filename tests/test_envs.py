@@ -29,7 +29,7 @@ CATCH, CHAIN = "worldmodel.envs:Catch-v0", "worldmodel.envs:Chain-v0"
 
 
 class Puppet(gym.Env):
-    """Does what it is told: `obs`, `result` or `deed` replace its observation, its step's result, its step."""
+    """Behaves as its arguments say: `obs`, `result` or `deed` replace its observation, its step's result, its step."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4}
 

@@ -1,4 +1,4 @@
-"""Environments that fail and are made anew: what SB3 sees, what is counted, and when it is enough."""
+"""Environments that fail and are made anew: what SB3 gets, what is counted, and where the limit is."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ BOOM = ZeroDivisionError("boom")
 
 
 @pytest.fixture(autouse=True)
-def well():
+def no_errors():
     Frail.plan = {}
     yield
     Frail.plan = {}
@@ -104,7 +104,7 @@ def test_the_seed_of_a_new_environment_follows_from_the_vec_envs():
     assert after(None, 1) == -1
 
 
-def test_an_episode_that_ended_well_stands_although_the_next_one_could_not_begin():
+def test_an_episode_that_ended_counts_although_the_next_reset_failed():
     restarts = Restarts(3)
     venv = local(restarts)
     venv.reset()
@@ -116,7 +116,7 @@ def test_an_episode_that_ended_well_stands_although_the_next_one_could_not_begin
     assert obs[0, 1:].tolist() == [1, 0] and obs[0, 0] != 5 and obs[1].tolist() == [6, 2, 0] and restarts.count == 1
 
 
-def test_each_failure_on_the_way_counts_until_none_is_left():
+def test_each_failure_counts_until_the_limit():
     restarts = Restarts(3)
     venv = local(restarts)
     Frail.plan = {"reset": [BOOM, BOOM]}
@@ -140,7 +140,7 @@ def test_restarts_count_within_the_window_alone(monkeypatch):
     assert restarts.count == 4
 
 
-def test_what_a_new_environment_cannot_help_is_raised_at_once(monkeypatch):
+def test_an_error_that_a_new_environment_would_have_too_is_raised_at_once(monkeypatch):
     monkeypatch.setattr("worldmodel.envs.extras.find_spec", lambda name: None)
     venv = local(Restarts(3))
     venv.reset()

@@ -1,4 +1,4 @@
-"""Where recorded experience comes from: Minari's data sets, NPZ files, folders and runs."""
+"""Sources of recorded experience: Minari's data sets, NPZ files, folders and runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""E2: whatever an environment does, the run works or ends with an EnvError that says where, and nothing ill is stored."""
+"""E2: whatever an environment does, the run works or ends with an EnvError that says where, and nothing invalid is stored."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ DEADLY = {
     "aborts": step(r"its process is gone \(SIGABRT\)", lambda obs: faulthandler.disable() or os.abort()),
     "hangs": step("no answer to 'step' within 1 s", lambda obs: time.sleep(600)),
 }
-"""What only a process of its own can stand."""
+"""Errors that end or block the process."""
 
 
 class Bad(gym.Env):
@@ -166,26 +166,26 @@ def failing(name: str) -> bool:
     return BAD[name][2][1].startswith("environment 1, episode 3, step")
 
 
-def ill_rows(folder: Path) -> int:
+def invalid_rows(folder: Path) -> int:
     """Stored rows that are not of their space or not finite, that end without an end, or end the world where it did not."""
     from worldmodel.storage.run import Run
 
     opened = Run.open(folder)
     replay, spec = opened.replay(), opened.agent().obs_spec
-    ill = 0
+    invalid = 0
     for number in range(replay.num_envs):
         rows = replay.stream(number)
         try:
             spec.check({key: x[0].numpy() for key, x in rows.obs.items()})
         except EnvError:
-            ill += 1
+            invalid += 1
         first, last, terminal, rewards = (x[0].numpy() for x in (rows.is_first, rows.is_last, rows.is_terminal, rows.reward))
-        ill += int((~first & ~(rewards > 0)).sum())  # no real step has a reward of 0
-        ill += int((~np.isfinite(rewards)).sum()) + int((first[1:] & ~last[:-1]).sum()) + int((last[:-1] & ~first[1:]).sum())
-        ill += int((terminal & (rewards < 1) & (opened.config.env.kwargs["name"] != "ends at once")).sum())
+        invalid += int((~first & ~(rewards > 0)).sum())  # no real step has a reward of 0
+        invalid += int((~np.isfinite(rewards)).sum()) + int((first[1:] & ~last[:-1]).sum()) + int((last[:-1] & ~first[1:]).sum())
+        invalid += int((terminal & (rewards < 1) & (opened.config.env.kwargs["name"] != "ends at once")).sum())
         if opened.config.env.kwargs["name"] == "one buffer for all":
-            ill += int((np.diff(rows.obs["obs"][0, :, 0].numpy()) < 0.005).sum())  # each look adds 0.01
-    return ill
+            invalid += int((np.diff(rows.obs["obs"][0, :, 0].numpy()) < 0.005).sum())  # each observation adds 0.01
+    return invalid
 
 
 def cut_rows(folder: Path) -> tuple[int, int]:
@@ -197,11 +197,11 @@ def cut_rows(folder: Path) -> tuple[int, int]:
     return int(cut.sum()), int((cut & rows.is_terminal[0, :-1]).sum())
 
 
-def test_bad_environments_work_or_are_named_and_leave_nothing_ill(tmp_path, figure, capfd, monkeypatch):
+def test_bad_environments_work_or_are_named_and_store_no_invalid_row(tmp_path, figure, capfd, monkeypatch):
     """Teeth: without CheckedEnv most of them are not named, and NaN and 1e39 reach the replay; without its copies the last
     observation of "one buffer for all" is the next episode's first."""
     monkeypatch.setattr("worldmodel.agents.evaluation.DEFAULT_MAX_STEPS", 100)
-    unnamed, ill, resumed, again = [], 0, 0, 0
+    unnamed, invalid, resumed, again = [], 0, 0, 0
     for i, (name, (_, _, (error, said))) in enumerate(BAD.items()):
         folder = tmp_path / str(i)
         if error is None:
@@ -210,12 +210,13 @@ def test_bad_environments_work_or_are_named_and_leave_nothing_ill(tmp_path, figu
             with pytest.raises(error) as caught:
                 run(folder, name)
             unnamed += [] if re.match(said, str(caught.value)) else [f"{name}: {caught.value}"]
-            ill += ill_rows(folder)
+            invalid += invalid_rows(folder)
             if failing(name) and i % times(3, 1) == 0:
                 resumed, again = resumed + 1, again + (run(folder, name, resume=True).real_steps == 60)
-        ill += ill_rows(folder)
-    figure("E2", f"{len(BAD)} bad environments: {ill} ill rows stored, {len(unnamed)} unnamed errors, {again} of {resumed} resumed")
-    assert (ill, unnamed, again) == (0, [], resumed)
+        invalid += invalid_rows(folder)
+    rows = f"{invalid} ill rows stored"
+    figure("E2", f"{len(BAD)} bad environments: {rows}, {len(unnamed)} unnamed errors, {again} of {resumed} resumed")
+    assert (invalid, unnamed, again) == (0, [], resumed)
 
 
 def test_with_restarts_a_failure_is_a_truncation_and_is_counted(tmp_path, figure, capfd, caplog):
@@ -224,7 +225,7 @@ def test_with_restarts_a_failure_is_a_truncation_and_is_counted(tmp_path, figure
     from worldmodel.storage.run import Run
 
     failed = [name for name in BAD if failing(name)][:: times(3, 1)]
-    counted = terminal = ill = 0
+    counted = terminal = invalid = 0
     for i, name in enumerate(failed):
         folder, said = tmp_path / str(i), BAD[name][2][1]
         caplog.clear()
@@ -235,11 +236,10 @@ def test_with_restarts_a_failure_is_a_truncation_and_is_counted(tmp_path, figure
         cut, ended = cut_rows(folder)
         assert cut == (0 if "reset" in name else 1), name
         assert opened.replay().stream(0).is_last.sum() == 5, name
-        terminal, ill = terminal + ended, ill + ill_rows(folder)
-    figure(
-        "E2", f"{len(failed)} failed and were made anew: {counted} counted, {terminal} of the cuts terminal, {ill} ill rows stored"
-    )
-    assert (counted, terminal, ill) == (len(failed), 0, 0)
+        terminal, invalid = terminal + ended, invalid + invalid_rows(folder)
+    rows = f"{terminal} of the cuts terminal, {invalid} ill rows stored"
+    figure("E2", f"{len(failed)} failed and were made anew: {counted} counted, {rows}")
+    assert (counted, terminal, invalid) == (len(failed), 0, 0)
 
 
 @pytest.mark.parametrize("name", list(DEADLY)[: times(1, 2)])
@@ -250,7 +250,7 @@ def test_a_process_that_fails_in_a_run_is_replaced(tmp_path, name, caplog):
     options = {"env.vectorize": "subproc", "env.timeout": 1.0, "env.restarts": 1}
     assert run(tmp_path / "run", name, **options).real_steps == 60
     assert any(re.match(DEADLY[name][2][1], record.getMessage()) for record in caplog.records)
-    assert cut_rows(tmp_path / "run") == (1, 0) and ill_rows(tmp_path / "run") == 0
+    assert cut_rows(tmp_path / "run") == (1, 0) and invalid_rows(tmp_path / "run") == 0
     assert Run.open(tmp_path / "run").replay().stream(0).is_last.sum() == 5
 
 
@@ -262,4 +262,4 @@ def test_a_limit_that_is_none_is_refused(tmp_path, limit):
 
 def test_what_never_ends_works_with_a_limit(tmp_path):
     run(tmp_path / "run", "never ends", **{"env.max_episode_steps": LENGTH})
-    assert ill_rows(tmp_path / "run") == 0
+    assert invalid_rows(tmp_path / "run") == 0

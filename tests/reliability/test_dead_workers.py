@@ -151,7 +151,7 @@ def test_a_worker_that_dies_or_hangs_is_named_in_time_and_none_is_left(figure):
 
 def test_close_ends_stopped_and_hanging_processes_that_nobody_noticed(monkeypatch):
     """Teeth: SIGTERM alone does not end a stopped process, nor one that ignores it."""
-    monkeypatch.setattr("worldmodel.envs.vectors.workers.PATIENCE", 0.2)
+    monkeypatch.setattr("worldmodel.envs.vectors.workers.SHUTDOWN_SECONDS", 0.2)
     venv = workers(timeout=60.0)
     venv.reset()
     pids = [process.pid for process in venv.processes]

@@ -117,7 +117,9 @@ class LatentExtractor(BaseFeaturesExtractor):
         output, model = renamed.extractor_options(output, model)  # of an algorithm that release 0.1 saved
         spec = ObsSpec.from_json(observation)
         with cpu_randomness():  # the policy's other weights start as they would without this module
-            kind = renamed.in_new_kind("dynamics", model.get("dynamics", {"kind": "rssm"})["kind"])  # 0.1 saved none for an embedding
+            kind = renamed.in_new_kind(
+                "dynamics", model.get("dynamics", {"kind": "rssm"})["kind"]
+            )  # 0.1 saved none for an embedding
             encoder = build_encoder(_part_config("encoder", model), kind, spec)
             net, latent = _posterior(_part_config("dynamics", model), encoder) if output == "latent" else (None, None)
         super().__init__(observation_space, frames * (latent.size if latent is not None else encoder.out_features))

@@ -312,15 +312,9 @@ class Explicit(ConditionalDistribution):
         return self.divergence(posterior, z, prior.detach() if frozen else prior)
 
     def rates(
-        self,
-        posterior: Posterior,
-        z: Tensor,
-        context: Tensor | None,
-        *,
-        sampling: Sampling | None = None,
-        rows: Tensor | None = None,
+        self, posterior: Posterior, z: Tensor, context: Tensor | None, **options: Any
     ) -> tuple[Float[Tensor, "*N"], Float[Tensor, "*N"]]:
-        prior = self.given(context, rows)
+        prior = self.given(context, options.get("rows"))
         self.update_statistics(posterior, prior)
         return self.divergence(posterior.detach(), z.detach(), prior), self.divergence(posterior, z, prior.detach())
 

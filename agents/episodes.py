@@ -1,4 +1,4 @@
-"""What an algorithm keeps of its environments' episodes: returns and lengths, and whether it is in step with them."""
+"""Returns and lengths of the episodes in which an algorithm acts."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import time
 from typing import Any
 
 import numpy as np
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor, is_vecenv_wrapped
 
 from worldmodel.envs.vectors.restarts import RESTARTED
-from worldmodel.envs.vectors.workers import drain
 
 
 class EpisodeStatistics:
@@ -43,29 +41,3 @@ class EpisodeStatistics:
             if "episode" in infos[i] or not self.monitored or RESTARTED in infos[i]:
                 self.returns[i] = self.lengths[i] = 0
         return infos
-
-
-class EnvSyncCheck:
-    """Whether the last observation of an SB3 algorithm is still that of its environments, as far as a callback can see.
-
-    SB3 updates `_last_obs` after the callbacks. If an exception or a callback ends the training before that, a `learn` that
-    resets nothing would go on from an observation that its environments have left.
-    """
-
-    def __init__(self) -> None:
-        self.in_sync, self.last_obs = True, []
-
-    def on_training_start(self, model: BaseAlgorithm) -> None:
-        """At the start of `learn`: resets environments that are out of step."""
-        if not self.in_sync and any(model._last_obs is obs for obs in self.last_obs):
-            drain(model.env)
-            model._last_obs = model.env.reset()
-            model._last_episode_starts = np.ones(model.n_envs, bool)
-        self.in_sync, self.last_obs = False, [model._last_obs]
-
-    def step(self, model: BaseAlgorithm, new_obs: Any) -> None:
-        self.last_obs = [model._last_obs, new_obs]
-
-    def end(self, model: BaseAlgorithm) -> None:
-        """At the end of `learn`."""
-        self.in_sync = model._last_obs is self.last_obs[-1]

@@ -26,7 +26,7 @@ COLUMNS = ("prev_action", "reward", "is_first", "is_last", "is_terminal")
 
 
 def replay_capacity(train: TrainConfig, obs: ObsSpec, action: ActionSpec) -> int:
-    """Steps that the replay holds at most: train.capacity, or as many as fit into train.replay_gib."""
+    """The capacity of the replay in steps: train.capacity, or as many as fit into train.replay_gib."""
     limit = math.inf if train.replay_gib is None else train.replay_gib * 2**30 // row_bytes(obs.store, action.dim)
     return int(min(train.capacity, limit))
 

@@ -460,6 +460,40 @@ def test_the_version_is_the_same_everywhere(project):
     assert f"## [{project['version']}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
+# Words ------------------------------------------------------------------------------------------------------------------
+
+PRIVATE = {
+    r"\bcarr(y|ies)\b": "recurrent state h",
+    r"\blaws?\b": "distribution, prior",
+    r"(?<!exit )(?<![`\"])\bcodes\b": "latents",
+    r"\b(a|the|each|its|own|one|whole|next|latent) code\b|\bcode('s| z)\b": "latent z",
+    r"\bforet(old|ells?)\b|\btold\b|\bwhat came\b|\bthat came\b": "predicted, reported; target, observed",
+    r"\blooks?\b *[:=]|\blooks at (each|held)": "samples, evaluations",
+    r"\b(least|most)(_\w+)? *[:=]|\bgreatest\b": "min, max, max_norm",
+    r"\bdoubt\w*|\bmanifold\b|\bmark_typical\b": "uncertainty_penalty, typicality_penalty",
+    r"\bprefill_hold\b|\btrain\.(ends|newest|average)\b|\bscales\.fit\b": "worldmodel/renamed.py says how they are called now",
+    r"\b(Keeper|Watch|Film|Spool|Leaf|Aim|Pursuit)\b": "a name that says what it is",
+    r"\b(floors|houses?|ROOMS)\b|\b(every|each|own|their) rooms?\b": "package, module, layer",
+}
+"""Words that the project once had for itself, and what the field calls them."""
+
+
+def private_words() -> list[str]:
+    files = [*sources(*FOLDERS.values()), *(ROOT / "configs").rglob("*.yaml"), *DOCS]
+    texts = {file: file.read_text(encoding="utf-8") for file in files if file.name not in ("renamed.py", "CHANGELOG.md")}
+    return [
+        f"{file.relative_to(ROOT)}:{text[: match.start()].count(chr(10)) + 1}: '{match[0]}' (say {now})"
+        for file, text in texts.items()
+        for word, now in PRIVATE.items()
+        for match in re.finditer(word, text, re.IGNORECASE if word.startswith(r"(?<!exit") else 0)
+    ]
+
+
+def test_the_product_speaks_the_words_of_its_field():
+    found = private_words()
+    assert not found, "\n".join(found)
+
+
 # What is offered --------------------------------------------------------------------------------------------------------
 
 

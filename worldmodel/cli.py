@@ -1,4 +1,4 @@
-"""The command line. stdout carries the answer alone; progress, messages and whatever libraries print go to stderr."""
+"""The command line. stdout has the answer alone; progress, messages and whatever libraries print go to stderr."""
 
 from __future__ import annotations
 

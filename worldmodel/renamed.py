@@ -177,4 +177,6 @@ def _take_over(arrays: MutableMapping[str, Any], today: str, mean: str, variance
 def extractor_options(output: str, model: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The options `output` and `model` of a LatentExtractor; `Frozen.parse_saved` translates those of each part of the model."""
     names = OPTIONS["ModelConfig"]
+    if model["encoder"]["kind"] == "pixels":  # whose dynamics were not saved beside it
+        model = {"dynamics": {"kind": "diamond"}, **model}
     return EXTRACTOR_OUTPUTS.get(output, output), {names.get(name) or name: value for name, value in model.items()}

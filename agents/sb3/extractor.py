@@ -180,7 +180,7 @@ class LatentExtractor(BaseFeaturesExtractor):
 
 def _why_no_latent(world: WorldModel) -> str:
     """Why an observation alone gives no latent in this model; empty where it gives one."""
-    if getattr(world.config.dynamics, "pixels", False):
+    if world.config.dynamics.kind == "diamond":
         return "This run predicts pictures as they are: it has no latent, only a summary that is learned for rewards and ends."
     if getattr(world.dynamics, "posterior_net", None) is None:
         return "This run filters: its latent depends on the past, which a features extractor never sees."

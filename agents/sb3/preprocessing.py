@@ -112,7 +112,7 @@ def _stack_axis(key: KeySpec) -> int:
 
 
 def _stacked_space(key: KeySpec, frames: int) -> spaces.Space:
-    """A key's space in VecFrameStack; ConfigError for observations whose frames cannot be told apart afterwards."""
+    """A key's space in VecFrameStack; ConfigError for observations whose frames cannot be separated afterwards."""
     space = key.space
     if frames == 1:
         return space

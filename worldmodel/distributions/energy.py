@@ -170,7 +170,7 @@ class Energy(Whitened):
         sampling: Sampling | None = None,
         rows: Tensor | None = None,
     ) -> Float[Tensor, "*N"]:
-        """With an estimate of ln Z from `normaliser` draws, which carries no gradient: f learns by its own loss."""
+        """With an estimate of ln Z from `normaliser` draws, which has no gradient: f learns by its own loss."""
         log_z, _ = self.log_z(None if context is None else context.flatten(0, -2), self.config.normaliser, sampling)
         return super().forward(posterior, z, context) + (log_z if context is None else log_z.view(context.shape[:-1]))
 

@@ -268,7 +268,7 @@ class TwoHot(nn.Module):
     """A real number as a categorical over `bins` values, evenly spaced in symlog space from -limit to limit.
 
     Targets beyond go to the end bins. The mean is summed in symmetric pairs, so that zero logits give exactly 0.
-    Source: Hafner et al. 2023 (DreamerV3), eq. 10, and its code for the pairs.
+    Source: Hafner et al. 2023 (DreamerV3), eq. 10, and the authors' code for the pairs.
     """
 
     def __init__(self, bins: int, limit: float):

@@ -176,17 +176,9 @@ class Replay:
             while ends and ends[0] < oldest:
                 ends.popleft()
 
-    def _checked(
-        self,
-        n: int,
-        obs: Mapping[str, np.ndarray],
-        prev_action: np.ndarray,
-        reward: np.ndarray,
-        is_first: np.ndarray,
-        is_last: np.ndarray,
-        is_terminal: np.ndarray,
-    ) -> dict:
-        """n rows as columns. Raises ValueError on what does not fit."""
+    def _checked(self, n: int, obs: Mapping[str, np.ndarray], *numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """n rows as columns; `numbers` are prev_action, reward and the three flags. Raises ValueError on what does not fit."""
+        prev_action, reward, *flags = numbers
         if obs.keys() != self.obs_spec.keys():
             raise ValueError(f"Replay got observation keys {sorted(obs)}, expected {sorted(self.obs_spec)}.")
         rows = {f"obs/{key}": np.asarray(obs[key]) for key in self.obs_spec}
@@ -196,7 +188,7 @@ class Replay:
                 raise ValueError(f"Replay got observation '{key}' of shape {list(value.shape)}, expected {[n, *shape]}.")
             if value.dtype != dtype and not np.can_cast(value.dtype, dtype, "same_kind"):
                 raise ValueError(f"Replay got observation '{key}' of dtype {value.dtype}, expected {dtype}.")
-        first, last, terminal = (np.asarray(f, bool) for f in (is_first, is_last, is_terminal))
+        first, last, terminal = (np.asarray(flag, bool) for flag in flags)
         prev_action, reward = np.asarray(prev_action, np.float32), np.asarray(reward, np.float32)
         scalars = {"prev_action": prev_action, "reward": reward, "is_first": first, "is_last": last, "is_terminal": terminal}
         for name, value in scalars.items():

@@ -6,6 +6,7 @@ import ast
 import graphlib
 import importlib
 import importlib.metadata
+import os
 import re
 import runpy
 import shlex
@@ -327,6 +328,21 @@ def test_the_wheel_finds_its_recipes_outside_the_checkout(wheel, tmp_path):
     config, agents, *names = done.stdout.split()
     assert Path(config).is_relative_to(wheel) and Path(agents).is_relative_to(wheel)
     assert names == sorted(file.stem for file in (ROOT / "configs/env").glob("*.yaml"))
+
+
+def test_type_checkers_and_editors_follow_every_package(tmp_path):
+    """`make venv` makes a folder of links that pyproject.toml names to them: they follow no mapping of folders."""
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    assert tools["mypy"]["mypy_path"] == ".venv/links" and tools["pyright"]["extraPaths"] == [".venv/links"]
+    made = subprocess.run(["make", "-n", "links"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (tmp_path / "links/worldmodel").mkdir(parents=True)
+    for name in re.findall(rf"{ROOT}/(\S+)", next(line for line in made.splitlines() if line.startswith("ln -s"))):
+        (tmp_path / "links/worldmodel" / Path(name).name).symlink_to(ROOT / name)
+    probe = "from worldmodel.agents.training.signals import Signals\nreveal_type(Signals.__enter__)\n"
+    (tmp_path / "probe.py").write_text(probe)
+    command = [sys.executable, "-m", "mypy", "--config-file=", "--cache-dir", os.devnull, "probe.py"]
+    seen = subprocess.run(command, cwd=tmp_path, env={**os.environ, "MYPYPATH": "links"}, capture_output=True, text=True)
+    assert seen.returncode == 0 and "-> worldmodel.agents.training.signals.Signals" in seen.stdout, seen.stdout + seen.stderr
 
 
 def test_the_console_script_is_there(project):

@@ -144,6 +144,11 @@ class WorldModel(nn.Module):
         decoder = getattr(self.dynamics, "decoder", decoder)  # after both are built: heads have the same first weights
         self.objective = build("objective", config.objective, decoder, self.encoder, self.dynamics, action.dim)
         self.decoder: nn.Module | None = getattr(self.objective, "decoder", None)
+        if config.rollouts == "observation" and self.decoder is None:
+            raise ConfigError(
+                f"model.rollouts=observation decodes every step, and model.objective.kind={config.objective.kind} has no decoder. "
+                "Use model.rollouts=latent."
+            )
         if config.rollouts == "observation" and getattr(self.decoder, "pixelwise_noise", []):
             raise ConfigError(
                 f"model.rollouts=observation encodes samples, and model.decoder.kind={config.decoder.kind} draws each pixel of "

@@ -71,7 +71,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
     should_continue: Callable[[], bool] = staticmethod(lambda: True)
     """Asked between updates: where it says no they end, and the others stay pending. A run asks for signals there."""
     behaviour: ActorCriticLearner | None = None
-    """Trains the controller on each world-model batch; None: nothing of it is trained."""
+    """The actor-critic's learner, which trains the controller on each batch (Dreamer, Planner); None: nothing of it is trained."""
     improves: bool = True
     """Whether an update also improves the controller, on states of the averaged model."""
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = dict.fromkeys(

@@ -41,11 +41,11 @@ class VampPrior(MixtureForm):
     |---|---|---|
     | observation | a learned observation, as in the paper | parameters `input0`, ... one for each key of the observation |
     | feature | a learned embedding, so that the encoder is not run | parameter `embed` |
-    | exemplar | an observation of the replay | buffers `input0`, ... and `row`, its number in the replay; -1: of none |
+    | exemplar | an observation of the replay | buffers `input0`, ... and `row`, its number in the replay, -1 while it has none |
 
-    Where q reads the recurrent state h, it is the context; without a context each pseudo-input has its own, `h`: learned, or an
-    exemplar's as observed. The weights come from the context by a network, or are learned or equal. Wherever the rate trains this
-    prior, it trains the encoder through the components too.
+    A posterior that reads the recurrent state h (filtering) is given the context as h. Without a context each pseudo-input has an
+    h of its own: a parameter, or for an exemplar the one that was observed with it. With a context a network gives the weights
+    w_k; without one they are learned or equal. Wherever the rate trains this prior, it trains the encoder through it, too.
 
     Exemplars: z of row r is not explained by the exemplar of row r (leave-one-out), and each update replaces the oldest ones.
     Source: Tomczak and Welling 2018, eq. 9 to 11; exemplars: Norouzi et al. 2020 (Exemplar VAE), eq. 4 and section 3.

@@ -187,8 +187,9 @@ class Dynamics(nn.Module, ABC):
             prior/<slot>/<term>     the own losses, such as denoising, of priors without an exact density
 
         p is p(z_t | h_t), and p(z_0) where an episode begins; sg stops gradients. dyn and rep have the same value, and no gradient
-        below the free nats. Deterministic latents have neither: their transition learns by `predict`. Own losses are computed only
-        while gradients are recorded. Source: Hafner et al. 2023 (DreamerV3), eq. 5.
+        below the free nats; the learner weighs them (train.scales: 1 and 0.1). Deterministic latents have neither: their
+        transition learns by `predict`. Own losses are computed only while gradients are recorded.
+        Source: Hafner et al. 2023 (DreamerV3), eq. 5.
         """
         sampling, own = replace(sampling, noise=None), {}
         dyn, rep = (torch.zeros_like(trace.z[..., 0]) for _ in range(2))
@@ -198,7 +199,7 @@ class Dynamics(nn.Module, ABC):
         ):
             if not where.any():
                 continue
-            context, rows = (None if x is None else x[where] for x in (context, batch.row))
+            context, rows = (None if x is None else x[where] for x in (context, batch.row))  # `where`: rows of this slot
             posterior, z = trace.posterior.index(where), trace.z[where]
             if not self.latent.deterministic:
                 kl = self._kl(posterior, z, prior, context, sampling=sampling, rows=rows)
@@ -217,7 +218,7 @@ class Dynamics(nn.Module, ABC):
         context: Float[Tensor, "N D"] | None,
         **options: Any,
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-        """(KL(sg(q) || p), KL(q || sg(p))), each a mean over antithetic draws where it is estimated, with free nats."""
+        """(KL(sg(q) || p), KL(q || sg(p))) with free nats: in closed form (`Posterior.kl`), else a mean over antithetic draws."""
         sides = zip(*(prior.rates(posterior, draw, context, **options) for draw in prior.antithetic(posterior, z)), strict=True)
         dyn, rep = (self._free_nats(prior, sum(side) / len(side)) for side in sides)
         return dyn, rep

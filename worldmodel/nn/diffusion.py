@@ -98,7 +98,7 @@ def edm_grid(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -
 def low_discrepancy(count: int, generator: torch.Generator | None, device: torch.device | str) -> Float[Tensor, " N"]:
     """Numbers in (0, 1), each uniform, that lie evenly together: multiples of the golden ratio after one random number.
 
-    Rows at the same place of every batch still see all levels. Source of one number for a batch: Kingma et al. 2021, I.1.
+    Rows at the same place of every batch still see all levels. One random number for a whole batch: Kingma et al. 2021, I.1.
     """
     first = torch.rand((), generator=generator, device=device, dtype=torch.float64)
     steps = torch.arange(count, device=device, dtype=torch.float64) * 0.6180339887498949
@@ -106,7 +106,7 @@ def low_discrepancy(count: int, generator: torch.Generator | None, device: torch
 
 
 # Samplers: from `x` at the first level of a grid to the last, which is 0 ------------------------------------------------
-# The last step is known by its place: reading its level would wait for the device.
+# The last step is known by its position: reading its level from a GPU would wait for it.
 
 
 def euler(denoise: Denoiser, x: Tensor, sigmas: Float[Tensor, " S"]) -> Tensor:
@@ -159,8 +159,9 @@ SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 def log_prob_bound(
     denoise: Denoiser, x: Float[Tensor, "N D"], uniform: Float[Tensor, "K N"], noise: Float[Tensor, "K N D"], weight: Tensor
 ) -> Float[Tensor, " N"]:
-    """ln p(x) >= ln N(x; 0, SIGMA_DATA^2) + range E[gain], the mean estimated from K noisy samples of each row.
+    """ln p(x) >= ln N(x; 0, SIGMA_DATA^2) + nats * E[gain], the mean estimated from K noisy samples of each row.
 
+    nats are those of `sigma_of_information`.
     uniform  [K, N] numbers in (0, 1) that choose the noise levels
     weight   [K, N] weights of the samples, which sum to one over K
     """
@@ -201,7 +202,7 @@ def information_gain(
 
 
 def fixed_samples(levels: int, size: int) -> tuple[Float[Tensor, " K"], Float[Tensor, "K D"], Float[Tensor, " K"]]:
-    """(uniform, noise, weight) of K = 4 size levels samples for `log_prob_bound`, the same at each call.
+    """(uniform, noise, weight) of K = 4 * size * levels samples for `log_prob_bound`, the same at each call.
 
     At each of the evenly spaced levels the noise points both ways along `size` orthogonal axes, with the two lengths and weights
     of a Gauss quadrature: polynomials of degree three in the noise are averaged exactly. As many independent draws, the same for
@@ -209,7 +210,7 @@ def fixed_samples(levels: int, size: int) -> tuple[Float[Tensor, " K"], Float[Te
     """
     generator = torch.Generator().manual_seed(0)
     axes = torch.linalg.qr(torch.randn(levels, size, size, generator=generator))[0]
-    a = size / 2 + 1  # squared lengths are chi-squared: generalised Laguerre polynomials, of which this is the second's zeros
+    a = size / 2 + 1  # squared lengths are chi-squared: these are the zeros of the second generalised Laguerre polynomial
     lengths, shares = zip(*[(math.sqrt(2 * (a + sign * math.sqrt(a))), 0.5 - sign * 0.5 / math.sqrt(a)) for sign in (1, -1)])
     noise = torch.stack([sign * length * axes for length in lengths for sign in (1, -1)], 1)  # [levels, 4, size, size]
     weight = torch.tensor(shares).repeat_interleave(2).view(1, 4, 1).expand(levels, 4, size) / (2 * size * levels)

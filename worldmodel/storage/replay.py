@@ -319,9 +319,10 @@ class Replay:
     def save(self, folder: Path, previous: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Writes the rows that `previous` does not cover as new segments and returns a snapshot: JSON that `load` takes.
 
-        previous  snapshot of an earlier save of this replay into this folder, or None: all rows held are written. A replay
-                  that lies in `folder` knows by itself what is there
-        A snapshot names the segments that hold what the replay holds now; a checkpoint keeps it, and so commits the rows.
+        previous  snapshot of an earlier save of this replay into this folder, or None: all rows held are written. Not used by a
+                  replay on disk, which knows its segments
+        A snapshot lists the segments that hold the rows of now, [number, seal] each, the seal being a checksum; rows are
+        committed once a checkpoint keeps it.
         No segment is deleted here (see `sweep`), so that a kill or a full disk leaves earlier snapshots loadable.
         Raises StorageError where the disk is full or not writable.
         """
@@ -403,7 +404,7 @@ class Replay:
         """The replay as it was when the snapshot was made.
 
         on_disk, writable  its observations stay in `folder`, which this process may write: as of `Replay`
-        Rows saved after the snapshot are dropped, or kept with `keep_newer`, as far as they are intact; both is reported to `log`.
+        Rows saved after the snapshot are dropped, or kept with `keep_newer`, as far as they are intact; `log` gets a line.
         CorruptError names the file and the offset of damage to any row of the snapshot.
         """
         replay = cls._from_identity(snapshot, folder if on_disk else None, writable)
@@ -476,7 +477,7 @@ class Replay:
             self._last_rows[stream] = deque(sequence[(flags & LAST) != 0].tolist())
 
     def _load_uncommitted(self, folder: Path, after: int, keep: bool, log: Callable[[str], object]) -> None:
-        """Appends what lies behind segment `after` as far as it is intact, or drops it; both is reported to `log`."""
+        """Appends what lies behind segment `after` as far as it is intact, or drops it; `log` gets a line."""
         chain = segments.continuation(folder, after, self.added_by_stream, self.size, self._spec, log)
         if not keep:
             if chain:

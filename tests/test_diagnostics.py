@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import generator, known_batch, small_world
+from conftest import generator, known_batch, small, small_world
 from gymnasium import spaces
 
 from worldmodel import registry
@@ -201,9 +201,8 @@ def test_the_rates_of_the_variables_add_up_to_the_rate_of_the_latent(latent):
 
 
 def test_a_transition_that_is_no_closed_form_has_no_rate_by_variable():
-    world = small_world(LINE)
-    world.dynamics.transition = torch.nn.Identity()
-    assert usage(world, filter_episodes(small_world(LINE), mixed_episodes(LINE))) is None
+    world = small_world(LINE, latent="gaussian", transition=small("distribution", "flow"))
+    assert usage(world, filter_episodes(world, mixed_episodes(LINE))) is None
 
 
 @pytest.mark.parametrize("latent", registry.kinds("latent"))

@@ -355,7 +355,7 @@ def test_rollouts_of_observations_look_at_what_each_step_decodes_to():
             {"marginal": {"kind": "energy", "base": {"kind": "hierarchical", "top": 3}}},
             r"model\.marginal\.base\.top=3 .*at most 2",
         ),
-        ("point", {"transition": {"kind": "energy", "base": "vamp"}}, "base=vamp is made of the encoder's beliefs"),
+        ("point", {"transition": {"kind": "energy", "base": "vamp"}}, "base=vamp is made of the encoder's posteriors"),
         ("point", {"objective": {"kind": "jepa", "probe": False}, "rollouts": "observation"}, r"model\.objective\.probe=true"),
     ],
 )

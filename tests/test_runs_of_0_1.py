@@ -30,7 +30,6 @@ RENAMED = [
     (r'model\.dynamics\[pixels\]\.(kind = )"pixels"', r'model.dynamics[diamond].\1"diamond"'),
     (r'model\.encoder\[pixels\]\.(kind = )"pixels"', r'model.encoder[standard].\1"standard"'),
     (r'model\.objective\[pixels\]\.(kind = )"pixels"', r'model.objective[reconstruction].\1"reconstruction"'),
-    (r'model\.dynamics\[pixels\]\.posterior = "observation"', ""),
     (r"model\.dynamics\[pixels\]\.(.*)", r"model.dynamics[diamond].\1"),
     (r"model\.encoder\[pixels\]\.(.*)", r"model.encoder[standard].\1"),
     (r".*\[diffusion\]\.drop = 0\.0", ""),

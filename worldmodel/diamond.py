@@ -108,6 +108,7 @@ class DiamondConfig(Frozen):
     kind: Literal["diamond"] = "diamond"
     deter: int = Field(128, ge=1, description="size of the recurrent state h, which rewards, ends and agents read")
     units: int = Field(128, ge=1, description="width of the layer in front of it")
+    posterior: Literal["observation"] = Field("observation", description="the latent is the picture itself")
     past: int = Field(4, ge=2, description="pictures that the next one is drawn from")
     depth: int = Field(16, ge=1, description="channels of the U-Net")
     frames: int = Field(64, ge=1, description="pictures of each batch that the U-Net is trained on, drawn at random")

@@ -34,7 +34,7 @@ OPTIONS: dict[str, dict[str, str | None]] = {
     "DiffusionConfig": {**_EDM, "looks": "rate_samples", "drop": None, "path": None},
     "DiffusionDecoderConfig": _EDM,
     "LatentDiffusionDecoderConfig": {"law": "prior"},
-    "DiamondConfig": {**_EDM, "posterior": None},
+    "DiamondConfig": _EDM,
     "EnergyConfig": {"most_gap": "max_gap", "most_moved": "max_displacement", "others": "context_negatives"},
     "VampConfig": {"inputs": "pseudo_inputs"},
     "JepaConfig": _PREDICTIVE,

@@ -183,7 +183,7 @@ def _why_no_latent(world: WorldModel) -> str:
     if world.config.dynamics.kind == "diamond":
         return "This run predicts pictures as they are: it has no latent, only a summary that is learned for rewards and ends."
     if getattr(world.dynamics, "posterior_net", None) is None:
-        return "This run's posterior is a filter: its latent depends on the past, which a features extractor never sees."
+        return "This run filters: its latent depends on the past, which a features extractor never sees."
     return ""
 
 

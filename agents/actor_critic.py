@@ -26,7 +26,7 @@ class ActorCriticConfig(Frozen):
 
     units: int = Field(128, ge=1, description="width of actor and critic")
     layers: int = Field(2, ge=1, description="layers of actor and critic")
-    horizon: int = Field(15, ge=1, description="imagined steps")
+    horizon: int = Field(15, ge=1, description="imagined steps that actor and critic learn from")
     starts: int | None = Field(256, ge=1, description="replayed states that imagination starts from; none: all of the batch")
     gamma: float = Field(0.99, ge=0, le=1, description="discount per step")
     lam: float = Field(0.95, ge=0, le=1, description="lambda of the returns")

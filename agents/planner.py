@@ -36,13 +36,13 @@ UNIFORM_SHARE = 0.5
 class PlanConfig(Frozen):
     """The search for one action."""
 
-    method: Literal["random", "cem", "icem", "mppi"] = Field("mppi", description="how candidates are drawn and used")
+    method: Literal["random", "cem", "icem", "mppi"] = Field("mppi", description="how candidate plans are drawn and used")
     horizon: int = Field(4, ge=1, description="imagined steps of each candidate")
-    samples: int = Field(32, ge=2, description="candidates of each iteration")
+    samples: int = Field(32, ge=2, description="candidates in each iteration")
     iterations: int = Field(2, ge=1, description="times that the distribution is fitted; random shooting draws once")
     elites: int = Field(6, ge=1, description="best candidates that the distribution is fitted to")
     proposals: int = Field(8, ge=0, description="candidates that the learned policy draws")
-    terminal: bool = Field(True, description="the critic's value counts for what comes behind the horizon")
+    terminal: bool = Field(True, description="the critic's value counts for what comes after the horizon")
     temperature: float = Field(0.5, gt=0, description="mppi: spread of the weights, in deviations of the elites' values")
     first_std: float = Field(
         1.0, gt=0, description="deviation of the first distribution over continuous actions, which are in [-1, 1]"
@@ -54,7 +54,7 @@ class PlanConfig(Frozen):
     uncertainty_penalty: float = Field(
         0.0, ge=0, description="taken off each reward, in units of the rewards' own size, per unit of the ensemble's uncertainty"
     )
-    bonus: float = Field(0.0, ge=0, description="added instead, while experience is collected: plans that explore")
+    bonus: float = Field(0.0, ge=0, description="the same as a bonus on rewards while experience is collected: explores")
     goal: Literal["sum", "last"] = Field("sum", description="distance to a goal: summed over the horizon, or at its end alone")
 
     @model_validator(mode="after")

@@ -35,10 +35,10 @@ class EnvConfig(Frozen):
     """The environment, how it is observed, and what happens where it fails."""
 
     id: str = Field(description='Gymnasium id, "module:Name-v0" imports the module first')
-    kwargs: dict[str, Any] = Field({}, description="for the environment's constructor")
+    kwargs: dict[str, Any] = Field({}, description="keyword arguments of the environment's constructor")
     num_envs: int = Field(1, ge=1, description="copies that step together")
     layout: Layout | dict[str, Layout] | None = Field(
-        None, description="of image-shaped observations where the shape leaves it open; by key for Dict spaces"
+        None, description="order of the axes of images where the shape leaves it open; by key for Dict spaces"
     )
     pixels: int | None = Field(
         None, ge=8, description="observe the rendered picture, this many pixels a side, instead of the observation"

@@ -22,15 +22,15 @@ from worldmodel.registry import register
 class ScaleConfig(Frozen):
     """Weight of each loss of the world model (`WorldModel.loss`). Observation, dyn and rep are in nats per step."""
 
-    observation: float = Field(1.0, ge=0, description="reconstruction")
-    reward: float = Field(1.0, ge=0)
-    cont: float = Field(1.0, ge=0, description="the head that predicts termination")
-    dyn: float = Field(1.0, ge=0, description="KL (rate), training the transition and the initial distribution")
-    rep: float = Field(0.1, ge=0, description="KL (rate), training the posterior")
+    observation: float = Field(1.0, ge=0, description="weight of the reconstruction's loss")
+    reward: float = Field(1.0, ge=0, description="weight of the reward head's loss")
+    cont: float = Field(1.0, ge=0, description="weight of the loss of the head that predicts whether an episode goes on")
+    dyn: float = Field(1.0, ge=0, description="weight of the KL (rate) that trains the transition and the initial distribution")
+    rep: float = Field(0.1, ge=0, description="weight of the KL (rate) that trains the posterior")
     marginal: float = Field(1.0, ge=0, description="beta of a VAE: the KL to the marginal")
-    prior: float = Field(1.0, ge=0, description="own losses of distributions without an exact density, such as denoising")
-    denoise: float = Field(1.0, ge=0, description="own loss of a decoder that draws by diffusion")
-    prediction: float = Field(1.0, ge=0, description="of latents from latents (jepa, hybrid)")
+    prior: float = Field(1.0, ge=0, description="weight of losses of distributions without an exact density, such as denoising")
+    denoise: float = Field(1.0, ge=0, description="weight of the loss of a decoder that draws by diffusion")
+    prediction: float = Field(1.0, ge=0, description="weight of predicting latents from latents (jepa, hybrid)")
     collapse: float = Field(5.0, ge=0, description="anti-collapse regulariser (jepa, hybrid); independent of the batch's size")
     inverse: float = Field(1.0, ge=0, description="inverse dynamics: the action from two latents (jepa, hybrid)")
     ensemble: float = Field(1.0, ge=0, description="squared error of the ensemble's predictions; no gradient leaves the ensemble")
@@ -45,15 +45,15 @@ class TrainConfig(Frozen):
         (), description="recorded experience to learn from instead of an environment: .npz files, folders of them, minari:ID, runs"
     )
     prefill: int = Field(500, ge=0, description="rows of random experience before the first update: steps, and first observations")
-    random_action_repeat: float = Field(1.0, ge=1, description="steps for which each of those random actions is kept, on average")
-    pretrain: int = Field(100, ge=0, description="updates of the world model right after them")
+    random_action_repeat: float = Field(1.0, ge=1, description="steps for which each random action of prefill is kept, on average")
+    pretrain: int = Field(100, ge=0, description="updates of the world model right after the prefill")
     ratio: float = Field(0.5, ge=0, description="updates per real step")
     batch_size: int = Field(16, ge=1, description="sequences in a batch")
     batch_length: int = Field(32, ge=2, description="steps in a sequence")
     burn_in: int = Field(0, ge=0, description="steps before each sequence that only warm up its state, without gradient")
     capacity: int = Field(200_000, ge=1, description="steps that the replay holds")
     replay: Literal["memory", "disk"] = Field(
-        "memory", description="where its observations lie; disk: in the run folder, so that capacity may exceed the memory"
+        "memory", description="where the replay's observations lie; disk: in the run folder, so that capacity may exceed the memory"
     )
     replay_gib: float | None = Field(
         None, gt=0, description="GiB that the replay holds at most, if that is less than capacity; its oldest steps make room"

@@ -55,7 +55,7 @@ class ModelConfig(Frozen):
     transition: Annotated[Any, Part("distribution")] | None = Field(None, description="p(z_t | h_t); none: the latent's family")
     initial: Annotated[Any, Part("distribution")] | None = Field(None, description="p(z_0); none: the latent's family")
     marginal: Annotated[Any, Part("distribution")] | None = Field(
-        None, description="p(z) of all latents, a VAE's prior; none: without"
+        None, description="p(z) of all latents, a VAE's prior; null: no marginal"
     )
     objective: Annotated[Any, Part("objective")] = ReconstructionConfig()
     heads: Annotated[Any, Part("heads")] = HeadsConfig()

@@ -142,4 +142,6 @@ def _load_entry_points() -> None:
 def _find(role: str, kind: str) -> Entry:
     if has(role, kind):
         return _entries[role, kind]
-    raise ConfigError(f"no {role} is called '{kind}'.{did_you_mean(kind, kinds(role))}")
+    near = did_you_mean(kind, kinds(role))
+    own = f" If '{kind}' is yours, import its module first, or install a package that names it under '{ENTRY_POINTS}'."
+    raise ConfigError(f"no {role} is called '{kind}'.{near}{'' if near.startswith(' Did') else own}")

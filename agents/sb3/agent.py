@@ -49,11 +49,11 @@ class SB3Config(Frozen):
     kind: Literal["sb3"] = "sb3"
     algo: Literal["ppo", "a2c", "dqn", "sac", "td3", "recurrent_ppo", "tqc", "qrdqn"] = Field("ppo", description="the algorithm")
     path: str | None = Field(
-        None, description="a zip that the algorithm's save() wrote (needs trust): it collects and acts, and is not trained"
+        None, description="a zip that the algorithm's save() wrote (needs --trust): it collects and acts, and is not trained"
     )
     options: Options = Field({}, description="keyword arguments of its constructor; defaults are those that suit the dream")
     every: int = Field(25, ge=1, description="real steps between trainings in the dream")
-    visits: int | None = Field(None, ge=1, description="at most so many trainings in the dream; none: to the end of the run")
+    visits: int | None = Field(None, ge=1, description="most trainings in the dream; null: to the end of the run")
     imagined: int = Field(4096, ge=1, description="imagined steps of each training, over all worlds")
     worlds: int = Field(64, ge=1, description="imagined worlds that step together")
     horizon: int = Field(15, ge=1, description="imagined steps after which an episode is truncated")

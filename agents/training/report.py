@@ -35,7 +35,7 @@ class LogConfig(Frozen):
     pictures: int = Field(
         500, ge=0, description="real steps between evaluations of the model on held-out episodes; also at the end; 0: none"
     )
-    held_out: int = Field(8, ge=1, description="held-out episodes of each")
+    held_out: int = Field(8, ge=1, description="held-out episodes of each such evaluation")
 
 
 class Throughput:

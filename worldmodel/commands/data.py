@@ -88,7 +88,7 @@ Source = Annotated[
 ]
 LayoutOption = Annotated[
     Literal["hwc", "chw", "vector"] | None,
-    typer.Option(help="Of image-shaped observations where their shape leaves it open.", show_default=False),
+    typer.Option(help="Order of the axes of images where their shape leaves it open.", show_default=False),
 ]
 
 
@@ -112,13 +112,13 @@ def export_command(
     out: Annotated[str, typer.Option(metavar="FILE.npz|minari:ID", help="The new file, or Minari data set.", show_default=False)],
     dreamed: Annotated[
         int | None,
-        typer.Option(min=1, help="So many episodes that the run's agent dreams.", show_default="the run's real episodes"),
+        typer.Option(min=1, help="Episodes that the run's agent dreams.", show_default="the run's real episodes"),
     ] = None,
     horizon: Annotated[int | None, typer.Option(min=1, help="Steps after which a dream is truncated.", show_default="50")] = None,
     start: Annotated[
         Start | None, typer.Option(help="Dreams begin at recorded rows, or in draws of the initial prior.", show_default="replay")
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of the dreams' draws.", show_default="0")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the dreams' draws.", show_default="0")] = None,
     trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,

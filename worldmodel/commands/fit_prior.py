@@ -58,7 +58,7 @@ def command(
     kind: Annotated[
         str | None, typer.Option(metavar="KIND", help="Required: gaussian, mixture, flow, energy, ...", show_default=False)
     ] = None,
-    slot: Annotated[Literal["initial", "transition", "marginal"], typer.Option(help="What the distribution fills.")] = "initial",
+    slot: Annotated[Literal["initial", "transition", "marginal"], typer.Option(help="The slot that it fills.")] = "initial",
     options: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="An option of the distribution; repeat it.", show_default=False),

@@ -31,7 +31,7 @@ def command(
         list[str] | None,
         typer.Argument(
             metavar="[PREFIX] [KEY=VALUE]...",
-            help="Those whose key begins so; options that choose other kinds.",
+            help="Only options whose key begins with PREFIX; KEY=VALUE chooses other kinds of parts.",
             show_default=False,
         ),
     ] = None,

@@ -129,7 +129,7 @@ def command(
         typer.Option(metavar="DIR", help="The run folder.", show_default="runs/<recipe>-s<seed>, or the next free number"),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Of environments, weights and draws.", show_default="0; on resume the run's own")
+        int | None, typer.Option(min=0, help="Seed of environments, weights and draws.", show_default="0; on resume the run's own")
     ] = None,
     steps: Annotated[
         int | None,

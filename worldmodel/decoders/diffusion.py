@@ -39,7 +39,7 @@ class DiffusionDecoderConfig(DecoderConfig):
     kind: Literal["diffusion"] = "diffusion"
     gradient: Literal["stop", "full"] = Field("stop", description="whether denoising trains the refiner alone, or the feature too")
     steps: int = Field(3, ge=1, description="steps of a draw; sampling.steps overrides it")
-    sampler: Literal["multistep", "euler", "heun"] = Field("euler", description="as of a diffusion prior")
+    sampler: Literal["multistep", "euler", "heun"] = Field("euler", description="see the sampler of a diffusion prior")
     refine_depth: int = Field(16, ge=1, description="channels of the U-Net that refines pictures")
     refine_units: int = Field(128, ge=1, description="width of the perceptron that refines vectors")
     frames: int = Field(64, ge=1, description="pictures of each batch that the U-Net is trained on, drawn at random")

@@ -49,7 +49,7 @@ class CheckpointConfig(Frozen):
 
     every: int = Field(5000, ge=0, description="real steps between checkpoints besides those of evaluations; 0: no others")
     flush: int = Field(
-        1000, ge=0, description="real steps after which new experience is on the disk at the latest (for --keep-newer); 0: as every"
+        1000, ge=0, description="real steps after which new experience is on disk (for --keep-newer); 0: as checkpoint.every"
     )
     keep: int = Field(2, ge=1, description="newest checkpoints that stay")
     failures: int = Field(3, ge=1, description="saves in a row that fail, as on a full disk, at which the run stops")

@@ -87,6 +87,9 @@ def test_every_mode_gives_what_sb3_gives(mode, observation):
 def test_what_comes_out_is_a_sound_vec_env(make):
     env = GymVecEnvAdapter(make())
     check_vec_env(env, steps=40)
+    env.reset()
+    _, rewards, dones, infos = env.step(np.stack([env.action_space.sample() for _ in range(env.num_envs)]))
+    assert rewards.shape == dones.shape == (len(infos),) == (env.num_envs,)
     env.close()
 
 

@@ -196,6 +196,9 @@ def test_gymnasium_s_vector_wrappers_take_imagined_worlds(wrapper):
 def test_sb3_takes_imagined_worlds_in_every_mode(mode):
     env = GymVecEnvAdapter(vector(autoreset_mode=mode))
     check_vec_env(env, steps=30)
+    env.reset()
+    ends = sum(env.step(np.zeros((3, *env.action_space.shape), env.action_space.dtype))[2] for _ in range(30))
+    assert (ends > 0).all()  # every world ended, and went on
 
 
 @pytest.mark.parametrize("mask", [[True, False], np.zeros(3, bool), np.ones(3)], ids=["short", "nobody", "no flags"])

@@ -418,6 +418,7 @@ def test_it_passes_both_env_checkers(space, observation):
     for check, options in ((sb3_check, {}), (gymnasium_check, {"skip_render_check": mode is None})):
         env = gym.make(IMAGINED, run=world, start="prior", observation=observation, render_mode=mode)
         check(env.unwrapped, **options)
+        assert env.observation_space.contains(env.reset(seed=0)[0])
 
 
 # Bad input --------------------------------------------------------------------------------------------------------------

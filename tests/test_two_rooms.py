@@ -40,6 +40,7 @@ def test_two_rooms_keep_the_checkers_contracts(random_wall):
     gymnasium_check(env.unwrapped, skip_render_check=True)
     sb3_check(env)
     check_vec_env(make_vec(EnvConfig(id=ROOMS, kwargs={"random_wall": random_wall}), 2, seed=0))
+    assert env.observation_space.contains(env.reset(seed=0)[0])
 
 
 @pytest.mark.parametrize("random_wall", [False, True])

@@ -161,15 +161,7 @@ class ConditionalDistribution(nn.Module, ABC):
         arguments = (posterior, z, None if context is None else context.detach())
         return torch.func.functional_call(self, own, arguments, {"sampling": sampling, "rows": rows})
 
-    def forward(
-        self,
-        posterior: Posterior,
-        z: Tensor,
-        context: Tensor | None,
-        *,
-        sampling: Sampling | None = None,
-        rows: Tensor | None = None,
-    ) -> Float[Tensor, "*N"]:
+    def forward(self, posterior: Posterior, z: Tensor, context: Tensor | None, **options: Any) -> Float[Tensor, "*N"]:
         """The rate with whatever parameters the module has at the moment."""
         return posterior.log_prob(z) - self.log_prob(z, context)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -119,13 +119,7 @@ class Diffusion(Whitened):
         return {"denoise": Loss(value.view(draws, *x.shape[:-1]).mean(0), "score"), **terms}
 
     def forward(
-        self,
-        posterior: Posterior,
-        z: Tensor,
-        context: Tensor | None,
-        *,
-        sampling: Sampling | None = None,
-        rows: Tensor | None = None,
+        self, posterior: Posterior, z: Tensor, context: Tensor | None, *, sampling: Sampling | None = None, **options: Any
     ) -> Float[Tensor, "*N"]:
         """An upper bound of KL(posterior || self) in expectation, from `rate_samples` noisy samples of z, differentiable in z."""
         generator = None if sampling is None else sampling.generator

@@ -162,13 +162,7 @@ class Energy(Whitened):
         return total - math.log(count), (2 * total - (2 * weight).logsumexp(0)).exp()
 
     def forward(
-        self,
-        posterior: Posterior,
-        z: Tensor,
-        context: Tensor | None,
-        *,
-        sampling: Sampling | None = None,
-        rows: Tensor | None = None,
+        self, posterior: Posterior, z: Tensor, context: Tensor | None, *, sampling: Sampling | None = None, **options: Any
     ) -> Float[Tensor, "*N"]:
         """With an estimate of ln Z from `normaliser` draws, which has no gradient: f learns by its own loss."""
         log_z, _ = self.log_z(None if context is None else context.flatten(0, -2), self.config.normaliser, sampling)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import zuko
@@ -77,15 +77,7 @@ class Flow(Whitened):
         noise = self.noise((count, *frame.mean.shape), sampling or Sampling())
         return frame.mean + frame.std * self.splines(context).inv(noise)
 
-    def forward(
-        self,
-        posterior: Posterior,
-        z: Tensor,
-        context: Tensor | None,
-        *,
-        sampling: Sampling | None = None,
-        rows: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, posterior: Posterior, z: Tensor, context: Tensor | None, **options: Any) -> Tensor:
         nats = super().forward(posterior, z, context)
         self.update_moments(z)
         return nats

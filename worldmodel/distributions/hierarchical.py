@@ -99,15 +99,7 @@ class Hierarchical(ConditionalDistribution):
         z1, z2 = self._split(x)
         return self.upper.log_prob(z1, context) + self.lower.log_prob(z2, self._lower_context(z1, context))
 
-    def forward(
-        self,
-        posterior: Posterior,
-        z: Tensor,
-        context: Tensor | None,
-        *,
-        sampling: Sampling | None = None,
-        rows: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, posterior: Posterior, z: Tensor, context: Tensor | None, **options: Any) -> Tensor:
         z1, z2 = self._split(z)
         axis, rest = self.latent.axis, self.latent.variables - self.top
         q1 = posterior.map(lambda p: p.narrow(axis, 0, self.top))

@@ -280,8 +280,8 @@ def stored(agent) -> SimpleNamespace:
 # Shapes -----------------------------------------------------------------------------------------------------------------
 
 WHOLE_RUNS = """adapter check checkpoint checkpoint_zip cli commands disk_replay docs dyna env_habits exchange house imagined
-interrupted isolation life_signs loop offline options recording remedies replay replay_habits restarts reward_scale run runs_of_0_1 sb3 sb3_habits
-segments sources tensorboard train two_stage users_space watch""".split()
+interrupted isolation life_signs loop offline options recording remedies replay replay_habits restarts reward_scale run
+runs_of_0_1 sb3 sb3_habits segments sources tensorboard train two_stage users_space watch""".split()
 """Test modules, and all of tests/reliability, that train in order to look at files, processes, environments or options. Checking
 annotations at each call takes two fifths of a training, and the tests of the tensors themselves check them all."""
 

@@ -22,7 +22,7 @@ if sys.version_info >= (3, 11):
     pass
 else:
     pass
-from test_house import FOLDERS, ROOT, sources
+from test_house import FOLDERS, ROOT, sources, tomllib
 
 # Docs -------------------------------------------------------------------------------------------------------------------
 
@@ -108,7 +108,8 @@ def test_links_in_the_docs_lead_somewhere(file):
     assert not [target for target in targets if not (file.parent / target).exists()]
 
 
-def test_the_version_is_the_same_everywhere(project):
+def test_the_version_is_the_same_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert f"version: {project['version']}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"## [{project['version']}]" in (ROOT / "CHANGELOG.md").read_text()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 from typing import Literal
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from worldmodel.config import Frozen
 from worldmodel.data import Loss
 from worldmodel.nn.moments import RunningMoments
+from worldmodel.nn.networks import EnsembleLinear
 from worldmodel.registry import register
 
 
@@ -31,18 +31,6 @@ class EnsembleConfig(Frozen):
         if members == 1:
             raise ValueError("one predictor cannot disagree with itself: use 0, or at least 2 (5 is usual)")
         return members
-
-
-class EnsembleLinear(nn.Module):
-    """K linear layers side by side: [K, N, I] -> [K, N, O]."""
-
-    def __init__(self, members: int, inputs: int, outputs: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(members, inputs, outputs) / math.sqrt(inputs))
-        self.bias = nn.Parameter(torch.zeros(members, 1, outputs))
-
-    def forward(self, x: Float[Tensor, "K N I"]) -> Float[Tensor, "K N O"]:
-        return torch.baddbmm(self.bias, x, self.weight)
 
 
 @register("ensemble", "standard", EnsembleConfig)

@@ -130,6 +130,9 @@ class Learner:
     MEASURE_EVERY = 10
     """Updates between two evaluations of `WorldModel.measures`, which can cost as much as a loss."""
 
+    CALIBRATE_EVERY = 5
+    """Updates between two calibrations of what the model in use predicts of its own errors."""
+
     def __init__(self, world: WorldModel, config: TrainConfig):
         self.world, self.config = world, config
         self.optimizer = torch.optim.Adam(world.parameters(), lr=config.lr, eps=config.eps)
@@ -174,6 +177,9 @@ class Learner:
             self.updates += 1
             self.world.update_targets()
             self._update_ema()
+            if self.updates % self.CALIBRATE_EVERY == 0:
+                self.world.calibrate(self.ema, batch)
+                self.world.train()
         return metrics | self._diagnostics(metrics, trace, batch), trace, batch
 
     @torch.no_grad()

@@ -130,7 +130,8 @@ class WorldModel(nn.Module):
         own = default_distribution(config.dynamics)
         self.scaling = VectorScaling(config.vector_scaling, obs)
         self.encoder = build_encoder(config.encoder, config.dynamics.kind, obs)
-        interface = EncoderInterface({name: key.shape for name, key in obs.keys.items()}, self.encoder.out_features, self._embed)
+        shapes = {name: key.shape for name, key in obs.keys.items()}
+        interface = EncoderInterface(shapes, self.encoder.out_features, self._embed, getattr(self.encoder, "anchor", None))
         self.dynamics = build("dynamics", config.dynamics, interface, action.dim, config.transition or own, config.initial or own)
         self.feature_dim = self.dynamics.feature_dim
         latent = self.dynamics.latent
@@ -140,8 +141,11 @@ class WorldModel(nn.Module):
             if self.marginal.density != "none":
                 self.register_buffer("marginal_low", torch.tensor(UNKNOWN))
                 self.register_buffer("marginal_age", torch.tensor(0))
-        decoder = build("decoder", config.decoder, obs, self.feature_dim, latent.size)
-        decoder = getattr(self.dynamics, "decoder", decoder)  # after both are built: heads have the same first weights
+        if own := getattr(self.dynamics, "Decoder", None):
+            decoder = own(config.decoder, obs, self.feature_dim, latent)
+        else:
+            decoder = build("decoder", config.decoder, obs, self.feature_dim, latent.size)
+            decoder = getattr(self.dynamics, "decoder", decoder)  # after both are built: heads have the same first weights
         self.objective = build("objective", config.objective, decoder, self.encoder, self.dynamics, action.dim)
         self.decoder: nn.Module | None = getattr(self.objective, "decoder", None)
         if config.rollouts == "observation" and self.decoder is None:
@@ -251,6 +255,12 @@ class WorldModel(nn.Module):
             out |= {f"prior/{slot}/{name}": value for name, value in seen.items()}
         return out
 
+    @torch.no_grad()
+    def calibrate(self, used: WorldModel, batch: Batch) -> None:
+        """Fits predicted deviations, where the dynamics has them apart, to the errors that the model in use makes on a prepared batch."""
+        if hasattr(self.dynamics, "calibrate"):
+            self.dynamics.calibrate(used.dynamics, used.eval().trace(batch, None, Sampling(mode=True)), batch.is_first)
+
     def update_targets(self) -> None:
         """EMA update of the objective's target encoder, if it has one; to be called after each optimiser step."""
         if hasattr(self.objective, "update_target_encoder"):
@@ -315,19 +325,30 @@ class WorldModel(nn.Module):
         With model.rollouts=observation each step is decoded, by a draw, and encoded again.
         """
         sampling = sampling or Sampling()
-        features, actions = [self.dynamics.feature(state)], []
+        features, actions, uncertainties = [self.dynamics.feature(state)], [], []
         for step in range(horizon):
             actions.append(policy(features[-1], step))
             state = self.dynamics.imagine(state, self.action.project(actions[-1]), sampling)
+            if self.ensemble is None and self.has_uncertainty:
+                uncertainties.append(state["uncertainty"].squeeze(-1))
             if self.config.rollouts == "observation":
                 state = self._reencoded(state, sampling)
             features.append(self.dynamics.feature(state))
         rows = torch.stack(features)  # [H+1, B, F]: time first, so that the heads read it without a copy
         reward, cont = (head(rows[1:]).transpose(0, 1) for head in (self.heads.reward, self.heads.cont))
-        uncertainty = torch.zeros_like(reward)
-        if self.ensemble is not None:
-            uncertainty = self.ensemble.disagreement(rows[:-1], self.action.project(torch.stack(actions))).transpose(0, 1)
+        uncertainty = self._uncertainty(rows, actions, uncertainties).transpose(0, 1)
         return Dream(torch.stack(actions, 1), reward, cont, uncertainty, rows.transpose(0, 1), state)
+
+    @property
+    def has_uncertainty(self) -> bool:
+        """Whether dreams have uncertainty: from an ensemble, or from one within the transition."""
+        return self.ensemble is not None or getattr(self.dynamics, "has_members", False)
+
+    def _uncertainty(self, feature: Tensor, actions: list[Tensor], uncertainties: list[Tensor]) -> Float[Tensor, "H B"]:
+        """On arriving at each step: the ensemble's, else what the dynamics' own members said."""
+        if self.ensemble is not None:
+            return self.ensemble.disagreement(feature[:-1], self.action.project(torch.stack(actions)))
+        return torch.stack(uncertainties) if uncertainties else feature.new_zeros(feature[1:].shape[:-1])
 
     def log_density(self, feature: Float[Tensor, "*N F"]) -> Float[Tensor, "*N"]:
         """ln p(z) of a feature's latent under the marginal, in nats; up to a constant where it is unnormalised.
@@ -404,7 +425,7 @@ def active_units(mean: Float[Tensor, "N Z"], threshold: float = 0.01) -> int:
 
 def needs_ensemble(world: WorldModel, name: str, value: float | None) -> None:
     """ConfigError where option `name` is set, which needs uncertainty, and the model has no ensemble."""
-    if value and world.ensemble is None:
+    if value and not world.has_uncertainty:
         raise ConfigError(
             f"{name}={value:g} needs uncertainty, and the world model has no ensemble. Train with model.ensemble.members=5, or "
             "leave it out."

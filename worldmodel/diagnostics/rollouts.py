@@ -170,7 +170,7 @@ def open_loop(
         errors = _errors(world, roll, context)
         for which in part[rows].unique().tolist():
             sums[which] += errors[(part[rows] == which).to(errors.device)].sum(0).cpu()
-    has_ensemble = world.ensemble is not None
+    has_ensemble = world.has_uncertainty
     parts = {name: _means(own, sizes, context, has_ensemble) for name, own in zip(PARTS, sums)}
     return replace(_means(sums.sum(0), sizes, context, has_ensemble), parts=parts)
 

@@ -4,6 +4,7 @@ from worldmodel.distributions.base import ClosedForm, ConditionalDistribution, E
 from worldmodel.distributions.categorical import CategoricalConfig, CategoricalLatent, CategoricalLatentConfig, CategoricalPosterior
 from worldmodel.distributions.diffusion import Diffusion, DiffusionConfig
 from worldmodel.distributions.energy import Energy
+from worldmodel.distributions.ensemble import EnsembleGaussian, EnsembleGaussianConfig
 from worldmodel.distributions.flow import Flow
 from worldmodel.distributions.gaussian import Gaussian, GaussianConfig, GaussianLatent, GaussianLatentConfig, GaussianPosterior
 from worldmodel.distributions.hierarchical import Hierarchical
@@ -25,6 +26,8 @@ __all__ = [
     "DiffusionConfig",
     "EncoderInterface",
     "Energy",
+    "EnsembleGaussian",
+    "EnsembleGaussianConfig",
     "Flow",
     "Gaussian",
     "GaussianConfig",

@@ -25,11 +25,13 @@ class EncoderInterface:
     size     E: numbers in an embedding
     encode   observations {key: [N, ...]} -> embeddings [N, E]; a bound method of the model, so that a copied model has its own
              and an exchanged encoder is the one that is called
+    anchor   what the end of an embedding holds of the observation itself (`Anchor`); None: nothing
     """
 
     shapes: dict[str, tuple[int, ...]]
     size: int
     encode: Callable[[Obs], Tensor]
+    anchor: Any = None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from worldmodel.config import Frozen, Part
 from worldmodel.data import Batch, Loss, Sampling, State, Trace
-from worldmodel.distributions import CategoricalLatentConfig, ConditionalDistribution, EncoderInterface, Posterior, PosteriorSource
+from worldmodel.distributions import (
+    CategoricalLatentConfig,
+    ConditionalDistribution,
+    EncoderInterface,
+    Latent,
+    Posterior,
+    PosteriorSource,
+)
 from worldmodel.nn.networks import MLP, SkipMLP, linear, offset_linear
 from worldmodel.registry import build
 
@@ -50,16 +57,15 @@ class Dynamics(nn.Module, ABC):
 
     def __init__(self, config: DynamicsConfig, encoder: EncoderInterface, action_dim: int, transition: Frozen, initial: Frozen):
         super().__init__()
-        self.config = config
-        self.latent = build("latent", config.latent)
-        self.feature_dim = config.deter + self.latent.size
-        self.action_in = linear(action_dim, self.combined_dim, bias=False)
-        self.z_in = offset_linear(self.latent.size, self.combined_dim)
+        self.config, self.action_dim = config, action_dim
+        self.latent = self._make_latent(encoder)
+        self.feature_dim = self.h_dim + self.latent.size
+        self._make_inputs(action_dim)
         self._make_recurrence()
         posterior_h_dim = self._make_posterior(encoder.size)
         self.source = PosteriorSource(encoder, posterior_h_dim, self.posterior)
-        self.transition: ConditionalDistribution = build("distribution", transition, self.latent.family, config.deter, self.source)
-        self.initial_prior: ConditionalDistribution = build("distribution", initial, self.latent.family, 0, self.source)
+        self.transition = self._make_prior(transition, self.h_dim)
+        self.initial_prior = self._make_prior(initial, 0)
 
     # What a subclass defines ---------------------------------------------------------------------------------------------
 
@@ -94,6 +100,24 @@ class Dynamics(nn.Module, ABC):
     def compile_step(self) -> None:
         """Compiles what is called at each step."""
 
+    def _make_latent(self, encoder: EncoderInterface) -> Latent:
+        """The kind of latent, and its size."""
+        return build("latent", self.config.latent)
+
+    @property
+    def h_dim(self) -> int:
+        """D: numbers in h."""
+        return self.config.deter
+
+    def _make_inputs(self, action_dim: int) -> None:
+        """Makes what `combine` needs."""
+        self.action_in = linear(action_dim, self.combined_dim, bias=False)
+        self.z_in = offset_linear(self.latent.size, self.combined_dim)
+
+    def _make_prior(self, config: Frozen, context_dim: int) -> ConditionalDistribution:
+        """The distribution of a slot, given h or, with `context_dim` 0, nothing."""
+        return build("distribution", config, self.latent.family, context_dim, self.source)
+
     def _make_posterior(self, embed_dim: int) -> int:
         """Makes the posterior's modules; returns how many numbers of h it reads."""
         net = SkipMLP if self.latent.continuous else MLP
@@ -127,7 +151,8 @@ class Dynamics(nn.Module, ABC):
 
     def initial(self, batch_size: int) -> State:
         """The state before the first observation: zeros."""
-        return State({**self.zero_recurrent(batch_size), "z": self.z_in.weight.new_zeros(batch_size, self.latent.size)})
+        recurrent = self.zero_recurrent(batch_size)
+        return State({**recurrent, "z": recurrent["h"].new_zeros(batch_size, self.latent.size)})
 
     def feature(self, state: State) -> Float[Tensor, "*N F"]:
         return torch.cat([state["h"], state["z"]], -1)
@@ -139,7 +164,7 @@ class Dynamics(nn.Module, ABC):
     def first_recurrent(self, batch_size: int) -> RecurrentState:
         """An episode's first recurrent state, f(0, 0, 0)."""
         start = self.initial(batch_size)
-        action = start["z"].new_zeros(batch_size, self.action_in.in_features)
+        action = start["z"].new_zeros(batch_size, self.action_dim)
         return self.advance(self._recurrent(start), self.combine(start["z"], action))
 
     def sample_initial(self, batch_size: int, sampling: Sampling) -> State:

@@ -131,6 +131,18 @@ def fourier_features(level: Float[Tensor, " N"], count: int) -> Float[Tensor, "N
     return torch.cat([level.unsqueeze(-1), turns.sin(), turns.cos()], -1)
 
 
+class EnsembleLinear(nn.Module):
+    """K linear layers side by side: [K, N, I] -> [K, N, O]."""
+
+    def __init__(self, members: int, inputs: int, outputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(members, inputs, outputs) / math.sqrt(inputs))
+        self.bias = nn.Parameter(torch.zeros(members, 1, outputs))
+
+    def forward(self, x: Float[Tensor, "K N I"]) -> Float[Tensor, "K N O"]:
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
 class BlockLinear(nn.Module):
     """A linear layer whose weight matrix is block-diagonal.
 

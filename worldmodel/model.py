@@ -257,7 +257,7 @@ class WorldModel(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, used: WorldModel, batch: Batch) -> None:
-        """Fits predicted deviations, where the dynamics has them apart, to the errors that the model in use makes on a prepared batch."""
+        """Fits predicted deviations, where the dynamics can, to the errors of the model in use on a prepared batch."""
         if hasattr(self.dynamics, "calibrate"):
             self.dynamics.calibrate(used.dynamics, used.eval().trace(batch, None, Sampling(mode=True)), batch.is_first)
 

@@ -59,8 +59,8 @@ class EnsembleGaussian(ConditionalDistribution):
     """K Gaussians with the same weight; each has its own network, and a linear path in it, so that it extrapolates.
 
     Each member learns alone. Its mean minimises the squared error; its deviation, from a network of its own, the negative
-    log-likelihood. Where both share a likelihood, numbers that are badly predicted are given up (Seitzer et al. 2022); where they share
-    layers, the deviation's gradient, whose size does not fall with the error, keeps the mean from being exact.
+    log-likelihood. Where both share a likelihood, numbers that are badly predicted are given up (Seitzer et al. 2022); where they
+    share layers, the deviation's gradient, whose size does not fall with the error, keeps the mean from being exact.
     Source: Lakshminarayanan et al. 2017; Chua et al. 2018 (PETS), section 4, for the use in dynamics.
     """
 
@@ -102,7 +102,7 @@ class EnsembleGaussian(ConditionalDistribution):
 
         Deviations follow the errors of the weights that are trained; an average of these weights has smaller ones.
         """
-        mean, std = used._uncalibrated(context)
+        mean, std = (_wide(y, x) for y in used._uncalibrated(context))
         self.calibration.update(((x - mean) / std).square().mean(0))
 
     def sample(self, context: Tensor | None, count: int = 1, sampling: Sampling | None = None) -> Float[Tensor, "K N D"]:
@@ -132,11 +132,9 @@ class EnsembleGaussian(ConditionalDistribution):
         return torch.addcmul(mean, std * sampling.temperature, noise), between
 
     def log_prob(self, x: Float[Tensor, "*N D"], context: Tensor | None) -> Float[Tensor, "*N"]:
-        return self._log_prob_each(x, *self.members_given(context)).logsumexp(0) - math.log(self.members)
-
-    @staticmethod
-    def _log_prob_each(x: Tensor, mean: Tensor, std: Tensor) -> Float[Tensor, "K *N"]:
-        return -(0.5 * ((x - mean) / std).square() + std.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
+        mean, std = (_wide(y, x) for y in self.members_given(context))
+        nats = 0.5 * ((x - mean) / std).square() + std.log() + 0.5 * math.log(2 * math.pi)
+        return (-nats.sum(-1)).logsumexp(0) - math.log(self.members)
 
     def rates(self, posterior: Posterior, z: Tensor, context: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
         """The side that trains the members has the gradient of `loss`."""
@@ -148,8 +146,13 @@ class EnsembleGaussian(ConditionalDistribution):
         self, x: Float[Tensor, "*N D"], context: Tensor | None, *, sampling: Sampling | None = None, rows: Tensor | None = None
     ) -> dict[str, Loss]:
         """The mean over members of their negative log-likelihoods, with the gradient that the class describes."""
-        mean, std = self._uncalibrated(context)
+        mean, std = (_wide(y, x) for y in self._uncalibrated(context))
         error = (x - mean).square()
         nats = (0.5 * error.detach() / std.square() + std.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
         means = 0.5 * error.sum(-1)
         return {"nll": Loss((nats + means - means.detach()).mean(0))}
+
+
+def _wide(members: Float[Tensor, "K *M D"], x: Float[Tensor, "*N D"]) -> Float[Tensor, "K *M D"]:
+    """Parameters of K members in a shape that broadcasts with `x`."""
+    return members.view(len(members), *[1] * (x.ndim + 1 - members.ndim), *members.shape[1:])

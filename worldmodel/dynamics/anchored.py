@@ -6,10 +6,10 @@
     h_t = [n_t, m_t, z_{t-1}, c_{t-1}, a_{t-1}]
     (z_t - z_{t-1} - b) / s ~ p(. | m_t, z_{t-1}, c_{t-1}, a_{t-1})
 
-Vectors, categories and bits are reconstructed exactly, since nothing is inferred: the rate of a row is what its observation costs to
-say, -ln p(z_t | h_t). Pictures have a posterior, a decoder and a rate, as in a VAE. What does not change is predicted from the first
-update on. What an observation hides of the world, m remembers, and what rewards and ends depend on, n: their gradients, whose size does
-not fall with the transition's error, reach no part of the transition.
+Vectors, categories and bits are reconstructed exactly, since nothing is inferred: the rate of a row is what its observation costs
+to say, -ln p(z_t | h_t). Pictures have a posterior, a decoder and a rate, as in a VAE. What does not change is predicted from the
+first update on. What an observation hides of the world, m remembers, and what rewards and ends depend on, n: their gradients,
+whose size does not fall with the transition's error, reach no part of the transition.
 
 `model.transition` chooses the distribution of changes: a Gaussian, an ensemble of them, a mixture, a flow, ...
 Source: Deisenroth and Rasmussen 2011 (PILCO) and Chua et al. 2018 (PETS) for predicted changes and the ensemble.
@@ -31,7 +31,7 @@ from worldmodel.data import Batch, Loss, Obs, Sampling, State, Trace
 from worldmodel.decoders import DecoderConfig
 from worldmodel.distributions import EncoderInterface, PointLatentConfig
 from worldmodel.distributions.anchored import Anchor, AnchoredLatent, Change, Reads
-from worldmodel.dynamics.base import Dynamics, RecurrentState, scattered
+from worldmodel.dynamics.base import Dynamics, RecurrentState
 from worldmodel.encoders import EncoderConfig, convolution
 from worldmodel.nn.networks import BlockGRU, SkipMLP, offset_linear
 from worldmodel.registry import build, register

@@ -22,6 +22,8 @@ STAMP := $(VENV)/.installed
 LINKS := $(VENV)/links/worldmodel
 # One thread per worker: two threads of torch under any other load can be slower than one by orders of magnitude.
 ONE_THREAD := OMP_NUM_THREADS=1
+# Whole files, since their fixtures train; the longest first, as tests/conftest.py sorts them.
+BY_FILE := --dist loadfile --no-loadscope-reorder
 
 .PHONY: help venv links demo test reliability lint bench figures figures-check reference screenshots clean
 .DELETE_ON_ERROR:
@@ -90,10 +92,10 @@ demo: $(STAMP)
 # ---- checks ------------------------------------------------------------------------------------------------------------
 
 test: links
-	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) $(BY_FILE) $(ARGS)
 
 reliability: $(STAMP)
-	RELIABILITY=full $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/reliability $(ARGS)
+	RELIABILITY=full $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) $(BY_FILE) tests/reliability $(ARGS)
 
 lint: links
 	$(BIN)/ruff check .

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -17,6 +19,7 @@ from jaxtyping import install_import_hook
 from torch import Tensor
 
 torch.set_num_threads(1)
+gc.disable()  # while everything is imported and collected: `pytest_collection_finish`
 
 # The rooms whose annotations speak of shapes. The hook must stand before any of them is imported.
 TENSOR_ROOMS = "data nn distributions encoders decoders heads diamond dynamics objectives model learner agents".split()
@@ -303,6 +306,41 @@ def _shapes_are_checked(request):
     path = request.path
     with unchecked(path.parent.name == "reliability" or path.stem.removeprefix("test_") in WHOLE_RUNS):
         yield
+
+
+# Time -------------------------------------------------------------------------------------------------------------------
+
+DURABLE = "checkpoint pictures replay segments storage_faults".split()
+"""Test modules that are about calls of `os.fsync`. No other waits for the disk: a process that is killed loses nothing that it has
+written, and power is not cut here."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _disk_is_waited_for(request):
+    """Whether `os.fsync` waits while a module's tests run. A training saves some forty files, and waits as long as it computes."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.stem.removeprefix("test_") not in DURABLE:
+            patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
+LONGEST = """kills storage_faults sb3 memory watch contracts reproducible space_catalogue model cli dynamics hostile_files
+bad_environments dead_workers signals actor_critic options house docs offline interrupted loop""".split()
+"""Test modules that take longest. They come first: pytest-xdist hands whole files to its workers, and where one of these is the
+last, the other workers have nothing to do."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; it takes --no-loadscope-reorder for pytest-xdist not to sort them by the number of their tests."""
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: no collection need go through it, and forks share its memory."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 # What was survived ------------------------------------------------------------------------------------------------------

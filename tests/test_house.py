@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
+import conftest
 import pytest
 import torch
 from packaging.requirements import Requirement
@@ -382,6 +383,11 @@ def test_every_recipe_builds_a_model_of_every_kind_and_size(recipe, monkeypatch)
             sizes.add(sum(p.numel() for p in world.parameters()))
     env.close()
     assert len(sizes) > len(names("size")), "names of kinds and sizes make different models"
+
+
+def test_the_lists_of_test_modules_name_modules_that_are_there():
+    there = {file.stem.removeprefix("test_") for file in (ROOT / "tests").rglob("test_*.py")}
+    assert not {*conftest.WHOLE_RUNS, *conftest.DURABLE, *conftest.LONGEST} - there
 
 
 # What is offered --------------------------------------------------------------------------------------------------------

@@ -194,6 +194,10 @@ class WorldModel(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    def train(self, mode: bool = True) -> WorldModel:
+        """As in PyTorch, which sets every flag anew: acting and learning ask at each step, and mostly nothing is to be changed."""
+        return super().train(mode) if any(module.training != mode for module in self.modules()) else self
+
     def initial(self, batch_size: int) -> State:
         """The state before the first observation."""
         return self.dynamics.initial(batch_size)

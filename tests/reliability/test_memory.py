@@ -32,13 +32,13 @@ SAMPLES = 40
 
 
 class Wide(gym.Env):
-    """Pictures of noise (48 KiB each) in episodes of 50 steps."""
+    """Pictures of noise (192 KiB each) in episodes of 50 steps."""
 
-    action_space, observation_space = gym.spaces.Discrete(2), gym.spaces.Box(0, 255, (128, 128, 3), np.uint8)
+    action_space, observation_space = gym.spaces.Discrete(2), gym.spaces.Box(0, 255, (256, 256, 3), np.uint8)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.steps, self.picture = 0, self.np_random.integers(0, 256, (128, 128, 3), np.uint8)
+        self.steps, self.picture = 0, self.np_random.integers(0, 256, (256, 256, 3), np.uint8)
         return self.picture, {}
 
     def step(self, action):
@@ -140,7 +140,7 @@ def test_agents_that_are_closed_leave_nothing_behind(vectorize, figure):
 
 # M2: resume -------------------------------------------------------------------------------------------------------------
 
-PICTURES = {"agent": "random", "train.capacity": 4_200, "train.prefill": 10_000, "checkpoint.every": 1_000, "checkpoint.flush": 0}
+PICTURES = {"agent": "random", "train.capacity": 1_050, "train.prefill": 10_000, "checkpoint.every": 250, "checkpoint.flush": 0}
 PICTURES |= {"eval.every": 0, "eval.episodes": 1, "model.encoder.depth": 2, "model.decoder.depth": 2}
 """Nothing is learned, so that the replay is most of the memory."""
 
@@ -154,8 +154,8 @@ def pictures(job: dict[str, Any]) -> dict[str, Any]:
 def test_a_resumed_run_takes_no_more_memory_than_an_unbroken_one(tmp_path, figure):
     """Teeth: a `Replay.load` that reads all segments before it puts their rows into the replay."""
     job = {"what": "pictures", "folder": str(tmp_path / "run")}
-    whole = in_child(__file__, {**job, "steps": 4_300, "resume": False})["VmHWM"]
-    resumed = in_child(__file__, {**job, "steps": 4_400, "resume": True})["VmHWM"]
+    whole = in_child(__file__, {**job, "steps": 1_075, "resume": False})["VmHWM"]
+    resumed = in_child(__file__, {**job, "steps": 1_100, "resume": True})["VmHWM"]
     replay = Run.open(tmp_path / "run").replay()
     assert len(replay) == replay.capacity and replay.nbytes > 200e6
     peaks = f"peak {resumed / KIB:.0f} MiB resumed, {whole / KIB:.0f} MiB unbroken, x {resumed / whole:.2f}"

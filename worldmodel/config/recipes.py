@@ -139,15 +139,10 @@ def load_yaml(text: str, where: str = "config") -> dict[str, Any]:
 
 def _load(text: str, where: str) -> Any:
     """Plain data that belongs to the caller alone."""
-    return plain(_parsed(text, where))
-
-
-@functools.lru_cache(maxsize=64)  # every agent that is made reads all recipes
-def _parsed(text: str, where: str) -> Any:
     if len(text) > MAX_CHARACTERS:
         raise ConfigError(f"{where}: {len(text)} characters are more than a config may have ({MAX_CHARACTERS}).")
     try:
-        return _Loader(text).get_single_data()
+        return plain(_parsed(text))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
@@ -156,6 +151,11 @@ def _parsed(text: str, where: str) -> Any:
         raise ConfigError(f"{where}: {' '.join(str(error).split())}.") from None
     except ValueError:  # Python's own limit on reading integers
         raise ConfigError(f"{where}: an integer of thousands of digits. Write it as a float.") from None
+
+
+@functools.lru_cache(maxsize=64)  # every agent that is made reads all recipes, and runs of one recipe hold the same text
+def _parsed(text: str) -> Any:
+    return _Loader(text).get_single_data()
 
 
 def dump_yaml(value: Mapping) -> str:

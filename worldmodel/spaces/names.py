@@ -62,8 +62,8 @@ def _by_key(spec: ObsSpec, given: Names) -> Mapping[str, Sequence[str]]:
     if not isinstance(given, Mapping):
         if not spec.single:
             raise ConfigError(
-                f"env.names is a list, and the observation has the keys {sorted(spec.keys)}. Expected {{key: [names]}}, for some of "
-                "them or for all."
+                f"env.names is a list, and the observation has the keys {sorted(spec.keys)}. Expected {{key: [names]}}, for some "
+                "of them or for all."
             )
         given = {"obs": given}
     for name, names in given.items():
@@ -74,7 +74,7 @@ def _by_key(spec: ObsSpec, given: Names) -> Mapping[str, Sequence[str]]:
             raise ConfigError(f"{where}: '{name}' is a picture ({key.space}), whose pixels have no names. Leave it out.")
         count = int(np.prod(key.raw_shape))
         if len(names) != count:
-            raise ConfigError(f"{where}: {len(names)} names for the {count} numbers of '{name}' ({key.space}). Name each.")
+            raise ConfigError(f"{where} has {len(names)} names; expected {count}, one for each number of {key.space}.")
         if not all(isinstance(word, str) and word.strip() for word in names):
             raise ConfigError(f"{where} is {list(names)}; expected a word for each number.")
     return given

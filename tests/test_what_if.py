@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -84,6 +85,14 @@ def test_plans_are_ranked_by_return_with_a_certainty(chain):
     assert ranking.behind[0] == 0 and ranking.behind[2] == pytest.approx(2, abs=0.3)
     assert ranking.behind_error[0] == 0 and 0 < ranking.behind_error[2] < 0.2
     assert "1. right" in repr(ranking) and "of 32 samples" in repr(ranking)
+
+
+def test_ties_are_shared_and_samples_are_compared_one_by_one():
+    forecast = what_if(small_world(), np.zeros(4), [], [1], samples=4)
+    returns = {"a": [1.0, 2, 3, 8], "b": [0.0, 1, 2, 7], "c": [1.0, 2, 3, 8]}
+    ranking = PlanRanking.of([replace(forecast, name=name, returns=np.array(x)) for name, x in returns.items()])
+    assert list(ranking) == ["a", "c", "b"] and ranking.win_share.tolist() == [0.5, 0.5, 0]
+    assert ranking.behind.tolist() == [0, 0, 1] and ranking.behind_error.tolist() == [0, 0, 0]
 
 
 def test_a_discount_makes_late_rewards_count_less(chain):

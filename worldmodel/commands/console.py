@@ -113,13 +113,13 @@ def show_dream(result: Mapping[str, Any]) -> None:
 
 
 def show_what_if(result: Mapping[str, Any]) -> None:
-    """The ranking of the plans, what the first leads to at some of its steps, and what both were asked of."""
-    names = ("return_mean", "return_error", "win_share", "behind", "behind_error")
-    columns = names if len(result["plans"]) > 1 else names[:2]
-    plans = [
-        {"plan": plan["name"], **{name: f"{plan[name]:.4g}" for name in columns}, **_at_the_end(plan)} for plan in result["plans"]
-    ]
-    table(plans, ("plan", *columns, "survival", "uncertainty"), digits=3)
+    """The ranking of the plans with standard errors, what the first leads to at some of its steps, and what was asked of."""
+    lines = []
+    for plan in result["plans"]:
+        certainty = {"highest in": f"{plan['win_share']:.0%}", "behind": _spread(plan["behind"], plan["behind_error"])}
+        last = {name: None if plan[name] is None else f"{plan[name][-1]:.3g}" for name in ("survival", "uncertainty")}
+        lines.append({"plan": plan["name"], "return": _spread(plan["return_mean"], plan["return_error"]), **certainty, **last})
+    table(lines, ("plan", "return", *(("highest in", "behind") if len(lines) > 1 else ()), "survival", "uncertainty"))
     best = result["plans"][0]
     steps = sorted({1, *(max(1, round(len(best["actions"]) * share)) for share in (1 / 3, 2 / 3, 1))})
     signals = _signals(best)
@@ -132,8 +132,8 @@ def show_what_if(result: Mapping[str, Any]) -> None:
     show_pairs({**more, **about, "history": f"{history['source']}{place}"})
 
 
-def _at_the_end(plan: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: None if plan[name] is None else plan[name][-1] for name in ("survival", "uncertainty")}
+def _spread(mean: float, std: float) -> str:
+    return f"{mean:.3g} ± {std:.2g}"
 
 
 def _signals(plan: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -142,12 +142,9 @@ def _signals(plan: Mapping[str, Any]) -> dict[str, list[str]]:
     def flat(value: Any) -> list[float]:
         return [x for part in value for x in flat(part)] if isinstance(value, list) else [value]
 
-    def spread(mean: float, std: float) -> str:
-        return f"{mean:.3g} ± {std:.2g}"
-
     found = {
         "action": [", ".join(f"{x:.4g}" for x in flat(action)) for action in plan["actions"]],
-        "reward": [spread(*pair) for pair in zip(plan["reward_mean"], plan["reward_std"])],
+        "reward": [_spread(*pair) for pair in zip(plan["reward_mean"], plan["reward_std"])],
         "survival": [f"{x:.3f}" for x in plan["survival"]],
     }
     if plan["uncertainty"] is not None:
@@ -156,7 +153,7 @@ def _signals(plan: Mapping[str, Any]) -> dict[str, list[str]]:
     for key, names in plan["names"].items() if mean is not None else ():
         means, stds = ([flat(row) for row in (x[key] if isinstance(x, Mapping) else x)] for x in (mean, std))
         for i, name in enumerate(names):
-            found[name] = [spread(m[i], s[i]) for m, s in zip(means, stds)]
+            found[name] = [_spread(m[i], s[i]) for m, s in zip(means, stds)]
     return found
 
 

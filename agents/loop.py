@@ -45,6 +45,7 @@ from worldmodel.errors import ConfigError, EnvError
 from worldmodel.learner import Learner
 from worldmodel.model import WorldModel, tensors
 from worldmodel.spaces import ActionSpec, ObsSpec
+from worldmodel.spaces.names import signal_names
 from worldmodel.storage.replay import Replay
 from worldmodel.storage.weights import cpu_randomness
 
@@ -155,6 +156,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
     # Building -------------------------------------------------------------------------------------------------------
 
     def _setup_model(self) -> None:
+        signal_names(self.obs_spec, self.config.env.names)  # raises now, not at the first figure
         self.policy_name = fitting_policy(self.policy_name, self.obs_spec, self.observation_space)
         with cpu_randomness(self.seed):
             self.world = WorldModel(self.config.model, self.obs_spec, self.action_spec).to(self.device)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from worldmodel.data import Obs
 from worldmodel.spaces import ObsSpec
-from worldmodel.spaces.keys import KeySpec
+from worldmodel.spaces.names import KNOWN, Names, signal_names
 from worldmodel.view import pictures
 
 Point = tuple[float, float]
@@ -55,22 +55,18 @@ def scene(env_id: str) -> Scene | None:
 class Viewer:
     """Observations as pictures: images as they are, vectors of known environments drawn, nothing for all others.
 
-    names     {key: names of its D canonical numbers}, for all keys but images
+    names     {key: names of its D canonical numbers}, for all keys but images: `env.names`, or else those of `signal_names`
     can_draw  whether `frames` gives pictures
     """
 
-    def __init__(self, env_id: str, spec: ObsSpec):
+    def __init__(self, env_id: str, spec: ObsSpec, names: Names | None = None):
         known = scene(env_id)
         images = [key.name for key in spec.keys.values() if key.kind == "image"]
         fitting = [key.name for key in spec.keys.values() if known and key.kind == "vector" and key.shape == (len(known.names),)]
         self._draw = None if images or not known else known.draw
         self._key = next(iter(images or fitting), None)
         self.can_draw = self._key is not None
-        self.names: dict[str, tuple[str, ...]] = {
-            key.name: known.names if known and key.name in fitting else _numbered(key)
-            for key in spec.keys.values()
-            if key.kind != "image"
-        }
+        self.names = signal_names(spec, names, env_id)
 
     def frames(self, obs: Mapping[str, np.ndarray | Tensor]) -> np.ndarray | None:
         """Canonical observations {key: [N, *shape]}, as `ObsSpec.canonical` gives them -> uint8 [N, H, W, 3], or None.
@@ -114,15 +110,6 @@ def _pixels(x: np.ndarray) -> np.ndarray:
     x = x[:, -3:] if x.shape[1] % 3 == 0 else x[:, -1:]
     x = np.rint(np.clip(np.nan_to_num(x), 0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(np.broadcast_to(x, (*x.shape[:3], 3)))
-
-
-def _numbered(key: KeySpec) -> tuple[str, ...]:
-    """`obs[0]`, `obs[1]`, ... of a vector, `obs=2` of a category, `obs[1]=2` of the second category of several."""
-    places = [f"{key.name}[{','.join(map(str, index))}]" if index else key.name for index in np.ndindex(key.raw_shape)]
-    if key.kind != "categorical":
-        return tuple(places)
-    groups = zip(places, key.start, key.sizes)
-    return tuple(f"{place}={value}" for place, start, size in groups for value in range(start, start + size))
 
 
 # Drawing ----------------------------------------------------------------------------------------------------------------
@@ -272,13 +259,10 @@ def _draw_acrobot(obs: np.ndarray) -> np.ndarray:
     return sheet.picture()
 
 
-_CARTPOLE = Scene(("cart position [m]", "cart velocity [m/s]", "pole angle [rad]", "pole angular velocity [rad/s]"), _draw_cartpole)
-_PENDULUM = Scene(("cos(angle)", "sin(angle)", "angular velocity [rad/s]"), _draw_pendulum)
-_ACROBOT = Scene(
-    (
-        *("cos(angle 1)", "sin(angle 1)", "cos(angle 2)", "sin(angle 2)"),
-        *("angular velocity 1 [rad/s]", "angular velocity 2 [rad/s]"),
-    ),
-    _draw_acrobot,
-)
-_SCENES = {"CartPole-v0": _CARTPOLE, "CartPole-v1": _CARTPOLE, "Pendulum-v1": _PENDULUM, "Acrobot-v1": _ACROBOT}
+_CARTPOLE = Scene(KNOWN["CartPole-v1"], _draw_cartpole)
+_SCENES = {
+    "CartPole-v0": _CARTPOLE,
+    "CartPole-v1": _CARTPOLE,
+    "Pendulum-v1": Scene(KNOWN["Pendulum-v1"], _draw_pendulum),
+    "Acrobot-v1": Scene(KNOWN["Acrobot-v1"], _draw_acrobot),
+}

@@ -162,7 +162,8 @@ class ImaginedWorld:
                 )
             replay = run.replay()
         self.num_envs, self.horizon = int(num_envs), int(horizon)
-        self.viewer = Viewer(run.config.env.id if run is not None else "", self.world.obs)
+        env_id, names = ("", None) if run is None else (run.config.env.id, run.config.env.names)
+        self.viewer = Viewer(env_id, self.world.obs, names)
         if run is not None and run.config.train.reuse_memory:
             reuse_memory()
         self.action = plain_action(self.world.action) if plain else self.world.action

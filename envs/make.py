@@ -40,6 +40,11 @@ class EnvConfig(Frozen):
     layout: Layout | dict[str, Layout] | None = Field(
         None, description="order of the axes of images where the shape leaves it open; by key for Dict spaces"
     )
+    names: tuple[str, ...] | dict[str, tuple[str, ...]] | None = Field(
+        None,
+        description="what tables and figures call the numbers of an observation: a word for each, by key for Dict spaces; "
+        "null: obs[0], obs[1], ...",
+    )
     pixels: int | None = Field(
         None, ge=8, description="observe the rendered picture, this many pixels a side, instead of the observation"
     )

@@ -51,6 +51,7 @@ LAYERS = (
     "encoders decoders heads ensemble",
     "diamond dynamics objectives",
     "model",
+    "forecasts",
     "learner storage.run storage.run_folder",
     "diagnostics",
     "envs",

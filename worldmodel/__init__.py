@@ -18,6 +18,7 @@ _NAMES = {
     "commands.train": "train",
     "config": "Config",
     "errors": "ConfigError CorruptError EnvError MissingExtraError NumericsError StorageError TrustError UnsupportedSpaceError",
+    "forecasts": "Forecast PlanRanking",
     "model": "WorldModel",
     "storage.recording": "Recording",
     "storage.replay": "Replay",

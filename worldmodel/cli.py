@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from worldmodel.commands import data, dream, evaluate, fit_prior, info, options, train
+from worldmodel.commands import data, dream, evaluate, fit_prior, info, options, train, what_if
 
 app = typer.Typer(
     name="worldmodel",
@@ -23,6 +23,7 @@ for name, module in {
     "train": train,
     "eval": evaluate,
     "dream": dream,
+    "what-if": what_if,
     "fit-prior": fit_prior,
     "info": info,
     "options": options,

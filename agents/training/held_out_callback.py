@@ -124,7 +124,7 @@ class HeldOutCallback(BaseCallback):
         self.evaluated_at = step
         generator = torch.Generator(self.model.device).manual_seed(HELD_OUT_SEED)
         world = self.model.policy.world
-        viewer = Viewer(self.env.id, self.model.obs_spec)
+        viewer = Viewer(self.env.id, self.model.obs_spec, self.model.config.env.names)
         errors = open_loop(world, episodes, self.context, self.horizon, samples=SAMPLES, generator=generator)
         self._log_errors(errors, viewer, step)
         rollout = rollout_video(world, viewer, episodes, self.context, VIDEO_STEPS, generator)

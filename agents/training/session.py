@@ -143,8 +143,9 @@ def _resume_config(run: Run, manifest: Mapping[str, Any], recipe: Any, given: di
     """The run's config, perhaps with more steps. ConfigError that lists every other difference from the config asked for."""
     before = run.config.in_new_names(manifest.get("progress", {}).get("overrides", {}))
     asked = Config.from_recipe(recipe, {**before, **given}) if recipe is not None else run.config.override(given)
+    free = ("eval.", "env.names")
     differs = [
-        entry for entry in configs.differences(run.config, asked) if entry[0] != "train.steps" and not entry[0].startswith("eval.")
+        entry for entry in configs.differences(run.config, asked) if entry[0] != "train.steps" and not entry[0].startswith(free)
     ]
     if seed is not None and seed != manifest.get("seed", seed):
         differs.append(("seed", manifest["seed"], seed))
@@ -154,11 +155,14 @@ def _resume_config(run: Run, manifest: Mapping[str, Any], recipe: Any, given: di
     if differs:
         lines = "\n".join(f"  {key}: {old} -> {new}" for key, old, new in differs)
         raise ConfigError(
-            f"{run.path} was made with other options; on resume only eval.* and --steps may change, and steps only grow:\n{lines}\n"
+            f"{run.path} was made with other options; on resume only eval.*, env.names and --steps may change, and steps only "
+            f"grow:\n{lines}\n"
             "Leave them out, or start a new run with another --run."
         )
-    evaluation = {key: value for key, value in given.items() if key.partition(".")[0] == "eval"}
-    return run.config.override({**evaluation, "train.steps": steps})
+    changed = {key: value for key, value in given.items() if key.partition(".")[0] == "eval"}
+    if any(key.partition(".")[0] == "env" for key in given):
+        changed["env.names"] = asked.env.model_dump(mode="json")["names"]
+    return run.config.override({**changed, "train.steps": steps})
 
 
 def make_agent(config: Config, seed: int, device: str = "auto", trust: bool = False) -> WorldModelAlgorithm:

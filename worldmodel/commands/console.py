@@ -28,6 +28,8 @@ Overrides = Annotated[
 Trust = Annotated[bool, typer.Option("--trust", help="Open agent.path, a zip of Stable-Baselines3, although that can run code.")]
 Start = Literal["replay", "prior"]
 """Where dreams begin."""
+MAX_SIGNALS = 24
+"""Lines of a table of signals."""
 
 
 # Where things go -------------------------------------------------------------------------------------------------------
@@ -108,6 +110,51 @@ def show_dream(result: Mapping[str, Any]) -> None:
         if measured := [line["horizon"] for line in known if line["horizon"] <= 15 and ratio[line["horizon"] - 1] is not None]:
             extra[f"ratio at horizon {measured[-1]} in steps {part}"] = f"{ratio[measured[-1] - 1]:.3f}"
     show_pairs({**{key: result[key] for key in ("env_id", "run", "step", "context", "out")}, **extra})
+
+
+def show_what_if(result: Mapping[str, Any]) -> None:
+    """The ranking of the plans with standard errors, what the first leads to at some of its steps, and what was asked of."""
+    lines = []
+    for plan in result["plans"]:
+        certainty = {"highest in": f"{plan['win_share']:.0%}", "behind": _spread(plan["behind"], plan["behind_error"])}
+        last = {name: None if plan[name] is None else f"{plan[name][-1]:.3g}" for name in ("survival", "uncertainty")}
+        lines.append({"plan": plan["name"], "return": _spread(plan["return_mean"], plan["return_error"]), **certainty, **last})
+    table(lines, ("plan", "return", *(("highest in", "behind") if len(lines) > 1 else ()), "survival", "uncertainty"))
+    best = result["plans"][0]
+    steps = sorted({1, *(max(1, round(len(best["actions"]) * share)) for share in (1 / 3, 2 / 3, 1))})
+    signals = _signals(best)
+    lines = [{f"after steps of {best['name']}": name, **{str(h): values[h - 1] for h in steps}} for name, values in signals.items()]
+    table(lines[:MAX_SIGNALS], tuple(lines[0]))
+    history = result["history"]
+    place = f", episode {history['episode']}, step {history['step']}" if history["episode"] is not None else ""
+    more = {"more signals": f"{len(lines) - MAX_SIGNALS}, with --json"} if len(lines) > MAX_SIGNALS else {}
+    about = {key: result[key] for key in ("env_id", "run", "step", "samples", "seed", "discount")}
+    show_pairs({**more, **about, "history": f"{history['source']}{place}"})
+
+
+def _spread(mean: float, std: float) -> str:
+    return f"{mean:.3g} ± {std:.2g}"
+
+
+def _signals(plan: Mapping[str, Any]) -> dict[str, list[str]]:
+    """{name: a text for each step} of action, reward, survival, uncertainty and the numbers of an observation, in that order."""
+
+    def flat(value: Any) -> list[float]:
+        return [x for part in value for x in flat(part)] if isinstance(value, list) else [value]
+
+    found = {
+        "action": [", ".join(f"{x:.4g}" for x in flat(action)) for action in plan["actions"]],
+        "reward": [_spread(*pair) for pair in zip(plan["reward_mean"], plan["reward_std"])],
+        "survival": [f"{x:.3f}" for x in plan["survival"]],
+    }
+    if plan["uncertainty"] is not None:
+        found["uncertainty"] = [f"{x:.3g}" for x in plan["uncertainty"]]
+    mean, std = plan["observation_mean"], plan["observation_std"]
+    for key, names in plan["names"].items() if mean is not None else ():
+        means, stds = ([flat(row) for row in (x[key] if isinstance(x, Mapping) else x)] for x in (mean, std))
+        for i, name in enumerate(names):
+            found[name] = [_spread(m[i], s[i]) for m, s in zip(means, stds)]
+    return found
 
 
 def show_pairs(result: Mapping[str, Any]) -> None:

@@ -62,7 +62,7 @@ def dream(
     out = None if out is None else pictures.checked(Path(out))
     agent = run.agent(device=device, trust=trust)
     warn_untrained(agent, log)
-    viewer = Viewer(run.config.env.id, agent.obs_spec)
+    viewer = Viewer(run.config.env.id, agent.obs_spec, run.config.env.names)
     if guide is not None and start != "prior":
         raise ConfigError("Only dreams from the prior can be guided: add --start prior (start='prior'), or leave --toward out.")
     if out is not None and agent.policy.world.decoder is None:

@@ -13,6 +13,8 @@ from worldmodel.commands.console import Debug, Json, RunFolder, Trust, answer, s
 if TYPE_CHECKING:
     import numpy as np
 
+    from worldmodel.envs.make import EnvConfig
+
 EXAMPLE = "worldmodel eval runs/cartpole-s0 --episodes 20 --video play.gif"
 
 
@@ -42,7 +44,7 @@ def evaluate(
     if video is not None:
         if frames is None:
             say(f"{run.config.env.id} does not render: the video shows what it observed.")
-            shown = _drawn(agent, run.config.env.id, [obs for obs, _ in played])
+            shown = _drawn(agent, run.config.env, [obs for obs, _ in played])
         else:
             shown = np.stack(frames)
         words = [f"step {t} of {lengths[0]}   return {so_far:.1f} of {returns[0]:.1f}" for t, (_, so_far) in enumerate(played)]
@@ -60,14 +62,14 @@ def evaluate(
     }
 
 
-def _drawn(agent: Any, env_id: str, played: list[Any]) -> np.ndarray:
+def _drawn(agent: Any, env: EnvConfig, played: list[Any]) -> np.ndarray:
     """Observations as video frames: images and known scenes as they are, all else as signals over time."""
     import numpy as np
     import torch
 
     from worldmodel.envs.draw import Viewer
 
-    viewer = Viewer(env_id, agent.obs_spec)
+    viewer = Viewer(env.id, agent.obs_spec, env.names)
     rows = [agent.obs_spec.to_raw(obs) for obs in played]
     obs = agent.obs_spec.canonical({name: torch.from_numpy(np.concatenate([row[name] for row in rows])) for name in rows[0]})
     return viewer.frames(obs) if viewer.can_draw else viewer.signals(obs, None)

@@ -161,7 +161,7 @@ def _as_annotated(annotation: Any, value: Any) -> Any:
         return _as_annotated(args[0], value)
     if origin in (Union, types.UnionType):
         fitted = [_as_annotated(option, value) for option in args]
-        return next((f for f in fitted if type(f) is not type(value)), value)
+        return next((f for f in fitted if type(f) is not type(value) or f != value), value)
     if isinstance(value, dict) and origin is dict:
         return {name: _as_annotated(args[1], item) for name, item in value.items()}
     if isinstance(value, list) and (annotation is tuple or origin is tuple):
@@ -187,7 +187,7 @@ def _config_error(error: ValidationError, root: type[Frozen]) -> ConfigError:
     """The same errors, one a line, each with its full dotted key and, for an unknown one, the nearest right name."""
     lines = []
     for item in error.errors(include_url=False):
-        key = ".".join(str(step) for step in item["loc"])
+        key = ".".join(str(step) for step in item["loc"] if not re.match(r"(tuple|dict)\[", str(step)))  # what a union could be
         where = f"'{key}'" if key else root.__name__
         if item["type"] == "worldmodel":
             hint = _hint(key, item["ctx"]["cls"], root) if "not an option" in item["msg"] else ""

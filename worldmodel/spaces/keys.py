@@ -12,7 +12,8 @@ import torch
 from gymnasium import spaces as gym_spaces
 from torch import Tensor
 
-from worldmodel.errors import UnsupportedSpaceError
+from worldmodel.errors import ConfigError, UnsupportedSpaceError
+from worldmodel.spaces.casts import cast, numbers
 from worldmodel.spaces.layouts import Layout, image_layout
 
 MAX_CATEGORIES = 65536
@@ -116,8 +117,7 @@ class KeySpec:
         if x.shape[len(lead) :] != self.shape:
             raise ValueError(f"Canonical '{self.name}' has shape {x.shape}; expected [..., {self.shape}].")
         if self.kind == "image":
-            x = x * float(self.high)
-            x = np.moveaxis(x, -3, -1) if self.layout == "hwc" else x[..., 0, :, :] if self.layout == "hw" else x
+            x = self.picture(x)
         elif self.kind == "categorical":
             x = _argmax_groups(x, self.sizes) + np.array(self.start)
         elif self.kind == "binary":
@@ -126,6 +126,30 @@ class KeySpec:
         if self.low is None or self.kind == "binary":
             return x.astype(self.raw_dtype)
         return _into_bounds(x, self.low, self.high, self.raw_dtype)
+
+    def picture(self, x: np.ndarray) -> np.ndarray:
+        """Numbers of canonical pixels [..., C, H, W] in the raw range and layout [..., *raw_shape]; floats, not rounded."""
+        x = x * float(self.high)
+        return np.moveaxis(x, -3, -1) if self.layout == "hwc" else x[..., 0, :, :] if self.layout == "hw" else x
+
+    def fitted(self, value: Any, rows: int, where: str, expected: str = "") -> np.ndarray:
+        """`value` as [rows, *raw_shape] in the raw dtype; images may have their channels at the other end.
+
+        Raises ConfigError where the shape is another, which `expected` may explain, or a number would change its meaning.
+        """
+        given, shape = numbers(value), [rows, *self.raw_shape]
+        if given is None:
+            raise ConfigError(f"{where} is no array of numbers. Expected {shape}{expected}.")
+        if given.shape == (rows, *(self.transposed_shape or ())) != tuple(shape):
+            given = np.moveaxis(given, 1, -1) if self.layout == "hwc" else np.moveaxis(given, -1, 1)
+        if given.shape != tuple(shape):
+            raise ConfigError(f"{where} has shape {list(given.shape)}; expected {shape}{expected}.")
+        converted = given if given.dtype == self.raw_dtype else cast(given, self.raw_dtype)
+        if converted is None:
+            raise ConfigError(
+                f"{where} has dtype {given.dtype}, which {self.raw_dtype} does not hold. Expected values of {self.space}."
+            )
+        return converted
 
     def fault(self, values: np.ndarray) -> tuple[np.ndarray, str] | None:
         """(bad rows [N] bool, what is wrong) of raw rows [N, *raw_shape]; None where all is well."""

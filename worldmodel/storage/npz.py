@@ -11,7 +11,8 @@ from __future__ import annotations
 import re
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -66,13 +67,34 @@ def write(path: Path, metadata: Mapping[str, Any], arrays: Mapping[str, np.ndarr
 
 def read(path: Path) -> dict[str, Any]:
     """The fields of a recording. ConfigError for a file that is something else, CorruptError for a damaged one."""
+    with _opened(path) as archive:
+        return _content(archive, path)
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    """{name: array} of a file that `numpy.savez` wrote; None for a recording. Raises as `read`."""
+    with _opened(path) as archive:
+        members = _members(archive, path)
+        if METADATA_NAME in members:
+            return None
+        found = {}
+        for name, info in members.items():
+            with archive.open(info) as member:
+                shape_dtype = _header(member, path, name)
+            found[name.removesuffix(".npy")] = _array(archive, info, shape_dtype, path)
+        return found
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    """The file as a zip that is open for reading, with its errors as this library's."""
     if not path.is_file():
         raise ConfigError(f"'{path}' is no file. Expected an NPZ file of episodes, as `worldmodel data export` writes it.")
     with files.storage_errors("read", path):
         _refuse_other_formats(path)
         try:
             with zipfile.ZipFile(path) as archive:
-                return _content(archive, path)
+                yield archive
         except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, UnicodeDecodeError) as error:
             raise CorruptError(f"{path} is no intact NPZ file: {error}. Restore it from a copy, or export it again.") from error
         except MemoryError as error:
@@ -126,20 +148,12 @@ def _refuse_other_formats(path: Path) -> None:
 
 def _content(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:
     """The fields of the recording in an open zip."""
-    infos = archive.infolist()
-    members = {info.filename: info for info in infos}
+    members = _members(archive, path)
     if METADATA_NAME not in members:
         raise ConfigError(
             f"{path} is no recording of this library: it has no {METADATA_NAME}, which says the spaces. Make one with "
             "wm.Recording.from_episodes(observation_space, action_space, episodes).write(FILE)."
         )
-    if len(members) != len(infos) or len(infos) > MAX_MEMBERS:
-        raise CorruptError(f"{path} has members of one name, or more than {MAX_MEMBERS}. Export it again.")
-    for info in infos:
-        if not 0 <= info.header_offset < path.stat().st_size:
-            raise CorruptError(f"{path}: '{info.filename}' lies outside of the file. Restore it from a copy.")
-        if info.file_size > MAX_DEFLATE_RATIO * (info.compress_size + 64):
-            raise CorruptError(f"{path}: '{info.filename}' claims {info.file_size} bytes, more than its own can stand for.")
     metadata, obs_spec, action_spec = _read_metadata(archive, members[METADATA_NAME], path)
     if "lengths.npy" not in members:
         raise CorruptError(f"{path} has no lengths.npy. Restore it from a copy, or export it again.")
@@ -157,6 +171,20 @@ def _content(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:
     obs = {name: arrays.pop(f"observation/{name}") for name in obs_spec.keys}
     provenance = {"env_id": metadata.get("env_id"), "env_options": metadata.get("env_options", {}), "origin": str(path)}
     return {"obs": obs, **arrays, "obs_spec": obs_spec, "action_spec": action_spec, **provenance}
+
+
+def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
+    """{name: member} of an open zip; CorruptError where their sizes or places cannot be."""
+    infos = archive.infolist()
+    members = {info.filename: info for info in infos}
+    if len(members) != len(infos) or len(infos) > MAX_MEMBERS:
+        raise CorruptError(f"{path} has members of one name, or more than {MAX_MEMBERS}. Export it again.")
+    for info in infos:
+        if not 0 <= info.header_offset < path.stat().st_size:
+            raise CorruptError(f"{path}: '{info.filename}' lies outside of the file. Restore it from a copy.")
+        if info.file_size > MAX_DEFLATE_RATIO * (info.compress_size + 64):
+            raise CorruptError(f"{path}: '{info.filename}' claims {info.file_size} bytes, more than its own can stand for.")
+    return members
 
 
 def _read_metadata(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> tuple[dict, ObsSpec, ActionSpec]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from worldmodel.errors import ConfigError
 from worldmodel.spaces import ActionSpec, ObsSpec
-from worldmodel.spaces.casts import cast, numbers
+from worldmodel.spaces.casts import numbers
 from worldmodel.spaces.keys import KeySpec
 from worldmodel.spaces.layouts import Layout
 from worldmodel.storage import npz
@@ -285,8 +285,11 @@ def _episode(obs_spec: ObsSpec, action_spec: ActionSpec, episode: Mapping[str, A
         found = "no numbers" if reward is None else f"{reward.dtype} {list(reward.shape)}"
         raise ConfigError(f"{where}: rewards are {found}; expected one number for each of 1 or more steps.")
     steps = len(reward)
-    obs = {name: _fitted(key, given[name], steps + 1, f"{where}: observation '{name}'") for name, key in obs_spec.keys.items()}
-    action = _fitted(action_spec.key, episode["actions"], steps, f"{where}: actions")
+    counts = ": T + 1 observations, T actions"
+    obs = {
+        name: key.fitted(given[name], steps + 1, f"{where}: observation '{name}'", counts) for name, key in obs_spec.keys.items()
+    }
+    action = action_spec.key.fitted(episode["actions"], steps, f"{where}: actions", counts)
     terminated, truncated = (np.asarray(episode[name]).astype(bool) for name in names[3:])
     for name, flags in zip(names[3:], (terminated, truncated)):
         if flags.shape != (steps,):
@@ -294,24 +297,6 @@ def _episode(obs_spec: ObsSpec, action_spec: ActionSpec, episode: Mapping[str, A
     truncated[-1] |= not terminated[-1]
     with np.errstate(over="ignore"):  # what leaves float32 is refused as infinite
         return obs, action, reward.astype(np.float32), terminated, truncated
-
-
-def _fitted(key: KeySpec, value: Any, rows: int, where: str) -> np.ndarray:
-    """`value` as [rows, *raw_shape] in the space's number type; ConfigError where a number would change its meaning."""
-    given = numbers(value)
-    if given is None:
-        raise ConfigError(f"{where} is no array of numbers. Expected {[rows, *key.raw_shape]}: T + 1 observations, T actions.")
-    if given.shape == (rows, *(key.transposed_shape or ())) != (rows, *key.raw_shape):
-        given = np.moveaxis(given, 1, -1) if key.layout == "hwc" else np.moveaxis(given, -1, 1)  # channels at the other end
-    if given.shape != (rows, *key.raw_shape):
-        expected = [rows, *key.raw_shape]
-        raise ConfigError(f"{where} has shape {list(given.shape)}; expected {expected}: T + 1 observations, T actions.")
-    if given.dtype == key.raw_dtype:
-        return given
-    converted = cast(given, key.raw_dtype)
-    if converted is None:
-        raise ConfigError(f"{where} has dtype {given.dtype}, which {key.raw_dtype} does not hold. Expected values of {key.space}.")
-    return converted
 
 
 def _complete_episodes(replay: Replay, stream: int) -> tuple:

@@ -28,6 +28,7 @@ import numpy as np
 from gymnasium import spaces
 from rows import HERE, executed, say
 
+from worldmodel.envs.heating import Heating
 from worldmodel.envs.make import make_env
 from worldmodel.storage.recording import Recording
 
@@ -54,6 +55,19 @@ class Player:
 
 
 @dataclass(frozen=True)
+class Thermostat:
+    """A policy of the heated house: `gain` times the degrees below `target`; `saves` times as little where the tariff is high."""
+
+    target: float
+    gain: float
+    saves: float = 1.0
+
+    def predict(self, obs: np.ndarray, deterministic: bool = True) -> tuple[np.ndarray, None]:
+        share = self.gain * (self.target - obs[1]) / (self.saves if obs[5] > 0.25 else 1.0)
+        return np.clip(np.float32([share]), 0, 1), None
+
+
+@dataclass(frozen=True)
 class Task:
     """An environment, who plays in it, and what of it is recorded.
 
@@ -65,8 +79,8 @@ class Task:
     """
 
     env: str
-    own: Player
-    stranger: Player
+    own: Player | Thermostat
+    stranger: Player | Thermostat
     rows: int = 2000
     shown: tuple[int, ...] | None = None
 
@@ -102,8 +116,10 @@ TASKS = {
     "HalfCheetah-v5": Task("HalfCheetah-v5", _sac(4_000), _sac(10_000)),
     "masked CartPole-v1": Task("CartPole-v1", _ppo(8_000), _ppo(20_000), shown=(0, 2)),
     "masked Pendulum-v1": Task("Pendulum-v1", _sac(2_500, learning_rate=1e-3), _sac(5_000, learning_rate=1e-3), shown=(0, 1)),
+    "Heating-v0": Task("worldmodel.envs:Heating-v0", Thermostat(21, 10), Thermostat(22.5, 0.4, saves=3), rows=3000),
 }
-"""All environments; of the masked ones positions and angles are recorded, and no velocities."""
+"""All environments; of the masked ones positions and angles are recorded, and no velocities. A house is heated by thermostats: one
+that is on or off, and a stranger that keeps it warmer, gently, and saves where electricity is dear."""
 
 
 def load(task: Task, seed: int, cache: Path) -> dict[str, Recording]:
@@ -145,7 +161,8 @@ def digest(recordings: dict[str, Recording]) -> str:
 def _fingerprint(task: Task) -> str:
     """Of all that decides what is recorded, 12 hex digits."""
     packages = [version(name) for name in ("gymnasium", "stable_baselines3", "torch", "numpy")]
-    made_by = [executed(inspect.getsource(function)) for function in (_record, _trained, _play, _recording)]
+    own_world = (Thermostat, Heating) if isinstance(task.own, Thermostat) else ()
+    made_by = [executed(inspect.getsource(part)) for part in (_record, _trained, _play, _recording, *own_world)]
     limits = HELD_OUT_SEED, EPISODES, LONGEST, RANDOM_SHARE, STRANGER
     return hashlib.sha256(f"{replace(task, shown=None)}{packages}{made_by}{limits}".encode()).hexdigest()[:12]
 
@@ -163,7 +180,10 @@ def _record(task: Task, seed: int) -> dict[str, Recording]:
     return found
 
 
-def _trained(task: Task, player: Player, seed: int) -> Any:
+def _trained(task: Task, player: Player | Thermostat, seed: int) -> Any:
+    """What plays: anything with SB3's `predict`."""
+    if isinstance(player, Thermostat):
+        return player
     import stable_baselines3
 
     env = make_env(task.env, seed=seed)

@@ -51,7 +51,7 @@ def work(job: Row) -> Row:
 
     torch.set_num_threads(1)
     recordings = load(TASKS[job["env"]], job["seed"], Path(job["cache"]))
-    episodes = {name: _episodes(recording) for name, recording in recordings.items()}
+    episodes = {name: episodes_of(recording) for name, recording in recordings.items()}
     with Load() as load_of_others:
         since = time.perf_counter()
         world, made = _peer(job, recordings, episodes) if job["model"] in PEERS else _world_model(job, recordings)
@@ -84,7 +84,7 @@ def _peer(job: Row, recordings: dict[str, Any], episodes: dict[str, Any]) -> tup
     return world, {"updates": UPDATES, "best_after": world.updates, "parameters": world.parameters}
 
 
-def _episodes(recording: Any) -> Any:
+def episodes_of(recording: Any) -> Any:
     """A recording's episodes as the diagnostics take them."""
     from worldmodel.data import Episodes
     from worldmodel.storage.replay import Replay

@@ -96,7 +96,8 @@ def _ppo(steps: int, **options: Any) -> Player:
 
 
 def _sac(steps: int, **options: Any) -> Player:
-    return Player("SAC", steps, {"learning_starts": 500, **options})
+    small = {"batch_size": 128, "policy_kwargs": {"net_arch": [64, 64]}}  # twice as fast as SB3's own, and as good on so few steps
+    return Player("SAC", steps, {"learning_starts": 500, **small, **options})
 
 
 _CAR = {
@@ -107,7 +108,7 @@ _CAR = {
 
 TASKS = {
     "CartPole-v1": Task("CartPole-v1", _ppo(8_000), _ppo(20_000)),
-    "Pendulum-v1": Task("Pendulum-v1", _sac(2_500, learning_rate=1e-3), _sac(5_000, learning_rate=1e-3)),
+    "Pendulum-v1": Task("Pendulum-v1", _sac(3_500, learning_rate=1e-3), _sac(5_000, learning_rate=1e-3)),
     "Acrobot-v1": Task("Acrobot-v1", _ppo(20_000), _ppo(50_000)),
     "MountainCarContinuous-v0": Task("MountainCarContinuous-v0", _sac(5_000, **_CAR), _sac(15_000, **_CAR)),
     "LunarLander-v3": Task("LunarLander-v3", _ppo(30_000), _ppo(80_000)),
@@ -115,7 +116,7 @@ TASKS = {
     "Hopper-v5": Task("Hopper-v5", _sac(4_000), _sac(10_000)),
     "HalfCheetah-v5": Task("HalfCheetah-v5", _sac(4_000), _sac(10_000)),
     "masked CartPole-v1": Task("CartPole-v1", _ppo(8_000), _ppo(20_000), shown=(0, 2)),
-    "masked Pendulum-v1": Task("Pendulum-v1", _sac(2_500, learning_rate=1e-3), _sac(5_000, learning_rate=1e-3), shown=(0, 1)),
+    "masked Pendulum-v1": Task("Pendulum-v1", _sac(3_500, learning_rate=1e-3), _sac(5_000, learning_rate=1e-3), shown=(0, 1)),
     "Heating-v0": Task("worldmodel.envs:Heating-v0", Thermostat(21, 10), Thermostat(22.5, 0.4, saves=3), rows=3000),
 }
 """All environments; of the masked ones positions and angles are recorded, and no velocities. A house is heated by thermostats: one

@@ -4,6 +4,8 @@ Five perceptrons with three hidden layers see the standardised observation (or t
 the standardised change of the observation. They are trained by the squared error, all on all rows but with first weights and
 batches of their own, by AdamW with a falling learning rate; of each those weights count that predict a held-out tenth of the
 rows best. A roll-out follows each member along its own predictions, as PETS' "TS-infinity" does; their mean is the prediction.
+What is predicted stays within three times the range of the rows, about their middle: without that a few roll-outs of fifty steps
+run away, and their errors are hundreds of deviations.
 
 Source: Chua et al. 2018 (PETS), without its learned variances, which cost accuracy where the world is determined.
 
@@ -73,6 +75,8 @@ class MlpWorld:
         self.size, goes_on = x.shape[-1], ~rows.is_last[0]
         stacked, change = self._stacks(x, rows.is_first[0]), torch.roll(x, -1, 0) - x
         inputs = torch.cat([stacked, rows.action[0]], -1)[goes_on]
+        low, high = x.amin(0), x.amax(0)
+        self.bounds = 2 * low - high, 2 * high - low
         self.moments = _moments(inputs), _moments(change[goes_on])
         self.net = Perceptrons(inputs.shape[-1], self.size)
         self.updates = self._fit(_scaled(inputs, self.moments[0]), _scaled(change[goes_on], self.moments[1]), updates)
@@ -138,7 +142,7 @@ class MlpWorld:
             inputs = _scaled(torch.cat([frames, actions[-1]], -1), self.moments[0])
             change = self.net(inputs.unflatten(0, (-1, MEMBERS)).transpose(0, 1)).transpose(0, 1).flatten(0, 1)
             newest = frames[:, -self.size :] + _unscaled(change.double(), self.moments[1])
-            frames = torch.cat([frames, newest], -1)[:, self.size :]
+            frames = torch.cat([frames, newest.clamp(*self.bounds)], -1)[:, self.size :]
             columns.append(frames)
         nothing = torch.zeros(len(frames), horizon)
         return Dream(torch.stack(actions, 1), nothing, nothing, nothing, torch.stack(columns, 1), State({"frames": frames}))

@@ -126,7 +126,7 @@ that is on or off, and a stranger that keeps it warmer, gently, and saves where 
 def load(task: Task, seed: int, cache: Path) -> dict[str, Recording]:
     """The recordings of a task and seed, by name: TRAINING and HELD_OUT. They are made where `cache` lacks them, which takes up to
     some minutes; tasks that show different numbers of one environment share them. Raises MissingExtraError."""
-    folder = cache / f"{task.env.rpartition(':')[2]}-s{seed}-{_fingerprint(task)}"
+    folder = cache / f"{task.env.rpartition(':')[2]}-s{seed}-{fingerprint(task)}"
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix=".making-") as made:
@@ -159,7 +159,7 @@ def digest(recordings: dict[str, Recording]) -> str:
     return found.hexdigest()[:12]
 
 
-def _fingerprint(task: Task) -> str:
+def fingerprint(task: Task) -> str:
     """Of all that decides what is recorded, 12 hex digits."""
     packages = [version(name) for name in ("gymnasium", "stable_baselines3", "torch", "numpy")]
     own_world = (Thermostat, Heating) if isinstance(task.own, Thermostat) else ()

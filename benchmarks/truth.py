@@ -20,14 +20,15 @@ which is the fair one where velocities are hidden. Persistence repeats the last 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from recorded import CACHE, HELD_OUT, TASKS, TRAINING, digest, load
-from rows import Key, Load, Row, Rows, call, grouped, marked, options, say, script, table
+from recorded import CACHE, HELD_OUT, TASKS, TRAINING, digest, fingerprint, load
+from rows import HERE, Key, Load, Row, Rows, call, executed, grouped, marked, options, say, script, stale, table
 from tables import median, number
 
 from worldmodel.config import Config
@@ -81,7 +82,14 @@ def _peer(job: Row, recordings: dict[str, Any], episodes: dict[str, Any]) -> tup
     recording = recordings[TRAINING]
     frames = PEERS[job["model"]]
     world = MlpWorld(recording.obs_spec, recording.action_spec, episodes[TRAINING], frames, job["seed"])
-    return world, {"updates": UPDATES, "best_after": world.updates, "parameters": world.parameters}
+    made = {"updates": UPDATES, "best_after": world.updates, "parameters": world.parameters}
+    return world, {**made, "peer": peer_code(job["env"])}
+
+
+def peer_code(env: str) -> str:
+    """A hash of all that decides what a peer's row says, but for the library's windows and units; 12 hex digits."""
+    text = executed((HERE / "mlp_ensemble.py").read_text(encoding="utf-8")) + fingerprint(TASKS[env])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def episodes_of(recording: Any) -> Any:
@@ -242,16 +250,19 @@ def measure(args: argparse.Namespace, models: Iterable[str], rows: Rows) -> int:
     """Measures the keys that have no row; gives the number of those that failed."""
     args.env = available(args.env)
     run = lambda key: call(__file__, {**key, "cache": str(args.cache)}, 1, 3600)  # noqa: E731
-    failed = rows.measure(_peer_keys(args, rows), run, summary=_summary)
-    rows.again |= args.probe
+    missing, rows.again = _peer_keys(args, rows), True
+    failed = rows.measure(missing, run, summary=_summary)
+    rows.again = args.again or args.probe
     return failed + rows.measure(keys(args, models), run, summary=_summary)
 
 
 def _peer_keys(args: argparse.Namespace, rows: Rows) -> list[Key]:
-    """Of the peers; in a probe, of those without any row, as they depend on hardly any of this tree's code."""
-    wanted = keys(args, PEERS)
-    there = [row["key"] for row in rows] if args.probe else []
-    return [key for key in wanted if key not in there]
+    """Of the peers without a row of their present code and recordings; in a probe the library's code makes none stale."""
+    if args.again:
+        return keys(args, PEERS)
+    peers = [row for row in rows if row["key"]["model"] in PEERS and row.get("peer") == peer_code(row["key"]["env"])]
+    there = [row["key"] for row in peers if args.probe or not stale(row)]
+    return [key for key in keys(args, PEERS) if key not in there]
 
 
 def _summary(row: Row) -> str:

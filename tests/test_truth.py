@@ -58,7 +58,7 @@ def fitted(recording, frames, updates):
 def test_the_ensemble_predicts_a_determined_world_and_needs_memory_where_the_velocity_is_hidden(monkeypatch):
     monkeypatch.setattr(mlp_ensemble, "UNITS", 32)
     for shown, frames, low, high in (([0, 1], 1, 0, 0.2), ([0], 1, 0.6, 2), ([0], 4, 0, 0.3)):
-        world = fitted(pendulums(20, shown), frames, updates=200)
+        world = fitted(pendulums(20, shown), frames, updates=150)
         found = truth.measured(world, truth.episodes_of(pendulums(5, shown, seed=1)), mlp_ensemble.MEMBERS)
         ratio = found["error"][1] / found["persistence"][1]
         assert low <= ratio <= high, (shown, frames)
@@ -89,6 +89,19 @@ def test_each_member_follows_its_own_predictions_from_the_last_frames_seen():
     assert len({float(x) for x in world.decode(dream.feature[:, 1])["obs"].flatten()}) == 5  # five members, five futures
 
 
+def test_no_roll_out_runs_away_from_three_times_the_range_of_the_rows():
+    world, rows = fitted(pendulums(5, [0]), 1, updates=1), pendulums(5, [0]).obs["obs"]
+    with torch.no_grad():
+        for parameter in world.net.parameters():
+            parameter.mul_(20)
+        window = truth.episodes_of(pendulums(5, [0])).rows.window(0, 5)
+        start = world.trace(window.map(lambda x: x.repeat_interleave(5, 0)), None, None).last
+        dream = world.imagine(start, lambda feature, step: torch.ones(5, 1), 30, None)
+    low, high = float(rows.min()), float(rows.max())
+    assert dream.feature.min() >= 2 * low - high - 1e-6 and dream.feature.max() <= 2 * high - low + 1e-6
+    assert dream.feature.max() > high or dream.feature.min() < low  # and yet what lies a little beyond can be predicted
+
+
 # The rows ---------------------------------------------------------------------------------------------------------------
 
 
@@ -105,7 +118,7 @@ def test_rows_are_half_random_half_of_the_policy_and_made_once(short, tmp_path, 
     starts = {float(found[name].obs["obs"][0, 1]) for name in found}
     assert len(starts) == 4  # no set begins as another
     monkeypatch.setattr(recorded, "_record", None)  # nothing is recorded twice, nor for another choice of numbers
-    monkeypatch.setattr(recorded, "_fingerprint", lambda task: next(tmp_path.iterdir()).name.rpartition("-")[2])
+    monkeypatch.setattr(recorded, "fingerprint", lambda task: next(tmp_path.iterdir()).name.rpartition("-")[2])
     assert recorded.digest(recorded.load(HOUSE, 0, tmp_path)) == recorded.digest(found)
     masked = recorded.load(replace(HOUSE, shown=(1, 5)), 0, tmp_path)
     assert masked["own"].env_id == "worldmodel.envs:MaskedHeating-v0"
@@ -161,11 +174,16 @@ def test_keys_hold_what_changes_a_row_and_a_probe_measures_its_peers_once(tmp_pa
 
     def call(file, job, threads, seconds):
         measured.append(job["model"])
-        return {name: x for name, x in row(job["model"], 0, 0.1).items() if name not in ("key", "where")}
+        made = {"peer": truth.peer_code(job["env"])} if job["model"] in truth.PEERS else {}
+        return made | {name: x for name, x in row(job["model"], 0, 0.1).items() if name not in ("key", "where")}
 
     monkeypatch.setattr(truth, "call", call)
     assert truth.main() == 0 and measured == ["mlp", "mlp x4", "gaussian"]
     assert truth.main() == 0 and measured[3:] == ["gaussian"]
+    monkeypatch.setattr(rows, "code", lambda: "another tree")
+    assert truth.main() == 0 and measured[4:] == ["gaussian"]
+    monkeypatch.setattr(truth, "executed", lambda source: "another peer")
+    assert truth.main() == 0 and measured[5:] == ["mlp", "mlp x4", "gaussian"]
     (key,) = [row["key"] for row in rows.Rows("truth", tmp_path / "probe") if row["key"]["model"] == "gaussian"]
     assert key == {"env": "CartPole-v1", "model": "gaussian", "seed": 0, "updates": 7, "overrides": ["train.lr=1e-4"]}
 

@@ -1,4 +1,4 @@
-"""A house that is heated: a small world whose state is partly hidden, partly noise, and measured in very different units."""
+"""A heated building: a small world whose state is partly hidden, partly noise, and measured in very different units."""
 
 from __future__ import annotations
 

@@ -30,7 +30,8 @@ from worldmodel.encoders import VectorScaling
 from worldmodel.spaces import ActionSpec, ObsSpec
 
 MEMBERS, UNITS, LAYERS = 5, 128, 3
-"""PETS has 200 units; on these rows 128 are as good, at half of the time."""
+"""PETS has 200 units. After 2,000 updates on CartPole, one seed, 128 (batch 128, half the time) had 0.5 to 0.7 times the error of
+200 (batch 256) on the policy's own episodes, and 1.5 to 2 times on the stranger's."""
 BATCH, LR, LAST_LR, WEIGHT_DECAY = 128, 1e-3, 1e-5, 1e-5
 UPDATES, CHECK_EVERY = 4000, 100
 """Updates in all, and between two looks at the held-out rows."""

@@ -198,12 +198,12 @@ def _hash(root: Path = HERE.parent) -> str:
     for folder in CODE:
         for file in sorted(path for path in (root / folder).rglob("*") if path.is_file()):
             if "__pycache__" not in file.parts and not file.name.startswith("."):
-                content = _executed(file.read_text("utf-8")).encode() if file.suffix == ".py" else file.read_bytes()
+                content = executed(file.read_text("utf-8")).encode() if file.suffix == ".py" else file.read_bytes()
                 digest.update(f"{file.relative_to(root).as_posix()}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()[:16]
 
 
-def _executed(source: str) -> str:
+def executed(source: str) -> str:
     """Python without comments, blank lines and docstrings, also those behind a name: none of them changes a figure."""
     lines = source.splitlines()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):

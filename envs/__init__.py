@@ -1,7 +1,7 @@
 """Environments: real ones, small ones with known solutions, the learned world as an environment, and real ones observed through
 its filter.
 
-Importing this registers `Catch-v0`, `Chain-v0`, `TwoRooms-v0` and `Imagined-v0` with Gymnasium (use them as
+Importing this registers `Catch-v0`, `Chain-v0`, `Heating-v0`, `TwoRooms-v0` and `Imagined-v0` with Gymnasium (use them as
 `worldmodel.envs:Catch-v0`) and loads nothing else: the names below are resolved when they are first used.
 """
 
@@ -20,6 +20,7 @@ _MODULES = {
     "EnvConfig": "make",
     "FlattenSpaces": "wrappers",
     "GymVecEnvAdapter": "vectors.adapter",
+    "Heating": "heating",
     "ImaginedEnv": "imagined",
     "ImaginedVecEnv": "imagined",
     "ImaginedVectorEnv": "imagined",
@@ -51,6 +52,7 @@ def __dir__() -> list[str]:
 
 gymnasium.register("Catch-v0", entry_point="worldmodel.envs.tiny:Catch", reward_threshold=0.9)
 gymnasium.register("Chain-v0", entry_point="worldmodel.envs.tiny:Chain", reward_threshold=0.39)
+gymnasium.register("Heating-v0", entry_point="worldmodel.envs.heating:Heating")
 gymnasium.register("TwoRooms-v0", entry_point="worldmodel.envs.tiny:TwoRooms", reward_threshold=0.9)
 gymnasium.register(
     "Imagined-v0",

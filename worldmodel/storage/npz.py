@@ -62,7 +62,7 @@ def write(path: Path, metadata: Mapping[str, Any], arrays: Mapping[str, np.ndarr
         archive.writestr(_member(METADATA_NAME), files.dump_json(metadata))
         for name, array in arrays.items():
             with archive.open(_member(f"{name}.npy"), "w", force_zip64=True) as member:
-                npy.write_array(member, array.astype(array.dtype.newbyteorder("<"), copy=False))
+                npy.write_array(member, np.asarray(array, array.dtype.newbyteorder("<"), order="C"))
 
 
 def read(path: Path) -> dict[str, Any]:

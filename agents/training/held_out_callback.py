@@ -175,7 +175,8 @@ class HeldOutCallback(BaseCallback):
 
     def _log_latents(self, viewer: Viewer, filtered: FilteredStates, step: int) -> None:
         world = self.model.policy.world
-        rate, order = usage(world, filtered), list(range(TRAVERSED_VARIABLES))
+        variables = min(TRAVERSED_VARIABLES, world.dynamics.latent.variables)
+        rate, order = usage(world, filtered), list(range(variables))
         if rate is not None:
             order = rate.argsort(descending=True).tolist()
             title = f"Rate of each variable of the latent: {filtered.rate:.2f} nats per step, {filtered.active} variables active"

@@ -178,9 +178,6 @@ class Change(ConditionalDistribution):
     reads    what it reads of h; None without a context
     """
 
-    MEMORY = 0.99
-    """Decay of the changes' running mean and deviation."""
-
     def __init__(
         self, config: Frozen, latent: AnchoredLatent, context_dim: int, source: PosteriorSource | None, reads: Reads | None = None
     ):
@@ -191,7 +188,7 @@ class Change(ConditionalDistribution):
         self.form = build("distribution", config, numbers, inputs, source) if numbers else None
         self.density = self.form.density if self.form else "exact"
         self.fits_in_training = self.form is not None and self.form.fits_in_training
-        self.moments = RunningMoments(latent.numbers, self.MEMORY)
+        self.moments = RunningMoments(latent.numbers)  # of all batches: where targets move by 2 %, so does the error
         self.register_buffer("largest", torch.zeros(latent.numbers))
         if reads:
             self.gate = nn.Parameter(torch.zeros(reads.before - reads.first))

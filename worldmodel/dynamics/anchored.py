@@ -229,12 +229,14 @@ class AnchoredDynamics(Dynamics):
         return self.transition.members > 0
 
     def imagine(self, state: State, action: Float[Tensor, "N A"], sampling: Sampling) -> State:
-        """One step without an observation, by the member that the state names or, at the first step, one that is drawn."""
+        """One step without an observation, by the member that the state names. At the first step members are drawn so that rows
+        beside one another have different ones, and each is as frequent as the others: a stratified draw."""
         recurrent = self.advance(self._recurrent(state), self.combine(state["z"], action))
         members, member = self.transition.members, state["member"]
         if members and not sampling.mode:
-            drawn = torch.randint(members, member.shape, generator=sampling.generator, device=member.device) + 1
-            member = torch.where(member > 0, member, drawn.to(member))
+            first = torch.randint(members, (1,), generator=sampling.generator, device=member.device)
+            rows = torch.arange(len(member), device=member.device).unsqueeze(-1)
+            member = torch.where(member > 0, member, ((first + rows) % members + 1).to(member))
         chosen = member.squeeze(-1).long() - 1 if members else None
         z, uncertainty = self.transition.draw(recurrent["h"], 1, sampling, chosen)
         return State({**recurrent, "member": member, "uncertainty": uncertainty.unsqueeze(-1), "z": z[0]})

@@ -171,8 +171,8 @@ class Change(ConditionalDistribution):
     Where nothing was seen before, which is so at the first row of a window that opens within an episode, numbers are N(0, 1) and
     the rest is uniform: nothing is learned there.
 
-    The memory passes a gate that is 0 at first (Bachlechner et al. 2021, ReZero): where an observation says all, numbers that change
-    from step to step and mean nothing double the error.
+    The memory and the last change pass gates that are 0 at first (Bachlechner et al. 2021, ReZero): where an observation says all,
+    other numbers that change from step to step double the error.
 
     form     the distribution of changes that a config names
     reads    what it reads of h; None without a context
@@ -191,7 +191,7 @@ class Change(ConditionalDistribution):
         self.moments = RunningMoments(latent.numbers)  # of all batches: where targets move by 2 %, so does the error
         self.register_buffer("largest", torch.zeros(latent.numbers))
         if reads:
-            self.gate = nn.Parameter(torch.zeros(reads.before - reads.first))
+            self.gates = nn.ParameterList(torch.zeros(n) for n in (reads.before - reads.first, latent.numbers))
         discrete = self.anchor.discrete
         if discrete and inputs:
             self.logits = SkipMLP(inputs, config.units if hasattr(config, "units") else 128, 2, discrete)
@@ -225,11 +225,14 @@ class Change(ConditionalDistribution):
         return context[..., self.reads.before + self.anchor.discrete : self.reads.after]
 
     def _read(self, context: Tensor | None) -> Tensor | None:
-        """What the form reads: everything, the memory through a gate that opens where it helps."""
+        """What the form reads: the memory and the last change through gates that open where they help, and all else."""
         if context is None:
             return None
-        memory, rest = context[..., self.reads.first : self.reads.before], context[..., self.reads.before :]
-        return torch.cat([self.gate * memory, rest], -1)
+        reads, numbers = self.reads, self.latent.numbers
+        memory, z, change, rest = context[..., reads.first :].tensor_split(
+            [reads.before - reads.first, reads.after - reads.first, reads.after - reads.first + numbers], -1
+        )
+        return torch.cat([self.gates[0] * memory, z, self.gates[1] * change, rest], -1)
 
     def _standardised(self, z: Tensor, context: Tensor | None) -> Float[Tensor, "*N M"]:
         shift, scale = self._shift_and_scale(context)

@@ -28,7 +28,7 @@ from worldmodel.view import pictures
 
 SAMPLES = 8
 """Roll-outs whose mean is the prediction, and whose spread is drawn."""
-GAP_STARTS, GAP_STEPS = 64, 100
+GAP_STARTS, GAP_STEPS = 64, 50
 """Greedy dreams whose rewards are compared with real ones, and the first steps of an episode that they begin in."""
 GAP_LEVEL, GAP_RESAMPLES = 0.9, 1000
 

@@ -16,8 +16,10 @@ from worldmodel.agents.evaluation import isolated_rng
 from worldmodel.agents.guidance import Guidance, initial_states
 from worldmodel.agents.held_out import HELD_OUT_SEED, RANDOM_ACTION_SHARE, collect
 from worldmodel.data import Episodes, Sampling, State
-from worldmodel.diagnostics.rollouts import OpenLoop, open_loop, roll_out
+from worldmodel.diagnostics.calibration import Calibration, calibrate
+from worldmodel.diagnostics.rollouts import OpenLoop, open_loop, roll_out, spaced_starts
 from worldmodel.envs.draw import Viewer
+from worldmodel.envs.make import EnvConfig
 from worldmodel.errors import ConfigError
 from worldmodel.model import WorldModel
 from worldmodel.storage import files
@@ -26,6 +28,9 @@ from worldmodel.view import pictures
 
 SAMPLES = 8
 """Roll-outs whose mean is the prediction, and whose spread is drawn."""
+GAP_STARTS, GAP_STEPS = 64, 50
+"""Greedy dreams whose rewards are compared with real ones, and the first steps of an episode that they begin in."""
+GAP_LEVEL, GAP_RESAMPLES = 0.9, 1000
 
 
 # Videos ---------------------------------------------------------------------------------------------------------------
@@ -107,7 +112,124 @@ def returns(
     return imagined.cpu(), (rows.reward * inside)[:, 1:].sum(1).cpu()
 
 
+@dataclass(frozen=True)
+class RewardGap:
+    """Imagined minus real reward of each of the steps 1..H, under the greedy policy; NaN where nothing is measured.
+
+    count      [H]  starts at which the step is known in reality
+    mean       [H]  in reward units; above 0 dreams flatter
+    low, high  [H]  the central interval of GAP_LEVEL by bootstrap over episodes; NaN of fewer than two
+    """
+
+    count: Tensor
+    mean: Tensor
+    low: Tensor
+    high: Tensor
+
+    @classmethod
+    def unknown(cls, horizon: int) -> RewardGap:
+        """Without real episodes."""
+        return cls(torch.zeros(horizon, dtype=torch.int64), *torch.full((3, horizon), torch.nan))
+
+
+def reward_gap(
+    agent: ActsOnBelief,
+    episodes: Episodes,
+    context: int,
+    horizon: int,
+    generator: torch.Generator,
+    *,
+    every: int = 10,
+    starts: int = GAP_STARTS,
+) -> RewardGap:
+    """Are rewards of dreams flattered? Greedy dreams from real rows, against what the same policy collected from there on.
+
+    episodes   of the greedy policy without random actions: `collect(..., random=0)`
+    every      rows between starts, of which at most `starts` are used, evenly spaced; each is dreamed once
+
+    The model filters `context` rows, then the agent acts in the dream on what it believes there; a search begins its plan anew.
+    An imagined reward is weighed by the probability that its step is reached, a real one is 0 behind a termination, and steps
+    behind a truncation are left out.
+    """
+    world = agent.policy.world.eval()
+    episode, start = spaced_starts(episodes, context, every)
+    if not len(episode):
+        return RewardGap.unknown(horizon)
+    chosen = torch.linspace(0, len(episode) - 1, min(starts, len(episode))).round().long()
+    episode, start = episode[chosen], start[chosen]
+    rows, inside = (x.to(agent.device) for x in episodes.windows(episode, start, context + horizon))
+    seen = rows.window(0, context).with_obs(world.preprocess({name: x[:, :context] for name, x in rows.obs.items()}))
+    with torch.no_grad():
+        state = world.trace(seen, None, Sampling(generator=generator)).last
+    imagined, alive = [], torch.ones(len(episode), device=agent.device)
+    for _, reward, cont in _act(agent, state, horizon, 0.0, generator):
+        imagined.append(alive * reward)
+        alive = alive * cont
+    gaps = torch.stack(imagined, 1) - (rows.reward * inside)[:, context:]
+    known = (inside | (rows.is_terminal & inside).any(1, keepdim=True))[:, context:]
+    return _bootstrapped(gaps.cpu(), known.cpu(), episode)
+
+
+def _bootstrapped(gaps: Tensor, known: Tensor, episode: Tensor) -> RewardGap:
+    """Means of gaps [S, H] where known, and their intervals: starts of one episode are no independent ones, episodes are."""
+    which = episode.unique(return_inverse=True)[1]
+    count = int(which.max()) + 1
+    sums, counts = (
+        torch.zeros(count, gaps.shape[1], dtype=torch.float64).index_add_(0, which, x.double()) for x in (gaps * known, known)
+    )
+    rng = torch.Generator().manual_seed(HELD_OUT_SEED)
+    drawn = torch.randint(count, (GAP_RESAMPLES, count), generator=rng)
+    resampled = sums[drawn].sum(1) / counts[drawn].sum(1)  # a horizon that no drawn episode knows is left out
+    tail = torch.tensor([(1 - GAP_LEVEL) / 2, (1 + GAP_LEVEL) / 2], dtype=torch.float64)
+    low, high = torch.where((counts > 0).sum(0) > 1, resampled.nanquantile(tail, 0), torch.nan).float()
+    return RewardGap(known.sum(0), (sums.sum(0) / counts.sum(0)).float(), low, high)
+
+
 # The dream command ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What `worldmodel dream` and TensorBoard measure of a world model, by horizon."""
+
+    errors: OpenLoop
+    calibration: Calibration
+    gap: RewardGap
+
+    @classmethod
+    def unknown(cls, context: int, horizon: int) -> Figures:
+        """Of dreams without real observations to compare with."""
+        return cls(OpenLoop.unknown(context, horizon), Calibration.unknown(horizon), RewardGap.unknown(horizon))
+
+
+def figures(
+    agent: ActsOnBelief,
+    env: EnvConfig,
+    fresh: Episodes,
+    context: int,
+    horizon: int,
+    generator: torch.Generator,
+    *,
+    steps: int | None,
+    should_abort: Callable[[], bool] = lambda: False,
+) -> Figures:
+    """The figures of fresh held-out episodes; as many greedy ones of GAP_STEPS are played besides, to compare rewards with.
+
+    generator  of the errors alone: calibration and rewards have generators of their own
+    steps      of a greedy episode at most, where that is less than GAP_STEPS
+
+    Raises EvaluationAborted as soon as `should_abort` says yes, EnvError, MissingExtraError.
+    """
+    world = agent.policy.world
+    longest = max(GAP_STEPS, context + horizon)
+    longest = longest if steps is None else min(steps, longest)
+    greedy = collect(agent, env, len(fresh.lengths), steps=longest, random=0.0, should_abort=should_abort)
+    draws, dreams = (torch.Generator(agent.device).manual_seed(HELD_OUT_SEED + 1 + i) for i in range(2))
+    return Figures(
+        errors=open_loop(world, fresh, context, horizon, samples=SAMPLES, generator=generator),
+        calibration=calibrate(world, fresh, context, horizon, generator=draws),
+        gap=reward_gap(agent, greedy, context, horizon, dreams),
+    )
 
 
 def dream_of_episodes(
@@ -120,11 +242,12 @@ def dream_of_episodes(
     episodes: int,
     draw: bool,
     log: Callable[[str], object],
-) -> tuple[OpenLoop, RolloutVideo]:
-    """(open-loop errors on so many fresh episodes, one roll-out where `draw`) of the agent's world model."""
+) -> tuple[Figures, RolloutVideo]:
+    """(figures of so many fresh episodes, one roll-out where `draw`) of the agent's world model."""
     world, fresh = agent.policy.world, collect(agent, run.config.env, episodes, steps=run.config.eval.max_steps)
     generator = torch.Generator(agent.device).manual_seed(HELD_OUT_SEED)
-    errors = open_loop(world, fresh, context, horizon, samples=SAMPLES, generator=generator)
+    found = figures(agent, run.config.env, fresh, context, horizon, generator, steps=run.config.eval.max_steps)
+    errors = found.errors
     fits = errors.longest(horizon) or 0
     if fits < horizon:
         log(
@@ -133,7 +256,7 @@ def dream_of_episodes(
         )
     if (sentence := worse_than_persistence(errors)) is not None:
         log(sentence)
-    return errors, rollout_video(world, viewer, fresh, context, horizon, generator) if draw else RolloutVideo()
+    return found, rollout_video(world, viewer, fresh, context, horizon, generator) if draw else RolloutVideo()
 
 
 def dream_from_prior(

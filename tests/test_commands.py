@@ -83,11 +83,13 @@ def test_the_final_return_says_of_which_episodes(tmp_path):
 def test_tables_at_80_columns_cut_no_heading_and_drop_what_is_empty(capsys):
     from worldmodel.commands.console import show_dream, table
 
-    numbers = dict.fromkeys(("observation", "persistence", "ratio", "reward", "continue"), [1234.5678] * 3)
+    measured = ("observation", "persistence", "ratio", "reward", "continue", "crps", "coverage50", "coverage90", "spread_skill")
+    measured += ("spread_knows", "reward_gap", "reward_gap_low", "reward_gap_high")
+    numbers = dict.fromkeys(measured, [1234.5678] * 3)
     result = {"env_id": "a", "run": "runs/" + 90 * "q", "step": 1, "context": 5, "out": None, "worst": None, "ratio_by_part": {}}
     show_dream({**result, **numbers, "horizons": [1, 2, 3], "uncertainty": [12.5] * 3})
     out = capsys.readouterr().out
-    headings = "horizon observation persistence ratio reward continue uncertainty".split()
+    headings = "horizon observation persistence ratio reward continue uncertainty crps coverage50 coverage90 spread skill".split()
     assert [h for h in headings if not re.search(rf"\b{h}\b", out)] == [] and max(map(len, out.splitlines())) <= 80
     assert out.count("q") == 90 and "…" not in out and "1234.57" in out
     show_dream({**result, **numbers, "horizons": [1, 2, 3], "uncertainty": [None] * 3})

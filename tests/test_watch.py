@@ -228,6 +228,10 @@ def test_tensorboard_and_dream_tell_the_same_of_the_same_run(long_run):
         for tag, key in (("open_loop", "observation"), ("persistence", "persistence"), ("open_loop_reward", "reward")):
             shown_value = shown.Scalars(f"world/{tag}/{horizon}")[-1].value
             assert shown_value == pytest.approx(result[key][horizon - 1], rel=1e-4), (tag, horizon)
+        for name in ("crps", "coverage50", "coverage90", "spread_skill", "spread_knows", "reward_gap"):
+            value = shown.Scalars(f"dream/{name}/{horizon}")[-1].value
+            assert value == pytest.approx(result[name][horizon - 1], rel=1e-4, abs=1e-6), (name, horizon)
+        assert result["reward_gap_low"][horizon - 1] <= result["reward_gap"][horizon - 1] <= result["reward_gap_high"][horizon - 1]
         assert shown.Scalars(f"world/ratio/{horizon}")[-1].value == pytest.approx(result["ratio"][horizon - 1], rel=1e-4)
     assert list(result["ratio_by_part"]) == ["0-50", "50-200", "200-"]
     for part, ratios in result["ratio_by_part"].items():
@@ -241,7 +245,8 @@ def test_one_sentence_says_where_a_dream_is_worse_than_nothing(long_run, capsys)
     (sentence,) = [line for line in lines if "nothing changes" in line]  # 3 updates have taught it little
     assert worse and all(f"in steps {part}" in sentence for part in worse)
     console.show_dream(result)
-    assert "ratio at horizon 15 in steps 200-" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "ratio at horizon 15 in steps 200-" in out and "coverage90" in out and " to " in out
 
 
 # Returns ----------------------------------------------------------------------------------------------------------------

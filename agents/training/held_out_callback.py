@@ -15,10 +15,9 @@ from torch import Tensor
 
 from worldmodel.agents.evaluation import EvaluationAborted
 from worldmodel.agents.held_out import HELD_OUT_SEED, collect
-from worldmodel.agents.rollouts import SAMPLES, error_figure, returns, rollout_video
+from worldmodel.agents.rollouts import Figures, error_figure, figures, returns, rollout_video
 from worldmodel.config import Config, differences
 from worldmodel.diagnostics.geometry import FilteredStates, filter_episodes, interpolation, traversal, usage
-from worldmodel.diagnostics.rollouts import OpenLoop, open_loop
 from worldmodel.envs.draw import Viewer
 from worldmodel.envs.make import EnvConfig
 from worldmodel.errors import ConfigError, StorageError, require_whole
@@ -51,6 +50,10 @@ class HeldOutCallback(BaseCallback):
     | world/open_loop_reward/H, world/open_loop_continue/H | root mean square error in reward units; Brier score |
     | world/uncertainty/H | disagreement of the ensemble H steps ahead, where the model has one |
     | world/open_loop_curve | the same by horizon and number |
+    | dream/coverage50/H, dream/coverage90/H | share of observations within the central intervals of 50 and 90 % of what is drawn |
+    | dream/spread_skill/H, dream/spread_knows/H | spread over error: 1; does the spread know the error: 1 if so, 0 if not |
+    | dream/crps/H | fair score of the draws, in deviations: lower is better |
+    | dream/reward_gap/H | imagined minus real reward H steps ahead under the greedy policy, played without random actions |
     | dream/video, dream/signals | animated: real, imagined and error; every number over time with its spread |
     | dream/imagined_return, dream/real_return, dream/gap | the first 100 steps of those episodes, imagined and real |
     | latent/usage, latent/traversal, latent/interpolation | rates of the latent's variables, and what they decode to |
@@ -116,17 +119,18 @@ class HeldOutCallback(BaseCallback):
         step = self.model.num_timesteps
         if self.evaluated_at == step or self.model.learner.updates == 0:
             return
+        generator = torch.Generator(self.model.device).manual_seed(HELD_OUT_SEED)
         try:
             steps = self.model.config.eval.max_steps if self.steps is None else self.steps
-            episodes = collect(self.model, self.env, self.episodes, steps=steps, should_abort=self.should_abort)
+            played = {"steps": steps, "should_abort": self.should_abort}
+            episodes = collect(self.model, self.env, self.episodes, **played)
+            found = figures(self.model, self.env, episodes, self.context, self.horizon, generator, **played)
         except EvaluationAborted:
             return
         self.evaluated_at = step
-        generator = torch.Generator(self.model.device).manual_seed(HELD_OUT_SEED)
         world = self.model.policy.world
         viewer = Viewer(self.env.id, self.model.obs_spec, self.model.config.env.names)
-        errors = open_loop(world, episodes, self.context, self.horizon, samples=SAMPLES, generator=generator)
-        self._log_errors(errors, viewer, step)
+        self._log_errors(found, viewer, step)
         rollout = rollout_video(world, viewer, episodes, self.context, VIDEO_STEPS, generator)
         for name, frames in (("video", rollout.video), ("signals", rollout.signals)):
             if frames is not None:
@@ -156,18 +160,21 @@ class HeldOutCallback(BaseCallback):
         if np.isfinite(value):
             self.writer.add_scalar(tag, value, step)
 
-    def _log_errors(self, errors: OpenLoop, viewer: Viewer, step: int) -> None:
+    def _log_errors(self, found: Figures, viewer: Viewer, step: int) -> None:
+        errors = found.errors
         columns = {
-            "open_loop": errors.error(),
-            "persistence": errors.baseline(),
-            "ratio": errors.ratio(),
-            "open_loop_reward": errors.reward,
-            "open_loop_continue": errors.cont,
-            "uncertainty": errors.uncertainty,
+            "world/open_loop": errors.error(),
+            "world/persistence": errors.baseline(),
+            "world/ratio": errors.ratio(),
+            "world/open_loop_reward": errors.reward,
+            "world/open_loop_continue": errors.cont,
+            "world/uncertainty": errors.uncertainty,
+            **{f"dream/{name}": column for name, column in found.calibration.columns().items()},
+            "dream/reward_gap": found.gap.mean,
         }
         for horizon in sorted({*(h for h in HORIZONS if h < self.horizon), self.horizon}):
             for name, column in columns.items():
-                self._scalar(f"world/{name}/{horizon}", float(column[horizon - 1]), step)
+                self._scalar(f"{name}/{horizon}", float(column[horizon - 1]), step)
         for part, own in errors.parts.items():
             self._scalar(f"world/ratio_by_part/{part}", float(own.ratio()[-1]), step)
         if errors.count.any():

@@ -98,12 +98,20 @@ def show_evaluation(result: Mapping[str, Any]) -> None:
 
 
 def show_dream(result: Mapping[str, Any]) -> None:
-    names = ("observation", "persistence", "ratio", "reward", "continue", "uncertainty")
-    columns = {"horizon": "horizons", **{name: name for name in names}}
-    lines = [dict(zip(columns, values)) for values in zip(*(result[key] for key in columns.values()))]
+    errors = ("horizon", "observation", "persistence", "ratio", "reward", "continue", "uncertainty")
+    trust = ("horizon", "crps", "coverage50", "coverage90", "spread_skill", "spread_knows", "reward_gap", "of 90 %")
+    numbers = {"horizon": result["horizons"], **{name: result[name] for name in (*errors, *trust) if name in result}}
+    numbers["of 90 %"] = [
+        None if low is None else f"{low:+.3g} to {high:+.3g}"
+        for low, high in zip(result["reward_gap_low"], result["reward_gap_high"])
+    ]
+    lines = [dict(zip(numbers, values)) for values in zip(*numbers.values())]
     known = [line for line in lines if line["reward"] is not None]
     shown = [line for line in known if line["horizon"] in (1, 2, 3, 5, 7, 10, 15) or line["horizon"] % 10 == 0 or line is known[-1]]
-    table(shown, tuple(columns), digits=4)
+    table(shown, errors, digits=4)
+    if any(line[name] is not None for line in shown for name in trust[1:]):
+        print()
+        table(shown, trust)
     worst = result["worst"] or {}
     extra = {f"worst at horizon {worst['horizon']}": f"{worst['name']}: {worst['observation']:.3f}"} if worst else {}
     for part, ratio in result["ratio_by_part"].items():

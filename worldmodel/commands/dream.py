@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from worldmodel.agents.guidance import Guidance
-    from worldmodel.diagnostics.rollouts import OpenLoop
+    from worldmodel.agents.rollouts import Figures
     from worldmodel.storage.run import Run
 
 EXAMPLE = "worldmodel dream runs/cartpole-s0 --horizon 30 --out dream.gif"
@@ -37,6 +37,13 @@ def dream(
 ) -> dict[str, Any]:
     """Open-loop roll-outs of a run's newest checkpoint on fresh episodes; what `worldmodel dream --json` prints.
 
+    One number a horizon, null where it is not measured:
+
+    observation, persistence, ratio    root mean square error in deviations, that of persistence, the first over the second
+    reward, continue, uncertainty      root mean square error of the reward; Brier score; disagreement of the ensemble
+    crps, coverage50, coverage90, spread_skill, spread_knows    of drawn observations (`diagnostics.calibration`)
+    reward_gap, reward_gap_low, reward_gap_high    imagined minus real reward under the greedy policy, and its 90 % interval
+
     context   observations that the model sees before it dreams
     horizon   steps that it dreams; errors are null where no episode is that long
     start     "prior": from draws of the initial prior, with no real episode to compare with: all errors are null
@@ -51,7 +58,6 @@ def dream(
 
     from worldmodel.agents import rollouts
     from worldmodel.agents.evaluation import warn_untrained
-    from worldmodel.diagnostics.rollouts import OpenLoop
     from worldmodel.envs.draw import Viewer
     from worldmodel.storage.run import Run
     from worldmodel.view import pictures
@@ -71,20 +77,21 @@ def dream(
     if start == "prior":
         shown, guided = rollouts.dream_from_prior(agent, run, viewer, guide, horizon, draw=out is not None)
         log("Dreams from the initial distribution: nothing real to compare with, so errors are null.")
-        errors = OpenLoop.unknown(context, horizon)
+        found = rollouts.Figures.unknown(context, horizon)
     else:
         count = run.config.log.held_out if episodes is None else episodes
         draw = out is not None
-        errors, shown = rollouts.dream_of_episodes(agent, run, viewer, context, horizon, episodes=count, draw=draw, log=log)
+        found, shown = rollouts.dream_of_episodes(agent, run, viewer, context, horizon, episodes=count, draw=draw, log=log)
     if out is not None:
-        rollouts.save_rollout(out, shown, errors, viewer, log)
+        rollouts.save_rollout(out, shown, found.errors, viewer, log)
     about = {"env_id": run.config.env.id, "run": str(run.path), "step": agent.num_timesteps, "context": context}
-    worst = rollouts.worst_number(errors, viewer)
-    return {**about, **_figures(errors), "out": out and str(out), "worst": worst, "guided": guided}
+    worst = rollouts.worst_number(found.errors, viewer)
+    return {**about, **_figures(found), "out": out and str(out), "worst": worst, "guided": guided}
 
 
-def _figures(errors: OpenLoop) -> dict[str, Any]:
-    """The errors by horizon, for JSON."""
+def _figures(found: Figures) -> dict[str, Any]:
+    """What is measured by horizon, for JSON."""
+    errors, gap = found.errors, found.gap
     return {
         "horizons": errors.horizons,
         "observation": _column(errors.error()),
@@ -94,6 +101,10 @@ def _figures(errors: OpenLoop) -> dict[str, Any]:
         "ratio": _column(errors.ratio()),
         "ratio_by_part": {part: _column(own.ratio()) for part, own in errors.parts.items()},
         "uncertainty": _column(errors.uncertainty),
+        **{name: _column(column) for name, column in found.calibration.columns().items()},
+        "reward_gap": _column(gap.mean),
+        "reward_gap_low": _column(gap.low),
+        "reward_gap_high": _column(gap.high),
     }
 
 

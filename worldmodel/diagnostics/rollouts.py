@@ -27,7 +27,7 @@ class Rollout:
     inside       [S, C+H]           rows that belong to the window's episode
     truth        {key: [S, C+H, ...]} canonical observations, as observed
     seen         {key: [S, C, ...]} reconstructions of the context
-    imagined     {key: [S, K, H, ...]} expected observations of K sampled rollouts under the recorded actions
+    imagined     {key: [S, K, H, ...]} expected observations of K sampled rollouts under the recorded actions; draws if asked for
     reward, cont [S, K, H]          as predicted on arrival
     uncertainty  [S, K, H]          the ensemble's disagreement; zeros without one
     """
@@ -53,8 +53,11 @@ def roll_out(
     *,
     samples: int = 8,
     generator: torch.Generator | None = None,
+    draw: bool = False,
 ) -> Rollout:
     """Filters `context` rows from each start, then imagines `horizon` steps under the recorded actions.
+
+    draw   `imagined` are draws of the observation, with the decoder's own noise, instead of expected ones
 
     A window that opens within an episode is filtered from zeros, as in training.
     """
@@ -72,16 +75,22 @@ def roll_out(
         inside=inside,
         truth=world.obs.canonical(window.obs),
         seen=_decoded(world, trace.feature.unflatten(0, shape)[:, 0]),
-        imagined=_decoded(world, dream.feature[:, 1:].unflatten(0, shape)),
+        imagined=_decoded(world, dream.feature[:, 1:].unflatten(0, shape), sampling if draw else None),
         reward=dream.reward.unflatten(0, shape),
         cont=dream.cont.unflatten(0, shape),
         uncertainty=dream.uncertainty.unflatten(0, shape),
     )
 
 
-def _decoded(world: WorldModel, feature: Float[Tensor, "*N F"]) -> Obs:
-    """Expected canonical observations, with the feature's leading dimensions; {} without a decoder."""
-    obs = {} if world.decoder is None else world.decode(feature.flatten(0, -2))
+def _decoded(world: WorldModel, feature: Float[Tensor, "*N F"], draws: Sampling | None = None) -> Obs:
+    """Canonical observations, expected ones or draws, with the feature's leading dimensions; {} without a decoder."""
+    flat = feature.flatten(0, -2)
+    if world.decoder is None:
+        obs = {}
+    elif draws is None:
+        obs = world.decode(flat)
+    else:
+        obs = world.scaling.inverse(world.decoder.sample(flat, draws))
     return {name: x.unflatten(0, feature.shape[:-1]) for name, x in obs.items()}
 
 
@@ -162,7 +171,7 @@ def open_loop(
     """
     sizes = {} if world.decoder is None else {name: math.prod(key.shape) for name, key in world.obs.keys.items()}
     sums = torch.zeros(len(PARTS), horizon, 4 + 2 * sum(sizes.values()))
-    episode, start = _starts(episodes, context, every)
+    episode, start = spaced_starts(episodes, context, every)
     part = torch.bucketize(start + context - 1, torch.tensor(list(PARTS.values())[1:]), right=True)
     at_once = max(1, min(ROLLOUTS_AT_ONCE, NUMBERS_AT_ONCE // (horizon * max(1, sum(sizes.values())))) // samples)
     for rows in torch.arange(len(episode)).split(at_once) if len(episode) else ():
@@ -201,7 +210,7 @@ def _means(sums: Float[Tensor, "H C"], sizes: dict[str, int], context: int, has_
     return OpenLoop(context, count.to(torch.int64), squares, persistence, reward.sqrt(), cont, uncertainty)
 
 
-def _starts(episodes: Episodes, context: int, every: int) -> tuple[Int[Tensor, " S"], Int[Tensor, " S"]]:
+def spaced_starts(episodes: Episodes, context: int, every: int) -> tuple[Int[Tensor, " S"], Int[Tensor, " S"]]:
     """(episode, first row) of every window with room for its context and one more row."""
     firsts = [torch.arange(0, max(0, int(n) - context), every) for n in episodes.lengths]
     episode = torch.repeat_interleave(torch.arange(len(firsts)), torch.tensor([len(f) for f in firsts]))

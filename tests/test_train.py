@@ -83,12 +83,12 @@ def test_behind_a_fence_an_interrupted_run_equals_an_unbroken_one(unbroken, tmp_
     trip = {**FENCE, "env.kwargs": {"at": 75, "signals": [int(signal.SIGTERM)]}}
     with pytest.raises(Interrupted):
         small_train(tmp_path / "run", 80, "Nervous-v0", options=trip)
-    assert Run.open(tmp_path / "run").checkpoints == [40, 48]  # the state at the signal is there to be looked at
+    assert Run.open(tmp_path / "run").checkpoints == [26, 40, 48]  # best, fence, state at the signal
     with Run.open(tmp_path / "run", write=True) as run:
         agent = make_agent(run.config, 0, "cpu")
         run.resume(agent, keep_newer=False, log=print)
         agent.env.close()
-        assert agent.num_timesteps == 40 and run.checkpoints == [40]  # but a resume starts from the fence
+        assert agent.num_timesteps == 40 and run.checkpoints == [26, 40]  # but a resume starts from the fence
     small_train(tmp_path / "run", 80, "Nervous-v0", options=trip, resume=True)
     tensors, other = contents(unbroken)[0], contents(tmp_path / "run")[0]
     assert all(np.array_equal(x, other[file][name]) for file, arrays in tensors.items() for name, x in arrays.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -43,8 +43,6 @@ class Progress:
 
     def __post_init__(self) -> None:
         self.overrides = {key: value for key, value in self.overrides.items() if key != "train.steps"}
-        if isinstance(self.best, Mapping):
-            self.best = Best.from_json(self.best, "the progress")
 
 
 class RunCallback(BaseCallback):

@@ -151,6 +151,7 @@ def slots(run: Path) -> Iterator[tuple[Path, bool]]:
     """(a file of a run that is read when it is opened, whether a manifest can vouch for it)."""
     yield run / "config.yaml", False
     yield run / "result.json", False
+    yield run / "best.json", False
     yield from ((path, False) for path in sorted((run / "replay").iterdir())[:1])
     for path in sorted((run / "checkpoints").iterdir()):
         yield path / "manifest.json", False

@@ -68,15 +68,16 @@ def evaluate(
 def _which(run: Run, asked: Step, step: int) -> str:
     """The checkpoint that is evaluated, and why it is this one."""
     newest = max(run.checkpoints, default=step)
+    best, absent = None, "no evaluation while training named a best one"
     try:
         best = run.best
     except CorruptError:
-        best = None
+        absent = "the best one is damaged"
     if best is not None and best.step == step:
         why = f"the best evaluated (mean return {best.mean_return:.1f}, confirmation {best.confirmation:.1f})"
         why += "" if step == newest else f"; the newest is step {newest} (--step newest)"
     elif asked is None:
-        why = "the newest: no checkpoint was evaluated while training" if best is None else "the newest: the best one is damaged"
+        why = f"the newest: {absent if best is None else 'the best one is damaged'}"
     else:
         why = "as asked for"
     return f"Evaluates the agent of step {step}, {why}."

@@ -95,11 +95,17 @@ def write(folder: Path, best: Best | None) -> None:
 def content(folder: Path) -> checkpoint.Content | None:
     """The checkpoint that was evaluated best; None where none was, and, with a warning, where it or best.json is damaged."""
     damage: CorruptError | None = None
+    before: Best | None = None
     for _ in range(READ_ATTEMPTS):
         try:
             found = read(folder)
-            return None if found is None else checkpoint.read(checkpoint.folder_of(folder / CHECKPOINTS, found.step))
-        except CorruptError as error:  # or a writer has just named another, and deleted this one
+            if found is None:
+                return None
+            if found == before:  # no writer has named another and deleted this one: it is damaged
+                break
+            before = found
+            return checkpoint.read(checkpoint.folder_of(folder / CHECKPOINTS, found.step))
+        except CorruptError as error:
             damage = error
     _log.warning(f"The best checkpoint cannot be used, so the newest one is. {damage}")
     return None

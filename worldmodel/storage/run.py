@@ -218,8 +218,8 @@ class Run:
         """Restores the newest good checkpoint, its replay and all counters; its `progress`, or None where there is none.
 
         A checkpoint is good where its own files and its replay are whole; with checkpoint.fence it is a fenced one. How many
-        steps are lost is reported to `log`. Intact ones behind it are deleted: they will be made again. The best is the best so far
-        at that checkpoint.
+        steps are lost is reported to `log`. Intact ones behind it are deleted: they will be made again. `best` is a Best, or
+        None: the best so far at that checkpoint.
         """
         if not self.checkpoints:
             self._recover_experience(algorithm, log)
@@ -246,7 +246,7 @@ class Run:
         for path in newer:
             files.discard(path)
         kept = {k: last_progress[k] for k in ("wall_seconds", "eval_seconds")}
-        return {**manifest["progress"], **kept, "best": None if so_far is None else so_far.to_json()}
+        return {**manifest["progress"], **kept, "best": so_far}
 
     def _best_of(self, manifest: Mapping[str, Any], log: Callable[[str], object]) -> best.Best | None:
         """The best evaluation up to a checkpoint, where its weights are still there and whole."""
@@ -350,7 +350,7 @@ class Run:
 
     @property
     def best(self) -> best.Best | None:
-        """The best evaluation and its checkpoint; None before the first, and with eval.every=0. CorruptError where it is damaged."""
+        """The best evaluation and its checkpoint; None before the first, and with eval.every=0. CorruptError where damaged."""
         return best.read(self.path)
 
     def manifest(self) -> dict[str, Any] | None:
@@ -392,8 +392,8 @@ class Run:
     def agent(self, step: Step = None, env: Any = None, device: torch.device | str = "cpu", *, trust: bool = False) -> Any:
         """The agent of a checkpoint: an SB3 algorithm that predicts at once and learns on after `set_env` (or with `env`).
 
-        Without `step`, of the one that was evaluated best; of the newest good one where none was evaluated, and with a warning where
-        the best is damaged. Its `num_timesteps` says which it is.
+        Without `step`, of the one that was evaluated best; of the newest good one where none was evaluated, and, with a warning,
+        where the best is damaged. Its `num_timesteps` says which it is.
         trust: its agent.path, where it has one, may be opened although that can run code. Raises TrustError without.
         """
         tensors, state, _ = (best.content(self.path) if step is None else None) or self.read(step)

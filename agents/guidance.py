@@ -131,7 +131,7 @@ def interpolation_video(
     run = run if isinstance(run, Run) else Run.open(run)
     out = pictures.checked(Path(out))
     positions, replay = [ReplayPosition.parse(text) for text in (one, other)], run.replay()
-    world = run.agent(trust=trust).policy.world.eval()
+    world = run.agent("newest", trust=trust).policy.world.eval()
     viewer = Viewer(run.config.env.id, world.obs, run.config.env.names)
     first, last = (world.dynamics.feature(state_at(world, replay, position))[0] for position in positions)
     line, arc = interpolate_features(world, first, last, steps)

@@ -24,7 +24,7 @@ from worldmodel.envs.make import as_vec_env
 from worldmodel.envs.vectors.plain import as_trained
 from worldmodel.errors import ConfigError
 from worldmodel.spaces import ActionSpec, ObsSpec
-from worldmodel.storage import checkpoint
+from worldmodel.storage import best, checkpoint
 from worldmodel.storage.replay import Replay
 from worldmodel.storage.run import versions
 from worldmodel.storage.weights import as_arrays, load_arrays, optimizer_arrays, restore_optimizer
@@ -174,7 +174,7 @@ class SavedAlgorithm(BaseAlgorithm):
         force_reset: bool = True,
         **kwargs: Any,
     ) -> SavedAlgorithm:
-        """The agent of a zip that `save` wrote, by path or as a stream, or of a run folder (its newest good checkpoint).
+        """The agent of a zip that `save` wrote, by path or as a stream, or of a run folder (the checkpoint that `Run.agent` takes).
 
         kwargs are those of the class; a mapping `config` changes options of the saved one. ConfigError for custom_objects, which
         stand in for pickled objects, and for force_reset=False: the file holds neither.
@@ -183,10 +183,7 @@ class SavedAlgorithm(BaseAlgorithm):
         if not force_reset:
             raise ConfigError("load(force_reset=False): a file holds no observation to go on from. Leave force_reset out.")
         if not hasattr(path, "read") and pathlib.Path(path).is_dir():
-            found = checkpoint.newest(pathlib.Path(path) / "checkpoints")
-            if found is None:
-                raise ConfigError(f"'{path}' holds no checkpoint that verifies. Expected a run folder or a zip written by save().")
-            arrays, state, manifest = checkpoint.read(found[1])
+            arrays, state, manifest = _of_run(pathlib.Path(path))
         else:
             arrays, state, manifest = checkpoint.unpack(_path(path))
         if print_system_info:
@@ -289,6 +286,16 @@ def _path(path: Any, suffix: str = ".zip") -> pathlib.Path | io.BufferedIOBase:
         return path
     path = pathlib.Path(path)
     return path if path.suffix else path.with_suffix(suffix)
+
+
+def _of_run(folder: pathlib.Path) -> checkpoint.Content:
+    """The best checkpoint of a run folder, or else the newest that verifies. ConfigError where there is none."""
+    if (content := best.content(folder)) is not None:
+        return content
+    found = checkpoint.newest(folder / best.CHECKPOINTS)
+    if found is None:
+        raise ConfigError(f"'{folder}' holds no checkpoint that verifies. Expected a run folder or a zip written by save().")
+    return checkpoint.read(found[1])
 
 
 def _without_prefix(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -315,7 +315,7 @@ def _write(
     agent = registry.part("agent", state["agent"]).from_content(*made, device="cpu", trust=trust)
     agent.replay = replay
     with Run.create(target, config, state["seed"]) as created:
-        created.save(agent, manifest["progress"], fenced=bool(manifest.get("fenced")))
+        created.save(agent, {**manifest["progress"], "best": None}, fenced=bool(manifest.get("fenced")))
 
 
 def _remapped_optimizer(

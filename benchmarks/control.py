@@ -113,7 +113,8 @@ def train_ours(job: Row, config: Config, path: Path, device: str = "cpu", resume
         log = say if job["verbose"] else lambda text: None
         overrides = [option for option in job["overrides"] if not option.startswith("train.steps=")]  # counted above
         done = worldmodel.train(job["recipe"], steps, job["seed"], path, overrides, device, resume=resume, log=log)
-        result = {**done.to_json(), "stopped": None}
+        result = done.to_json()
+        result = {**result, "final_return": result.pop("newest_return"), "stopped": None}  # as of the peers, whose best is not kept
     except Interrupted:
         if not late.is_set():  # somebody else wants this process to end
             raise
@@ -129,7 +130,7 @@ def interrupted(path: Path, config: Config) -> Row:
     from worldmodel.storage.run import Run
 
     with Run.open(path) as run:
-        progress, agent = run.manifest()["progress"], run.agent()
+        progress, agent = run.manifest()["progress"], run.agent("newest")
     return {
         "real_steps": agent.num_timesteps,
         "updates": agent.learner.updates,

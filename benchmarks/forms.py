@@ -80,7 +80,7 @@ def work(job: Row) -> Row:
     with Load() as load:
         trained = train_ours(job, config, path, job["device"], resume=path.exists())
         errors = dream(path, job["context"], job["horizon"], episodes=20, device=job["device"], log=say)
-    agent = Run.open(path).agent(device=job["device"])
+    agent = Run.open(path).agent("newest", device=job["device"])
     found = {name: trained[name] for name in ("real_steps", "updates", "wall_seconds", "solved_at", "final_return", "stopped")}
     return {
         **found,
@@ -125,7 +125,7 @@ def cost(form: str, max_seconds: float) -> Row:
         path = Path(folder) / "run"
         worldmodel.train("cartpole", 301, 0, path, [f"model={model}", *more, *short], "cpu")
         run = Run.open(path)
-        agent, replay, train = run.agent(device="cpu"), run.replay(), run.config.train
+        agent, replay, train = run.agent("newest", device="cpu"), run.replay(), run.config.train
     learner, rng = agent.learner, np.random.default_rng(0)
     world = learner.world
     batch = learner.prepare(replay.sample(train.batch_size, train.batch_length, rng))

@@ -53,7 +53,7 @@ def work(job: Row) -> Row:
         overrides = [*given, *data["options"], *job["overrides"]]
         worldmodel.train(data["recipe"], data["steps"], job["seed"], path, overrides, job["device"])
         run = Run.open(path)
-        agent = run.agent(device=job["device"])
+        agent = run.agent("newest", device=job["device"])
         replay = run.replay()
         train = replay.sample(64, min(64, min(replay.lengths)), np.random.default_rng(0))
         held_out = collect(agent, run.config.env, data["episodes"], random=1.0)

@@ -22,7 +22,7 @@ from worldmodel.storage.run import Run
 
 TRAIN_KEYS = (
     "env_id recipe seed threads real_steps updates wall_seconds eval_seconds parameters "
-    "threshold solved_at final_return evaluations run final_episodes"
+    "threshold solved_at final_return evaluations run final_episodes final_step newest_return best"
 ).split()
 EVAL_KEYS = "env_id run step episodes seed mean_return std_return returns lengths".split()
 INFO_KEYS = "env_id observation_space action_space parts parameters checkpoints".split()
@@ -156,7 +156,7 @@ def test_eval_repeats_the_final_return_and_writes_an_animation(command, trained,
     code, out, _ = command("eval", folder, "--episodes", 2, "--video", tmp_path / "new" / "first.gif", "--json")
     value = only_object(out)
     assert code == 0 and list(value) == EVAL_KEYS
-    assert (value["mean_return"], value["step"], value["seed"]) == (result.final_return, 40, 30_000)
+    assert (value["mean_return"], value["step"], value["seed"]) == (result.final_return, result.final_step, 30_000)
     assert value["mean_return"] == np.mean(value["returns"]) and len(value["lengths"]) == 2
     with Image.open(tmp_path / "new" / "first.gif") as gif:
         frames = []

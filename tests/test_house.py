@@ -45,7 +45,7 @@ FOLDERS = {
 LAYERS = (
     "errors configs",
     "data registry renamed storage.checkpoint storage.files storage.windows nn.networks nn.moments nn.diffusion nn.unet",
-    "config spaces storage.segments view nn.attention",
+    "config spaces storage.best storage.segments view nn.attention",
     "storage.replay storage.columns storage.weights",
     "storage.recording storage.npz distributions",
     "encoders decoders heads ensemble",

@@ -117,9 +117,9 @@ def test_config_and_result_are_replaced_at_once_or_not_at_all(tmp_path, config, 
     assert not list((tmp_path / "run").glob(".tmp-*"))  # swept by the next writer
 
 
-def test_only_the_newest_checkpoints_and_the_replay_that_they_name_stay(trained):
+def test_only_the_newest_checkpoints_the_best_and_the_replay_that_they_name_stay(trained):
     run = Run.open(trained)
-    assert run.checkpoints == [60, 70]  # every 20, and at the end
+    assert run.checkpoints == [50, 60, 70]  # evaluated best, every 20, and at the end
     named = {n for step in run.checkpoints for n, _ in run.read(step)[2]["replay"]["segments"]}
     assert {int(p.stem.rpartition("-")[2]) for p in (trained / "replay").iterdir()} == named
 
@@ -136,8 +136,9 @@ def test_world_model_and_agent_come_from_any_checkpoint(trained):
     assert not newest.training
     assert all(np.array_equal(x.numpy(), run.read(70)[0]["world"][name]) for name, x in newest.state_dict().items())
     assert any(not torch.equal(x, older.state_dict()[name]) for name, x in newest.state_dict().items())
-    assert (run.agent().num_timesteps, run.agent(60).num_timesteps, run.agent().kind) == (70, 60, "dreamer")
-    with pytest.raises(ConfigError, match=r"no checkpoint of step 5, only of \[60, 70\]"):
+    assert [run.agent(step).num_timesteps for step in ("newest", 60, "best", None)] == [70, 60, 50, 50]
+    assert run.agent().kind == "dreamer"
+    with pytest.raises(ConfigError, match=r"no checkpoint of step 5, only of \[50, 60, 70\]"):
         run.agent(5)
 
 
@@ -147,7 +148,7 @@ def test_an_agent_acts_at_once_and_goes_on_learning_with_an_environment(trained)
     again, _ = Run.open(trained).agent().predict(np.eye(5, dtype=np.float32), deterministic=True)
     assert np.array_equal(action, again) and action.shape == (5,)
     agent.learn(10, reset_num_timesteps=False)
-    assert agent.num_timesteps == 80
+    assert agent.num_timesteps == 60
 
 
 def test_random_states_of_another_kind_of_device_are_replaced(trained):
@@ -189,7 +190,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path):
     small_train(tmp_path / "run", 50)
     run = Run.open(tmp_path / "run")
     damage(run, 50)
-    assert run.agent().num_timesteps == 40 and run.manifest()["step"] == 40
+    assert run.agent().num_timesteps == 40 and run.manifest()["step"] == 40  # the best one was that of 50
     with pytest.raises(CorruptError, match=r"step-000000000050.*world.safetensors"):
         run.agent(50)
     said = []

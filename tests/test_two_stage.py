@@ -56,7 +56,8 @@ def test_all_that_is_not_the_new_prior_is_as_it_was_optimiser_included(run, tmp_
     kept = [name for name in old["world"] if "initial_prior" not in name]
     assert all(np.array_equal(old["world"][name], new["world"][name]) for name in kept) and len(kept) > 20
     assert all(np.array_equal(old["agent"][name], new["agent"][name]) for name in old["agent"])
-    agents = run.agent(), Run.open(tmp_path / "new").agent()
+    agents = run.agent("newest"), Run.open(tmp_path / "new").agent()
+    assert Run.open(tmp_path / "new").best is None  # the best one has the old prior
     for name, p in agents[0].world.named_parameters():
         if "initial_prior" not in name:
             q = dict(agents[1].world.named_parameters())[name]

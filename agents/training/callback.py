@@ -19,6 +19,7 @@ from worldmodel.agents.training import resources
 from worldmodel.agents.training.report import LineReport
 from worldmodel.agents.training.signals import Signals
 from worldmodel.errors import StorageError
+from worldmodel.storage.best import Best
 from worldmodel.storage.run import Run
 
 _log = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ class Progress:
     """What a run has done besides updates; part of every checkpoint.
 
     overrides  the options that a resume need not repeat
+    best       the best evaluation so far
     """
 
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -37,6 +39,7 @@ class Progress:
     evaluated: int = 0
     solved_at: int | None = None
     evaluations: list[dict[str, Any]] = field(default_factory=list)
+    best: Best | None = None
 
     def __post_init__(self) -> None:
         self.overrides = {key: value for key, value in self.overrides.items() if key != "train.steps"}
@@ -61,6 +64,7 @@ class RunCallback(BaseCallback):
         self.threshold = self.config.eval.threshold if self.is_offline else threshold(self.config.eval, self.config.env.id)
         self._clock: float | None = None
         self._failed = self._failed_in_a_row = 0
+        self._saved_best = progress.best
 
     def _init_callback(self) -> None:
         self.model.should_continue = lambda: not self.asked()
@@ -125,13 +129,16 @@ class RunCallback(BaseCallback):
         episodes = self.config.eval.episodes
         returns = self.measure(episodes, EVALUATION_SEED)
         mean = float(np.mean(returns))
-        note = ""
-        if self.threshold is not None and mean >= self.threshold and self.progress.solved_at is None:
-            confirmed = float(np.mean(self.measure(episodes, CONFIRMATION_SEED)))
-            note = (
-                f"  confirmed by {confirmed:.1f}: solved" if confirmed >= self.threshold else f"  not confirmed ({confirmed:.1f})"
-            )
-            self.progress.solved_at = step if confirmed >= self.threshold else None
+        best, note = self.progress.best, ""
+        reached = self.threshold is not None and mean >= self.threshold and self.progress.solved_at is None
+        if reached or best is None or mean >= best.score:
+            found = Best(step, mean, float(np.mean(self.measure(episodes, CONFIRMATION_SEED))), episodes)
+            if best is None or found.score >= best.score:
+                self.progress.best, note = found, f"  best so far (confirmation {found.confirmation:.1f})"
+            if reached and found.confirmation >= self.threshold:
+                self.progress.solved_at, note = step, f"  confirmed by {found.confirmation:.1f}: solved"
+            elif reached:
+                note = f"  not confirmed ({found.confirmation:.1f})"
         entry = {"real_steps": step, "mean_return": mean, "std_return": float(np.std(returns)), "episodes": episodes}
         self.progress.evaluations.append(entry)
         self.progress.evaluated = step
@@ -139,14 +146,14 @@ class RunCallback(BaseCallback):
         self.model.logger.dump(step)
         self.report.evaluated(self.model, entry, note)
 
-    def measure(self, episodes: int, seed: int) -> list[float]:
-        """Returns of greedy episodes; their time counts as evaluation."""
+    def measure(self, episodes: int, seed: int, agent: WorldModelAlgorithm | None = None) -> list[float]:
+        """Returns of greedy episodes of the agent (default: the one that learns); their time counts as evaluation."""
         self.add_wall_time()
         started = time.perf_counter()
         try:
             max_steps = self.config.eval.max_steps
             asked = partial(self.asked, "evaluating")
-            return evaluate(self.model, self.config.env, episodes, seed, max_steps=max_steps, should_abort=asked)[0]
+            return evaluate(agent or self.model, self.config.env, episodes, seed, max_steps=max_steps, should_abort=asked)[0]
         finally:
             self.progress.eval_seconds += time.perf_counter() - started
             if self._clock is not None:
@@ -163,6 +170,7 @@ class RunCallback(BaseCallback):
         """Saves a checkpoint of this step, if there is none yet; `fenced`: new episodes begin right after it."""
         self.add_wall_time()
         self.run.save(self.model, asdict(self.progress), fenced=fenced)
+        self._saved_best = self.progress.best
 
     def try_save(self, fenced: bool = False) -> None:
         """`save`; a StorageError is a warning until `checkpoint.failures` have come in a row."""
@@ -171,6 +179,7 @@ class RunCallback(BaseCallback):
             self.save(fenced)
             self._failed_in_a_row = 0
         except StorageError as error:
+            self.progress.best = self._saved_best  # what was evaluated is in no checkpoint
             self._failed += 1
             self._failed_in_a_row += 1
             if self._failed_in_a_row >= limit:

@@ -24,7 +24,7 @@ def free_memory() -> int | None:
 
 def warn_if_large(model: WorldModelAlgorithm, run: Run, warn: Callable[[str], object]) -> None:
     """Warns where the replay may take more than WARN_SHARE of the free memory or disk, or the run more disk than is free."""
-    free, keep = shutil.disk_usage(run.path).free, run.config.checkpoint.keep
+    free, keep = shutil.disk_usage(run.path).free, run.config.checkpoint.keep + bool(run.config.eval.every)  # and the best one
     moments = 0 if model.learner.updates else 8 * model.parameter_count  # Adam's two, from the first update on
     checkpoint_bytes, replay, memory = run.checkpoint_bytes + moments, model.replay, free_memory()
     disk_bytes = max(0, replay.disk_bytes - run.replay_bytes)  # still to be written

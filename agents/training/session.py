@@ -28,7 +28,7 @@ from worldmodel.agents.training.report import LineReport, ProgressBar, Scalars
 from worldmodel.agents.training.signals import Interrupted, Signals
 from worldmodel.config import Config
 from worldmodel.envs.make import as_vec_env
-from worldmodel.errors import ConfigError, EnvError
+from worldmodel.errors import ConfigError, CorruptError, EnvError
 from worldmodel.spaces import ObsSpec
 from worldmodel.storage.run import Run
 from worldmodel.storage.run_folder import latest_default, refuse_existing
@@ -45,8 +45,11 @@ class TrainResult:
     wall_seconds   training alone, over all resumes; evaluation is in eval_seconds
     parameters     trainable parameters of world model and agent together
     solved_at      real steps of the first evaluation that reached the threshold and was confirmed; else None
-    final_return   mean of the greedy episodes at the end; None on recorded experience
+    final_return   mean of the greedy episodes at the end, of the agent that was evaluated best; None on recorded experience
     final_episodes their number, with the environment's seeds 30,000, 30,001, ... (`worldmodel eval` plays the same)
+    final_step     real steps of that agent's checkpoint; those of the newest where nothing was evaluated before (eval.every=0)
+    newest_return  mean of the same episodes, of the newest agent: less than final_return where it has fallen since
+    best           {step, mean_return, confirmation, episodes} as in best.json; None where nothing was evaluated before
     evaluations    [{real_steps, mean_return, std_return, episodes}]
     run            the run folder
     """
@@ -66,6 +69,9 @@ class TrainResult:
     evaluations: list[dict[str, Any]]
     run: str
     final_episodes: int | None = None
+    final_step: int | None = None
+    newest_return: float | None = None
+    best: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -209,7 +215,9 @@ def _train_run(session: Session, run: Run, agent: WorldModelAlgorithm, progress:
     try:
         run_callback.save(fenced=config.checkpoint.fence and agent.num_timesteps == 0)
         run_callback.run_updates()
-        if run_callback.evaluate_if_due() and agent.num_timesteps < config.train.steps and not session.signals:
+        goes_on = run_callback.evaluate_if_due()
+        run_callback.save()  # what was evaluated, which pending updates may have changed
+        if goes_on and agent.num_timesteps < config.train.steps and not session.signals:
             if config.train.data:
                 offline.learn(agent, config.train.steps, callback, report.say)
             else:
@@ -217,7 +225,7 @@ def _train_run(session: Session, run: Run, agent: WorldModelAlgorithm, progress:
                 agent.learn(config.train.steps - agent.num_timesteps, callback, config.log.every, reset_num_timesteps=False)
         run_callback.save()
         if not session.signals:
-            return _final_result(run, agent, run_callback, seed)
+            return _final_result(session, run, agent, run_callback, seed)
     except EvaluationAborted:
         pass
     except EnvError:
@@ -232,10 +240,31 @@ def _train_run(session: Session, run: Run, agent: WorldModelAlgorithm, progress:
     raise Interrupted(session.signals.received, text)
 
 
-def _final_result(run: Run, agent: WorldModelAlgorithm, run_callback: RunCallback, seed: int) -> TrainResult:
-    is_offline = run_callback.is_offline
-    final = None if is_offline else float(np.mean(run_callback.measure(run.config.eval.episodes, FINAL_SEED)))
-    progress = run_callback.progress
+def _final_returns(session: Session, run: Run, agent: WorldModelAlgorithm, run_callback: RunCallback) -> tuple[int, float, float]:
+    """(step of the best agent, its final return, the newest agent's)."""
+
+    def final(agent: WorldModelAlgorithm) -> float:
+        return float(np.mean(run_callback.measure(run.config.eval.episodes, FINAL_SEED, agent)))
+
+    best, newest = run_callback.progress.best, final(agent)
+    if best is None or best.step == agent.num_timesteps:
+        return agent.num_timesteps, newest, newest
+    try:
+        other = run.agent(best.step, device=agent.device, trust=session.trust)
+    except (ConfigError, CorruptError) as error:
+        session.warn(f"The best agent, of step {best.step}, cannot be opened; the final return is the newest one's. {error}")
+        return agent.num_timesteps, newest, newest
+    returned = final(other)
+    last = agent.num_timesteps
+    session.log(f"Final return {returned:.1f} of the best agent, of step {best.step}; {newest:.1f} of the newest, of step {last}.")
+    return best.step, returned, newest
+
+
+def _final_result(session: Session, run: Run, agent: WorldModelAlgorithm, run_callback: RunCallback, seed: int) -> TrainResult:
+    is_offline, progress = run_callback.is_offline, run_callback.progress
+    final = final_step = newest = None
+    if not is_offline:
+        final_step, final, newest = _final_returns(session, run, agent, run_callback)
     result = TrainResult(
         env_id=run.config.env.id,
         recipe=run.config.recipe,
@@ -252,6 +281,9 @@ def _final_result(run: Run, agent: WorldModelAlgorithm, run_callback: RunCallbac
         evaluations=progress.evaluations,
         run=str(run.path),
         final_episodes=None if is_offline else run.config.eval.episodes,
+        final_step=final_step,
+        newest_return=newest,
+        best=None if progress.best is None else progress.best.to_json(),
     )
     run.write_result(result.to_json())
     return result

@@ -151,6 +151,7 @@ def slots(run: Path) -> Iterator[tuple[Path, bool]]:
     """(a file of a run that is read when it is opened, whether a manifest can vouch for it)."""
     yield run / "config.yaml", False
     yield run / "result.json", False
+    yield run / "best.json", False
     yield from ((path, False) for path in sorted((run / "replay").iterdir())[:1])
     for path in sorted((run / "checkpoints").iterdir()):
         yield path / "manifest.json", False
@@ -184,6 +185,8 @@ def runs(folder: Path) -> None:
             if file.name == "result.json":
                 acts = {"Run.result": lambda: Run.open(run).result}
                 acts["train --resume"] = lambda: command("train", CHAIN, "--resume", "--run", run)
+            elif file.name == "best.json":  # unless the best one is asked for, the newest stands in
+                acts = {"Run.agent": lambda: Run.open(run).agent("best"), "eval": lambda: command("eval", run, "--step", "best")}
             elif file.parent.name == "replay":
                 acts = {"Run.replay": lambda: Run.open(run).replay(), "data info": lambda: command("data", "info", run)}
             for how, act in acts.items():

@@ -313,7 +313,7 @@ def test_a_damaged_replay_is_refused_with_file_and_offset_or_read_bit_for_bit(tm
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A run of 50 steps with checkpoints at 40 and 50; the newest names a segment that the other one does not."""
+    """A run of 50 steps with checkpoints at 40, 50 (the best) and 25 (the best before); the newest names a segment of its own."""
     return Path(small_train(tmp_path_factory.mktemp("trained") / "run", 50).run)
 
 
@@ -362,16 +362,16 @@ def test_a_resume_goes_on_from_the_newest_checkpoint_that_verifies_and_says_what
     figure("F2", "newest checkpoint damaged: goes on from the one before; 10 of 50 steps lost, as it says")
 
 
-def test_where_both_checkpoints_are_damaged_an_error_says_so_and_nothing_is_deleted(run, figure):
+def test_where_all_checkpoints_are_damaged_an_error_says_so_and_nothing_is_deleted(run, figure):
     for step in run.checkpoints:
         spoil_checkpoint(run, step)
     run.write_result(None)
     before = sorted(str(p) for p in run.path.rglob("*"))
     for act in (run.agent, run.replay, run.manifest, run.world_model, lambda: small_train(run.path, 50, resume=True)):
-        with pytest.raises(CorruptError, match=r"No checkpoint of .*run verifies, of steps \[40, 50\]. Restore one from a copy"):
+        with pytest.raises(CorruptError, match=r"No checkpoint of .*run verifies, of steps \[25, 40, 50\]. Restore one"):
             act()
     assert sorted(str(p) for p in run.path.rglob("*") if p.name != ".lock") == [p for p in before if not p.endswith(".lock")]
-    figure("F2", "both checkpoints damaged: one error that names the run and its steps; nothing is deleted")
+    figure("F2", "all checkpoints damaged: one error that names the run and its steps; nothing is deleted")
 
 
 def test_a_damaged_segment_of_the_newest_checkpoint_costs_only_its_steps(run, caplog, figure):
@@ -395,5 +395,5 @@ def test_a_segment_that_every_checkpoint_names_leaves_the_weights(run, figure):
             CorruptError, match=rf"No checkpoint of .* has a whole replay: .*{shared.name} is damaged at offset \d+"
         ):
             act()
-    assert run.agent().num_timesteps == 50 and run.checkpoints == [40, 50]
-    figure("F3", "oldest segment damaged: an error that names file and offset; both checkpoints' weights stay and load")
+    assert run.agent().num_timesteps == 50 and run.checkpoints == [25, 40, 50]
+    figure("F3", "oldest segment damaged: an error that names file and offset; all checkpoints' weights stay and load")

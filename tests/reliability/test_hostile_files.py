@@ -30,6 +30,7 @@ from test_damage import in_child, tried
 from worldmodel.agents import Dreamer
 from worldmodel.envs import minari, sources
 from worldmodel.errors import ConfigError, CorruptError, StorageError
+from worldmodel.storage import best
 from worldmodel.storage.recording import Recording
 from worldmodel.storage.run import Run
 
@@ -128,6 +129,7 @@ def shelf(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("shelf")
     (folder / "canary").mkdir()
     small_train(folder / "run", 20, options={"eval.every": 0, "checkpoint.keep": 1})
+    best.write(folder / "run", best.Best(20, 1.0, 1.0, 2))
     Run.open(folder / "run").agent().save(folder / "good.zip")
     run = Run.open(folder / "run")
     agent = run.agent()

@@ -292,7 +292,7 @@ def test_the_last_save_must_succeed(small_disk, monkeypatch):
 def test_a_small_disk_is_told_at_the_start_in_numbers(small_disk):
     said: list[str] = []
     small_train(small_disk.path / "small", 20, options={"train.capacity": 600_000}, log=said.append)
-    assert re.search(r"has 8 MB left, but 2 more checkpoints of 0 MB and \d\d MB of replay may come", "\n".join(said))
+    assert re.search(r"has 8 MB left, but 3 more checkpoints of 0 MB and \d\d MB of replay may come", "\n".join(said))
     said.clear()
     small_train(small_disk.path / "fits", 20, log=said.append)
     assert not any("MB left" in text for text in said)

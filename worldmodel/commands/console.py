@@ -84,12 +84,22 @@ def say(text: str) -> None:
 def show_training(result: Mapping[str, Any]) -> None:
     if result["evaluations"]:
         table(result["evaluations"], ("real_steps", "mean_return", "std_return", "episodes"))
-    shown = {key: value for key, value in result.items() if key not in ("evaluations", "final_episodes")}
+    inner = ("evaluations", "final_episodes", "final_step", "newest_return", "best")
+    shown = {key: value for key, value in result.items() if key not in inner}
     if (count := result["final_episodes"]) is not None:
         from worldmodel.agents.evaluation import FINAL_SEED
 
         which = f"mean of {count} greedy episodes of seeds {FINAL_SEED} to {FINAL_SEED + count - 1}"
         shown["final_return"] = f"{_cell(result['final_return'], 2)} ({which})"
+        if (best := result["best"]) is not None and best["step"] == result["final_step"]:
+            both = f"{_cell(best['mean_return'], 2)}, confirmation {_cell(best['confirmation'], 2)}"
+            shown["final_step"] = f"{result['final_step']}, the best evaluated ({both})"
+        elif result["final_step"] is not None:
+            shown["final_step"] = f"{result['final_step']}, the newest"
+        if result["final_step"] not in (None, result["real_steps"]):
+            shown["newest_return"] = (
+                f"{_cell(result['newest_return'], 2)} (the same episodes, agent of step {result['real_steps']})"
+            )
     show_pairs(shown)
 
 

@@ -66,7 +66,7 @@ def dream(
         raise ConfigError(f"A dream needs at least 1 row of context and 1 step, not context={context} and horizon={horizon}.")
     run = run if isinstance(run, Run) else Run.open(run)
     out = None if out is None else pictures.checked(Path(out))
-    agent = run.agent(device=device, trust=trust)
+    agent = run.agent("newest", device=device, trust=trust)
     warn_untrained(agent, log)
     viewer = Viewer(run.config.env.id, agent.obs_spec, run.config.env.names)
     if guide is not None and start != "prior":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,19 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from worldmodel.commands.console import Debug, Json, RunFolder, Trust, answer, say, show_evaluation
+from worldmodel.errors import ConfigError, CorruptError
 
 if TYPE_CHECKING:
     import numpy as np
 
     from worldmodel.envs.make import EnvConfig
+    from worldmodel.storage.run import Run, Step
 
 EXAMPLE = "worldmodel eval runs/cartpole-s0 --episodes 20 --video play.gif"
 
 
 def evaluate(
-    path: Path, episodes: int, seed: int, step: int | None, video: Path | None, trust: bool, say: Callable[[str], object]
+    path: Path, episodes: int, seed: int, step: Step, video: Path | None, trust: bool, say: Callable[[str], object]
 ) -> dict[str, Any]:
-    """Greedy episodes of a run's agent, the first of them as an animation in the file `video`."""
+    """Greedy episodes of a run's agent (as `Run.agent` chooses it), the first of them as an animation in the file `video`."""
     import numpy as np
     import torch
 
@@ -36,6 +39,7 @@ def evaluate(
     run = Run.open(path)
     torch.set_num_threads(run.config.train.threads)
     agent = run.agent(step, trust=trust)
+    say(_which(run, step, agent.num_timesteps))
     warn_untrained(agent, say)
     frames: list[np.ndarray] | None = [] if video is not None and renders(run.config.env) else None
     played: list[tuple[Any, float]] = []
@@ -62,6 +66,24 @@ def evaluate(
     }
 
 
+def _which(run: Run, asked: Step, step: int) -> str:
+    """The checkpoint that is evaluated, and why it is this one."""
+    newest = max(run.checkpoints, default=step)
+    best, absent = None, "no evaluation while training named a best one"
+    try:
+        best = run.best
+    except CorruptError:
+        absent = "the best one is damaged"
+    if best is not None and best.step == step:
+        why = f"the best evaluated (mean return {best.mean_return:.1f}, confirmation {best.confirmation:.1f})"
+        why += "" if step == newest else f"; the newest is step {newest} (--step newest)"
+    elif asked is None:
+        why = f"the newest: {absent if best is None else 'the best one is damaged'}"
+    else:
+        why = "as asked for"
+    return f"Evaluates the agent of step {step}, {why}."
+
+
 def _drawn(agent: Any, env: EnvConfig, played: list[Any]) -> np.ndarray:
     """Observations as video frames: images and known scenes as they are, all else as signals over time."""
     import numpy as np
@@ -81,11 +103,25 @@ def command(
     seed: Annotated[
         int, typer.Option(min=0, help="Environment seed of the first episode. The default repeats the training's final return.")
     ] = 30_000,
-    step: Annotated[int | None, typer.Option(min=0, help="Which checkpoint.", show_default="the newest good one")] = None,
+    step: Annotated[
+        str | None,
+        typer.Option(
+            metavar="best|newest|N", help="Which checkpoint.", show_default="the best evaluated; the newest where none was"
+        ),
+    ] = None,
     video: Annotated[Path | None, typer.Option(metavar="FILE.gif|mp4", help="An animation of the first episode.")] = None,
     trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Let a run's agent act greedily in fresh environments."""
-    answer(lambda: evaluate(run, episodes, seed, step, video, trust, say), as_json, debug, show_evaluation)
+    answer(lambda: evaluate(run, episodes, seed, _step(step), video, trust, say), as_json, debug, show_evaluation)
+
+
+def _step(text: str | None) -> Step:
+    """What --step asks for. ConfigError."""
+    if text is None or text in ("best", "newest"):
+        return text
+    if not re.fullmatch(r"[0-9]{1,12}", text):
+        raise ConfigError(f"--step {text}: expected best, newest, or the real steps of a checkpoint.")
+    return int(text)

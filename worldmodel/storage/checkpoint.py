@@ -18,7 +18,7 @@ import re
 import shutil
 import stat
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -135,21 +135,28 @@ def _decode(manifest: dict, get: Callable[[str], bytes], where: str) -> Content:
 
 
 def write(
-    parent: Path, step: int, tensors: Mapping[str, Mapping[str, np.ndarray]], state: Mapping, manifest: Mapping | None = None
+    parent: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, np.ndarray]],
+    state: Mapping,
+    manifest: Mapping | None = None,
+    *,
+    replace: bool = False,
 ) -> Path:
     """Commits `parent/step-<12 digits>` and returns it. When this returns, the checkpoint survives a power cut.
 
     tensors   {file stem: {name: array}}, numbers and booleans, finite
     state     JSON with finite numbers (tuples come back as lists)
     manifest  further JSON entries of the manifest; `schema`, `step`, `files` and `hash` are its own
+    replace   whether an intact one of this step makes room, once the new one is on the disk
 
     ValueError or NumericsError on content that does not fit, StorageError where the disk is full, not writable or the
     step is committed already; a damaged checkpoint of that step is replaced. Whatever fails, earlier ones stay as they were.
     """
     final, temporary = folder_of(parent, step), files.temporary_name(parent)
     files.make_folder(parent)
-    damaged = final.exists() and damage(final) is not None
-    if final.exists() and not damaged:
+    replace = final.exists() and (replace or damage(final) is not None)
+    if final.exists() and not replace:
         raise StorageError(f"{final} is there already and intact. A checkpoint is never overwritten: save at a later step.")
     try:
         with storage_errors("create", temporary):
@@ -158,7 +165,7 @@ def write(
             with files.durable(temporary / name) as file:
                 file.write(data)
         files.sync_folder(temporary)
-        if damaged:
+        if replace:
             files.discard(final)
         with storage_errors("write", final):
             os.rename(temporary, final)
@@ -254,20 +261,28 @@ def damage(path: Path) -> CorruptError | None:
     return None
 
 
-def prune(parent: Path, keep: int = 2) -> list[int]:
+def prune(parent: Path, keep: int = 2, needs: Callable[[dict], Collection[int]] = lambda manifest: ()) -> list[int]:
     """Deletes what is older than the `keep` newest checkpoints that verify; returns the steps deleted.
+
+    needs  older steps that a kept checkpoint's manifest cannot do without; they stay as long as it does
 
     Damaged ones do not count as kept, so the last valid ones always stay.
     """
     if keep < 1:
         raise ValueError(f"prune keeps at least one checkpoint, not {keep}.")
-    valid, newest_first = 0, steps(parent)[::-1]
+    kept: list[dict] = []
+    newest_first = steps(parent)[::-1]
     for i, step in enumerate(newest_first):
-        valid += damage(folder_of(parent, step)) is None
-        if valid == keep:
-            for old in newest_first[i + 1 :]:
+        try:
+            kept.append(verify(folder_of(parent, step)))
+        except CorruptError:
+            continue
+        if len(kept) == keep:
+            needed = {other for manifest in kept for other in needs(manifest)}
+            deleted = [old for old in newest_first[i + 1 :] if old not in needed]
+            for old in deleted:
                 files.discard(folder_of(parent, old))
-            return newest_first[i + 1 :]
+            return deleted
     return []
 
 

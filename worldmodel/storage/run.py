@@ -1,9 +1,10 @@
 """A run folder: config, checkpoints, replay and result of one training, readable while it is written.
 
-    RUN/config.yaml  result.json  replay/segment-*.bin  checkpoints/step-000000001500/...  events.out.tfevents.*
+    RUN/config.yaml  result.json  best.json  replay/segment-*.bin  checkpoints/step-000000001500/...  events.out.tfevents.*
 
 One process writes (it holds a lock on RUN/.lock), any number may read. A checkpoint commits the replay's rows too: its
-manifest names them. No file points at the latest checkpoint: it is the newest one that verifies.
+manifest names them. No file points at the latest checkpoint: it is the newest one that verifies. best.json names the one
+that was evaluated best.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import Any, Literal, Protocol, overload
 
 import numpy as np
 import torch
@@ -33,14 +34,14 @@ from worldmodel.model import WorldModel
 from worldmodel.registry import register
 from worldmodel.spaces import ActionSpec, ObsSpec
 from worldmodel.spaces.names import signal_names
-from worldmodel.storage import checkpoint, files, segments
+from worldmodel.storage import best, checkpoint, files, segments
 from worldmodel.storage.files import storage_errors
 from worldmodel.storage.replay import Replay
 from worldmodel.storage.run_folder import CONFIG, FolderLock, default_folder, make_numbered, refuse_existing, require_run
 
 RESULT = "result.json"
-READ_ATTEMPTS = 3
-"""Times that a reader tries to read a checkpoint which the writer may be deleting just then."""
+Step = int | Literal["best", "newest"] | None
+"""Which checkpoint: of so many real steps, the one evaluated best, the newest that verifies; None: the method's default."""
 _log = logging.getLogger(__name__)
 PACKAGES = ("worldmodel", "torch", "numpy", "gymnasium", "stable-baselines3", "safetensors")
 
@@ -53,7 +54,7 @@ class CheckpointConfig(Frozen):
     flush: int = Field(
         1000, ge=0, description="real steps after which new experience is on disk (for --keep-newer); 0: as checkpoint.every"
     )
-    keep: int = Field(2, ge=1, description="newest checkpoints that stay")
+    keep: int = Field(2, ge=1, description="newest checkpoints that stay; the one that was evaluated best stays beside them")
     failures: int = Field(3, ge=1, description="saves in a row that fail, as on a full disk, at which the run stops")
     fence: bool = Field(
         False,
@@ -128,7 +129,7 @@ class Run:
         """Locks and sweeps the folder; where that or the block fails, the lock is free again."""
         self._lock = FolderLock(self.path)
         try:
-            for folder in ("", "checkpoints", "replay", "projector"):
+            for folder in ("", best.CHECKPOINTS, "replay", "projector"):
                 files.sweep(self.path / folder)
             yield
         except BaseException:
@@ -162,6 +163,7 @@ class Run:
     def save(self, algorithm: Algorithm, progress: Mapping[str, Any], *, fenced: bool = False) -> Path:
         """Commits the algorithm, its replay and `progress` (JSON) as the checkpoint of its step; then deletes old ones.
 
+        What `progress` names as `best` gets into best.json, and is not deleted.
         fenced  the algorithm begins new episodes behind it: what follows depends on this checkpoint alone
         A step that is committed already is left as it is, unless updates were still pending then. Raises StorageError,
         NumericsError; earlier checkpoints stay.
@@ -170,10 +172,11 @@ class Run:
         folder, path = self.checkpoint_folder, self._path_of(algorithm.num_timesteps)
         tensors, state = algorithm.content()
         updates = state.get("counters", {}).get("n_updates", 0)
+        named = best.of_progress(progress, "the progress")
         if algorithm.num_timesteps in self.checkpoints and checkpoint.damage(path) is None:
             if checkpoint.read_manifest(path).get("updates", updates) >= updates:
+                best.write(self.path, named)
                 return path
-            files.discard(path)  # saved while updates were still pending
         _check_finite(state, "state")
         snapshot = algorithm.replay.save(self.replay_folder, self._snapshot) if algorithm.replay is not None else None
         self._snapshot = snapshot  # these rows are on the disk even if the checkpoint fails; a retry need not write them again
@@ -187,9 +190,11 @@ class Run:
             "config": self.config.model_dump(mode="json"),
             "progress": dict(progress),
         }
-        path = checkpoint.write(folder, algorithm.num_timesteps, tensors, state, manifest)
+        # One of this step was saved while updates were still pending.
+        path = checkpoint.write(folder, algorithm.num_timesteps, tensors, state, manifest, replace=True)
+        best.write(self.path, named)
         if fenced or not self.config.checkpoint.fence:  # an unfenced one does not replace the fence that a resume starts from
-            checkpoint.prune(folder, self.config.checkpoint.keep)
+            checkpoint.prune(folder, self.config.checkpoint.keep, _best_steps)
         self._sweep_replay()
         return path
 
@@ -215,7 +220,8 @@ class Run:
         """Restores the newest good checkpoint, its replay and all counters; its `progress`, or None where there is none.
 
         A checkpoint is good where its own files and its replay are whole; with checkpoint.fence it is a fenced one. How many
-        steps are lost is reported to `log`. Intact ones behind it are deleted: they will be made again.
+        steps are lost is reported to `log`. Intact ones behind it are deleted: they will be made again. `best` is a Best, or
+        None: the best so far at that checkpoint.
         """
         if not self.checkpoints:
             self._recover_experience(algorithm, log)
@@ -237,9 +243,20 @@ class Run:
         last_progress = checkpoint.read_manifest(newer[0] if newer else path)["progress"]
         if last != step:
             log(f"Back to step {step}: the {last - step} steps saved behind it are lost, and will be made again.")
+        so_far = self._best_of(manifest, log)
+        best.write(self.path, so_far)  # before what it named is deleted
         for path in newer:
             files.discard(path)
-        return {**manifest["progress"], **{k: last_progress[k] for k in ("wall_seconds", "eval_seconds")}}
+        kept = {k: last_progress[k] for k in ("wall_seconds", "eval_seconds")}
+        return {**manifest["progress"], **kept, "best": so_far}
+
+    def _best_of(self, manifest: Mapping[str, Any], log: Callable[[str], object]) -> best.Best | None:
+        """The best evaluation up to a checkpoint, where its weights are still there and whole."""
+        found = best.of_progress(manifest["progress"], self.checkpoint_folder)
+        if found is None or (error := checkpoint.damage(self._path_of(found.step))) is None:
+            return found
+        log(f"The best checkpoint, of step {found.step}, is lost: {error} The next evaluation is the best so far.")
+        return None
 
     def _recover_experience(self, algorithm: Algorithm, log: Callable[[str], object]) -> None:
         """Loads the experience that was written although no checkpoint names it."""
@@ -333,14 +350,25 @@ class Run:
         """Real steps at which a checkpoint is there, ascending."""
         return checkpoint.steps(self.checkpoint_folder)
 
+    @property
+    def best(self) -> best.Best | None:
+        """The best evaluation and its checkpoint; None before the first, and with eval.every=0. CorruptError where damaged."""
+        return best.read(self.path)
+
     def manifest(self) -> dict[str, Any] | None:
         """The manifest of the newest good checkpoint: its `progress`, `seed`, `versions`, ...; None where there is none."""
         return checkpoint.read_manifest(self._newest(lambda text: None)) if self.checkpoints else None
 
-    def read(self, step: int | None = None) -> checkpoint.Content:
-        """(tensors, state, manifest) of a checkpoint; without `step`, of the newest good one."""
-        if step is None:
+    def read(self, step: Step = None) -> checkpoint.Content:
+        """(tensors, state, manifest) of a checkpoint (default: the newest good one). Raises ConfigError, CorruptError."""
+        if step in (None, "newest"):
             return checkpoint.read(self._newest(_log.warning))
+        if step == "best":
+            if (found := self.best) is None:
+                raise ConfigError(f"'{self.path}' has no best checkpoint: nothing was evaluated yet. Ask for the newest one.")
+            return checkpoint.read(self._path_of(found.step))
+        if isinstance(step, str):
+            raise ConfigError(f"step is '{step}'; expected 'best', 'newest' or one of {self.checkpoints}.")
         if step not in self.checkpoints:
             raise ConfigError(f"'{self.path}' has no checkpoint of step {step}, only of {self.checkpoints}. Choose one of them.")
         return checkpoint.read(self._path_of(step))
@@ -354,43 +382,48 @@ class Run:
             raise self._all_damaged_error()
         return found[1]
 
-    def world_model(self, step: int | None = None, device: torch.device | str = "cpu") -> WorldModel:
-        """The world model of a checkpoint (default: the newest good one), in eval mode."""
+    def world_model(self, step: Step = None, device: torch.device | str = "cpu") -> WorldModel:
+        """The world model of a checkpoint (default: the newest, which has seen the most), in eval mode.
+
+        The best agent acts by that of its own checkpoint, `world_model("best")`.
+        """
         tensors, state, _ = self.read(step)
         specs = ObsSpec.from_json(state["observation"]), ActionSpec.from_json(state["action"])
         return WorldModel.from_arrays(self.config.model, *specs, tensors["world"]).to(device).eval()
 
-    def agent(self, step: int | None = None, env: Any = None, device: torch.device | str = "cpu", *, trust: bool = False) -> Any:
+    def agent(self, step: Step = None, env: Any = None, device: torch.device | str = "cpu", *, trust: bool = False) -> Any:
         """The agent of a checkpoint: an SB3 algorithm that predicts at once and learns on after `set_env` (or with `env`).
 
+        Without `step`, of the one that was evaluated best; of the newest good one where none was evaluated, and, with a warning,
+        where the best is damaged. Its `num_timesteps` says which it is.
         trust: its agent.path, where it has one, may be opened although that can run code. Raises TrustError without.
         """
-        tensors, state, _ = self.read(step)
+        tensors, state, _ = (best.content(self.path) if step is None else None) or self.read(step)
         return registry.part("agent", state["agent"]).from_content(tensors, state, env=env, device=device, trust=trust)
 
     @property
     def checkpoint_folder(self) -> Path:
-        return self.path / "checkpoints"
+        return self.path / best.CHECKPOINTS
 
     @property
     def replay_folder(self) -> Path:
         return self.path / "replay"
 
-    def replay(self, step: int | None = None) -> Replay:
-        """The experience that a checkpoint names; without `step`, of the newest one whose experience is whole.
+    def replay(self, step: Step = None) -> Replay:
+        """The experience that a checkpoint names; without `step` or with "newest", of the newest one whose experience is whole.
 
         For reading, also while another process goes on writing the run. With train.replay=disk it lies in the folder, and what
         the writer evicts later is a CorruptError: open it again then.
         """
-        for attempt in range(READ_ATTEMPTS):
+        for attempt in range(best.READ_ATTEMPTS):
             try:
-                if step is None:
+                if step in (None, "newest"):
                     replay = self._newest_valid(_log.warning)[2]
                 else:
                     replay = self._load_replay(self.read(step)[2]["replay"], writable=False)
                 break
             except CorruptError:  # a writer may have replaced the checkpoint, and deleted what it alone named
-                if attempt == READ_ATTEMPTS - 1:
+                if attempt == best.READ_ATTEMPTS - 1:
                     raise
         if replay is None:
             raise ConfigError(f"'{self.path}' holds no experience yet. Train it first, or resume it with --resume.")
@@ -460,6 +493,12 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _best_steps(manifest: Mapping[str, Any]) -> list[int]:
+    """The checkpoint that was the best when this one was saved: a resume from this one goes on with it."""
+    found = best.of_progress(manifest.get("progress") or {}, "the progress")
+    return [] if found is None else [found.step]
 
 
 def _why_spaces_differ(before: Any, now: Any) -> str:

@@ -28,7 +28,7 @@ from worldmodel.spaces import ObsSpec
 MIN_CHANGE = 1e-5
 """The smallest deviation of changes, in deviations of the observation: float32 tells no smaller ones apart."""
 MARGIN = 2.0
-"""Drawn numbers are unchanged up to this multiple of the largest that was seen, and compressed beyond, so that no dream overflows."""
+"""Drawn numbers stay as they are up to this multiple of the largest that was seen; beyond they are compressed, and none overflows."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Anchored latents: the observation's own numbers, and how they change.
 
-Vectors, categories and bits are latents as they are; a Gaussian latent stands for pictures. The coordinate system on which encoder and decoder
-agree is then the observation's own, and what a prior says of a latent it says of the observation.
+Vectors, categories and bits are latents as they are; a Gaussian latent stands for pictures. The coordinate system on which encoder
+and decoder agree is then the observation's own, and what a prior says of a latent it says of the observation.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from worldmodel.spaces import ObsSpec
 MIN_CHANGE = 1e-5
 """The smallest deviation of changes, in deviations of the observation: float32 tells no smaller ones apart."""
 MARGIN = 2.0
-"""Drawn numbers stay as they are up to this multiple of the largest that was seen; beyond they are compressed, and none overflows."""
+"""Drawn numbers stay as they are up to this multiple of the largest that was seen, and are compressed beyond: none overflows."""
 
 
 @dataclass(frozen=True)

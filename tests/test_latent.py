@@ -72,9 +72,9 @@ class Recorder(VecEnvWrapper):
 
 
 @pytest.mark.parametrize(("observation", "action"), SPACES, ids=str)
-@pytest.mark.parametrize("posterior", ["filtering", "observation"])
-def test_the_filtered_state_is_that_of_training_row_by_row(observation, action, posterior):
-    world = small_world(observation, action, latent="gaussian", dynamics={"posterior": posterior})
+@pytest.mark.parametrize("dynamics", [{"posterior": "filtering"}, {"posterior": "observation"}, {"kind": "anchored"}], ids=str)
+def test_the_filtered_state_is_that_of_training_row_by_row(observation, action, dynamics):
+    world = small_world(observation, action, latent="gaussian", dynamics=dynamics)
     recorder = Recorder(toys(observation, action, 3), world)
     env = LatentVecEnv(recorder, world)
     action.seed(0)

@@ -28,7 +28,7 @@ from worldmodel.spaces import ObsSpec
 MIN_CHANGE = 1e-5
 """The smallest deviation of changes, in deviations of the observation: float32 tells no smaller ones apart."""
 MARGIN = 2.0
-"""Drawn numbers are unchanged up to this multiple of the largest that was seen, and compressed beyond, so that no dream overflows."""
+"""Drawn numbers are compressed beyond this multiple of the largest that was seen, so that no dream overflows."""
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ class Change(ConditionalDistribution):
     ) -> tuple[Float[Tensor, "K N Z"], Float[Tensor, " N"]]:
         """(draws, of an ensemble's member where one is given; deviation between the members' means, a root mean square over the
         latent's numbers, 0 without members)."""
-        sampling, parts, uncertainty = sampling or Sampling(), [], torch.zeros(())
+        sampling, parts, uncertainty = sampling or Sampling(), [], self.largest.new_zeros(())
         if self.anchor.discrete:
             parts.append(self._sample_discrete(context, count, sampling))
         if self.form is not None:

@@ -43,6 +43,8 @@ SIZES = {
     "layers": 1,
     "depth": 4,
     "deter": 12,
+    "task": 5,
+    "code": 3,
     "bins": 21,
     "limit": 3.0,
     "size": 2,
@@ -96,6 +98,8 @@ def small_world(
     )
     if dynamics["kind"] == "rssm":
         dynamics.setdefault("posterior", "filtering")
+    if "latent" not in registry.config_class("dynamics", dynamics["kind"]).model_fields:
+        del dynamics["latent"]
     config = {
         "vector_scaling": "standardise",
         "encoder": small("encoder", "standard"),

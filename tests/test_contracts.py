@@ -23,7 +23,7 @@ LATENTS = [kind for kind in registry.kinds("latent") if not registry.part("laten
 KINDS = registry.kinds("distribution")
 SLOTS = ("initial", "transition", "marginal")
 PROMISED = {"gaussian": "ITM", "categorical": "IT", "mixture": "ITM", "vamp": "ITM", "flow": "ITM", "energy": "ITM"}
-PROMISED |= {"hierarchical": "IT", "diffusion": "ITM"}
+PROMISED |= {"hierarchical": "IT", "diffusion": "ITM", "ensemble": "ITM"}
 """First letters of the slots that each form fills."""
 CONTEXT = 3
 
@@ -377,7 +377,7 @@ def test_fitting_two_moons_beats_a_gaussian_on_held_out_data(cell):
     prior.fit(train, steps=300, batch=128, lr=5e-2, generator=generator())
     best_gaussian = torch.distributions.Normal(train.mean(0), train.std(0)).log_prob(test).sum(-1).mean()
     gain = float(prior.log_prob(test, None).detach().mean() - best_gaussian)
-    assert abs(gain) < 0.02 if cell.kind == "gaussian" else gain > 0.1
+    assert abs(gain) < 0.02 if cell.kind in ("gaussian", "ensemble") else gain > 0.1  # each member of an ensemble learns alone
 
 
 # Codes -----------------------------------------------------------------------------------------------------------------

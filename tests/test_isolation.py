@@ -39,7 +39,8 @@ def build(config: Config, like: WorldModel | None = None) -> WorldModel:
             torch.nn.init.normal_(p, std=0.02, generator=generator(7))
     if like is not None:
         weights, own = like.state_dict(), world.state_dict()
-        world.load_state_dict({name: weights[name] if name in weights else x for name, x in own.items()})
+        common = {name: weights[name] for name, x in own.items() if name in weights and weights[name].shape == x.shape}
+        world.load_state_dict(own | common)
     return world
 
 

@@ -24,6 +24,7 @@ FORMS = {
     "transformer": [("dynamics.kind", "rssm")],
     "dreamer": [("dynamics.latent", {"kind": "gaussian", "size": 8})],
     "gaussian": [("dynamics.latent", {"kind": "categorical"})],
+    "anchored": [("transition", PLAIN)],
     "diamond": [],
 }
 """What makes a recipe, and what would stand there otherwise; those that are not named have their form in both slots of the code.

@@ -58,6 +58,9 @@ BELONGS: dict[tuple[str, str], dict[str, Any]] = {
 KINDS = {"base": ["mixture"], "latent": ["gaussian"], "upper": ["mixture"], "lower": ["mixture"]}
 """Other kinds for options that hold a part."""
 
+PICTURES = {("anchored", "code"), ("anchored", "posterior_layers")}
+"""(kind, option) of dynamics that act on pictures alone."""
+
 EYES = {"depth", "image", "levels", "min_sigma_image", "weight_sigma_image", "refine_depth", "frames"}
 HANDS = {"units", "layers", "min_sigma", "refine_units"}
 """Options of decoders that are about pictures, and about vectors; all others act on each."""
@@ -180,6 +183,8 @@ def test_each_option_of_a_part_changes_what_is_learned_or_drawn_under_defaults(r
     for name in registry.config_class(role, kind).model_fields.keys() - inherited:  # those are tried where they come from
         beside = BELONGS.get((role, name), BELONGS.get((kind, name), {}))
         seen = ["picture"] if kind == "diamond" else ["both" if role == "encoder" else "vector"]
+        if (kind, name) in PICTURES:
+            seen = ["both"]
         if role == "decoder":
             seen = [one for one, not_its in (("picture", HANDS), ("vector", EYES)) if name not in not_its]
         for one in seen:

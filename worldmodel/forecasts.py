@@ -49,7 +49,8 @@ class Forecast:
                       is of where the plan leads; the noise of a single measurement, which a decoder may model, is not in it
     reward_mean, reward_std  [H]  reward on arriving, as if the episode went on until then, and its deviation over samples
     survival          [H]  probability that the episode has not terminated by then (a time limit is no termination)
-    uncertainty       [H]  disagreement of the model's ensemble, in deviations of the embedding; None without an ensemble
+    uncertainty       [H]  disagreement of the model's ensemble, in deviations of the embedding, or of the transition's members, in
+                      those of the latent; None without either
     returns           [K]  in each sample: the sum of discount^h * reward * probability that the step is reached
     discount          of the returns
     names             {key: names of the canonical numbers} of all keys but pictures; `env.names` where a config has them
@@ -404,7 +405,7 @@ def _forecast(
         reward_mean=reward.mean(0).cpu().numpy(),
         reward_std=reward.std(0).cpu().numpy(),
         survival=reached[:, 1:].mean(0).cpu().numpy(),
-        uncertainty=None if world.ensemble is None else dream.uncertainty.double().mean(0).cpu().numpy(),
+        uncertainty=dream.uncertainty.double().mean(0).cpu().numpy() if world.has_uncertainty else None,
         returns=(weight * reward * reached[:, :-1]).sum(1).cpu().numpy(),
         discount=discount,
         names=names,

@@ -196,7 +196,8 @@ def _part_config(role: str, model: Mapping[str, Any]) -> Frozen:
 def _posterior(config: Frozen, encoder: nn.Module) -> tuple[nn.Module, Any]:
     """(network: embedding -> parameters of the posterior, the latent's kind) of dynamics with posterior=observation."""
     prior = default_distribution(config)
-    dynamics = build("dynamics", config, EncoderInterface({}, encoder.out_features, encoder.forward), 1, prior, prior)
+    interface = EncoderInterface({}, encoder.out_features, encoder.forward, getattr(encoder, "anchor", None))
+    dynamics = build("dynamics", config, interface, 1, prior, prior)
     return dynamics.posterior_net, dynamics.latent
 
 

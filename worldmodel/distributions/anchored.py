@@ -1,7 +1,7 @@
 """Anchored latents: the observation's own numbers, and how they change.
 
-Vectors, categories and bits are latents as they are; a code stands for pictures. The coordinate system on which encoder and decoder
-agree is then the observation's own, and what a prior says of a latent it says of the observation.
+Vectors, categories and bits are latents as they are; a Gaussian latent stands for pictures. The coordinate system on which encoder
+and decoder agree is then the observation's own, and what a prior says of a latent it says of the observation.
 """
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ class Anchor:
 
 @dataclass(frozen=True)
 class AnchoredPosterior(Posterior):
-    """All probability at what was observed, and a Gaussian of the code of pictures.
+    """All probability at what was observed, and a Gaussian of the latent of pictures.
 
-    Densities are those of the code: of the observed numbers every density is taken relative to this point.
+    Densities are those of the pictures' latent: of the observed numbers every density is taken relative to this point.
     """
 
     observed: Float[Tensor, "*N W"]
@@ -89,6 +89,10 @@ class AnchoredPosterior(Posterior):
     @property
     def mean(self) -> Tensor:
         return self._with(self.code.mean)
+
+    @property
+    def std(self) -> Tensor:
+        return torch.cat([torch.zeros_like(self.observed), self.code.std], -1)
 
     def _with(self, code: Tensor) -> Tensor:
         return torch.cat([self.observed, code], -1)
@@ -106,7 +110,7 @@ class AnchoredPosterior(Posterior):
         return self.code.entropy()
 
     def kl_elements(self, other: Posterior) -> Tensor:
-        """The rate of each number: -ln p of an observed one, the KL of one of the code."""
+        """The rate of each number: -ln p of an observed one, the KL of one of the pictures' latent."""
         if not isinstance(other, GaussianPosterior):
             raise TypeError(f"KL of an observation against a {type(other).__name__} has no closed form.")
         width = self.observed.shape[-1]
@@ -119,7 +123,7 @@ class AnchoredPosterior(Posterior):
 
 
 class AnchoredLatent(Latent):
-    """An observation's own numbers, and a Gaussian code of its pictures."""
+    """An observation's own numbers, and a Gaussian latent of its pictures."""
 
     kind = "anchored"
     continuous = True

@@ -153,6 +153,6 @@ class EnsembleGaussian(ConditionalDistribution):
         return {"nll": Loss((nats + means - means.detach()).mean(0))}
 
 
-def _wide(members: Float[Tensor, "K *M D"], x: Float[Tensor, "*N D"]) -> Float[Tensor, "K *M D"]:
+def _wide(members: Float[Tensor, "K *M D"], x: Float[Tensor, "*N D"]) -> Float[Tensor, "K ... D"]:
     """Parameters of K members in a shape that broadcasts with `x`."""
     return members.view(len(members), *[1] * (x.ndim + 1 - members.ndim), *members.shape[1:])

@@ -1,6 +1,6 @@
 """Anchored dynamics: the latent is the observation itself, and the transition predicts how it changes.
 
-    z_t = [categories, bits, vectors as observed | a code of the pictures]
+    z_t = [categories, bits, vectors as observed | a Gaussian latent of the pictures]
     c_{t-1} = (z_{t-1} - z_{t-2}) / s                 s, b: running deviation and mean of the changes
     m_t, n_t = GRU(m_{t-1} or n_{t-1}, z_{t-1}, c_{t-1}, a_{t-1})
     h_t = [n_t, m_t, z_{t-1}, c_{t-1}, a_{t-1}]
@@ -81,7 +81,7 @@ class AnchoredDecoder(nn.Module):
 
 
 class AnchoredPosteriorNet(nn.Module):
-    """Embedding -> parameters of the posterior: what is anchored, and mean and deviation of the code."""
+    """Embedding -> parameters of the posterior: what is anchored, and mean and deviation of the pictures' latent."""
 
     def __init__(self, embed_dim: int, units: int, layers: int, latent: AnchoredLatent):
         super().__init__()
@@ -97,10 +97,10 @@ class AnchoredPosteriorNet(nn.Module):
 
 
 class AnchoredConfig(Frozen):
-    """Sizes of the memories and of the pictures' code."""
+    """Sizes of the memories and of the pictures' latent."""
 
     latent: ClassVar[PointLatentConfig] = PointLatentConfig()
-    """Latents are points, but for the code of pictures; the observation says their size."""
+    """Latents are points, but for that of pictures; the observation says their size."""
 
     kind: Literal["anchored"] = "anchored"
     deter: int = Field(32, ge=1, description="size of the memory m, which the transition reads")
@@ -108,7 +108,7 @@ class AnchoredConfig(Frozen):
     units: int = Field(64, ge=1, description="width of the layers in front of both")
     code: int = Field(16, ge=1, description="numbers that stand for all pictures of an observation, if it has any")
     posterior: Literal["observation"] = Field("observation", description="the latent is the observation itself")
-    posterior_layers: int = Field(1, ge=1, description="hidden layers of the posterior of the pictures' code")
+    posterior_layers: int = Field(1, ge=1, description="hidden layers of the posterior of the pictures' latent")
 
 
 class Memory(nn.Module):
@@ -246,7 +246,7 @@ class AnchoredDynamics(Dynamics):
         self.transition.calibrate(used.transition, trace.z[~is_first], trace.h[~is_first])
 
     def losses(self, trace: Trace, batch: Batch, sampling: Sampling) -> dict[str, Loss]:
-        """The rate of each row, and the part of it that trains the posterior of the pictures' code.
+        """The rate of each row, and the part of it that trains the posterior of the pictures' latent.
 
             dyn   losses of the transition and, at an episode's first row, of the initial distribution: -ln p(z_t | h_t)
             rep   KL(q(code) || p) in which p is fixed; only where there are pictures

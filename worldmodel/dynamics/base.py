@@ -55,7 +55,7 @@ class Dynamics(nn.Module, ABC):
     stop_gradient: ClassVar[bool] = False
     """Whether no gradient flows from h into the latents that it reads."""
 
-    def __init__(self, config: DynamicsConfig, encoder: EncoderInterface, action_dim: int, transition: Frozen, initial: Frozen):
+    def __init__(self, config: Frozen, encoder: EncoderInterface, action_dim: int, transition: Frozen, initial: Frozen):
         super().__init__()
         self.config, self.action_dim = config, action_dim
         self.latent = self._make_latent(encoder)

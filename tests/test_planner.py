@@ -50,6 +50,7 @@ class Bandit(WorldModel):
         nn.Module.__init__(self)
         self.action, self.end, self.uncertain = ActionSpec.from_space(action), end, uncertain
         self.ensemble = nn.Identity() if uncertain else None
+        self.dynamics = None  # which would have members
         self.heads = Heads(HeadsConfig(units=1), 1)
         self.feature_dim = self.action.dim + 1
         self.anything = nn.Parameter(torch.zeros(()))

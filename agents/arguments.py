@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_wr
 from worldmodel.agents.belief import BeliefPolicy
 from worldmodel.config import Config, describe
 from worldmodel.config.recipes import combine
-from worldmodel.envs.make import id_of
+from worldmodel.envs.make import as_vec_env, id_of
 from worldmodel.errors import ConfigError, did_you_mean
 from worldmodel.spaces import ObsSpec
 from worldmodel.spaces.keys import KeySpec
@@ -73,8 +73,29 @@ def resolve_config(kind: str, recipe: Any, overrides: Any, env: Any) -> Config:
     if not isinstance(agent, str) and "kind" not in agent:  # else options of this kind would be unknown to the recipe's
         overrides = {**overrides, **own} if isinstance(overrides, Mapping) else [*overrides, f"agent.kind={kind}"]
     env_id = env if isinstance(env, str) else id_of(env)
-    config = Config.from_recipe(recipe, overrides, env_id=env_id or "custom")
+    config = read_config(recipe, overrides, env_id or "custom", env)
     return config if config.agent.kind == kind else config.override(own)
+
+
+def read_config(recipe: Any, overrides: Any, env_id: str | None = None, env: Any = None) -> Config:
+    """`Config.from_recipe`; where no recipe was made for the environment and the model is left open, observations choose it.
+
+    Vectors, categories and bits are their own latents (model=anchored); pictures have those of the class defaults.
+    env   what the observations are of; None: the environment of the config is made for a moment
+    """
+    config = Config.from_recipe(recipe, overrides, env_id=env_id)
+    if config.recipe is not None or config.train.data or (config.env.id == "custom" and env is None):
+        return config
+    chosen = Config.from_recipe(recipe, overrides, env_id=env_id, model="anchored")
+    if chosen.model == config.model:
+        return config
+    space = getattr(env, "single_observation_space", getattr(env, "observation_space", None))
+    if space is None:
+        venv = as_vec_env(config.env)
+        space = venv.observation_space
+        venv.close()
+    kinds = {key.kind for key in ObsSpec.from_space(space, config.env.layout).keys.values()}
+    return config if "image" in kinds else chosen
 
 
 def find_device(device: torch.device | str) -> torch.device:

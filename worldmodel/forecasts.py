@@ -210,9 +210,20 @@ def what_if(
     discount: float = 1.0,
     names: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Forecast | PlanRanking:
-    """What `world` expects of a plan, or of several; what `Run.what_if` says holds here.
+    """What `world` expects of a plan, or of several, from what was seen and done.
 
-    names  of the observation's numbers, as `signal_names` gives them; None: by their places
+    observations  the T + 1 of an episode up to now: an array [T + 1, ...], {key: array} for a Dict space, or a list of them as
+                  `reset` and `step` gave them; one alone where nothing was done yet (T = 0)
+    actions       the T taken between them; None or [] where T = 0
+    plan          the H actions to try [H, ...]; several as {name: actions}, or as a list of plans, which are then ranked
+    samples       roll-outs that means and spreads are taken over, at least 2
+    seed          of all draws: the same arguments give the same numbers. Plans share their draws, so that they compare fairly
+    discount      of the return by which plans are ranked, per step; 1: the plain sum
+    names         of the observation's numbers, as `signal_names` gives them; None: by their places
+
+    All in the environment's own units and shapes. The first observation counts as its episode's first one. Gives a `Forecast`, or a
+    `PlanRanking` of several plans. Raises ConfigError for what is not of the spaces, for NaN, lengths that do not fit one another,
+    and plans too long for the memory; NumericsError where the model's numbers are not finite.
     """
     require_whole("what_if: ", samples=samples)
     if samples < 2:

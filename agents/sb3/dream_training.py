@@ -14,7 +14,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecMonitor
 
-from worldmodel.agents.arguments import policy_name
+from worldmodel.agents.arguments import policy_name, read_config
 from worldmodel.agents.belief import BeliefPolicy
 from worldmodel.agents.evaluation import FINAL_SEED, evaluate, require_spaces
 from worldmodel.agents.held_out import HELD_OUT_SEED, collect
@@ -222,7 +222,7 @@ def train_in_dream(
     elif callback is not None:
         raise ConfigError("train_in_dream: a callback is for a finished world. To alternate, use SB3Agent and its learn().")
     else:
-        config = _alternating_config(training, Config.from_recipe(str(world), overrides), steps, rounds)
+        config = _alternating_config(training, read_config(str(world), overrides), steps, rounds)
         policy, counts = _train_alternating(training, config, env or config.env)
     if episodes:
         policy.measure(*counts, episodes=episodes, max_steps=config.eval.max_steps)

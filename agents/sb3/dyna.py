@@ -12,6 +12,7 @@ from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecTransposeImage, unwrap_vec_wrapper
 
+from worldmodel.agents.arguments import read_config
 from worldmodel.agents.random import RandomAgent
 from worldmodel.agents.sb3.observing import ObservingCallback
 from worldmodel.config import Config
@@ -121,7 +122,7 @@ class DynaCallback(ObservingCallback):
         env, config = self.training_env, self.config
         if not isinstance(config, Config):
             overrides = {**config, "agent": "random"} if isinstance(config, Mapping) else [*(config or []), "agent=random"]
-            config = Config.from_recipe(self.recipe, overrides, env_id=id_of(env) or "custom")
+            config = read_config(self.recipe, overrides, id_of(env) or "custom", env)
         specs = ObsSpec.from_space(env.observation_space, config.env.layout), ActionSpec.from_space(env.action_space)
         return RandomAgent.from_specs("MlpPolicy", *specs, num_envs=env.num_envs, config=config, seed=self.seed)
 

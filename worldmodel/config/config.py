@@ -245,9 +245,10 @@ class Config(Frozen):
         overrides: Mapping | Sequence[str] | None = None,
         env_id: str | None = None,
         folder: str | Path | None = None,
+        model: str | None = None,
     ) -> Config:
         """`resolve` and `parse` in one."""
-        return cls.parse(resolve(recipe, overrides, env_id=env_id, folder=folder))
+        return cls.parse(resolve(recipe, overrides, env_id=env_id, folder=folder, model=model))
 
     @classmethod
     def from_yaml(cls, text: str, where: str = "config") -> Config:
@@ -298,6 +299,7 @@ def resolve(
     *,
     env_id: str | None = None,
     folder: str | Path | None = None,
+    model: str | None = None,
 ) -> dict[str, Any]:
     """The plain data of a run's config: size, then model, then recipe, then overrides, each merged over the ones before.
 
@@ -306,12 +308,13 @@ def resolve(
     overrides  `["train.ratio=2", "agent=random", "size=small"]`, or a mapping of dotted keys
     env_id     the environment where the caller brings it along; without `recipe` it also finds one
     folder     recipes of the user, laid out like configs/ and searched first
+    model      file of configs/model for an environment without a recipe, where overrides leave the model open
 
     Class defaults decide the `kind` of a part that no layer names, so that a later layer which changes the kind starts that
     part from its defaults. ConfigError with the nearest name for what is not found.
     """
     out: dict[str, Any] = {}
-    for layer in layers(recipe, overrides, env_id=env_id, folder=folder):
+    for layer in layers(recipe, overrides, env_id=env_id, folder=folder, model=model):
         out = merge(_with_kinds(Config, out), layer)
     return out
 

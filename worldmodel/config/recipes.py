@@ -244,10 +244,22 @@ def _join(below: dict[str, Any], above: Mapping, prefix: str) -> None:
             raise ConfigError(f"'{prefix}{name}' is given twice, as {old!r} and as {value!r}. Keep one.")
 
 
+SLOTS = ("initial", "transition", "marginal")
+"""Options of model that choose a distribution, and with it the kind of latent."""
+
+
 def layers(
-    recipe: str | Path | Mapping | None, overrides: Mapping | Iterable[str] | None, *, env_id: str | None, folder: str | Path | None
+    recipe: str | Path | Mapping | None,
+    overrides: Mapping | Iterable[str] | None,
+    *,
+    env_id: str | None,
+    folder: str | Path | None,
+    model: str | None = None,
 ) -> list[dict[str, Any]]:
-    """What `config.resolve` lays over one another, lowest first: size, model, recipe, environment, overrides."""
+    """What `config.resolve` lays over one another, lowest first: size, model, recipe, environment, overrides.
+
+    model   the file of configs/model for environments without a recipe, where nothing else says anything of the model
+    """
     chosen, given = combine(overrides)
     body = _find(recipe if recipe is not None else env_id, folder, known_env=recipe is None)
     names = body.pop("defaults", None) or {}
@@ -257,6 +269,9 @@ def layers(
         if part in body and not isinstance(body[part], Mapping):
             raise ConfigError(f"recipe: name the {part} under `defaults: {{{part}: {body[part]}}}`.")
     names = {**names, **chosen}
+    said = [*names, *body, *(given.get("model") or {})]
+    if model is not None and "recipe" not in body and not {"model", "dynamics", "objective", *SLOTS} & set(said):
+        names["model"] = model
     below = {part: _fragment(part, names[part], folder) for part in FILES if names.get(part) is not None}
     for part in chosen:
         _refuse_to_undo(f"{part}={chosen[part]}", below.get(part, {}), body, given)

@@ -28,7 +28,7 @@ from worldmodel.spaces import ObsSpec
 MIN_CHANGE = 1e-5
 """The smallest deviation of changes, in deviations of the observation: float32 tells no smaller ones apart."""
 MARGIN = 2.0
-"""Drawn numbers stay as they are up to this multiple of the largest that was seen, and are compressed beyond: none overflows."""
+"""Drawn numbers are compressed beyond this multiple of the largest that was seen, so that no dream overflows."""
 
 
 @dataclass(frozen=True)

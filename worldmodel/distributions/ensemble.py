@@ -30,7 +30,7 @@ class EnsembleGaussianConfig(Frozen):
     kind: Literal["ensemble"] = "ensemble"
     members: int = Field(5, ge=2, description="networks from context to mean, and as many to deviation")
     units: int = Field(96, ge=1, description="width of each")
-    layers: int = Field(2, ge=1, description="hidden layers of each")
+    layers: int = Field(3, ge=1, description="hidden layers of each")
     spread_units: int = Field(32, ge=1, description="width of the networks from context to deviation")
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol, overload
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -442,36 +442,14 @@ class Run:
         feature = torch.as_tensor(feature, dtype=torch.float32, device=self._world.device)
         return self._world.obs.raw(self._world.decode(feature))
 
-    @overload
-    def what_if(
-        self, observations: Any, actions: Any, plan: Mapping[str, Any], samples: int = 32, *, seed: int = 0, discount: float = 1.0
-    ) -> PlanRanking: ...
+    def what_if(self, observations: Any, actions: Any, plan: Any, samples: int = 32, **options: Any) -> Forecast | PlanRanking:
+        """What the newest good checkpoint's world model expects of the H actions of a plan, or of several plans that it ranks.
 
-    @overload
-    def what_if(
-        self, observations: Any, actions: Any, plan: Any, samples: int = 32, *, seed: int = 0, discount: float = 1.0
-    ) -> Forecast | PlanRanking: ...
-
-    def what_if(
-        self, observations: Any, actions: Any, plan: Any, samples: int = 32, *, seed: int = 0, discount: float = 1.0
-    ) -> Forecast | PlanRanking:
-        """What the newest good checkpoint's world model expects of a plan, from what was seen and done.
-
-        observations  the T + 1 of an episode up to now: an array [T + 1, ...], {key: array} for a Dict space, or a list of them as
-                      `reset` and `step` gave them; one alone where nothing was done yet (T = 0)
-        actions       the T taken between them; None or [] where T = 0
-        plan          the H actions to try [H, ...]; several as {name: actions}, or as a list of plans, which are then ranked
-        samples       roll-outs that means and spreads are taken over, at least 2
-        seed          of all draws: the same arguments give the same numbers. Plans share their draws, so that they compare fairly
-        discount      of the return by which plans are ranked, per step; 1: the plain sum
-
-        All in the environment's own units and shapes. The first observation counts as its episode's first one. Gives a `Forecast`,
-        or a `PlanRanking` of several plans. Raises ConfigError for what is not of the spaces, for NaN, lengths that do not fit one
-        another, and plans too long for the memory; NumericsError where the model's numbers are not finite.
+        observations, actions  the T + 1 of an episode up to now, and the T taken between them (None where T = 0), in the
+                               environment's own units. Options (seed, discount) and errors: `worldmodel.forecasts.what_if`
         """
-        world, env = self._world, self.config.env
-        names = signal_names(world.obs, env.names, env.id)
-        return what_if(world, observations, actions, plan, samples, seed=seed, discount=discount, names=names)
+        names = signal_names(self._world.obs, self.config.env.names, self.config.env.id)
+        return what_if(self._world, observations, actions, plan, samples, names=names, **options)
 
     def resume_command(self, device: str = "auto", trust: bool = False) -> str:
         """The whole command that goes on with this run in the current folder, for a shell."""

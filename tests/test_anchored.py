@@ -263,7 +263,7 @@ def test_what_an_observation_hides_is_remembered():
         return batch_of({"obs": (start + (phase + torch.arange(10)) % 3).unsqueeze(-1)})
 
     world = train(anchored(vector(1)), draw, 180, lr=1e-2).ema
-    trace, _batch = traced(world, draw(9999))
+    trace, _ = traced(world, draw(9999))
     with torch.no_grad():
         means = world.dynamics.transition.draw(trace.h[:, 4:].flatten(0, 1), 1, MODE)[0][0]
     error = world.scaling.deviation("obs") * (means - trace.z[:, 4:].flatten(0, 1))
@@ -272,7 +272,7 @@ def test_what_an_observation_hides_is_remembered():
 
 def test_draws_cover_a_random_walk_as_often_as_they_say(walker):
     x = walk(2, 0.7, batch=300, length=10, seed=77)
-    trace, _batch = traced(walker, batch_of({"obs": x}))
+    trace, _ = traced(walker, batch_of({"obs": x}))
     start, many = trace.states.index((slice(None), 3)), 60
     rows = start.map(lambda y: y.repeat_interleave(many, 0).detach())
     for horizon, state in enumerate(dreamt(walker, rows, 5), 1):

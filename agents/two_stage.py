@@ -87,6 +87,7 @@ def fit(
         new.fit_typicality(train.z)
     seconds = time.perf_counter() - started
 
+    chosen = getattr(run.config.model, slot)
     before = old_prior or Gaussian(GaussianConfig(standard=True), old.dynamics.latent.family, 0).to(device)
     compared = _compare(before, prior, held_out, _context(held_out, slot), generator)
     _write(target, config, content, (old, new), fresh, replay, trust)
@@ -96,7 +97,7 @@ def fit(
         "slot": slot,
         "kind": kind,
         "density": prior.density,
-        "before": None if old_prior is None else (getattr(run.config.model, slot) or run.config.model.dynamics.latent).kind,
+        "before": None if old_prior is None else chosen.kind if chosen else old.dynamics.latent.family.kind,
         **compared,
         "codes": len(train.z),
         "held_out_codes": len(held_out.z),

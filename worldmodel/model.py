@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from worldmodel.config import Frozen, Part
 from worldmodel.data import Batch, Dream, Loss, Obs, Sampling, State, Trace
 from worldmodel.decoders import DecoderConfig
-from worldmodel.diamond import DiamondConfig
 from worldmodel.distributions import (
     CategoricalConfig,
     CategoricalLatent,
@@ -94,8 +93,8 @@ class ModelConfig(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _diamond_is_a_whole_model(self) -> ModelConfig:
-        if isinstance(self.dynamics, DiamondConfig):
+    def _parts_fit_the_dynamics(self) -> ModelConfig:
+        if hasattr(self.dynamics, "check"):
             slots = ("encoder", "objective", "transition", "initial", "marginal")
             self.dynamics.check({slot: getattr(self, slot) for slot in slots})
         return self

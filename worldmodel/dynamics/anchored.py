@@ -70,6 +70,7 @@ class AnchoredDecoder(nn.Module):
         return self.anchor.split(feature[..., feature.shape[-1] - self.latent_size :])
 
     def mean(self, feature: Float[Tensor, "N F"]) -> Obs:
+        """Scaled observations {key: [N, ...]}, of features or of latents alone."""
         return self._seen(feature) | ({} if self.pictures is None else self.pictures.mean(feature))
 
     def sample(self, feature: Float[Tensor, "N F"], sampling: Sampling) -> Obs:
@@ -77,6 +78,7 @@ class AnchoredDecoder(nn.Module):
         return self._seen(feature) | ({} if self.pictures is None else self.pictures.sample(feature, sampling))
 
     def loss(self, feature: Float[Tensor, "N F"], obs: Obs, sampling: Sampling | None = None) -> dict[str, Loss]:
+        """That of the pictures, [N]; nothing where there are none."""
         return {} if self.pictures is None else self.pictures.loss(feature, obs, sampling)
 
 
@@ -109,6 +111,15 @@ class AnchoredConfig(Frozen):
     code: int = Field(16, ge=1, description="numbers that stand for all pictures of an observation, if it has any")
     posterior: Literal["observation"] = Field("observation", description="the latent is the observation itself")
     posterior_layers: int = Field(1, ge=1, description="hidden layers of the posterior of the pictures' latent")
+
+    def check(self, parts: dict[str, Frozen | None]) -> None:
+        """ValueError where {option of model: its config} chooses a part that has no place beside a latent that is the observation."""
+        for name, kind in (("encoder", "standard"), ("objective", "reconstruction")):
+            if (part := parts[name]) is not None and part.kind != kind:
+                raise ValueError(
+                    f"model.{name}.kind={part.kind} has no place beside model.dynamics.kind=anchored, whose latent is the observation "
+                    "itself and not learned: leave it out, or use other dynamics, such as model=gaussian or model=jepa."
+                )
 
 
 class Memory(nn.Module):

@@ -126,6 +126,31 @@ def test_a_latent_alone_is_an_observation():
     assert torch.equal(world.decode(z)["obs"], world.scaling.inverse({"obs": z})["obs"])
 
 
+@pytest.mark.parametrize("objective", ["jepa", "hybrid"])
+def test_an_objective_that_learns_latents_is_refused_where_they_are_observations(objective):
+    with pytest.raises(ConfigError, match=rf"model\.objective\.kind={objective} has no place.*anchored.*model=gaussian"):
+        anchored(vector(2), objective={"kind": objective})
+
+
+def test_a_roll_out_through_observations_is_one_through_latents():
+    dreams = []
+    for rollouts in ("latent", "observation"):
+        world = anchored(vector(2), rollouts=rollouts).eval()
+        trace, batch = traced(world, batch_of({"obs": walk(2)}))
+        policy = lambda feature, step, batch=batch: batch.action[:, step]  # noqa: E731
+        dreams.append(world.imagine(trace.last.map(torch.Tensor.detach), policy, 4, Sampling(generator=generator())))
+    torch.testing.assert_close(dreams[0].feature, dreams[1].feature)
+
+
+def test_half_precision_is_kept_from_what_was_seen():
+    space = spaces.Dict({"arm": vector(2), "eye": IMAGE})
+    world, rows = anchored(space), samples(space)
+    learner = Learner(world, TrainConfig(warmup=0, precision="bf16"))
+    metrics, trace, batch = learner.update(learner.prepare(batch_of(rows)), generator())
+    assert np.isfinite(list(metrics.values())).all() and all(p.dtype == torch.float32 for p in world.parameters())
+    assert trace.z.dtype == torch.float32 and torch.equal(trace.z[..., :2], batch.obs["arm"])
+
+
 def test_pictures_vectors_categories_and_bits_are_learned_imagined_and_drawn_together():
     world, rows = anchored(MIXED), samples(MIXED)
     before = {name: p.detach().clone() for name, p in world.named_parameters()}

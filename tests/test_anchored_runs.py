@@ -129,6 +129,7 @@ SMALL = {"mixture": {"components": 2}, "flow": {"transforms": 1}, "diffusion": {
 @pytest.mark.parametrize("kind", SMALL)
 def test_every_form_is_fitted_to_observations_and_their_changes(run, kind, slot, tmp_path):
     result = fit_prior(run, kind, slot, options=SMALL[kind], steps=10, out=tmp_path / "new")
+    assert result["before"] == {"initial": "gaussian", "transition": "ensemble", "marginal": None}[slot]
     assert math.isfinite(result["nats"]) and math.isfinite(result["gain"]) and result["held_out_codes"] > 0
     new = Run.open(tmp_path / "new")
     assert getattr(new.config.model, slot).kind == kind

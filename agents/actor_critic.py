@@ -274,7 +274,8 @@ class ActorCriticLearner:
                 entropies.append(policy.entropy())
             return action
 
-        sampling = Sampling(generator=generator, temperature=self.config.temperature)
+        wanted = bool(self.config.uncertainty_penalty)
+        sampling = Sampling(generator=generator, temperature=self.config.temperature, uncertainty=wanted)
         with torch.set_grad_enabled(self.pathwise):
             dream = self.world.imagine(state, act, self.config.horizon, sampling)
         return dream, torch.stack(log_probs, 1), torch.stack(entropies, 1)

@@ -152,6 +152,7 @@ class Sampling:
     noise        standard draws by the caller instead of the generator's, in the distribution's shape; distributions that choose
                  or refine (mixture, vamp, hierarchical, energy) draw from the generator all the same
     update       number of the update that a loss belongs to; None: of none
+    uncertainty  whether dreams come with the disagreement of a transition's members, which takes all of them
     """
 
     generator: torch.Generator | None = None
@@ -160,6 +161,7 @@ class Sampling:
     steps: int | None = None
     noise: Tensor | None = None
     update: int | None = None
+    uncertainty: bool = True
 
     def substream(self, name: str) -> Sampling:
         """The options for a part from which no gradient reaches others: within an update it draws from a generator of its own, so

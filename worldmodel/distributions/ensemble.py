@@ -47,8 +47,9 @@ class EnsembleMLP(nn.Module):
         for layer in (self.out, self.straight) if straight else (self.out,):
             layer.weight.data *= 0.1
 
-    def forward(self, x: Float[Tensor, "N C"]) -> Float[Tensor, "K N O"]:
-        x = hidden = x.expand(self.members, -1, -1)
+    def forward(self, x: Float[Tensor, "N C"], rows: Int[Tensor, "K M"] | None = None) -> Float[Tensor, "K M O"]:
+        """All members of all rows, or each member of its own `rows`."""
+        x = hidden = x.expand(self.members, -1, -1) if rows is None else x[rows]
         for layer in self.layers:
             hidden = F.silu(layer(hidden))
         return self.out(hidden) if self.straight is None else self.out(hidden) + self.straight(x)
@@ -87,14 +88,27 @@ class EnsembleGaussian(ConditionalDistribution):
 
     def _uncalibrated(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
         if context is None:
-            mean, log_std = self.free.chunk(2, -1)
-        else:
-            rows = context.reshape(-1, context.shape[-1])
-            shape = (self.members, *context.shape[:-1], -1)
-            mean, log_std = self.means(rows).view(shape), self.log_stds(rows.detach()).view(shape)
+            return self._bounded(*self.free.chunk(2, -1))
+        rows = context.reshape(-1, context.shape[-1])
+        shape = (self.members, *context.shape[:-1], -1)
+        return self._bounded(self.means(rows).view(shape), self.log_stds(rows.detach()).view(shape))
+
+    @staticmethod
+    def _bounded(mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
         low, high = LOG_STD
         log_std = high - F.softplus(high - log_std.float())
         return mean.float(), (low + F.softplus(log_std - low)).exp()
+
+    def _one_each(self, context: Float[Tensor, "N C"], member: Int[Tensor, " N"]) -> tuple[Tensor, Tensor]:
+        """(mean, deviation) [N, D] of one member for each row: a K-th of the computation of all."""
+        order, count = member.argsort(), member.bincount(minlength=self.members)
+        place = torch.arange(len(member), device=member.device) - (count.cumsum(0) - count)[member[order]]
+        rows = order.new_zeros(self.members, int(count.max()))
+        rows[member[order], place] = order
+        mean, std = self._bounded(self.means(context, rows), self.log_stds(context.detach(), rows))
+        where = torch.empty_like(order)
+        where[order] = place
+        return mean[member, where], std[member, where] * self.calibration.mean.sqrt().float()
 
     @torch.no_grad()
     def calibrate(self, used: EnsembleGaussian, x: Float[Tensor, "N D"], context: Float[Tensor, "N C"] | None) -> None:
@@ -116,8 +130,17 @@ class EnsembleGaussian(ConditionalDistribution):
         sampling: Sampling | None = None,
         member: Int[Tensor, " N"] | None = None,
     ) -> tuple[Float[Tensor, "K N D"], Float[Tensor, "N D"]]:
-        """(draws of the members that are given or drawn, variance between the means of all members)."""
+        """(draws of the members that are given or drawn, variance between the means of all members).
+
+        The variance is 0 where `sampling` wants no uncertainty and members are given: they alone are computed then.
+        """
         sampling = sampling or Sampling()
+        if member is not None and context is not None and not (sampling.uncertainty or sampling.mode):
+            mean, std = self._one_each(context, member)
+            noise = (
+                self.latent.noise((count, len(mean)), sampling.generator, mean.device) if sampling.noise is None else sampling.noise
+            )
+            return torch.addcmul(mean, std * sampling.temperature, noise), torch.zeros_like(mean)
         means, stds = self.members_given(context)
         shape, between = (count, *means.shape[1:-1]), means.var(0)
         if sampling.mode:

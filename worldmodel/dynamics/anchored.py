@@ -113,12 +113,12 @@ class AnchoredConfig(Frozen):
     posterior_layers: int = Field(1, ge=1, description="hidden layers of the posterior of the pictures' latent")
 
     def check(self, parts: dict[str, Frozen | None]) -> None:
-        """ValueError where {option of model: its config} chooses a part that has no place beside a latent that is the observation."""
+        """ValueError where {option of model: its config} chooses a part that has no place beside such a latent."""
         for name, kind in (("encoder", "standard"), ("objective", "reconstruction")):
             if (part := parts[name]) is not None and part.kind != kind:
                 raise ValueError(
-                    f"model.{name}.kind={part.kind} has no place beside model.dynamics.kind=anchored, whose latent is the observation "
-                    "itself and not learned: leave it out, or use other dynamics, such as model=gaussian or model=jepa."
+                    f"model.{name}.kind={part.kind} has no place beside model.dynamics.kind=anchored, whose latent is the "
+                    "observation itself and not learned: leave it out, or use other dynamics, such as model=gaussian or model=jepa."
                 )
 
 

@@ -362,6 +362,16 @@ def test_one_member_imagines_a_whole_dream_and_the_mode_is_the_mean_of_all(walke
     assert not silent["member"].any()
 
 
+def test_a_dream_is_the_same_where_its_uncertainty_is_not_asked_for(walker):
+    trace, batch = traced(walker, batch_of({"obs": walk(2, 0.7, batch=40)}))
+    start, policy = trace.last.map(torch.Tensor.detach), lambda feature, step: batch.action[:, step]
+    asked, plain = (
+        walker.imagine(start, policy, 4, Sampling(generator=generator(), uncertainty=uncertainty)) for uncertainty in (True, False)
+    )
+    torch.testing.assert_close(asked.feature, plain.feature)
+    assert (asked.uncertainty > 0).all() and not plain.uncertainty.any()
+
+
 def test_members_disagree_far_from_the_data_more_than_on_it(walker):
     def uncertainty(shift: float) -> Tensor:
         trace, batch = traced(walker, batch_of({"obs": shift + walk(2, 0.7, batch=40)}))

@@ -58,7 +58,7 @@ BELONGS: dict[tuple[str, str], dict[str, Any]] = {
 KINDS = {"base": ["mixture"], "latent": ["gaussian"], "upper": ["mixture"], "lower": ["mixture"]}
 """Other kinds for options that hold a part."""
 
-EYES = {"depth", "image", "levels", "min_sigma_image", "weight_sigma_image", "refine_depth", "frames"}
+EYES = {"depth", "image", "levels", "min_sigma_image", "pixel_weight", "refine_depth", "frames"}
 HANDS = {"units", "layers", "min_sigma", "refine_units"}
 """Options of decoders that are about pictures, and about vectors; all others act on each."""
 

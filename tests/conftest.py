@@ -61,7 +61,7 @@ SIZES = {
     "sigma": "fitted",
     "min_sigma": 0.05,
     "min_sigma_image": 0.05,
-    "pixel_weight": 4.0,
+    "weight_sigma_image": 0.5,
     "components": 5,
     "top": 1,
     "transforms": 2,

@@ -39,8 +39,8 @@ class DecoderConfig(Frozen):
     min_sigma_image: float = Field(
         0.001, gt=0, description="smallest deviation of pixels in [0, 1]; a byte's levels are 0.004 apart"
     )
-    pixel_weight: float = Field(
-        4.0, gt=0, description="most that a pixel's error pulls per unit; the likelihood's own 1 / deviation^2 drowns rewards"
+    weight_sigma_image: float = Field(
+        0.5, gt=0, description="the gradient of pixels is as if their deviation were at least this: else pictures drown rewards"
     )
 
 
@@ -52,8 +52,8 @@ class Decoder(nn.Module):
                   not comparable
 
     A Gaussian of fixed deviation 1 makes the posterior collapse; here the deviation is the running root mean square error (of
-    each number of a vector, one for an image) or a parameter. The gradient of a Gaussian pixel is its error times the smaller of
-    1 / deviation^2, the likelihood's own, and `pixel_weight`; a logistic one's is scaled likewise. The loss is not weighted.
+    each number of a vector, one for an image) or a parameter. Where pixels' deviation s is below w = `weight_sigma_image`, their
+    gradient is weighted by (s / w)^2; the loss is not.
     Sources: Rybkin et al. 2021 (sigma-VAE), eq. 7, for `fitted`; Seitzer et al. 2022 (beta-NLL) for the weight.
     """
 
@@ -112,7 +112,7 @@ class Decoder(nn.Module):
             if name in self.with_sigma and self.training and self.config.sigma == "fitted":
                 self._update_sigma(name, x, y if likelihood == "gaussian" else y.clamp(0, 1))
             if name in self.with_sigma and name in self.images:  # a learned deviation keeps its whole gradient
-                weight = (self.config.pixel_weight * self.log_std(name).detach().exp().square()).clamp_max(1)
+                weight = (self.log_std(name).detach().exp() / self.config.weight_sigma_image).square().clamp_max(1)
                 y = y.detach().lerp(y, weight)
             if likelihood == "categorical":
                 nats = -x * torch.cat([part.log_softmax(-1) for part in y.split(self.spec.keys[name].sizes, -1)], -1)

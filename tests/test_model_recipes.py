@@ -19,6 +19,7 @@ FORMS = {
     "vamp": [("marginal", PLAIN)],
     "world_models_2018": [("transition", PLAIN), ("marginal", None), ("dynamics.kind", "rssm")],
     "diffusion_decoder": [("decoder", {"kind": "standard"})],
+    "latent_diffusion_decoder": [("decoder", {"kind": "standard"})],
     "jepa": [("objective", {"kind": "reconstruction"}), ("transition.std", "learned")],
     "hybrid": [("objective", {"kind": "reconstruction"}), ("transition.std", "learned")],
     "transformer": [("dynamics.kind", "rssm")],

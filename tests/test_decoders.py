@@ -271,6 +271,21 @@ def test_the_gradient_of_pictures_is_that_of_a_deviation_of_at_least_a_half_and_
     torch.testing.assert_close(slope, (means - x).detach() / max(deviation, 0.5) ** 2)
 
 
+@every_likelihood
+@pytest.mark.parametrize("image", ["gaussian", "logistic", "bernoulli"])
+def test_a_weight_of_pictures_multiplies_their_gradient_and_neither_their_loss_nor_that_of_vectors(kind, image):
+    obs = {"picture": torch.rand(3, 1, 16, 16, generator=generator(1)), "vector": torch.randn(3, 2, generator=generator(2))}
+    found = {}
+    for weight, floor in ((None, 1e-6), (1.0, 0.5), (0.2, 0.5), (3.0, 0.5)):  # the least floor leaves the gradient as it is
+        decoder = build(kind, BOTH, image=image, image_weight=weight, weight_sigma_image=floor, min_sigma_image=0.001).eval()
+        out = {name: x.detach().clone().requires_grad_() for name, x in decoder.output(feature(3)).items()}
+        nats = decoder._nll(out, obs)
+        found[weight] = nats.detach(), *torch.autograd.grad(nats.sum(), [out["picture"], out["vector"]])
+    for weight in (1.0, 0.2, 3.0):
+        assert torch.equal(found[weight][0], found[None][0]) and torch.equal(found[weight][2], found[None][2])
+        torch.testing.assert_close(found[weight][1], found[None][1] * weight)
+
+
 def test_under_defaults_draws_of_a_known_picture_are_near_it_and_none_lies_outside():
     for image in ("gaussian", "logistic"):
         decoder, picture = knows_its_picture("standard", image=image)

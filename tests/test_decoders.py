@@ -116,9 +116,12 @@ def test_samples_have_the_mean_and_the_deviation_of_the_distribution():
         x, center = drawn[name].detach(), mean[name][0].detach()
         if key.kind in ("image", "vector"):
             std = decoder.log_std(name).detach().exp().view(-1, *[1] * (x.ndim - 2)).expand_as(x[0])
-            if key.kind == "image":  # clamped to [0, 1]
-                likely = torch.normal(center.expand(n, -1, -1, -1), std.expand(n, -1, -1, -1), generator=generator(1)).clamp(0, 1)
-                center, std = likely.mean(0), likely.std(0)
+            if key.kind == "image":  # given that they lie in [0, 1]
+                middle = center.clamp(0, 1)
+                likely = torch.normal(middle.expand(n, -1, -1, -1), std.expand(n, -1, -1, -1), generator=generator(1))
+                likely = likely.masked_fill((likely < 0) | (likely > 1), torch.nan)
+                center = likely.nanmean(0)
+                std = (likely - center).square().nanmean(0).sqrt()
             torch.testing.assert_close(x.std(0), std, rtol=0.15, atol=0.03 if key.kind == "image" else 0)
         assert_near(x.mean(0), center, n if key.kind != "image" else n / 2, x.std(0))
 
@@ -294,6 +297,24 @@ def test_under_defaults_draws_of_a_known_picture_are_near_it_and_none_lies_outsi
         drawn = decoder.sample(feature(1).expand(50, -1), Sampling(generator=generator()))["obs"].detach()
         assert 0 <= float(drawn.min()) and float(drawn.max()) <= 1
         assert float((drawn - picture).square().mean().sqrt()) < 0.02
+
+
+def test_gaussian_pixels_are_drawn_inside_the_range_and_do_not_pile_up_at_its_ends():
+    decoder, n = build("standard", GREY, min_sigma_image=0.001), 4000
+    levels = torch.tensor([0.0, 0.02, 0.5, 0.98, 1.0, 1.3]).view(6, 1, 1, 1).expand(6, 1, 8, 8)
+    for std in (0.01, 0.1, 1.0):
+        decoder.errors0.mean.fill_(std**2)
+        draw = lambda seed: decoder._sample_from({"obs": levels}, Sampling(generator=generator(seed)))["obs"]  # noqa: E731
+        drawn = torch.stack([draw(seed) for seed in range(n // 64)])
+        assert float(((drawn == 0) | (drawn == 1)).float().mean()) < 0.001
+        for level, x in zip(levels[:, 0, 0, 0].clamp(0, 1).tolist(), drawn.transpose(0, 1).flatten(1)):
+            nearest = Normal(level, std)
+            low, high = nearest.cdf(torch.tensor(0.0)), nearest.cdf(torch.tensor(1.0))
+            for quantile in (0.1, 0.5, 0.9):
+                wanted = nearest.icdf(low + quantile * (high - low))
+                assert float((x < wanted).float().mean()) == pytest.approx(quantile, abs=0.03)
+    still = decoder._sample_from({"obs": levels}, Sampling(generator=generator(), temperature=0.0))["obs"]
+    assert torch.equal(still, levels.clamp(0, 1))
 
 
 def test_bernoulli_refuses_pixels_outside_of_zero_and_one():

@@ -167,7 +167,10 @@ class Decoder(nn.Module):
         return means
 
     def sample(self, feature: Float[Tensor, "N F"], sampling: Sampling) -> Obs:
-        """A drawn observation, pixels in [0, 1]; with `sampling.mode` the mean, one-hot categories and bits."""
+        """A drawn observation; with `sampling.mode` the mean, one-hot categories and bits.
+
+        Pixels are in [0, 1]: Gaussian ones are drawn given that they are.
+        """
         return self._sample_from(self.output(feature), sampling)
 
     def _sample_from(self, out: Obs, sampling: Sampling) -> Obs:
@@ -181,7 +184,8 @@ class Decoder(nn.Module):
                 drawn[name] = (x > (0.5 if draw is None else draw)).to(x)
             elif likelihood == "gaussian" and draw is not None:
                 noise = torch.randn(x.shape, generator=sampling.generator, device=x.device)
-                drawn[name] = x + sampling.temperature * self._each(name, x) * noise
+                scale = sampling.temperature * self._each(name, x)
+                drawn[name] = truncated_normal(x.clamp(0, 1), scale, noise) if name in self.images else x + scale * noise
             elif likelihood == "logistic" and draw is not None:
                 scale, steps = sampling.temperature * self._each(name, x) * LOGISTIC, self.config.levels - 1
                 drawn[name] = ((out[name] + scale * draw.clamp(1e-6, 1 - 1e-6).logit()).clamp(0, 1) * steps).round() / steps
@@ -215,6 +219,17 @@ def discrete_logistic(x: Tensor, location: Tensor, scale: Tensor, levels: int) -
 def logistic_mean(location: Tensor, scale: Tensor) -> Tensor:
     """Mean of a logistic distribution clamped to [0, 1]; rounding to levels shifts it by less than half a level."""
     return scale * (F.softplus(location / scale) - F.softplus((location - 1) / scale))
+
+
+def truncated_normal(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+    """Draws of a normal distribution given that they lie in [0, 1], which has the means: standard-normal noise, by quantiles.
+
+    Where the range is far away from the mean that is mean + std * noise; where it is near nothing piles up at its ends.
+    """
+    cdf, size = torch.special.ndtr, std.clamp_min(1e-9)  # a temperature of 0 draws the mean
+    low, high = cdf(-mean / size), cdf((1 - mean) / size)
+    quantile = low + cdf(noise) * (high - low)
+    return (mean + std * torch.special.ndtri(quantile.clamp(1e-7, 1 - 1e-7))).clamp(0, 1)  # of roundings alone
 
 
 def _check_unit_range(name: str, x: Tensor) -> None:

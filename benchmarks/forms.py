@@ -36,8 +36,8 @@ from worldmodel.config import Config
 from worldmodel.errors import ConfigError
 
 FORMS = (
-    "gaussian dreamer vae vamp mixture flow hierarchical energy latent_diffusion diffusion_decoder jepa hybrid world_models_2018 "
-    "transformer"
+    "gaussian dreamer vae vamp mixture flow hierarchical energy latent_diffusion diffusion_decoder "
+    "latent_diffusion_decoder jepa hybrid world_models_2018 transformer"
 ).split()
 EXTRA = {"diffusion_decoder seen again": ("diffusion_decoder", ["model.rollouts=observation"])}
 """More rows: at each imagined step the observation is drawn by the diffusion decoder and encoded again."""

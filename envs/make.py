@@ -22,7 +22,7 @@ from worldmodel.envs.extras import absent, missing_extra, register_for
 from worldmodel.envs.vectors.adapter import GymVecEnvAdapter
 from worldmodel.envs.vectors.restarts import LocalVecEnv, ReportFaults, Restarts
 from worldmodel.envs.vectors.workers import WorkerVecEnv
-from worldmodel.envs.wrappers import ActionRepeat, CheckedEnv, FlattenSpaces, RenderObservation
+from worldmodel.envs.wrappers import ActionRepeat, CheckedEnv, FlattenSpaces, RenderObservation, no_pictures
 from worldmodel.errors import ConfigError, EnvError, did_you_mean
 from worldmodel.registry import register
 from worldmodel.spaces.layouts import Layout
@@ -78,7 +78,7 @@ def make_env(config: EnvConfig | str, index: int = 0, seed: int | None = None) -
     """One environment with all wrappers: checked, limited, repeated, rendered, flat and monitored (from the inside out).
 
     Its first reset and its action space are seeded with seed + index.
-    Raises ConfigError (unknown id, wrong kwargs), MissingExtraError, EnvError (its constructor raised).
+    Raises ConfigError (unknown id, wrong kwargs, no pictures for `pixels`), MissingExtraError, EnvError (its constructor raised).
     """
     config = EnvConfig(id=config) if isinstance(config, str) else config
     spec = find_spec(config.id)
@@ -231,6 +231,13 @@ def _raise_creation_error(error: Exception, config: EnvConfig, index: int) -> No
     extra = missing_extra(error)
     if extra is not None:
         raise extra from error
+    if config.pixels is not None and "render_mode" not in config.kwargs and isinstance(error, TypeError):
+        try:
+            gym.make(find_spec(config.id), disable_env_checker=True, **config.kwargs).close()
+        except Exception:  # the render mode is not what it lacks
+            pass
+        else:
+            raise no_pictures(config.id) from error
     if isinstance(error, TypeError) and "argument" in str(error):
         raise ConfigError(f"env.kwargs {config.kwargs} do not fit '{config.id}': {error}. Correct env.kwargs.") from error
     other, newest = "Correct the environment or env.kwargs", _newest(config.id)

@@ -279,7 +279,8 @@ class FlattenSpaces(gym.Wrapper):
 class RenderObservation(gym.Wrapper):
     """The rendered picture as observation, resized to uint8 [size, size, 3].
 
-    Raises ConfigError where the render mode is not rgb_array, EnvError where `render` gives no picture.
+    Raises ConfigError where the render mode is not rgb_array or the environment cannot draw, MissingExtraError where a package
+    for that is absent, EnvError where `render` gives no picture.
     """
 
     def __init__(self, env: gym.Env, size: int = 64):
@@ -301,13 +302,26 @@ class RenderObservation(gym.Wrapper):
         return self._picture(), reward, terminated, truncated, info
 
     def _picture(self) -> np.ndarray:
-        frame = self.env.render()
+        try:
+            frame = self.env.render()
+        except EnvError as error:
+            if isinstance(error.__cause__, NotImplementedError):  # what Gymnasium's Env does where nobody wrote another
+                raise no_pictures(self.unwrapped.spec.id if self.unwrapped.spec else str(self.unwrapped)) from error
+            raise
         if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
             place = self.get_wrapper_attr("place")() if self.has_wrapper_attr("place") else "the environment"
             raise EnvError(f"{place}: render gave {describe(frame)}; expected uint8 [height, width, 3]. Correct its render method.")
         if frame.shape[:2] == (self.size, self.size):
             return frame.copy()
         return np.array(Image.fromarray(frame).resize((self.size, self.size), Image.Resampling.BOX))
+
+
+def no_pictures(name: str) -> ConfigError:
+    """The error where pictures of an environment are asked for that has none."""
+    return ConfigError(
+        f"env.pixels observes what '{name}' renders with render_mode='rgb_array', and it renders nothing so. Leave env.pixels out, "
+        "or give its constructor a `render_mode` and let `render` return uint8 [height, width, 3]."
+    )
 
 
 class ActionRepeat(gym.Wrapper):

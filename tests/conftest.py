@@ -217,6 +217,7 @@ SMALL_WORLD = {
     **{f"model.{part}.depth": 2 for part in ("encoder", "decoder")},
     "model.vector_scaling": "standardise",
     "model.heads.bins": 21,
+    "model.dynamics.kind": "rssm",
     "model.dynamics.deter": 8,
     "model.dynamics.latent": {"kind": "categorical", "variables": 2, "classes": 3},
     "train.burn_in": 0,

@@ -35,6 +35,7 @@ OPTIONS: dict[str, Any] = {
     "model.decoder.layers": 1,
     "model.dynamics.deter": 8,
     "model.dynamics.units": 8,
+    "model.dynamics.kind": "rssm",
     "model.dynamics.latent.kind": "categorical",
     "model.dynamics.latent.variables": 2,
     "model.dynamics.latent.classes": 3,

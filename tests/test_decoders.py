@@ -116,9 +116,12 @@ def test_samples_have_the_mean_and_the_deviation_of_the_distribution():
         x, center = drawn[name].detach(), mean[name][0].detach()
         if key.kind in ("image", "vector"):
             std = decoder.log_std(name).detach().exp().view(-1, *[1] * (x.ndim - 2)).expand_as(x[0])
-            if key.kind == "image":  # clamped to [0, 1]
-                likely = torch.normal(center.expand(n, -1, -1, -1), std.expand(n, -1, -1, -1), generator=generator(1)).clamp(0, 1)
-                center, std = likely.mean(0), likely.std(0)
+            if key.kind == "image":  # given that they lie in [0, 1]
+                middle = center.clamp(0, 1)
+                likely = torch.normal(middle.expand(n, -1, -1, -1), std.expand(n, -1, -1, -1), generator=generator(1))
+                likely = likely.masked_fill((likely < 0) | (likely > 1), torch.nan)
+                center = likely.nanmean(0)
+                std = (likely - center).square().nanmean(0).sqrt()
             torch.testing.assert_close(x.std(0), std, rtol=0.15, atol=0.03 if key.kind == "image" else 0)
         assert_near(x.mean(0), center, n if key.kind != "image" else n / 2, x.std(0))
 
@@ -271,6 +274,21 @@ def test_the_gradient_of_pictures_is_that_of_a_deviation_of_at_least_a_half_and_
     torch.testing.assert_close(slope, (means - x).detach() / max(deviation, 0.5) ** 2)
 
 
+@every_likelihood
+@pytest.mark.parametrize("image", ["gaussian", "logistic", "bernoulli"])
+def test_a_weight_of_pictures_multiplies_their_gradient_and_neither_their_loss_nor_that_of_vectors(kind, image):
+    obs = {"picture": torch.rand(3, 1, 16, 16, generator=generator(1)), "vector": torch.randn(3, 2, generator=generator(2))}
+    found = {}
+    for weight, floor in ((None, 1e-6), (1.0, 0.5), (0.2, 0.5), (3.0, 0.5)):  # the least floor leaves the gradient as it is
+        decoder = build(kind, BOTH, image=image, image_weight=weight, weight_sigma_image=floor, min_sigma_image=0.001).eval()
+        out = {name: x.detach().clone().requires_grad_() for name, x in decoder.output(feature(3)).items()}
+        nats = decoder._nll(out, obs)
+        found[weight] = nats.detach(), *torch.autograd.grad(nats.sum(), [out["picture"], out["vector"]])
+    for weight in (1.0, 0.2, 3.0):
+        assert torch.equal(found[weight][0], found[None][0]) and torch.equal(found[weight][2], found[None][2])
+        torch.testing.assert_close(found[weight][1], found[None][1] * weight)
+
+
 def test_under_defaults_draws_of_a_known_picture_are_near_it_and_none_lies_outside():
     for image in ("gaussian", "logistic"):
         decoder, picture = knows_its_picture("standard", image=image)
@@ -279,6 +297,24 @@ def test_under_defaults_draws_of_a_known_picture_are_near_it_and_none_lies_outsi
         drawn = decoder.sample(feature(1).expand(50, -1), Sampling(generator=generator()))["obs"].detach()
         assert 0 <= float(drawn.min()) and float(drawn.max()) <= 1
         assert float((drawn - picture).square().mean().sqrt()) < 0.02
+
+
+def test_gaussian_pixels_are_drawn_inside_the_range_and_do_not_pile_up_at_its_ends():
+    decoder, n = build("standard", GREY, min_sigma_image=0.001), 4000
+    levels = torch.tensor([0.0, 0.02, 0.5, 0.98, 1.0, 1.3]).view(6, 1, 1, 1).expand(6, 1, 8, 8)
+    for std in (0.01, 0.1, 1.0):
+        decoder.errors0.mean.fill_(std**2)
+        draw = lambda seed: decoder._sample_from({"obs": levels}, Sampling(generator=generator(seed)))["obs"]  # noqa: E731
+        drawn = torch.stack([draw(seed) for seed in range(n // 64)])
+        assert float(((drawn == 0) | (drawn == 1)).float().mean()) < 0.001
+        for level, x in zip(levels[:, 0, 0, 0].clamp(0, 1).tolist(), drawn.transpose(0, 1).flatten(1)):
+            nearest = Normal(level, std)
+            low, high = nearest.cdf(torch.tensor(0.0)), nearest.cdf(torch.tensor(1.0))
+            for quantile in (0.1, 0.5, 0.9):
+                wanted = nearest.icdf(low + quantile * (high - low))
+                assert float((x < wanted).float().mean()) == pytest.approx(quantile, abs=0.03)
+    still = decoder._sample_from({"obs": levels}, Sampling(generator=generator(), temperature=0.0))["obs"]
+    assert torch.equal(still, levels.clamp(0, 1))
 
 
 def test_bernoulli_refuses_pixels_outside_of_zero_and_one():

@@ -61,7 +61,7 @@ KINDS = {"base": ["mixture"], "latent": ["gaussian"], "upper": ["mixture"], "low
 PICTURES = {("anchored", "code"), ("anchored", "posterior_layers")}
 """(kind, option) of dynamics that act on pictures alone."""
 
-EYES = {"depth", "image", "levels", "min_sigma_image", "weight_sigma_image", "refine_depth", "frames"}
+EYES = {"depth", "image", "levels", "min_sigma_image", "weight_sigma_image", "image_weight", "refine_depth", "frames"}
 HANDS = {"units", "layers", "min_sigma", "refine_units"}
 """Options of decoders that are about pictures, and about vectors; all others act on each."""
 

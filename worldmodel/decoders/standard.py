@@ -42,6 +42,12 @@ class DecoderConfig(Frozen):
     weight_sigma_image: float = Field(
         0.5, gt=0, description="the gradient of pixels is as if their deviation were at least this: else pictures drown rewards"
     )
+    image_weight: float | None = Field(
+        None,
+        gt=0,
+        description="factor on the gradient of pictures' nats, whatever their deviation, which then acts on what is learned; "
+        "null: as weight_sigma_image says",
+    )
 
 
 @register("decoder", "standard", DecoderConfig)
@@ -52,8 +58,8 @@ class Decoder(nn.Module):
                   not comparable
 
     A Gaussian of fixed deviation 1 makes the posterior collapse; here the deviation is the running root mean square error (of
-    each number of a vector, one for an image) or a parameter. Where pixels' deviation s is below w = `weight_sigma_image`, their
-    gradient is weighted by (s / w)^2; the loss is not.
+    each number of a vector, one for an image) or a parameter. The gradient of pictures is weighted, the loss is not: by
+    `image_weight`, or where that is null and pixels' deviation s is below w = `weight_sigma_image`, by (s / w)^2.
     Sources: Rybkin et al. 2021 (sigma-VAE), eq. 7, for `fitted`; Seitzer et al. 2022 (beta-NLL) for the weight.
     """
 
@@ -111,8 +117,7 @@ class Decoder(nn.Module):
             x, y = obs[name], out[name]
             if name in self.with_sigma and self.training and self.config.sigma == "fitted":
                 self._update_sigma(name, x, y if likelihood == "gaussian" else y.clamp(0, 1))
-            if name in self.with_sigma and name in self.images:  # a learned deviation keeps its whole gradient
-                weight = (self.log_std(name).detach().exp() / self.config.weight_sigma_image).square().clamp_max(1)
+            if name in self.images and (weight := self._weight(name)) is not None:  # a learned deviation keeps its whole gradient
                 y = y.detach().lerp(y, weight)
             if likelihood == "categorical":
                 nats = -x * torch.cat([part.log_softmax(-1) for part in y.split(self.spec.keys[name].sizes, -1)], -1)
@@ -126,6 +131,14 @@ class Decoder(nn.Module):
                 nats = discrete_logistic(x, y, self._each(name, x) * LOGISTIC, self.config.levels)
             total = total + nats.flatten(1).sum(-1)
         return total
+
+    def _weight(self, name: str) -> float | Tensor | None:
+        """The factor on the gradient of an image's nats; None: it is 1."""
+        if self.config.image_weight is not None:
+            return self.config.image_weight
+        if name not in self.with_sigma:
+            return None
+        return (self.log_std(name).detach().exp() / self.config.weight_sigma_image).square().clamp_max(1)
 
     def _each(self, name: str, like: Tensor) -> Tensor:
         """The deviation of each element of a key, in a shape that multiplies `like`."""
@@ -154,7 +167,10 @@ class Decoder(nn.Module):
         return means
 
     def sample(self, feature: Float[Tensor, "N F"], sampling: Sampling) -> Obs:
-        """A drawn observation, pixels in [0, 1]; with `sampling.mode` the mean, one-hot categories and bits."""
+        """A drawn observation; with `sampling.mode` the mean, one-hot categories and bits.
+
+        Pixels are in [0, 1]: Gaussian ones are drawn given that they are.
+        """
         return self._sample_from(self.output(feature), sampling)
 
     def _sample_from(self, out: Obs, sampling: Sampling) -> Obs:
@@ -168,7 +184,8 @@ class Decoder(nn.Module):
                 drawn[name] = (x > (0.5 if draw is None else draw)).to(x)
             elif likelihood == "gaussian" and draw is not None:
                 noise = torch.randn(x.shape, generator=sampling.generator, device=x.device)
-                drawn[name] = x + sampling.temperature * self._each(name, x) * noise
+                scale = sampling.temperature * self._each(name, x)
+                drawn[name] = truncated_normal(x.clamp(0, 1), scale, noise) if name in self.images else x + scale * noise
             elif likelihood == "logistic" and draw is not None:
                 scale, steps = sampling.temperature * self._each(name, x) * LOGISTIC, self.config.levels - 1
                 drawn[name] = ((out[name] + scale * draw.clamp(1e-6, 1 - 1e-6).logit()).clamp(0, 1) * steps).round() / steps
@@ -202,6 +219,17 @@ def discrete_logistic(x: Tensor, location: Tensor, scale: Tensor, levels: int) -
 def logistic_mean(location: Tensor, scale: Tensor) -> Tensor:
     """Mean of a logistic distribution clamped to [0, 1]; rounding to levels shifts it by less than half a level."""
     return scale * (F.softplus(location / scale) - F.softplus((location - 1) / scale))
+
+
+def truncated_normal(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+    """Draws of a normal distribution given that they lie in [0, 1], which has the means: standard-normal noise, by quantiles.
+
+    Where the range is far away from the mean that is mean + std * noise; where it is near nothing piles up at its ends.
+    """
+    cdf, size = torch.special.ndtr, std.clamp_min(1e-9)  # a temperature of 0 draws the mean
+    low, high = cdf(-mean / size), cdf((1 - mean) / size)
+    quantile = low + cdf(noise) * (high - low)
+    return (mean + std * torch.special.ndtri(quantile.clamp(1e-7, 1 - 1e-7))).clamp(0, 1)  # of roundings alone
 
 
 def _check_unit_range(name: str, x: Tensor) -> None:

@@ -62,7 +62,7 @@ class MlpWorld:
     Its feature is these observations, one after the other, in the environment's units.
     """
 
-    decoder, ensemble = True, None  # it shows observations, and no disagreement
+    decoder, has_uncertainty = True, False  # it shows observations, and no disagreement
     device = torch.device("cpu")
 
     def __init__(self, obs: ObsSpec, action: ActionSpec, episodes: Episodes, frames: int, seed: int, updates: int = UPDATES):

@@ -15,7 +15,7 @@ from worldmodel.config import Frozen
 from worldmodel.data import Loss, Obs, Sampling
 from worldmodel.errors import ConfigError
 from worldmodel.nn.moments import RunningMoments
-from worldmodel.nn.networks import ConvDecoder, SkipMLP, negative_log_likelihood
+from worldmodel.nn.networks import ConvDecoder, SkipMLP, negative_log_likelihood, one_hot_sample
 from worldmodel.registry import register
 from worldmodel.spaces import ObsSpec
 
@@ -179,7 +179,7 @@ class Decoder(nn.Module):
             x = drawn[name]
             draw = None if sampling.mode else torch.rand(x.shape, generator=sampling.generator, device=x.device)
             if likelihood == "categorical":
-                drawn[name] = _one_hot_sample(x, self.spec.keys[name].sizes, draw)
+                drawn[name] = one_hot_sample(x, self.spec.keys[name].sizes, draw)
             elif likelihood == "bernoulli" and (draw is not None or name not in self.images):
                 drawn[name] = (x > (0.5 if draw is None else draw)).to(x)
             elif likelihood == "gaussian" and draw is not None:
@@ -190,13 +190,6 @@ class Decoder(nn.Module):
                 scale, steps = sampling.temperature * self._each(name, x) * LOGISTIC, self.config.levels - 1
                 drawn[name] = ((out[name] + scale * draw.clamp(1e-6, 1 - 1e-6).logit()).clamp(0, 1) * steps).round() / steps
         return drawn | {name: drawn[name].clamp(0, 1) for name in self.images}
-
-
-def _one_hot_sample(probs: Tensor, sizes: tuple[int, ...], draw: Tensor | None) -> Tensor:
-    """One-hot vectors side by side: the most likely of each group or, given uniform numbers, a draw (the Gumbel-max trick)."""
-    scores = probs.log() if draw is None else probs.log() - (-draw.clamp(1e-9, 1 - 1e-7).log()).log()
-    chosen = [torch.zeros_like(part).scatter(-1, part.argmax(-1, keepdim=True), 1.0) for part in scores.split(sizes, -1)]
-    return torch.cat(chosen, -1)
 
 
 LOGISTIC = math.sqrt(3) / math.pi

@@ -21,7 +21,7 @@ from worldmodel.distributions.base import ConditionalDistribution, PosteriorSour
 from worldmodel.distributions.gaussian import GaussianLatent, GaussianLatentConfig, GaussianPosterior
 from worldmodel.distributions.latent import Latent, Posterior
 from worldmodel.nn.moments import RunningMoments
-from worldmodel.nn.networks import SkipMLP
+from worldmodel.nn.networks import SkipMLP, one_hot_sample
 from worldmodel.registry import build
 from worldmodel.spaces import ObsSpec
 
@@ -67,12 +67,8 @@ class Anchor:
     def size(self) -> int:
         return self.discrete + self.vectors
 
-    def join(self, obs: Obs) -> Float[Tensor, "*N W"]:
-        """Scaled canonical observations as one vector."""
-        return torch.cat([obs[name] for name in self.keys], -1)
-
     def split(self, z: Float[Tensor, "*N Z"]) -> Obs:
-        """Inverse of `join`, for a latent."""
+        """The scaled canonical observation in a latent."""
         return {name: z[..., first:last] for name, (first, last) in self.keys.items()}
 
 
@@ -286,6 +282,11 @@ class Change(ConditionalDistribution):
         excess = (numbers.abs() - bound).clamp_min(0)
         return torch.where(excess > 0, numbers.sign() * (bound + excess.log1p()), numbers)
 
+    @torch.no_grad()
+    def _extend(self, z: Float[Tensor, "N Z"]) -> None:
+        """Takes in how large numbers are."""
+        self.largest = torch.maximum(self.largest, z[..., self.anchor.discrete :].abs().amax(0))
+
     def _unseen(self, z: Tensor, sampling: Sampling) -> Tensor:
         """Draws where nothing was seen: normal numbers, and the categories and bits of `z`."""
         numbers = z[..., self.anchor.discrete :]
@@ -297,14 +298,14 @@ class Change(ConditionalDistribution):
     def _sample_discrete(self, context: Tensor | None, count: int, sampling: Sampling) -> Float[Tensor, "K N V"]:
         logits = self._logits(context)
         logits = logits.expand(count, *logits.shape)
-        uniform = torch.full_like(logits, 0.5)
-        if not sampling.mode:
-            uniform = torch.rand(logits.shape, generator=sampling.generator, device=logits.device).clamp(1e-7, 1 - 1e-7)
-        *groups, bits = logits.split([*self.anchor.categories, self.anchor.bits], -1)
-        *draws, draw = uniform.split([*self.anchor.categories, self.anchor.bits], -1)
-        scores = [group - (-draw.log()).log() for group, draw in zip(groups, draws, strict=True)]  # the Gumbel-max trick
-        one_hots = [F.one_hot(score.argmax(-1), score.shape[-1]).to(logits) for score in scores]
-        return torch.cat([*one_hots, (torch.sigmoid(bits) > draw).to(logits)], -1)
+        draw = None if sampling.mode else torch.rand(logits.shape, generator=sampling.generator, device=logits.device)
+        sizes, first_bit = self.anchor.categories, sum(self.anchor.categories)
+        *groups, bits = logits.split([*sizes, self.anchor.bits], -1)
+        parts = [torch.sigmoid(bits) > (0.5 if draw is None else draw[..., first_bit:])]
+        if sizes:
+            probs = torch.cat([group.softmax(-1) for group in groups], -1)
+            parts.insert(0, one_hot_sample(probs, sizes, None if draw is None else draw[..., :first_bit]))
+        return torch.cat([part.to(logits) for part in parts], -1)
 
     def log_prob(self, x: Float[Tensor, "*N Z"], context: Tensor | None) -> Float[Tensor, "*N"]:
         numbers = None if self.form is None else self.form.log_prob(self._standardised(x, context), self._read(context))
@@ -351,9 +352,10 @@ class Change(ConditionalDistribution):
         if self.form is None or not known.any():
             return terms or {"nll": Loss(x.new_zeros(x.shape[:-1]))}
         given = None if context is None else context[known]
-        if context is not None and self.training:
-            self.largest = torch.maximum(self.largest, x[known][..., self.anchor.discrete :].abs().amax(0).detach())
-            self.moments.update(x[known][..., self.anchor.discrete :] - self._before(given))
+        if self.training:
+            self._extend(x[known])
+            if context is not None:
+                self.moments.update(x[known][..., self.anchor.discrete :] - self._before(given))
         own = self.form.loss(self._standardised(x[known], given), self._read(given), sampling=sampling)
         for name, term in own.items():
             value = term.value + self._volume(given) if term.unit == "nats" else term.value
@@ -374,6 +376,7 @@ class Change(ConditionalDistribution):
         known = self._known(latents, context)
         given = None if context is None else context[known]
         if self.form is not None and known.any():
+            self._extend(latents[known])
             if context is not None:
                 self.moments.reset_to(latents[known][..., self.anchor.discrete :] - self._before(given))
             self.form.prepare_fit(self._standardised(latents[known], given))

@@ -318,3 +318,10 @@ def flatten(x: Tensor) -> Tensor:
 def negative_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """-ln N(x; mean, exp(log_std)^2) of each element, normalised, in nats."""
     return 0.5 * ((x - mean) * torch.exp(-log_std)).square() + log_std + 0.5 * math.log(2 * math.pi)
+
+
+def one_hot_sample(probs: Tensor, sizes: tuple[int, ...], draw: Tensor | None) -> Tensor:
+    """One-hot vectors side by side: the most likely of each group or, given uniform numbers, a draw (the Gumbel-max trick)."""
+    scores = probs.log() if draw is None else probs.log() - (-draw.clamp(1e-9, 1 - 1e-7).log()).log()
+    chosen = [torch.zeros_like(part).scatter(-1, part.argmax(-1, keepdim=True), 1.0) for part in scores.split(sizes, -1)]
+    return torch.cat(chosen, -1)

@@ -22,7 +22,7 @@ from worldmodel.config import Config
 from worldmodel.data import Sampling
 from worldmodel.distributions import ConditionalDistribution, Gaussian, GaussianConfig, likelihood
 from worldmodel.errors import ConfigError
-from worldmodel.model import WorldModel
+from worldmodel.model import WorldModel, default_distribution
 from worldmodel.spaces import ActionSpec, ObsSpec
 from worldmodel.storage import checkpoint
 from worldmodel.storage.replay import Replay
@@ -87,7 +87,7 @@ def fit(
         new.fit_typicality(train.z)
     seconds = time.perf_counter() - started
 
-    chosen = getattr(run.config.model, slot)
+    chosen = getattr(run.config.model, slot) or default_distribution(run.config.model.dynamics, slot)
     before = old_prior or Gaussian(GaussianConfig(standard=True), old.dynamics.latent.family, 0).to(device)
     compared = _compare(before, prior, held_out, _context(held_out, slot), generator)
     _write(target, config, content, (old, new), fresh, replay, trust)
@@ -97,7 +97,7 @@ def fit(
         "slot": slot,
         "kind": kind,
         "density": prior.density,
-        "before": None if old_prior is None else chosen.kind if chosen else old.dynamics.latent.family.kind,
+        "before": None if old_prior is None else chosen.kind,
         **compared,
         "codes": len(train.z),
         "held_out_codes": len(held_out.z),

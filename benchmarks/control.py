@@ -57,7 +57,7 @@ TASKS = {
     "pendulum": Task("pendulum", baselines=("sac",)),
     "acrobot": Task("acrobot", baselines=("dqn",)),
     "catch": Task("catch", baselines=("dqn on 2 frames", "random")),
-    "cartpole-pixels": Task("cartpole-pixels"),
+    "cartpole_pixels": Task("cartpole_pixels"),
 }
 DYNA_UPDATES = 10.0
 DYNA_ROW = f"sac + dyna, {DYNA_UPDATES:g} updates/step"

@@ -304,9 +304,8 @@ def test_a_newcomer_asks_without_any_file(chain, command):  # noqa: F811
     code, out, err = command("what-if", chain.path, "--plan", "0x4", "--plan", "climb=1x4", "--episode", 0, "--step", 0)
     text = " ".join(out.replace("│", " ").split())
     assert code == 0 and not err, err
-    assert (
-        text.index("climb") < text.index("0x4") and "fourth" in text and f"{chain.path}, episode 0, step 0" in out.replace("\n", "")
-    )
+    assert text.index("climb") < text.index("0x4") and "fourth" in text
+    assert f"{chain.path},episode0,step0" in text.replace(" ", "")  # the table folds long paths
 
 
 def test_json_is_one_object_of_plans_best_first(chain, command):  # noqa: F811

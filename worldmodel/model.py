@@ -51,7 +51,9 @@ class ModelConfig(Frozen):
     encoder: Annotated[Any, Part("encoder")] = EncoderConfig()
     decoder: Annotated[Any, Part("decoder")] = DecoderConfig()
     dynamics: Annotated[Any, Part("dynamics")] = RSSMConfig()
-    transition: Annotated[Any, Part("distribution")] | None = Field(None, description="p(z_t | h_t); none: the latent's family")
+    transition: Annotated[Any, Part("distribution")] | None = Field(
+        None, description="p(z_t | h_t); none: the dynamics' own, else the latent's family"
+    )
     initial: Annotated[Any, Part("distribution")] | None = Field(None, description="p(z_0); none: the latent's family")
     marginal: Annotated[Any, Part("distribution")] | None = Field(
         None, description="p(z) of all latents, a VAE's prior; null: no marginal"
@@ -103,8 +105,10 @@ class ModelConfig(Frozen):
 register("group", "model", ModelConfig)(ModelConfig)
 
 
-def default_distribution(dynamics: Frozen) -> Frozen:
-    """The closed form for a slot that the config leaves open: the family of the latents of these dynamics."""
+def default_distribution(dynamics: Frozen, slot: str) -> Frozen:
+    """What fills a slot that the config leaves open: what these dynamics name for it, else the family of their latents."""
+    if slot == "transition" and hasattr(dynamics, "own_transition"):
+        return dynamics.own_transition
     return DEFAULT_DISTRIBUTIONS[build("latent", dynamics.latent).family.kind].replace(units=dynamics.units)
 
 
@@ -126,12 +130,12 @@ class WorldModel(nn.Module):
     def __init__(self, config: ModelConfig, obs: ObsSpec, action: ActionSpec):
         super().__init__()
         self.config, self.obs, self.action = config, obs, action
-        own = default_distribution(config.dynamics)
+        priors = [getattr(config, slot) or default_distribution(config.dynamics, slot) for slot in ("transition", "initial")]
         self.scaling = VectorScaling(config.vector_scaling, obs)
         self.encoder = build_encoder(config.encoder, config.dynamics.kind, obs)
         shapes = {name: key.shape for name, key in obs.keys.items()}
         interface = EncoderInterface(shapes, self.encoder.out_features, self._embed, getattr(self.encoder, "anchor", None))
-        self.dynamics = build("dynamics", config.dynamics, interface, action.dim, config.transition or own, config.initial or own)
+        self.dynamics = build("dynamics", config.dynamics, interface, action.dim, *priors)
         self.feature_dim = self.dynamics.feature_dim
         latent = self.dynamics.latent
         self.marginal = None

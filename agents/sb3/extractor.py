@@ -195,9 +195,9 @@ def _part_config(role: str, model: Mapping[str, Any]) -> Frozen:
 
 def _posterior(config: Frozen, encoder: nn.Module) -> tuple[nn.Module, Any]:
     """(network: embedding -> parameters of the posterior, the latent's kind) of dynamics with posterior=observation."""
-    prior = default_distribution(config)
+    priors = [default_distribution(config, slot) for slot in ("transition", "initial")]
     interface = EncoderInterface({}, encoder.out_features, encoder.forward, getattr(encoder, "anchor", None))
-    dynamics = build("dynamics", config, interface, 1, prior, prior)
+    dynamics = build("dynamics", config, interface, 1, *priors)
     return dynamics.posterior_net, dynamics.latent
 
 

@@ -48,12 +48,11 @@ def _parts(config: Config) -> dict[str, str | None]:
     """{slot: kind} of everything that the registry chose; None where a slot is empty."""
     from worldmodel.model import default_distribution
 
-    own = default_distribution(config.model.dynamics).kind
     parts = {}
     for slot in type(config.model).model_fields:
         value = getattr(config.model, slot)
-        if value is None and slot in ("transition", "initial"):  # then the latent's own family
-            parts[slot] = own
+        if value is None and slot in ("transition", "initial"):
+            parts[slot] = default_distribution(config.model.dynamics, slot).kind
         elif value is None or hasattr(value, "kind"):
             parts[slot] = None if getattr(value, "members", None) == 0 else getattr(value, "kind", None)  # an ensemble of none
     return {**parts, "agent": config.agent.kind}

@@ -360,7 +360,7 @@ def _find(recipe: str | Path | Mapping | None, folder: str | Path | None, *, kno
         return {"recipe": Path(recipe).stem, **_read(Path(recipe))}
     entries = list_recipes(folder)
     made_for = sorted((name for name, env_id, _ in entries if _same_env(recipe, env_id)), key=lambda name: (len(name), name))
-    if made_for:  # `cartpole` before `cartpole-pixels`
+    if made_for:  # `cartpole` before `cartpole_pixels`
         return {"recipe": made_for[0], **_read(files[made_for[0]])}
     if known_env or re.search(r"-v\d+$|:", recipe):
         return {"env": {"id": recipe}}

@@ -11,7 +11,7 @@ to say, -ln p(z_t | h_t). Pictures have a posterior, a decoder and a rate, as in
 first update on. What an observation hides of the world, m remembers, and what rewards and ends depend on, n: their gradients,
 whose size does not fall with the transition's error, reach no part of the transition.
 
-`model.transition` chooses the distribution of changes: a Gaussian, an ensemble of them, a mixture, a flow, ...
+`model.transition` chooses the distribution of changes: left open, an ensemble of Gaussians; else a mixture, a flow, ...
 Source: Deisenroth and Rasmussen 2011 (PILCO) and Chua et al. 2018 (PETS) for predicted changes and the ensemble.
 """
 
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from worldmodel.config import Frozen
 from worldmodel.data import Batch, Loss, Obs, Sampling, State, Trace
 from worldmodel.decoders import DecoderConfig
-from worldmodel.distributions import EncoderInterface, PointLatentConfig
+from worldmodel.distributions import EncoderInterface, EnsembleGaussianConfig, PointLatentConfig
 from worldmodel.distributions.anchored import Anchor, AnchoredLatent, Change, Reads
 from worldmodel.dynamics.base import Dynamics, RecurrentState
 from worldmodel.encoders import EncoderConfig, convolution
@@ -103,6 +103,9 @@ class AnchoredConfig(Frozen):
 
     latent: ClassVar[PointLatentConfig] = PointLatentConfig()
     """Latents are points, but for that of pictures; the observation says their size."""
+
+    own_transition: ClassVar[EnsembleGaussianConfig] = EnsembleGaussianConfig()
+    """Of changes, where `model.transition` is left open."""
 
     kind: Literal["anchored"] = "anchored"
     deter: int = Field(32, ge=1, description="size of the memory m, which the transition reads")

@@ -43,7 +43,7 @@ TITLES = {
     "catch": "Catch, 64x64 pixels (0.9)",
 }
 OURS = {
-    "cartpole": "`cartpole`: Dreamer, Gaussian latents",
+    "cartpole": "`cartpole`: Dreamer",
     "vae": "`cartpole model=vae`: plain VAE encoder",
     "acrobot": "`acrobot`: explored by random actions that last",
     "ppo-cartpole": "unmodified SB3 PPO, in turns with the world model (`agent=sb3`)",

@@ -83,7 +83,7 @@ class AnchoredPosterior(Posterior):
     code: GaussianPosterior
 
     @property
-    def mean(self) -> Tensor:
+    def mean(self) -> Tensor:  # type: ignore[override]
         return self._with(self.code.mean)
 
     @property

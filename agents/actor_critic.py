@@ -48,6 +48,15 @@ class ActorCriticConfig(Frozen):
         description="subtracted from each imagined reward, in units of the rewards' own size, per nat and latent dimension by "
         "which the latent is less likely than real ones",
     )
+    uncertainty_limit: float | None = Field(
+        None,
+        gt=0,
+        description="dreams are truncated where the ensemble's uncertainty exceeds it: the critic's value stands for what follows; "
+        "none: never",
+    )
+    confidence: float = Field(
+        0.0, ge=0, description="an imagined step weighs 1 / (1 + confidence * uncertainty) in the losses; 0: all the same"
+    )
     replay_value: float = Field(0.0, ge=0, description="weight of the critic's loss on replayed, real rewards")
     bins: int = Field(127, ge=3, description="bins of the critic's distribution (odd)")
     limit: float = Field(10.0, gt=0, description="largest symlog value of the bins, in units of the rewards' own size")
@@ -156,18 +165,21 @@ class ActorCritic(nn.Module):
 
 
 def lambda_return(
-    reward: Float[Tensor, "B H"], discount: Float[Tensor, "B H"], value: Float[Tensor, "B H+1"], lam: float = 0.95
+    reward: Float[Tensor, "B H"],
+    discount: Float[Tensor, "B H"],
+    value: Float[Tensor, "B H+1"],
+    lam: float | Float[Tensor, "B H"] = 0.95,
 ) -> Float[Tensor, "B H"]:
     """TD(lambda) return of every step, in the unit of the rewards.
 
-    R[t] = reward[t] + discount[t] * ((1 - lam) * value[t+1] + lam * R[t+1]),   R[H] = value[H]
-    reward[t], discount[t]: on arriving at step t+1; discount = gamma * P(no termination).
+    R[t] = reward[t] + discount[t] * ((1 - lam[t]) * value[t+1] + lam[t] * R[t+1]),   R[H] = value[H]
+    reward[t], discount[t]: on arriving at step t+1; discount = gamma * P(no termination). lam: one for all, or of each step.
     Source: Hafner et al. 2023 (DreamerV3), eq. 7; Sutton and Barto 2018, section 12.1.
     """
     returns = [value[:, -1]]
-    interim = reward + discount * (1 - lam) * value[:, 1:]
+    interim, further = reward + discount * (1 - lam) * value[:, 1:], discount * lam
     for t in reversed(range(reward.shape[1])):
-        returns.append(interim[:, t] + discount[:, t] * lam * returns[-1])
+        returns.append(interim[:, t] + further[:, t] * returns[-1])
     return torch.stack(returns[:0:-1], 1)
 
 
@@ -217,7 +229,8 @@ class ActorCriticLearner:
 
     def __init__(self, world: WorldModel, behaviour: ActorCritic):
         self.world, self.behaviour, self.config = world, behaviour, behaviour.config
-        needs_ensemble(world, "agent.uncertainty_penalty", self.config.uncertainty_penalty)
+        for name in ("uncertainty_penalty", "uncertainty_limit", "confidence"):
+            needs_ensemble(world, f"agent.{name}", getattr(self.config, name))
         needs_marginal(world, "agent.typicality_penalty", self.config.typicality_penalty)
         self.pathwise = self.config.gradient == "dynamics"
         self.actor_optimizer = torch.optim.Adam(behaviour.actor.parameters(), lr=self.config.lr, eps=self.config.eps)
@@ -231,17 +244,20 @@ class ActorCriticLearner:
         config, unit = self.config, self.world.heads.scale.value
         self.behaviour.unit.copy_(unit)
         state, alive = self.starts(trace, batch, generator)
-        dream, log_prob, entropy = self.imagine(state, generator)
+        dream = self.imagine(state, generator)
         with torch.set_grad_enabled(self.pathwise):
             discount = config.gamma * dream.cont
-        weight = weights(alive, discount.detach())[:, :-1]
+        lam, trust = self._trust(dream)
+        weight = weights(alive, discount.detach())[:, :-1] * trust
         feature = dream.feature.detach().transpose(0, 1)  # [H+1, N, F]: contiguous, as is each slice of it along time
         logits = self.behaviour.critic(feature[:-1])  # read three times: for the returns, as the baseline, in the critic's loss
         with torch.no_grad():
             value = torch.cat([self.behaviour.two_hot.mean(logits), self._value(feature[-1:])]).transpose(0, 1)  # [N, H+1]
         reward = dream.reward / unit - reward_penalty(self.world, dream, config.uncertainty_penalty, config.typicality_penalty)
-        returns = lambda_return(reward, discount, self._value(dream.feature) if self.pathwise else value, config.lam)
+        returns = lambda_return(reward, discount, self._value(dream.feature) if self.pathwise else value, lam)
         scale = self.scale.update(returns, float(unit))
+        policy = self.behaviour.policy(feature[:-1])  # of all steps at once: the roll-out has no graph of the actor's draws
+        log_prob, entropy = policy.log_prob(dream.action.detach().transpose(0, 1)).transpose(0, 1), policy.entropy().transpose(0, 1)
         actor_loss = self._actor_loss(returns, value[:, :-1], scale, log_prob, entropy, weight)
         critic_loss = self._critic_loss(feature[:-1], logits, returns, weight)
         if config.replay_value:
@@ -259,26 +275,29 @@ class ActorCriticLearner:
         state, alive = trace.states.detach().index((rows // length, rows % length)), alive[rows]
         return state, alive
 
-    def imagine(self, state: State, generator: torch.Generator | None) -> tuple[Dream, Tensor, Tensor]:
-        """(rollouts under the actor, ln p(action) [N, H], entropy [N, H]), the latter two in the actor's graph.
-
-        The actor reads detached features; the dream has a graph where the gradient is pathwise.
-        """
-        log_probs, entropies = [], []
-
-        def act(feature: Tensor, step: int) -> Tensor:
-            with torch.enable_grad():
-                policy = self.behaviour.policy(feature.detach())
-                action = policy.sample(generator)
-                log_probs.append(policy.log_prob(action.detach()))
-                entropies.append(policy.entropy())
-            return action
-
-        wanted = bool(self.config.uncertainty_penalty)
-        sampling = Sampling(generator=generator, temperature=self.config.temperature, uncertainty=wanted)
+    def imagine(self, state: State, generator: torch.Generator | None) -> Dream:
+        """Rollouts under the actor, which reads detached features; with a graph where the gradient is pathwise."""
+        config = self.config
+        wanted = bool(config.uncertainty_penalty or config.confidence or config.uncertainty_limit)
+        sampling = Sampling(generator=generator, temperature=config.temperature, uncertainty=wanted)
         with torch.set_grad_enabled(self.pathwise):
-            dream = self.world.imagine(state, act, self.config.horizon, sampling)
-        return dream, torch.stack(log_probs, 1), torch.stack(entropies, 1)
+            return self.world.imagine(
+                state, lambda feature, step: self.behaviour.policy(feature.detach()).sample(generator), config.horizon, sampling
+            )
+
+    def _trust(self, dream: Dream) -> tuple[float | Float[Tensor, "N H"], float | Float[Tensor, "N H"]]:
+        """(lambda of each return, weight of each step in the losses), by the uncertainty of arriving at the next step.
+
+        Where it exceeds the limit, that step and those after it weigh 0, and the return of the step before is the critic's value.
+        Source of the weights: Aghabozorgi et al. 2026 (WIMLE), section 4.
+        """
+        config, uncertainty = self.config, dream.uncertainty.detach()
+        lam, weight = config.lam, 1 / (1 + config.confidence * uncertainty)
+        if config.uncertainty_limit is not None:
+            inside = (uncertainty <= config.uncertainty_limit).to(uncertainty).cumprod(1)
+            lam = lam * torch.cat([inside[:, 1:], torch.ones_like(inside[:, :1])], 1)
+            weight = weight * inside
+        return lam, weight
 
     def _actor_loss(
         self,
@@ -311,12 +330,8 @@ class ActorCriticLearner:
             ended = batch.is_terminal[:, 1:].float()
             discount = self.config.gamma * (1 - ended)
             # At a truncated end the return is the critic's own value there: lambda is 0.
-            reward, lam = batch.reward[:, 1:] / self.behaviour.unit, self.config.lam * (1 - batch.is_last[:, 1:].float())
-            returns, last = [], value[:, -1]
-            for t in reversed(range(reward.shape[1])):
-                last = reward[:, t] + discount[:, t] * ((1 - lam[:, t]) * value[:, t + 1] + lam[:, t] * last)
-                returns.append(last)
-            target = torch.stack(returns[::-1], 1)
+            lam = self.config.lam * (1 - batch.is_last[:, 1:].float())
+            target = lambda_return(batch.reward[:, 1:] / self.behaviour.unit, discount, value, lam)
         inside = (~batch.is_last[:, :-1]).float()
         if batch.weight is not None:
             inside = inside * batch.weight[:, :-1]

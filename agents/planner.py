@@ -21,7 +21,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from worldmodel.agents.actor_critic import ActorCriticConfig, weights
+from worldmodel.agents.actor_critic import ActorCriticConfig, lambda_return, weights
 from worldmodel.agents.dreamer import Dreamer, DreamerController
 from worldmodel.config import Frozen
 from worldmodel.data import Dream, Sampling, State
@@ -43,6 +43,19 @@ class PlanConfig(Frozen):
     elites: int = Field(6, ge=1, description="best candidates that the distribution is fitted to")
     proposals: int = Field(8, ge=0, description="candidates that the learned policy draws")
     terminal: bool = Field(True, description="the critic's value counts for what comes after the horizon")
+    lam: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="with terminal: lambda of a candidate's value, below 1 an average over all depths at which the critic's value "
+        "stands for the rest; 1: the last alone",
+    )
+    draws: int = Field(
+        0,
+        ge=0,
+        description="roll-outs of each candidate that its value is the mean of, each of a member of an ensemble of transitions, or "
+        "of latents as they are drawn; 0: one, of the most likely latents",
+    )
     temperature: float = Field(0.5, gt=0, description="mppi: spread of the weights, in deviations of the elites' values")
     first_std: float = Field(
         1.0, gt=0, description="deviation of the first distribution over continuous actions, which are in [-1, 1]"
@@ -56,6 +69,11 @@ class PlanConfig(Frozen):
     )
     bonus: float = Field(0.0, ge=0, description="the same as a bonus on rewards while experience is collected: explores")
     goal: Literal["sum", "last"] = Field("sum", description="distance to a goal: summed over the horizon, or at its end alone")
+
+    @property
+    def rollouts(self) -> int:
+        """Of each candidate."""
+        return max(1, self.draws)
 
     @model_validator(mode="after")
     def _fits(self) -> PlanConfig:
@@ -238,7 +256,8 @@ class PlannerController(DreamerController):
         shooting = config.method == "random"
         start = uniform(world.action, memory["plan"]) if shooting else memory["plan"]
         distribution = PlanDistribution.centered(world.action, start, config.first_std)
-        rows = state.map(lambda x: x.repeat_interleave(config.samples, 0))  # candidate k of state b is row b * samples + k
+        draws = config.rollouts
+        rows = state.map(lambda x: x.repeat_interleave(config.samples * draws, 0))  # [B, K, D] in one: D draws of candidate k of b
         kept: tuple[Tensor, Tensor] | None = None  # plans of an iteration before, with their values, which compete again
         for iteration in range(1 if shooting else config.iterations):
             first = iteration == 0
@@ -249,8 +268,8 @@ class PlannerController(DreamerController):
                 plans[:, -config.keep :] = memory["elites"]
             proposals = config.proposals if first else 0
             dream = self._imagine(world, rows, plans, proposals, generator)
-            plans = dream.action.unflatten(0, (size, config.samples))
-            value = self._value(world, dream, uncertainty_penalty).unflatten(0, (size, config.samples))
+            plans = dream.action.unflatten(0, (size, config.samples, draws))[:, :, 0]
+            value = self._value(world, dream, uncertainty_penalty).unflatten(0, (size, config.samples, draws)).mean(2)
             proposed = plans[:, :proposals], value[:, :proposals]
             if kept is not None:
                 plans, value = torch.cat([plans, kept[0]], 1), torch.cat([value, kept[1]], 1)
@@ -272,19 +291,21 @@ class PlannerController(DreamerController):
     def _imagine(self, world: WorldModel, rows: State, plans: Tensor, proposals: int, generator: torch.Generator) -> Dream:
         """Roll-outs of all candidates; the first `proposals` of each state follow the learned policy instead of their plan.
 
-        Latents are the transition's mode, so that candidates differ by their actions and not by chance.
+        Without `draws` latents are the transition's mode, so that candidates differ by their actions and not by chance.
         """
-        flat_plans = plans.flatten(0, 1)
+        draws = self.config.plan.rollouts
+        flat_plans = plans.flatten(0, 1).repeat_interleave(draws, 0)
 
         def act(feature: Tensor, step: int) -> Tensor:
             if not proposals:
                 return flat_plans[:, step]
             action = plans[:, :, step].clone()
-            proposing = feature.unflatten(0, plans.shape[:2])[:, :proposals]
-            action[:, :proposals] = world.action.project(self.policy(proposing).sample(generator))
-            return action.flatten(0, 1)
+            first = feature.unflatten(0, (*plans.shape[:2], draws))[:, :proposals, 0]  # all draws of a candidate do as its first
+            action[:, :proposals] = world.action.project(self.policy(first).sample(generator))
+            return action.flatten(0, 1).repeat_interleave(draws, 0)
 
-        return world.imagine(rows, act, plans.shape[2], Sampling(generator=generator, mode=True))
+        sampling = Sampling(generator=generator, mode=not self.config.plan.draws)
+        return world.imagine(rows, act, plans.shape[2], sampling)
 
     def _value(self, world: WorldModel, dream: Dream, uncertainty_penalty: float) -> Float[Tensor, " N"]:
         """The value of each roll-out: rewards less penalties, weighted by the probability of reaching them, discounted.
@@ -299,9 +320,10 @@ class PlannerController(DreamerController):
             distance = (world.dynamics.z_of(dream.feature[:, 1:]) - goal).square().sum(-1)
             distance = distance[:, -1] if self.config.plan.goal == "last" else distance.sum(1)
             return -distance - penalties.sum(1)
-        weight = weights(torch.ones_like(dream.reward[:, 0]), self.config.gamma * dream.cont)
-        value = (weight[:, :-1] * (dream.reward - world.heads.scale.value * penalties)).sum(1)
-        return value + weight[:, -1] * self.value(dream.feature[:, -1]) if self.config.plan.terminal else value
+        reward, discount = dream.reward - world.heads.scale.value * penalties, self.config.gamma * dream.cont
+        if self.config.plan.terminal:
+            return lambda_return(reward, discount, self.value(dream.feature), self.config.plan.lam)[:, 0]
+        return (weights(torch.ones_like(reward[:, 0]), discount)[:, :-1] * reward).sum(1)
 
     def _weights(self, value: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:
         """Weights of the elites in the fit: equal, or with mppi by value, on the scale of their own spread."""

@@ -29,10 +29,8 @@ from worldmodel.data import Batch, Dream, Episodes, Sampling, State
 from worldmodel.encoders import VectorScaling
 from worldmodel.spaces import ActionSpec, ObsSpec
 
-MEMBERS, UNITS, LAYERS = 5, 128, 3
-"""PETS has 200 units. After 2,000 updates on CartPole, one seed, 128 (batch 128, half the time) had 0.5 to 0.7 times the error of
-200 (batch 256) on the policy's own episodes, and 1.5 to 2 times on the stranger's."""
-BATCH, LR, LAST_LR, WEIGHT_DECAY = 128, 1e-3, 1e-5, 1e-5
+MEMBERS, LAYERS = 5, 3
+LR, LAST_LR, WEIGHT_DECAY = 1e-3, 1e-5, 1e-5
 UPDATES, CHECK_EVERY = 4000, 100
 """Updates in all, and between two looks at the held-out rows."""
 HELD_OUT_SHARE, BLOCK = 0.1, 25
@@ -42,9 +40,9 @@ HELD_OUT_SHARE, BLOCK = 0.1, 25
 class Perceptrons(nn.Module):
     """MEMBERS perceptrons side by side: [E, N, inputs] -> [E, N, outputs]."""
 
-    def __init__(self, inputs: int, outputs: int):
+    def __init__(self, inputs: int, units: int, outputs: int):
         super().__init__()
-        sizes = [inputs, *[UNITS] * LAYERS, outputs]
+        sizes = [inputs, *[units] * LAYERS, outputs]
         pairs = list(pairwise(sizes))
         self.weights = nn.ParameterList(torch.randn(MEMBERS, i, o) / math.sqrt(i) for i, o in pairs)
         self.biases = nn.ParameterList(torch.zeros(MEMBERS, 1, o) for _, o in pairs)
@@ -59,13 +57,26 @@ class MlpWorld:
     """The peer, fitted on whole episodes of one vector.
 
     frames  how many observations it sees, the last ones; before an episode's first that one stands
+    units   width of the perceptrons; PETS has 200
+    batch   rows of each member in an update
     Its feature is these observations, one after the other, in the environment's units.
     """
 
     decoder, has_uncertainty = True, False  # it shows observations, and no disagreement
     device = torch.device("cpu")
 
-    def __init__(self, obs: ObsSpec, action: ActionSpec, episodes: Episodes, frames: int, seed: int, updates: int = UPDATES):
+    def __init__(
+        self,
+        obs: ObsSpec,
+        action: ActionSpec,
+        episodes: Episodes,
+        seed: int,
+        *,
+        frames: int = 1,
+        units: int = 128,
+        batch: int = 128,
+        updates: int = UPDATES,
+    ):
         (self.name,), self.obs, self.frames = obs.keys, obs, frames
         since = time.perf_counter()
         torch.manual_seed(seed)
@@ -79,8 +90,8 @@ class MlpWorld:
         low, high = x.amin(0), x.amax(0)
         self.bounds = 2 * low - high, 2 * high - low
         self.moments = _moments(inputs), _moments(change[goes_on])
-        self.net = Perceptrons(inputs.shape[-1], self.size)
-        self.updates = self._fit(_scaled(inputs, self.moments[0]), _scaled(change[goes_on], self.moments[1]), updates)
+        self.net = Perceptrons(inputs.shape[-1], units, self.size)
+        self.updates = self._fit(_scaled(inputs, self.moments[0]), _scaled(change[goes_on], self.moments[1]), batch, updates)
         self.seconds = time.perf_counter() - since
 
     @property
@@ -93,7 +104,7 @@ class MlpWorld:
         opens = torch.where(first, row, 0).cummax(0).values
         return torch.cat([x[torch.maximum(row - back, opens)] for back in reversed(range(self.frames))], -1)
 
-    def _fit(self, inputs: Tensor, targets: Tensor, updates: int) -> list[int]:
+    def _fit(self, inputs: Tensor, targets: Tensor, batch: int, updates: int) -> list[int]:
         """Trains the members; gives the updates after which each was best."""
         blocks = torch.arange(len(inputs)).split(BLOCK)
         order = torch.randperm(len(blocks)).tolist()
@@ -103,7 +114,7 @@ class MlpWorld:
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates, LAST_LR)
         lowest, at, best = torch.full((MEMBERS,), math.inf), [0] * MEMBERS, copy.deepcopy(self.net.state_dict())
         for update in range(1, updates + 1):
-            pick = used[torch.randint(len(used), (MEMBERS, BATCH))]
+            pick = used[torch.randint(len(used), (MEMBERS, batch))]
             loss = (self.net(inputs[pick]) - targets[pick]).square().mean((1, 2)).sum()
             optimizer.zero_grad()
             loss.backward()

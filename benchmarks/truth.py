@@ -12,8 +12,9 @@ world model alone, no agent, in batches of the environment's recipe. Errors are 
 start every 10 steps, the mean of 8 roll-outs under the recorded actions, root mean square in deviations of the rows learned from.
 Coverage is that of `worldmodel dream`, from 19 draws.
 
-The peers are measured alike: `mlp` is PETS' model (`mlp_ensemble.py`), `mlp x4` the same with the last four observations in view,
-which is the fair one where velocities are hidden. Persistence repeats the last observation of the context.
+The peers are measured alike: `mlp` is PETS' model (`mlp_ensemble.py`) with 128 units, `mlp 200` with 200 and twice the batch,
+`mlp x4` the first with the last four observations in view, which is the fair one where velocities are hidden. Errors are over the
+smaller of the first two, cell by cell. Persistence repeats the last observation of the context.
 
 --probe keeps rows apart in the cache, measures the models again at every call, and the peers once.
 """
@@ -29,15 +30,20 @@ from pathlib import Path
 from typing import Any
 
 from recorded import CACHE, HELD_OUT, TASKS, TRAINING, digest, fingerprint, load
-from rows import HERE, Key, Load, Row, Rows, call, executed, grouped, marked, options, say, script, stale, table
+from rows import HERE, STALE, Key, Load, Row, Rows, call, executed, grouped, options, say, script, stale, table
 from tables import median, number
 
 from worldmodel.config import Config
 from worldmodel.errors import ConfigError, MissingExtraError
 
 MODELS = ("anchored", "gaussian", "dreamer")
-PEERS = {"mlp": 1, "mlp x4": 4}
-"""Frames that they see."""
+PEERS = {
+    "mlp": {"units": 128, "batch": 128},
+    "mlp 200": {"units": 200, "batch": 256},
+    "mlp x4": {"units": 128, "batch": 128, "frames": 4},
+}
+"""Options of `MlpWorld`. Of the two that see one observation neither is the better one everywhere: errors are over the smaller."""
+RIVALS = ("mlp", "mlp 200")
 HORIZONS = (1, 5, 15, 50)
 CONTEXT, SAMPLES, UPDATES = 5, 8, 2000
 ALONE = ["agent=random", "train.ratio=1", "train.pretrain=0", "eval.every=0", "log.tensorboard=false", "checkpoint.every=1000000"]
@@ -81,15 +87,16 @@ def _peer(job: Row, recordings: dict[str, Any], episodes: dict[str, Any]) -> tup
     from mlp_ensemble import UPDATES, MlpWorld
 
     recording = recordings[TRAINING]
-    frames = PEERS[job["model"]]
-    world = MlpWorld(recording.obs_spec, recording.action_spec, episodes[TRAINING], frames, job["seed"])
+    world = MlpWorld(recording.obs_spec, recording.action_spec, episodes[TRAINING], job["seed"], **PEERS[job["model"]])
     made = {"updates": UPDATES, "best_after": world.updates, "parameters": world.parameters}
     return world, {**made, "peer": peer_code(job["env"])}
 
 
 def peer_code(env: str) -> str:
-    """A hash of all that decides what a peer's row says, but for the library's windows and units; 12 hex digits."""
-    text = executed((HERE / "mlp_ensemble.py").read_text(encoding="utf-8")) + fingerprint(TASKS[env])
+    """A hash of all that decides what a peer's row says: what it is, what it learns from, how it is measured; 12 hex digits."""
+    used = ["data", "diagnostics/rollouts", "encoders", "nn/moments", "spaces/keys", "spaces/specs", "storage/replay"]
+    files = [HERE / "mlp_ensemble.py", *(HERE.parent / "worldmodel" / f"{name}.py" for name in used)]
+    text = "".join(executed(file.read_text(encoding="utf-8")) for file in files) + fingerprint(TASKS[env])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -143,23 +150,27 @@ def _known(values: Iterable[float]) -> list[float | None]:
 
 def report(found: list[Row]) -> str:
     """Errors over the peer's and over persistence, by environment and model; then medians over environments, and what it cost."""
-    peers = {(row["key"]["env"], row["key"]["seed"]): row for row in found if row["key"]["model"] == "mlp"}
+    peers = grouped(
+        [row for row in found if row["key"]["model"] in RIVALS], lambda row: (row["key"]["env"], row["key"]["seed"], row["data"])
+    )
     groups = grouped(found, lambda row: (row["key"]["env"], _name(row["key"])))
     lines, medians = [], {}
     for (env, model), group in sorted(groups.items(), key=lambda item: (list(TASKS).index(item[0][0]), item[0][1])):
         for held_out in HELD_OUT:
-            over_peer = [_ratios(row, held_out, peers.get((env, row["key"]["seed"]))) for row in group]
-            over_persistence = [_ratios(row, held_out) for row in group]
-            if model != "mlp":
+            over_peer = [
+                _ratios(row, held_out, _best(peers.get((env, row["key"]["seed"], row["data"]), []), held_out)) for row in group
+            ]
+            over_persistence = [_ratios(row, held_out, row["held_out"][held_out]["persistence"]) for row in group]
+            if model not in RIVALS:
                 medians.setdefault((held_out, model), []).append([_median(column) for column in zip(*over_peer)])
             cells = [_cell(column) for ratios in (over_peer, over_persistence) for column in zip(*ratios)]
-            lines.append([env, held_out, marked(model, group), len(group), *cells])
+            lines.append([env, held_out, f"{model} {STALE}" if any(map(_stale, group)) else model, len(group), *cells])
     head = [
         "environment",
         "episodes",
         "model",
         "seeds",
-        *(f"/ mlp, {h}" for h in HORIZONS),
+        *(f"/ best mlp, {h}" for h in HORIZONS),
         *(f"/ persistence, {h}" for h in HORIZONS),
     ]
     return "\n\n".join([table(head, lines), _over_environments(medians), _coverages(groups), _costs(groups)])
@@ -171,13 +182,15 @@ def _name(key: Key) -> str:
     return " ".join([key["model"], *key["overrides"], *updates])
 
 
-def _ratios(row: Row, held_out: str, peer: Row | None = None) -> list[float | None]:
-    """The error at each horizon over the peer's, which must have learned from the same rows; without a peer, over persistence."""
-    mine = row["held_out"][held_out]
-    if peer is not None and peer["data"] != row["data"]:
-        return [None] * len(HORIZONS)
-    other = mine["persistence"] if peer is None else peer["held_out"][held_out]["error"]
-    return [a / b if a is not None and b else None for a, b in zip(mine["error"], other)]
+def _best(peers: Iterable[Row], held_out: str) -> list[float | None]:
+    """The smallest error of some peers at each horizon."""
+    columns = zip(*(row["held_out"][held_out]["error"] for row in peers))
+    return [min((x for x in column if x is not None), default=None) for column in columns] or [None] * len(HORIZONS)
+
+
+def _ratios(row: Row, held_out: str, other: Iterable[float | None]) -> list[float | None]:
+    """The error at each horizon over another one."""
+    return [a / b if a is not None and b else None for a, b in zip(row["held_out"][held_out]["error"], other)]
 
 
 def _median(ratios: Iterable[float | None]) -> float | None:
@@ -200,7 +213,7 @@ def _over_environments(medians: dict[tuple[str, str], list[list[float | None]]])
         columns = [[x for x in column if x is not None] for column in zip(*found)]
         cells = [f"{number(median(column), 2)} (worst {number(max(column), 2)})" if column else "-" for column in columns]
         lines.append([held_out, model, len(found), *cells])
-    return table(["episodes", "model", "environments", *(f"/ mlp, {h}" for h in HORIZONS)], lines)
+    return table(["episodes", "model", "environments", *(f"/ best mlp, {h}" for h in HORIZONS)], lines)
 
 
 def _coverages(groups: dict[tuple[str, str], list[Row]]) -> str:
@@ -250,7 +263,7 @@ def keys(args: argparse.Namespace, models: Iterable[str]) -> list[Key]:
 def main() -> int:
     parser = options(__doc__, seeds=(0, 1, 2), overrides=True)
     parser.add_argument("--env", nargs="+", choices=list(TASKS), default=list(TASKS), metavar="ENV", help=", ".join(TASKS))
-    parser.add_argument("--model", nargs="+", default=list(MODELS), help="files of configs/model, and of the peers mlp, mlp x4")
+    parser.add_argument("--model", nargs="+", default=list(MODELS), help="files of configs/model")
     parser.add_argument("--updates", type=int, default=UPDATES, help="gradient updates of a world model")
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of recorded rows, and of a probe's results")
     parser.add_argument("--probe", action="store_true", help="for trying things: rows in the cache, models measured at every call")
@@ -280,12 +293,13 @@ def measure(args: argparse.Namespace, models: Iterable[str], rows: Rows) -> int:
 
 
 def _peer_keys(args: argparse.Namespace, rows: Rows) -> list[Key]:
-    """Of the peers without a row of their present code and recordings; in a probe the library's code makes none stale."""
-    if args.again:
-        return keys(args, PEERS)
-    peers = [row for row in rows if row["key"]["model"] in PEERS and row.get("peer") == peer_code(row["key"]["env"])]
-    there = [row["key"] for row in peers if args.probe or not stale(row)]
+    """Of the peers without a row of their present code and recordings, whatever has changed in the library beside."""
+    there = [] if args.again else [row["key"] for row in rows if row["key"]["model"] in PEERS and not _stale(row)]
     return [key for key in keys(args, PEERS) if key not in there]
+
+
+def _stale(row: Row) -> bool:
+    return row["peer"] != peer_code(row["key"]["env"]) if row["key"]["model"] in PEERS else stale(row)
 
 
 def _summary(row: Row) -> str:

@@ -12,8 +12,8 @@ from gymnasium import spaces
 from torch import Tensor
 from torch.distributions import Normal
 
-from worldmodel.agents.actor_critic import ActorCritic, ActorCriticConfig, ActorCriticLearner, Policy
-from worldmodel.data import Batch, Dream, Sampling, Trace
+from worldmodel.agents.actor_critic import ActorCritic, ActorCriticConfig, ActorCriticLearner, Policy, lambda_return
+from worldmodel.data import Batch, Dream, Sampling, State, Trace
 from worldmodel.errors import ConfigError
 from worldmodel.model import WorldModel
 from worldmodel.spaces import ActionSpec
@@ -98,9 +98,9 @@ def test_draws_come_from_the_generator_alone(space):
 # Starts ----------------------------------------------------------------------------------------------------------------
 
 
-def made(space: spaces.Space = TWO_ACTIONS, **options) -> tuple[ActorCriticLearner, Trace, Batch]:
+def made(space: spaces.Space = TWO_ACTIONS, members: int = 0, **options) -> tuple[ActorCriticLearner, Trace, Batch]:
     """(a learner with a world of its own, a trace of that world, the batch that it covers)."""
-    world = small_world(action=space)
+    world = small_world(action=space, ensemble={"members": members})
     batch = known_batch(VECTOR, space)
     batch = batch.with_obs(world.preprocess(batch.obs))
     with torch.no_grad():
@@ -128,8 +128,43 @@ def test_a_temperature_spreads_what_is_dreamt():
     torch.manual_seed(0)
     world = small_world(latent="gaussian")
     learners = [ActorCriticLearner(world, ActorCritic(config(temperature=t), world.feature_dim, world.action)) for t in (1.0, 3.0)]
-    features = [learner.imagine(world.initial(500), generator())[0].feature[:, 1, -2:] for learner in learners]
+    features = [learner.imagine(world.initial(500), generator()).feature[:, 1, -2:] for learner in learners]
     torch.testing.assert_close(features[1].std(0), 3 * features[0].std(0), rtol=1e-3, atol=1e-3)
+
+
+def test_dreams_are_truncated_where_they_are_uncertain_and_weigh_by_their_confidence():
+    uncertainty = torch.tensor([[0.1, 0.2, 0.3, 0.2], [0.9, 0.1, 0.1, 0.1], [0.1, 0.1, 0.1, 0.1]])
+    reward = torch.zeros(3, 4)
+    dream = Dream(torch.zeros(3, 4, 2), reward, reward, uncertainty, torch.zeros(3, 5, 1), State({}))
+    learner, *_ = made()
+    learner.config = config(uncertainty_limit=0.25, confidence=10.0, lam=0.5)
+    lam, weight = learner._trust(dream)
+    assert lam.tolist() == [[0.5, 0.0, 0.0, 0.5], [0.0, 0.0, 0.0, 0.5], [0.5, 0.5, 0.5, 0.5]]
+    confidence = 1 / (1 + 10 * uncertainty)
+    inside = torch.tensor([[1.0, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+    torch.testing.assert_close(weight, confidence * inside)
+    value = torch.arange(5.0).expand(3, 5)
+    returns = lambda_return(reward, torch.ones(3, 4), value, lam)
+    assert returns[0, 1] == 2.0  # the critic's value of the last state that is trusted
+    learner.config = config(lam=0.5)
+    lam, weight = learner._trust(dream)
+    assert lam == 0.5 and torch.equal(weight, torch.ones(3, 4))
+
+
+def test_dreams_beyond_the_limit_teach_nothing():
+    learner, trace, batch = made(members=3, uncertainty_limit=1e-6)
+    before = weights_of(learner.behaviour)
+    learner.update(trace, batch, generator())
+    assert torch.equal(weights_of(learner.behaviour), before)
+    learner.config = config(uncertainty_limit=1e6)
+    learner.update(trace, batch, generator())
+    assert not torch.equal(weights_of(learner.behaviour), before)
+
+
+@pytest.mark.parametrize("option", ["uncertainty_limit", "confidence"])
+def test_options_of_uncertainty_need_an_ensemble(option):
+    with pytest.raises(ConfigError, match=rf"agent\.{option}=0\.5 needs uncertainty"):
+        made(**{option: 0.5})
 
 
 def test_nothing_is_learned_from_ended_worlds():

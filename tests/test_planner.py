@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -124,6 +126,49 @@ def test_the_critic_values_what_follows_the_horizon():
     expected = dream.reward @ torch.tensor([1.0, gamma, gamma**2]) + gamma**3 * made.value(dream.feature[:, -1])
     torch.testing.assert_close(made._value(world, dream, 0.0), expected)
     assert made.value(dream.feature[:, -1]).abs().min() > 0.1
+
+
+def test_a_lambda_averages_a_candidates_value_over_depths():
+    world, values = Bandit(ACTIONS["Box"]), {}
+    for lam in (0.0, 0.5, 1.0):
+        made = controller(world, terminal=True, lam=lam)
+        with torch.no_grad():
+            made.critic[-1].bias.copy_(torch.linspace(0, 1, made.config.bins))
+        dream = world.imagine(world.state(WANTED["Box"]), lambda feature, step: torch.zeros(2, 2), 2)
+        values[lam] = made._value(world, dream, 0.0)
+    gamma, value = made.config.gamma, made.value(dream.feature)
+    depth1 = dream.reward[:, 0] + gamma * value[:, 1]
+    depth2 = dream.reward @ torch.tensor([1.0, gamma]) + gamma**2 * value[:, 2]
+    torch.testing.assert_close(values[0.0], depth1)
+    torch.testing.assert_close(values[0.5], 0.5 * depth1 + 0.5 * depth2)
+    torch.testing.assert_close(values[1.0], depth2)
+
+
+class Uncertain(Bandit):
+    """Every second roll-out is far better than it should be, the others as much worse; the most likely one is as it should be."""
+
+    def imagine(self, state, policy, horizon, sampling=None) -> Dream:
+        dream = super().imagine(state, policy, horizon, sampling)
+        luck = torch.zeros(len(dream.reward)) if sampling.mode else 1 - 2.0 * (torch.arange(len(dream.reward)) % 2)
+        return replace(dream, reward=dream.reward + 50 * luck.unsqueeze(1))
+
+
+def test_a_candidates_value_is_the_mean_of_its_draws():
+    world = Uncertain(ACTIONS["Discrete"])
+    for draws in (0, 2):  # of two draws one is lucky
+        found = search(world, "Discrete", method="icem", draws=draws)
+        assert found.value.abs().max() < 1e-3
+        assert torch.equal(found.best[:, 0], torch.tensor(WANTED["Discrete"], dtype=torch.float32))
+    assert search(world, "Discrete", method="icem", draws=1).value.min() > 100
+
+
+def test_all_draws_of_a_proposal_take_the_actions_of_its_first():
+    world = Bandit(ACTIONS["Box"])
+    made = controller(world, proposals=5, draws=3)
+    rows = world.state(WANTED["Box"]).map(lambda x: x.repeat_interleave(3 * WIDE["samples"], 0))
+    plans = torch.zeros(2, WIDE["samples"], WIDE["horizon"], 2)
+    taken = made._imagine(world, rows, plans, 5, generator()).action.unflatten(0, (2, WIDE["samples"], 3))
+    assert torch.equal(taken, taken[:, :, :1].expand_as(taken)) and taken[:, :5].abs().min() > 0 and not taken[:, 5:].any()
 
 
 def test_the_policys_proposals_are_found_where_chance_would_not_find_them():

@@ -49,14 +49,14 @@ def pendulums(episodes, shown, seed=0):
 
 
 def fitted(recording, frames, updates):
-    return MlpWorld(recording.obs_spec, recording.action_spec, truth.episodes_of(recording), frames, 0, updates)
+    options = {"frames": frames, "units": 32, "updates": updates}
+    return MlpWorld(recording.obs_spec, recording.action_spec, truth.episodes_of(recording), 0, **options)
 
 
 # The peer ---------------------------------------------------------------------------------------------------------------
 
 
-def test_the_ensemble_predicts_a_determined_world_and_needs_memory_where_the_velocity_is_hidden(monkeypatch):
-    monkeypatch.setattr(mlp_ensemble, "UNITS", 32)
+def test_the_ensemble_predicts_a_determined_world_and_needs_memory_where_the_velocity_is_hidden():
     for shown, frames, low, high in (([0, 1], 1, 0, 0.2), ([0], 1, 0.6, 2), ([0], 4, 0, 0.3)):
         world = fitted(pendulums(20, shown), frames, updates=150)
         found = truth.measured(world, truth.episodes_of(pendulums(5, shown, seed=1)), mlp_ensemble.MEMBERS)
@@ -150,11 +150,15 @@ def row(model, seed, error, data="same", env="CartPole-v1"):
     held_out = {"error": [error, error, error, None], "persistence": [2.0, 2.0, 0.0, None]}
     key = {"env": env, "model": model, "seed": seed, "updates": None if model in truth.PEERS else truth.UPDATES, "overrides": []}
     made = {"seconds": 1, "parameters": 9, "updates": 9, "data": data, "where": {"code": "this tree"}}
+    if model in truth.PEERS:
+        made["peer"] = truth.peer_code(env)
     return {"key": key, **made, "held_out": dict.fromkeys(recorded.HELD_OUT, held_out)}
 
 
-def test_ratios_are_to_the_peer_of_the_same_seed_and_rows_with_all_seeds_shown():
-    found = [row("mlp", seed, error) for seed, error in enumerate((0.1, 0.2, 0.4))]
+def test_ratios_are_to_the_best_peer_of_the_same_seed_and_rows_with_all_seeds_shown():
+    found = [row("mlp", seed, error) for seed, error in enumerate((0.1, 0.3, 0.4))]
+    found += [row("mlp 200", seed, error) for seed, error in enumerate((0.2, 0.2, 0.5))]
+    found += [row("mlp x4", seed, 0.01) for seed in range(3)]  # which sees more, and is no rival
     found += [row("gaussian", 0, 0.1), row("gaussian", 1, 0.4), row("gaussian", 2, 1.2), row("dreamer", 0, 0.1, data="other")]
     found += [row("mlp", 0, 0.1, env="Pendulum-v1"), row("gaussian", 0, 0.5, env="Pendulum-v1")]
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in truth.report(found).splitlines()]
@@ -178,12 +182,12 @@ def test_keys_hold_what_changes_a_row_and_a_probe_measures_its_peers_once(tmp_pa
         return made | {name: x for name, x in row(job["model"], 0, 0.1).items() if name not in ("key", "where")}
 
     monkeypatch.setattr(truth, "call", call)
-    assert truth.main() == 0 and measured == ["mlp", "mlp x4", "gaussian"]
-    assert truth.main() == 0 and measured[3:] == ["gaussian"]
-    monkeypatch.setattr(rows, "code", lambda: "another tree")
+    assert truth.main() == 0 and measured == ["mlp", "mlp 200", "mlp x4", "gaussian"]
     assert truth.main() == 0 and measured[4:] == ["gaussian"]
+    monkeypatch.setattr(rows, "code", lambda: "another tree")
+    assert truth.main() == 0 and measured[5:] == ["gaussian"]
     monkeypatch.setattr(truth, "executed", lambda source: "another peer")
-    assert truth.main() == 0 and measured[5:] == ["mlp", "mlp x4", "gaussian"]
+    assert truth.main() == 0 and measured[6:] == ["mlp", "mlp 200", "mlp x4", "gaussian"]
     (key,) = [row["key"] for row in rows.Rows("truth", tmp_path / "probe") if row["key"]["model"] == "gaussian"]
     assert key == {"env": "CartPole-v1", "model": "gaussian", "seed": 0, "updates": 7, "overrides": ["train.lr=1e-4"]}
 

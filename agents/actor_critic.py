@@ -48,7 +48,7 @@ class ActorCriticConfig(Frozen):
         description="subtracted from each imagined reward, in units of the rewards' own size, per nat and latent dimension by "
         "which the latent is less likely than real ones",
     )
-    uncertainty_limit: float | None = Field(
+    max_uncertainty: float | None = Field(
         None,
         gt=0,
         description="dreams are truncated where the ensemble's uncertainty exceeds it: the critic's value stands for what follows; "
@@ -229,7 +229,7 @@ class ActorCriticLearner:
 
     def __init__(self, world: WorldModel, behaviour: ActorCritic):
         self.world, self.behaviour, self.config = world, behaviour, behaviour.config
-        for name in ("uncertainty_penalty", "uncertainty_limit", "confidence"):
+        for name in ("uncertainty_penalty", "max_uncertainty", "confidence"):
             needs_ensemble(world, f"agent.{name}", getattr(self.config, name))
         needs_marginal(world, "agent.typicality_penalty", self.config.typicality_penalty)
         self.pathwise = self.config.gradient == "dynamics"
@@ -278,7 +278,7 @@ class ActorCriticLearner:
     def imagine(self, state: State, generator: torch.Generator | None) -> Dream:
         """Rollouts under the actor, which reads detached features; with a graph where the gradient is pathwise."""
         config = self.config
-        wanted = bool(config.uncertainty_penalty or config.confidence or config.uncertainty_limit)
+        wanted = bool(config.uncertainty_penalty or config.confidence or config.max_uncertainty)
         sampling = Sampling(generator=generator, temperature=config.temperature, uncertainty=wanted)
         with torch.set_grad_enabled(self.pathwise):
             return self.world.imagine(
@@ -293,8 +293,8 @@ class ActorCriticLearner:
         """
         config, uncertainty = self.config, dream.uncertainty.detach()
         lam, weight = config.lam, 1 / (1 + config.confidence * uncertainty)
-        if config.uncertainty_limit is not None:
-            inside = (uncertainty <= config.uncertainty_limit).to(uncertainty).cumprod(1)
+        if config.max_uncertainty is not None:
+            inside = (uncertainty <= config.max_uncertainty).to(uncertainty).cumprod(1)
             lam = lam * torch.cat([inside[:, 1:], torch.ones_like(inside[:, :1])], 1)
             weight = weight * inside
         return lam, weight

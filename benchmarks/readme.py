@@ -17,9 +17,9 @@ from pathlib import Path
 import control
 import digits
 import forms
-import open_loop
 import plug_in
 import throughput
+import truth
 import validity
 from figures import BLOCKS, Figures, block
 from rows import HERE, STALE, Key, Row, code, grouped, options, say
@@ -192,17 +192,38 @@ def _rewards(figures: Figures) -> str:
 # Dreams and speed -----------------------------------------------------------------------------------------------------
 
 
-@block("dreams")
-def _dreams(figures: Figures) -> str:
-    found, lines = figures.rows("open_loop", overrides=[]), []
-    order = list(open_loop.TASKS)
-    found.sort(key=lambda row: (order.index(row["key"]["task"]), row["key"]["seed"]))
-    for row in found:
-        name = figures.mark(f"`{row['key']['task']}`, seed {row['key']['seed']}", [row])
-        for h in (1, max(h for h in row["horizons"] if h <= 15 and row["ratio"][h - 1] is not None)):
-            cells = [number(row[figure][h - 1], 2) for figure in ("observation", "persistence", "ratio")]
-            lines.append([name, number(row["real_steps"], 1), h, *cells])
-    return figures.table(["run", "real steps", "horizon", "error", "persistence", "ratio"], lines, found)
+@block("truth")
+def _truth(figures: Figures) -> str:
+    """The default form's errors over the best MLP ensemble's, by environment."""
+    return _truth_lines(figures, "environment", [(env, "anchored", env) for env in truth.TASKS])
+
+
+@block("truth-forms")
+def _truth_forms(figures: Figures) -> str:
+    """The same of each form, as medians over environments."""
+    return _truth_lines(figures, "form", [(f"`model={model}`", model, None) for model in truth.MODELS])
+
+
+def _truth_lines(figures: Figures, what: str, wanted: Sequence[tuple[str, str, str | None]]) -> str:
+    """A line for each (name, model, environment; None: medians over all of them)."""
+    found = figures.rows("truth", overrides=[])
+    over, lines, used = truth.over_best(found), [], []
+    shown = [(held_out, at) for held_out in ("own", "stranger") for at in range(3)]
+    for name, model, env in wanted:
+        rows = [row for row in found if row["key"]["model"] == model and env in (None, row["key"]["env"])]
+        by_env = [over[task, model] for task in truth.TASKS if (task, model) in over and env in (None, task)]
+        if not rows:
+            continue
+        columns = [[[ratios[at] for ratios in one[held_out]] for one in by_env] for held_out, at in shown]
+        if env:
+            cells = [spread((x for x in column[0] if x is not None), 2) or "-" for column in columns]
+        else:
+            medians = [[x for x in map(truth.median_known, column) if x is not None] for column in columns]
+            cells = [f"{number(median(m), 2)}, worst {number(max(m), 2)}" if m else "-" for m in medians]
+        lines.append([figures.mark(name, rows), len({row["key"]["seed"] for row in rows}) if env else len(by_env), *cells])
+        used += rows
+    head = [f"{held_out}, {truth.HORIZONS[at]}" for held_out, at in shown]
+    return figures.table([what, "seeds" if what == "environment" else "environments", *head], lines, used)
 
 
 @block("speed")

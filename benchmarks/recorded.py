@@ -85,6 +85,11 @@ class Task:
     shown: tuple[int, ...] | None = None
 
     @property
+    def hides(self) -> bool:
+        """Whether one observation tells less than the state: it is masked, or a house, whose walls nobody measures."""
+        return self.shown is not None or isinstance(self.own, Thermostat)
+
+    @property
     def name(self) -> str:
         """The id that recordings carry: of what is not shown whole, another one."""
         module, _, name = self.env.rpartition(":")

@@ -150,19 +150,14 @@ def _known(values: Iterable[float]) -> list[float | None]:
 
 def report(found: list[Row]) -> str:
     """Errors over the peer's and over persistence, by environment and model; then medians over environments, and what it cost."""
-    peers = grouped(
-        [row for row in found if row["key"]["model"] in RIVALS], lambda row: (row["key"]["env"], row["key"]["seed"], row["data"])
-    )
-    groups = grouped(found, lambda row: (row["key"]["env"], _name(row["key"])))
+    groups, over = grouped(found, _group), over_best(found)
     lines, medians = [], {}
     for (env, model), group in sorted(groups.items(), key=lambda item: (list(TASKS).index(item[0][0]), item[0][1])):
         for held_out in HELD_OUT:
-            over_peer = [
-                _ratios(row, held_out, _best(peers.get((env, row["key"]["seed"], row["data"]), []), held_out)) for row in group
-            ]
+            over_peer = over[env, model][held_out]
             over_persistence = [_ratios(row, held_out, row["held_out"][held_out]["persistence"]) for row in group]
             if model not in RIVALS:
-                medians.setdefault((held_out, model), []).append([_median(column) for column in zip(*over_peer)])
+                medians.setdefault((held_out, model), []).append([median_known(column) for column in zip(*over_peer)])
             cells = [_cell(column) for ratios in (over_peer, over_persistence) for column in zip(*ratios)]
             lines.append([env, held_out, f"{model} {STALE}" if any(map(_stale, group)) else model, len(group), *cells])
     head = [
@@ -174,6 +169,26 @@ def report(found: list[Row]) -> str:
         *(f"/ persistence, {h}" for h in HORIZONS),
     ]
     return "\n\n".join([table(head, lines), _over_environments(medians), _coverages(groups), _costs(groups)])
+
+
+def over_best(found: Iterable[Row]) -> dict[tuple[str, str], dict[str, list[list[float | None]]]]:
+    """{(environment, model): {episodes: [[ratio at each of HORIZONS], of each row]}}: errors over the smallest of RIVALS, which
+    learned from the same rows."""
+    found = list(found)
+    peers = grouped((row for row in found if row["key"]["model"] in RIVALS), _taught)
+    return {
+        group: {name: [_ratios(row, name, _best(peers.get(_taught(row), []), name)) for row in rows] for name in HELD_OUT}
+        for group, rows in grouped(found, _group).items()
+    }
+
+
+def _group(row: Row) -> tuple[str, str]:
+    return row["key"]["env"], _name(row["key"])
+
+
+def _taught(row: Row) -> tuple[str, int, str]:
+    """What a row learned from."""
+    return row["key"]["env"], row["key"]["seed"], row["data"]
 
 
 def _name(key: Key) -> str:
@@ -193,7 +208,7 @@ def _ratios(row: Row, held_out: str, other: Iterable[float | None]) -> list[floa
     return [a / b if a is not None and b else None for a, b in zip(row["held_out"][held_out]["error"], other)]
 
 
-def _median(ratios: Iterable[float | None]) -> float | None:
+def median_known(ratios: Iterable[float | None]) -> float | None:
     known = [x for x in ratios if x is not None]
     return median(known) if known else None
 
@@ -202,8 +217,8 @@ def _cell(ratios: Iterable[float | None]) -> str:
     """The median, and all seeds."""
     known = [x for x in ratios if x is not None]
     if len(known) < 2:
-        return number(_median(known), 2)
-    return f"{number(_median(known), 2)} ({' '.join(number(x, 2) for x in known)})"
+        return number(median_known(known), 2)
+    return f"{number(median_known(known), 2)} ({' '.join(number(x, 2) for x in known)})"
 
 
 def _over_environments(medians: dict[tuple[str, str], list[list[float | None]]]) -> str:
@@ -229,7 +244,7 @@ def _coverages(groups: dict[tuple[str, str], list[Row]]) -> str:
 def _costs(groups: dict[tuple[str, str], list[Row]]) -> str:
     lines = []
     for (env, model), group in groups.items():
-        seconds = number(_median(row["seconds"] for row in group), 2)
+        seconds = number(median_known(row["seconds"] for row in group), 2)
         lines.append([env, model, number(group[0]["parameters"], 1), number(group[0]["updates"], 1), seconds])
     return table(["environment", "model", "parameters", "updates", "seconds to train"], lines)
 
@@ -249,7 +264,8 @@ def available(names: Iterable[str]) -> list[str]:
 
 
 def keys(args: argparse.Namespace, models: Iterable[str]) -> list[Key]:
-    """Of all rows that are asked for; a peer has no updates and no options to choose."""
+    """Of all rows that are asked for; a peer has no updates and no options to choose, and sees more than one observation where
+    one does not tell all."""
     common = {name: {"updates": None, "overrides": []} for name in PEERS}
     given = {"updates": args.updates, "overrides": args.overrides}
     return [
@@ -257,6 +273,7 @@ def keys(args: argparse.Namespace, models: Iterable[str]) -> list[Key]:
         for env in args.env
         for seed in args.seeds
         for model in models
+        if model != "mlp x4" or TASKS[env].hides
     ]
 
 

@@ -137,7 +137,7 @@ def test_dreams_are_truncated_where_they_are_uncertain_and_weigh_by_their_confid
     reward = torch.zeros(3, 4)
     dream = Dream(torch.zeros(3, 4, 2), reward, reward, uncertainty, torch.zeros(3, 5, 1), State({}))
     learner, *_ = made()
-    learner.config = config(uncertainty_limit=0.25, confidence=10.0, lam=0.5)
+    learner.config = config(max_uncertainty=0.25, confidence=10.0, lam=0.5)
     lam, weight = learner._trust(dream)
     assert lam.tolist() == [[0.5, 0.0, 0.0, 0.5], [0.0, 0.0, 0.0, 0.5], [0.5, 0.5, 0.5, 0.5]]
     confidence = 1 / (1 + 10 * uncertainty)
@@ -152,16 +152,16 @@ def test_dreams_are_truncated_where_they_are_uncertain_and_weigh_by_their_confid
 
 
 def test_dreams_beyond_the_limit_teach_nothing():
-    learner, trace, batch = made(members=3, uncertainty_limit=1e-6)
+    learner, trace, batch = made(members=3, max_uncertainty=1e-6)
     before = weights_of(learner.behaviour)
     learner.update(trace, batch, generator())
     assert torch.equal(weights_of(learner.behaviour), before)
-    learner.config = config(uncertainty_limit=1e6)
+    learner.config = config(max_uncertainty=1e6)
     learner.update(trace, batch, generator())
     assert not torch.equal(weights_of(learner.behaviour), before)
 
 
-@pytest.mark.parametrize("option", ["uncertainty_limit", "confidence"])
+@pytest.mark.parametrize("option", ["max_uncertainty", "confidence"])
 def test_options_of_uncertainty_need_an_ensemble(option):
     with pytest.raises(ConfigError, match=rf"agent\.{option}=0\.5 needs uncertainty"):
         made(**{option: 0.5})

@@ -182,12 +182,12 @@ def test_keys_hold_what_changes_a_row_and_a_probe_measures_its_peers_once(tmp_pa
         return made | {name: x for name, x in row(job["model"], 0, 0.1).items() if name not in ("key", "where")}
 
     monkeypatch.setattr(truth, "call", call)
-    assert truth.main() == 0 and measured == ["mlp", "mlp 200", "mlp x4", "gaussian"]
-    assert truth.main() == 0 and measured[4:] == ["gaussian"]
+    assert truth.main() == 0 and measured == ["mlp", "mlp 200", "gaussian"]
+    assert truth.main() == 0 and measured[3:] == ["gaussian"]
     monkeypatch.setattr(rows, "code", lambda: "another tree")
-    assert truth.main() == 0 and measured[5:] == ["gaussian"]
+    assert truth.main() == 0 and measured[4:] == ["gaussian"]
     monkeypatch.setattr(truth, "executed", lambda source: "another peer")
-    assert truth.main() == 0 and measured[6:] == ["mlp", "mlp 200", "mlp x4", "gaussian"]
+    assert truth.main() == 0 and measured[5:] == ["mlp", "mlp 200", "gaussian"]
     (key,) = [row["key"] for row in rows.Rows("truth", tmp_path / "probe") if row["key"]["model"] == "gaussian"]
     assert key == {"env": "CartPole-v1", "model": "gaussian", "seed": 0, "updates": 7, "overrides": ["train.lr=1e-4"]}
 

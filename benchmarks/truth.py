@@ -9,7 +9,7 @@ A row trains one model on recorded rows (`recorded.py`: 2,000 real steps, half r
 with a random action in one step of five), then measures it on 20 held-out episodes of each of three policies: that one (own),
 random play, and a stranger that no model has seen. World models learn as `worldmodel train --data` does: --updates updates of the
 world model alone, no agent, in batches of the environment's recipe. Errors are those of `worldmodel dream`: 5 rows of context, a
-start every 10 steps, the mean of 8 roll-outs under the recorded actions, root mean square in deviations of the rows learned from.
+start every 10 steps, the mean of 40 roll-outs under the recorded actions, root mean square in deviations of the rows learned from.
 Coverage is that of `worldmodel dream`, from 19 draws.
 
 The peers are measured alike: `mlp` is PETS' model (`mlp_ensemble.py`) with 128 units, `mlp 200` with 200 and twice the batch,
@@ -45,7 +45,7 @@ PEERS = {
 """Options of `MlpWorld`. Of the two that see one observation neither is the better one everywhere: errors are over the smaller."""
 RIVALS = ("mlp", "mlp 200")
 HORIZONS = (1, 5, 15, 50)
-CONTEXT, SAMPLES, UPDATES = 5, 8, 2000
+CONTEXT, SAMPLES, UPDATES = 5, 40, 4000
 ALONE = ["agent=random", "train.ratio=1", "train.pretrain=0", "eval.every=0", "log.tensorboard=false", "checkpoint.every=1000000"]
 """The world model alone, an update for each step of the schedule."""
 

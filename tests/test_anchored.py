@@ -399,7 +399,24 @@ def test_deviations_are_calibrated_on_the_errors_of_the_averaged_weights():
     form = world.dynamics.transition.form
     before = form.calibration.mean
     world.calibrate(used, batch)
-    assert (form.calibration.mean > before + 20).all() and float(form.calibration.count) == 2
+    assert (form.calibration.mean[0] > before[0] + 20).all() and float(form.calibration.count) == 2
     assert all(torch.equal(p, weights[name]) for name, p in world.named_parameters())
     spread = form.members_given(torch.zeros(1, form.context_dim))[1] / form._uncalibrated(torch.zeros(1, form.context_dim))[1]
-    torch.testing.assert_close(spread, form.calibration.mean.sqrt().float().expand(4, 1, 2))
+    errors, predicted = form.calibration.mean
+    torch.testing.assert_close(spread, (errors / predicted).sqrt().float().expand(4, 1, 2))
+
+
+def test_draws_are_as_wide_as_their_errors_where_a_few_rows_err_far_more_than_was_predicted():
+    form = anchored(vector(1)).dynamics.transition.form
+    rows = torch.zeros(1000, form.context_dim)
+    mean, std = (x[0, 0, 0] for x in form._uncalibrated(rows[:1]))
+    errors = torch.where(torch.arange(1000) % 100 == 0, 30.0, 0.3) * std
+    x = (mean + errors).unsqueeze(-1).detach()
+    with torch.no_grad():
+        for net in (form.means, form.log_stds):  # members that agree
+            for layer in net.modules():
+                for name, p in layer.named_parameters(recurse=False):
+                    p.copy_(p[:1].expand_as(p))
+        form.calibrate(form, x, rows)
+        drawn = form.members_given(rows)[1]
+    torch.testing.assert_close(drawn.square().mean(), errors.square().mean(), rtol=1e-3, atol=0)

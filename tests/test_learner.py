@@ -158,6 +158,24 @@ def test_each_parameters_gradient_is_clipped_to_the_largest_norm_and_the_whole_o
     assert set(reported.values()) == {reported[1e9]} and reported[1e9] == pytest.approx(sum(n**2 for n in whole.values()) ** 0.5)
 
 
+def test_the_learning_rate_stays_and_then_falls_as_one_over_the_root_of_the_updates():
+    rates = []
+    learner = make_learner(lr=1e-2, lr_decay_from=4)
+    for seed in range(9):
+        before = content(learner.world)["heads.cont_net.0.weight"]
+        step(learner, seed)
+        rates.append(learner.optimizer.param_groups[0]["lr"])
+        assert not torch.equal(content(learner.world)["heads.cont_net.0.weight"], before)
+    assert rates == pytest.approx([1e-2] * 4 + [1e-2 * (4 / n) ** 0.5 for n in range(5, 10)])
+    learner.updates = 399  # as after a resume
+    step(learner)
+    assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
+    constant = make_learner(lr=1e-2)
+    constant.updates = 399
+    step(constant)
+    assert constant.optimizer.param_groups[0]["lr"] == 1e-2
+
+
 def test_burn_in_rows_warm_up_the_state_and_get_no_gradient():
     world = small_world()
     learner, plain = make_learner(world, burn_in=2), make_learner(small_world())

@@ -61,6 +61,9 @@ class TrainConfig(Frozen):
     recent_fraction: float = Field(0.0, ge=0, le=1, description="share of sequences that are the newest experience")
     terminal_fraction: float = Field(0.25, ge=0, le=1, description="share of sequences chosen so that an episode ends in them")
     lr: float = Field(1e-3, gt=0, description="Adam's learning rate for the world model")
+    lr_decay_from: int | None = Field(
+        None, ge=1, description="updates from which on lr falls as one over the root of the updates; null: never"
+    )
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
     clip: float = Field(100.0, gt=0, description="largest norm of each parameter's gradient")
     ema_decay: float = Field(
@@ -173,6 +176,7 @@ class Learner:
             total.backward()
             metrics["gradient_norm"], nonfinite = clip_gradients(self.world, self.config.clip)
         if self.skips.allow(self.updates + self.skips.count + 1, nonfinite):
+            self._set_lr()
             self.optimizer.step()
             self.updates += 1
             self.world.update_targets()
@@ -181,6 +185,16 @@ class Learner:
                 self.world.calibrate(self.ema, batch)
                 self.world.train()
         return metrics | self._diagnostics(metrics, trace, batch), trace, batch
+
+    def _set_lr(self) -> None:
+        """What is learned late is learned in small steps: the error of a prediction has a floor that falls with the learning rate.
+
+        Source: Robbins and Monro 1951; of Adam, Kingma and Ba 2015, theorem 4.1.
+        """
+        start = self.config.lr_decay_from
+        share = 1.0 if start is None else min(1.0, math.sqrt(start / (self.updates + 1)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * share
 
     @torch.no_grad()
     def ema_trace(self, batch: Batch, generator: torch.Generator | None = None) -> Trace:

@@ -69,12 +69,12 @@ class EnsembleGaussian(ConditionalDistribution):
     slots = frozenset({"initial", "transition", "marginal"})
     latent_kinds = frozenset({"gaussian"})
     MEMORY = 0.95
-    """Decay of the calibration: the mean square of errors over predicted deviations."""
+    """Decay of the calibration: the mean squares of errors and of the deviations that were predicted for them."""
 
     def __init__(self, config: EnsembleGaussianConfig, latent: Latent, context_dim: int, source: PosteriorSource | None = None):
         super().__init__(latent, context_dim)
         self.members = config.members
-        self.calibration = RunningMoments(latent.size, self.MEMORY, initial_mean=1.0)
+        self.calibration = RunningMoments((2, latent.size), self.MEMORY, initial_mean=1.0)
         if not context_dim:
             self.free = nn.Parameter(0.1 * torch.randn(self.members, 1, 2 * latent.size))
             return
@@ -84,7 +84,13 @@ class EnsembleGaussian(ConditionalDistribution):
     def members_given(self, context: Float[Tensor, "*N C"] | None) -> tuple[Float[Tensor, "K *N D"], Float[Tensor, "K *N D"]]:
         """(means, deviations) of the members; without context N is [1]."""
         mean, std = self._uncalibrated(context)
-        return mean, std * self.calibration.mean.sqrt().float()
+        return mean, std * self._factor
+
+    @property
+    def _factor(self) -> Float[Tensor, " D"]:
+        """By which deviations are too small."""
+        errors, predicted = self.calibration.mean
+        return (errors / predicted).sqrt().float()
 
     def _uncalibrated(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
         if context is None:
@@ -108,16 +114,18 @@ class EnsembleGaussian(ConditionalDistribution):
         mean, std = self._bounded(self.means(context, rows), self.log_stds(context.detach(), rows))
         where = torch.empty_like(order)
         where[order] = place
-        return mean[member, where], std[member, where] * self.calibration.mean.sqrt().float()
+        return mean[member, where], std[member, where] * self._factor
 
     @torch.no_grad()
     def calibrate(self, used: EnsembleGaussian, x: Float[Tensor, "N D"], context: Float[Tensor, "N C"] | None) -> None:
-        """Takes in how large the errors of `used` are, in the deviations that it predicts for them.
+        """Takes in how large the errors of `used` are, and the deviations that it predicts for them.
 
-        Deviations follow the errors of the weights that are trained; an average of these weights has smaller ones.
+        Deviations follow the errors of the weights that are trained; an average of these weights has smaller ones. The ratio is that
+        of mean squares, so that the spread of draws is as large as their error; the mean of ratios would be that of the few rows
+        whose errors are underestimated, and make the draws of all others too wide.
         """
         mean, std = (_wide(y, x) for y in used._uncalibrated(context))
-        self.calibration.update(((x - mean) / std).square().mean(0))
+        self.calibration.update(torch.stack([(x - mean).square(), std.square().expand(len(std), *x.shape)], 2).mean(0))
 
     def sample(self, context: Tensor | None, count: int = 1, sampling: Sampling | None = None) -> Float[Tensor, "K N D"]:
         """Each draw is of a member that is drawn first; the mode is the mean of all."""

@@ -415,7 +415,7 @@ def test_draws_are_as_wide_as_their_errors_where_a_few_rows_err_far_more_than_wa
     with torch.no_grad():
         for net in (form.means, form.log_stds):  # members that agree
             for layer in net.modules():
-                for name, p in layer.named_parameters(recurse=False):
+                for p in layer.parameters(recurse=False):
                     p.copy_(p[:1].expand_as(p))
         form.calibrate(form, x, rows)
         drawn = form.members_given(rows)[1]

@@ -120,9 +120,9 @@ class EnsembleGaussian(ConditionalDistribution):
     def calibrate(self, used: EnsembleGaussian, x: Float[Tensor, "N D"], context: Float[Tensor, "N C"] | None) -> None:
         """Takes in how large the errors of `used` are, and the deviations that it predicts for them.
 
-        Deviations follow the errors of the weights that are trained; an average of these weights has smaller ones. The ratio is that
-        of mean squares, so that the spread of draws is as large as their error; the mean of ratios would be that of the few rows
-        whose errors are underestimated, and make the draws of all others too wide.
+        Deviations follow the errors of the weights that are trained; an average of these weights has smaller ones. The ratio is
+        that of mean squares, so that the spread of draws is as large as their error; the mean of ratios would be that of the few
+        rows whose errors are underestimated, and make the draws of all others too wide.
         """
         mean, std = (_wide(y, x) for y in used._uncalibrated(context))
         self.calibration.update(torch.stack([(x - mean).square(), std.square().expand(len(std), *x.shape)], 2).mean(0))

@@ -43,7 +43,6 @@ SIZES = {
     "layers": 1,
     "depth": 4,
     "deter": 12,
-    "task": 5,
     "code": 3,
     "bins": 21,
     "limit": 3.0,

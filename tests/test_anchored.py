@@ -36,7 +36,7 @@ def anchored(space: spaces.Space, transition: str = "ensemble", **parts) -> Worl
     """A small anchored model whose encoder and decoder are its own."""
     options = {"members": 4, "units": 32, "spread_units": 16} if transition == "ensemble" else {}
     law = small("distribution", transition, **options)
-    return small_world(space, latent="gaussian", dynamics={"kind": "anchored", "deter": 16, "task": 16}, transition=law, **parts)
+    return small_world(space, latent="gaussian", dynamics={"kind": "anchored", "deter": 16}, transition=law, **parts)
 
 
 def batch_of(obs: dict[str, Tensor], reward: Tensor | None = None, opens: bool = True) -> Batch:
@@ -322,7 +322,7 @@ def test_a_reward_of_what_was_shown_at_the_first_step_alone_is_learned():
     error = (world.heads.reward(trace.feature) - batch.reward)[:, 1:].abs()
     assert error.mean() < 0.2, "without the memory n it is 1"
     forgotten = trace.feature.clone()
-    forgotten[..., : world.config.dynamics.task] = 0
+    forgotten[..., : world.config.dynamics.deter] = 0
     assert (world.heads.reward(forgotten) - batch.reward)[:, 3:].abs().mean() > 0.5  # nothing else of h reaches back that far
 
 
@@ -335,11 +335,13 @@ def test_rewards_and_ends_train_their_own_memory_and_no_part_of_the_transition()
         p.data += 0.05 * torch.randn(p.shape, generator=generator())  # opens the gates
     trace, batch = traced(world, batch_of(samples(MIXED)))
     losses, parameters = world.loss(trace, batch), dict(world.named_parameters())
-    for name in ("reward", "continue"):
+    memories = [p for name, p in parameters.items() if name.startswith("dynamics.memories.")]
+    for name, own in (("reward", 0), ("continue", 0), ("dyn", 1)):
         parts = {".".join(p.split(".")[:2]) for p in reached(losses[name].mean(), **parameters) if p.startswith("dynamics.")}
-        assert "dynamics.task" in parts and not parts & {"dynamics.transition", "dynamics.memory", "dynamics.initial_prior"}
-    parts = {".".join(p.split(".")[:2]) for p in reached(losses["dyn"].mean(), **parameters) if p.startswith("dynamics.")}
-    assert {"dynamics.transition", "dynamics.memory", "dynamics.initial_prior"} <= parts and "dynamics.task" not in parts
+        transition = {"dynamics.transition", "dynamics.initial_prior"}
+        assert parts & transition == (transition if name == "dyn" else set())
+        for gradient in torch.autograd.grad(losses[name].mean(), memories, retain_graph=True):
+            assert gradient[own].any() and not gradient[1 - own].any()
 
 
 # Members ----------------------------------------------------------------------------------------------------------------

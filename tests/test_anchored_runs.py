@@ -22,7 +22,7 @@ from worldmodel.errors import ConfigError
 from worldmodel.model import ModelConfig
 
 ANCHORED = {
-    **{"model": "anchored", "model.dynamics.deter": 8, "model.dynamics.task": 8, "model.dynamics.units": 8},
+    **{"model": "anchored", "model.dynamics.deter": 8, "model.dynamics.units": 8},
     **{f"model.transition.{name}": 8 for name in ("units", "spread_units")},
     "model.transition.kind": "ensemble",
     "model.transition.members": 3,

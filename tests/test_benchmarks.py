@@ -144,7 +144,9 @@ def test_an_algorithm_beats_random_where_it_does_by_the_stated_margin_in_every_s
 def test_tables_in_readme_and_docs_say_what_the_rows_say():
     assert readme.differing(readme.declared()) == []
     text = "".join((readme.ROOT / name).read_text() for name in readme.FILES)
-    assert sorted(found[2] for found in readme.BLOCK.finditer(text)) == sorted([*readme.BLOCKS, "made", "made", "truth"])  # these on two pages
+    assert sorted(found[2] for found in readme.BLOCK.finditer(text)) == sorted(
+        [*readme.BLOCKS, "made", "made", "truth"]
+    )  # these on two pages
 
 
 def test_the_check_fails_where_readme_differs_from_rows_or_quotes_a_stale_one_unmarked(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from conftest import descend, generator
+from torch import nn
 
 from worldmodel.nn.networks import (
     MLP,
@@ -15,6 +16,7 @@ from worldmodel.nn.networks import (
     ChannelNorm,
     ConvDecoder,
     ConvEncoder,
+    ParallelGRU,
     TwoHot,
     halved_sizes,
     initialise,
@@ -158,6 +160,20 @@ def test_a_gru_mixes_its_candidate_into_its_state_as_written():
 
 
 # Pictures --------------------------------------------------------------------------------------------------------------
+
+
+def test_parallel_cells_are_as_many_cells_of_their_own():
+    many, x, h = ParallelGRU(2, 5, 4), random(2, 3, 5), random(2, 3, 4, seed=1)
+    for p in many.parameters():
+        nn.init.normal_(p, generator=generator(2))
+    both = many(many.inputs(x), h)
+    for k in range(2):
+        one = BlockGRU(5, 4)
+        with torch.no_grad():
+            one.recurrent.weight.copy_(many.recurrent[k].T)
+            one.norm.weight.copy_(many.gain[k, 0])
+            one.norm.bias.copy_(many.shift[k, 0])
+        torch.testing.assert_close(both[k], one(x[k] @ many.inputs.weight[k] + many.inputs.bias[k], h[k]))
 
 
 @pytest.mark.parametrize("size", [(64, 64), (84, 84), (33, 40), (8, 8), (9, 31)])

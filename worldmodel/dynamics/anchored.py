@@ -33,7 +33,7 @@ from worldmodel.distributions import EncoderInterface, EnsembleGaussianConfig, P
 from worldmodel.distributions.anchored import Anchor, AnchoredLatent, Change, Reads
 from worldmodel.dynamics.base import Dynamics, RecurrentState
 from worldmodel.encoders import EncoderConfig, convolution
-from worldmodel.nn.networks import BlockGRU, SkipMLP, offset_linear
+from worldmodel.nn.networks import EnsembleLinear, ParallelGRU, SkipMLP
 from worldmodel.registry import build, register
 from worldmodel.spaces import ObsSpec
 
@@ -108,9 +108,12 @@ class AnchoredConfig(Frozen):
     """Of changes, where `model.transition` is left open."""
 
     kind: Literal["anchored"] = "anchored"
-    deter: int = Field(32, ge=1, description="size of the memory m, which the transition reads")
-    task: int = Field(32, ge=1, description="size of the memory n, which rewards, ends and agents read beside it")
-    units: int = Field(64, ge=1, description="width of the layers in front of both")
+    deter: int = Field(
+        32,
+        ge=1,
+        description="size of the memory m, which the transition reads, and of n, which rewards, ends and agents read beside it",
+    )
+    units: int = Field(64, ge=1, description="width of the layers in front of each")
     code: int = Field(16, ge=1, description="numbers that stand for all pictures of an observation, if it has any")
     posterior: Literal["observation"] = Field("observation", description="the latent is the observation itself")
     posterior_layers: int = Field(1, ge=1, description="hidden layers of the posterior of the pictures' latent")
@@ -125,23 +128,28 @@ class AnchoredConfig(Frozen):
                 )
 
 
-class Memory(nn.Module):
-    """A recurrent state over steps: inputs [B, T, I] -> [B, T, D]; `is_first` resets it."""
+class Memories(nn.Module):
+    """Recurrent states n and m, which share no weight: inputs [B, T, I] -> [n, m] [B, T, 2 D]; `is_first` resets them."""
+
+    COUNT = 2
 
     def __init__(self, inputs: int, units: int, size: int):
         super().__init__()
-        self.inputs = offset_linear(inputs, units)
-        self.gru = BlockGRU(units, size)
+        self.inputs = EnsembleLinear(self.COUNT, inputs, units, offset=True)
+        self.gru = ParallelGRU(self.COUNT, units, size)
 
     def forward(
-        self, inputs: Float[Tensor, "B T I"], state: Float[Tensor, "B D"], is_first: Bool[Tensor, "B T"]
-    ) -> Float[Tensor, "B T D"]:
-        projected, keep = self.gru.inputs(F.silu(self.inputs(inputs))), (~is_first).to(inputs).unsqueeze(-1)
+        self, inputs: Float[Tensor, "B T I"], state: Float[Tensor, "B S"], is_first: Bool[Tensor, "B T"]
+    ) -> Float[Tensor, "B T S"]:
+        rows, length = is_first.shape
+        by_time = inputs.transpose(0, 1).flatten(0, 1).expand(self.COUNT, -1, -1)
+        projected = self.gru.inputs(F.silu(self.inputs(by_time))).unflatten(1, (length, rows))
+        h, keep = state.view(rows, self.COUNT, -1).transpose(0, 1), (~is_first).to(inputs).unsqueeze(-1)
         resets, steps = is_first.any(0).tolist(), []
-        for t in range(is_first.shape[1]):
-            state = self.gru(projected[:, t], state * keep[:, t] if resets[t] else state)
-            steps.append(state)
-        return torch.stack(steps, 1)
+        for t in range(length):
+            h = self.gru(projected[:, t], h * keep[:, t] if resets[t] else h)
+            steps.append(h)
+        return torch.stack(steps).permute(2, 0, 1, 3).flatten(2)
 
 
 @register("dynamics", "anchored", AnchoredConfig)
@@ -164,7 +172,7 @@ class AnchoredDynamics(Dynamics):
 
     @property
     def h_dim(self) -> int:
-        return self.config.task + self.config.deter + self.latent.size + self.latent.numbers + self.action_dim + 1
+        return Memories.COUNT * self.config.deter + self.latent.size + self.latent.numbers + self.action_dim + 1
 
     @property
     def combined_dim(self) -> int:
@@ -177,10 +185,7 @@ class AnchoredDynamics(Dynamics):
         return torch.cat([z, action], -1)
 
     def _make_recurrence(self) -> None:
-        self.task, self.memory = (
-            Memory(self.combined_dim + self.latent.numbers, self.config.units, size)
-            for size in (self.config.task, self.config.deter)
-        )
+        self.memories = Memories(self.combined_dim + self.latent.numbers, self.config.units, self.config.deter)
 
     def _make_posterior(self, embed_dim: int) -> int:
         self.posterior_net = AnchoredPosteriorNet(embed_dim, self.config.units, self.config.posterior_layers, self.latent)
@@ -192,16 +197,15 @@ class AnchoredDynamics(Dynamics):
     @property
     def _reads(self) -> Reads:
         """What the transition reads of h."""
-        first = self.config.task + self.config.deter
-        return Reads(self.config.task, first, first + self.latent.size)
+        first, before = self.config.deter, Memories.COUNT * self.config.deter
+        return Reads(first, before, before + self.latent.size)
 
     def zero_recurrent(self, batch_size: int) -> RecurrentState:
         sizes = {"h": self.h_dim, "known": 1, "member": 1, "uncertainty": 1}
-        return {name: self.memory.inputs.weight.new_zeros(batch_size, size) for name, size in sizes.items()}
+        return {name: self.memories.inputs.weight.new_zeros(batch_size, size) for name, size in sizes.items()}
 
     def compile_step(self) -> None:
-        self.memory.gru.compile()
-        self.task.gru.compile()
+        self.memories.gru.compile()
 
     def advance(self, recurrent: RecurrentState, combined: Float[Tensor, "N X"]) -> RecurrentState:
         first = torch.zeros(len(combined), 1, dtype=torch.bool, device=combined.device)
@@ -221,20 +225,16 @@ class AnchoredDynamics(Dynamics):
         before = torch.cat([h[:, None, reads.before : reads.after], z[:, :-1]], 1)
         both = known * torch.cat([h[:, None, -1:], known[:, :-1]], 1)
         change = both * (z - before)[..., self.anchor.discrete :] / self.transition.deviation
-        inputs = torch.cat([combined, change], -1)
-        task, memory = (
-            self.task(inputs, h[:, : reads.first], is_first),
-            self.memory(inputs, h[:, reads.first : reads.before], is_first),
-        )
+        memories = self.memories(torch.cat([combined, change], -1), h[:, : reads.before], is_first)
         zeros = torch.zeros_like(known)
-        h = torch.cat([task, memory, z, change, action, known], -1)
+        h = torch.cat([memories, z, change, action, known], -1)
         return {"h": h, "known": torch.ones_like(known), "member": zeros, "uncertainty": zeros}
 
     def observe(self, *arguments) -> tuple[State, Trace]:
         """As of all dynamics; what reads the features of a trace trains no part of the transition."""
         last, trace = super().observe(*arguments)
-        task, rest = trace.states["h"].split([self.config.task, self.h_dim - self.config.task], -1)
-        states = State({**trace.states, "h": torch.cat([task, rest.detach()], -1)})
+        own, rest = trace.states["h"].tensor_split([self._reads.first], -1)
+        states = State({**trace.states, "h": torch.cat([own, rest.detach()], -1)})
         return last, replace(trace, feature=self.feature(states))
 
     @property

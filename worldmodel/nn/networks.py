@@ -134,10 +134,12 @@ def fourier_features(level: Float[Tensor, " N"], count: int) -> Float[Tensor, "N
 class EnsembleLinear(nn.Module):
     """K linear layers side by side: [K, N, I] -> [K, N, O]."""
 
-    def __init__(self, members: int, inputs: int, outputs: int):
+    def __init__(self, members: int, inputs: int, outputs: int, *, offset: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(members, inputs, outputs) / math.sqrt(inputs))
         self.bias = nn.Parameter(torch.zeros(members, 1, outputs))
+        if offset:  # as `offset_linear`
+            nn.init.uniform_(self.bias, -1.0, 1.0)
 
     def forward(self, x: Float[Tensor, "K N I"]) -> Float[Tensor, "K N O"]:
         return torch.baddbmm(self.bias, x, self.weight)
@@ -188,6 +190,24 @@ class BlockGRU(nn.Module):
         if self.blocks > 1:  # each block emits its own r, c, u: bring equal gates together
             recurrent = recurrent.view(-1, self.blocks, 3, self.units // self.blocks).transpose(1, 2).reshape(-1, 3 * self.units)
         reset, candidate, update = self.norm((projected + recurrent).to(h.dtype)).chunk(3, -1)
+        candidate = torch.tanh(torch.sigmoid(reset) * candidate)
+        return torch.lerp(h, candidate, torch.sigmoid(update - 1))
+
+
+class ParallelGRU(nn.Module):
+    """K GRU cells side by side, each with weights and a normalisation of its own: [K, N, I] -> [K, N, D]; else as `BlockGRU`."""
+
+    def __init__(self, count: int, inputs: int, units: int):
+        super().__init__()
+        self.inputs = EnsembleLinear(count, inputs, 3 * units)
+        self.recurrent = nn.Parameter(torch.randn(count, units, 3 * units) / math.sqrt(units))
+        self.gain = nn.Parameter(torch.ones(count, 1, 3 * units))
+        self.shift = nn.Parameter(torch.zeros(count, 1, 3 * units))
+
+    def forward(self, projected: Float[Tensor, "K N G"], h: Float[Tensor, "K N D"]) -> Float[Tensor, "K N D"]:
+        """The next h from `self.inputs(x)` and the last h."""
+        gates = F.layer_norm(torch.baddbmm(projected, h, self.recurrent), self.gain.shape[-1:]).to(h.dtype)
+        reset, candidate, update = torch.addcmul(self.shift, gates, self.gain).chunk(3, -1)
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
         return torch.lerp(h, candidate, torch.sigmoid(update - 1))
 

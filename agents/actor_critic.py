@@ -289,7 +289,7 @@ class ActorCriticLearner:
         """(lambda of each return, weight of each step in the losses), by the uncertainty of arriving at the next step.
 
         Where it exceeds the limit, that step and those after it weigh 0, and the return of the step before is the critic's value.
-        Source of the weights: Aghabozorgi et al. 2026 (WIMLE), section 4.
+        The weights are in the manner of Aghabozorgi et al. 2026 (WIMLE), where the more uncertain of two updates weighs less.
         """
         config, uncertainty = self.config, dream.uncertainty.detach()
         lam, weight = config.lam, 1 / (1 + config.confidence * uncertainty)

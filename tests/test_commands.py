@@ -110,7 +110,8 @@ def test_options_are_listed_with_their_defaults_and_what_they_mean():
     rows = json.loads(command("options", "--json").stdout)["options"]
     assert [row["key"] for row in rows] == [row.key for row in describe(Config)] and all(row["type"] for row in rows)
     lr, decay = json.loads(command("options", "train.lr", "--json").stdout)["options"]
-    assert decay["key"] == "train.lr_decay_from" and lr == next({**row._asdict()} for row in describe(Config) if row.key == "train.lr")
+    assert decay["key"] == "train.lr_decay_from"
+    assert lr == next({**row._asdict()} for row in describe(Config) if row.key == "train.lr")
     planned = json.loads(command("options", "agent.plan", "agent=planner", "--json").stdout)["options"]
     assert len(planned) > 3 and all(row["key"].startswith("agent.plan") and row["description"] for row in planned)
     wrong = command("options", "train.larning")

@@ -321,9 +321,11 @@ class PlannerController(DreamerController):
             distance = distance[:, -1] if self.config.plan.goal == "last" else distance.sum(1)
             return -distance - penalties.sum(1)
         reward, discount = dream.reward - world.heads.scale.value * penalties, self.config.gamma * dream.cont
-        if self.config.plan.terminal:
+        if self.config.plan.terminal and self.config.plan.lam < 1:
             return lambda_return(reward, discount, self.value(dream.feature), self.config.plan.lam)[:, 0]
-        return (weights(torch.ones_like(reward[:, 0]), discount)[:, :-1] * reward).sum(1)
+        reached = weights(torch.ones_like(reward[:, 0]), discount)
+        value = (reached[:, :-1] * reward).sum(1)
+        return value + reached[:, -1] * self.value(dream.feature[:, -1]) if self.config.plan.terminal else value
 
     def _weights(self, value: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:
         """Weights of the elites in the fit: equal, or with mppi by value, on the scale of their own spread."""

@@ -28,7 +28,7 @@ from worldmodel.spaces import ObsSpec
 MIN_CHANGE = 1e-5
 """The smallest deviation of changes, in deviations of the observation: float32 tells no smaller ones apart."""
 MARGIN = 2.0
-"""Drawn numbers are compressed beyond this multiple of the largest that was seen, so that no dream overflows."""
+"""Drawn numbers stay near this multiple of the largest that was seen, so that no dream overflows."""
 
 
 @dataclass(frozen=True)
@@ -176,12 +176,20 @@ class Change(ConditionalDistribution):
 
     form     the distribution of changes that a config names
     reads    what it reads of h; None without a context
+    linear   the size up to which a number of the latent is one of the observation, and not its logarithm
     """
 
     def __init__(
-        self, config: Frozen, latent: AnchoredLatent, context_dim: int, source: PosteriorSource | None, reads: Reads | None = None
+        self,
+        config: Frozen,
+        latent: AnchoredLatent,
+        context_dim: int,
+        source: PosteriorSource | None,
+        reads: Reads | None,
+        linear: float,
     ):
         nn.Module.__init__(self)
+        self.linear = linear
         self.latent, self.context_dim, self.reads, self.anchor = latent, context_dim, reads, latent.anchor
         inputs = context_dim - reads.first if reads else 0
         numbers = latent.family.part(latent.numbers) if latent.numbers else None
@@ -277,10 +285,13 @@ class Change(ConditionalDistribution):
         return z, uncertainty.expand(z.shape[1:-1])
 
     def _bounded(self, numbers: Tensor) -> Tensor:
-        """Numbers, compressed to ln(1 + excess) beyond MARGIN times the largest that was seen."""
-        bound = MARGIN * (1 + self.largest)
+        """Numbers, which approach a bound beyond MARGIN times the largest that was seen.
+
+        Beyond `linear` they are logarithms of observations, which a factor would raise to a power: there the margin is a sum.
+        """
+        bound = (MARGIN * (1 + self.largest)).minimum((self.largest + 1).clamp_min(self.linear - 1))
         excess = (numbers.abs() - bound).clamp_min(0)
-        return torch.where(excess > 0, numbers.sign() * (bound + excess.log1p()), numbers)
+        return torch.where(excess > 0, numbers.sign() * (bound - torch.expm1(-excess)), numbers)
 
     @torch.no_grad()
     def _extend(self, z: Float[Tensor, "N Z"]) -> None:

@@ -32,7 +32,7 @@ from worldmodel.decoders import DecoderConfig
 from worldmodel.distributions import EncoderInterface, EnsembleGaussianConfig, PointLatentConfig
 from worldmodel.distributions.anchored import Anchor, AnchoredLatent, Change, Reads
 from worldmodel.dynamics.base import Dynamics, RecurrentState
-from worldmodel.encoders import EncoderConfig, convolution
+from worldmodel.encoders import RANGE, EncoderConfig, convolution
 from worldmodel.nn.networks import EnsembleLinear, ParallelGRU, SkipMLP
 from worldmodel.registry import build, register
 from worldmodel.spaces import ObsSpec
@@ -192,7 +192,7 @@ class AnchoredDynamics(Dynamics):
         return 0
 
     def _make_prior(self, config: Frozen, context_dim: int) -> Change:
-        return Change(config, self.latent, context_dim, self.source, self._reads if context_dim else None)
+        return Change(config, self.latent, context_dim, self.source, self._reads if context_dim else None, RANGE)
 
     @property
     def _reads(self) -> Reads:

@@ -12,9 +12,9 @@ world model alone, no agent, in batches of the environment's recipe. Errors are 
 start every 10 steps, the mean of 40 roll-outs under the recorded actions, root mean square in deviations of the rows learned from.
 Coverage is that of `worldmodel dream`, from 19 draws.
 
-The peers are measured alike: `mlp` is PETS' model (`mlp_ensemble.py`) with 128 units, `mlp 200` with 200 and twice the batch,
-`mlp x4` the first with the last four observations in view, which is the fair one where velocities are hidden. Errors are over the
-smaller of the first two, cell by cell. Persistence repeats the last observation of the context.
+The peers are measured alike: `mlp` is PETS' model (`diagnostics/mlp_ensemble.py` of the package) with 128 units, `mlp 200` with
+200 and twice the batch, `mlp x4` the first with the last four observations in view, which is the fair one where velocities are
+hidden. Errors are over the smaller of the first two, cell by cell. Persistence repeats the last observation of the context.
 
 --probe keeps rows apart in the cache, measures the models again at every call, and the peers once.
 """
@@ -84,7 +84,7 @@ def _world_model(job: Row, recordings: dict[str, Any]) -> tuple[Any, Row]:
 
 
 def _peer(job: Row, recordings: dict[str, Any], episodes: dict[str, Any]) -> tuple[Any, Row]:
-    from mlp_ensemble import UPDATES, MlpWorld
+    from worldmodel.diagnostics.mlp_ensemble import UPDATES, MlpWorld
 
     recording = recordings[TRAINING]
     world = MlpWorld(recording.obs_spec, recording.action_spec, episodes[TRAINING], job["seed"], **PEERS[job["model"]])
@@ -95,7 +95,7 @@ def _peer(job: Row, recordings: dict[str, Any], episodes: dict[str, Any]) -> tup
 def peer_code(env: str) -> str:
     """A hash of all that decides what a peer's row says: what it is, what it learns from, how it is measured; 12 hex digits."""
     used = ["data", "diagnostics/rollouts", "encoders", "nn/moments", "spaces/keys", "spaces/specs", "storage/replay"]
-    files = [HERE / "mlp_ensemble.py", *(HERE.parent / "worldmodel" / f"{name}.py" for name in used)]
+    files = [HERE.parent / "worldmodel" / f"{name}.py" for name in ("diagnostics/mlp_ensemble", *used)]
     text = "".join(executed(file.read_text(encoding="utf-8")) for file in files) + fingerprint(TASKS[env])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -233,7 +233,7 @@ def test_drawn_numbers_are_compressed_far_beyond_what_was_seen_and_nowhere_else(
 def test_a_dream_stays_near_what_was_seen_also_where_latents_are_logarithms():
     world = anchored(vector(2))
     change = world.dynamics.transition
-    seen = world.scaling(({"obs": torch.tensor([[15.0, 150.0]])}))["obs"]  # in deviations, the second beyond their range
+    seen = world.scaling({"obs": torch.tensor([[15.0, 150.0]])})["obs"]  # in deviations, the second beyond their range
     change.largest = seen[0].float()
     drawn = change._bounded(torch.tensor([[1e30, 1e30]]))
     far = world.scaling.inverse({"obs": drawn})["obs"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import mlp_ensemble
 import numpy as np
 import pytest
 import recorded
@@ -12,8 +11,8 @@ import rows
 import torch
 import truth
 from gymnasium import spaces
-from mlp_ensemble import MlpWorld
 
+from worldmodel.diagnostics.mlp_ensemble import MEMBERS, MlpWorld
 from worldmodel.model import WorldModel
 from worldmodel.storage.recording import Recording
 
@@ -59,7 +58,7 @@ def fitted(recording, frames, updates):
 def test_the_ensemble_predicts_a_determined_world_and_needs_memory_where_the_velocity_is_hidden():
     for shown, frames, low, high in (([0, 1], 1, 0, 0.2), ([0], 1, 0.6, 2), ([0], 4, 0, 0.3)):
         world = fitted(pendulums(20, shown), frames, updates=150)
-        found = truth.measured(world, truth.episodes_of(pendulums(5, shown, seed=1)), mlp_ensemble.MEMBERS)
+        found = truth.measured(world, truth.episodes_of(pendulums(5, shown, seed=1)), MEMBERS)
         ratio = found["error"][1] / found["persistence"][1]
         assert low <= ratio <= high, (shown, frames)
         assert found["starts"] == [20, 20, 15, 0] and found["error"][3] is None  # 41 rows, a start at every tenth
@@ -69,7 +68,7 @@ def test_the_ensemble_is_measured_in_the_units_and_windows_of_a_world_model():
     recording, fresh = pendulums(5, [0, 1]), truth.episodes_of(pendulums(3, [0, 1], seed=1))
     peer, world = fitted(recording, 1, updates=1), WorldModel.from_spaces(recording.obs_spec.space, recording.action_spec.space)
     world.scaling.update(recording.obs_spec.canonical({"obs": torch.from_numpy(recording.obs["obs"])}))
-    one, two = truth.measured(peer, fresh, mlp_ensemble.MEMBERS), truth.measured(world, fresh, 2)
+    one, two = truth.measured(peer, fresh, MEMBERS), truth.measured(world, fresh, 2)
     assert one["starts"] == two["starts"] and one["persistence"] == two["persistence"] and one["error"] != two["error"]
 
 

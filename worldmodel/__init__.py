@@ -13,6 +13,8 @@ from typing import Any
 _NAMES = {
     "agents.exchange": "dreamed_episodes",
     "agents.training.session": "TrainResult",
+    "agents.diagnosis": "Diagnosis",
+    "commands.diagnose": "diagnose",
     "commands.dream": "dream",
     "commands.fit_prior": "fit_prior",
     "commands.train": "train",

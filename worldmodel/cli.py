@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from worldmodel.commands import data, dream, evaluate, fit_prior, info, options, train, what_if
+from worldmodel.commands import data, diagnose, dream, evaluate, fit_prior, info, options, train, what_if
 
 app = typer.Typer(
     name="worldmodel",
@@ -24,6 +24,7 @@ for name, module in {
     "eval": evaluate,
     "dream": dream,
     "what-if": what_if,
+    "diagnose": diagnose,
     "fit-prior": fit_prior,
     "info": info,
     "options": options,

@@ -1,4 +1,4 @@
-"""An ensemble of perceptrons that predict the change of the observation: the model of PETS, and the peer of `truth.py`.
+"""An ensemble of perceptrons that predict the change of the observation: the model of PETS, which others are compared with.
 
 Five perceptrons with three hidden layers see the standardised observation (or the last few: `frames`) and the action, and predict
 the standardised change of the observation. They are trained by the squared error, all on all rows but with first weights and

@@ -23,7 +23,7 @@ from worldmodel.agents.evaluation import evaluate, isolated_rng
 from worldmodel.agents.held_out import HELD_OUT_SEED, RANDOM_ACTION_SHARE
 from worldmodel.data import Sampling, State
 from worldmodel.diagnostics.evidence import Evidence, Figure, Section, bootstrap, joined
-from worldmodel.diagnostics.fidelity import longer, ratio
+from worldmodel.diagnostics.fidelity import ratio
 from worldmodel.diagnostics.rollouts import ROLLOUTS_AT_ONCE
 from worldmodel.envs.make import EnvConfig, make_env
 from worldmodel.errors import ConfigError, EnvError, MissingExtraError
@@ -317,7 +317,9 @@ def _decided(evidence: Evidence, found: Decisions) -> Section:
     if gain.surely_above(0.0):
         regret = figures["decision regret over chance"]
         return Section(figures, None, (f"In decisions {share}; it loses {regret} times what chance loses.",))
-    return Section(figures, None, (f"The model decides no better than chance: {share}; learn for longer: {longer(evidence)}.",))
+    return Section(
+        figures, None, (f"The model decides no better than chance: {share}; learn for longer: {evidence.train_longer}.",)
+    )
 
 
 def _gap(agent: ActsOnBelief, env: EnvConfig, evidence: Evidence, episodes: int, steps: int) -> Section:
@@ -342,7 +344,7 @@ def gap_of_planning(
     gap, ahead = figures["planning gap"], figures["agent over planning"]
     if gap.surely_above(0.0):
         text = f"The model holds planning back: the same search returns {gap} more in the real environment; learn for longer: "
-        text += f"{longer(evidence)}."
+        text += f"{evidence.train_longer}."
     elif ahead.surely_above(0.0):
         text = (
             f"The planner holds planning back: in the real environment it does no better than in the model ({gap} more), and the "

@@ -15,14 +15,13 @@ from gymnasium import spaces
 from torch import Tensor
 
 from worldmodel.data import Batch, Episodes, Sampling
-from worldmodel.diagnostics.evidence import Evidence
+from worldmodel.diagnostics.evidence import Evidence, resampled
 from worldmodel.diagnostics.geometry import filter_episodes
 from worldmodel.diagnostics.usage import (
     decoded_keys,
     effective_rank,
     information,
     latents,
-    resampled,
     scaled_rows,
     shuffled_errors,
     variational_bound,

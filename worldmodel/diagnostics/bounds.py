@@ -14,7 +14,7 @@ from worldmodel.data import Obs, Sampling
 from worldmodel.diagnostics.evidence import Curve, Evidence, Figure, Section, Slot, bootstrap, joined, prior_of
 from worldmodel.diagnostics.geometry import FilteredStates
 from worldmodel.diagnostics.likelihood import Importance, concatenated, importance
-from worldmodel.diagnostics.usage import decoded_keys, observed_numbers, reads_off, scaled_rows, thinned
+from worldmodel.diagnostics.usage import decoded_keys, observed_numbers, reads_off, scaled_rows, spaced
 from worldmodel.distributions import ConditionalDistribution
 from worldmodel.model import WorldModel
 
@@ -163,7 +163,7 @@ def _of_slot(evidence: Evidence, slot: Slot, draws: int | None) -> Section:
         return Section(skipped=f"{what} it {density}.")
     rows = (seen.step > 0).nonzero()[:, 0] if slot == "transition" else torch.arange(len(seen.step))
     limit = draws_and_rows(sum(math.prod(key.shape) for key in world.obs.keys.values()))
-    rows, exact = thinned(rows, limit[1]), reads_off(world)
+    rows, exact = spaced(rows, limit[1]), reads_off(world)
     if not len(rows):
         return Section(skipped=f"{what} there are no rows for it.")
     found = weighed(world, seen, slot, rows.to(seen.z.device), 1 if exact else draws or limit[0], evidence.generator(41))
@@ -204,10 +204,10 @@ def _bounds(evidence: Evidence, slot: Slot, found: Importance, rows: Tensor) -> 
     effective = figures[f"{slot} effective draws"]
     if effective.surely_below(FEW):
         text = f"Of {draws} draws {effective.value * draws:.1f} count, so ln p may be far above that bound; a posterior that fits "
-        sentences.append(f"{text}better learns for longer: {_longer(evidence)}.")
+        sentences.append(f"{text}better learns for longer: {evidence.train_longer}.")
     elif gap.surely_above(1.0):
         text = f"The posterior does not fit the model: {draws} draws find {gap.value:.2g} nats more than one; learn for longer:"
-        sentences.append(f"{text} {_longer(evidence)}.")
+        sentences.append(f"{text} {evidence.train_longer}.")
     return Section(figures, None, tuple(sentences), curves)
 
 
@@ -215,10 +215,6 @@ def _side(evidence: Evidence, slot: Slot) -> str:
     """What a rate is where the prior's density is a lower bound."""
     prior = prior_of(evidence.world, slot)
     return ", upper bound" if prior is not None and prior.density == "bound" else ""
-
-
-def _longer(evidence: Evidence) -> str:
-    return f"`worldmodel train {evidence.run} --resume --steps N`, with N above the run's steps"
 
 
 def _bits(world: WorldModel, slot: str, bound: Figure) -> dict[str, Figure]:

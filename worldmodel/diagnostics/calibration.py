@@ -78,14 +78,14 @@ def spread_knows(variance: Float[Tensor, "S D"], square: Float[Tensor, "S D"], s
     weigh by how far their spreads differ.
     Sources: Leutbecher & Palmer 2008, section 4 (spread-error relation over bins of spread); Durbin 1954 (ranks as instrument).
     """
-    ranks = _ranks(variance)
-    ranks = ranks - ranks.mean(0)
-    differs = (ranks * variance).sum()
-    slope = (ranks * square).sum() / torch.where(differs > 0, differs, torch.nan) * samples / (samples + 1)
+    rank = ranks(variance)
+    rank = rank - rank.mean(0)
+    differs = (rank * variance).sum()
+    slope = (rank * square).sum() / torch.where(differs > 0, differs, torch.nan) * samples / (samples + 1)
     return slope * spread_skill(variance, square, samples).square()
 
 
-def _ranks(x: Float[Tensor, "S D"]) -> Float[Tensor, "S D"]:
+def ranks(x: Float[Tensor, "S D"]) -> Float[Tensor, "S D"]:
     """Ranks over S from 0.5 on; ties share theirs."""
     x = x.T.contiguous()
     ordered = x.sort(-1).values
@@ -171,13 +171,13 @@ def calibrate(
             ((roll.imagined[name] - roll.truth[name][:, None, context:]) / world.scaling.deviation(name)).flatten(3)
             for name in keys
         ]
-        parts.append([x.cpu() for x in (roll.inside[:, context:], *_measured(torch.cat(errors, -1).float()))])
+        parts.append([x.cpu() for x in (roll.inside[:, context:], *draw_scores(torch.cat(errors, -1).float()))])
     if not parts:
         return Calibration.unknown(horizon, samples)
     return _by_horizon(samples, *(torch.cat(column) for column in zip(*parts)))
 
 
-def _measured(errors: Float[Tensor, "S K H D"]) -> tuple[Tensor, Tensor, Tensor]:
+def draw_scores(errors: Float[Tensor, "S K H D"]) -> tuple[Tensor, Tensor, Tensor]:
     """(CRPS and coverages [S, H, 3], squared errors of the mean [S, H, D], variances [S, H, D]) of draws less the observation."""
     observed = torch.zeros_like(errors[:, 0])
     scores = [fair_crps(errors, observed), coverage(errors, observed, 0.5), coverage(errors, observed, 0.9)]

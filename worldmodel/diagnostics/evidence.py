@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -111,6 +111,11 @@ class Evidence:
     episodes: Episodes
     seed: int = 0
 
+    @property
+    def train_longer(self) -> str:
+        """The command that goes on with the run's training."""
+        return f"`worldmodel train {self.run} --resume --steps N`, with N above the run's steps"
+
     def generator(self, number: int = 0) -> torch.Generator:
         """A generator of its own for each use: equal numbers give equal draws."""
         return torch.Generator(self.world.device).manual_seed(self.seed + number)
@@ -177,6 +182,24 @@ def bootstrap(
         return Figure(float(mean), unit=unit)
     drawn = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(seed))
     return Figure(float(mean), *interval(sums[drawn].sum(1) / weights[drawn].sum(1)), unit)
+
+
+def resampled(
+    statistic: Callable[[Tensor], float], episode: Int[Tensor, " R"], seed: int = 0, unit: str = "", resamples: int = RESAMPLES
+) -> Figure:
+    """A number of rows [M] that is no mean, such as a quantile, and its interval by resampling episodes.
+
+    statistic   of the numbers of rows, which may come several times
+
+    Source: Efron and Tibshirani 1993, chapter 8 (blocks).
+    """
+    if not len(episode):
+        return Figure(None, unit=unit)
+    value, groups = statistic(torch.arange(len(episode))), [(episode.cpu() == x).nonzero()[:, 0] for x in episode.cpu().unique()]
+    if len(groups) < 2:
+        return Figure(value, unit=unit)
+    drawn = torch.randint(len(groups), (resamples, len(groups)), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Figure(value, *interval(torch.tensor([statistic(torch.cat([groups[i] for i in x])) for x in drawn])), unit)
 
 
 def interval(resampled: Float[Tensor, " K"]) -> tuple[float, float]:

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from worldmodel.data import Episodes
 from worldmodel.diagnostics.calibration import SAMPLES as DRAWS
-from worldmodel.diagnostics.calibration import _measured, fair_crps, spread_knows
-from worldmodel.diagnostics.evidence import Curve, Evidence, Figure, Section, bootstrap, joined
+from worldmodel.diagnostics.calibration import draw_scores, fair_crps, spread_knows
+from worldmodel.diagnostics.evidence import Curve, Evidence, Figure, Section, bootstrap, joined, resampled
 from worldmodel.diagnostics.geometry import FilteredStates
 from worldmodel.diagnostics.mlp_ensemble import BLOCK, MEMBERS, MlpWorld
 from worldmodel.diagnostics.rollouts import NUMBERS_AT_ONCE, ROLLOUTS_AT_ONCE, Rollout, _errors, roll_out, spaced_starts
-from worldmodel.diagnostics.usage import reads_off, resampled
+from worldmodel.diagnostics.usage import reads_off
 from worldmodel.model import WorldModel
 from worldmodel.storage.weights import cpu_randomness
 
@@ -293,11 +293,6 @@ def _observations(evidence: Evidence, errors: Errors, mean: dict[str, Tensor], c
     return Section(figures, skipped, tuple(_verdicts(evidence, figures, _at(errors))), curves)
 
 
-def longer(evidence: Evidence) -> str:
-    """The command that goes on with the run's training."""
-    return f"`worldmodel train {evidence.run} --resume --steps N`, with N above the run's steps"
-
-
 def _verdicts(evidence: Evidence, figures: dict[str, Figure], horizons: list[int]) -> Iterator[str]:
     """Where another forecast is surely better; or one sentence that none is."""
     reported = False
@@ -311,7 +306,7 @@ def _verdicts(evidence: Evidence, figures: dict[str, Figure], horizons: list[int
         worse = [h for h, figure in known.items() if figure.surely_above(1.1 if name == "mlp" else 1.0)]
         if worse:
             reported, h = True, max(worse, key=lambda h: known[h].value)
-            remedy = f"learn for longer: {longer(evidence)}"
+            remedy = f"learn for longer: {evidence.train_longer}"
             if name == "mlp" and not reads_off(evidence.world):
                 remedy = (
                     f"latents that are the observation may be truer: `worldmodel train {evidence.run}/config.yaml model=anchored`"
@@ -338,7 +333,7 @@ def _draws(evidence: Evidence, context: int, horizon: int) -> Section:
     for roll in rolled(world, evidence.episodes, starts, context, horizon, DRAWS, evidence.generator(32), draw=True):
         truth = numbers(world, roll.truth, keys, 2)
         drawn, last = numbers(world, roll.imagined, keys, 3), truth[:, context - 1 : context]
-        scores, square, variance = _measured(drawn - truth[:, None, context:])
+        scores, square, variance = draw_scores(drawn - truth[:, None, context:])
         still = (last - truth[:, context:]).abs().mean(-1)
         parts.append([x.cpu() for x in (roll.inside[:, context:], scores, square, variance, still, truth[:, context:])])
     inside, scores, square, variance, still, truth = (torch.cat(column) for column in zip(*parts))
@@ -399,7 +394,7 @@ def _of_draws(evidence: Evidence, figures: dict[str, Figure]) -> Iterator[str]:
     if wide:
         h = wide[0]
         text = f"Draws are too wide: {h} steps ahead they spread {figures[f'spread over error at {h}']} times as far as they err;"
-        yield f"{text} learn for longer: {longer(evidence)}."
+        yield f"{text} learn for longer: {evidence.train_longer}."
     if covered and not sure and not wide:
         h = max(covered)
         yield f"{h} steps ahead, intervals of 90 % hold {covered[h]} of what happens."
@@ -476,12 +471,12 @@ def _of_next(evidence: Evidence, figures: dict[str, Figure], varies: bool) -> It
         reported = True
         yield (
             f"Predicted rewards are all alike, {figures['reward bias']} off on average, and real ones are not; learn for longer: "
-            f"{longer(evidence)}."
+            f"{evidence.train_longer}."
         )
     if known.surely_below(0.8) or known.surely_above(1.25):
         reported = True
         text = f"Predicted rewards {'overshoot' if known.surely_below(0.8) else 'are too flat'}: the slope of real ones on them is "
-        yield f"{text}{known}; learn for longer: {longer(evidence)}."
+        yield f"{text}{known}; learn for longer: {evidence.train_longer}."
     found = figures["continue brier skill"]
     if found.surely_below(0.0):
         reported = True

@@ -9,10 +9,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from worldmodel.data import Episodes, Sampling
-from worldmodel.diagnostics.evidence import Evidence, Figure, Section, Slot, bootstrap, joined, posterior_draws, prior_of
+from worldmodel.diagnostics.evidence import Evidence, Figure, Section, Slot, bootstrap, joined, posterior_draws, prior_of, resampled
 from worldmodel.diagnostics.geometry import FilteredStates
 from worldmodel.diagnostics.rollouts import ROLLOUTS_AT_ONCE, spaced_starts
-from worldmodel.diagnostics.usage import reads_off, resampled, thinned
+from worldmodel.diagnostics.usage import reads_off, spaced
 from worldmodel.distributions import Posterior
 from worldmodel.model import WorldModel
 
@@ -134,7 +134,7 @@ def imagined_latents(
     """
     episode, start = spaced_starts(episodes, context, EVERY)
     fits = start + context + horizon <= episodes.lengths[episode]
-    index = thinned(fits.nonzero()[:, 0], MAX_ROWS)
+    index = spaced(fits.nonzero()[:, 0], MAX_ROWS)
     made, real = [], []
     for rows in index.split(ROLLOUTS_AT_ONCE // 4) if len(index) else ():
         window = episodes.windows(episode[rows], start[rows], context + horizon)[0].to(world.device)
@@ -181,7 +181,7 @@ def slot_features(world: WorldModel, seen: FilteredStates, slot: Slot, generator
         return None
     first = seen.step == 0
     index = {"initial": first, "transition": ~first}.get(slot, torch.ones_like(first)).nonzero()[:, 0]
-    index, sampling = thinned(index, limit), Sampling(generator=generator)
+    index, sampling = spaced(index, limit), Sampling(generator=generator)
     feature, h = seen.feature[index], seen.h[index]
     inferred = posterior_draws(world, seen, generator)[index]
     drawn = prior.sample(h, 1, sampling)[0] if slot == "transition" else prior.sample(None, len(index), sampling)[:, 0]

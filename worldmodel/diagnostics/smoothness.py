@@ -9,10 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from worldmodel.data import Sampling
-from worldmodel.diagnostics.evidence import Evidence, Figure, Section, Slot, bootstrap, joined, prior_of
+from worldmodel.diagnostics.evidence import Evidence, Figure, Section, Slot, bootstrap, joined, prior_of, resampled
 from worldmodel.diagnostics.geometry import FilteredStates, spherical
 from worldmodel.diagnostics.holes import SlotRows, decodes_draws, slot_features
-from worldmodel.diagnostics.usage import decoded_keys, resampled, scaled_rows, thinned, with_latent
+from worldmodel.diagnostics.usage import decoded_keys, scaled_rows, spaced, with_latent
 from worldmodel.model import WorldModel
 
 Decoding = Callable[[Tensor], Tensor]
@@ -163,7 +163,7 @@ def _slopes(evidence: Evidence, slot: Slot, rows: SlotRows) -> Section:
     world, keys = evidence.world, decoded_keys(evidence.world)
     drawn, index = draws_by_diffusion(world, evidence.test), torch.arange(len(rows.episode))
     if drawn:
-        index, keys = thinned(index, ROWS_DRAWN), [name for name in keys if world.obs.keys[name].kind in ("image", "vector")]
+        index, keys = spaced(index, ROWS_DRAWN), [name for name in keys if world.obs.keys[name].kind in ("image", "vector")]
     if not keys:
         return Section(skipped="The decoder's slope was not measured, because it draws categories alone.")
     decode = drawn_decoding(world, keys, evidence.seed) if drawn else mean_decoding(world, keys)
@@ -205,7 +205,7 @@ def _slope(evidence: Evidence, decode: Decoding, feature: Float[Tensor, "N F"], 
 def _paths(evidence: Evidence, slot: Slot, rows: SlotRows) -> Section:
     """Detours of decoded paths between real latents, straight and on a sphere, and between draws."""
     world, decode = evidence.world, mean_decoding(evidence.world, decoded_keys(evidence.world))
-    index = thinned(torch.arange(len(rows.episode)), PAIRS)
+    index = spaced(torch.arange(len(rows.episode)), PAIRS)
     order = torch.randperm(len(index), generator=torch.Generator().manual_seed(evidence.seed + 33))
     other = index[order.roll(1)][order.argsort()]  # no row is joined with itself
     episode, size = rows.episode[index], world.dynamics.latent.size

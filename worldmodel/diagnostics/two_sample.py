@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from worldmodel.diagnostics.calibration import _ranks
+from worldmodel.diagnostics.calibration import ranks
 from worldmodel.diagnostics.evidence import interval
 
 PERMUTATIONS = 200
@@ -198,7 +198,7 @@ def classifier_test(
         scores = torch.cholesky_solve(known.T, torch.linalg.cholesky(matrix)).T @ k[train][:, test]  # [P, rows of the fold]
         positive = labels[:, test]
         count, number = positive.sum(1), int(test.sum())
-        wins += (_ranks(scores.T).T.to(z) * positive).sum(1) - count.square() / 2
+        wins += (ranks(scores.T).T.to(z) * positive).sum(1) - count.square() / 2
         pairs += count * (number - count)
         each[test] = _placements(scores[0], positive[0])
     return Classified(Outcome.of(wins / pairs.clamp_min(1)), each)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from worldmodel.data import Obs
-from worldmodel.diagnostics.evidence import Curve, Evidence, Figure, Section, bootstrap, interval, joined, posterior_draws
+from worldmodel.diagnostics.evidence import Curve, Evidence, Figure, Section, bootstrap, joined, posterior_draws, resampled
 from worldmodel.diagnostics.geometry import FilteredStates, usage
 from worldmodel.distributions import Latent, Posterior
 from worldmodel.model import WorldModel, active_units
@@ -32,24 +31,6 @@ CLEARLY = 1.1
 
 
 # Estimators -----------------------------------------------------------------------------------------------------------
-
-
-def resampled(
-    statistic: Callable[[Tensor], float], episode: Int[Tensor, " R"], seed: int = 0, unit: str = "", resamples: int = RESAMPLES
-) -> Figure:
-    """A number of rows [M] that is no mean, such as a quantile, and its interval by resampling episodes.
-
-    statistic   of the numbers of rows, which may come several times
-
-    Source: Efron and Tibshirani 1993, chapter 8 (blocks).
-    """
-    if not len(episode):
-        return Figure(None, unit=unit)
-    value, groups = statistic(torch.arange(len(episode))), [(episode.cpu() == x).nonzero()[:, 0] for x in episode.cpu().unique()]
-    if len(groups) < 2:
-        return Figure(value, unit=unit)
-    drawn = torch.randint(len(groups), (resamples, len(groups)), generator=torch.Generator().manual_seed(seed)).tolist()
-    return Figure(value, *interval(torch.tensor([statistic(torch.cat([groups[i] for i in x])) for x in drawn])), unit)
 
 
 def effective_rank(latents: Float[Tensor, "N Z"]) -> float:
@@ -171,7 +152,7 @@ def with_latent(feature: Float[Tensor, "*N F"], z: Float[Tensor, "*N Z"]) -> Flo
     return torch.cat([feature[..., : -z.shape[-1]], z], -1)
 
 
-def thinned(rows: Int[Tensor, " R"], limit: int) -> Int[Tensor, " M"]:
+def spaced(rows: Int[Tensor, " R"], limit: int) -> Int[Tensor, " M"]:
     """At most so many of some rows, evenly spaced."""
     return rows[:: max(1, -(-len(rows) // limit))]
 
@@ -243,7 +224,7 @@ def _rank(evidence: Evidence) -> Section:
     """The effective rank of the latents' means."""
     seen, latent = evidence.test, evidence.world.dynamics.latent
     mean = seen.posterior.mean.flatten(1).cpu()
-    rows = thinned(torch.arange(len(mean)), 500)
+    rows = spaced(torch.arange(len(mean)), 500)
     mean, resamples = mean[rows], RESAMPLES if mean.shape[1] <= 64 else 0
     if resamples:
         rank = resampled(lambda index: effective_rank(mean[index]), seen.episode[rows], evidence.seed, f"of {mean.shape[1]}")
@@ -283,7 +264,7 @@ def _information(evidence: Evidence, count: int) -> Section:
     world, first = evidence.world, observed_numbers(evidence.world)
     if world.dynamics.latent.deterministic:
         return Section(skipped="The mutual information was not bounded, because latents are points, which tell of everything.")
-    index = thinned(torch.arange(len(evidence.test.z)), count)
+    index = spaced(torch.arange(len(evidence.test.z)), count)
     posterior, episode = evidence.test.posterior.index(index), evidence.test.episode[index]
     z = posterior_draws(world, evidence.test, evidence.generator(12))[index]
     found = information(posterior, z, episode)

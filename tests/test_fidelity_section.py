@@ -18,6 +18,7 @@ from worldmodel.diagnostics.evidence import Evidence, Figure
 from worldmodel.diagnostics.fidelity import (
     EVERY,
     SAMPLES,
+    ahead,
     calibration_error,
     climatology,
     errors_by_start,
@@ -331,3 +332,7 @@ def test_starts_are_thinned_evenly_and_the_mean_observation_is_that_of_replayed_
     torch.testing.assert_close(climatology(world, seen)["obs"], episodes.rows.obs["obs"][0].double().mean(0))
     errors = errors_by_start(world, world, episodes, climatology(world, seen), 5, 3, samples=1)
     assert errors.inside[:, 0].all() and errors.model.shape == errors.climatology.shape == (len(errors.episode), 3)
+
+
+def test_one_step_is_no_steps():
+    assert ahead(1) == "1 step ahead" and ahead(15) == "15 steps ahead"

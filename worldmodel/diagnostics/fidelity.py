@@ -293,6 +293,11 @@ def _observations(evidence: Evidence, errors: Errors, mean: dict[str, Tensor], c
     return Section(figures, skipped, tuple(_verdicts(evidence, figures, _at(errors))), curves)
 
 
+def ahead(horizon: int) -> str:
+    """A horizon in words."""
+    return f"{horizon} step{'' if horizon == 1 else 's'} ahead"
+
+
 def _verdicts(evidence: Evidence, figures: dict[str, Figure], horizons: list[int]) -> Iterator[str]:
     """Where another forecast is surely better; or one sentence that none is."""
     reported = False
@@ -311,10 +316,10 @@ def _verdicts(evidence: Evidence, figures: dict[str, Figure], horizons: list[int
                 remedy = (
                     f"latents that are the observation may be truer: `worldmodel train {evidence.run}/config.yaml model=anchored`"
                 )
-            yield f"{h} steps ahead the error is {known[h]} times that of {words}; {remedy}."
+            yield f"{ahead(h)} the error is {known[h]} times that of {words}; {remedy}."
     if not reported and horizons:
         last, error = horizons[-1], figures[f"error over persistence at {horizons[-1]}"]
-        yield f"{last} steps ahead the error is {error} times that of repeating the last observation."
+        yield f"{ahead(last)} the error is {error} times that of repeating the last observation."
 
 
 def numbers(world: WorldModel, obs: dict[str, Tensor], keys: list[str], dims: int) -> Float[Tensor, "*N D"]:
@@ -388,16 +393,16 @@ def _of_draws(evidence: Evidence, figures: dict[str, Figure]) -> Iterator[str]:
         if evidence.world.dynamics.latent.continuous:
             remedy = f"`worldmodel fit-prior {evidence.run} --slot transition --kind flow`"
         yield (
-            f"Draws are too sure: {h} steps ahead, intervals of 90 % hold {covered[h]} of what happens; a transition of another "
+            f"Draws are too sure: {ahead(h)}, intervals of 90 % hold {covered[h]} of what happens; a transition of another "
             f"form may help: {remedy}."
         )
     if wide:
         h = wide[0]
-        text = f"Draws are too wide: {h} steps ahead they spread {figures[f'spread over error at {h}']} times as far as they err;"
+        text = f"Draws are too wide: {ahead(h)} they spread {figures[f'spread over error at {h}']} times as far as they err;"
         yield f"{text} learn for longer: {evidence.train_longer}."
     if covered and not sure and not wide:
         h = max(covered)
-        yield f"{h} steps ahead, intervals of 90 % hold {covered[h]} of what happens."
+        yield f"{ahead(h)}, intervals of 90 % hold {covered[h]} of what happens."
 
 
 def _rewards(evidence: Evidence, errors: Errors) -> Section:
@@ -416,7 +421,7 @@ def _rewards(evidence: Evidence, errors: Errors) -> Section:
     over = {h: figures[f"reward error over its mean at {h}"] for h in _at(errors)}
     worse = [h for h, figure in over.items() if figure.surely_above(1.0)]
     if worse:
-        text = f"{worse[0]} steps ahead rewards err {over[worse[0]]} times as much as their mean would; let their loss count more:"
+        text = f"{ahead(worse[0])} rewards err {over[worse[0]]} times as much as their mean would; let their loss count more:"
         return Section(figures, None, (f"{text} `worldmodel train {evidence.run}/config.yaml train.scales.reward=10`.",))
     return Section(figures)
 

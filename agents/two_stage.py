@@ -20,6 +20,7 @@ from torch import Tensor
 from worldmodel import registry
 from worldmodel.config import Config
 from worldmodel.data import Sampling
+from worldmodel.diagnostics.evidence import prior_of
 from worldmodel.distributions import ConditionalDistribution, Gaussian, GaussianConfig, likelihood
 from worldmodel.errors import ConfigError
 from worldmodel.model import WorldModel, default_distribution
@@ -105,11 +106,6 @@ def fit(
         "steps": steps,
         "seconds": seconds,
     }
-
-
-def prior_of(world: WorldModel, slot: str) -> ConditionalDistribution | None:
-    """The prior in a slot; None where there is none."""
-    return {"initial": world.dynamics.initial_prior, "transition": world.dynamics.transition, "marginal": world.marginal}[slot]
 
 
 # The latents ----------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@
     python benchmarks/decoders.py --print                        # the table of what is there
 
 Each row trains one world model, alone, on recorded random play (actions last three steps on average, as in the recipe of Catch),
-and lets it imagine what a planner imagines: the steps that follow upon five real rows, under given actions, every step decoded. All
+and lets it imagine what a planner imagines: the steps that follow upon some real rows, under given actions, every step decoded. All
 have Gaussian latents of eight numbers and the same encoder; what differs is the decoder: `standard` shows the expected picture,
 `diffusion` refines that (`model=diffusion_decoder`), `latent_diffusion` draws the latents of an autoencoder
 (`model=latent_diffusion_decoder`). Measured on held-out episodes of random play, at the horizons of the task:
@@ -178,9 +178,8 @@ def measure(task: Task, world: Any, probe: Probe, episodes: Any, truth: Tensor) 
     """Contours and probe at each horizon, and frames a second."""
     episode, start = spaced_starts(episodes, task.context, 3)
     generator, longest = torch.Generator().manual_seed(0), max(task.horizons)
-    draws = not getattr(
-        world.decoder, "pixelwise_noise", []
-    )  # pictures that are drawn whole; of the standard decoder the expected ones
+    # Pictures are drawn whole; of the standard decoder, which draws pixels one by one, they are the expected ones.
+    draws = not getattr(world.decoder, "pixelwise_noise", [])
     roll = roll_out(world, episodes, episode, start, task.context, longest, samples=1, generator=generator, draw=draws)
     firsts = episodes.rows.is_first[0].nonzero().flatten()[episode] + start
     contours, errors = [], []

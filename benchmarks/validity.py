@@ -63,9 +63,11 @@ def work(job: Row) -> Row:
 
 def measure(world, train, held_out, forms: list[str], generator: torch.Generator) -> Row:
     """The figures of one model, fitted to rows `train` and tested on `held_out`; the same noise for each form."""
-    from regions import Region, decoder_sensitivity, nearest, path_ratio
+    from regions import Region
 
     from worldmodel.diagnostics.geometry import spherical
+    from worldmodel.diagnostics.holes import nearest
+    from worldmodel.diagnostics.smoothness import decoder_sensitivity, path_ratio
     from worldmodel.model import active_units
 
     def decode(z: torch.Tensor) -> torch.Tensor:

@@ -62,31 +62,35 @@ def dream(
     from worldmodel.storage.run import Run
     from worldmodel.view import pictures
 
-    if context < 1 or horizon < 1:
-        raise ConfigError(f"A dream needs at least 1 row of context and 1 step, not context={context} and horizon={horizon}.")
+    _check(context, horizon, start, guide)
     run = run if isinstance(run, Run) else Run.open(run)
     out = None if out is None else pictures.checked(Path(out))
     agent = run.agent("newest", device=device, trust=trust)
     warn_untrained(agent, log)
     viewer = Viewer(run.config.env.id, agent.obs_spec, run.config.env.names)
-    if guide is not None and start != "prior":
-        raise ConfigError("Only dreams from the prior can be guided: add --start prior (start='prior'), or leave --toward out.")
     if out is not None and agent.policy.world.decoder is None:
         agent.policy.world.decode(torch.zeros(0, agent.policy.world.feature_dim))  # says why there is nothing to show
-    guided = None
+    draw, guided = out is not None, None
     if start == "prior":
-        shown, guided = rollouts.dream_from_prior(agent, run, viewer, guide, horizon, draw=out is not None)
+        shown, guided = rollouts.dream_from_prior(agent, run, viewer, guide, horizon, draw=draw)
         log("Dreams from the initial distribution: nothing real to compare with, so errors are null.")
         found = rollouts.Figures.unknown(context, horizon)
     else:
         count = run.config.log.held_out if episodes is None else episodes
-        draw = out is not None
         found, shown = rollouts.dream_of_episodes(agent, run, viewer, context, horizon, episodes=count, draw=draw, log=log)
     if out is not None:
         rollouts.save_rollout(out, shown, found.errors, viewer, log)
     about = {"env_id": run.config.env.id, "run": str(run.path), "step": agent.num_timesteps, "context": context}
     worst = rollouts.worst_number(found.errors, viewer)
     return {**about, **_figures(found), "out": out and str(out), "worst": worst, "guided": guided}
+
+
+def _check(context: int, horizon: int, start: Start, guide: Guidance | None) -> None:
+    """ConfigError for what no dream can be."""
+    if context < 1 or horizon < 1:
+        raise ConfigError(f"A dream needs at least 1 row of context and 1 step, not context={context} and horizon={horizon}.")
+    if guide is not None and start != "prior":
+        raise ConfigError("Only dreams from the prior can be guided: add --start prior (start='prior'), or leave --toward out.")
 
 
 def _figures(found: Figures) -> dict[str, Any]:

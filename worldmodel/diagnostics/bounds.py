@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from worldmodel.data import Obs, Sampling
-from worldmodel.diagnostics.evidence import Curve, Evidence, Figure, Section, Slot, bootstrap, joined, prior_of
+from worldmodel.diagnostics.evidence import Curve, Evidence, Figure, Section, Slot, bootstrap, joined, prior_of, rows_of
 from worldmodel.diagnostics.geometry import FilteredStates
 from worldmodel.diagnostics.likelihood import Importance, concatenated, importance
 from worldmodel.diagnostics.usage import decoded_keys, observed_numbers, reads_off, scaled_rows, spaced
@@ -161,7 +161,7 @@ def _of_slot(evidence: Evidence, slot: Slot, draws: int | None) -> Section:
     if prior.density not in ("exact", "bound"):
         density = "has no density" if prior.density == "none" else "has a density up to a constant only"
         return Section(skipped=f"{what} it {density}.")
-    rows = (seen.step > 0).nonzero()[:, 0] if slot == "transition" else torch.arange(len(seen.step))
+    rows = rows_of(seen, slot).nonzero()[:, 0]
     limit = draws_and_rows(sum(math.prod(key.shape) for key in world.obs.keys.values()))
     rows, exact = spaced(rows, limit[1]), reads_off(world)
     if not len(rows):

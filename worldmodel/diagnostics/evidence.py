@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from worldmodel.data import Episodes, Sampling
@@ -139,9 +139,17 @@ class SlotLatents:
 
 def prior_of(world: WorldModel, slot: Slot) -> ConditionalDistribution | None:
     """The prior in a slot; None where there is none."""
-    return {"initial": getattr(world.dynamics, "initial_prior", None), "transition": world.dynamics.transition}.get(
-        slot, world.marginal
-    )
+    return {
+        "initial": getattr(world.dynamics, "initial_prior", None),
+        "transition": world.dynamics.transition,
+        "marginal": world.marginal,
+    }[slot]
+
+
+def rows_of(seen: FilteredStates, slot: Slot) -> Bool[Tensor, " R"]:
+    """The rows that a slot's prior is for: the first ones of episodes, all others, or all."""
+    first = seen.step == 0
+    return {"initial": first, "transition": ~first, "marginal": torch.ones_like(first)}[slot]
 
 
 def posterior_draws(world: WorldModel, seen: FilteredStates, generator: torch.Generator) -> Float[Tensor, "R Z"]:
@@ -151,12 +159,11 @@ def posterior_draws(world: WorldModel, seen: FilteredStates, generator: torch.Ge
 
 @torch.no_grad()
 def slot_latents(world: WorldModel, seen: FilteredStates, slot: Slot, generator: torch.Generator) -> SlotLatents | None:
-    """The latents of the rows that a slot's prior is for: the first ones of episodes, all others, or all; None without a prior."""
+    """The latents of the rows that a slot's prior is for; None without a prior."""
     prior = prior_of(world, slot)
     if prior is None:
         return None
-    first = seen.step == 0
-    rows = {"initial": first, "transition": ~first}.get(slot, torch.ones_like(first))
+    rows = rows_of(seen, slot)
     inferred = posterior_draws(world, seen, generator)[rows]
     context = seen.h[rows] if slot == "transition" else None
     sampling = Sampling(generator=generator)

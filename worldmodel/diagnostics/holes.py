@@ -9,7 +9,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from worldmodel.data import Episodes, Sampling
-from worldmodel.diagnostics.evidence import Evidence, Figure, Section, Slot, bootstrap, joined, posterior_draws, prior_of, resampled
+from worldmodel.diagnostics.evidence import (
+    Evidence,
+    Figure,
+    Section,
+    Slot,
+    bootstrap,
+    joined,
+    posterior_draws,
+    prior_of,
+    resampled,
+    rows_of,
+)
 from worldmodel.diagnostics.geometry import FilteredStates
 from worldmodel.diagnostics.rollouts import ROLLOUTS_AT_ONCE, spaced_starts
 from worldmodel.diagnostics.usage import reads_off, spaced
@@ -179,9 +190,7 @@ def slot_features(world: WorldModel, seen: FilteredStates, slot: Slot, generator
     prior = prior_of(world, slot)
     if prior is None:
         return None
-    first = seen.step == 0
-    index = {"initial": first, "transition": ~first}.get(slot, torch.ones_like(first)).nonzero()[:, 0]
-    index, sampling = spaced(index, limit), Sampling(generator=generator)
+    index, sampling = spaced(rows_of(seen, slot).nonzero()[:, 0], limit), Sampling(generator=generator)
     feature, h = seen.feature[index], seen.h[index]
     inferred = posterior_draws(world, seen, generator)[index]
     drawn = prior.sample(h, 1, sampling)[0] if slot == "transition" else prior.sample(None, len(index), sampling)[:, 0]
@@ -341,22 +350,21 @@ def _imagined(evidence: Evidence) -> Section:
         "imagined missed mass": bootstrap(found.missed, episode, evidence.seed, unit),
     }
     hole, missed = figures.values()
-    command = f"`worldmodel train {evidence.run} --resume --steps N`, with N above the run's steps"
     sentences = []
     if hole.surely_above(CLEAR):
         text = f"{100 * hole.value:.1f} % of the latents imagined {HORIZON} steps on are where no real one is; learn for longer: "
-        sentences.append(f"{text}{command}.")
+        sentences.append(f"{text}{evidence.train_longer}.")
     if missed.surely_above(CLEAR):
         text = f"Dreams of {HORIZON} steps miss {100 * missed.value:.1f} % of the real latents; learn for longer: "
-        sentences.append(f"{text}{command}.")
+        sentences.append(f"{text}{evidence.train_longer}.")
     if not sentences:
         sentences.append(
             f"After {HORIZON} imagined steps latents are where real ones are: {max(0, 100 * hole.value):.1f} % are in holes."
         )
-    return joined([Section(figures, None, tuple(sentences)), _teleports(evidence, made, episode, command)])
+    return joined([Section(figures, None, tuple(sentences)), _teleports(evidence, made, episode)])
 
 
-def _teleports(evidence: Evidence, made: Float[Tensor, "S H+1 F"], episode: Tensor, command: str) -> Section:
+def _teleports(evidence: Evidence, made: Float[Tensor, "S H+1 F"], episode: Tensor) -> Section:
     """The share of steps of decoded dreams that are larger than almost all real ones."""
     world, seen = evidence.world, evidence.fitted
     if world.decoder is None or not vector_keys(world):
@@ -370,7 +378,8 @@ def _teleports(evidence: Evidence, made: Float[Tensor, "S H+1 F"], episode: Tens
     jumps = (decoded_vectors(world, made).diff(dim=1).norm(dim=-1) > largest).float().mean(1)
     figure: Figure = bootstrap(jumps - (1 - LARGEST_STEP), episode, evidence.seed, "of the imagined steps, less the floor")
     if figure.surely_above(CLEAR_OF_RANGE):
-        text = f"{100 * figure.value:.1f} % of the imagined steps are larger than real ones ever are; learn for longer: {command}."
+        text = f"{100 * figure.value:.1f} % of the imagined steps are larger than real ones ever are; learn for longer: "
+        text += f"{evidence.train_longer}."
     else:
         text = f"Imagined steps are as large as real ones: {max(0, 100 * figure.value):.1f} % are larger."
     return Section({"teleports": figure}, None, (text,))

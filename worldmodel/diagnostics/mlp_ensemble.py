@@ -133,7 +133,7 @@ class MlpWorld:
 
     # The verbs of a world model ---------------------------------------------------------------------------------------
 
-    def eval(self) -> MlpWorld:
+    def eval(self) -> MlpWorld:  # torch's name for the mode in which models are measured; nothing is evaluated as code
         return self
 
     def preprocess(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ import rows
 from stable_baselines3.common.callbacks import BaseCallback
 
 from worldmodel.config import Config
+from worldmodel.storage import rows as storage
 
 
 def written(folder: Path, *measured: tuple[int, str | None]) -> None:
@@ -22,22 +23,23 @@ def written(folder: Path, *measured: tuple[int, str | None]) -> None:
 
 
 def test_a_row_carries_a_hash_that_any_change_of_the_code_changes(tmp_path):
+    parts = {folder: tmp_path / folder for folder in rows.CODE}
     for folder in rows.CODE:
         (tmp_path / folder / "deep").mkdir(parents=True)
         (tmp_path / folder / "deep" / "file.py").write_text("x = 1\n")
-    seen = [rows._hash(tmp_path)]
+    seen = [storage._hash(parts)]
     for folder in rows.CODE:
         (tmp_path / folder / "deep" / "file.py").write_text("x = 2\n")
-        seen.append(rows._hash(tmp_path))
+        seen.append(storage._hash(parts))
     (tmp_path / "envs/deep/file.py").rename(tmp_path / "envs/deep/other.py")
-    seen.append(rows._hash(tmp_path))
+    seen.append(storage._hash(parts))
     assert len(set(seen)) == len(seen)
     (tmp_path / "envs/__pycache__").mkdir()
     (tmp_path / "envs/__pycache__/other.pyc").write_bytes(b"x")
     (tmp_path / "agents/deep/file.py").write_text('"""What it is."""\n\nx = 2  # two\n\n"""And what for."""\n')
-    assert rows._hash(tmp_path) == seen[-1]  # caches and what only people read change no figure
+    assert storage._hash(parts) == seen[-1]  # caches and what only people read change no figure
     (tmp_path / "agents/deep/file.py").write_text('x = 2\ny = """no docstring"""\n')
-    assert rows._hash(tmp_path) != seen[-1]
+    assert storage._hash(parts) != seen[-1]
 
 
 def test_rows_that_are_missing_are_measured_and_those_that_fail_are_counted(tmp_path):
@@ -75,7 +77,7 @@ def test_of_equal_keys_the_newest_of_this_code_counts_and_never_the_better_one(t
 def test_a_row_that_the_code_changed_under_is_stale_at_once(tmp_path, monkeypatch):
     found = rows.Rows("some", tmp_path)
     assert not rows.stale(found.add({"seed": 0}, {"x": 1}, threads=1))
-    monkeypatch.setattr(rows, "_hash", lambda: "changed")
+    monkeypatch.setattr(storage, "_hash", lambda: "changed")
     assert rows.stale(found.add({"seed": 1}, {"x": 1}, threads=1))
 
 

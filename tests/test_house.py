@@ -43,8 +43,8 @@ FOLDERS = {
 """Import name -> folder of the checkout."""
 
 LAYERS = (
-    "errors configs",
-    "data registry renamed storage.checkpoint storage.files storage.windows nn.networks nn.moments nn.diffusion nn.unet",
+    "errors configs processes",
+    "data registry renamed storage.checkpoint storage.files storage.rows storage.windows nn.networks nn.moments nn.diffusion nn.unet",
     "config spaces storage.best storage.segments view nn.attention",
     "storage.replay storage.columns storage.weights",
     "storage.recording storage.npz distributions",

@@ -15,6 +15,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium.utils import EzPickle
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -50,6 +51,18 @@ MOST_SECONDS = 120.0
 # Copies ---------------------------------------------------------------------------------------------------------------
 
 
+def copied(env: gym.Env) -> gym.Env:
+    """A copy of an environment where it stands, its random state included.
+
+    Gymnasium's EzPickle, which MuJoCo's and Box2D's environments are, would make a new one that has not been reset.
+    """
+    inner, memo = env.unwrapped, {}
+    if isinstance(inner, EzPickle):
+        memo[id(inner)] = made = object.__new__(type(inner))
+        made.__dict__.update(copy.deepcopy(inner.__dict__, memo))
+    return copy.deepcopy(env, memo)
+
+
 def stepped(env: gym.Env, actions: np.ndarray) -> list[tuple[Any, float, bool, bool]]:
     """(observation, reward, terminated, truncated) of each step, to the end of the episode at most."""
     found = []
@@ -67,7 +80,7 @@ def fault_of_copies(env: gym.Env, actions: np.ndarray) -> str | None:
     It is stepped after two copies of it, under the same actions, and all three have to observe and earn the same.
     """
     try:
-        copies = [copy.deepcopy(env) for _ in range(2)]
+        copies = [copied(env) for _ in range(2)]
         found = [stepped(one, actions) for one in (*copies, env)]
     except Exception as error:  # whatever an environment holds that cannot be copied
         return f"a copy of it failed: {type(error).__name__}: {error}"
@@ -87,7 +100,7 @@ def real_returns(env: gym.Env, plans: Float[Tensor, "K H A"], codec: ActionSpec,
     """
     found = []
     for plan in plans:
-        one = copy.deepcopy(env)
+        one = copied(env)
         if seed is not None:
             one.unwrapped.np_random = np.random.default_rng(seed)
         found.append(sum(step[1] for step in stepped(one, codec.decode(plan))))
@@ -218,35 +231,71 @@ def _advance(envs: list[gym.Env], obs: list[Any], running: np.ndarray, actions: 
 
 def plan_in_both(env: EnvConfig, evidence: Evidence, episodes: int, steps: int) -> tuple[list[float], list[float]]:
     """(returns of random shooting in copies of the real environment, in the model), of the same episodes and random plans."""
-    world, found = evidence.world.eval(), []
-    for real in (True, False):
-        rng, generator = np.random.default_rng(evidence.seed), evidence.generator(52)
-        envs = [make_env(env, number, SEED) for number in range(episodes)]
-        obs, running = [one.reset()[0] for one in envs], np.ones(episodes, bool)
-        state, before = world.initial(episodes), torch.zeros(episodes, world.action.dim, device=world.device)
-        best, returns = None, np.zeros(episodes)
-        for step in range(steps):
-            plans = _candidates(world.action, episodes, best, rng)
-            if real:
-                seeds = rng.integers(2**31, size=episodes)
-                value = torch.full((episodes, CANDIDATES), 0.0, dtype=torch.float64)
-                for i in np.flatnonzero(running).tolist():
-                    value[i] = torch.tensor(real_returns(envs[i], plans[i], world.action, int(seeds[i])))
-            else:
-                rng.integers(2**31, size=episodes)  # so that both draw the same plans
-                first = torch.full((episodes,), step == 0, device=world.device)
-                rows = tensors(world.obs.to_raw(_stacked(obs)), world.device)
-                state = world.observe(state, rows, before, first, Sampling(generator=generator, mode=True))
-                value = model_returns(world, state, plans, generator)
-            best = plans[torch.arange(episodes), value.argmax(1)]
-            before = best[:, 0].to(world.device)
-            returns += _advance(envs, obs, running, world.action.decode(best[:, 0]))
-            if not running.any():
-                break
-        for one in envs:
-            one.close()
-        found.append(returns.tolist())
-    return found[0], found[1]
+    world, seed = evidence.world.eval(), evidence.seed
+    return (
+        planned_returns(env, world.action, None, seed, episodes, steps),
+        planned_returns(env, world.action, world, seed, episodes, steps),
+    )
+
+
+def planned_returns(
+    env: EnvConfig, codec: ActionSpec, world: WorldModel | None, seed: int, episodes: int, steps: int
+) -> list[float]:
+    """Returns of random shooting in a world model, or (None) in copies of the real environment: of episodes and plans that follow
+    from the seed alone."""
+    rng = np.random.default_rng(seed)
+    value_of = _Copies() if world is None else _Model(world, episodes, seed)
+    envs = [make_env(env, number, SEED) for number in range(episodes)]
+    obs, running = [one.reset()[0] for one in envs], np.ones(episodes, bool)
+    best, returns = None, np.zeros(episodes)
+    for _ in range(steps):
+        plans, seeds = _candidates(codec, episodes, best, rng), rng.integers(2**31, size=episodes)
+        value = value_of(plans, obs, envs, running, seeds)
+        best = plans[torch.arange(episodes), value.argmax(1)]
+        value_of.taken(best[:, 0])
+        returns += _advance(envs, obs, running, codec.decode(best[:, 0]))
+        if not running.any():
+            break
+    for one in envs:
+        one.close()
+    return returns.tolist()
+
+
+class _Copies:
+    """What plans are worth in copies of the real environments."""
+
+    def __call__(
+        self, plans: Float[Tensor, "N K H A"], obs: list[Any], envs: list[gym.Env], running: np.ndarray, seeds: np.ndarray
+    ) -> Float[Tensor, "N K"]:
+        codec = ActionSpec.from_space(envs[0].action_space)
+        value = torch.zeros(plans.shape[:2], dtype=torch.float64)
+        for i in np.flatnonzero(running).tolist():
+            value[i] = torch.tensor(real_returns(envs[i], plans[i], codec, int(seeds[i])))
+        return value
+
+    def taken(self, action: Float[Tensor, "N A"]) -> None:
+        """Copies are of the environment as it is: nothing is to be remembered."""
+
+
+class _Model:
+    """What plans are worth in a world model, which filters what is observed."""
+
+    def __init__(self, world: WorldModel, count: int, seed: int) -> None:
+        self.world, self.state = world, world.initial(count)
+        self.before = torch.zeros(count, world.action.dim, device=world.device)
+        self.first = torch.ones(count, dtype=torch.bool, device=world.device)
+        self.generator = torch.Generator(world.device).manual_seed(seed + 52)
+
+    def __call__(
+        self, plans: Float[Tensor, "N K H A"], obs: list[Any], envs: list[gym.Env], running: np.ndarray, seeds: np.ndarray
+    ) -> Float[Tensor, "N K"]:
+        rows = tensors(self.world.obs.to_raw(_stacked(obs)), self.world.device)
+        sampling = Sampling(generator=self.generator, mode=True)
+        self.state = self.world.observe(self.state, rows, self.before, self.first, sampling)
+        return model_returns(self.world, self.state, plans, self.generator)
+
+    def taken(self, action: Float[Tensor, "N A"]) -> None:
+        self.before, self.first = action.to(self.world.device), torch.zeros_like(self.first)
 
 
 def _candidates(

@@ -1,10 +1,11 @@
-"""What is wrong with a run's world model: every section of a diagnosis, on fresh held-out episodes, in figures and sentences."""
+"""What is wrong with a run's world model: every section of a diagnosis, on held-out episodes, in figures and sentences."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -12,22 +13,26 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from worldmodel.agents.belief import ActsOnBelief
 from worldmodel.agents.decisions import decisions
 from worldmodel.agents.evaluation import warn_untrained
 from worldmodel.agents.exploitation import exploitation
 from worldmodel.agents.held_out import HELD_OUT_SEED, collect
+from worldmodel.agents.states import states_of
 from worldmodel.data import Episodes
 from worldmodel.diagnostics.bounds import likelihood
-from worldmodel.diagnostics.evidence import Curve, Evidence, Section, Slot, prior_of
+from worldmodel.diagnostics.evidence import Curve, Evidence, Section, Slot, joined, prior_of
 from worldmodel.diagnostics.fidelity import rollouts
 from worldmodel.diagnostics.geometry import filter_episodes
 from worldmodel.diagnostics.holes import holes
 from worldmodel.diagnostics.prior import prior
+from worldmodel.diagnostics.probe import States, probed
 from worldmodel.diagnostics.rollouts import roll_out, spaced_starts
 from worldmodel.diagnostics.smoothness import smoothness
 from worldmodel.diagnostics.usage import latents
 from worldmodel.envs.draw import Viewer
-from worldmodel.errors import ConfigError
+from worldmodel.envs.sources import recordings
+from worldmodel.errors import ConfigError, EnvError, MissingExtraError
 from worldmodel.model import WorldModel
 from worldmodel.storage.replay import Replay
 from worldmodel.storage.run import Run
@@ -38,6 +43,8 @@ EPISODES, LONGEST = 40, 300
 """Held-out episodes, half of them to choose on and half to measure on, and their steps at most."""
 FITTED_EPISODES, FILTERED_STEPS = 40, 100
 """Replayed episodes that densities are fitted to, and the first steps of each episode that are filtered."""
+FEWEST = 4
+"""Held-out episodes below which there is no diagnosis."""
 CONTEXT, HORIZON = 5, 15
 WORST, SHOWN_STEPS = 5, (0, 5, 10, 15)
 """Dreams that are shown, those with the largest errors, and the steps of them."""
@@ -99,6 +106,7 @@ def diagnose(
     slot: Slot | None = None,
     *,
     episodes: int = EPISODES,
+    data: Sequence[str | Path] | None = None,
     device: str = "cpu",
     trust: bool = False,
     log: Callable[[str], object] = lambda text: None,
@@ -107,26 +115,31 @@ def diagnose(
 
     slot      the prior that is looked at; None: the marginal where there is one, else the transition
     episodes  held-out ones, at least 4
+    data      recorded experience that the model has not seen, as `recording` names it, in the place of played episodes.
+              None: where a run that learned from recordings has no environment, a quarter of those is taken
     trust     the run's agent.path may be opened, where it has one
     log       gets a line as each section is done
 
-    Raises ConfigError for a slot without a prior, too few episodes, or an empty replay; EnvError, MissingExtraError.
+    Raises ConfigError for a slot without a prior, too few episodes, or an empty replay; for data of other spaces or
+    another environment; EnvError, MissingExtraError.
     """
     started = time.perf_counter()
     agent = run.agent("newest", device=device, trust=trust)
     warn_untrained(agent, log)
     world = agent.policy.world.eval()
     slot = checked_slot(world, slot)
-    if episodes < 4:
-        raise ConfigError(f"A diagnosis of {episodes} episodes: expected at least 4, of which half are held back for choices.")
-    played = collect(agent, run.config.env, episodes, steps=min(LONGEST, run.config.eval.max_steps or LONGEST))
-    evidence = gathered(world, str(run.path), replayed(run.replay()), played)
-    log(f"{episodes} held-out episodes, {played.rows.shape[1]} rows: {time.perf_counter() - started:.0f} s")
+    if episodes < FEWEST:
+        raise ConfigError(
+            f"A diagnosis of {episodes} episodes: expected at least {FEWEST}, of which half are held back for choices."
+        )
+    found = held_out(agent, run, episodes, data)
+    played, evidence = found.played, gathered(world, str(run.path), found.fitted, found.played)
+    log(f"{len(played.lengths)} held-out episodes, {played.rows.shape[1]} rows: {time.perf_counter() - started:.0f} s")
     work: dict[str, Callable[[], Section]] = {
         "rollouts": lambda: rollouts(evidence, CONTEXT, HORIZON),
         "prior": lambda: prior(evidence, slot),
         "latents": lambda: latents(evidence),
-        "holes": lambda: holes(evidence, slot),
+        "holes": lambda: joined([holes(evidence, slot), probed(evidence, slot, _states(run, evidence, found), CONTEXT, HORIZON)]),
         "smoothness": lambda: smoothness(evidence, slot),
         "likelihood": lambda: likelihood(evidence),
         "exploitation": lambda: exploitation(agent, run.config.env, evidence, context=CONTEXT, horizon=HORIZON),
@@ -137,6 +150,7 @@ def diagnose(
         since = time.perf_counter()
         sections[name] = measure()
         log(f"{name}: {time.perf_counter() - since:.0f} s")
+    sections["rollouts"] = replace(sections["rollouts"], sentences=(*found.warning, *sections["rollouts"].sentences))
     viewer = Viewer(run.config.env.id, agent.obs_spec, run.config.env.names)
     shown = {"rollouts": worst_dreams(evidence, viewer)}
     return Diagnosis(str(run.path), agent.num_timesteps, slot, time.perf_counter() - started, sections, shown)
@@ -160,13 +174,100 @@ def gathered(world: WorldModel, run: str, fitted: Episodes, played: Episodes) ->
     return Evidence(world, run, learned, validation, test, played, HELD_OUT_SEED)
 
 
-def replayed(replay: Replay, limit: int = FITTED_EPISODES) -> Episodes:
-    """The newest whole episodes of a replay, and one that is still open. Raises ConfigError where it holds none."""
+# Experience ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Episodes to fit to, held-out ones, and a sentence where the model has learned from those too.
+
+    seed   environment seed of the first one; None: they are recorded ones
+    """
+
+    fitted: Episodes
+    played: Episodes
+    warning: tuple[str, ...] = ()
+    seed: int | None = None
+
+
+def held_out(agent: ActsOnBelief, run: Run, episodes: int, data: Sequence[str | Path] | None) -> HeldOut:
+    """Held-out episodes: recorded ones where `data` names some, played ones, or else replayed ones. Errors: as `diagnose`."""
+    steps = min(LONGEST, run.config.eval.max_steps or LONGEST)
+    if data is not None:
+        learned = [str(source) for source in data if _is_known(source, run)]
+        why = f"Errors flatter: the model has learned from {', '.join(learned)}, which --data names as held out."
+        played = recorded(agent, run, data, episodes, steps)
+        return HeldOut(replayed(run.replay()), played, (f"{why} {_name_others(run)}",) if learned else ())
+    try:
+        return HeldOut(replayed(run.replay()), collect(agent, run.config.env, episodes, steps=steps), seed=HELD_OUT_SEED)
+    except (ConfigError, EnvError, MissingExtraError) as error:
+        if not run.config.train.data:
+            raise
+        fitted, played = divided(replayed(run.replay(), limit=None), episodes)
+        why = f"Errors flatter: the {len(played.lengths)} held-out episodes are replayed ones, which the model has learned from, "
+        why += f"because the environment did not play ({type(error).__name__})."
+        return HeldOut(fitted, first_steps(played, steps), (f"{why} {_name_others(run)}",))
+
+
+def _is_known(source: str | Path, run: Run) -> bool:
+    """Whether a run was trained on a source, or is it."""
+    return Path(source).resolve() in [Path(name).resolve() for name in (*(run.config.train.data or ()), run.path)]
+
+
+def _name_others(run: Run) -> str:
+    return f"Name recorded episodes that it has not seen: `worldmodel diagnose {run.path} --data FILE`."
+
+
+def _states(run: Run, evidence: Evidence, found: HeldOut) -> States | str:
+    """The environment's own numbers at held-out rows; or why there are none."""
+    if not any(key.kind == "image" for key in evidence.world.obs.keys.values()):
+        return "because observations have no pictures"
+    if found.seed is None:
+        return "because held-out episodes are recorded ones, whose states are not known"
+    return states_of(run.config.env, evidence.world, found.played, found.seed)
+
+
+def recorded(agent: ActsOnBelief, run: Run, data: Sequence[str | Path], limit: int, steps: int) -> Episodes:
+    """The first steps of recorded episodes, evenly spaced among all. Raises ConfigError for others than the run's, or too few."""
+    found = recordings(data, run.config.env.layout)
+    found.check_same_spaces(agent.obs_spec, agent.action_spec, str(run.path))
+    ours, theirs = run.config.env.id, found.env_id
+    if theirs is not None and ours.rpartition(":")[2] != theirs.rpartition(":")[2]:
+        raise ConfigError(f"{found.origin} was recorded in '{theirs}', but {run.path} learned '{ours}'. Choose other data.")
+    if found.episodes < FEWEST:
+        raise ConfigError(
+            f"{found.origin} holds {found.episodes} episodes; a diagnosis takes at least {FEWEST}. Add more with --data."
+        )
+    replay = Replay(found.steps + found.episodes, agent.obs_spec.store, agent.action_spec.dim, 1)
+    found.append_to(replay)
+    which = torch.linspace(0, found.episodes - 1, min(limit, found.episodes), dtype=torch.float64).round().long()
+    return first_steps(chosen(Episodes(replay.stream(0)), which), steps)
+
+
+def divided(episodes: Episodes, limit: int) -> tuple[Episodes, Episodes]:
+    """(the newest FITTED_EPISODES of the first ones, the last quarter: FEWEST to `limit`). Raises ConfigError for too few."""
+    count = len(episodes.lengths)
+    if count <= FEWEST:
+        text = f"The replay holds {count} episodes; without an environment a diagnosis takes at least {FEWEST + 1} of them, one to"
+        raise ConfigError(f"{text} fit to and {FEWEST} to measure on. Name others with --data, or install the environment.")
+    each, held = torch.arange(count), max(FEWEST, count // 4)
+    return chosen(episodes, each[:-held][-FITTED_EPISODES:]), chosen(episodes, each[-held:][-limit:])
+
+
+def first_steps(episodes: Episodes, steps: int) -> Episodes:
+    """At most so many steps of each episode."""
+    inside = torch.cat([torch.arange(n) <= steps for n in episodes.lengths.tolist()])
+    return Episodes(episodes.rows.map(lambda x: x[:, inside]))
+
+
+def replayed(replay: Replay, limit: int | None = FITTED_EPISODES) -> Episodes:
+    """The newest whole episodes of a replay, and one that is still open; None: all. Raises ConfigError where it holds none."""
     streams = [whole(replay.stream(number)) for number, rows in enumerate(replay.lengths) if rows]
     parts = [part for part in streams if part is not None]
     if not parts:
         raise ConfigError("The replay holds no episode from its beginning. Train for longer.")
-    each = [chosen(part, torch.arange(len(part.lengths))[-max(1, limit // len(parts)) :]) for part in parts]
+    newest = None if limit is None else -max(1, limit // len(parts))
+    each = [chosen(part, torch.arange(len(part.lengths))[newest:]) for part in parts]
     rows = each[0].rows
     if len(each) > 1:
         names = {name: torch.cat([part.rows.obs[name] for part in each], 1) for name in rows.obs}

@@ -9,16 +9,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import CHAIN, generator, small_world, unchecked
+from gymnasium.utils import EzPickle
 
 from worldmodel.agents.belief import BeliefPolicy
 from worldmodel.agents.decisions import (
     Decisions,
+    copied,
     decisions,
     fault_of_copies,
     gap_of_planning,
     model_returns,
     plan_in_both,
     real_returns,
+    stepped,
 )
 from worldmodel.agents.exploitation import Acting
 from worldmodel.agents.random import RandomController
@@ -26,6 +29,7 @@ from worldmodel.data import Dream, State
 from worldmodel.diagnostics.evidence import Evidence
 from worldmodel.envs.make import EnvConfig, make_env
 from worldmodel.envs.tiny import Chain
+from worldmodel.spaces import ActionSpec
 
 ENV = EnvConfig(id=CHAIN, kwargs={"length": 7, "limit": 200})
 SPACES = Chain(length=7).observation_space, Chain(length=7).action_space
@@ -207,6 +211,41 @@ def test_copies_of_these_environments_step_alike(env):
     made = make_env(env, 0, 3)
     made.reset()
     assert fault_of_copies(made, np.stack([made.action_space.sample() for _ in range(6)])) is None
+
+
+def test_copies_of_mujoco_stand_where_it_stands_and_step_alike_and_leave_it_there():
+    pytest.importorskip("mujoco")
+    env = make_env("InvertedPendulum-v5", 0, 3)
+    env.reset()
+    actions = np.random.default_rng(0).uniform(-1, 1, (12, 1)).astype(np.float32)
+    stepped(env, actions[:4])
+    before = env.unwrapped.data.qpos.copy()
+    returns = real_returns(env, torch.from_numpy(actions).unsqueeze(0), ActionSpec.from_space(env.action_space))
+    assert np.array_equal(env.unwrapped.data.qpos, before) and len(returns) == 1 and returns[0] > 0
+    assert np.array_equal(copied(env).unwrapped.data.qpos, before)
+    assert fault_of_copies(env, actions[4:]) is None
+
+
+def test_copies_of_box2d_cannot_be_made_and_the_section_says_why():
+    pytest.importorskip("Box2D")
+    env = make_env("LunarLander-v3", 0, 3)
+    env.reset()
+    assert "a copy of it failed: TypeError" in fault_of_copies(env, np.zeros(6, np.int64))
+
+
+def test_a_copy_of_what_would_be_made_anew_is_where_the_original_is():
+    class Anew(Chain, EzPickle):
+        def __init__(self, length: int):
+            Chain.__init__(self, length)
+            EzPickle.__init__(self, length)
+
+    env = gym.wrappers.TimeLimit(Anew(7), 50)
+    env.reset(seed=0)
+    assert [step[0].argmax() for step in stepped(env, np.ones(3, int))] == [1, 2, 3]
+    made = copied(env)
+    assert made.unwrapped.position == 3 and made.step(1)[0].argmax() == 4 and env.unwrapped.position == 3
+    assert env.unwrapped.np_random.random() == made.unwrapped.np_random.random()
+    assert fault_of_copies(env, np.ones(3, int)) is None
 
 
 def test_plans_do_not_know_the_environments_own_chance():

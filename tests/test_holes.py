@@ -9,14 +9,18 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import descend, generator, unchecked
-from test_usage import KINDS, PAIR, circling, evidence_of, learned, world_of
+from test_usage import KINDS, PAIR, PICTURE, circling, evidence_of, learned, world_of
 from torch import Tensor, nn
 
 from worldmodel.data import Sampling
-from worldmodel.diagnostics.evidence import Evidence, Section, bootstrap
+from worldmodel.diagnostics.evidence import Evidence, Section, bootstrap, joined, rows_of
 from worldmodel.diagnostics.geometry import filter_episodes
 from worldmodel.diagnostics.holes import (
     MIN_ROWS,
+    SlotRows,
+    _cycle,
+    _pictures,
+    _validity,
     cycle_distance,
     holes,
     holes_between,
@@ -220,6 +224,9 @@ def test_every_kind_of_world_has_the_figures_that_it_can_have(kind, slot):
     assert ("transition cycle ratio" in found.figures) == (
         measured and slot == "transition" and kind not in ("anchored", "jepa without a decoder")
     )
+    pictures = measured and kind in ("pictures", "anchored with pictures")
+    assert ("transition picture distance" in found.figures) == pictures
+    assert ("transition picture cycle" in found.figures) == (pictures and "transition cycle ratio" in found.figures)
 
 
 def test_enough_episodes_give_the_initial_slot_its_holes():
@@ -232,3 +239,76 @@ def test_a_section_without_rows_is_skipped(long):
     few = replace(long, test=filter_episodes(long.world, circling(count=1, length=4)))
     found = holes(few, "transition")
     assert isinstance(found, Section) and not found.figures and "too few" in found.skipped
+
+
+# Pictures ---------------------------------------------------------------------------------------------------------------
+
+
+def picture(place: Tensor) -> Tensor:
+    """[N, 2] within the unit circle -> a soft square there, [N, 3, 16, 16]."""
+    across, down = (torch.sigmoid(10 - 4 * (torch.arange(16) - 8 - 5 * x.unsqueeze(-1)).abs()) for x in place.unbind(-1))
+    return (down.unsqueeze(2) * across.unsqueeze(1)).unsqueeze(1).expand(-1, 3, -1, -1)
+
+
+def on_the_circle(pictures: Tensor) -> Tensor:
+    """Where the square is, [N, 2], as an encoder sees it that knows the unit circle alone."""
+    grey, axis = pictures.mean(1), torch.arange(16.0) - 8
+    return nn.functional.normalize(torch.stack([(grey.sum(1) * axis).sum(-1), (grey.sum(2) * axis).sum(-1)], -1), dim=-1)
+
+
+@pytest.fixture(scope="module")
+def squares() -> tuple[Evidence, Tensor]:
+    """(a world of such pictures whose encoder and decoder are right on the circle, the latents of its test rows)."""
+    world = world_of("pictures")[0]
+    world.decoder.mean = lambda feature: {"obs": picture(feature[:, -2:])}
+    world.encoder.forward = lambda obs: on_the_circle(obs["obs"])
+    world.dynamics.posterior = lambda embed, h: GaussianPosterior(embed, torch.full_like(embed, 0.1))
+    places = [nn.functional.normalize(circling(seed=seed).rows.obs["obs"][0], dim=-1) for seed in (1, 2)]
+    seen = [filter_episodes(world_of("pictures")[0], circling(PICTURE, seed=seed)) for seed in (1, 2)]
+    for part, place in zip(seen, places):
+        raw = (255 * picture(place)).round().to(torch.uint8).permute(0, 2, 3, 1).unsqueeze(1)
+        part.rows.obs["obs"] = raw
+    return Evidence(world, "runs/some", seen[0], seen[1], seen[1], circling(PICTURE)), places[1]
+
+
+def of_pictures(squares: tuple[Evidence, Tensor], change) -> Section:
+    """What is said of pictures of draws, which are `change` of the real latents."""
+    evidence, place = squares
+    later = rows_of(evidence.test, "transition")
+    inferred, h = place[later], evidence.test.h[later]
+    features = [torch.cat([h, z], -1) for z in (inferred, change(inferred))]
+    rows = SlotRows(*features, h, evidence.test.episode[later])
+    return joined(
+        [_cycle(evidence, "transition", rows), _validity(evidence, "transition", rows), _pictures(evidence, "transition", rows)]
+    )
+
+
+def test_pictures_of_right_draws_stay_in_a_cycle_and_are_those_of_the_run(squares):
+    found = of_pictures(squares, lambda z: z.flip(0))
+    assert found.skipped is None and found.figures["transition picture cycle"].value < 0.005
+    assert found.figures["transition picture cycle ratio"].value < 1  # both below a grey level
+    assert found.figures["transition picture distance over decoded"].value == pytest.approx(1, abs=0.1)
+    assert found.figures["transition picture distance over real"].value == pytest.approx(1, abs=0.2)
+    assert len(found.sentences) == 3 and not [text for text in found.sentences if "`" in text]
+
+
+def test_pictures_that_the_run_never_had_are_found_by_both_and_the_more_so_the_more_they_differ(squares):
+    some, more = (of_pictures(squares, lambda z, share=share: share * z) for share in (0.9, 0.4))
+    names = [name for name in more.figures if "picture" in name]
+    assert len(names) == 5
+    for name in names:
+        assert some.figures[name].value < more.figures[name].value, name
+    assert more.figures["transition picture cycle ratio"].low > 3 and more.figures["transition picture distance over real"].low > 2
+    alarms = [text for text in more.sentences if "icture" in text]
+    assert len(alarms) == 2 and all("`worldmodel fit-prior runs/some --slot transition --kind flow`" in text for text in alarms)
+
+
+def test_blurred_pictures_are_not_held_against_the_prior(squares):
+    evidence, place = squares
+    world = copy.deepcopy(evidence.world)
+    mean = world.decoder.mean
+    world.decoder.mean = lambda feature: {"obs": nn.functional.avg_pool2d(mean(feature)["obs"], 5, 1, 2)}
+    found = of_pictures((replace(evidence, world=world), place), lambda z: z.flip(0))
+    assert found.figures["transition picture distance over real"].surely_above(1.5)
+    assert found.figures["transition picture distance over decoded"].value == pytest.approx(1, abs=0.1)
+    assert not [text for text in found.sentences if "none of the run's" in text]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -26,26 +26,32 @@ def diagnose(
     out: str | Path | None = None,
     *,
     episodes: int | None = None,
+    data: str | Path | Run | Sequence[str | Path | Run] | None = None,
     device: str = "cpu",
     trust: bool = False,
     log: Callable[[str], object] = lambda text: None,
 ) -> Diagnosis:
-    """Measures a run's newest world model on fresh held-out episodes, and writes a report where `out` is given.
+    """Measures a run's newest world model on held-out episodes, and writes a report where `out` is given.
 
     slot      the prior that is looked at; None: the marginal where there is one, else the transition
     out       a folder: diagnosis.json, diagnosis.md, diagnosis.html, which holds its pictures, and scalars for TensorBoard
     episodes  held-out ones; None: 40
+    data      recorded episodes that the model has not seen: .npz files, folders of them, "minari:ID", runs. None: fresh ones are
+              played; where a run that learned from recordings has no environment, the last quarter of those, which flatters
     trust     the run's agent.path may be opened, where it has one
     log       gets a line as each section is done
 
-    Raises ConfigError for a slot that nothing fills and where there is no experience, EnvError, MissingExtraError, StorageError.
+    Raises ConfigError for a slot that nothing fills, too few episodes and data that do not fit; EnvError, MissingExtraError,
+    StorageError.
     """
     from worldmodel.agents import diagnosis
+    from worldmodel.commands.train import _as_sources
     from worldmodel.storage.run import Run
 
     run = run if isinstance(run, Run) else Run.open(run)
     count = diagnosis.EPISODES if episodes is None else episodes
-    found = diagnosis.diagnose(run, slot, episodes=count, device=device, trust=trust, log=log)
+    sources = None if data is None else _as_sources(data)
+    found = diagnosis.diagnose(run, slot, episodes=count, data=sources, device=device, trust=trust, log=log)
     if out is not None:
         write(found, Path(out), run.config.env.id, log)
     return found
@@ -105,6 +111,15 @@ def command(
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the report.", show_default="RUN/diagnosis")] = None,
     episodes: Annotated[int | None, typer.Option(min=4, help="Held-out episodes.", show_default="40")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Recorded episodes that the model has not seen, instead of played ones: FILE.npz, a folder of them, minari:ID or "
+            "a run folder. Repeat it for several.",
+            show_default=False,
+        ),
+    ] = None,
     trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -113,6 +128,6 @@ def command(
 
     def work() -> dict[str, Any]:
         folder = run / FOLDER if out is None else out
-        return diagnose(run, slot, folder, episodes=episodes, trust=trust, log=say).to_json()
+        return diagnose(run, slot, folder, episodes=episodes, data=data or None, trust=trust, log=say).to_json()
 
     answer(work, as_json, debug, show)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from worldmodel.data import Episodes, Sampling
+from worldmodel.data import Episodes, Obs, Sampling
 from worldmodel.diagnostics.evidence import (
     Evidence,
     Figure,
@@ -23,7 +24,7 @@ from worldmodel.diagnostics.evidence import (
 )
 from worldmodel.diagnostics.geometry import FilteredStates
 from worldmodel.diagnostics.rollouts import ROLLOUTS_AT_ONCE, spaced_starts
-from worldmodel.diagnostics.usage import reads_off, spaced
+from worldmodel.diagnostics.usage import reads_off, spaced, with_latent
 from worldmodel.distributions import Posterior
 from worldmodel.model import WorldModel
 
@@ -37,9 +38,11 @@ CLEAR, CLEAR_OF_RANGE = 0.05, 0.01
 episodes show a part of where latents can be: ten short ones leave 3 % of a right prior's independent draws outside."""
 MOVED, FAR = 1.2, 0.5
 """Ratio and distance from which draws do not come back from decoding and encoding."""
+GREY = 1 / 255
+"""One grey level: smaller changes of a picture are none, and real pictures count as at least so far from one another."""
 MIN_ROWS = 40
 """Rows, of two episodes or more, below which there is no saying what is near."""
-MAX_ROWS = 2000
+MAX_ROWS, MAX_PICTURES = 2000, 500
 CONTEXT, HORIZON, EVERY = 5, 15, 3
 """Rows that are seen before latents are imagined, steps that they are imagined on, and rows between two starts."""
 MARGIN = 0.1
@@ -208,6 +211,13 @@ def vector_keys(world: WorldModel) -> list[str]:
     return [name for name, key in world.obs.keys.items() if key.kind == "vector"]
 
 
+def pictures_of(world: WorldModel, obs: Obs) -> Float[Tensor, "N D"]:
+    """All pixels of canonical observations side by side, in [0, 1]; D is 0 where there are no pictures."""
+    images = [name for name, key in world.obs.keys.items() if key.kind == "image"]
+    some = next(iter(obs.values()))
+    return torch.cat([some.new_zeros(len(some), 0), *(obs[name].float().clamp(0, 1).flatten(1) for name in images)], -1)
+
+
 @torch.no_grad()
 def decoded_vectors(world: WorldModel, feature: Float[Tensor, "*N F"]) -> Float[Tensor, "*N D"]:
     """The vectors of decoded expected observations side by side, in deviations of the run's own."""
@@ -245,6 +255,7 @@ def holes(evidence: Evidence, slot: Slot) -> Section:
         reason = f"because {count} test rows of two episodes or more are too few; {MIN_ROWS} are needed."
         return Section(skipped=f"Holes of the {slot} prior were not measured, {reason}")
     sections = [_regions(evidence, slot, found, rows.episode), _cycle(evidence, slot, rows), _validity(evidence, slot, rows)]
+    sections.append(_pictures(evidence, slot, rows))
     if slot == "transition":
         sections.append(_imagined(evidence))
     return joined(sections)
@@ -284,7 +295,7 @@ def _cycle(evidence: Evidence, slot: Slot, rows: SlotRows) -> Section:
         why = "the model has no decoder" if world.decoder is None else "its decoder reads h, which these draws come without"
         return Section(skipped=f"Draws of the {slot} prior were not decoded and encoded again, because {why}.")
     unit = world.dynamics.z_of(rows.inferred).std(0)
-    far = [_back(world, feature, rows.context, unit).cpu() for feature in (rows.drawn, rows.inferred)]
+    far, changed = zip(*(_back(world, feature, rows.context, unit) for feature in (rows.drawn, rows.inferred)))
 
     def ratio(index: Tensor) -> float:
         made, real = (x[index].median() for x in far)
@@ -299,20 +310,50 @@ def _cycle(evidence: Evidence, slot: Slot, rows: SlotRows) -> Section:
         text += f"{_remedy(evidence, slot)}."
     else:
         text = f"Draws of the {slot} prior survive decoding and encoding: {moved}."
-    return Section({f"{slot} cycle distance": distance, f"{slot} cycle ratio": figure}, None, (text,))
+    section = Section({f"{slot} cycle distance": distance, f"{slot} cycle ratio": figure}, None, (text,))
+    return section if changed[0] is None else joined([section, _redrawn(evidence, slot, changed, rows.episode)])
+
+
+def _redrawn(evidence: Evidence, slot: Slot, changed: Sequence[Float[Tensor, " R"]], episode: Int[Tensor, " R"]) -> Section:
+    """How much the pictures of draws, and of real latents, change where they are encoded and decoded again."""
+    made, real = changed
+    change = bootstrap(made, episode, evidence.seed, "grey levels of 0 to 1")
+    over = _over(made, real, episode, evidence.seed, "times the change of real latents' pictures")
+    figures, moved = {f"{slot} picture cycle": change, f"{slot} picture cycle ratio": over}, f"they change by {change}, {over}"
+    if change.surely_above(GREY) and over.surely_above(MOVED):
+        text = f"Pictures of draws of the {slot} prior become others where they are encoded and decoded again: {moved}; another "
+        return Section(figures, None, (f"{text}form may help: {_remedy(evidence, slot)}.",))
+    return Section(
+        figures, None, (f"Pictures of draws of the {slot} prior stay where they are encoded and decoded again: {moved}.",)
+    )
+
+
+def _over(made: Float[Tensor, " R"], real: Float[Tensor, " R"], episode: Int[Tensor, " R"], seed: int, unit: str) -> Figure:
+    """The mean of one over that of the other, which counts as one grey level at least."""
+    return resampled(lambda index: float(made[index].mean() / real[index].mean().clamp_min(GREY)), episode, seed, unit)
 
 
 @torch.no_grad()
-def _back(world: WorldModel, feature: Float[Tensor, "R F"], h: Float[Tensor, "R D"], unit: Float[Tensor, " Z"]) -> Tensor:
-    """`cycle_distance` of the latents in features from what their decoded means are encoded to."""
-    posterior = world.dynamics.posterior(world.encoder(world.decoder.mean(feature)), h)
-    return cycle_distance(posterior, world.dynamics.z_of(feature), unit)
+def _back(
+    world: WorldModel, feature: Float[Tensor, "R F"], h: Float[Tensor, "R D"], unit: Float[Tensor, " Z"]
+) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"] | None]:
+    """(`cycle_distance` of latents in features from what their decoded means are encoded to, mean change of a pixel from there to
+    what is decoded then; None without pictures)."""
+    decoded = world.decoder.mean(feature)
+    posterior = world.dynamics.posterior(world.encoder(decoded), h)
+    far, before = cycle_distance(posterior, world.dynamics.z_of(feature), unit).cpu(), pictures_of(world, decoded)
+    if not before.shape[1]:
+        return far, None
+    again = pictures_of(world, world.decoder.mean(with_latent(feature, posterior.mode)))
+    return far, (again - before).abs().mean(1).cpu()
 
 
 def _validity(evidence: Evidence, slot: Slot, rows: SlotRows) -> Section:
     """Whether decoded draws have numbers that real observations have."""
     world = evidence.world
     if not vector_keys(world) or not decodes_draws(world, slot):
+        if decodes_draws(world, slot) and pictures_of(world, world.decode(rows.drawn[:1])).shape[1]:
+            return Section()  # `_pictures` measures them
         why = "observations have no vectors" if not vector_keys(world) else "these draws cannot be decoded"
         return Section(skipped=f"Whether draws of the {slot} prior decode to valid observations was not measured, because {why}.")
     real = _observed_vectors(world, evidence.fitted)
@@ -333,6 +374,45 @@ def _validity(evidence: Evidence, slot: Slot, rows: SlotRows) -> Section:
     value = figures[f"{slot} out of range"].value
     well = f"Observations that the {slot} prior draws stay where real ones are: {max(0, 100 * value):.1f} % leave their range."
     return Section(figures, None, sentences or (well,))
+
+
+@torch.no_grad()
+def _pictures(evidence: Evidence, slot: Slot, rows: SlotRows) -> Section:
+    """How far decoded draws are from the nearest replayed picture, beside real pictures and reconstructions of the same rows."""
+    world, seen, fitted, seed = evidence.world, evidence.test, evidence.fitted, evidence.seed
+    if not decodes_draws(world, slot):
+        return Section()  # `_validity` says why
+    index = spaced(torch.arange(len(rows.episode)), MAX_PICTURES)
+    made, own = (pictures_of(world, world.decode(x[index])) for x in (rows.drawn, rows.inferred))
+    if not made.shape[1]:
+        return Section()
+    observed = spaced(rows_of(seen, slot).nonzero()[:, 0], MAX_ROWS)[index]
+    real, reference = (
+        _real_pictures(world, seen, observed),
+        _real_pictures(world, fitted, spaced(torch.arange(len(fitted.step)), MAX_ROWS // 2)),
+    )
+    far, blurred, floor = (nearest(x, reference).cpu() / made.shape[1] ** 0.5 for x in (made, own, real))
+    episode = rows.episode[index]
+    figures = {
+        f"{slot} picture distance": bootstrap(far, episode, seed, "grey levels of 0 to 1, root mean square"),
+        f"{slot} picture distance over real": _over(far, floor, episode, seed, "times that of real pictures"),
+        f"{slot} picture distance over decoded": _over(far, blurred, episode, seed, "times that of real latents' pictures"),
+    }
+    distance, over_real, over = figures.values()
+    text = f"from the nearest real one by {distance}, {over_real} and {over}"
+    if over.surely_above(MOVED):
+        text = f"Pictures that the {slot} prior draws are none of the run's: they differ {text}; another form may help:"
+        return Section(figures, None, (f"{text} {_remedy(evidence, slot)}.",))
+    return Section(
+        figures,
+        None,
+        (f"Pictures that the {slot} prior draws are as near to real ones as those of real latents: they differ {text}.",),
+    )
+
+
+def _real_pictures(world: WorldModel, seen: FilteredStates, index: Int[Tensor, " N"]) -> Float[Tensor, "N D"]:
+    """The pictures of some filtered rows."""
+    return pictures_of(world, world.obs.canonical({name: x[index, 0].to(world.device) for name, x in seen.rows.obs.items()}))
 
 
 def _imagined(evidence: Evidence) -> Section:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import compared  # noqa: F401
 import control
 import digits
 import forms
@@ -27,7 +28,7 @@ from tables import blocks, filled, median, number, spread
 from tables import solved as count_solved
 
 ROOT = HERE.parent
-FILES = ("README.md", "docs/results.md", "docs/forms.md", "docs/dynamics.md", "docs/jepa.md", "docs/one-role.md")
+FILES = ("README.md", "docs/results.md", "docs/forms.md", "docs/dynamics.md", "docs/jepa.md", "docs/one-role.md", "docs/choose.md")
 BLOCK = blocks("figures")
 MADE = re.compile(r"without † are of code `([0-9a-f]{16})`")
 NONE = "none"

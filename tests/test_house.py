@@ -44,8 +44,8 @@ FOLDERS = {
 
 LAYERS = (
     "errors configs processes",
-    "data registry renamed storage.checkpoint storage.files storage.rows storage.windows nn.networks nn.moments nn.diffusion nn.unet",
-    "config spaces storage.best storage.segments view nn.attention",
+    "data registry renamed storage.checkpoint storage.files storage.windows nn.networks nn.moments nn.diffusion nn.unet",
+    "config spaces storage.best storage.rows storage.segments view nn.attention",
     "storage.replay storage.columns storage.weights",
     "storage.recording storage.npz distributions",
     "encoders decoders heads ensemble",

@@ -28,7 +28,8 @@ class Failed(RuntimeError):
 class Processes:
     """Commands, each with its own threads; all are stopped together, at the end of a with-block or when the program is.
 
-    As SIGTERM they are asked to end: a training that is asked to saves what it has.
+    They are asked by SIGTERM: a training that is asked to end saves what it has. Inside the with-block SIGTERM ends this program as
+    an exception, so that it does so too.
     """
 
     def __init__(self) -> None:
@@ -36,10 +37,14 @@ class Processes:
         self._closed = False
 
     def __enter__(self) -> Processes:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._before)
 
     def close(self) -> None:
         """Asks all that run to end, and waits for them."""
@@ -61,8 +66,6 @@ class Processes:
         Raises Failed where there is no such line, the command fails or takes too long.
         """
         env = {**os.environ, "OMP_NUM_THREADS": str(threads), **environment}
-        if threading.current_thread() is threading.main_thread():  # an exception, on which the process is stopped
-            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         with contextlib.ExitStack() as stack:
             errors = stack.enter_context(log.open("ab")) if log is not None else None
             process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=errors, text=True, env=env)

@@ -35,7 +35,7 @@ def make_agent(config: Config, seed: int, device: str = "auto", trust: bool = Fa
     if config.train.replay == "disk":
         raise ConfigError("train.data is learned from in memory; train.replay=disk is for an environment's experience. Drop one.")
     found = _read(config)
-    agent = _of_specs(config, found.obs_spec, found.action_spec, seed, device, trust)
+    agent = agent_of_specs(config, found.obs_spec, found.action_spec, seed, device, trust)
     agent.replay = new_replay(config.train, found.obs_spec, found.action_spec, 1, None)
     found.append_to(agent.replay)
     fit_scaling(agent.world, agent.replay)
@@ -53,7 +53,7 @@ def agent_for_resume(
     obs_spec, action_spec = ObsSpec.from_json(state["observation"]), ActionSpec.from_json(state["action"])
     if check:
         _read(config).check_same_spaces(obs_spec, action_spec, str(run.path))
-    return _of_specs(config, obs_spec, action_spec, seed, device, trust)
+    return agent_of_specs(config, obs_spec, action_spec, seed, device, trust)
 
 
 def learn(agent: WorldModelAlgorithm, steps: int, callback: BaseCallback, say: Callable[[str], object]) -> None:
@@ -79,9 +79,10 @@ def learn(agent: WorldModelAlgorithm, steps: int, callback: BaseCallback, say: C
     callback.on_training_end()
 
 
-def _of_specs(
-    config: Config, obs_spec: ObsSpec, action_spec: ActionSpec, seed: int, device: str, trust: bool
+def agent_of_specs(
+    config: Config, obs_spec: ObsSpec, action_spec: ActionSpec, seed: int, device: str, trust: bool = False
 ) -> WorldModelAlgorithm:
+    """A new agent for spaces, without an environment."""
     algorithm = registry.part("agent", config.agent.kind)
     options = {"config": config, "seed": seed, "device": device, "trust": trust}
     return algorithm.from_specs(policy_name(obs_spec), obs_spec, action_spec, **options)

@@ -318,6 +318,11 @@ def list_recipes(folder: str | Path | None = None) -> list[tuple[str, str | None
     return entries
 
 
+def list_models(folder: str | Path | None = None) -> list[str]:
+    """Names of the models that a recipe may choose, sorted."""
+    return sorted(_files("model", folder))
+
+
 def _files(part: str, folder: str | Path | None) -> dict[str, Any]:
     """name -> file of one of env, model, size."""
     found: dict[str, Any] = {}

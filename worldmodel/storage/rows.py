@@ -1,7 +1,7 @@
-"""Finished measurements, one JSON object a line, each with a hash of the code that made it; a stop loses none of them.
+"""Finished measurements, one JSON object a line, each with a hash of the source that made it; a stop loses none of them.
 
-A row is its key, what was measured, and under `where` the code, the date, threads, versions and processor. Rows are only ever
-appended. Of rows with equal keys the newest of this code counts, else the newest: never the better one. A row of other code is
+A row is its key, what was measured, and under `where` the hash, the date, threads, versions and processor. Rows are only ever
+appended. Of rows with equal keys the newest of this source counts, else the newest: never the better one. A row of another one is
 *stale*.
 """
 
@@ -14,6 +14,7 @@ import io
 import json
 import os
 import platform
+import threading
 import time
 import tokenize
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,7 +29,7 @@ from worldmodel.processes import Failed
 
 PACKAGES = ("worldmodel", "torch", "numpy", "gymnasium", "stable_baselines3", "zuko")
 CODE = ("worldmodel", "agents", "envs", "configs")
-"""Folders of the code that is measured, as they stand in the repository."""
+"""Folders of the source that is measured, as they stand in the repository."""
 
 Row = dict[str, Any]
 Key = Mapping[str, Any]
@@ -38,14 +39,14 @@ class Rows:
     """The rows of one file.
 
     again  measure those that are there as well
-    of     hash of the code that rows of other code are stale against; default: this code's
+    of     hash of the source that other rows are stale against; default: this one's
     log    gets a line for each row
     """
 
     def __init__(
         self, file: Path, again: bool = False, of: str | None = None, log: Callable[[str], object] = lambda text: None
     ) -> None:
-        self.file, self.again, self.log, self.code = Path(file), again, log, code()
+        self.file, self.again, self.log, self.code, self._lock = Path(file), again, log, code(), threading.Lock()
         lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
         self._rows: dict[str, Row] = {}
         for row in filter(None, map(_row, lines)):
@@ -62,21 +63,25 @@ class Rows:
         row = self.get(key)
         if row is None or self.again:
             return False
-        self.log(f"{'there, but of other code' if stale(row) else 'already there'}: {_short(key)}")
+        self.log(f"{'there, but of other source' if stale(row) else 'already there'}: {_short(key)}")
         return not stale(row)
 
     def add(self, key: Key, measured: Mapping[str, Any], threads: int) -> Row:
         """Appends one finished row; `measured` may not hold NaN, which JSON has not.
 
-        Where the code changed since these rows were opened, nobody knows which of both made the row: it is stale at once.
+        Where the source changed since these rows were opened, nobody knows which of both made the row: it is stale at once.
         """
-        row = {"key": dict(key), **measured, "where": {**self.where(threads), "code": self.code if self.code == _hash() else None}}
-        line = json.dumps(row, allow_nan=False)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-        self._rows[_text(key)] = row
-        return row
+        with self._lock:  # several threads add rows, and Python 3.11 parses source in one at a time
+            here = {**self.where(threads), "code": self.code if self.code == _hash() else None}
+            row = {"key": dict(key), **measured, "where": here}
+            line = json.dumps(row, allow_nan=False)
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            before = self.file.read_bytes() if self.file.exists() else b""
+            cut = bool(before) and not before.endswith(b"\n")  # by a kill
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(("\n" if cut else "") + line + "\n")
+            self._rows[_text(key)] = row
+            return row
 
     def where(self, threads: int) -> dict[str, Any]:
         """The circumstances of a row."""
@@ -109,12 +114,11 @@ class Rows:
         missing = [key for key in keys if not self.has(key)]
         if at_once == 1:
             return sum(map(one, missing))
-        with ThreadPoolExecutor(at_once) as pool:
-            try:
-                return sum(pool.map(one, missing))
-            except BaseException:  # a stop: what has not begun does not begin
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        pool = ThreadPoolExecutor(at_once)
+        try:
+            return sum(pool.map(one, missing))
+        finally:  # at a stop nothing else begins, and who has started processes ends them
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self._rows.values())
@@ -129,7 +133,7 @@ def _row(line: str) -> Row | None:
 
 
 def stale(row: Mapping[str, Any], of: str | None = None) -> bool:
-    """Whether other code than that of hash `of` (this code's) made the row, or nobody knows which."""
+    """Whether another source than that of hash `of` (this one's) made the row, or nobody knows which."""
     return row.get("where", {}).get("code") != (of or code())
 
 
@@ -170,9 +174,16 @@ def _hash(parts: Mapping[str, Path] | None = None) -> str:
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
             hidden = "__pycache__" in file.parts or file.name.startswith(".") or any(other in file.parents for other in others)
             if not hidden:
-                content = executed(file.read_text("utf-8")).encode() if file.suffix == ".py" else file.read_bytes()
+                at = file.stat()
+                content = _content(file, at.st_mtime_ns, at.st_size)
                 digest.update(f"{name}/{file.relative_to(folder).as_posix()}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()[:16]
+
+
+@cache
+def _content(file: Path, changed: int, size: int) -> bytes:
+    """What of a file decides a figure; read again where it has changed."""
+    return executed(file.read_text("utf-8")).encode() if file.suffix == ".py" else file.read_bytes()
 
 
 def executed(source: str) -> str:

@@ -308,3 +308,37 @@ def lines_figure(x: Sequence[float], series: Sequence[tuple[str, Mapping[str, Se
     figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=7)
     figure.suptitle(f"{title} ({xlabel})", fontsize=10)
     return _encoded(figure)
+
+
+def pareto_figure(points: Mapping[str, tuple[float, float]], xlabel: str, ylabel: str) -> bytes:
+    """PNG of named points (cost, gain), costs on a logarithmic axis; a line joins those that none beats in both."""
+    figure = _figure(7.5, 4.5)
+    axes = figure.add_subplot()
+    for name, (x, y) in points.items():
+        axes.scatter(x, y, s=24)
+        axes.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=9)
+    front = [p for p in points.values() if not any(q != p and q[0] <= p[0] and q[1] >= p[1] for q in points.values())]
+    if front:
+        axes.step(*zip(*sorted(front)), where="post", color="grey", linewidth=1)
+    axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log")
+    axes.grid(alpha=0.3)
+    return _encoded(figure)
+
+
+def points_figure(
+    lines: Mapping[str, Sequence[tuple[str, float, float, float, float]]], xlabel: str, ylabel: str, log: bool = False
+) -> bytes:
+    """PNG of lines through labelled points (label, x, y, lowest y, highest y); log: x is logarithmic."""
+    figure = _figure(7.5, 4.5)
+    axes = figure.add_subplot()
+    for name, points in lines.items():
+        labels, x, y, low, high = zip(*points)
+        errors = np.subtract(y, low), np.subtract(high, y)
+        axes.errorbar(x, y, errors, label=name, marker="o", markersize=4, linewidth=1.2, capsize=3)
+        for label, *place in zip(labels, x, y):
+            axes.annotate(label, place, xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if log else "linear")
+    axes.grid(alpha=0.3)
+    if len(lines) > 1:
+        axes.legend(fontsize=8)
+    return _encoded(figure)

@@ -183,6 +183,15 @@ def test_a_row_of_every_kind_is_measured_on_the_same_experience(tmp_path):
     assert measure.work({**job, "form": "real simulator"})["figures"]["planned return"] is not None
 
 
+def test_minutes_decide_how_many_steps_are_learned_from(tmp_path):
+    assert measure.steps_within(100.0, 30.0, 40.0) == 2 * measure.PROBE + 120  # half a second each, and 60 seconds are left
+    assert measure.steps_within(10.0, 30.0, 40.0) == 2 * measure.PROBE
+    plan = Plan(CHAIN, 150, 0.001, tuple(SMALL))
+    job = {"plan": plan.to_json(), "folder": str(tmp_path), "seed": 0}
+    measure.work({**job, "form": "model-free"})
+    assert measure.work({**job, "form": "gaussian"})["figures"]["updates"] == 2 + 2 * measure.PROBE * 0.05
+
+
 # The command --------------------------------------------------------------------------------------------------------------
 
 

@@ -263,8 +263,9 @@ def circling(observation, count: int = 4, length: int = 12, seed: int = 0) -> Ep
     spec, rows, rng = ObsSpec.from_space(observation), count * length, np.random.default_rng(seed)
     obs = {}
     for name, key in spec.keys.items():
-        key.space.seed(seed)
-        x = np.stack([key.space.sample() for _ in range(rows)])
+        space = key.space  # a new one at each call
+        space.seed(seed)
+        x = np.stack([space.sample() for _ in range(rows)])
         obs[name] = torch.from_numpy(x.reshape(1, rows, *key.raw_shape).astype(key.raw_dtype))
     first = (torch.arange(rows) % length == 0).unsqueeze(0)
     action = torch.eye(2)[torch.from_numpy(rng.integers(0, 2, rows))].unsqueeze(0)

@@ -240,11 +240,12 @@ def walks(observation: spaces.Space = PAIR, count: int = 8, length: int = 12, se
     """Vectors that move at random around 0; pictures, categories and bits are random."""
     rng, spec, total, obs = np.random.default_rng(seed), ObsSpec.from_space(observation), count * length, {}
     for name, key in spec.keys.items():
-        key.space.seed(seed)
+        space = key.space  # a new one at each call
+        space.seed(seed)
         x = np.zeros((count, length, 2))
         for t in range(length):
             x[:, t] = 0.9 * x[:, t - 1] * (t > 0) + rng.normal(size=(count, 2))
-        x = x.reshape(total, 2) if key.kind == "vector" else np.stack([key.space.sample() for _ in range(total)])
+        x = x.reshape(total, 2) if key.kind == "vector" else np.stack([space.sample() for _ in range(total)])
         obs[name] = torch.from_numpy(np.asarray(x).reshape(1, total, *key.raw_shape).astype(key.raw_dtype))
     first = (torch.arange(total) % length == 0).unsqueeze(0)
     last = first.roll(-1, 1)

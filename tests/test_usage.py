@@ -45,8 +45,9 @@ def circling(observation: spaces.Space = PAIR, count: int = 8, length: int = 30,
     circle = np.stack([np.cos(angle), np.sin(angle)], -1).reshape(rows, 2)
     obs = {}
     for name, key in spec.keys.items():
-        key.space.seed(seed)
-        x = circle if key.kind == "vector" else np.stack([key.space.sample() for _ in range(rows)])
+        space = key.space  # a new one at each call
+        space.seed(seed)
+        x = circle if key.kind == "vector" else np.stack([space.sample() for _ in range(rows)])
         obs[name] = torch.from_numpy(x.reshape(1, rows, *key.raw_shape).astype(key.raw_dtype))
     first = (torch.arange(rows) % length == 0).unsqueeze(0)
     last = first.roll(-1, 1)

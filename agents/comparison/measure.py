@@ -171,9 +171,14 @@ def _trained(plan: Plan, form: str, sizes: list[str], seed: int, path: Path, dat
     if plan.minutes is None:
         return until(plan.steps)
     first = until(PROBE)
-    each = (until(2 * PROBE) - first) / PROBE
-    left = 60 * plan.minutes - first - each * PROBE
-    return until(2 * PROBE + max(0, int(left / each)))
+    return until(steps_within(60 * plan.minutes, first, until(2 * PROBE)))
+
+
+def steps_within(seconds: float, first: float, second: float) -> int:
+    """Steps of the schedule that fit, where PROBE of them took `first` and twice as many `second` seconds. The first ones hold the
+    updates that come before all others, so the difference is what a step costs; those that are made are made."""
+    each = max((second - first) / PROBE, 1e-6)
+    return 2 * PROBE + max(0, int((seconds - second) / each))
 
 
 def _measured(evidence: Evidence, context: int) -> Figures:

@@ -194,7 +194,7 @@ def _play(
     obs, running = [one.reset()[0] for one in envs], np.ones(episodes, bool)
     belief, first = agent.policy.initial_belief(episodes), np.ones(episodes, bool)
     for step in range(STEPS):
-        action, belief = agent.policy.filter_and_act(belief, world.obs.to_raw(_stacked(obs)), first, deterministic=True)
+        action, belief = agent.policy.filter_and_act(belief, world.obs.to_raw(stacked(obs)), first, deterministic=True)
         if step % EVERY == 0:
             own = State({name: belief[name] for name in world.initial(0)})
             for i in np.flatnonzero(running).tolist():
@@ -210,7 +210,7 @@ def _play(
         one.close()
 
 
-def _stacked(obs: list[Any]) -> Any:
+def stacked(obs: list[Any]) -> Any:
     """Observations of several environments as a batch."""
     if isinstance(obs[0], dict):
         return {name: np.stack([x[name] for x in obs]) for name in obs[0]}
@@ -289,7 +289,7 @@ class _Model:
     def __call__(
         self, plans: Float[Tensor, "N K H A"], obs: list[Any], envs: list[gym.Env], running: np.ndarray, seeds: np.ndarray
     ) -> Float[Tensor, "N K"]:
-        rows = tensors(self.world.obs.to_raw(_stacked(obs)), self.world.device)
+        rows = tensors(self.world.obs.to_raw(stacked(obs)), self.world.device)
         sampling = Sampling(generator=self.generator, mode=True)
         self.state = self.world.observe(self.state, rows, self.before, self.first, sampling)
         return model_returns(self.world, self.state, plans, self.generator)

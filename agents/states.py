@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from worldmodel.agents.decisions import _stacked
+from worldmodel.agents.decisions import stacked
 from worldmodel.data import Episodes
 from worldmodel.diagnostics.probe import States
 from worldmodel.envs.make import EnvConfig, make_env
@@ -74,13 +74,13 @@ def _played(
 
 
 def _same(world: WorldModel, obs: Any, recorded: dict[str, np.ndarray]) -> bool:
-    raw = world.obs.to_raw(_stacked([obs]))
+    raw = world.obs.to_raw(stacked([obs]))
     return all(np.abs(raw[name][0].astype(np.float64) - x).max() <= SAME_PICTURE for name, x in recorded.items())
 
 
 def _observed(spec: ObsSpec, obs: Any, env: EnvConfig) -> dict[str, float]:
     """{name: number} of the vectors of an observation."""
-    raw = spec.to_raw(_stacked([obs]))
+    raw = spec.to_raw(stacked([obs]))
     named, found = signal_names(spec, None, env.id), {}
     for key in (key for key in spec.keys.values() if key.kind == "vector"):
         found |= dict(zip(named[key.name], map(float, key.canonical(torch.from_numpy(raw[key.name]))[0])))

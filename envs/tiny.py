@@ -48,6 +48,11 @@ class Catch(gym.Env):
         self.drift = int(self.np_random.integers(-1, 2))
         return self._draw(), {}
 
+    @property
+    def state(self) -> np.ndarray:
+        """Row and column of the ball, drift, column of the paddle: float32 [4]."""
+        return np.array([self.row, self.column, self.drift, self.paddle], np.float32)
+
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
         self.paddle = min(max(self.paddle + int(action) - 1, 0), self.grid - 1)
         if not 0 <= self.column + self.drift < self.grid:

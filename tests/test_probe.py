@@ -26,7 +26,7 @@ from worldmodel.diagnostics.holes import SlotRows
 from worldmodel.diagnostics.probe import Probe, States, probed
 from worldmodel.diagnostics.rollouts import Rollout
 from worldmodel.envs.make import EnvConfig, make_env
-from worldmodel.envs.tiny import TwoRooms
+from worldmodel.envs.tiny import Catch, TwoRooms
 
 METRES = 3.0
 """The planted state's unit: circles of that radius."""
@@ -187,8 +187,11 @@ def test_a_diagnosis_asks_for_numbers_where_it_has_played_pictures_itself():
         assert "no pictures" in of(replace(evidence, world=world_of("gaussian")[0]), diagnosis.HeldOut(episodes, episodes, seed=7))
 
 
-def test_without_numbers_or_an_environment_there_is_a_reason():
+def test_catch_tells_its_state_and_without_numbers_or_an_environment_there_is_a_reason(monkeypatch):
     catch = EnvConfig(id="worldmodel.envs:Catch-v0")
     world, episodes = played(catch)
+    numbers = states_of(catch, world, episodes, 7).numbers
+    assert numbers.shape == (episodes.rows.shape[1], 4) and set(numbers[:, 0].tolist()) == set(range(8))
+    monkeypatch.delattr(Catch, "state")
     assert "gives no numbers" in states_of(catch, world, episodes, 7)
     assert "did not play" in states_of(EnvConfig(id="Nowhere-v0"), world, episodes, 7)

@@ -16,6 +16,7 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack
 
+from worldmodel.agents.decisions import stacked
 from worldmodel.agents.sb3.algorithms import DREAM_DEFAULTS, algorithm_class
 from worldmodel.envs.make import EnvConfig, find_spec, make_env
 from worldmodel.storage.recording import Recording
@@ -49,17 +50,11 @@ class Recorder(gym.Wrapper):
     def episodes(self) -> list[dict[str, Any]]:
         """All with at least one step; the last one may be cut."""
         whole = [episode for episode in self._episodes if episode["actions"]]
-        return [{name: _stacked(values) for name, values in episode.items()} for episode in whole]
+        return [{name: stacked(values) for name, values in episode.items()} for episode in whole]
 
 
 def _copied(value: Any) -> Any:
     return {name: np.array(x) for name, x in value.items()} if isinstance(value, dict) else np.array(value)
-
-
-def _stacked(values: list[Any]) -> Any:
-    if isinstance(values[0], dict):
-        return {name: np.stack([value[name] for value in values]) for name in values[0]}
-    return np.stack(values)
 
 
 def model_free(env: EnvConfig, steps: int, updates: int, seed: int, prefill: int) -> tuple[BaseAlgorithm, Recording]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import statistics
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -301,3 +305,31 @@ def test_a_process_gives_its_result_or_says_why_not(tmp_path):
         assert (
             processes.command([sys.executable, "-c", "import os; print({True: 1}[os.environ['OMP_NUM_THREADS'] == '3'])"], 3) == 1
         )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_program_that_is_asked_to_end_asks_its_processes_once_and_waits_for_them(tmp_path, number):
+    """The child says how often it was asked; Ctrl-C is sent to the whole group, as a terminal does."""
+    child = f"""
+import pathlib, signal, sys, time
+asked = []
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, lambda number, frame: asked.append(int(number)))
+pathlib.Path({str(tmp_path / "ready")!r}).touch()
+while not asked:
+    time.sleep(0.02)
+time.sleep(0.3)
+pathlib.Path({str(tmp_path / "asked")!r}).write_text(str(asked))
+"""
+    parent = f"""
+import sys
+from worldmodel.processes import Processes
+with Processes() as processes:
+    processes.command([sys.executable, "-c", {child!r}], 1)
+"""
+    process = subprocess.Popen([sys.executable, "-c", parent], stderr=subprocess.DEVNULL, start_new_session=True)
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.02)
+    os.killpg(process.pid, number)
+    process.wait(60)
+    assert (tmp_path / "asked").read_text() == str([int(signal.SIGTERM)])

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+ENDS = (signal.SIGTERM, signal.SIGHUP)
 LAST_WORDS = 300
 """Characters of a failed process's last line that are kept."""
 
@@ -28,8 +29,8 @@ class Failed(RuntimeError):
 class Processes:
     """Commands, each with its own threads; all are stopped together, at the end of a with-block or when the program is.
 
-    They are asked by SIGTERM: a training that is asked to end saves what it has. Inside the with-block SIGTERM ends this program as
-    an exception, so that it does so too.
+    They are asked by SIGTERM: a training that is asked to end saves what it has. Inside the with-block SIGTERM and SIGHUP end this
+    program as an exception, so that it does so too; Ctrl-C reaches this program alone.
     """
 
     def __init__(self) -> None:
@@ -38,13 +39,14 @@ class Processes:
 
     def __enter__(self) -> Processes:
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+            self._before = {ends: signal.signal(ends, lambda number, frame: sys.exit(128 + number)) for ends in ENDS}
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._before)
+            for ends, handler in self._before.items():
+                signal.signal(ends, handler)
 
     def close(self) -> None:
         """Asks all that run to end, and waits for them."""
@@ -68,7 +70,7 @@ class Processes:
         env = {**os.environ, "OMP_NUM_THREADS": str(threads), **environment}
         with contextlib.ExitStack() as stack:
             errors = stack.enter_context(log.open("ab")) if log is not None else None
-            process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=errors, text=True, env=env)
+            process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=errors, text=True, env=env, start_new_session=True)
             self._running.add(process)
             if self._closed:  # meanwhile
                 process.terminate()

@@ -8,7 +8,6 @@ import itertools
 import json
 import math
 import re
-import signal
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -280,7 +279,6 @@ def work(job: Mapping[str, Any]) -> dict[str, Any]:
     """Trains the run of a job, or goes on with it: {"figures": {name: number or None}, "slot": ..., "skipped": why}."""
     path, given = Path(job["path"]), dict(job["overrides"])
     with Signals() as signals:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: who began this one ends it, once
         how = session.Session(signals, job["device"], False, False, False, print, print)
         begin = session.resumed if is_run(path) else session.new
         trained = begin(how, job["recipe"], path, given, job["seed"])

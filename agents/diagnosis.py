@@ -238,10 +238,8 @@ def recorded(agent: ActsOnBelief, run: Run, data: Sequence[str | Path], limit: i
         raise ConfigError(
             f"{found.origin} holds {found.episodes} episodes; a diagnosis takes at least {FEWEST}. Add more with --data."
         )
-    replay = Replay(found.steps + found.episodes, agent.obs_spec.store, agent.action_spec.dim, 1)
-    found.append_to(replay)
     which = torch.linspace(0, found.episodes - 1, min(limit, found.episodes), dtype=torch.float64).round().long()
-    return first_steps(chosen(Episodes(replay.stream(0)), which), steps)
+    return first_steps(chosen(found.to_episodes(), which), steps)
 
 
 def divided(episodes: Episodes, limit: int) -> tuple[Episodes, Episodes]:

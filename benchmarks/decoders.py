@@ -35,7 +35,7 @@ from fidelity import edges
 from rows import Load, Row, Rows, call, grouped, marked, options, say, script, table, timed, words
 from tables import spread
 from torch import Tensor, nn
-from truth import ALONE, episodes_of
+from truth import ALONE
 
 from worldmodel.agents.evaluation import FINAL_SEED, evaluate
 from worldmodel.commands.train import train
@@ -163,7 +163,7 @@ def work(job: Row) -> Row:
         seconds = time.perf_counter() - since
         model = Run.open(path).agent(device="cpu")
     with torch.no_grad():
-        found = measure(task, model.policy.world, probe, episodes_of(held_out), truth)
+        found = measure(task, model.policy.world, probe, held_out.to_episodes(), truth)
         return {
             **found,
             "return": returns(job["decoder"], task, model, config.env),

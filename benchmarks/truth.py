@@ -59,7 +59,7 @@ def work(job: Row) -> Row:
 
     torch.set_num_threads(1)
     recordings = load(TASKS[job["env"]], job["seed"], Path(job["cache"]))
-    episodes = {name: episodes_of(recording) for name, recording in recordings.items()}
+    episodes = {name: recording.to_episodes() for name, recording in recordings.items()}
     with Load() as load_of_others:
         since = time.perf_counter()
         world, made = _peer(job, recordings, episodes) if job["model"] in PEERS else _world_model(job, recordings)
@@ -98,16 +98,6 @@ def peer_code(env: str) -> str:
     files = [HERE.parent / "worldmodel" / f"{name}.py" for name in ("diagnostics/mlp_ensemble", *used)]
     text = "".join(executed(file.read_text(encoding="utf-8")) for file in files) + fingerprint(TASKS[env])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def episodes_of(recording: Any) -> Any:
-    """A recording's episodes as the diagnostics take them."""
-    from worldmodel.data import Episodes
-    from worldmodel.storage.replay import Replay
-
-    replay = Replay(recording.steps + recording.episodes, recording.obs_spec.store, recording.action_spec.dim, 1)
-    recording.append_to(replay)
-    return Episodes(replay.stream(0))
 
 
 def measured(world: Any, episodes: Any, samples: int) -> Row:

@@ -187,13 +187,18 @@ def test_a_row_of_every_kind_is_measured_on_the_same_experience(tmp_path):
     assert measure.work({**job, "form": "real simulator"})["figures"]["planned return"] is not None
 
 
-def test_minutes_decide_how_many_steps_are_learned_from(tmp_path):
+def test_minutes_decide_once_how_many_steps_are_learned_from(tmp_path, monkeypatch):
     assert measure.steps_within(100.0, 30.0, 40.0) == 2 * measure.PROBE + 120  # half a second each, and 60 seconds are left
     assert measure.steps_within(10.0, 30.0, 40.0) == 2 * measure.PROBE
     plan = Plan(CHAIN, 150, 0.001, tuple(SMALL))
     job = {"plan": plan.to_json(), "folder": str(tmp_path), "seed": 0}
     measure.work({**job, "form": "model-free"})
-    assert measure.work({**job, "form": "gaussian"})["figures"]["updates"] == 2 + 2 * measure.PROBE * 0.05
+    for _ in range(2):  # the second goes on from nothing: the first had decided nothing but to be timed
+        assert measure.work({**job, "form": "gaussian"})["figures"]["updates"] == 2 + 2 * measure.PROBE * 0.05
+    monkeypatch.setattr(measure, "steps_within", lambda *times: 2 * measure.PROBE + 60)
+    assert measure.work({**job, "form": "vae"})["figures"]["updates"] == 7
+    monkeypatch.setattr(measure, "steps_within", lambda *times: pytest.fail("it was decided before"))
+    assert measure.work({**job, "form": "vae"})["figures"]["updates"] == 7
 
 
 # The command --------------------------------------------------------------------------------------------------------------
@@ -322,7 +327,8 @@ time.sleep(0.3)
 pathlib.Path({str(tmp_path / "asked")!r}).write_text(str(asked))
 """
     parent = f"""
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from worldmodel.processes import Processes
 with Processes() as processes:
     processes.command([sys.executable, "-c", {child!r}], 1)

@@ -14,6 +14,7 @@ from gymnasium import spaces
 
 from worldmodel.diagnostics.mlp_ensemble import MEMBERS, MlpWorld
 from worldmodel.model import WorldModel
+from worldmodel.storage import rows as storage
 from worldmodel.storage.recording import Recording
 
 HOUSE = replace(recorded.TASKS["Heating-v0"], rows=60)
@@ -22,8 +23,8 @@ HOUSE = replace(recorded.TASKS["Heating-v0"], rows=60)
 @pytest.fixture(autouse=True)
 def code(monkeypatch):
     """A hash of the code that is not worked out anew for each row."""
-    monkeypatch.setattr(rows, "code", lambda: "this tree")
-    monkeypatch.setattr(rows, "_hash", lambda: "this tree")
+    monkeypatch.setattr(storage, "code", lambda: "this tree")
+    monkeypatch.setattr(storage, "_hash", lambda: "this tree")
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def pendulums(episodes, shown, seed=0):
 
 def fitted(recording, frames, updates):
     options = {"frames": frames, "units": 32, "updates": updates}
-    return MlpWorld(recording.obs_spec, recording.action_spec, truth.episodes_of(recording), 0, **options)
+    return MlpWorld(recording.obs_spec, recording.action_spec, recording.to_episodes(), 0, **options)
 
 
 # The peer ---------------------------------------------------------------------------------------------------------------
@@ -58,14 +59,14 @@ def fitted(recording, frames, updates):
 def test_the_ensemble_predicts_a_determined_world_and_needs_memory_where_the_velocity_is_hidden():
     for shown, frames, low, high in (([0, 1], 1, 0, 0.2), ([0], 1, 0.6, 2), ([0], 4, 0, 0.3)):
         world = fitted(pendulums(20, shown), frames, updates=150)
-        found = truth.measured(world, truth.episodes_of(pendulums(5, shown, seed=1)), MEMBERS)
+        found = truth.measured(world, pendulums(5, shown, seed=1).to_episodes(), MEMBERS)
         ratio = found["error"][1] / found["persistence"][1]
         assert low <= ratio <= high, (shown, frames)
         assert found["starts"] == [20, 20, 15, 0] and found["error"][3] is None  # 41 rows, a start at every tenth
 
 
 def test_the_ensemble_is_measured_in_the_units_and_windows_of_a_world_model():
-    recording, fresh = pendulums(5, [0, 1]), truth.episodes_of(pendulums(3, [0, 1], seed=1))
+    recording, fresh = pendulums(5, [0, 1]), pendulums(3, [0, 1], seed=1).to_episodes()
     peer, world = fitted(recording, 1, updates=1), WorldModel.from_spaces(recording.obs_spec.space, recording.action_spec.space)
     world.scaling.update(recording.obs_spec.canonical({"obs": torch.from_numpy(recording.obs["obs"])}))
     one, two = truth.measured(peer, fresh, MEMBERS), truth.measured(world, fresh, 2)
@@ -74,7 +75,7 @@ def test_the_ensemble_is_measured_in_the_units_and_windows_of_a_world_model():
 
 def test_each_member_follows_its_own_predictions_from_the_last_frames_seen():
     recording = pendulums(5, [0])
-    world, window = fitted(recording, 3, updates=1), truth.episodes_of(recording).rows.window(41, 45)
+    world, window = fitted(recording, 3, updates=1), recording.to_episodes().rows.window(41, 45)
     assert window.is_first[0].tolist() == [True, False, False, False]
     x = window.obs["obs"][0, :, 0].double()
     feature = world.trace(window, None, None).feature[0]
@@ -93,7 +94,7 @@ def test_no_roll_out_runs_away_from_three_times_the_range_of_the_rows():
     with torch.no_grad():
         for parameter in world.net.parameters():
             parameter.mul_(20)
-        window = truth.episodes_of(pendulums(5, [0])).rows.window(0, 5)
+        window = pendulums(5, [0]).to_episodes().rows.window(0, 5)
         start = world.trace(window.map(lambda x: x.repeat_interleave(5, 0)), None, None).last
         dream = world.imagine(start, lambda feature, step: torch.ones(5, 1), 30, None)
     low, high = float(rows.min()), float(rows.max())

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from worldmodel.errors import ConfigError, require_whole
 from worldmodel.processes import Failed, Processes
 from worldmodel.storage import files
-from worldmodel.view import report
-from worldmodel.view.report import Part
 
 
 def numbered(seeds: int | Sequence[int]) -> tuple[int, ...]:
@@ -56,17 +54,3 @@ def logged(
     except Failed as error:
         failed[name] = f"{error} (all of it: {file})"
         raise
-
-
-def written(
-    folder: Path,
-    name: str,
-    content: Mapping[str, Any],
-    text: tuple[str, Mapping[str, object], Sequence[str], Sequence[Part]],
-    log: Callable[[str], object],
-) -> None:
-    """A report as NAME.json, .md and .html; `text` is its title, what it is about, sentences and parts. Raises StorageError."""
-    files.write(folder / f"{name}.json", json.dumps(content, indent=1, allow_nan=False).encode())
-    files.write(folder / f"{name}.md", report.markdown(*text).encode())
-    files.write(folder / f"{name}.html", report.page(*text).encode())
-    log(f"Written: {folder / f'{name}.html'}, and .md and .json beside it.")

@@ -6,6 +6,7 @@ hash of this version: what another one has recorded or trained is never gone on 
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -35,7 +36,6 @@ from worldmodel.diagnostics.prior import prior
 from worldmodel.diagnostics.usage import latents, reads_off
 from worldmodel.envs.make import make_env
 from worldmodel.storage.recording import Recording
-from worldmodel.storage.replay import Replay
 from worldmodel.storage.rows import code
 from worldmodel.storage.run import Run
 
@@ -104,9 +104,9 @@ def _mlp(plan: Plan, job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if [key.kind for key in training.obs_spec.keys.values()] != ["vector"]:
         return {"figures": {}, "skipped": "it knows observations of one vector only"}
     since = time.perf_counter()
-    world = MlpWorld(training.obs_spec, training.action_spec, _episodes(training), job["seed"])
+    world = MlpWorld(training.obs_spec, training.action_spec, training.to_episodes(), job["seed"])
     seconds = time.perf_counter() - since
-    played = _episodes(held_out)
+    played = held_out.to_episodes()
     mean = {world.name: world.moments[0][0][: world.size]}
     errors = errors_by_start(world, world, played, mean, _context(played), HORIZON, samples=MEMBERS)
     figures = {f"error at {h}": _root(errors.model[:, h - 1][errors.inside[:, h - 1]]) for h in HORIZONS}
@@ -143,7 +143,7 @@ def _form(plan: Plan, job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     with Run.open(path) as run:
         agent = run.agent("newest", device="cpu")
         world = agent.policy.world.eval()
-        played = _episodes(Recording.read(_files(folder, seed)[1]))
+        played = Recording.read(_files(folder, seed)[1]).to_episodes()
         evidence = gathered(world, str(path), replayed(run.replay()), played)
     figures = _measured(evidence, _context(played))
     figures["planned return"] = statistics.fmean(planned_returns(config.env, world.action, world, seed, PLAN_EPISODES, PLAN_STEPS))
@@ -170,6 +170,10 @@ def _trained(plan: Plan, form: str, sizes: list[str], seed: int, path: Path, dat
 
     if plan.minutes is None:
         return until(plan.steps)
+    if path.exists():
+        if (decided := Run.open(path).config.train.steps) > 2 * PROBE:
+            return until(decided)
+        shutil.rmtree(path)  # it was stopped while it was timed
     first = until(PROBE)
     return until(steps_within(60 * plan.minutes, first, until(2 * PROBE)))
 
@@ -223,13 +227,6 @@ FIGURES = {
 def _files(folder: Path, seed: int) -> tuple[Path, Path]:
     """What is learned from, and what is held out."""
     return folder / "data" / f"seed-{seed}.npz", folder / "data" / f"seed-{seed}-held-out.npz"
-
-
-def _episodes(found: Recording) -> Episodes:
-    """A recording's episodes as diagnostics take them."""
-    replay = Replay(found.steps + found.episodes, found.obs_spec.store, found.action_spec.dim, 1)
-    found.append_to(replay)
-    return Episodes(replay.stream(0))
 
 
 def _context(played: Episodes) -> int:

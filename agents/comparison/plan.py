@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from worldmodel.agents.training.offline import agent_of_specs
-from worldmodel.config import Config, list_models
+from worldmodel.config import Config, flat_overrides, list_models
 from worldmodel.envs.make import make_env
 from worldmodel.errors import ConfigError, UnsupportedSpaceError, did_you_mean
 from worldmodel.spaces import ActionSpec, ObsSpec
@@ -66,8 +66,8 @@ class Plan:
             Expectation.parse(text)
 
     def config(self, form: str = REFERENCE, more: Sequence[str] = ()) -> Config:
-        """Of one form. Raises ConfigError."""
-        return Config.from_recipe(self.env, [*self.overrides, f"model={form}", *more])
+        """Of one form; `more` options count before those of all. Raises ConfigError."""
+        return Config.from_recipe(self.env, {**flat_overrides(self.overrides), "model": form, **flat_overrides(more)})
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -103,8 +103,8 @@ def _measure(plan: Plan, rows: Any, forms: Sequence[str], seeds: Sequence[int], 
 
 def _write(found: Comparison, folder: Path, log: Callable[[str], object]) -> None:
     """comparison.json, .md and .html."""
-    from worldmodel.agents.comparison.folder import written
     from worldmodel.storage.rows import where
+    from worldmodel.view import report
 
     here = where(1)
     about = {
@@ -116,7 +116,7 @@ def _write(found: Comparison, folder: Path, log: Callable[[str], object]) -> Non
         "figures": "interquartile means over seeds (interval of 95 %)",
     }
     text = f"Forms of world models on {found.env_id}", about, found.sentences, found.parts()
-    written(folder, "comparison", found.to_json(), text, log)
+    report.write(folder, "comparison", found.to_json(), text, log)
 
 
 def show(found: Mapping[str, Any]) -> None:

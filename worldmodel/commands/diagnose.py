@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -60,15 +59,12 @@ def diagnose(
 def write(found: Diagnosis, folder: Path, env_id: str, log: Callable[[str], object]) -> None:
     """The report's files. Raises StorageError."""
     from worldmodel.agents.training.report import Scalars
-    from worldmodel.storage import files
     from worldmodel.view import report, tensorboard
 
-    files.make_folder(folder)
     about = {"run": found.run, "environment": env_id, "step": found.step, "prior": found.slot, "seconds": round(found.seconds)}
-    title, parts = f"Diagnosis of {Path(found.run).name}", found.parts()
-    files.write(folder / "diagnosis.json", json.dumps(found.to_json(), indent=1, allow_nan=False).encode())
-    files.write(folder / "diagnosis.md", report.markdown(title, about, found.sentences, parts).encode())
-    files.write(folder / "diagnosis.html", report.page(title, about, found.sentences, parts).encode())
+    parts = found.parts()
+    text = f"Diagnosis of {Path(found.run).name}", about, found.sentences, parts
+    report.write(folder, "diagnosis", found.to_json(), text, log)
     scalars = Scalars(folder, found.step, log)
     for name, section in found.sections.items():
         for figure, value in section.figures.items():
@@ -79,7 +75,7 @@ def write(found: Diagnosis, folder: Path, env_id: str, log: Callable[[str], obje
             tensorboard.image(scalars.writer, f"diagnosis/{part.title}/{caption.replace(' ', '_')}", data, found.step)
     scalars.writer.add_text("diagnosis/sentences", "\n\n".join(found.sentences), found.step)
     scalars.close()
-    log(f"Written: {folder / 'diagnosis.html'}, and .md and .json beside it; TensorBoard reads the same folder.")
+    log("TensorBoard reads the same folder.")
 
 
 def show(found: Mapping[str, Any]) -> None:

@@ -51,6 +51,7 @@ def sweep(
     from worldmodel.agents.comparison import folder as folders
     from worldmodel.agents.comparison import sweeping
     from worldmodel.storage.rows import Rows, stale
+    from worldmodel.view import report
 
     require_whole(jobs=jobs, **({} if trials is None else {"trials": trials}))
     numbers = folders.numbered(seeds)
@@ -75,7 +76,7 @@ def sweep(
         "source": rows.code,
     }
     text = f"Sweep of {plan.recipe}", about, result.sentences, result.parts()
-    folders.written(folder, "sweep", result.to_json(), text, log)
+    report.write(folder, "sweep", result.to_json(), text, log)
     return result
 
 

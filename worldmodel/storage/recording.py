@@ -15,6 +15,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
+from worldmodel.data import Episodes
 from worldmodel.errors import ConfigError
 from worldmodel.spaces import ActionSpec, ObsSpec
 from worldmodel.spaces.casts import numbers
@@ -196,6 +197,12 @@ class Recording:
                     f"{self.origin} has the {word} {_shown(mine)}, but {whose} has {_shown(theirs)}. Expected the same spaces "
                     "everywhere: they may be of different environments, or of one seen through different wrappers or layouts."
                 )
+
+    def to_episodes(self) -> Episodes:
+        """Its episodes one after the other as rows, which diagnostics take."""
+        replay = Replay(self.steps + self.episodes, self.obs_spec.store, self.action_spec.dim, 1)
+        self.append_to(replay)
+        return Episodes(replay.stream(0))
 
     def append_to(self, replay: Replay) -> None:
         """Appends all rows to the first stream of a replay."""

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from worldmodel.storage import files
 
 STYLE = """
 :root { color-scheme: light dark; --faint: #8884; }
@@ -33,6 +37,21 @@ class Part:
     lines: Sequence[Sequence[str]] = ()
     note: str | None = None
     pictures: Mapping[str, bytes] = field(default_factory=dict)
+
+
+def write(
+    folder: Path,
+    name: str,
+    content: Mapping[str, object],
+    text: tuple[str, Mapping[str, object], Sequence[str], Sequence[Part]],
+    log: Callable[[str], object],
+) -> None:
+    """A report as NAME.json, .md and .html; `text` is its title, what it is about, sentences and parts. Raises StorageError."""
+    files.make_folder(folder)
+    files.write(folder / f"{name}.json", json.dumps(content, indent=1, allow_nan=False).encode())
+    files.write(folder / f"{name}.md", markdown(*text).encode())
+    files.write(folder / f"{name}.html", page(*text).encode())
+    log(f"Written: {folder / f'{name}.html'}, and .md and .json beside it.")
 
 
 def markdown(title: str, about: Mapping[str, object], sentences: Sequence[str], parts: Sequence[Part]) -> str:

@@ -244,7 +244,7 @@ def planned_returns(
     """Returns of random shooting in a world model, or (None) in copies of the real environment: of episodes and plans that follow
     from the seed alone."""
     rng = np.random.default_rng(seed)
-    value_of = _Copies() if world is None else _Model(world, episodes, seed)
+    value_of = _Copies(codec) if world is None else _Model(world, episodes, seed)
     envs = [make_env(env, number, SEED) for number in range(episodes)]
     obs, running = [one.reset()[0] for one in envs], np.ones(episodes, bool)
     best, returns = None, np.zeros(episodes)
@@ -264,13 +264,15 @@ def planned_returns(
 class _Copies:
     """What plans are worth in copies of the real environments."""
 
+    def __init__(self, codec: ActionSpec) -> None:
+        self.codec = codec
+
     def __call__(
         self, plans: Float[Tensor, "N K H A"], obs: list[Any], envs: list[gym.Env], running: np.ndarray, seeds: np.ndarray
     ) -> Float[Tensor, "N K"]:
-        codec = ActionSpec.from_space(envs[0].action_space)
         value = torch.zeros(plans.shape[:2], dtype=torch.float64)
         for i in np.flatnonzero(running).tolist():
-            value[i] = torch.tensor(real_returns(envs[i], plans[i], codec, int(seeds[i])))
+            value[i] = torch.tensor(real_returns(envs[i], plans[i], self.codec, int(seeds[i])))
         return value
 
     def taken(self, action: Float[Tensor, "N A"]) -> None:

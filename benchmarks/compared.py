@@ -1,6 +1,6 @@
 """The blocks of docs/choose.md: what `worldmodel compare` has measured, from the rows in results/compare.
 
-worldmodel compare pendulum --forms FORMS --seeds 3 --steps 1500 --out runs/compare-pendulum train.ratio=0.6 train.pretrain=200
+worldmodel compare pendulum --seeds 3 --out runs/compare-pendulum
 cp runs/compare-pendulum/plan.json runs/compare-pendulum/rows.jsonl benchmarks/results/compare/pendulum/
 """
 

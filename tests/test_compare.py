@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -45,7 +46,8 @@ PLAN = Plan("pendulum")
 
 
 def row(form, seed=0, **figures):
-    return {"key": {"form": form, "seed": seed}, "figures": {name.replace("_", " "): x for name, x in figures.items()}}
+    known = {name.replace("_", " "): x for name, x in figures.items()}
+    return {"key": {"form": form, "seed": seed}, "figures": known, "where": {"code": code()}}
 
 
 def of(*rows, plan=PLAN, **more):
@@ -111,10 +113,11 @@ def test_expectations_are_checked_against_what_was_measured():
 
 
 def test_persistence_is_read_off_the_forms_and_rows_that_are_missing_are_said():
-    found = of(row("vae", error_at_5=0.2, over_persistence_at_5=0.5), failed={"flow, seed 0": "killed"}, stale=("vae",))
+    old = {**row("vae", error_at_5=0.2, over_persistence_at_5=0.5), "where": {"code": "0123456789abcdef"}}
+    found = of(old, row("flow", error_at_5=0.3), failed={"flow, seed 0": "killed"})
     assert found.cell("persistence", "error at 5").values == (0.4,)
     text = " ".join(found.sentences)
-    assert "flow, seed 0" in text and "Another version of the source made rows of: vae" in text
+    assert "flow, seed 0" in text and "Another version of the source made rows of: vae." in text
 
 
 def test_a_form_of_another_size_is_named():
@@ -167,6 +170,14 @@ def test_episodes_are_played_greedily_at_random_or_in_between():
     for one, other in zip(*same):
         assert np.array_equal(one["observations"], other["observations"])
     assert not np.array_equal(same[0][0]["observations"], same[0][1]["observations"])
+
+
+def test_where_the_environment_has_no_limit_episodes_are_cut_as_in_any_evaluation(monkeypatch):
+    monkeypatch.setattr(play, "find_spec", lambda name: SimpleNamespace(max_episode_steps=None))
+    monkeypatch.setattr(play, "DEFAULT_MAX_STEPS", 9)
+    for longest, steps in ((None, 9), (4, 4)):
+        (episode,) = play.played(None, EnvConfig(id="Pendulum-v1"), 1, 0, longest=longest)
+        assert len(episode["rewards"]) == steps
 
 
 def test_a_row_of_every_kind_is_measured_on_the_same_experience(tmp_path):
@@ -241,7 +252,7 @@ def test_rows_of_another_version_are_measured_again(tmp_path, monkeypatch):
     lines = (tmp_path / "rows.jsonl").read_text().replace(code(), "0123456789abcdef")
     (tmp_path / "rows.jsonl").write_text(lines)
     found = compared(tmp_path, monkeypatch, calls := Calls(failing=("vae",)))
-    assert ("gaussian", 0) in calls.jobs and found.stale == ("vae",)
+    assert ("gaussian", 0) in calls.jobs and found.stale == ["vae"]
 
 
 def test_a_folder_of_another_comparison_is_refused_and_nothing_is_lost(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What a comparison and a sweep have in common: seeds, a plan that is written first, runs in processes, and a report."""
+"""What a comparison and a sweep have in common: seeds, a plan that is written first, rows in processes."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from worldmodel.agents.evaluation import FINAL_SEED, evaluate
 from worldmodel.agents.held_out import HELD_OUT_SEED
 from worldmodel.agents.training import session
 from worldmodel.agents.training.signals import Signals
-from worldmodel.config import flat_overrides
+from worldmodel.config import Config, flat_overrides
 from worldmodel.data import Episodes
 from worldmodel.diagnostics.bounds import likelihood
 from worldmodel.diagnostics.evidence import Evidence
@@ -86,16 +86,21 @@ def _model_free(plan: Plan, job: Mapping[str, Any], folder: Path) -> dict[str, A
         file.unlink(missing_ok=True)
     met.write(training)
     play.recorded(config.env, [episode for pair in zip(own, other) for episode in pair]).write(held_out)
-    returns = [float(episode["rewards"].sum()) for episode in play.played(model, config.env, EPISODES, FINAL_SEED)]
+    returns = _returns(model, config, FINAL_SEED)
     count = sum(p.numel() for p in model.policy.parameters())
     figures = {"return": statistics.fmean(returns), "updates": float(model._n_updates), "parameters": float(count)}
     return {"figures": {**figures, "seconds": round(seconds, 1)}, "algorithm": type(model).__name__}
 
 
 def _random(plan: Plan, job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    env = plan.config().env
-    returns = [float(x["rewards"].sum()) for x in play.played(None, env, EPISODES, FINAL_SEED + 1000 * job["seed"])]
+    returns = _returns(None, plan.config(), FINAL_SEED + 1000 * job["seed"])
     return {"figures": {"return": statistics.fmean(returns)}}
+
+
+def _returns(model: Any, config: Config, seed: int) -> list[float]:
+    """Of greedy episodes, or of random play, cut where a form's are."""
+    episodes = play.played(model, config.env, EPISODES, seed, longest=config.eval.max_steps)
+    return [float(episode["rewards"].sum()) for episode in episodes]
 
 
 def _mlp(plan: Plan, job: Mapping[str, Any], folder: Path) -> dict[str, Any]:

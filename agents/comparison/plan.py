@@ -104,7 +104,7 @@ def checked_forms(asked: Sequence[str] | None) -> list[str]:
     known = list_models()
     for name in asked or ():
         if name not in known:
-            raise ConfigError(f"There is no form '{name}'.{did_you_mean(name, known)} `worldmodel compare --help` lists them.")
+            raise ConfigError(f"There is no form '{name}'.{did_you_mean(name, known)} A form is a file of configs/model.")
     return list(dict.fromkeys(asked or known))
 
 

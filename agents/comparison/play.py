@@ -17,6 +17,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack
 
 from worldmodel.agents.decisions import stacked
+from worldmodel.agents.evaluation import DEFAULT_MAX_STEPS
 from worldmodel.agents.sb3.algorithms import DREAM_DEFAULTS, algorithm_class
 from worldmodel.envs.make import EnvConfig, find_spec, make_env
 from worldmodel.storage.recording import Recording
@@ -110,11 +111,11 @@ def played(
     """Episodes with the environment's seeds from `seed` on, of SB3's greedy policy or (None) of random play.
 
     random   share of the steps in which the action is random
-    longest  steps of an episode at most
+    longest  steps of an episode at most; None: the environment's limit, or DEFAULT_MAX_STEPS where it has none
     """
     limit = find_spec(env.id).max_episode_steps if env.max_episode_steps is None else env.max_episode_steps
     known = [x for x in (limit, longest) if x is not None]
-    config = env.model_copy(update={"max_episode_steps": min(known) if known else LONGEST})
+    config = env.model_copy(update={"max_episode_steps": min(known, default=DEFAULT_MAX_STEPS)})
     rng, found = np.random.default_rng(seed), []
     for number in range(episodes):
         recorder = Recorder(make_env(config, number, seed))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from worldmodel.view import pictures
 from worldmodel.view.report import Part
 
 LEVEL, RESAMPLES = 0.95, 2000
-HIGHER = ("return", "planned return", "likelihood", "active", "rank")
+HIGHER = ("return", "planned return", "likelihood")
 """Figures of which more is better; of all others less, but for those in DESCRIBE."""
 DESCRIBE = (
     *("parameters", "updates", "seconds", "coverage at 5", "spread over error at 5", "rank", "active"),
@@ -45,19 +46,21 @@ UNITS = {
     "auc": "of a classifier that tells inferred from drawn latents: 0.5 is none",
     "hole mass": "share of the transition's draws where no latent lies",
     "marginal hole mass": "of the draws of p(z)",
-    "update": "milliseconds, of world model and agent",
+    "update": "milliseconds, of world model and agent, beside the rows that were measured at the same time",
 }
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Quantile 0.975 of Student's t with 1, 2, ... degrees of freedom; beyond: the last."""
 
 
-def interquartile_mean(values: Sequence[float]) -> float:
-    """The mean of what is left without the lowest and the highest quarter, of which whole values are dropped: of three all count.
+def interquartile_mean(values: Sequence[float] | np.ndarray) -> Any:
+    """The mean [*N] of values [*N, S] without the lowest and the highest quarter, of which whole values are dropped: of three all
+    count.
 
     Source: Agarwal et al. 2021, Deep RL at the edge of the statistical precipice, section 4.3.
     """
-    ordered, cut = sorted(values), len(values) // 4
-    return statistics.fmean(ordered[cut : len(ordered) - cut])
+    ordered = np.sort(np.asarray(values, float), -1)
+    cut = ordered.shape[-1] // 4
+    return ordered[..., cut : ordered.shape[-1] - cut].mean(-1)
 
 
 def bootstrapped(values: Sequence[float], seed: int = 0) -> tuple[float, float] | None:
@@ -65,8 +68,8 @@ def bootstrapped(values: Sequence[float], seed: int = 0) -> tuple[float, float] 
     if len(values) < 2:
         return None
     drawn = np.random.default_rng(seed).choice(np.asarray(values, float), (RESAMPLES, len(values)))
-    means = [interquartile_mean(row) for row in drawn.tolist()]
-    return tuple(np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist())
+    low, high = np.quantile(interquartile_mean(drawn), [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+    return low, high
 
 
 def promised(values: Sequence[float]) -> tuple[float, float] | None:
@@ -88,7 +91,7 @@ class Cell:
 
     @property
     def mean(self) -> float:
-        return interquartile_mean(self.values)
+        return float(interquartile_mean(self.values))
 
     def __str__(self) -> str:
         interval = bootstrapped(self.values)
@@ -102,7 +105,6 @@ class Comparison:
     rows     those of its forms and of what they are held against, each with its key and its figures
     refused  {form: why it does not fit}
     failed   {form: why it has no row of some seed}
-    stale    forms with rows that another version of the source has made
     folder   where the report is, and the rows
     """
 
@@ -112,7 +114,6 @@ class Comparison:
     rows: tuple[Mapping[str, Any], ...]
     refused: Mapping[str, str] = field(default_factory=dict)
     failed: Mapping[str, str] = field(default_factory=dict)
-    stale: tuple[str, ...] = ()
     folder: str = ""
 
     @classmethod
@@ -121,10 +122,9 @@ class Comparison:
         file = folder / "plan.json"
         with storage_errors("reading", file):
             plan = Plan.from_json(parse_json(file.read_bytes(), file))
-        rows = tuple(row for row in Rows(folder / "rows.jsonl"))
+        rows = tuple(Rows(folder / "rows.jsonl"))
         seeds = tuple(sorted({row["key"]["seed"] for row in rows}))
-        other = tuple(dict.fromkeys(row["key"]["form"] for row in rows if stale(row)))
-        return cls(plan, plan.config().env.id, seeds, rows, stale=other, folder=str(folder))
+        return cls(plan, plan.config().env.id, seeds, rows, folder=str(folder))
 
     # Cells ------------------------------------------------------------------------------------------------------------------
 
@@ -133,6 +133,11 @@ class Comparison:
         """The forms that have rows, the best return first."""
         found = dict.fromkeys(row["key"]["form"] for row in self.rows if row["key"]["form"] not in OTHERS)
         return sorted(found, key=lambda form: -cell.mean if (cell := self.cell(form, "return")) else float("inf"))
+
+    @cached_property
+    def stale(self) -> list[str]:
+        """Forms with rows that another version of the source has made."""
+        return list(dict.fromkeys(row["key"]["form"] for row in self.rows if stale(row)))
 
     def cell(self, form: str, figure: str) -> Cell | None:
         """None where the form has no such figure."""

@@ -42,7 +42,7 @@ def compare(
     jobs       rows at the same time, each on one thread
     out        folder of rows and report: what is in it is not measured again; None: runs/compare-ENV
     overrides  options of every form, by dotted key
-    expect     "A < B: FIGURE", written down before anything is measured; None: what docs/choose.md lists
+    expect     "A < B: FIGURE", written down before anything is measured; None: those of `plan.EXPECTATIONS`
     log        gets a line for each row
 
     A stop loses no finished row, and one that trains goes on from its checkpoint. Rows that another version of the source has made
@@ -52,7 +52,7 @@ def compare(
     from worldmodel.agents.comparison import folder as folders
     from worldmodel.agents.comparison import plan as plans
     from worldmodel.config import flat_overrides
-    from worldmodel.storage.rows import Rows, stale
+    from worldmodel.storage.rows import Rows
 
     require_whole(jobs=jobs)
     numbers = folders.numbered(seeds)
@@ -68,10 +68,9 @@ def compare(
     failed = _measure(plan, rows, fitting, numbers, jobs, folder)
     keys = [{"form": form, "seed": seed} for form in (*fitting, *plans.OTHERS) for seed in numbers]
     there = [row for key in keys if (row := rows.get(key)) is not None]
-    other = tuple(dict.fromkeys(row["key"]["form"] for row in there if stale(row)))
     from worldmodel.agents.comparison.table import Comparison
 
-    found = Comparison(plan, env_id, numbers, tuple(there), refused, failed, other, str(folder))
+    found = Comparison(plan, env_id, numbers, tuple(there), refused, failed, str(folder))
     _write(found, folder, log)
     return found
 

@@ -81,8 +81,8 @@ def dream(
     if out is not None:
         rollouts.save_rollout(out, shown, found.errors, viewer, log)
     about = {"env_id": run.config.env.id, "run": str(run.path), "step": agent.num_timesteps, "context": context}
-    worst = rollouts.worst_number(found.errors, viewer)
-    return {**about, **_figures(found), "out": out and str(out), "worst": worst, "guided": guided}
+    shown_in = {"out": out and str(out), "worst": rollouts.worst_number(found.errors, viewer), "guided": guided}
+    return {**about, **_figures(found), **shown_in}
 
 
 def _check(context: int, horizon: int, start: Start, guide: Guidance | None) -> None:

@@ -92,7 +92,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the sections read. Nothing of it was played by the run's own training but `fitted`.
+    """What the sections read. The model has learned from `fitted` alone; where it could not be otherwise, a diagnosis says so.
 
     world       the model in eval mode
     run         name of the run's folder, for the commands in sentences

@@ -261,7 +261,7 @@ def holes(evidence: Evidence, slot: Slot) -> Section:
     return joined(sections)
 
 
-def _remedy(evidence: Evidence, slot: Slot) -> str:
+def another_prior(evidence: Evidence, slot: Slot) -> str:
     """The command that gives the slot a prior of another form."""
     if evidence.world.dynamics.latent.continuous:
         return f"`worldmodel fit-prior {evidence.run} --slot {slot} --kind flow`"
@@ -274,12 +274,12 @@ def _regions(evidence: Evidence, slot: Slot, found: Holes, episode: Tensor) -> S
     sentences = []
     if hole.surely_above(CLEAR):
         text = f"{100 * hole.value:.1f} % of the draws of the {slot} prior fall where no observation's latent is; another form may "
-        sentences.append(f"{text}help: {_remedy(evidence, slot)}.")
+        sentences.append(f"{text}help: {another_prior(evidence, slot)}.")
     if missed.surely_above(CLEAR):
         text = (
             f"{100 * missed.value:.1f} % of the observations' latents are where the {slot} prior does not draw; another form may "
         )
-        sentences.append(f"{text}help: {_remedy(evidence, slot)}.")
+        sentences.append(f"{text}help: {another_prior(evidence, slot)}.")
     if not sentences:
         text = f"The {slot} prior draws where latents are: {max(0, 100 * hole.value):.1f} % of its draws fall into holes"
         sentences.append(f"{text}, and it misses {max(0, 100 * missed.value):.1f} %.")
@@ -307,7 +307,7 @@ def _cycle(evidence: Evidence, slot: Slot, rows: SlotRows) -> Section:
     moved = f"they move {distance.value:.2g} {kind}, {figure.value:.2g} times as far as real latents"
     if figure.surely_above(MOVED) and distance.surely_above(FAR):
         text = f"Draws of the {slot} prior do not survive decoding and encoding: {moved}; another form may help: "
-        text += f"{_remedy(evidence, slot)}."
+        text += f"{another_prior(evidence, slot)}."
     else:
         text = f"Draws of the {slot} prior survive decoding and encoding: {moved}."
     section = Section({f"{slot} cycle distance": distance, f"{slot} cycle ratio": figure}, None, (text,))
@@ -322,7 +322,7 @@ def _redrawn(evidence: Evidence, slot: Slot, changed: Sequence[Float[Tensor, " R
     figures, moved = {f"{slot} picture cycle": change, f"{slot} picture cycle ratio": over}, f"they change by {change}, {over}"
     if change.surely_above(GREY) and over.surely_above(MOVED):
         text = f"Pictures of draws of the {slot} prior become others where they are encoded and decoded again: {moved}; another "
-        return Section(figures, None, (f"{text}form may help: {_remedy(evidence, slot)}.",))
+        return Section(figures, None, (f"{text}form may help: {another_prior(evidence, slot)}.",))
     return Section(
         figures, None, (f"Pictures of draws of the {slot} prior stay where they are encoded and decoded again: {moved}.",)
     )
@@ -368,7 +368,7 @@ def _validity(evidence: Evidence, slot: Slot, rows: SlotRows) -> Section:
     what = {"range": "leave the range of the run's observations", "invalid": "are far from all that real latents decode to"}
     sentences = tuple(
         f"{100 * figure.value:.1f} % of the observations that the {slot} prior draws {what[name.split()[-1]]}; another form may "
-        f"help: {_remedy(evidence, slot)}."
+        f"help: {another_prior(evidence, slot)}."
         for name, figure in wrong.items()
     )
     value = figures[f"{slot} out of range"].value
@@ -402,7 +402,7 @@ def _pictures(evidence: Evidence, slot: Slot, rows: SlotRows) -> Section:
     text = f"from the nearest real one by {distance}, {over_real} and {over}"
     if over.surely_above(MOVED):
         text = f"Pictures that the {slot} prior draws are none of the run's: they differ {text}; another form may help:"
-        return Section(figures, None, (f"{text} {_remedy(evidence, slot)}.",))
+        return Section(figures, None, (f"{text} {another_prior(evidence, slot)}.",))
     return Section(
         figures,
         None,

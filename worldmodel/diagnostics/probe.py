@@ -20,7 +20,7 @@ from worldmodel.diagnostics.holes import (
     CLEAR_OF_RANGE,
     LARGEST_STEP,
     MIN_ROWS,
-    _remedy,
+    another_prior,
     decodes_draws,
     holes_between,
     pictures_of,
@@ -157,7 +157,7 @@ def probed(evidence: Evidence, slot: Slot, states: States | str, context: int = 
             text = (
                 f"Pictures that the {slot} prior draws show a state that no real one shows, in a share of {invalid}; another form"
             )
-            sentences.append(f"{text} may help: {_remedy(evidence, slot)}.")
+            sentences.append(f"{text} may help: {another_prior(evidence, slot)}.")
     return Section(figures, None, tuple(sentences))
 
 

@@ -76,10 +76,11 @@ class Rows:
             row = {"key": dict(key), **measured, "where": here}
             line = json.dumps(row, allow_nan=False)
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            before = self.file.read_bytes() if self.file.exists() else b""
-            cut = bool(before) and not before.endswith(b"\n")  # by a kill
-            with self.file.open("a", encoding="utf-8") as file:
-                file.write(("\n" if cut else "") + line + "\n")
+            with self.file.open("ab+") as file:
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    line = line if file.read(1) == b"\n" else f"\n{line}"  # a kill has cut the last one
+                file.write(f"{line}\n".encode())
             self._rows[_text(key)] = row
             return row
 

@@ -164,6 +164,13 @@ def test_all_that_the_model_free_agent_meets_is_recorded():
     assert abs(model._n_updates - 60) < 20
 
 
+def test_the_model_free_agent_never_makes_fewer_updates_than_its_authors_published():
+    for name, published in (("sac", 1), ("dqn", 0.25)):
+        for updates, expected in ((90, published), (900, 1), (3600, 4)):
+            given = play._options(name, 1000, updates, prefill=100)
+            assert given["gradient_steps"] / given["train_freq"] == expected, (name, updates)
+
+
 def test_episodes_are_played_greedily_at_random_or_in_between():
     same = [play.played(None, EnvConfig(id="Pendulum-v1"), 2, 7, longest=5) for _ in range(2)]
     assert [len(x["rewards"]) for x in same[0]] == [5, 5] and all(x["truncations"][-1] for x in same[0])

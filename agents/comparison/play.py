@@ -1,7 +1,7 @@
 """What all forms learn from and are measured on: the experience of a model-free agent, and held-out episodes of it.
 
-The agent is SB3's (DQN, SAC or PPO, by the actions). It learns in the real environment with as many updates as the forms make, and
-is a row of the comparison itself. So every form sees what an agent really meets on its way, and none chooses what it sees.
+The agent is SB3's (DQN, SAC or PPO, by the actions). It learns in the real environment with as many updates as the forms make, or with
+as many as its authors published where that is more, and is a row of the comparison itself. So every form sees what an agent really meets on its way, and none chooses what it sees.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from worldmodel.storage.recording import Recording
 
 FRAMES = 2
 """Pictures that the agent sees at once: one does not show what moves."""
+PUBLISHED = {"sac": Fraction(1), "dqn": Fraction(1, 4)}
+"""Updates per real step. Sources: Haarnoja et al. 2018, appendix D; Mnih et al. 2015, table 1."""
 LONGEST = 300
 """Steps of a held-out episode at most."""
 
@@ -59,7 +61,7 @@ def _copied(value: Any) -> Any:
 
 
 def model_free(env: EnvConfig, steps: int, updates: int, seed: int, prefill: int) -> tuple[BaseAlgorithm, Recording]:
-    """SB3's algorithm after `steps` real steps and about as many updates as are asked for, and all that it met.
+    """SB3's algorithm after `steps` real steps and about `updates` updates, or as many as PUBLISHED says, and all that it met.
 
     prefill   steps of random actions before it learns
 
@@ -78,10 +80,10 @@ def model_free(env: EnvConfig, steps: int, updates: int, seed: int, prefill: int
 
 
 def _options(name: str, steps: int, updates: int, prefill: int) -> dict[str, Any]:
-    """SB3's arguments for so few steps, with the updates per step that make `updates` of them."""
+    """SB3's arguments for so few steps, with the updates per step that make `updates` of them, or with those of PUBLISHED."""
     if name == "ppo":
         return {"n_steps": min(256, max(16, steps // 8))}
-    rate = Fraction(updates / max(1, steps - prefill)).limit_denominator(8)
+    rate = max(PUBLISHED[name], Fraction(updates / max(1, steps - prefill)).limit_denominator(8))
     often = {"learning_starts": prefill, "train_freq": rate.denominator, "gradient_steps": max(1, rate.numerator)}
     explores = {"exploration_fraction": 0.5, "exploration_final_eps": 0.1} if name == "dqn" else {}
     return {**DREAM_DEFAULTS[name.upper()], **often, **explores, "buffer_size": steps}

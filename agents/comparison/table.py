@@ -222,8 +222,7 @@ class Comparison:
         model_free, form = self.cell("model-free", "return"), self.recommended
         own = None if form is None else self.cell(form, "return")
         if model_free is not None and own is not None:
-            what = "with as many real steps and updates" if self.plan.minutes is None else "with as many real steps"
-            found.append(f"The model-free agent returns {model_free} {what}; `model={form}` {own}.")
+            found.append(f"The model-free agent returns {model_free} with as many real steps; `model={form}` {own}.")
         wide = [form for form in self.forms if not self._equal_size(form)]
         if wide:
             found.append(f"Parameters could not be brought within {100 * WITHIN:.0f} % of `{REFERENCE}`'s for: {', '.join(wide)}.")

@@ -227,7 +227,8 @@ def halved_sizes(size: tuple[int, int], min_side: int = 4) -> list[tuple[int, in
         sizes.append((sizes[-1][0] // 2, sizes[-1][1] // 2))
     if len(sizes) == 1:
         raise ValueError(
-            f"An image of {size[0]}x{size[1]} pixels is too small: a convolution needs at least 8x8. Declare env.layout=vector."
+            f"An image of {size[0]}x{size[1]} pixels is too small: a convolution needs at least 8x8. Declare "
+            "env.layout=vector, or env.categories where its numbers are kinds of things."
         )
     return sizes
 

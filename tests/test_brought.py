@@ -70,12 +70,12 @@ def own(tmp_path, monkeypatch):
     (tmp_path / "own_wrappers.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "own_wrappers", raising=False)
-    registry = dict(gym.registry)
-    monkeypatch.setattr(gym.envs.registration, "registry", registry)
-    monkeypatch.setattr(gym, "registry", registry)
-    gym.register("MiniGrid-Small-v0", Grid, max_episode_steps=8)
-    gym.register("Small-v0", Grid, max_episode_steps=8)
+    names = ("MiniGrid-Small-v0", "Small-v0")
+    for name in names:
+        gym.register(name, Grid, max_episode_steps=8)
     yield
+    for name in names:  # the others stay: a package registers its own only when it is first imported
+        gym.registry.pop(name)
     sys.modules.pop("own_wrappers", None)
 
 

@@ -229,7 +229,7 @@ def _states(run: Run, evidence: Evidence, found: HeldOut) -> States | str:
 
 def recorded(agent: ActsOnBelief, run: Run, data: Sequence[str | Path], limit: int, steps: int) -> Episodes:
     """The first steps of recorded episodes, evenly spaced among all. Raises ConfigError for others than the run's, or too few."""
-    found = recordings(data, run.config.env.layout)
+    found = recordings(data, run.config.env.layout, run.config.env.declared)
     found.check_same_spaces(agent.obs_spec, agent.action_spec, str(run.path))
     ours, theirs = run.config.env.id, found.env_id
     if theirs is not None and ours.rpartition(":")[2] != theirs.rpartition(":")[2]:

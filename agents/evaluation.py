@@ -134,7 +134,7 @@ def require_spaces(model: Any, venv: VecEnv, env_id: str) -> None:
         if not same:
             raise ConfigError(
                 f"The model {word} {ours}, but '{env_id}' has {theirs}. Expected the spaces that it was trained with: it may be of "
-                "recorded data from another environment, or through other wrappers (env.pixels, env.kwargs)."
+                "recorded data from another environment, or through other wrappers (env.wrappers, env.pixels, env.kwargs)."
             )
 
 

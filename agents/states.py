@@ -12,7 +12,7 @@ from worldmodel.agents.decisions import stacked
 from worldmodel.data import Episodes
 from worldmodel.diagnostics.probe import States
 from worldmodel.envs.make import EnvConfig, make_env
-from worldmodel.errors import ConfigError, EnvError, MissingExtraError
+from worldmodel.errors import ConfigError, EnvError, MissingExtraError, UnsupportedSpaceError
 from worldmodel.model import WorldModel
 from worldmodel.spaces import ObsSpec
 from worldmodel.spaces.names import signal_names
@@ -40,7 +40,7 @@ def states_of(env: EnvConfig, world: WorldModel, episodes: Episodes, seed: int) 
                 return rows
             numbers, names = rows
             found.append(numbers)
-    except (ConfigError, EnvError, MissingExtraError) as error:
+    except (ConfigError, EnvError, MissingExtraError, UnsupportedSpaceError) as error:
         return f"because the environment did not play: {error}"
     if len({x.shape[1] for x in found}) != 1:
         return "because the environment's state has not always the same numbers"

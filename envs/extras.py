@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Collection
 from importlib.util import find_spec
 
 import gymnasium
+from gymnasium import spaces
 
 from worldmodel.errors import EnvError, MissingExtraError
 
-EXTRAS = {"ale_py": "atari", "Box2D": "box2d", "mujoco": "mujoco", "minigrid": "minigrid", "pygame": "render"}
+EXTRAS = {"ale_py": "atari", "cv2": "atari", "Box2D": "box2d", "mujoco": "mujoco", "minigrid": "minigrid", "pygame": "render"}
 """Import name -> extra."""
 REGISTERS = {
     re.compile(r"ALE/|.*(NoFrameskip|Deterministic)-v\d$"): "ale_py",
     re.compile(r"(MiniGrid|BabyAI)-"): "minigrid",
 }
 """Ids that exist only once a package is imported."""
+CATEGORIES = {re.compile(r"(MiniGrid|BabyAI)-"): {"image": (11, 6, 3)}}
+"""Ids whose environments declare bytes where they observe categories, and how many of each, along the last side.
+
+MiniGrid: the kind of an object, its colour, the state of a door; minigrid.core.constants has the lists.
+"""
 
 
 def register_for(env_id: str) -> None:
@@ -61,6 +68,24 @@ def absent(error: BaseException | None) -> list[str]:
             names.append(error.name.partition(".")[0])
         error = error.__cause__ or error.__context__
     return names
+
+
+def remedy(error: BaseException, other: str) -> str:
+    """Advice to install the package that an error names as absent, else `other`."""
+    names = absent(error)
+    return f"Install '{names[0]}'" if names else other
+
+
+def known_categories(env_id: str | None, space: gymnasium.Space, ignore: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
+    """The entries of CATEGORIES for an id, where its observation has these keys, in bytes."""
+    name = (env_id or "").rpartition(":")[2]
+    return {
+        key: sizes
+        for pattern, keys in CATEGORIES.items()
+        for key, sizes in keys.items()
+        if pattern.match(name) and key not in ignore and isinstance(space, spaces.Dict)
+        if isinstance(box := space.spaces.get(key), spaces.Box) and box.dtype == "uint8" and box.shape[-1:] == (len(sizes),)
+    }
 
 
 def install(extra: str) -> str:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
-import os
 import re
 import warnings
+from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.wrappers import TimeLimit
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor
 
-from worldmodel.config import Frozen
-from worldmodel.envs.extras import absent, missing_extra, register_for
+from worldmodel.config import Frozen, Options
+from worldmodel.envs.extras import known_categories, missing_extra, register_for, remedy
+from worldmodel.envs.named import FORM, imported, named_wrapper, wrapped
 from worldmodel.envs.vectors.adapter import GymVecEnvAdapter
 from worldmodel.envs.vectors.restarts import LocalVecEnv, ReportFaults, Restarts
 from worldmodel.envs.vectors.workers import WorkerVecEnv
@@ -36,6 +37,17 @@ class EnvConfig(Frozen):
 
     id: str = Field(description='Gymnasium id, "module:Name-v0" imports the module first')
     kwargs: dict[str, Any] = Field({}, description="keyword arguments of the environment's constructor")
+    wrappers: tuple[str | dict[str, Options], ...] = Field(
+        (),
+        description="classes of gymnasium.Wrapper around the environment, from the inside out: [module:Class, {module:Class: "
+        "{argument: value}}]",
+    )
+    ignore: tuple[str, ...] = Field((), description="keys of a Dict observation that are left out, such as texts")
+    categories: tuple[int, ...] | dict[str, tuple[int, ...]] | None = Field(
+        None,
+        description="integers of an observation that are categories: how many there are, along its last side, by key for Dict "
+        "spaces; null: those of MiniGrid's and BabyAI's own observations",
+    )
     num_envs: int = Field(1, ge=1, description="copies that step together")
     layout: Layout | dict[str, Layout] | None = Field(
         None, description="order of the axes of images where the shape leaves it open; by key for Dict spaces"
@@ -67,18 +79,40 @@ class EnvConfig(Frozen):
     )
     restart_window: float = Field(300.0, gt=0, description="seconds after which a restart no longer counts")
 
+    @field_validator("wrappers", mode="before")
+    @classmethod
+    def _are_named(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"should be a list of {FORM}, not {value!r}.")
+        return tuple({name: kwargs} if kwargs else name for name, kwargs in map(named_wrapper, value))
+
+    @model_validator(mode="after")
+    def _have_keys(self) -> EnvConfig:
+        given = [name for name in ("ignore", "categories") if getattr(self, name)]
+        if given and self.pixels is not None:
+            raise ValueError(f"pixels replaces the observation, so {' and '.join(given)} would do nothing. Leave one of them out.")
+        return self
+
     @property
     def options(self) -> dict[str, Any]:
         """The options that change the environment of this id, as plain data."""
-        named = {"kwargs", "pixels", "max_episode_steps", "action_repeat"}
+        named = {"kwargs", "wrappers", "ignore", "categories", "pixels", "max_episode_steps", "action_repeat"}
         return self.model_dump(mode="json", include=named, exclude_defaults=True)
+
+    def declared(self, space: gym.Space) -> dict[str, Any]:
+        """`ignore` and `categories` for an observation space, with what is known of the environment's own one."""
+        own = self.categories is None and self.pixels is None and not self.wrappers
+        known = known_categories(self.id, space, self.ignore) if own else self.categories
+        return {"ignore": self.ignore, "categories": known or {}}
 
 
 def make_env(config: EnvConfig | str, index: int = 0, seed: int | None = None) -> gym.Env:
-    """One environment with all wrappers: checked, limited, repeated, rendered, flat and monitored (from the inside out).
+    """One environment with all wrappers, from the inside out: `env.wrappers`, then checked, limited, repeated, rendered, flat and
+    monitored.
 
     Its first reset and its action space are seeded with seed + index.
-    Raises ConfigError (unknown id, wrong kwargs, no pictures for `pixels`), MissingExtraError, EnvError (its constructor raised).
+    Raises ConfigError (unknown id or wrapper, wrong kwargs, no pictures for `pixels`, unknown keys), MissingExtraError, EnvError (a
+    constructor raised).
     """
     config = EnvConfig(id=config) if isinstance(config, str) else config
     spec = find_spec(config.id)
@@ -92,8 +126,11 @@ def make_env(config: EnvConfig | str, index: int = 0, seed: int | None = None) -
             env = gym.make(spec, max_episode_steps=-1, disable_env_checker=True, **kwargs)
     except Exception as error:
         _raise_creation_error(error, config, index)
+    for name, arguments in map(named_wrapper, config.wrappers):
+        env = wrapped(env, name, arguments, f"environment {index}: '{config.id}'")
     limit = spec.max_episode_steps if config.max_episode_steps is None else config.max_episode_steps
-    return _wrapped(env, index, seed, limit=limit, repeat=config.action_repeat, pixels=config.pixels)
+    declared = config.declared(env.observation_space)
+    return _wrapped(env, index, seed, declared, limit=limit, repeat=config.action_repeat, pixels=config.pixels)
 
 
 def make_vec(config: EnvConfig | str, num_envs: int | None = None, seed: int | None = None) -> VecEnv:
@@ -171,21 +208,7 @@ def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
     """The registered spec of an id, importing what registers it. Raises ConfigError with the nearest registered ids."""
     module, _, name = env_id.rpartition(":")
     if module:
-        try:
-            importlib.import_module(module)
-        except (Exception, SystemExit) as error:
-            extra = missing_extra(error)
-            if extra is not None:
-                raise extra from error
-            if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
-                raise ConfigError(
-                    f"env.id '{env_id}': the module '{module}' could not be imported ({error}). Expected an installed module "
-                    f"that registers the environment, or {module.replace('.', '/')}.py in the current folder, {os.getcwd()}."
-                ) from error
-            raise EnvError(
-                f"env.id '{env_id}': the module '{module}' is there, and importing it raised {type(error).__name__}: {error}. "
-                f"{_remedy(error, 'Correct it')}."
-            ) from error
+        imported(module, f"env.id '{env_id}'", "registers the environment")
     if name not in gym.registry:
         register_for(name)
     if name in gym.registry:
@@ -202,10 +225,17 @@ def _make_reporting(config: EnvConfig, index: int, seed: int | None) -> gym.Env:
 
 
 def _wrapped(
-    env: gym.Env, index: int, seed: int | None, *, limit: int | None = None, repeat: int = 1, pixels: int | None = None
+    env: gym.Env,
+    index: int,
+    seed: int | None,
+    declared: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    limit: int | None = None,
+    repeat: int = 1,
+    pixels: int | None = None,
 ) -> gym.Env:
     seed = None if seed is None else seed + index
-    env = CheckedEnv(env, index, seed)
+    env = CheckedEnv(env, index, seed, **declared)
     if limit is not None:
         env = TimeLimit(env, limit)
     if repeat > 1:
@@ -213,7 +243,7 @@ def _wrapped(
     if pixels is not None:
         env = RenderObservation(env, pixels)
     monitored = _has_outer_monitor(env)
-    env = FlattenSpaces.wrap(env, plain=False)
+    env = FlattenSpaces.wrap(env, plain=False, **declared)
     env = env if monitored else Monitor(env)
     env.action_space.seed(seed)
     return env
@@ -244,14 +274,8 @@ def _raise_creation_error(error: Exception, config: EnvConfig, index: int) -> No
     if newest and isinstance(error, ImportError | gym.error.Error):  # what retired versions raise: HalfCheetah-v2, Gymnasium itself
         other = f"Use '{newest}', the newest version that is registered"
     raise EnvError(
-        f"environment {index}: '{config.id}' could not be made: it raised {type(error).__name__}: {error}. {_remedy(error, other)}."
+        f"environment {index}: '{config.id}' could not be made: it raised {type(error).__name__}: {error}. {remedy(error, other)}."
     ) from error
-
-
-def _remedy(error: BaseException, other: str) -> str:
-    """Advice to install the package that an error names as absent, else `other`."""
-    names = absent(error)
-    return f"Install '{names[0]}'" if names else other
 
 
 def renders(config: EnvConfig) -> bool:

@@ -10,7 +10,7 @@ import inspect
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,14 @@ from worldmodel.storage.files import storage_errors
 from worldmodel.storage.recording import Recording
 
 PREFIX = "minari:"
+Declared = Callable[[gym.Space], Mapping[str, Any]]
 
 
-def read(dataset_id: str, layout: Layout | Mapping[str, Layout] | None = None) -> Recording:
-    """The episodes of a local Minari data set. Raises ConfigError (with near names), CorruptError, MissingExtraError."""
+def read(dataset_id: str, layout: Layout | Mapping[str, Layout] | None = None, declared: Declared | None = None) -> Recording:
+    """The episodes of a local Minari data set. Raises ConfigError (with near names), CorruptError, MissingExtraError.
+
+    declared  `EnvConfig.declared`: the keys that are left out and the integers that are categories, for the data set's space
+    """
     minari = _minari()
     name = f"{PREFIX}{dataset_id}"
     folder = _folder(_well_formed(dataset_id))
@@ -39,7 +43,7 @@ def read(dataset_id: str, layout: Layout | Mapping[str, Layout] | None = None) -
         if not {"observation_space", "action_space"} <= metadata.keys():
             raise ConfigError(f"{name} says nothing of its spaces. Expected a data set that Minari 0.5 or later wrote.")
         dataset = minari.load_dataset(dataset_id)
-        flatten = Flattener(dataset.observation_space)
+        flatten = Flattener(dataset.observation_space, **({} if declared is None else declared(dataset.observation_space)))
         return Recording.from_episodes(
             flatten.space,
             dataset.action_space,
@@ -122,7 +126,7 @@ def _env_spec(recording: Recording) -> EnvSpec | None:
     The registered spec under the id with its module; of an id that is not registered here, the bare id.
     """
     env_id, options = recording.env_id, recording.env_options
-    if env_id is None or options is None or options.keys() & {"pixels", "action_repeat"}:
+    if env_id is None or options is None or options.keys() & {"wrappers", "ignore", "categories", "pixels", "action_repeat"}:
         return None
     known = gym.registry.get(env_id.rpartition(":")[2])
     if known is None or not isinstance(known.entry_point, str):

@@ -14,10 +14,14 @@ from worldmodel.storage.run import Run
 from worldmodel.storage.run_folder import CONFIG
 
 
-def recording(source: str | Path | Run | Recording, layout: Layout | Mapping[str, Layout] | None = None) -> Recording:
+def recording(
+    source: str | Path | Run | Recording,
+    layout: Layout | Mapping[str, Layout] | None = None,
+    declared: minari.Declared | None = None,
+) -> Recording:
     """The episodes of one source: FILE.npz, a folder of such files, "minari:ID", a run or its folder.
 
-    `layout`: of Minari's images whose shapes leave it open; the other sources have theirs.
+    `layout`: of Minari's images whose shapes leave it open, and `declared`: `EnvConfig.declared`; the other sources have theirs.
     Raises ConfigError, CorruptError, MissingExtraError, UnsupportedSpaceError.
     """
     if isinstance(source, Recording):
@@ -25,7 +29,7 @@ def recording(source: str | Path | Run | Recording, layout: Layout | Mapping[str
     if isinstance(source, Run):
         return _of_run(source)
     if str(source).startswith(minari.PREFIX):
-        return minari.read(str(source).removeprefix(minari.PREFIX), layout)
+        return minari.read(str(source).removeprefix(minari.PREFIX), layout, declared)
     path = Path(source)
     if (path / CONFIG).is_file():
         return _of_run(Run.open(path))
@@ -42,9 +46,13 @@ def recording(source: str | Path | Run | Recording, layout: Layout | Mapping[str
     return Recording.read(path)
 
 
-def recordings(sources: Sequence[str | Path | Run | Recording], layout: Layout | Mapping[str, Layout] | None = None) -> Recording:
+def recordings(
+    sources: Sequence[str | Path | Run | Recording],
+    layout: Layout | Mapping[str, Layout] | None = None,
+    declared: minari.Declared | None = None,
+) -> Recording:
     """All episodes of all sources. ConfigError where their spaces differ."""
-    return Recording.joined([recording(source, layout) for source in sources])
+    return Recording.joined([recording(source, layout, declared) for source in sources])
 
 
 def _of_run(run: Run) -> Recording:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from operator import getitem
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import gymnasium as gym
@@ -17,19 +18,26 @@ from PIL import Image
 from worldmodel.envs.extras import missing_extra
 from worldmodel.envs.vectors.batches import describe
 from worldmodel.envs.vectors.plain import PlainSpaces
-from worldmodel.errors import ConfigError, EnvError, UnsupportedSpaceError
+from worldmodel.errors import ConfigError, EnvError, UnsupportedSpaceError, did_you_mean
 from worldmodel.spaces import ObsSpec
 from worldmodel.spaces.casts import cast, join_path, numbers, warn_once, warning_due
-from worldmodel.spaces.keys import FLOAT32_MAX
+from worldmodel.spaces.keys import FLOAT32_MAX, discrete
 
 _log = logging.getLogger(__name__)
+
+Categories = Sequence[int] | Mapping[str, Sequence[int]]
+SHOWN = 16
+"""Numbers of an observation that an error prints whole."""
+PathAndSpace = tuple[tuple[Any, ...], spaces.Space]
+"""(path of keys and numbers, space) of one array of a nested space."""
 
 
 class CheckedEnv(gym.Wrapper):
     """Passes on copies of elements of the spaces; anything else is an EnvError with the environment, episode and step.
 
-    index  the number of the environment among its siblings, used in messages
-    seed   for the first reset without a seed of its own
+    index               the number of the environment among its siblings, used in messages
+    seed                for the first reset without a seed of its own
+    ignore, categories  as in Flattener: keys that pass as they are, and integers that are compared with their categories
 
     Observations are compared with the space at the time of wrapping: keys, shape, dtype, finite numbers, categories. Rewards are
     finite numbers, flags are booleans, `info` is a dict. Numbers of another dtype, 0 and 1 for flags, and lists for arrays are
@@ -38,11 +46,21 @@ class CheckedEnv(gym.Wrapper):
     given: an environment need not take them.
     """
 
-    def __init__(self, env: gym.Env, index: int = 0, seed: int | None = None):
+    def __init__(
+        self,
+        env: gym.Env,
+        index: int = 0,
+        seed: int | None = None,
+        *,
+        ignore: Sequence[str] = (),
+        categories: Categories = MappingProxyType({}),
+    ):
         super().__init__(env)
         self.index, self.episode, self.steps = index, 0, 0
         self._seed = seed
         self._space = env.observation_space
+        self.ignored = frozenset(ignore)
+        self.categorical = categorical_keys(env.observation_space, categories) if categories else {}
 
     def place(self) -> str:
         """`environment 3, episode 12, step 40`: episodes count from 1, step 0 is the reset."""
@@ -135,7 +153,10 @@ class CheckedEnv(gym.Wrapper):
 
 def _checked(space: spaces.Space, value: Any, path: tuple[Any, ...], env: CheckedEnv) -> Any:
     """A copy of `value` as an element of `space`; EnvError with the key path where it is none."""
-    name = f"observation '{join_path(path) or 'obs'}'"
+    key = join_path(path)
+    if key in env.ignored:
+        return value
+    space, name = env.categorical.get(key, space), f"observation '{key or 'obs'}'"
     if isinstance(space, spaces.Dict):
         if not isinstance(value, Mapping):
             env._fail(f"{name} is {describe(value)}", f"a dict with the keys {list(space.spaces)}", "Return one value a key")
@@ -195,15 +216,19 @@ def _checked_array(space: spaces.Space, value: Any, name: str, env: CheckedEnv) 
         env._warn_once(name, str(given.dtype), "integers", "Return it as integers")
     low = np.asarray(getattr(space, "start", 0))
     high = low + (space.nvec if isinstance(space, spaces.MultiDiscrete) else 2)
-    if ((value < low) | (value >= high)).any():
-        env._fail(
-            f"{name} is {np.asarray(value).tolist()}", f"an element of {space}", "Correct the environment or its observation_space"
-        )
+    wrong = (value < low) | (value >= high)
+    if wrong.any():
+        found, expected = f"{name} is {np.asarray(value).tolist()}", f"an element of {space}"
+        if value.size > SHOWN:
+            place = tuple(int(i) for i in np.argwhere(wrong)[0])
+            ends = (int(np.broadcast_to(end, shape)[place]) for end in (low, high - 1))
+            found, expected = f"{name} holds {value[place]} at {list(place)}", "{} to {} there".format(*ends)
+        env._fail(found, expected, "Correct the environment or its observation_space, or env.categories")
     return np.array(value, dtype)
 
 
-def leaf_arrays(space: spaces.Space, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], spaces.Space]]:
-    """(path of keys and numbers, space) of all arrays of a nested space, in its order."""
+def leaf_arrays(space: spaces.Space, path: tuple[Any, ...] = ()) -> Iterator[PathAndSpace]:
+    """The arrays of a nested space, in its order."""
     if isinstance(space, (spaces.Dict, spaces.Tuple)):
         for key, sub in space.spaces.items() if isinstance(space, spaces.Dict) else enumerate(space.spaces):
             yield from leaf_arrays(sub, (*path, key))
@@ -211,14 +236,69 @@ def leaf_arrays(space: spaces.Space, path: tuple[Any, ...] = ()) -> Iterator[tup
         yield path, space
 
 
+def categorical_keys(space: spaces.Space, categories: Categories) -> dict[str, spaces.Space]:
+    """{flat key: space} of integers that are categories; the key of an observation that is no Dict is "".
+
+    categories  {flat key: sizes}, or the sizes alone where the observation is no Dict: how many categories there are, along the
+                last side of its Box, counted from its lower bound. Values keep their dtype where that holds the sizes
+
+    Raises ConfigError for unknown keys, for what is no Box of integers, and for sizes that do not fit it.
+    """
+    leaves = {join_path(path): sub for path, sub in leaf_arrays(space)}
+    if not isinstance(categories, Mapping):
+        if "" not in leaves:
+            raise ConfigError(
+                f"env.categories is a list, and the observation has the keys {sorted(leaves)}. Expected {{key: [sizes]}}."
+            )
+        categories = {"": categories}
+    categories = {"" if name == "obs" and "" in leaves else name: sizes for name, sizes in categories.items()}
+    _require_known("env.categories", categories, leaves)
+    return {name: _categorical(name, leaves[name], sizes) for name, sizes in categories.items()}
+
+
+def _require_known(option: str, given: Iterable[str], known: Collection[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"{option}: the observation has no key '{name}'.{did_you_mean(name, known)}")
+
+
+def _categorical(name: str, box: spaces.Space, sizes: Sequence[int]) -> spaces.Space:
+    where = f"env.categories.{name}".rstrip(".")
+    if not isinstance(box, spaces.Box) or np.dtype(box.dtype).kind not in "iu":
+        raise ConfigError(f"{where}: {box} is no Box of integers. Leave it out, or give whole numbers in an integer dtype.")
+    if len(sizes) not in {1, *box.shape[-1:]} or min(sizes) < 1:
+        raise ConfigError(
+            f"{where} is {list(sizes)}; expected at least 1 category for each of the {(1, *box.shape)[-1]} numbers along the last "
+            f"side of {box}, or one number for all."
+        )
+    nvec = np.broadcast_to(np.asarray(sizes if box.shape else sizes[0], np.int64), box.shape)
+    too_far = box.low.astype(object) + nvec - 1 > box.high.astype(object)
+    if too_far.any():
+        raise ConfigError(
+            f"{where} is {list(sizes)}, counted from the lower bound {box.low.min()}: that exceeds the bounds of {box}. Expected "
+            "as many as these hold, or fewer."
+        )
+    dtype = box.dtype if max(sizes) <= np.iinfo(box.dtype).max else np.int64
+    if not box.shape:
+        return discrete(sizes[0], int(box.low), dtype)
+    return spaces.MultiDiscrete(nvec.astype(dtype), dtype=dtype, start=box.low.astype(dtype))
+
+
 class Flattener:
     """Nested Dict and Tuple spaces as one flat Dict, whose keys are joined with "."; any other space stays as it is.
 
-    Raises UnsupportedSpaceError where two keys would be the same, and where there is none.
+    ignore      flat keys that are left out, or the beginnings of several: "arm" of "arm.angle"
+    categories  of `categorical_keys`: integers that become categories, their values as they are
+
+    Raises UnsupportedSpaceError where two keys would be the same, and where there is none; ConfigError for unknown keys, and where
+    all are left out.
     """
 
-    def __init__(self, space: spaces.Space):
+    def __init__(self, space: spaces.Space, ignore: Sequence[str] = (), categories: Categories = MappingProxyType({})):
         leaves = list(leaf_arrays(space))
+        self._single = not isinstance(space, (spaces.Dict, spaces.Tuple))
+        if ignore:
+            leaves = _without(leaves, ignore, space)
         names = [join_path(path) for path, _ in leaves]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice or not names:
@@ -227,38 +307,62 @@ class Flattener:
                 f"The observation space {space} cannot be flattened: {what}. Rename or add keys in the environment."
             )
         self._paths = dict(zip(names, (path for path, _ in leaves)))
-        self._single = not isinstance(space, (spaces.Dict, spaces.Tuple))
-        self.space = space if self._single else spaces.Dict(dict(zip(names, (sub for _, sub in leaves))))
+        parts = dict(zip(names, (sub for _, sub in leaves)))
+        categorical = categorical_keys(space, categories) if categories else {}
+        _require_known("env.categories", categorical, parts)
+        parts |= categorical
+        self.space = parts[""] if self._single else spaces.Dict(parts)
 
     def __call__(self, obs: Any) -> Any:
         """One observation, or many [T, ...], as an element of the flat space."""
         return obs if self._single else {name: reduce(getitem, path, obs) for name, path in self._paths.items()}
 
 
+def _without(leaves: list[PathAndSpace], ignore: Sequence[str], space: spaces.Space) -> list[PathAndSpace]:
+    """The leaves of a nested space that are not ignored. ConfigError for unknown keys, and where none is left."""
+    above = {path: [join_path(path[:end]) for end in range(1, len(path) + 1)] for path, _ in leaves}
+    known = [join_path(path) for path in above]
+    if known == [""]:
+        raise ConfigError(f"env.ignore is {list(ignore)}, and the observation, {space}, has no keys. Leave env.ignore out.")
+    _require_known("env.ignore", ignore, {name for names in above.values() for name in names})
+    kept = [(path, sub) for path, sub in leaves if not set(above[path]) & set(ignore)]
+    if not kept:
+        raise ConfigError(f"env.ignore is {list(ignore)}, all keys of the observation. Leave out one of {known} at least.")
+    return kept
+
+
 class FlattenSpaces(gym.Wrapper):
     """Nested Dict and Tuple observations as one flat Dict, whose keys are joined with "." (items of a Tuple are "0", "1", ...).
 
-    plain  also converts spaces to the form that SB3's own algorithms need (see plain.py): Discrete and MultiDiscrete start at 0,
-           as observation and as action, grids of them become one row, and a Box without dimensions gets one
+    plain               also converts spaces to the form that SB3's own algorithms need (see plain.py): Discrete and MultiDiscrete
+                        start at 0, as observation and as action, grids of them become one row, a Box without dimensions gets one
+    ignore, categories  as in Flattener: keys that are left out, and integers that are categories
 
-    Everything else is passed on. Raises UnsupportedSpaceError.
+    Everything else is passed on. Raises UnsupportedSpaceError, ConfigError.
     """
 
-    def __init__(self, env: gym.Env, *, plain: bool = True):
+    def __init__(
+        self,
+        env: gym.Env,
+        *,
+        plain: bool = True,
+        ignore: Sequence[str] = (),
+        categories: Categories = MappingProxyType({}),
+    ):
         super().__init__(env)
-        self._flatten = Flattener(env.observation_space)
+        self._flatten = Flattener(env.observation_space, ignore, categories)
         self._plain = PlainSpaces(self._flatten.space, env.action_space) if plain else None
         self.observation_space = self._plain.observation if plain else self._flatten.space
         self.action_space = self._plain.action if plain else env.action_space
         single = not isinstance(self.observation_space, spaces.Dict)
         for name, sub in {"obs": self.observation_space}.items() if single else self.observation_space.items():
             if not isinstance(sub, spaces.Box):  # a Box may still need a layout, which is given later
-                ObsSpec.from_space(spaces.Dict({name or "obs": sub}))
+                ObsSpec.from_space(sub if single else spaces.Dict({name or "obs": sub}))
 
     @classmethod
-    def wrap(cls, env: gym.Env, *, plain: bool = True) -> gym.Env:
+    def wrap(cls, env: gym.Env, **options: Any) -> gym.Env:
         """The environment in this wrapper, or itself where nothing would change."""
-        wrapped = cls(env, plain=plain)
+        wrapped = cls(env, **options)
         same = wrapped.observation_space == env.observation_space and wrapped.action_space == env.action_space
         return env if same else wrapped
 

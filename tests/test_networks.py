@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from worldmodel.nn.networks import (
     ConvEncoder,
     ParallelGRU,
     TwoHot,
+    by_group,
     halved_sizes,
     initialise,
     linear,
@@ -222,3 +224,21 @@ def test_the_negative_log_likelihood_is_a_normals_own():
     x, mean, log_std = random(5, 3), random(5, 3, seed=1), random(5, 3, seed=2)
     reference = -torch.distributions.Normal(mean, log_std.exp()).log_prob(x)
     torch.testing.assert_close(negative_log_likelihood(x, mean, log_std), reference)
+
+
+@pytest.mark.parametrize("sizes", [(3,), (3, 5, 2), (4,) * 7, (3, 5) * 6, (11, 6, 3) * 49], ids=str)
+def test_groups_at_once_give_each_group_its_own_numbers_bit_for_bit(sizes):
+    x, weight = random(4, 5, sum(sizes)), random(4, 5, sum(sizes), seed=1)
+    one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    alone = torch.cat([part.log_softmax(-1) for part in one.split(sizes, -1)], -1)
+    together = by_group(partial(torch.log_softmax, dim=-1), sizes, other)
+    (alone * weight).sum().backward(), (together * weight).sum().backward()
+    assert torch.equal(together, alone) and torch.equal(other.grad, one.grad)
+    sums = torch.stack([(p * q).sum(-1) for p, q in zip(x.split(sizes, -1), weight.split(sizes, -1), strict=True)], -1)
+    assert torch.equal(by_group(lambda p, q: (p * q).sum(-1, keepdim=True), sizes, x, weight), sums)
+
+
+def test_a_grid_of_equal_cells_is_a_few_calls():
+    calls = []
+    by_group(lambda part: calls.append(part.shape) or part, (11, 6, 3) * 49, random(2, 980))
+    assert calls == [(2, 49, 11), (2, 49, 6), (2, 49, 3)]

@@ -14,7 +14,7 @@ from small_runs import small_train
 from test_recording import ACTIONS, OBSERVATIONS, assert_same, toy_recording
 
 from worldmodel.envs import minari, sources
-from worldmodel.envs.make import as_vec_env
+from worldmodel.envs.make import EnvConfig, as_vec_env
 from worldmodel.errors import ConfigError, CorruptError, MissingExtraError, UnsupportedSpaceError
 from worldmodel.storage.recording import Recording
 
@@ -80,6 +80,21 @@ def test_nested_spaces_arrive_flat_and_categories_as_the_environment_gives_them(
     np.testing.assert_array_equal(found.obs["grip.0"], [1, 2, 3, 1])
     assert found.action.tolist() == [5, 6, 5] and found.truncated.tolist() == [False, False, True]
     assert found.reward.dtype == np.float32 and found.env_id is None
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_minaris_data_are_seen_as_the_environment_is():
+    observation = spaces.Dict(image=spaces.Box(0, 255, (2, 2, 3), np.uint8), speed=VECTOR)
+    image = np.arange(48, dtype=np.uint8).reshape(4, 2, 2, 3) % 3
+    library_dataset(observation, spaces.Discrete(2), {"image": image, "speed": np.zeros((4, 4))}, np.array([0, 1, 0]))
+    env = EnvConfig(id="MiniGrid-Any-v0", ignore=["speed"])
+    for declared, sizes in ((env, (11, 6, 3)), (env.model_copy(update={"categories": {"image": (3,)}}), (3, 3, 3))):
+        found = sources.recording("minari:others/set-v0", None, declared.declared)
+        assert list(found.obs_spec.keys) == ["image"] and found.obs_spec.keys["image"].sizes == sizes * 4
+        np.testing.assert_array_equal(found.obs["image"], image)
+    narrow = env.model_copy(update={"categories": {"image": (2,)}})
+    with pytest.raises(ConfigError, match="episode 0, step 0: observation 'image' holds 2"):
+        sources.recording("minari:others/set-v0", None, narrow.declared)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -331,7 +331,7 @@ def old_run(tmp_path, monkeypatch):
     """A run as version 0.1 made it: the environment's spaces were shifted for the agent too."""
     with monkeypatch.context() as patched:
         wrap = make.FlattenSpaces.wrap
-        patched.setattr(make.FlattenSpaces, "wrap", lambda env, plain: wrap(env))
+        patched.setattr(make.FlattenSpaces, "wrap", lambda env, **_: wrap(env))
         small_train(tmp_path / "run", 30, id_of("both"))
     return Run.open(tmp_path / "run")
 

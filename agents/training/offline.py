@@ -91,7 +91,7 @@ def agent_of_specs(
 def _read(config: Config) -> Recording:
     """The episodes of all sources. ConfigError where they are too few for one sequence or too many for the replay."""
     train = config.train
-    parts = [recording(source, config.env.layout) for source in train.data]
+    parts = [recording(source, config.env.layout, config.env.declared) for source in train.data]
     for part in parts:
         _require_same_environment(part, config)
     found = Recording.joined(parts)

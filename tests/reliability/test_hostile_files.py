@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import os
@@ -309,7 +310,10 @@ import gymnasium
 from worldmodel.envs.tiny import Chain
 {line}
 gymnasium.register("Evil-v0", Chain)
+class Around(gymnasium.Wrapper):
+    pass
 """
+AROUND = {"eval.every": 0, "env.wrappers": ["evil_module:Around"]}
 
 
 @pytest.fixture(scope="module")
@@ -319,8 +323,8 @@ def foreign(shelf) -> Path:
         patch.syspath_prepend(shelf)
         patch.setenv("MINARI_DATASETS_PATH", str(shelf / "minari"))
         (shelf / "evil_module.py").write_text(STRANGE.format(line=""))
-        small_train(shelf / "foreign", 30, EVIL, options={"eval.every": 0})
-        minari.write("toy/evil-v0", sources.recording(shelf / "foreign"))
+        small_train(shelf / "foreign", 30, EVIL, options=AROUND)
+        minari.write("toy/evil-v0", dataclasses.replace(sources.recording(shelf / "foreign"), env_options={}))
         about = shelf / "minari" / "toy" / "evil-v0" / "data" / "metadata.json"
         spec = json.loads(json.loads(about.read_text())["env_spec"]) | {"entry_point": "evil_module:Chain"}
         about.write_text(json.dumps({**json.loads(about.read_text()), "env_spec": json.dumps(spec)}))
@@ -333,7 +337,7 @@ def foreign(shelf) -> Path:
 
 def test_opening_a_strangers_run_imports_nothing_and_playing_in_it_does(foreign, figure):
     """Teeth: the same hook sees the import where a command plays in the environment, as SECURITY.md says."""
-    rows = opened(foreign, "names", PYTHONPATH=str(foreign), SMALL=json.dumps({**OPTIONS, "eval.every": 0}))
+    rows = opened(foreign, "names", PYTHONPATH=str(foreign), SMALL=json.dumps({**OPTIONS, **AROUND}))
     opens = [row for row in rows if row.get("what") == "opens"]
     plays = [row for row in rows if row.get("what") == "plays"]
     assert not (wrong := [row for row in opens if row["hits"] or row["raised"]]), wrong

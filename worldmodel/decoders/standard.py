@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Literal
 
 import torch
@@ -15,7 +16,7 @@ from worldmodel.config import Frozen
 from worldmodel.data import Loss, Obs, Sampling
 from worldmodel.errors import ConfigError
 from worldmodel.nn.moments import RunningMoments
-from worldmodel.nn.networks import ConvDecoder, SkipMLP, negative_log_likelihood, one_hot_sample
+from worldmodel.nn.networks import ConvDecoder, SkipMLP, by_group, negative_log_likelihood, one_hot_sample
 from worldmodel.registry import register
 from worldmodel.spaces import ObsSpec
 
@@ -120,7 +121,7 @@ class Decoder(nn.Module):
             if name in self.images and (weight := self._weight(name)) is not None:  # a learned deviation keeps its whole gradient
                 y = y.detach().lerp(y, weight)
             if likelihood == "categorical":
-                nats = -x * torch.cat([part.log_softmax(-1) for part in y.split(self.spec.keys[name].sizes, -1)], -1)
+                nats = -x * by_group(partial(torch.log_softmax, dim=-1), self.spec.keys[name].sizes, y)
             elif likelihood == "bernoulli":
                 if name in self.images:
                     _check_unit_range(name, x)
@@ -158,7 +159,7 @@ class Decoder(nn.Module):
         means = {}
         for name, y in out.items():
             if self.likelihoods[name] == "categorical":
-                y = torch.cat([part.softmax(-1) for part in y.split(self.spec.keys[name].sizes, -1)], -1)
+                y = by_group(partial(torch.softmax, dim=-1), self.spec.keys[name].sizes, y)
             elif self.likelihoods[name] == "bernoulli":
                 y = torch.sigmoid(y)
             elif self.likelihoods[name] == "logistic":

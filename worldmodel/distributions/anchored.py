@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from worldmodel.distributions.base import ConditionalDistribution, PosteriorSour
 from worldmodel.distributions.gaussian import GaussianLatent, GaussianLatentConfig, GaussianPosterior
 from worldmodel.distributions.latent import Latent, Posterior
 from worldmodel.nn.moments import RunningMoments
-from worldmodel.nn.networks import SkipMLP, one_hot_sample
+from worldmodel.nn.networks import SkipMLP, by_group, one_hot_sample
 from worldmodel.registry import build
 from worldmodel.spaces import ObsSpec
 
@@ -311,10 +312,10 @@ class Change(ConditionalDistribution):
         logits = logits.expand(count, *logits.shape)
         draw = None if sampling.mode else torch.rand(logits.shape, generator=sampling.generator, device=logits.device)
         sizes, first_bit = self.anchor.categories, sum(self.anchor.categories)
-        *groups, bits = logits.split([*sizes, self.anchor.bits], -1)
+        groups, bits = logits.split([first_bit, self.anchor.bits], -1)
         parts = [torch.sigmoid(bits) > (0.5 if draw is None else draw[..., first_bit:])]
         if sizes:
-            probs = torch.cat([group.softmax(-1) for group in groups], -1)
+            probs = by_group(partial(torch.softmax, dim=-1), sizes, groups)
             parts.insert(0, one_hot_sample(probs, sizes, None if draw is None else draw[..., :first_bit]))
         return torch.cat([part.to(logits) for part in parts], -1)
 
@@ -338,11 +339,14 @@ class Change(ConditionalDistribution):
         if not self.anchor.discrete:
             return x.new_zeros(x.shape[:-1])
         logits = self._logits(context) * known.unsqueeze(-1)  # zeros: uniform
-        sizes = [*self.anchor.categories, self.anchor.bits]
-        *groups, bits = logits.expand(*x.shape[:-1], -1).split(sizes, -1)
-        *chosen, ones = x[..., : self.anchor.discrete].split(sizes, -1)
+        sizes, widths = self.anchor.categories, [sum(self.anchor.categories), self.anchor.bits]
+        groups, bits = logits.expand(*x.shape[:-1], -1).split(widths, -1)
+        chosen, ones = x[..., : self.anchor.discrete].split(widths, -1)
         total = -F.binary_cross_entropy_with_logits(bits, ones, reduction="none").sum(-1)
-        return total + sum((one * group.log_softmax(-1)).sum(-1) for one, group in zip(chosen, groups, strict=True))
+        if not sizes:
+            return total
+        each = by_group(lambda one, group: (one * group.log_softmax(-1)).sum(-1, keepdim=True), sizes, chosen, groups)
+        return total + sum(each.unbind(-1))
 
     def log_z(
         self, context: Tensor | None, count: int = 1000, sampling: Sampling | None = None, *, ais: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -226,7 +227,8 @@ def halved_sizes(size: tuple[int, int], min_side: int = 4) -> list[tuple[int, in
         sizes.append((sizes[-1][0] // 2, sizes[-1][1] // 2))
     if len(sizes) == 1:
         raise ValueError(
-            f"An image of {size[0]}x{size[1]} pixels is too small: a convolution needs at least 8x8. Declare env.layout=vector."
+            f"An image of {size[0]}x{size[1]} pixels is too small: a convolution needs at least 8x8. Declare "
+            "env.layout=vector, or env.categories where its numbers are kinds of things."
         )
     return sizes
 
@@ -340,8 +342,24 @@ def negative_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     return 0.5 * ((x - mean) * torch.exp(-log_std)).square() + log_std + 0.5 * math.log(2 * math.pi)
 
 
+@cache
+def shortest_pattern(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """The beginning of `sizes` that, repeated, is all of them: (11, 6, 3) of a grid of cells with three categories each."""
+    count = len(sizes)
+    return next(sizes[:n] for n in range(1, count + 1) if count % n == 0 and sizes[:n] * (count // n) == sizes)
+
+
+def by_group(function: Callable[..., Tensor], sizes: tuple[int, ...], *columns: Tensor) -> Tensor:
+    """`function` of each group of columns [..., sum(sizes)], its results [..., R] side by side.
+
+    It is called with all repetitions of a group [..., K, size] at once: a grid has hundreds of groups.
+    """
+    pattern = shortest_pattern(sizes)
+    parts = [x.unflatten(-1, (len(sizes) // len(pattern), sum(pattern))).split(pattern, -1) for x in columns]
+    return torch.cat([function(*group) for group in zip(*parts, strict=True)], -1).flatten(-2)
+
+
 def one_hot_sample(probs: Tensor, sizes: tuple[int, ...], draw: Tensor | None) -> Tensor:
     """One-hot vectors side by side: the most likely of each group or, given uniform numbers, a draw (the Gumbel-max trick)."""
     scores = probs.log() if draw is None else probs.log() - (-draw.clamp(1e-9, 1 - 1e-7).log()).log()
-    chosen = [torch.zeros_like(part).scatter(-1, part.argmax(-1, keepdim=True), 1.0) for part in scores.split(sizes, -1)]
-    return torch.cat(chosen, -1)
+    return by_group(lambda part: torch.zeros_like(part).scatter(-1, part.argmax(-1, keepdim=True), 1.0), sizes, scores)

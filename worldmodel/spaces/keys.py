@@ -242,7 +242,8 @@ def _check_image(name: str, space: gym_spaces.Box) -> None:
         )
 
 
-def unsupported(role: str, name: str, space: Any) -> UnsupportedSpaceError:
+def unsupported(role: str, name: str, space: Any, single: bool = True) -> UnsupportedSpaceError:
+    """The error about a space without a tensor form; `single`: it is the whole observation, so there is no key to leave out."""
     kind = type(space).__name__
     transform = TRANSFORM_OBS if role == "observation" else TRANSFORM_ACTION
     advice = {
@@ -255,6 +256,8 @@ def unsupported(role: str, name: str, space: Any) -> UnsupportedSpaceError:
     if not isinstance(space, gym_spaces.Space):
         advice = "it is no gymnasium.Space. Wrap the environment with shimmy or give it gymnasium spaces."
     advice = advice or f"it has no fixed-size tensor. Turn it into a Box, Discrete or Dict of these with {transform}."
+    if not single and not isinstance(space, (gym_spaces.Dict, gym_spaces.Tuple)):
+        advice += f" Or leave it out: env.ignore=[{name}]."
     return UnsupportedSpaceError(f"The {role} space at '{name}' is a {kind}, which is not supported: {advice}")
 
 

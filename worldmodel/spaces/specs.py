@@ -62,7 +62,7 @@ class ObsSpec:
             declared = layout.get(name) if isinstance(layout, Mapping) else layout
             key = box_key(name, sub, declared) if isinstance(sub, gym_spaces.Box) else finite_key(name, sub)
             if key is None:
-                raise unsupported("observation", name, sub)
+                raise unsupported("observation", name, sub, single)
             keys[name] = key
         return cls(keys, single)
 

@@ -96,13 +96,10 @@ class Session:
 
 def new(session: Session, recipe: Any, run_dir: str | Path | None, given: dict[str, Any], seed: int) -> TrainResult:
     """Trains a new run; `given` are dotted overrides of the recipe."""
+    source, given = warm_start.source_of(recipe, given, session.trust)
     config = read_config(recipe, given)
     if run_dir is not None:
         refuse_existing(Path(run_dir))
-    source = Source.of(config.train, session.trust)
-    if source is not None:
-        given = source.options(config, given)
-        config = read_config(recipe, given)
     agent = make_agent(config, seed, session.device, session.trust)  # before the folder: no folder of what cannot start
     with _closing_env(agent):
         progress = Progress(overrides=given)

@@ -17,7 +17,7 @@ from torch import Tensor
 from worldmodel.agents.actor_critic import ActorCriticConfig
 from worldmodel.agents.experience import append_rows, fit_scaling
 from worldmodel.agents.loop import WorldModelAlgorithm
-from worldmodel.config import Config, differences
+from worldmodel.config import Config, differences, resolve
 from worldmodel.config.recipes import combine, merge
 from worldmodel.errors import ConfigError
 from worldmodel.learner import TrainConfig
@@ -238,6 +238,17 @@ class Source:
         if agent.behaviour is not None and self.agent.behaviour is not None and {"heads.scale", "critic"} <= set(found.taken):
             scale, old = agent.behaviour.scale, self.agent.behaviour.scale
             scale.low, scale.high = old.low, old.high
+
+
+def source_of(recipe: Any, given: Mapping[str, Any], trust: bool = False) -> tuple[Source | None, dict[str, Any]]:
+    """(the run that `train.warm_start` names, `given` over the options that come from it); (None, `given`) where it names none."""
+    train = resolve(recipe, given).get("train")
+    if not isinstance(train, Mapping) or train.get("warm_start") is None:
+        return None, dict(given)
+    # Without options of the model: some exist beside the old run's kinds of parts only, and not beside the recipe's.
+    config = Config.from_recipe(recipe, {key: value for key, value in given.items() if key.partition(".")[0] != "model"})
+    source = Source.of(config.train, trust)
+    return source, dict(given) if source is None else source.options(config, given)
 
 
 def act_at_once(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -23,6 +23,9 @@ from worldmodel.spaces import ActionSpec
 
 class ActorCriticConfig(Frozen):
     """Options of behaviour learning in imagination."""
+
+    SIZES: ClassVar[tuple[str, ...]] = ("units", "layers", "bins", "limit")
+    """Options by which the weights of actor and critic have their shapes and meaning."""
 
     units: int = Field(128, ge=1, description="width of actor and critic")
     layers: int = Field(2, ge=1, description="layers of actor and critic")

@@ -85,8 +85,8 @@ def evaluate(
 
 
 def warn_untrained(agent: Any, log: Callable[[str], object]) -> None:
-    """Says so where no update has been made: what such an agent does or dreams means nothing."""
-    if agent.learner.updates == 0:
+    """Says so where no update has been made, and no weights were taken: what such an agent does or dreams means nothing."""
+    if agent.learner.updates == 0 and agent.config.train.warm_start is None:
         log(f"step {agent.num_timesteps}: untrained. No update of the world model has been made yet: what comes is noise.")
 
 

@@ -59,6 +59,26 @@ def fit_scaling(world: WorldModel, replay: Replay) -> None:
             world.scaling.update({name: key.canonical(rows[name]) for name, key in vectors.items()})
 
 
+def append_rows(source: Replay, target: Replay) -> int:
+    """Appends the episodes of one replay to another, its streams in turn; the rows appended. Open episodes end as by truncation.
+
+    Rows of an episode whose beginning is no longer held are left out: they would follow another episode's without a reset.
+    """
+    before = target.added
+    for number, held in enumerate(source.lengths):
+        stream, is_within = number % target.num_envs, False
+        for start in range(0, held, ROWS_AT_ONCE):
+            rows = source.stream(number, start, start + ROWS_AT_ONCE)
+            first = rows.is_first[0].numpy()
+            kept = first.cumsum() + is_within > 0
+            is_within |= bool(first.any())
+            columns = (getattr(rows, name)[0].numpy()[kept] for name in COLUMNS)
+            target.extend({key: x[0].numpy()[kept] for key, x in rows.obs.items()}, *columns, stream=stream)
+        if is_within:
+            target.truncate_open_episodes([stream])
+    return target.added - before
+
+
 def pack_replay(file: Path | io.BufferedIOBase, step: int, replay: Replay, obs: ObsSpec, action: ActionSpec) -> None:
     """Writes all that the replay holds as one zip of safetensors and JSON, through memory.
 

@@ -73,6 +73,8 @@ class WorldModelAlgorithm(SavedAlgorithm):
     """Asked between updates: where it says no they end, and the others stay pending. A run asks for signals there."""
     behaviour: ActorCriticLearner | None = None
     """The actor-critic's learner, which trains the controller on each batch (Dreamer, Planner); None: nothing of it is trained."""
+    kept_rows: int = 0
+    """Rows that the replay began with, of another run: `train.prefill` counts those after them."""
     improves: bool = True
     """Whether an update also improves the controller, on states of the averaged model."""
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = dict.fromkeys(
@@ -188,8 +190,8 @@ class WorldModelAlgorithm(SavedAlgorithm):
 
     @property
     def prefill_rows(self) -> int:
-        """Rows of experience that are collected at random, before anything is learned."""
-        return self.config.train.prefill
+        """Rows in the replay up to which experience is collected at random, before anything is learned."""
+        return self.config.train.prefill + self.kept_rows
 
     # Learning -------------------------------------------------------------------------------------------------------
 
@@ -279,6 +281,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
         fit_scaling(self.world, self.replay)
 
     def _new_replay(self) -> Replay:
+        self.kept_rows = 0
         return new_replay(self.config.train, self.obs_spec, self.action_spec, self.n_envs, self.replay_folder)
 
     def restart_episodes(self, seed: int) -> None:
@@ -387,8 +390,8 @@ class WorldModelAlgorithm(SavedAlgorithm):
 
     @property
     def _is_ready(self) -> bool:
-        replay = self.replay
-        return replay is not None and replay.added >= self.config.train.prefill and max(replay.lengths) >= self._sequence_rows
+        replay, wanted = self.replay, self.config.train.prefill + self.kept_rows
+        return replay is not None and replay.added >= wanted and max(replay.lengths) >= self._sequence_rows
 
     @property
     def _is_pretraining(self) -> bool:

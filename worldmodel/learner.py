@@ -8,7 +8,7 @@ import math
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from worldmodel.config import Frozen
@@ -44,6 +44,13 @@ class TrainConfig(Frozen):
     data: tuple[str, ...] = Field(
         (), description="recorded experience to learn from instead of an environment: .npz files, folders of them, minari:ID, runs"
     )
+    warm_start: str | None = Field(
+        None, description="run folder whose weights a new run begins with, part by part as they fit, in a model as that run's"
+    )
+    warm_start_step: int | Literal["best", "newest"] | None = Field(
+        None, description="which checkpoint of it, by its real steps; null: the best evaluated, the newest where none was"
+    )
+    keep_data: bool = Field(False, description="the replay begins with the rows of the run that warm_start names")
     prefill: int = Field(500, ge=0, description="rows of random experience before the first update: steps, and first observations")
     random_action_repeat: float = Field(1.0, ge=1, description="steps for which each random action of prefill is kept, on average")
     pretrain: int = Field(100, ge=0, description="updates of the world model right after the prefill")
@@ -75,6 +82,18 @@ class TrainConfig(Frozen):
     reuse_memory: bool = Field(True, description="keep freed memory in the process (glibc): fewer page faults")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; slower than fp32 on CPUs without AMX")
     compile: bool = Field(False, description="torch.compile the recurrent step; pays on long runs only")
+
+    @model_validator(mode="after")
+    def _a_warm_start_has_a_run(self) -> TrainConfig:
+        if self.warm_start is None and (self.keep_data or self.warm_start_step is not None):
+            name = "train.keep_data" if self.keep_data else "train.warm_start_step"
+            raise ValueError(f"{name} is about the run of a warm start, and there is none: name it with --from (train.warm_start).")
+        if self.keep_data and self.data:
+            raise ValueError(
+                "train.keep_data adds a run's rows to those of an environment, and train.data learns without one: name the run as "
+                "one more --data instead."
+            )
+        return self
 
 
 def reuse_memory() -> bool:

@@ -268,10 +268,10 @@ class WorldModel(nn.Module):
         if hasattr(self.dynamics, "calibrate"):
             self.dynamics.calibrate(used.dynamics, used.eval().trace(batch, None, Sampling(mode=True)), batch.is_first)
 
-    def update_targets(self) -> None:
-        """EMA update of the objective's target encoder, if it has one; to be called after each optimiser step."""
+    def update_targets(self, decay: float | None = None) -> None:
+        """EMA update of the objective's target encoder, if it has one; to be called after each optimiser step. Decay 0: a copy."""
         if hasattr(self.objective, "update_target_encoder"):
-            self.objective.update_target_encoder(self.encoder, self.dynamics)
+            self.objective.update_target_encoder(self.encoder, self.dynamics, decay)
 
     def loss(self, trace: Trace, batch: Batch, sampling: Sampling | None = None) -> dict[str, Loss]:
         """Every loss term by name, unscaled; `train.scales` weighs them.

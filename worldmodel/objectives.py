@@ -103,11 +103,12 @@ class Jepa(nn.Module):
         return nn.ModuleList([encoder, dynamics.posterior_net])
 
     @torch.no_grad()
-    def update_target_encoder(self, encoder: nn.Module, dynamics: nn.Module) -> None:
-        """One step of the exponential average."""
+    def update_target_encoder(self, encoder: nn.Module, dynamics: nn.Module, decay: float | None = None) -> None:
+        """One step of the exponential average; `decay`: None: that of the config."""
         if self.slow is not None:
             online = self._latent_modules(encoder, dynamics).parameters()
-            torch._foreach_lerp_(list(self.slow.parameters()), list(online), 1 - self.config.ema_decay)
+            decay = self.config.ema_decay if decay is None else decay
+            torch._foreach_lerp_(list(self.slow.parameters()), list(online), 1 - decay)
 
     def decoder_input(self, feature: Tensor) -> Tensor:
         return feature.detach()

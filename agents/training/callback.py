@@ -29,8 +29,9 @@ _log = logging.getLogger(__name__)
 class Progress:
     """What a run has done besides updates; part of every checkpoint.
 
-    overrides  the options that a resume need not repeat
-    best       the best evaluation so far
+    overrides   the options that a resume need not repeat
+    best        the best evaluation so far
+    warm_start  what was taken of another run (`warm_start.Transfer.to_json`); None: nothing was to be
     """
 
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -40,6 +41,7 @@ class Progress:
     solved_at: int | None = None
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     best: Best | None = None
+    warm_start: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self.overrides = {key: value for key, value in self.overrides.items() if key != "train.steps"}
@@ -118,7 +120,8 @@ class RunCallback(BaseCallback):
     def evaluate_if_due(self) -> bool:
         """False where the run is solved and eval.stop_when_solved is set, or a signal came."""
         step, every = self.model.num_timesteps, 0 if self.is_offline else self.config.eval.every
-        if every and step // every > self.progress.evaluated // every:
+        can_act_already = step == 0 and not self.progress.evaluations and (self.progress.warm_start or {}).get("acts", False)
+        if every and (can_act_already or step // every > self.progress.evaluated // every):
             try:
                 self._evaluate(step)
             except EvaluationAborted:  # a resume repeats it

@@ -21,11 +21,12 @@ from worldmodel import registry
 from worldmodel.agents.arguments import policy_name, read_config
 from worldmodel.agents.evaluation import FINAL_SEED, EvaluationAborted
 from worldmodel.agents.loop import WorldModelAlgorithm
-from worldmodel.agents.training import offline
+from worldmodel.agents.training import offline, warm_start
 from worldmodel.agents.training.callback import Progress, RunCallback, env_seed, standing
 from worldmodel.agents.training.held_out_callback import HeldOutCallback
 from worldmodel.agents.training.report import LineReport, ProgressBar, Scalars
 from worldmodel.agents.training.signals import Interrupted, Signals
+from worldmodel.agents.training.warm_start import Source
 from worldmodel.config import Config
 from worldmodel.envs.make import as_vec_env
 from worldmodel.errors import ConfigError, CorruptError, EnvError
@@ -95,12 +96,21 @@ class Session:
 
 def new(session: Session, recipe: Any, run_dir: str | Path | None, given: dict[str, Any], seed: int) -> TrainResult:
     """Trains a new run; `given` are dotted overrides of the recipe."""
+    source, given = warm_start.source_of(recipe, given, session.trust)
     config = read_config(recipe, given)
     if run_dir is not None:
         refuse_existing(Path(run_dir))
     agent = make_agent(config, seed, session.device, session.trust)  # before the folder: no folder of what cannot start
-    with _closing_env(agent), Run.create(run_dir, config, seed) as run:
-        return _train_run(session, run, agent, Progress(overrides=given), seed)
+    with _closing_env(agent):
+        progress = Progress(overrides=given)
+        if source is not None:
+            found = source.begin(agent, session.log)
+            progress.overrides |= warm_start.act_at_once(agent, found, given, session.log)
+        with Run.create(run_dir, agent.config, seed) as run:
+            if source is not None:
+                progress.warm_start = source.keep_rows(agent, run, found, session.log)
+            source = None  # its agent and rows need not stay in memory
+            return _train_run(session, run, agent, progress, seed)
 
 
 def resumed(session: Session, recipe: Any, run_dir: str | Path | None, given: dict[str, Any], seed: int | None) -> TrainResult:
@@ -114,12 +124,16 @@ def resumed(session: Session, recipe: Any, run_dir: str | Path | None, given: di
         if result is not None and _is_finished(config, result, manifest):
             session.log(f"{run.path} is finished; --steps may make it longer.")
             return TrainResult(**result)
+        source = None if run.checkpoints else Source.of(config.train, session.trust)  # else they hold its weights
         agent = _agent_for_resume(session, run, config, seed, given)
         with _closing_env(agent):
             state = run.resume(agent, keep_newer=session.keep_newer, log=session.log)
             run.write_config(config)
             run.write_result(None)
             progress = Progress(**state) if state is not None else Progress(overrides=given)
+            if source is not None:
+                progress.warm_start = source.keep_rows(agent, run, source.begin(agent, session.log), session.log)
+                source = None
             if result is not None:  # the evaluation at the end came after the last checkpoint
                 progress.wall_seconds, progress.eval_seconds = result["wall_seconds"], result["eval_seconds"]
             session.log(f"{run.path} goes on at {standing(agent)}.")
@@ -148,6 +162,7 @@ def _is_finished(config: Config, result: Mapping[str, Any], manifest: Mapping[st
 def _resume_config(run: Run, manifest: Mapping[str, Any], recipe: Any, given: dict[str, Any], seed: int | None) -> Config:
     """The run's config, perhaps with more steps. ConfigError that lists every other difference from the config asked for."""
     before = run.config.in_new_names(manifest.get("progress", {}).get("overrides", {}))
+    before = {key: value for key, value in before.items() if key.removesuffix(".kind") not in given or key in given}
     asked = read_config(recipe, {**before, **given}) if recipe is not None else run.config.override(given)
     free = ("eval.", "env.names")
     differs = [

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from worldmodel.errors import ConfigError, EnvError, MissingExtraError, NumericsError, StorageError, UnsupportedSpaceError
+
+if TYPE_CHECKING:
+    from worldmodel.storage.run import Step
 
 ERRORS = (ConfigError, EnvError, MissingExtraError, NumericsError, UnsupportedSpaceError, OSError)
 """What is reported as one line. OSError: StorageError and TrustError, and a disk or a stream that a library writes to."""
@@ -72,6 +76,15 @@ def stdout_to_stderr() -> Iterator[None]:
         if saved is not None:
             os.dup2(saved, 1)
             os.close(saved)
+
+
+def checkpoint_step(text: str | None) -> Step:
+    """What --step asks for. ConfigError."""
+    if text is None or text in ("best", "newest"):
+        return text
+    if not re.fullmatch(r"[0-9]{1,12}", text):
+        raise ConfigError(f"--step {text}: expected best, newest, or the real steps of a checkpoint.")
+    return int(text)
 
 
 def say(text: str) -> None:

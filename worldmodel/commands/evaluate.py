@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from worldmodel.commands.console import Debug, Json, RunFolder, Trust, answer, say, show_evaluation
-from worldmodel.errors import ConfigError, CorruptError
+from worldmodel.commands.console import Debug, Json, RunFolder, Trust, answer, checkpoint_step, say, show_evaluation
+from worldmodel.errors import CorruptError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -115,13 +114,4 @@ def command(
     debug: Debug = False,
 ) -> None:
     """Let a run's agent act greedily in fresh environments."""
-    answer(lambda: evaluate(run, episodes, seed, _step(step), video, trust, say), as_json, debug, show_evaluation)
-
-
-def _step(text: str | None) -> Step:
-    """What --step asks for. ConfigError."""
-    if text is None or text in ("best", "newest"):
-        return text
-    if not re.fullmatch(r"[0-9]{1,12}", text):
-        raise ConfigError(f"--step {text}: expected best, newest, or the real steps of a checkpoint.")
-    return int(text)
+    answer(lambda: evaluate(run, episodes, seed, checkpoint_step(step), video, trust, say), as_json, debug, show_evaluation)

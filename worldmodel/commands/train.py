@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from worldmodel.commands.console import Debug, Json, Overrides, Trust, answer, say, show_training
+from worldmodel.commands.console import Debug, Json, Overrides, Trust, answer, checkpoint_step, say, show_training
 from worldmodel.config import flat_overrides
 from worldmodel.errors import ConfigError
 
 if TYPE_CHECKING:
     from worldmodel.agents.training.session import TrainResult
-    from worldmodel.storage.run import Run
+    from worldmodel.storage.run import Run, Step
 
 EXAMPLE = "worldmodel train cartpole train.ratio=1 --steps 3000 --seed 1"
 _log = logging.getLogger(__name__)
@@ -35,6 +35,9 @@ def train(
     log: Callable[[str], object] | None = None,
     data: str | Path | Run | Sequence[str | Path | Run] | None = None,
     trust: bool = False,
+    from_run: str | Path | Run | None = None,
+    step: Step = None,
+    keep_data: bool = False,
 ) -> TrainResult:
     """Train what a recipe (name, path, gym id or content) describes; everything is kept in a run folder.
 
@@ -50,6 +53,13 @@ def train(
     data        recorded experience to learn from: .npz files, folders of them, "minari:ID", runs. Then no environment is made:
                 `train.pretrain` updates of the world model, then train.steps * train.ratio of all; nothing is evaluated
     trust       files that options name may be opened although that can run code: agent.path, a zip of Stable-Baselines3
+    from_run    a run, perhaps of recorded data or of another environment, whose weights the new one begins with: part by part,
+                where forms, sizes and spaces are the same. Its model's options are taken too, unless overrides say otherwise
+    step        which checkpoint of it: "best", "newest", real steps (default: the best evaluated, the newest where none was)
+    keep_data   the replay begins with its rows, so that learning does not forget them; its spaces must be the same
+
+    What was taken is reported, and kept as `warm_start` in each checkpoint's progress. Where all that acts was taken, the agent is
+    evaluated before its first step, and train.prefill and train.pretrain are 0 unless overrides say otherwise.
 
     Exact on resume, on the same device and thread count: all that is learned, the replay up to the checkpoint, counters and
     random states. Not exact: the environments, which are reset with seeds that follow from (seed, step). With
@@ -65,7 +75,18 @@ def train(
         )
     if seed is not None and seed < 0:
         raise ConfigError(f"seed is {seed}; expected at least 0.")
-    given = _overrides(overrides, steps, data)
+    if from_run is None and (step is not None or keep_data):
+        raise ConfigError(
+            "step and keep_data are about the run of from_run (--from), and there is none. Name it, or leave them out."
+        )
+    if from_run is not None and resume:
+        raise ConfigError(
+            "A run that is resumed has weights of its own: from_run (--from) begins a new one. Leave one of them out."
+        )
+    warm = {"warm_start": None if from_run is None else str(getattr(from_run, "path", from_run)), "warm_start_step": step}
+    given = _overrides(
+        overrides, steps=steps, data=None if data is None else _as_sources(data), keep_data=keep_data or None, **warm
+    )
     import torch
 
     from worldmodel.agents.training import session
@@ -91,10 +112,10 @@ def _default_log(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _overrides(overrides: Mapping[str, Any] | Sequence[str] | None, steps: int | None, data: Any) -> dict[str, Any]:
-    """{dotted key: value} of all that is to be changed, `steps` and `data` among it."""
+def _overrides(overrides: Mapping[str, Any] | Sequence[str] | None, **train: Any) -> dict[str, Any]:
+    """{dotted key: value} of all that is to be changed; `train`: options of that group, None where nothing is said."""
     given = flat_overrides(overrides)
-    for name, value in (("steps", steps), ("data", None if data is None else _as_sources(data))):
+    for name, value in train.items():
         key = f"train.{name}"
         other = list(given[key]) if isinstance(given.get(key), tuple) else given.get(key, value)
         if value is not None and other != value:
@@ -145,6 +166,24 @@ def command(
             show_default=False,
         ),
     ] = None,
+    from_run: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="RUN",
+            help="Begin with that run's weights, part by part as they fit, and with its model's options.",
+            show_default=False,
+        ),
+    ] = None,
+    step: Annotated[
+        str | None,
+        typer.Option(
+            metavar="best|newest|N",
+            help="Which checkpoint of --from.",
+            show_default="the best evaluated; the newest where none was",
+        ),
+    ] = None,
+    keep_data: Annotated[bool, typer.Option("--keep-data", help="Begin with the rows of --from in the replay too.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest good checkpoint.")] = False,
     keep_newer: Annotated[bool, typer.Option("--keep-newer", help="On resume, keep experience newer than the checkpoint.")] = False,
     trust: Trust = False,
@@ -170,6 +209,9 @@ def command(
             log=say,
             data=data or None,
             trust=trust,
+            from_run=from_run,
+            step=checkpoint_step(step),
+            keep_data=keep_data,
         ).to_json()
 
     answer(work, as_json, debug, show_training)

@@ -252,11 +252,12 @@ class Replay:
 
     # Out ------------------------------------------------------------------------------------------------------------
 
-    def stream(self, number: int) -> Batch:
-        """All rows [1, R] that one stream holds, in order, as tensors that share no memory with the store."""
+    def stream(self, number: int, start: int = 0, stop: int | None = None) -> Batch:
+        """Rows [1, R] start.. to stop (None: all) of those that one stream holds, in order, sharing no memory with the store."""
         self._check_streams(np.array([number]))
         held = self.lengths[number]
-        return self._gather(np.array([number]), self._next[[number]] - held, held)
+        stop = held if stop is None else min(stop, held)
+        return self._gather(np.array([number]), self._next[[number]] - held + start, stop - start)
 
     def sample(
         self, batch: int, length: int, rng: np.random.Generator, *, recent_fraction: float = 0.0, terminal_fraction: float = 0.0

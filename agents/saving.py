@@ -101,6 +101,7 @@ class SavedAlgorithm(BaseAlgorithm):
             },
             "rng": self.rng.bit_generator.state,
             "behaviour": self._behaviour_state(),
+            "exploration": self.exploration.state(),
         }
         return arrays, state
 
@@ -137,6 +138,8 @@ class SavedAlgorithm(BaseAlgorithm):
         self.num_timesteps, self._episode_num, self._n_updates = count["num_timesteps"], count["episodes"], count["n_updates"]
         self.learner.updates, self.learner.skips.count = count["updates"], count["skipped"]
         self._restarts, self._updates_due = count.get("restarts", 0), float(count["credit"])
+        if "exploration" in state:
+            self.exploration.restore(state["exploration"])
 
     def save(self, path: str | pathlib.Path | io.BufferedIOBase, exclude: Any = None, include: Any = None) -> None:
         """One zip of safetensors, JSON and manifest, with no code in it and without the replay; `path` may be an open stream.

@@ -35,6 +35,7 @@ from worldmodel.agents.arguments import (
 from worldmodel.agents.belief import BeliefPolicy, Controller
 from worldmodel.agents.episodes import EpisodeStatistics
 from worldmodel.agents.experience import fit_scaling, new_replay, replay_capacity, rows_before_reset
+from worldmodel.agents.exploration import Exploration
 from worldmodel.agents.saving import SavedAlgorithm
 from worldmodel.config import Config
 from worldmodel.data import State
@@ -170,6 +171,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
         self.replay: Replay | None = None
         self._updates_due, self._restarts, self._warned_no_last_obs = 0.0, 0, False
         self._belief: State | None = None
+        self.exploration = Exploration(self.action_spec)
         self._logged_at = 0
 
     def _make_controller(self) -> Controller:
@@ -269,6 +271,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
             )
         else:
             self.replay.truncate_open_episodes()
+        self.exploration.begin(self.n_envs)
         self._store_first(self._rows(obs), np.arange(self.n_envs))
         self._belief = self.policy.initial_belief(self.n_envs)
         self._episode_statistics = None if self.env is None else EpisodeStatistics(self.env)  # None: others call `record`
@@ -317,6 +320,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
         self.replay.add(rows, prev_action, reward, first, last, terminal, streams=envs)
         self.world.scaling.update(self.obs_spec.canonical(tensors(rows, self.device)))
         self.world.heads.scale.update(torch.as_tensor(reward))
+        self.exploration.add(prev_action, reward, first, terminal, envs)
 
     def _collect(self) -> tuple[np.ndarray, Any, np.ndarray, np.ndarray, Sequence[dict]]:
         """One step of every environment into the replay: (actions, new observations, rewards, dones, infos)."""
@@ -327,6 +331,8 @@ class WorldModelAlgorithm(SavedAlgorithm):
             action, self._belief = self.policy.filter_and_act(
                 self._belief, self._rows(self._last_obs), self._last_episode_starts, deterministic=False
             )
+            if self.config.train.explore:
+                action = self._explored(action)
         env_action = self.action_spec.decode(action)
         new_obs, rewards, dones, infos = self.env.step(env_action)
         rewards, dones = np.asarray(rewards), np.asarray(dones, bool)
@@ -381,6 +387,15 @@ class WorldModelAlgorithm(SavedAlgorithm):
         redraw = self._last_episode_starts | (self.rng.random(self.env.num_envs) * self.config.train.random_action_repeat < 1)
         return np.where(redraw[:, None], fresh, self._belief["prev_action"].cpu().numpy())
 
+    def _explored(self, action: np.ndarray) -> np.ndarray:
+        """The actions [N, A], but random ones in environments whose episode is played at random."""
+        random, others = self.exploration.act(self._last_episode_starts, self.rng)
+        if not random.any():
+            return action
+        action = np.where(random[:, None], others, action)
+        self._belief = State({**self._belief, "prev_action": torch.as_tensor(action, device=self.device)})
+        return action
+
     # Updates --------------------------------------------------------------------------------------------------------
 
     def learn_from_replay(self) -> None:
@@ -413,7 +428,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
             if not self.should_continue():
                 return False
             self._updates_due -= 0 if pretraining else 1
-            self.update(improve=not pretraining)
+            self.update(improve=not (pretraining or self.exploration.found_nothing))
         return True
 
     def update(self, improve: bool = True) -> dict[str, float]:
@@ -444,6 +459,8 @@ class WorldModelAlgorithm(SavedAlgorithm):
 
     def dump_logs(self) -> None:
         """Writes what was recorded under SB3's usual names."""
+        if self.exploration.is_on:
+            self.logger.record("rollout/exploration_found", self.exploration.found)
         seconds = max((time.time_ns() - self.start_time) / 1e9, 1e-9)
         if self.ep_info_buffer:
             self.logger.record("rollout/ep_rew_mean", safe_mean([info["r"] for info in self.ep_info_buffer]))

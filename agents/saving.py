@@ -102,6 +102,7 @@ class SavedAlgorithm(BaseAlgorithm):
             },
             "rng": self.rng.bit_generator.state,
             "behaviour": self._behaviour_state(),
+            "exploration": self.exploration.state(),
         }
         return arrays, state
 
@@ -139,6 +140,8 @@ class SavedAlgorithm(BaseAlgorithm):
         self.learner.updates, self.learner.skips.count = count["updates"], count["skipped"]
         self._restarts, self._updates_due = count.get("restarts", 0), float(count["credit"])
         self.kept_rows = count.get("kept_rows", 0)
+        if "exploration" in state:
+            self.exploration.restore(state["exploration"])
 
     def save(self, path: str | pathlib.Path | io.BufferedIOBase, exclude: Any = None, include: Any = None) -> None:
         """One zip of safetensors, JSON and manifest, with no code in it and without the replay; `path` may be an open stream.

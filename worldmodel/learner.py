@@ -53,6 +53,11 @@ class TrainConfig(Frozen):
     keep_data: bool = Field(False, description="the replay begins with the rows of the run that warm_start names")
     prefill: int = Field(500, ge=0, description="rows of random experience before the first update: steps, and first observations")
     random_action_repeat: float = Field(1.0, ge=1, description="steps for which each random action of prefill is kept, on average")
+    explore: bool = Field(
+        True,
+        description="plays whole episodes by random actions that last, as long as each reward follows from the action alone and "
+        "nothing was found; fewer of them with each episode that found more, and none after five",
+    )
     pretrain: int = Field(100, ge=0, description="updates of the world model right after the prefill")
     ratio: float = Field(0.5, ge=0, description="updates per real step")
     batch_size: int = Field(16, ge=1, description="sequences in a batch")

@@ -14,6 +14,7 @@ import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
 from worldmodel.agents.evaluation import CONFIRMATION_SEED, EVALUATION_SEED, EvaluationAborted, episode_limit, evaluate, threshold
+from worldmodel.agents.exploration import ENOUGH
 from worldmodel.agents.loop import WorldModelAlgorithm
 from worldmodel.agents.training import resources
 from worldmodel.agents.training.report import LineReport
@@ -23,6 +24,8 @@ from worldmodel.storage.best import Best
 from worldmodel.storage.run import Run
 
 _log = logging.getLogger(__name__)
+EXPLORED = 10_000
+"""Steps without a find after which a warning is due."""
 
 
 @dataclass
@@ -66,6 +69,7 @@ class RunCallback(BaseCallback):
         self.threshold = self.config.eval.threshold if self.is_offline else threshold(self.config.eval, self.config.env.id)
         self._clock: float | None = None
         self._failed = self._failed_in_a_row = 0
+        self._explored: int | None = None  # episodes that had found something when it was last said
         self._saved_best = progress.best
 
     def _init_callback(self) -> None:
@@ -88,6 +92,7 @@ class RunCallback(BaseCallback):
 
     def _on_step(self) -> bool:
         self.report.alive(self.model)
+        self._report_exploration()
         options, step = self.config.checkpoint, self.model.num_timesteps
         goes_on = self.evaluate_if_due() and not self.signals
         due = self._passed(options.every)
@@ -102,6 +107,23 @@ class RunCallback(BaseCallback):
             except StorageError as error:  # the next checkpoint raises it if it lasts
                 self.warn(f"The experience at {standing(self.model)} could not be written: {error}")
         return goes_on
+
+    def _report_exploration(self) -> None:
+        """A line where exploration begins, finds something, or has found nothing for another EXPLORED steps."""
+        exploration, step = self.model.exploration, self.model.num_timesteps
+        if exploration.is_on and self._explored is None:
+            self.report.say(
+                f"step {step}: each reward so far follows from the action alone, so whole episodes are played by random actions "
+                "that last, until some find more. train.explore=false turns this off."
+            )
+        elif self._explored is not None and exploration.found > self._explored:
+            self.report.say(f"step {step}: {exploration.found} episodes have found something; {ENOUGH} end the exploration.")
+        elif exploration.found_nothing and self._passed(EXPLORED):
+            self.warn(
+                f"step {step}: no reward that depends on where the agent is, so there is nothing to learn from. Check the "
+                "environment's rewards, or give it some on the way."
+            )
+        self._explored = exploration.found if exploration.is_on else None
 
     def _passed(self, every: int) -> bool:
         """Whether the last round of steps passed a multiple of `every` (0: never)."""

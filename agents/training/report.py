@@ -13,6 +13,7 @@ from stable_baselines3.common.logger import TensorBoardOutputFormat
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch.utils.tensorboard.writer import FileWriter, SummaryWriter
 
+from worldmodel.agents.exploration import ENOUGH
 from worldmodel.agents.loop import WorldModelAlgorithm
 from worldmodel.config import Frozen
 from worldmodel.registry import register
@@ -102,11 +103,13 @@ class LineReport:
 
 
 def phase(model: WorldModelAlgorithm) -> str:
-    """`collecting`: before the first update; `pretraining`: of the world model alone; `learning`."""
+    """`collecting`: before the first update; `pretraining`: of the world model alone; `learning`, or `exploring` meanwhile."""
     made, first = model.learner.updates, model.config.train.pretrain
     if made == 0 and not model.has_pending_updates:
         return "collecting"
-    return f"pretraining {made}/{first}" if made < first else "learning"
+    if made < first:
+        return f"pretraining {made}/{first}"
+    return f"exploring, {model.exploration.found} of {ENOUGH} found" if model.exploration.is_on else "learning"
 
 
 def seconds_left(model: WorldModelAlgorithm, pace: Throughput, total: int) -> float | None:

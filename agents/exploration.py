@@ -1,0 +1,146 @@
+"""Random actions that last, as long as rewards tell nothing about states.
+
+Where each reward follows from the action alone (always 0, always -1, or what the action costs) an actor has nothing to learn, and
+its own actions lead nowhere new. Then whole episodes are played at random: first all, and fewer with each episode that found more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from worldmodel.spaces import ActionSpec
+
+ENOUGH = 5
+"""Episodes that found something, after which none is played at random."""
+PIECE = 250
+"""Steps of an episode that count as one where it goes on and on."""
+LONGEST = 64
+"""Steps that a random action lasts at most."""
+FEWEST = 50
+"""Rows that must be known before anything is said of rewards."""
+OUTLIERS = 0.05
+"""Share of rows with rewards that do not follow from the action, above which rewards are dense: there is nothing to search for."""
+EXACT = 1e-3
+"""Relative difference from what follows from the action that is rounding."""
+
+
+class Exploration:
+    """Whether episodes are played at random, by the rewards and ends of real steps; and what is played then.
+
+    A random action lasts 1 to LONGEST steps, uniform in the logarithm: white noise averages out, and no one duration suits all
+    environments. Source: Dabney et al. 2021 (temporally extended exploration), with another distribution of durations.
+
+    found  episodes in which a reward did not follow from the action, or that terminated where rewards are other than 0
+    """
+
+    def __init__(self, spec: ActionSpec) -> None:
+        self.spec, self.found = spec, 0
+        self._rows: list[tuple[np.ndarray, ...]] = []  # before rewards are explained
+        self._weights: np.ndarray | None = None  # [K]: reward from the action's features
+        self._tolerance = 0.0
+
+    def begin(self, streams: int) -> None:
+        """New episodes in all of `streams` environments."""
+        self._finds, self._steps = np.zeros(streams, bool), np.zeros(streams, int)  # in this piece of an episode
+        self._random, self._left = np.zeros(streams, bool), np.zeros(streams, int)
+        self._action = np.zeros((streams, self.spec.dim), np.float32)
+
+    @property
+    def is_over(self) -> bool:
+        return self.found >= ENOUGH
+
+    @property
+    def is_on(self) -> bool:
+        """Whether some episodes are played at random."""
+        return self._weights is not None and not self.is_over
+
+    @property
+    def found_nothing(self) -> bool:
+        """Whether rewards are known to tell nothing so far."""
+        return self.is_on and not self.found
+
+    def add(
+        self,
+        action: Float[np.ndarray, "N A"],
+        reward: Float[np.ndarray, " N"],
+        first: Bool[np.ndarray, " N"],
+        terminal: Bool[np.ndarray, " N"],
+        streams: np.ndarray,
+    ) -> None:
+        """One row of each of `streams`: canonical action that led there, reward, flags."""
+        if self.is_over:
+            return
+        if self._weights is None:
+            self._rows.append((action.copy(), np.asarray(reward, float), first.copy(), terminal.copy(), streams.copy()))
+        else:
+            self._count(action, reward, first, terminal, streams)
+
+    def _count(self, action: np.ndarray, reward: np.ndarray, first: np.ndarray, terminal: np.ndarray, streams: np.ndarray) -> None:
+        expected = self._features(action) @ self._weights
+        at_stake = np.abs(expected) > self._tolerance
+        tells = ~first & ((np.abs(reward - expected) > self._tolerance) | (terminal & at_stake))
+        anew = first | (self._steps[streams] >= PIECE)
+        self._steps[streams] = np.where(anew, 0, self._steps[streams] + 1)
+        known = self._finds[streams] & ~anew
+        self.found += int((tells & ~known).sum())
+        self._finds[streams] = known | tells
+
+    def _features(self, action: np.ndarray) -> np.ndarray:
+        """[N, K] of actions [N, A]: what a cost of acting is made of."""
+        one = np.ones((len(action), 1))
+        return np.concatenate([one, action] if self.spec.kind != "continuous" else [one, action, action**2, np.abs(action)], 1)
+
+    def _explain(self) -> None:
+        """Fits rewards to actions, but for the rows that fit worst; then counts all rows so far."""
+        action, reward, first = (np.concatenate([rows[i] for rows in self._rows]) for i in range(3))
+        action, reward = action[~first], reward[~first]
+        if len(reward) < FEWEST:
+            return
+        features, kept = self._features(action), np.ones(len(reward), bool)
+        for _ in range(3):
+            weights = np.linalg.lstsq(features[kept], reward[kept], rcond=None)[0]
+            error = np.abs(reward - features @ weights)
+            kept = error <= np.quantile(error, 1 - OUTLIERS)
+        self._weights, self._tolerance = weights, EXACT * float(np.abs(reward[kept]).max()) + 1e-9
+        if (error > self._tolerance).mean() > OUTLIERS:
+            self.found = ENOUGH
+        rows, self._rows = self._rows, []
+        for row in rows:
+            if not self.is_over:
+                self._count(*row)
+
+    def act(
+        self, starts: Bool[np.ndarray, " N"], rng: np.random.Generator
+    ) -> tuple[Bool[np.ndarray, " N"], Float[np.ndarray, "N A"]]:
+        """(which environments are played at random at this step, their canonical actions); `starts` where an episode begins.
+
+        Draws nothing from rng where nothing is played at random.
+        """
+        if self._weights is None and not self.is_over:
+            self._explain()
+            starts = np.ones_like(starts)  # no episode that goes on is decided yet
+        if not self.is_on:
+            self._random[:] = False
+            return self._random, self._action
+        starts = starts | (self._steps >= PIECE)
+        self._random[starts] = rng.random(starts.sum()) * (1 + self.found) < 1
+        self._left[starts] = 0
+        if (fresh := self._random & (self._left == 0)).any():
+            self._action[fresh] = self.spec.sample(int(fresh.sum()), rng)
+            self._left[fresh] = LONGEST ** rng.random(int(fresh.sum()))
+        self._left -= 1
+        return self._random, self._action
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as JSON; rows that are not explained yet are not among it."""
+        weights = None if self._weights is None else self._weights.tolist()
+        return {"found": self.found, "weights": weights, "tolerance": self._tolerance}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """What `state` gave."""
+        self.found, self._tolerance = state["found"], state["tolerance"]
+        self._weights = None if state["weights"] is None else np.asarray(state["weights"])

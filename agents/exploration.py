@@ -28,11 +28,31 @@ EXACT = 1e-3
 """Relative difference from what follows from the action that is rounding."""
 
 
-class Exploration:
-    """Whether episodes are played at random, by the rewards and ends of real steps; and what is played then.
+class LastingActions:
+    """Random actions, each of which lasts 1 to LONGEST steps, uniform in the logarithm.
 
-    A random action lasts 1 to LONGEST steps, uniform in the logarithm: white noise averages out, and no one duration suits all
-    environments. Source: Dabney et al. 2021 (temporally extended exploration), with another distribution of durations.
+    White noise averages out, and no one duration suits all environments (`python benchmarks/exploration.py`).
+    Source: Dabney et al. 2021 (temporally extended exploration), with another distribution of durations.
+    """
+
+    def __init__(self, spec: ActionSpec, streams: int) -> None:
+        self.spec = spec
+        self._left, self._action = np.zeros(streams, int), np.zeros((streams, spec.dim), np.float32)
+
+    def draw(
+        self, wanted: Bool[np.ndarray, " N"], anew: Bool[np.ndarray, " N"], rng: np.random.Generator
+    ) -> Float[np.ndarray, "N A"]:
+        """Canonical actions of one step; only those that are `wanted` mean anything, and `anew` begins another action."""
+        self._left[anew] = 0
+        if count := int((fresh := wanted & (self._left == 0)).sum()):
+            self._action[fresh] = self.spec.sample(count, rng)
+            self._left[fresh] = LONGEST ** rng.random(count)
+        self._left[wanted] -= 1
+        return self._action
+
+
+class Exploration:
+    """Whether episodes are played by LastingActions, as the rewards and ends of real steps say.
 
     found  episodes in which a reward did not follow from the action, or that terminated where rewards are other than 0
     """
@@ -46,8 +66,7 @@ class Exploration:
     def begin(self, streams: int) -> None:
         """New episodes in all of `streams` environments."""
         self._finds, self._steps = np.zeros(streams, bool), np.zeros(streams, int)  # in this piece of an episode
-        self._random, self._left = np.zeros(streams, bool), np.zeros(streams, int)
-        self._action = np.zeros((streams, self.spec.dim), np.float32)
+        self._random, self._actions = np.zeros(streams, bool), LastingActions(self.spec, streams)
 
     @property
     def is_over(self) -> bool:
@@ -125,15 +144,10 @@ class Exploration:
             starts = np.ones_like(starts)  # no episode that goes on is decided yet
         if not self.is_on:
             self._random[:] = False
-            return self._random, self._action
-        starts = starts | (self._steps >= PIECE)
-        self._random[starts] = rng.random(starts.sum()) * (1 + self.found) < 1
-        self._left[starts] = 0
-        if (fresh := self._random & (self._left == 0)).any():
-            self._action[fresh] = self.spec.sample(int(fresh.sum()), rng)
-            self._left[fresh] = LONGEST ** rng.random(int(fresh.sum()))
-        self._left -= 1
-        return self._random, self._action
+        else:
+            starts = starts | (self._steps >= PIECE)
+            self._random[starts] = rng.random(starts.sum()) * (1 + self.found) < 1
+        return self._random, self._actions.draw(self._random, starts, rng)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON; rows that are not explained yet are not among it."""

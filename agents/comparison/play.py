@@ -1,7 +1,8 @@
 """What all forms learn from and are measured on: the experience of a model-free agent, and held-out episodes of it.
 
-The agent is SB3's (DQN, SAC or PPO, by the actions). It learns in the real environment with as many updates as the forms make, or with
-as many as its authors published where that is more, and is a row of the comparison itself. So every form sees what an agent really meets on its way, and none chooses what it sees.
+The agent is SB3's (DQN, SAC or PPO, by the actions). It learns in the real environment with as many updates as the forms make, or
+with as many as its authors published where that is more, and is a row of the comparison itself. So every form sees what an agent
+really meets on its way, and none chooses what it sees.
 """
 
 from __future__ import annotations

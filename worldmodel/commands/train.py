@@ -75,18 +75,8 @@ def train(
         )
     if seed is not None and seed < 0:
         raise ConfigError(f"seed is {seed}; expected at least 0.")
-    if from_run is None and (step is not None or keep_data):
-        raise ConfigError(
-            "step and keep_data are about the run of from_run (--from), and there is none. Name it, or leave them out."
-        )
-    if from_run is not None and resume:
-        raise ConfigError(
-            "A run that is resumed has weights of its own: from_run (--from) begins a new one. Leave one of them out."
-        )
-    warm = {"warm_start": None if from_run is None else str(getattr(from_run, "path", from_run)), "warm_start_step": step}
-    given = _overrides(
-        overrides, steps=steps, data=None if data is None else _as_sources(data), keep_data=keep_data or None, **warm
-    )
+    train_options = {"steps": steps, "data": None if data is None else _as_sources(data)}
+    given = _overrides(overrides, **train_options, **_warm_start(from_run, step, keep_data, resume))
     import torch
 
     from worldmodel.agents.training import session
@@ -110,6 +100,20 @@ def _default_log(text: str) -> None:
         _log.info(text)
     else:
         print(text, file=sys.stderr, flush=True)
+
+
+def _warm_start(from_run: str | Path | Run | None, step: Step, keep_data: bool, resume: bool) -> dict[str, Any]:
+    """The options of `train` that name the run to begin with; None where nothing is said. ConfigError."""
+    if from_run is None and (step is not None or keep_data):
+        raise ConfigError(
+            "step and keep_data are about the run of from_run (--from), and there is none. Name it, or leave them out."
+        )
+    if from_run is not None and resume:
+        raise ConfigError(
+            "A run that is resumed has weights of its own: from_run (--from) begins a new one. Leave one of them out."
+        )
+    name = None if from_run is None else str(getattr(from_run, "path", from_run))
+    return {"warm_start": name, "warm_start_step": step, "keep_data": keep_data or None}
 
 
 def _overrides(overrides: Mapping[str, Any] | Sequence[str] | None, **train: Any) -> dict[str, Any]:

@@ -4,8 +4,8 @@
     python benchmarks/exploration.py --envs Acrobot-v1 --seeds 0
     python benchmarks/exploration.py --print                       # the table of what is there
 
-Without any learning. `1`, `5` and `20` steps on average, with a geometric duration, as `train.random_action_repeat` draws them; `1 to
-64` steps, uniform in the logarithm, as `train.explore` does where rewards tell nothing.
+Without any learning. 1, 5 and 20 steps on average, with a geometric duration, as `train.random_action_repeat` draws them; 1 to 64
+steps, uniform in the logarithm, as `train.explore` does where rewards tell nothing.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main() -> int:
     rows = Rows("exploration", args.results, args.again)
 
     def run(key: Key) -> Row:
-        return call(__file__, key, 1)
+        return call(__file__, key, 1, 600)
 
     keys = [{"env": env, "actions": actions, "seed": seed} for env in args.envs for actions in ACTIONS for seed in args.seeds]
     failed = 0 if args.print else rows.measure(keys, run, lambda key: 1)

@@ -17,6 +17,7 @@ from pathlib import Path
 import compared  # noqa: F401
 import control
 import digits
+import exploration
 import forms
 import plug_in
 import throughput
@@ -28,7 +29,16 @@ from tables import blocks, filled, median, number, spread
 from tables import solved as count_solved
 
 ROOT = HERE.parent
-FILES = ("README.md", "docs/results.md", "docs/forms.md", "docs/dynamics.md", "docs/jepa.md", "docs/one-role.md", "docs/choose.md")
+FILES = (
+    "README.md",
+    "docs/results.md",
+    "docs/forms.md",
+    "docs/dynamics.md",
+    "docs/jepa.md",
+    "docs/one-role.md",
+    "docs/choose.md",
+    "docs/learning.md",
+)
 BLOCK = blocks("figures")
 MADE = re.compile(r"without † are of code `([0-9a-f]{16})`")
 NONE = "none"
@@ -188,6 +198,17 @@ def _rewards(figures: Figures) -> str:
     found = sorted((row for row in figures.rows("reward_scale") if plain(row["key"])), key=lambda row: row["key"]["size"])
     groups = grouped(found, lambda row: f"{row['key']['size']:g}")
     return figures.lines(["reward of a step of CartPole", "solved", "real steps"], groups.items(), cells)
+
+
+@block("exploration")
+def _exploration(figures: Figures) -> str:
+    """The share of random episodes that reach the goal, by how long an action lasts."""
+
+    def cells(rows: Sequence[Row]) -> list[str]:
+        return [spread((row["share"] for row in rows if row["key"]["actions"] == actions), 2) for actions in exploration.ACTIONS]
+
+    groups = grouped(figures.rows("exploration"), lambda row: row["key"]["env"])
+    return figures.lines(["reaches the goal", *(f"{actions} steps" for actions in exploration.ACTIONS)], groups.items(), cells)
 
 
 # Dreams and speed -----------------------------------------------------------------------------------------------------

@@ -232,6 +232,8 @@ class Source:
         controller = {name.removeprefix("agent/"): given.pop(name) for name in list(given) if name.startswith("agent/")}
         for module, arrays in ((agent.world, given), (agent.learner.ema, given), (agent.controller, controller)):
             module.load_state_dict({**module.state_dict(), **arrays})
+        if found.acts:  # else an agent that knows the goal would be taken for one that searches
+            agent.exploration.restore(self.agent.exploration.state())
         if "objective.slow" not in found.taken:  # a target encoder that is new is that of the encoder taken
             for world in (agent.world, agent.learner.ema):
                 world.update_targets(decay=0.0)

@@ -2,6 +2,10 @@
 
 worldmodel compare pendulum --seeds 3 --out runs/compare-pendulum
 cp runs/compare-pendulum/plan.json runs/compare-pendulum/rows.jsonl benchmarks/results/compare/pendulum/
+
+The form that it recommends, trained afterwards on seeds that it has not seen, goes into the folder `fresh` beside:
+
+worldmodel compare pendulum --forms anchored --seeds 3 --first-seed 3 --out runs/fresh-pendulum
 """
 
 from __future__ import annotations
@@ -9,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from figures import Figures, block
-from tables import markdown
+from tables import markdown, number
 
 from worldmodel.agents.comparison.plan import OTHERS
-from worldmodel.agents.comparison.table import Cell, Comparison
+from worldmodel.agents.comparison.table import Cell, Comparison, promised
 
 COLUMNS = {
     "return": "agent's return",
@@ -35,20 +39,58 @@ def compared(name: str) -> Callable[[Figures], str]:
         folder = figures.folder / "compare" / name
         if not (folder / "plan.json").exists():
             return "Not measured yet.\n"
-        found, rows = Comparison.read(folder), figures.rows(f"compare/{name}/rows")
+        found = Comparison.read(folder)
         forms = [form for form in (*found.forms, *OTHERS) if any(found.cell(form, column) for column in COLUMNS)]
         shown = {column: title for column, title in COLUMNS.items() if any(found.cell(form, column) for form in forms)}
-        lines = []
-        for form in forms:
-            own = [row for row in rows if row["key"]["form"] == form]
-            lines.append([figures.mark(form, own), *(_cell(found.cell(form, column)) for column in shown)])
+        lines = [[form, *(_cell(found.cell(form, column)) for column in shown)] for form in forms]
         words = {True: "held", False: "did not hold"}
         expected = [[x["text"], words[x["held"]]] for x in found.expectations if x["held"] is not None]
-        sentences = "\n".join(f"- {text}" for text in found.sentences if not text.startswith("Another version"))
-        drawn = figures.table(["", *shown.values()], lines, rows)
-        return f"{sentences}\n\n{drawn}\n{markdown(['expected beforehand', 'measured'], expected)}\n"
+        said = [text for text in found.sentences if not text.startswith("Another version")]
+        if (folder / "fresh" / "plan.json").exists():
+            said += _kept(found, Comparison.read(folder / "fresh"))
+        sentences = "\n".join(f"- {text}" for text in said)
+        drawn = markdown(["", *shown.values()], lines), _origin(found), markdown(["expected beforehand", "measured"], expected)
+        return "\n\n".join((sentences, *drawn)) + "\n"
 
     return write
+
+
+def _kept(found: Comparison, fresh: Comparison) -> list[str]:
+    """Whether fresh seeds of the recommended form returned, and predicted, what was promised."""
+    form, texts = found.recommended or "", []
+    for figure in ("return", "error at 5"):
+        before = found.cell(form, figure)
+        interval = None if before is None else promised(before.values)
+        after = {
+            row["key"]["seed"]: x
+            for row in fresh.rows
+            if row["key"]["form"] == form and (x := row["figures"].get(figure)) is not None
+        }
+        if interval is None or not after:
+            continue
+        seeds, values = (", ".join(x) for x in zip(*((str(seed), number(after[seed])) for seed in sorted(after)), strict=True))
+        inside = sum(interval[0] <= x <= interval[1] for x in after.values())
+        texts.append(
+            f"Trained afterwards on seeds {seeds}, `model={form}` has {figure} {values}: {inside} of {len(after)} within the "
+            f"{number(interval[0])} to {number(interval[1])} that {len(before.values)} seeds promised."
+        )
+    return texts
+
+
+def _origin(found: Comparison) -> str:
+    """What the rows were measured with: options, code, versions, threads."""
+    origins = [row["where"] for row in found.rows]
+    known = {
+        name: ", ".join(sorted({str(x[name]) for x in origins})) for name in ("code", "torch", "gymnasium", "threads", "processor")
+    }
+    days = sorted(x["when"][:10] for x in origins)
+    when = " to ".join(dict.fromkeys((days[0], days[-1])))
+    seeds, options = ", ".join(map(str, found.seeds)), " ".join(found.plan.overrides)
+    return (
+        f"{found.plan.steps:,} real steps, `{options}`, seeds {seeds}. Measured {when} by code "
+        f"`{known['code']}`, {known['threads']} thread a row and two rows at a time, with torch {known['torch']} and gymnasium "
+        f"{known['gymnasium']} on {known['processor']}."
+    )
 
 
 def _cell(cell: Cell | None) -> str:
@@ -56,7 +98,7 @@ def _cell(cell: Cell | None) -> str:
     if cell is None:
         return ""
     low, high = min(cell.values), max(cell.values)
-    return f"{cell.mean:.3g}" + ("" if low == high else f" [{low:.3g}..{high:.3g}]")
+    return number(cell.mean) + ("" if low == high else f" [{number(low)}..{number(high)}]")
 
 
 block("choose-pendulum")(compared("pendulum"))

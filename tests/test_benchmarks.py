@@ -10,8 +10,11 @@ import control
 import plug_in
 import readme
 import rows
+from compared import _kept
 from stable_baselines3.common.callbacks import BaseCallback
 
+from worldmodel.agents.comparison.plan import Plan
+from worldmodel.agents.comparison.table import Comparison
 from worldmodel.config import Config
 from worldmodel.storage import rows as storage
 
@@ -104,6 +107,17 @@ def test_a_comparison_takes_the_best_of_any_result_file_and_says_where_ranges_ov
     put("plug_in", [500], task="dyna-pendulum", algorithm=control.DYNA_ROW)
     best = "sac, 10 updates/step (plug_in, dyna-pendulum), 2 seeds"
     assert said()[0] == f"pendulum: 0.85 x the real steps of {best}; their ranges overlap"
+
+
+def test_a_comparison_says_how_many_fresh_seeds_returned_what_was_promised():
+    def found(returns):
+        made = [{"key": {"form": "vae", "seed": seed}, "figures": {"return": x}} for seed, x in returns.items()]
+        return Comparison(Plan("pendulum"), "Pendulum-v1", tuple(returns), tuple(made))
+
+    (said,) = _kept(found({0: -200.0, 1: -210.0, 2: -190.0}), found({4: -500.0, 3: -205.0}))
+    assert said.startswith(
+        "Trained afterwards on seeds 3, 4, `model=vae` has return -205, -500: 1 of 2 within the -250 to -150 that 3 seeds"
+    )
 
 
 class Seen(BaseCallback):

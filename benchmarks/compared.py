@@ -6,6 +6,8 @@ cp runs/compare-pendulum/plan.json runs/compare-pendulum/rows.jsonl benchmarks/r
 The form that it recommends, trained afterwards on seeds that it has not seen, goes into the folder `fresh` beside:
 
 worldmodel compare pendulum --forms anchored --seeds 3 --first-seed 3 --out runs/fresh-pendulum
+
+The options and steps of each are those that its block says.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from tables import markdown, number
 from worldmodel.agents.comparison.plan import OTHERS
 from worldmodel.agents.comparison.table import Cell, Comparison, promised
 
+_listed = ", ".join
 COLUMNS = {
     "return": "agent's return",
     "planned return": "planner's return",
@@ -56,25 +59,27 @@ def compared(name: str) -> Callable[[Figures], str]:
 
 
 def _kept(found: Comparison, fresh: Comparison) -> list[str]:
-    """Whether fresh seeds of the recommended form returned, and predicted, what was promised."""
+    """Whether fresh seeds of the recommended form returned, and predicted, what was promised; and what others did there."""
     form, texts = found.recommended or "", []
-    for figure in ("return", "error at 5"):
-        before = found.cell(form, figure)
+    for figure, other in (("return", "model-free"), ("error at 5", "mlp ensemble")):
+        before, seeds, values = found.cell(form, figure), *_by_seed(fresh, form, figure)
         interval = None if before is None else promised(before.values)
-        after = {
-            row["key"]["seed"]: x
-            for row in fresh.rows
-            if row["key"]["form"] == form and (x := row["figures"].get(figure)) is not None
-        }
-        if interval is None or not after:
+        if interval is None or not values:
             continue
-        seeds, values = (", ".join(x) for x in zip(*((str(seed), number(after[seed])) for seed in sorted(after)), strict=True))
-        inside = sum(interval[0] <= x <= interval[1] for x in after.values())
+        inside, low, high = sum(interval[0] <= x <= interval[1] for x in values), *map(number, interval)
+        beside = _by_seed(fresh, other, figure)[1]
         texts.append(
-            f"Trained afterwards on seeds {seeds}, `model={form}` has {figure} {values}: {inside} of {len(after)} within the "
-            f"{number(interval[0])} to {number(interval[1])} that {len(before.values)} seeds promised."
+            f"Trained afterwards on seeds {_listed(map(str, seeds))}, `model={form}` has {figure} {_listed(map(number, values))}: "
+            f"{inside} of {len(values)} within the {low} to {high} that {len(before.values)} seeds promised"
+            + (f"; {other} {_listed(map(number, beside))}." if beside else ".")
         )
     return texts
+
+
+def _by_seed(found: Comparison, form: str, figure: str) -> tuple[list[int], list[float]]:
+    """The seeds in which a row has a figure, in order, and the figures."""
+    rows = sorted((row["key"]["seed"], row["figures"].get(figure)) for row in found.rows if row["key"]["form"] == form)
+    return [seed for seed, x in rows if x is not None], [x for _, x in rows if x is not None]
 
 
 def _origin(found: Comparison) -> str:
@@ -88,7 +93,7 @@ def _origin(found: Comparison) -> str:
     seeds, options = ", ".join(map(str, found.seeds)), " ".join(found.plan.overrides)
     return (
         f"{found.plan.steps:,} real steps, `{options}`, seeds {seeds}. Measured {when} by code "
-        f"`{known['code']}`, {known['threads']} thread a row and two rows at a time, with torch {known['torch']} and gymnasium "
+        f"`{known['code']}`, {known['threads']} thread a row, with torch {known['torch']} and gymnasium "
         f"{known['gymnasium']} on {known['processor']}."
     )
 

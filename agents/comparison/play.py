@@ -85,7 +85,7 @@ def _options(name: str, steps: int, updates: int, prefill: int) -> dict[str, Any
     if name == "ppo":
         return {"n_steps": min(256, max(16, steps // 8))}
     rate = max(PUBLISHED[name], Fraction(updates / max(1, steps - prefill)).limit_denominator(8))
-    often = {"learning_starts": prefill, "train_freq": rate.denominator, "gradient_steps": max(1, rate.numerator)}
+    often = {"learning_starts": prefill, "train_freq": rate.denominator, "gradient_steps": rate.numerator}
     explores = {"exploration_fraction": 0.5, "exploration_final_eps": 0.1} if name == "dqn" else {}
     return {**DREAM_DEFAULTS[name.upper()], **often, **explores, "buffer_size": steps}
 

@@ -60,11 +60,9 @@ def dream(
     from worldmodel.agents.evaluation import warn_untrained
     from worldmodel.envs.draw import Viewer
     from worldmodel.storage.run import Run
-    from worldmodel.view import pictures
 
-    _check(context, horizon, start, guide)
+    out = _checked(context, horizon, start, guide, out)
     run = run if isinstance(run, Run) else Run.open(run)
-    out = None if out is None else pictures.checked(Path(out))
     agent = run.agent("newest", device=device, trust=trust)
     warn_untrained(agent, log)
     viewer = Viewer(run.config.env.id, agent.obs_spec, run.config.env.names)
@@ -85,12 +83,15 @@ def dream(
     return {**about, **_figures(found), **shown_in}
 
 
-def _check(context: int, horizon: int, start: Start, guide: Guidance | None) -> None:
-    """ConfigError for what no dream can be."""
+def _checked(context: int, horizon: int, start: Start, guide: Guidance | None, out: str | Path | None) -> Path | None:
+    """`out` as a path. ConfigError for what no dream can be, and for a file that no animation can."""
+    from worldmodel.view import pictures
+
     if context < 1 or horizon < 1:
         raise ConfigError(f"A dream needs at least 1 row of context and 1 step, not context={context} and horizon={horizon}.")
     if guide is not None and start != "prior":
         raise ConfigError("Only dreams from the prior can be guided: add --start prior (start='prior'), or leave --toward out.")
+    return None if out is None else pictures.checked(Path(out))
 
 
 def _figures(found: Figures) -> dict[str, Any]:

@@ -30,15 +30,17 @@ from worldmodel.agents.arguments import (
     reject_unknown_arguments,
     require_own_policy,
     resolve_config,
+    with_masks,
     with_spec_layout,
 )
-from worldmodel.agents.belief import BeliefPolicy, Controller
+from worldmodel.agents.belief import BeliefPolicy, Controller, keep_legal
 from worldmodel.agents.episodes import EpisodeStatistics
 from worldmodel.agents.experience import fit_scaling, new_replay, replay_capacity, rows_before_reset
 from worldmodel.agents.saving import SavedAlgorithm
 from worldmodel.config import Config
 from worldmodel.data import State
 from worldmodel.envs.make import as_vec_env, seed_envs
+from worldmodel.envs.masks import MaskedVecEnv, refuse_unread_masks
 from worldmodel.envs.vectors.restarts import Restarts, restarted
 from worldmodel.envs.vectors.workers import drain
 from worldmodel.errors import ConfigError, EnvError
@@ -46,6 +48,7 @@ from worldmodel.learner import Learner
 from worldmodel.model import WorldModel, tensors
 from worldmodel.spaces import ActionSpec, ObsSpec
 from worldmodel.spaces.names import signal_names
+from worldmodel.spaces.specs import ACTION_MASK
 from worldmodel.storage.replay import Replay
 from worldmodel.storage.weights import cpu_randomness
 
@@ -101,12 +104,17 @@ class WorldModelAlgorithm(SavedAlgorithm):
         reject_unknown_arguments(type(self), others, self.config)
         seed = int(np.random.randint(2**31)) if seed is None else seed
         if isinstance(env, str):
+            self.config = with_masks(self.config, env)
             env = as_vec_env(self.config.env.model_copy(update={"id": env}), seed=seed)
         elif env is not None:
-            env = as_vec_env(env, seed=seed)
+            masks = self.config.env.action_masks
+            masks = bool(masks) if isinstance(config, Config) else masks  # a whole Config leaves nothing to be found out
+            env = MaskedVecEnv.around(as_vec_env(env, seed=seed), masks)
         if env is not None:  # before SB3's own checks, so that the error for a space without support says what to do
             self.obs_spec = ObsSpec.from_space(env.observation_space, self.config.env.layout)
             self.action_spec = ActionSpec.from_space(env.action_space)
+            if isinstance(policy, str) and self.obs_spec.keys.keys() == {"obs", ACTION_MASK}:
+                policy = "MultiInputPolicy"  # by SB3's rule: the mask made a Dict of the observation that the name was for
         super().__init__(
             policy,
             env,
@@ -135,6 +143,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
     def set_env(self, env: gym.Env | VecEnv, force_reset: bool = True) -> None:
         """SB3's; the environment's images may also have their channels at the other end."""
         env, own = self._wrap_env(env, self.verbose), self.observation_space
+        env = MaskedVecEnv.around(env, self.world.is_masked)
         if with_spec_layout(self.obs_spec, env.observation_space) == own:
             self.observation_space = env.observation_space  # with which SB3 compares
         try:
@@ -169,6 +178,17 @@ class WorldModelAlgorithm(SavedAlgorithm):
         self._updates_due, self._restarts, self._warned_no_last_obs = 0.0, 0, False
         self._belief: State | None = None
         self._logged_at = 0
+
+    def predict(
+        self,
+        observation: Any,
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+        action_masks: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """SB3's, and sb3-contrib's with masks: see `BeliefPolicy.predict`."""
+        return self.policy.predict(observation, state, episode_start, deterministic, action_masks)
 
     def _make_controller(self) -> Controller:
         raise NotImplementedError
@@ -218,6 +238,8 @@ class WorldModelAlgorithm(SavedAlgorithm):
             total_timesteps, callback = self._setup_learn(
                 total_timesteps, callback, reset_num_timesteps, tb_log_name or type(self).__name__, progress_bar
             )
+            if self.replay is None and not self.num_timesteps and self.config.env.action_masks is None:
+                refuse_unread_masks(self.env)
             if fresh or self.replay is None or self._belief is None:
                 self.start_episodes(self._last_obs)
             self._logged_at = self.num_timesteps
@@ -376,7 +398,8 @@ class WorldModelAlgorithm(SavedAlgorithm):
         """
         fresh = self.action_spec.sample(self.env.num_envs, self.rng)
         redraw = self._last_episode_starts | (self.rng.random(self.env.num_envs) * self.config.train.random_action_repeat < 1)
-        return np.where(redraw[:, None], fresh, self._belief["prev_action"].cpu().numpy())
+        action = np.where(redraw[:, None], fresh, self._belief["prev_action"].cpu().numpy())
+        return keep_legal(self.world, action, None, self.rng, self._rows(self._last_obs)) if self.world.is_masked else action
 
     # Updates --------------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor
 
 from worldmodel.config import Frozen
 from worldmodel.envs.extras import absent, missing_extra, register_for
+from worldmodel.envs.masks import MaskedActions, can_be_masked, gives_masks
 from worldmodel.envs.vectors.adapter import GymVecEnvAdapter
 from worldmodel.envs.vectors.restarts import LocalVecEnv, ReportFaults, Restarts
 from worldmodel.envs.vectors.workers import WorkerVecEnv
@@ -52,6 +53,11 @@ class EnvConfig(Frozen):
         None, ge=1, description="truncates there; null: the limit that the environment is registered with"
     )
     action_repeat: int = Field(1, ge=1, description="environment steps per action; the step limit counts environment steps")
+    action_masks: bool | None = Field(
+        None,
+        description="observe which discrete actions are legal, from action_masks() or info['action_mask'], and take no others; "
+        "null: a new run looks whether the environment says it; false: try all",
+    )
     vectorize: Literal["dummy", "subproc"] = Field("dummy", description="all copies in this process, or one process each")
     timeout: float | None = Field(
         60.0,
@@ -70,7 +76,7 @@ class EnvConfig(Frozen):
     @property
     def options(self) -> dict[str, Any]:
         """The options that change the environment of this id, as plain data."""
-        named = {"kwargs", "pixels", "max_episode_steps", "action_repeat"}
+        named = {"kwargs", "pixels", "max_episode_steps", "action_repeat", "action_masks"}
         return self.model_dump(mode="json", include=named, exclude_defaults=True)
 
 
@@ -93,7 +99,13 @@ def make_env(config: EnvConfig | str, index: int = 0, seed: int | None = None) -
     except Exception as error:
         _raise_creation_error(error, config, index)
     limit = spec.max_episode_steps if config.max_episode_steps is None else config.max_episode_steps
-    return _wrapped(env, index, seed, limit=limit, repeat=config.action_repeat, pixels=config.pixels)
+    if config.action_masks and config.action_repeat > 1:
+        raise ConfigError(
+            f"env.action_repeat={config.action_repeat} takes an action again where it may be illegal by then, and "
+            "env.action_masks=true forbids that. Leave env.action_repeat out, or set env.action_masks=false."
+        )
+    options = {"repeat": config.action_repeat, "pixels": config.pixels, "masks": bool(config.action_masks)}
+    return _wrapped(env, index, seed, limit=limit, **options)
 
 
 def make_vec(config: EnvConfig | str, num_envs: int | None = None, seed: int | None = None) -> VecEnv:
@@ -118,6 +130,24 @@ def make_vec(config: EnvConfig | str, num_envs: int | None = None, seed: int | N
     if seed is not None:
         venv.seed(seed)
     return venv
+
+
+def finds_masks(config: EnvConfig) -> bool:
+    """Whether the environment of a config says which actions are legal: one is made for this, and reset where only that can tell.
+
+    False where it fails, which whoever makes it next will report.
+    """
+    try:
+        venv = make_vec(config.model_copy(update={"action_masks": False, "restarts": 0}), 1, seed=0)
+        try:
+            if not can_be_masked(venv.action_space):
+                return False
+            venv.reset()
+            return gives_masks(venv)
+        finally:
+            venv.close()
+    except Exception:  # whatever an environment may raise
+        return False
 
 
 def as_vec_env(
@@ -202,7 +232,14 @@ def _make_reporting(config: EnvConfig, index: int, seed: int | None) -> gym.Env:
 
 
 def _wrapped(
-    env: gym.Env, index: int, seed: int | None, *, limit: int | None = None, repeat: int = 1, pixels: int | None = None
+    env: gym.Env,
+    index: int,
+    seed: int | None,
+    *,
+    limit: int | None = None,
+    repeat: int = 1,
+    pixels: int | None = None,
+    masks: bool = False,
 ) -> gym.Env:
     seed = None if seed is None else seed + index
     env = CheckedEnv(env, index, seed)
@@ -214,6 +251,7 @@ def _wrapped(
         env = RenderObservation(env, pixels)
     monitored = _has_outer_monitor(env)
     env = FlattenSpaces.wrap(env, plain=False)
+    env = MaskedActions(env) if masks else env
     env = env if monitored else Monitor(env)
     env.action_space.seed(seed)
     return env

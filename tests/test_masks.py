@@ -18,7 +18,7 @@ from worldmodel.agents.evaluation import evaluate
 from worldmodel.agents.held_out import collect
 from worldmodel.agents.planner import PlanConfig, PlanDistribution
 from worldmodel.data import Sampling
-from worldmodel.envs import MaskedActions, MaskedVecEnv, make_env, make_vec
+from worldmodel.envs import ImaginedVecEnv, MaskedActions, MaskedVecEnv, make_env, make_vec
 from worldmodel.errors import ConfigError, EnvError
 from worldmodel.spaces import ActionSpec, ObsSpec
 from worldmodel.spaces.specs import ACTION_MASK
@@ -250,6 +250,29 @@ def test_after_a_short_training_few_actions_in_dreams_are_illegal(form):
     assert torch.equal((dream.action * dream.legal).sum(-1), torch.ones_like(dream.reward))
     really = ((room.unsqueeze(1) + torch.arange(3)) * 3 + 1) % ACTIONS
     assert float((dream.action.argmax(-1) != really).float().mean()) < 0.1  # 0.75 by chance
+
+
+def test_candidates_of_a_planner_keep_to_what_their_own_roll_outs_expect():
+    model = agent(kind=Planner, steps=0, **PLANNER)
+    world, count, generator = model.policy.world, 6, torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        world.heads.legal_net[-1].weight.mul_(50)  # untrained, but sure of something else in every state
+    legal = torch.tensor([[False, True, False, True]])
+    distribution = PlanDistribution.centered(model.action_spec, torch.full((1, 3, ACTIONS), 0.25), 1.0, legal)
+    plans = distribution.sample(torch.randn(1, count, 3, 1, generator=generator))
+    state = world.initial(count).map(lambda x: torch.randn(x.shape, generator=generator).to(x))
+    dream = model.controller._imagine(world, state, plans, 2, generator, distribution)
+    assert bool(legal[0, dream.action[:, 0].argmax(-1)].all())
+    expected = torch.stack([world.legal(dream.feature[:, step]) for step in (1, 2)], 1)
+    assert not bool((dream.action[:, 1:] * ~expected).any()) and bool((plans[0, :, 1:] * ~expected).any())
+
+
+def test_imagined_worlds_tell_sb3_contrib_what_is_legal_there():
+    model = agent()
+    worlds = ImaginedVecEnv(model.policy.world, 3, replay=model.replay, seed=0)
+    worlds.reset()
+    masks = np.stack(worlds.env_method("action_masks"))
+    assert worlds.has_attr("action_masks") and masks.shape == (3, ACTIONS) and masks.any(1).all()
 
 
 # Mathematics ------------------------------------------------------------------------------------------------------------

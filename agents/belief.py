@@ -48,6 +48,14 @@ class Controller(nn.Module):
 Action = TypeVar("Action", Tensor, np.ndarray)
 
 
+def legal_actions(world: WorldModel, state: State | None, rows: Mapping[str, np.ndarray] | None) -> Tensor | None:
+    """Which actions are legal [B, A], as `WorldModel.legal` tells of raw observations, or else of states; None without masks."""
+    is_seen = rows is not None and ACTION_MASK in rows
+    if not (is_seen or world.is_masked):
+        return None
+    return world.legal(None if is_seen else world.dynamics.feature(state), rows)
+
+
 def keep_legal(
     world: WorldModel,
     action: Action,
@@ -57,11 +65,7 @@ def keep_legal(
 ) -> Action:
     """The canonical actions [B, A], illegal ones drawn anew among the legal ones: as raw observations say, or else as the model
     expects at its states. Nothing is changed or drawn where there are no masks."""
-    is_seen = rows is not None and ACTION_MASK in rows
-    if not (is_seen or world.is_masked):
-        return action
-    legal = world.legal(None if is_seen else world.dynamics.feature(state), rows)
-    if legal is None:
+    if (legal := legal_actions(world, state, rows)) is None:
         return action
     redrawn = world.action.redraw_illegal(action, legal, random)
     return redrawn.cpu().numpy() if isinstance(action, np.ndarray) else redrawn

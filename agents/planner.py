@@ -24,6 +24,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from worldmodel.agents.actor_critic import ActorCriticConfig, lambda_return, weights
+from worldmodel.agents.belief import legal_actions
 from worldmodel.agents.dreamer import Dreamer, DreamerController
 from worldmodel.config import Frozen
 from worldmodel.data import Dream, Sampling, State
@@ -278,7 +279,7 @@ class PlannerController(DreamerController):
         if self.goal is not None and len(self.goal) not in (1, size):
             raise ValueError(f"{len(self.goal)} goals for {size} states: set one for all, or one for each.")
         shooting = config.method == "random"
-        legal = world.legal(world.dynamics.feature(state), observed)
+        legal = legal_actions(world, state, observed)
         start = uniform(world.action, memory["plan"]) if shooting else memory["plan"]
         distribution = PlanDistribution.centered(world.action, start, config.first_std, legal)
         draws = config.rollouts

@@ -126,7 +126,11 @@ class WorldModel(nn.Module):
     observe          one step of filtering from a raw observation
     imagine          a rollout of the prior under a policy
     encode, decode   observation -> posterior, feature -> observation
+    legal            which actions may be taken, as an observation says it or as features predict it
     """
+
+    is_masked: bool = False
+    """Whether observations say which actions are legal."""
 
     def __init__(self, config: ModelConfig, obs: ObsSpec, action: ActionSpec):
         super().__init__()

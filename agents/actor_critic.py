@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -76,11 +76,13 @@ class Policy:
     """A distribution over canonical actions [*N, A]: one-hot groups, independent bits, or numbers in [-1, 1].
 
     Continuous actions are normal around tanh(mean); what leaves [-1, 1] is clamped by `ActionSpec`, not here.
+    `legal` [*N, A]: one-hot groups have the probability 0 where it is false; None: everything is legal.
     """
 
     spec: ActionSpec
     parameters: Tensor
     config: ActorCriticConfig
+    legal: Tensor | None = None
 
     @property
     def _normal(self) -> GaussianPosterior:
@@ -92,6 +94,10 @@ class Policy:
     def _groups(self) -> list[Tensor]:
         """Probabilities of each categorical group."""
         mix = self.config.unimix
+        if self.legal is not None:
+            logits, uniform = self.parameters.masked_fill(~self.legal, -torch.inf), torch.ones_like(self.parameters)
+            pairs = (x.split(self.spec.sizes, -1) for x in (logits, self.spec.restrict(uniform, self.legal)))
+            return [(1 - mix) * part.softmax(-1) + mix * even for part, even in zip(*pairs, strict=True)]
         return [(1 - mix) * part.softmax(-1) + mix / part.shape[-1] for part in self.parameters.split(self.spec.sizes, -1)]
 
     @property
@@ -110,7 +116,8 @@ class Policy:
             draw = torch.rand(*shape, 1, generator=generator, device=device)
             index = (probs.cumsum(-1)[..., :-1] <= draw).sum(-1)
             parts.append(nn.functional.one_hot(index, probs.shape[-1]).float())
-        return torch.cat(parts, -1)
+        action = torch.cat(parts, -1)
+        return action if self.legal is None else self.spec.redraw_illegal(action, self.legal, generator)  # by rounding alone
 
     def mode(self) -> Tensor:
         if self.spec.kind == "continuous":
@@ -125,7 +132,7 @@ class Policy:
             return self._normal.log_prob(action)
         if self.spec.kind == "binary":
             return torch.where(action > 0.5, self._bits.log(), (1 - self._bits).log()).sum(-1)
-        return (action * torch.cat(self._groups, -1).log()).sum(-1)
+        return (action * self._log(torch.cat(self._groups, -1))).sum(-1)
 
     def entropy(self) -> Tensor:
         """In nats [*N], summed over the action's parts."""
@@ -135,7 +142,11 @@ class Policy:
             p = self._bits
             return -(p * p.log() + (1 - p) * (1 - p).log()).sum(-1)
         p = torch.cat(self._groups, -1)
-        return -(p * p.log()).sum(-1)
+        return -(p * self._log(p)).sum(-1)
+
+    def _log(self, p: Tensor) -> Tensor:
+        """ln p of categories; finite where one is illegal, so that 0 ln 0 is 0 and has a gradient."""
+        return p.log() if self.legal is None else p.clamp_min(torch.finfo(p.dtype).tiny).log()
 
 
 class ActorCritic(nn.Module):
@@ -159,8 +170,8 @@ class ActorCritic(nn.Module):
         self.two_hot = TwoHot(config.bins, config.limit)
         self.register_buffer("unit", torch.ones(()))
 
-    def policy(self, feature: Float[Tensor, "*N F"]) -> Policy:
-        return Policy(self.action, self.actor(feature), self.config)
+    def policy(self, feature: Float[Tensor, "*N F"], legal: Bool[Tensor, "*N A"] | None = None) -> Policy:
+        return Policy(self.action, self.actor(feature), self.config, legal)
 
     def value(self, feature: Float[Tensor, "*N F"]) -> Float[Tensor, "*N"]:
         """Expected discounted return from a feature, in reward units."""
@@ -259,7 +270,8 @@ class ActorCriticLearner:
         reward = dream.reward / unit - reward_penalty(self.world, dream, config.uncertainty_penalty, config.typicality_penalty)
         returns = lambda_return(reward, discount, self._value(dream.feature) if self.pathwise else value, lam)
         scale = self.scale.update(returns, float(unit))
-        policy = self.behaviour.policy(feature[:-1])  # of all steps at once: the roll-out has no graph of the actor's draws
+        legal = None if dream.legal is None else dream.legal.transpose(0, 1)
+        policy = self.behaviour.policy(feature[:-1], legal)  # of all steps at once: the roll-out has no graph of the actor's draws
         log_prob, entropy = policy.log_prob(dream.action.detach().transpose(0, 1)).transpose(0, 1), policy.entropy().transpose(0, 1)
         actor_loss = self._actor_loss(returns, value[:, :-1], scale, log_prob, entropy, weight)
         critic_loss = self._critic_loss(feature[:-1], logits, returns, weight)
@@ -283,10 +295,16 @@ class ActorCriticLearner:
         config = self.config
         wanted = bool(config.uncertainty_penalty or config.confidence or config.max_uncertainty)
         sampling = Sampling(generator=generator, temperature=config.temperature, uncertainty=wanted)
+        masks: list[Tensor] = []
+
+        def act(feature: Tensor, step: int) -> Tensor:
+            policy = self.behaviour.policy(feature.detach(), self.world.legal(feature))
+            masks.extend([] if policy.legal is None else [policy.legal])
+            return policy.sample(generator)
+
         with torch.set_grad_enabled(self.pathwise):
-            return self.world.imagine(
-                state, lambda feature, step: self.behaviour.policy(feature.detach()).sample(generator), config.horizon, sampling
-            )
+            dream = self.world.imagine(state, act, config.horizon, sampling)
+        return replace(dream, legal=torch.stack(masks, 1)) if masks else dream
 
     def _trust(self, dream: Dream) -> tuple[float | Float[Tensor, "N H"], float | Float[Tensor, "N H"]]:
         """(lambda of each return, weight of each step in the losses), by the uncertainty of arriving at the next step.

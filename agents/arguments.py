@@ -15,7 +15,8 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_wr
 from worldmodel.agents.belief import BeliefPolicy
 from worldmodel.config import Config, describe
 from worldmodel.config.recipes import combine
-from worldmodel.envs.make import as_vec_env, id_of
+from worldmodel.envs.make import as_vec_env, finds_masks, id_of
+from worldmodel.envs.masks import MaskedVecEnv
 from worldmodel.errors import ConfigError, did_you_mean
 from worldmodel.spaces import ObsSpec
 from worldmodel.spaces.keys import KeySpec
@@ -96,6 +97,26 @@ def read_config(recipe: Any, overrides: Any, env_id: str | None = None, env: Any
         venv.close()
     kinds = {key.kind for key in ObsSpec.from_space(space, config.env.layout).keys.values()}
     return config if "image" in kinds else chosen
+
+
+def with_masks(config: Config, env_id: str | None = None) -> Config:
+    """The config, with env.action_masks=true where that is left open and its environment, or that of an id, gives masks."""
+    env = config.env if env_id is None else config.env.model_copy(update={"id": env_id})
+    if env.action_masks is not None or config.train.data or not finds_masks(env):
+        return config
+    return config.override({"env.action_masks": True})
+
+
+def with_masks_if_any(env: Any, config: Config, seed: int, is_complete: bool) -> tuple[VecEnv, Config]:
+    """(the environments that an agent was given, its config): with masks where it wants them, or leaves it open and there are some.
+
+    is_complete  the config leaves nothing open
+    """
+    if isinstance(env, str):
+        config = with_masks(config, env)
+        return as_vec_env(config.env.model_copy(update={"id": env}), seed=seed), config
+    masks = config.env.action_masks
+    return MaskedVecEnv.around(as_vec_env(env, seed=seed), bool(masks) if is_complete else masks), config
 
 
 def find_device(device: torch.device | str) -> torch.device:

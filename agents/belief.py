@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import gymnasium as gym
 import numpy as np
@@ -12,11 +12,13 @@ from stable_baselines3.common.policies import BasePolicy
 from torch import Tensor, nn
 
 from worldmodel.data import Sampling, State
+from worldmodel.envs.masks import checked_mask
 from worldmodel.errors import ConfigError, EnvError
 from worldmodel.model import WorldModel, tensors
 from worldmodel.spaces import ActionSpec, ObsSpec
 from worldmodel.spaces.casts import cast, flatten
 from worldmodel.spaces.keys import KeySpec
+from worldmodel.spaces.specs import ACTION_MASK
 
 
 class Controller(nn.Module):
@@ -43,6 +45,32 @@ class Controller(nn.Module):
         return None
 
 
+Action = TypeVar("Action", Tensor, np.ndarray)
+
+
+def legal_actions(world: WorldModel, state: State | None, rows: Mapping[str, np.ndarray] | None) -> Tensor | None:
+    """Which actions are legal [B, A], as `WorldModel.legal` tells of raw observations, or else of states; None without masks."""
+    is_seen = rows is not None and ACTION_MASK in rows
+    if not (is_seen or world.is_masked):
+        return None
+    return world.legal(None if is_seen else world.dynamics.feature(state), rows)
+
+
+def keep_legal(
+    world: WorldModel,
+    action: Action,
+    state: State | None,
+    random: np.random.Generator | torch.Generator,
+    rows: Mapping[str, np.ndarray] | None = None,
+) -> Action:
+    """The canonical actions [B, A], illegal ones drawn anew among the legal ones: as raw observations say, or else as the model
+    expects at its states. Nothing is changed or drawn where there are no masks."""
+    if (legal := legal_actions(world, state, rows)) is None:
+        return action
+    redrawn = world.action.redraw_illegal(action, legal, random)
+    return redrawn.cpu().numpy() if isinstance(action, np.ndarray) else redrawn
+
+
 class BeliefPolicy(BasePolicy):
     """An SB3 policy whose recurrent state is the world model's belief and the last action."""
 
@@ -65,7 +93,7 @@ class BeliefPolicy(BasePolicy):
     def filter_and_act(
         self, belief: State, rows: dict[str, np.ndarray], is_first: np.ndarray, deterministic: bool
     ) -> tuple[np.ndarray, State]:
-        """(canonical actions [B, A], belief after them) from raw observation rows [B, ...]."""
+        """(canonical actions [B, A], belief after them) from raw observation rows [B, ...]; no action that these call illegal."""
         self.world.eval()
         first = torch.as_tensor(is_first, dtype=torch.bool, device=self.world.device)
         sampling = Sampling(generator=self.generator, mode=deterministic)
@@ -74,7 +102,7 @@ class BeliefPolicy(BasePolicy):
         start = self.controller.memory(self.world, len(is_first))
         memory = State({k: torch.where(first.view(-1, *[1] * (x.ndim - 1)), x, belief[k]) for k, x in start.items()})
         action, memory = self.controller.act(self.world, state, memory, deterministic, self.generator, rows)
-        action = self.world.action.project(action)
+        action = keep_legal(self.world, self.world.action.project(action), state, self.generator, rows)
         return action.cpu().numpy(), State({**state, **memory, "prev_action": action})
 
     def predict(
@@ -83,6 +111,7 @@ class BeliefPolicy(BasePolicy):
         state: tuple[np.ndarray, ...] | None = None,
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
+        action_masks: np.ndarray | None = None,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """SB3's recurrent predict: (actions, belief as a tuple of arrays).
 
@@ -90,13 +119,19 @@ class BeliefPolicy(BasePolicy):
         state          the belief that the last call returned; None: an episode's first step
         episode_start  where the belief begins anew
         deterministic  the posterior's mode and the policy's mode
+        action_masks   which actions are legal [A] or [N, A], as sb3-contrib gives it; in the place of the observation's own mask
 
-        EnvError for an observation that training would refuse: not finite, of another shape, of no category.
+        EnvError for an observation that training would refuse: not finite, of another shape, of no category; for a mask that is
+        none, and where there is none of a model that learned with masks.
         """
+        if self.world.is_masked:
+            observation = self._with_mask(observation, action_masks)
         observation, vectorized = self.batched(observation)
         rows = self.world.obs.to_raw(observation)
         self.world.obs.check(rows, "predict")  # a number that is not finite would stay in the belief
         size = len(next(iter(rows.values())))
+        if action_masks is not None:
+            rows = {**rows, ACTION_MASK: self._checked_masks(action_masks, size)}
         belief = self.initial_belief(size)
         first = np.ones(size, bool)
         if state is not None:
@@ -105,6 +140,26 @@ class BeliefPolicy(BasePolicy):
         action, belief = self.filter_and_act(belief, rows, first, deterministic)
         env_action = self.world.action.decode(action)
         return (env_action if vectorized else env_action.squeeze(0)), belief.numpy()
+
+    def _with_mask(self, observation: Any, masks: np.ndarray | None) -> Any:
+        """The observation with these masks under their key. EnvError where there are none and it has none of its own."""
+        named = isinstance(observation, Mapping | tuple)
+        obs = dict(flatten(observation, self.world.obs.keys)) if named else {"obs": observation}
+        if masks is not None:
+            obs[ACTION_MASK] = np.asarray(masks)
+        if ACTION_MASK not in obs:
+            raise EnvError(
+                "predict: nothing says which actions are legal, and the model learned with masks. Give action_masks=..., or "
+                f"observations that hold '{ACTION_MASK}', as those of model.get_env() do."
+            )
+        return obs
+
+    def _checked_masks(self, masks: np.ndarray, size: int) -> np.ndarray:
+        """bool [N, A]; EnvError for what is no mask."""
+        if self.world.action.kind != "categorical":
+            raise EnvError(f"predict: action_masks are for Discrete and MultiDiscrete actions, not {self.world.action.space}.")
+        rows = np.asarray(masks).reshape(size, -1)
+        return np.stack([checked_mask(row, self.world.action.sizes, f"predict, row {i}") for i, row in enumerate(rows)])
 
     def batched(self, observation: Any) -> tuple[Any, bool]:
         """The observation, flat, with a batch axis, and whether it had one. EnvError for what `reset` returns as a whole."""

@@ -19,7 +19,7 @@ from gymnasium.utils import EzPickle
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from worldmodel.agents.belief import ActsOnBelief
+from worldmodel.agents.belief import ActsOnBelief, keep_legal
 from worldmodel.agents.evaluation import evaluate, isolated_rng
 from worldmodel.agents.held_out import HELD_OUT_SEED, RANDOM_ACTION_SHARE
 from worldmodel.data import Sampling, State
@@ -194,13 +194,14 @@ def _play(
     obs, running = [one.reset()[0] for one in envs], np.ones(episodes, bool)
     belief, first = agent.policy.initial_belief(episodes), np.ones(episodes, bool)
     for step in range(STEPS):
-        action, belief = agent.policy.filter_and_act(belief, world.obs.to_raw(stacked(obs)), first, deterministic=True)
+        rows = world.obs.to_raw(stacked(obs))
+        action, belief = agent.policy.filter_and_act(belief, rows, first, deterministic=True)
         if step % EVERY == 0:
             own = State({name: belief[name] for name in world.initial(0)})
             for i in np.flatnonzero(running).tolist():
                 visit(i, envs[i], own.index(slice(i, i + 1)))
         drawn = world.action.sample(episodes, rng)
-        action = np.where(rng.random((episodes, 1)) < random[:, None], drawn, action)
+        action = keep_legal(world, np.where(rng.random((episodes, 1)) < random[:, None], drawn, action), None, rng, rows)
         belief = State({**belief, "prev_action": torch.as_tensor(action, device=world.device)})
         first = np.zeros(episodes, bool)
         _advance(envs, obs, running, world.action.decode(action))
@@ -329,6 +330,8 @@ def decisions(
     Planning in copies does not know the environment's own chance, where that comes from its `np_random`.
     """
     what = "Decisions were not measured, because"
+    if evidence.world.is_masked:
+        return Section(skipped=f"{what} plans that are drawn beforehand would take actions that are illegal by then.")
     try:
         one = make_env(env, 0, SEED)
         try:

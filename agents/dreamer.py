@@ -28,7 +28,8 @@ class DreamerController(Controller, ActorCritic):
     def act(
         self, world: WorldModel, state: State, memory: State, deterministic: bool, generator: torch.Generator, rows: Any = None
     ) -> tuple[Tensor, State]:
-        policy = self.policy(world.dynamics.feature(state))
+        feature = world.dynamics.feature(state)
+        policy = self.policy(feature, world.legal(feature, rows))
         return policy.mode() if deterministic else policy.sample(generator), memory
 
     def estimate(self, feature: Tensor) -> Tensor | None:

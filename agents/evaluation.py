@@ -94,8 +94,10 @@ def warn_untrained(agent: Any, log: Callable[[str], object]) -> None:
 def fresh_envs(model: Any, config: EnvConfig, count: int, seed: int) -> Iterator[VecEnv]:
     """Environments with the seeds from `seed` on, in the form that the model was trained with; draws in here are isolated."""
     with isolated_rng(model, seed):
-        # "dummy": processes would cost more than they save.
-        venv = as_trained(model, make_vec(config.model_copy(update={"vectorize": "dummy"}), count, seed))
+        changes: dict[str, Any] = {"vectorize": "dummy"}  # processes would cost more than they save
+        if hasattr(model, "obs_spec"):
+            changes["action_masks"] = model.action_spec.is_masked_by(model.obs_spec)
+        venv = as_trained(model, make_vec(config.model_copy(update=changes), count, seed))
         try:
             require_spaces(model, venv, config.id)
             yield venv

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from worldmodel.agents.belief import keep_legal
 from worldmodel.envs.imagined import ImaginedWorld
 from worldmodel.errors import ConfigError
 from worldmodel.storage.recording import Recording
@@ -59,7 +60,7 @@ def _dreams(agent: Any, worlds: ImaginedWorld, generator: torch.Generator) -> li
     lengths = np.zeros(worlds.num_envs, np.int64)
     while not lengths.all():
         action, memory = controller.act(world, worlds.state, memory, False, generator)
-        env_action = world.action.decode(world.action.project(action))
+        env_action = world.action.decode(keep_legal(world, world.action.project(action), worlds.state, generator))
         arrival = worlds.step(worlds.encode(env_action))
         terminated, truncated = arrival.terminated.cpu().numpy(), arrival.truncated.cpu().numpy()
         obs.append(world.obs.raw(world.decode(arrival.feature)))

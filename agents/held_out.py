@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from stable_baselines3.common.vec_env import VecEnv
 
-from worldmodel.agents.belief import ActsOnBelief
+from worldmodel.agents.belief import ActsOnBelief, keep_legal
 from worldmodel.agents.evaluation import DEFAULT_MAX_STEPS, fresh_envs, play
 from worldmodel.agents.experience import rows_before_reset
 from worldmodel.data import Batch, Episodes, State
@@ -58,7 +58,8 @@ def _first_episodes(
     def act(obs: Any, starts: np.ndarray) -> np.ndarray:
         nonlocal belief
         action, belief = agent.policy.filter_and_act(belief, rows, starts, deterministic=True)
-        return codec.decode(np.where(rng.random((count, 1)) < random, codec.sample(count, rng), action))
+        action = np.where(rng.random((count, 1)) < random, codec.sample(count, rng), action)
+        return codec.decode(keep_legal(agent.policy.world, action, None, rng, rows))
 
     first_obs, no = venv.reset(), np.zeros(count, bool)
     rows, belief = to_raw(first_obs), agent.policy.initial_belief(count)

@@ -30,9 +30,10 @@ from worldmodel.agents.arguments import (
     reject_unknown_arguments,
     require_own_policy,
     resolve_config,
+    with_masks_if_any,
     with_spec_layout,
 )
-from worldmodel.agents.belief import BeliefPolicy, Controller
+from worldmodel.agents.belief import BeliefPolicy, Controller, keep_legal
 from worldmodel.agents.episodes import EpisodeStatistics
 from worldmodel.agents.experience import fit_scaling, new_replay, replay_capacity, rows_before_reset
 from worldmodel.agents.exploration import Exploration
@@ -40,6 +41,7 @@ from worldmodel.agents.saving import SavedAlgorithm
 from worldmodel.config import Config
 from worldmodel.data import State
 from worldmodel.envs.make import as_vec_env, seed_envs
+from worldmodel.envs.masks import MaskedVecEnv, warn_of_unread_masks
 from worldmodel.envs.vectors.restarts import Restarts, restarted
 from worldmodel.envs.vectors.workers import drain
 from worldmodel.errors import ConfigError, EnvError
@@ -47,6 +49,7 @@ from worldmodel.learner import Learner
 from worldmodel.model import WorldModel, tensors
 from worldmodel.spaces import ActionSpec, ObsSpec
 from worldmodel.spaces.names import signal_names
+from worldmodel.spaces.specs import ACTION_MASK
 from worldmodel.storage.replay import Replay
 from worldmodel.storage.weights import cpu_randomness
 
@@ -103,13 +106,12 @@ class WorldModelAlgorithm(SavedAlgorithm):
         self.config = resolve_config(self.kind, recipe, config, env)
         reject_unknown_arguments(type(self), others, self.config)
         seed = int(np.random.randint(2**31)) if seed is None else seed
-        if isinstance(env, str):
-            env = as_vec_env(self.config.env.model_copy(update={"id": env}), seed=seed)
-        elif env is not None:
-            env = as_vec_env(env, seed=seed)
         if env is not None:  # before SB3's own checks, so that the error for a space without support says what to do
+            env, self.config = with_masks_if_any(env, self.config, seed, is_complete=isinstance(config, Config))
             self.obs_spec = ObsSpec.from_space(env.observation_space, self.config.env.layout)
             self.action_spec = ActionSpec.from_space(env.action_space)
+            if isinstance(policy, str) and self.obs_spec.keys.keys() == {"obs", ACTION_MASK}:
+                policy = "MultiInputPolicy"  # by SB3's rule: the mask made a Dict of the observation that the name was for
         super().__init__(
             policy,
             env,
@@ -138,6 +140,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
     def set_env(self, env: gym.Env | VecEnv, force_reset: bool = True) -> None:
         """SB3's; the environment's images may also have their channels at the other end."""
         env, own = self._wrap_env(env, self.verbose), self.observation_space
+        env = MaskedVecEnv.around(env, self.world.is_masked)
         if with_spec_layout(self.obs_spec, env.observation_space) == own:
             self.observation_space = env.observation_space  # with which SB3 compares
         try:
@@ -173,6 +176,17 @@ class WorldModelAlgorithm(SavedAlgorithm):
         self._belief: State | None = None
         self.exploration = Exploration(self.action_spec)
         self._logged_at = 0
+
+    def predict(
+        self,
+        observation: Any,
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+        action_masks: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """SB3's, and sb3-contrib's with masks: see `BeliefPolicy.predict`."""
+        return self.policy.predict(observation, state, episode_start, deterministic, action_masks)
 
     def _make_controller(self) -> Controller:
         raise NotImplementedError
@@ -222,6 +236,8 @@ class WorldModelAlgorithm(SavedAlgorithm):
             total_timesteps, callback = self._setup_learn(
                 total_timesteps, callback, reset_num_timesteps, tb_log_name or type(self).__name__, progress_bar
             )
+            if self.replay is None and not self.num_timesteps and self.config.env.action_masks is None:
+                warn_of_unread_masks(self.env)
             if fresh or self.replay is None or self._belief is None:
                 self.start_episodes(self._last_obs)
             self._logged_at = self.num_timesteps
@@ -324,15 +340,16 @@ class WorldModelAlgorithm(SavedAlgorithm):
 
     def _collect(self) -> tuple[np.ndarray, Any, np.ndarray, np.ndarray, Sequence[dict]]:
         """One step of every environment into the replay: (actions, new observations, rewards, dones, infos)."""
+        rows = self._rows(self._last_obs)
         if self.learner.updates == 0 and self.replay.added < self.prefill_rows:
             action = self._random_action()
-            self._belief = State({**self._belief, "prev_action": torch.as_tensor(action, device=self.device)})
         else:
-            action, self._belief = self.policy.filter_and_act(
-                self._belief, self._rows(self._last_obs), self._last_episode_starts, deterministic=False
-            )
+            action, self._belief = self.policy.filter_and_act(self._belief, rows, self._last_episode_starts, deterministic=False)
             if self.config.train.explore:
-                action = self._explored(action)
+                is_random, random_action = self.exploration.act(self._last_episode_starts, self.rng)
+                action = np.where(is_random[:, None], random_action, action)
+        action = keep_legal(self.world, action, None, self.rng, rows)
+        self._belief = State({**self._belief, "prev_action": torch.as_tensor(action, device=self.device)})
         env_action = self.action_spec.decode(action)
         new_obs, rewards, dones, infos = self.env.step(env_action)
         rewards, dones = np.asarray(rewards), np.asarray(dones, bool)
@@ -387,15 +404,6 @@ class WorldModelAlgorithm(SavedAlgorithm):
         redraw = self._last_episode_starts | (self.rng.random(self.env.num_envs) * self.config.train.random_action_repeat < 1)
         return np.where(redraw[:, None], fresh, self._belief["prev_action"].cpu().numpy())
 
-    def _explored(self, action: np.ndarray) -> np.ndarray:
-        """The actions [N, A], but random ones in environments whose episode is played at random."""
-        random, others = self.exploration.act(self._last_episode_starts, self.rng)
-        if not random.any():
-            return action
-        action = np.where(random[:, None], others, action)
-        self._belief = State({**self._belief, "prev_action": torch.as_tensor(action, device=self.device)})
-        return action
-
     # Updates --------------------------------------------------------------------------------------------------------
 
     def learn_from_replay(self) -> None:
@@ -405,8 +413,8 @@ class WorldModelAlgorithm(SavedAlgorithm):
 
     @property
     def _is_ready(self) -> bool:
-        replay, wanted = self.replay, self.config.train.prefill + self.kept_rows
-        return replay is not None and replay.added >= wanted and max(replay.lengths) >= self._sequence_rows
+        replay = self.replay
+        return replay is not None and replay.added >= self.prefill_rows and max(replay.lengths) >= self._sequence_rows
 
     @property
     def _is_pretraining(self) -> bool:

@@ -13,15 +13,18 @@ policy and a terminal value as in Hansen et al. 2024 (TD-MPC2, algorithm 1).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from worldmodel.agents.actor_critic import ActorCriticConfig, lambda_return, weights
+from worldmodel.agents.belief import legal_actions
 from worldmodel.agents.dreamer import Dreamer, DreamerController
 from worldmodel.config import Frozen
 from worldmodel.data import Dream, Sampling, State
@@ -96,18 +99,29 @@ class PlanDistribution:
 
     center  [B H A]  means in [-1, 1], or probabilities of each category or bit
     std     [B H A]  deviations; None for categories and bits
+    legal   [B A]    what may be done first: other categories have no share of the first action; None: everything
     """
 
     spec: ActionSpec
     center: Float[Tensor, "B H A"]
     std: Float[Tensor, "B H A"] | None
+    legal: Bool[Tensor, "B A"] | None = None
 
     @classmethod
-    def centered(cls, spec: ActionSpec, center: Float[Tensor, "B H A"], std: float) -> PlanDistribution:
+    def centered(
+        cls, spec: ActionSpec, center: Float[Tensor, "B H A"], std: float, legal: Bool[Tensor, "B A"] | None = None
+    ) -> PlanDistribution:
         """A broad one around a plan: where a search begins."""
         if spec.kind == "continuous":
             return cls(spec, center, torch.full_like(center, std))
-        return cls(spec, (1 - UNIFORM_SHARE) * center + UNIFORM_SHARE * uniform(spec, center), None)
+        return cls(spec, (1 - UNIFORM_SHARE) * center + UNIFORM_SHARE * uniform(spec, center), None, legal)._restricted()
+
+    def _restricted(self) -> PlanDistribution:
+        """This one given that the first action is legal; what is legal later depends on the roll-out."""
+        if self.legal is None:
+            return self
+        first = self.spec.restrict(self.center[:, 0], self.legal).unsqueeze(1)
+        return replace(self, center=torch.cat([first, self.center[:, 1:]], 1))
 
     @property
     def noise_dim(self) -> int:
@@ -143,7 +157,8 @@ class PlanDistribution:
         center = (weight * elites).sum(1)
         if self.std is None:
             center = torch.lerp(center, self.center, config.momentum)
-            return PlanDistribution(self.spec, torch.lerp(center, uniform(self.spec, center), config.min_std), None)
+            center = torch.lerp(center, uniform(self.spec, center), config.min_std)
+            return replace(self, center=center)._restricted()
         std = (weight * (elites - center.unsqueeze(1)).square()).sum(1).sqrt()
         center, std = (torch.lerp(new, old, config.momentum) for new, old in ((center, self.center), (std, self.std)))
         return PlanDistribution(self.spec, center, std.clamp(config.min_std, max_std))
@@ -229,7 +244,8 @@ class PlannerController(DreamerController):
     ) -> tuple[Tensor, State]:
         config = self.config.plan
         explores = config.bonus and not deterministic
-        found = self.search(world, state, memory, generator, -config.bonus if explores else config.uncertainty_penalty)
+        penalty = -config.bonus if explores else config.uncertainty_penalty
+        found = self.search(world, state, memory, generator, penalty, rows)
         distribution = found.distribution
         takes_best = config.method in ("random", "icem")  # the mean may lie between two good candidates
         if deterministic:
@@ -246,16 +262,26 @@ class PlannerController(DreamerController):
 
     @torch.no_grad()
     def search(
-        self, world: WorldModel, state: State, memory: State, generator: torch.Generator, uncertainty_penalty: float = 0.0
+        self,
+        world: WorldModel,
+        state: State,
+        memory: State,
+        generator: torch.Generator,
+        uncertainty_penalty: float = 0.0,
+        observed: Mapping[str, np.ndarray] | None = None,
     ) -> Plan:
-        """The plan for each of the B states; `memory` is what the search begins with."""
+        """The plan for each of the B states; `memory` is what the search begins with.
+
+        What may be done first is what the raw observations say, where they are given and say it; later, what the model expects.
+        """
         config, size = self.config.plan, state.batch_size
         needs_ensemble(world, "agent.plan.uncertainty_penalty or agent.plan.bonus", uncertainty_penalty)
         if self.goal is not None and len(self.goal) not in (1, size):
             raise ValueError(f"{len(self.goal)} goals for {size} states: set one for all, or one for each.")
         shooting = config.method == "random"
+        legal = legal_actions(world, state, observed)
         start = uniform(world.action, memory["plan"]) if shooting else memory["plan"]
-        distribution = PlanDistribution.centered(world.action, start, config.first_std)
+        distribution = PlanDistribution.centered(world.action, start, config.first_std, legal)
         draws = config.rollouts
         rows = state.map(lambda x: x.repeat_interleave(config.samples * draws, 0))  # [B, K, D] in one: D draws of candidate k of b
         kept: tuple[Tensor, Tensor] | None = None  # plans of an iteration before, with their values, which compete again
@@ -267,7 +293,7 @@ class PlannerController(DreamerController):
             if first and "elites" in memory:
                 plans[:, -config.keep :] = memory["elites"]
             proposals = config.proposals if first else 0
-            dream = self._imagine(world, rows, plans, proposals, generator)
+            dream = self._imagine(world, rows, plans, proposals, generator, distribution)
             plans = dream.action.unflatten(0, (size, config.samples, draws))[:, :, 0]
             value = self._value(world, dream, uncertainty_penalty).unflatten(0, (size, config.samples, draws)).mean(2)
             proposed = plans[:, :proposals], value[:, :proposals]
@@ -288,20 +314,37 @@ class PlannerController(DreamerController):
         noise = torch.randn(shape, generator=generator, device=distribution.center.device)
         return distribution.sample(colored_noise(noise, self.config.plan.colour if self.config.plan.method == "icem" else 0.0))
 
-    def _imagine(self, world: WorldModel, rows: State, plans: Tensor, proposals: int, generator: torch.Generator) -> Dream:
+    def _imagine(
+        self,
+        world: WorldModel,
+        rows: State,
+        plans: Float[Tensor, "B K H A"],
+        proposals: int,
+        generator: torch.Generator,
+        distribution: PlanDistribution,
+    ) -> Dream:
         """Roll-outs of all candidates; the first `proposals` of each state follow the learned policy instead of their plan.
 
-        Without `draws` latents are the transition's mode, so that candidates differ by their actions and not by chance.
+        Without `draws` latents are the transition's mode, so that candidates differ by their actions and not by chance. What a plan
+        may not do where its roll-out is, by the mask or what the model expects of it, is drawn anew from the legal part of the
+        distribution: candidates are draws of the distribution given that they are legal.
         """
         draws = self.config.plan.rollouts
         flat_plans = plans.flatten(0, 1).repeat_interleave(draws, 0)
 
         def act(feature: Tensor, step: int) -> Tensor:
-            if not proposals:
+            if not proposals and distribution.legal is None:
                 return flat_plans[:, step]
             action = plans[:, :, step].clone()
-            first = feature.unflatten(0, (*plans.shape[:2], draws))[:, :proposals, 0]  # all draws of a candidate do as its first
-            action[:, :proposals] = world.action.project(self.policy(first).sample(generator))
+            first = feature.unflatten(0, (*plans.shape[:2], draws))[:, :, 0]  # all draws of a candidate do as its first
+            now = distribution.legal
+            legal = None if now is None else world.legal(first) if step else now.unsqueeze(1).expand_as(action)
+            if legal is not None:
+                share = distribution.center[:, step].unsqueeze(1).expand_as(action)
+                action = world.action.redraw_illegal(action, legal, generator, share)
+            if proposals:
+                policy = self.policy(first[:, :proposals], None if legal is None else legal[:, :proposals])
+                action[:, :proposals] = world.action.project(policy.sample(generator))
             return action.flatten(0, 1).repeat_interleave(draws, 0)
 
         sampling = Sampling(generator=generator, mode=not self.config.plan.draws)

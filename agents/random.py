@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from worldmodel.agents.belief import Controller
+from worldmodel.agents.belief import Controller, keep_legal
 from worldmodel.agents.loop import WorldModelAlgorithm
 from worldmodel.config import Frozen
 from worldmodel.data import State
@@ -23,14 +23,14 @@ class RandomConfig(Frozen):
 
 
 class RandomController(Controller):
-    """Uniform over the action space; `deterministic` changes nothing."""
+    """Uniform over the legal actions; `deterministic` changes nothing."""
 
     def act(
         self, world: WorldModel, state: State, memory: State, deterministic: bool, generator: torch.Generator, rows: Any = None
     ) -> tuple[Tensor, State]:
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-        action = world.action.sample(state.batch_size, np.random.default_rng(seed))
-        return torch.as_tensor(action, device=world.device), memory
+        action = torch.as_tensor(world.action.sample(state.batch_size, np.random.default_rng(seed)), device=world.device)
+        return keep_legal(world, action, state, generator, rows), memory
 
 
 @register("agent", "random", RandomConfig)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from worldmodel.agents.belief import ActsOnBelief
+from worldmodel.agents.belief import ActsOnBelief, keep_legal
 from worldmodel.agents.evaluation import isolated_rng
 from worldmodel.agents.guidance import Guidance, initial_states
 from worldmodel.agents.held_out import HELD_OUT_SEED, RANDOM_ACTION_SHARE, collect
@@ -82,7 +82,7 @@ def _act(
             action, memory = controller.act(world, state, memory, True, generator)
             drawn = torch.as_tensor(world.action.sample(state.batch_size, rng), device=action.device)
             is_random = torch.as_tensor(rng.random((state.batch_size, 1)) < random, device=action.device)
-            action = torch.where(is_random, drawn, action)
+            action = keep_legal(world, torch.where(is_random, drawn, action), state, generator)
             dream = world.imagine(state, lambda feature, step, action=action: action, 1, Sampling(generator=generator))
         state = dream.last
         yield dream.feature[:, 1], dream.reward[:, 0], dream.cont[:, 0]

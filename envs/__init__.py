@@ -26,6 +26,8 @@ _MODULES = {
     "ImaginedVectorEnv": "imagined",
     "ImaginedWorld": "imagined",
     "LatentVecEnv": "latent",
+    "MaskedActions": "masks",
+    "MaskedVecEnv": "masks",
     "PlainVecEnv": "vectors.plain",
     "RenderObservation": "wrappers",
     "Scene": "draw",

@@ -219,6 +219,10 @@ class ImaginedWorld:
         """Actions of `action_space` [N, ...] -> canonical actions. Raises ValueError for others."""
         return torch.from_numpy(self.action.encode(actions)).to(self.device)
 
+    def action_masks(self) -> Bool[np.ndarray, "N A"]:
+        """Which actions the model expects to be legal now; only where it learned with masks."""
+        return self.world.legal(self.world.dynamics.feature(self.state)).cpu().numpy()
+
     def to_observations(self, feature: Float[Tensor, "n F"]) -> Any:
         """The observations [n, ...] of features, as new arrays in `observation_space` (a dict where that is a Dict)."""
         return to_observations(self.world, feature, self.obs)
@@ -344,6 +348,8 @@ class ImaginedSubEnv:
         self.worlds, self.index, self.horizon = worlds, index, worlds.horizon
         self.observation_space, self.action_space = worlds.observation_space, worlds.action_space
         self.render_mode = next(iter(worlds.render_modes), None)
+        if worlds.world.is_masked:  # sb3-contrib asks whether the method is there
+            self.action_masks = lambda: worlds.action_masks()[index]
 
     def render(self) -> np.ndarray:
         """uint8 [H, W, 3]."""
@@ -364,6 +370,8 @@ class ImaginedEnv(gym.Env):
         self.observation_space, self.action_space = self.worlds.observation_space, self.worlds.action_space
         self.worlds.check_render_mode(render_mode)
         self.render_mode, self.metadata = render_mode, {**self.metadata, "render_modes": self.worlds.render_modes}
+        if self.worlds.world.is_masked:
+            self.action_masks = lambda: self.worlds.action_masks()[0]
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)

@@ -19,6 +19,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor
 
 from worldmodel.config import Frozen, Options
 from worldmodel.envs.extras import known_categories, missing_extra, register_for, remedy
+from worldmodel.envs.masks import MaskedActions, can_be_masked, gives_masks
 from worldmodel.envs.named import FORM, imported, named_wrapper, wrapped
 from worldmodel.envs.vectors.adapter import GymVecEnvAdapter
 from worldmodel.envs.vectors.restarts import LocalVecEnv, ReportFaults, Restarts
@@ -64,6 +65,11 @@ class EnvConfig(Frozen):
         None, ge=1, description="truncates there; null: the limit that the environment is registered with"
     )
     action_repeat: int = Field(1, ge=1, description="environment steps per action; the step limit counts environment steps")
+    action_masks: bool | None = Field(
+        None,
+        description="observe which discrete actions are legal, from action_masks() or info['action_mask'], and take no others; "
+        "null: a new run looks whether the environment says it; false: try all",
+    )
     vectorize: Literal["dummy", "subproc"] = Field("dummy", description="all copies in this process, or one process each")
     timeout: float | None = Field(
         60.0,
@@ -96,7 +102,7 @@ class EnvConfig(Frozen):
     @property
     def options(self) -> dict[str, Any]:
         """The options that change the environment of this id, as plain data."""
-        named = {"kwargs", "wrappers", "ignore", "categories", "pixels", "max_episode_steps", "action_repeat"}
+        named = {"kwargs", "wrappers", "ignore", "categories", "pixels", "max_episode_steps", "action_repeat", "action_masks"}
         return self.model_dump(mode="json", include=named, exclude_defaults=True)
 
     def declared(self, space: gym.Space) -> dict[str, Any]:
@@ -129,8 +135,13 @@ def make_env(config: EnvConfig | str, index: int = 0, seed: int | None = None) -
     for name, arguments in map(named_wrapper, config.wrappers):
         env = wrapped(env, name, arguments, f"environment {index}: '{config.id}'")
     limit = spec.max_episode_steps if config.max_episode_steps is None else config.max_episode_steps
-    declared = config.declared(env.observation_space)
-    return _wrapped(env, index, seed, declared, limit=limit, repeat=config.action_repeat, pixels=config.pixels)
+    if config.action_masks and config.action_repeat > 1:
+        raise ConfigError(
+            f"env.action_repeat={config.action_repeat} takes an action again where it may be illegal by then, and "
+            "env.action_masks=true forbids that. Leave env.action_repeat out, or set env.action_masks=false."
+        )
+    options = {"repeat": config.action_repeat, "pixels": config.pixels, "masks": bool(config.action_masks)}
+    return _wrapped(env, index, seed, config.declared(env.observation_space), limit=limit, **options)
 
 
 def make_vec(config: EnvConfig | str, num_envs: int | None = None, seed: int | None = None) -> VecEnv:
@@ -155,6 +166,24 @@ def make_vec(config: EnvConfig | str, num_envs: int | None = None, seed: int | N
     if seed is not None:
         venv.seed(seed)
     return venv
+
+
+def finds_masks(config: EnvConfig) -> bool:
+    """Whether the environment of a config says which actions are legal: one is made for this, and reset where only that can tell.
+
+    False where it fails, which whoever makes it next will report.
+    """
+    try:
+        venv = make_vec(config.model_copy(update={"action_masks": False, "restarts": 0}), 1, seed=0)
+        try:
+            if not can_be_masked(venv.action_space):
+                return False
+            venv.reset()
+            return gives_masks(venv)
+        finally:
+            venv.close()
+    except Exception:  # whatever an environment may raise
+        return False
 
 
 def as_vec_env(
@@ -233,6 +262,7 @@ def _wrapped(
     limit: int | None = None,
     repeat: int = 1,
     pixels: int | None = None,
+    masks: bool = False,
 ) -> gym.Env:
     seed = None if seed is None else seed + index
     env = CheckedEnv(env, index, seed, **declared)
@@ -244,6 +274,7 @@ def _wrapped(
         env = RenderObservation(env, pixels)
     monitored = _has_outer_monitor(env)
     env = FlattenSpaces.wrap(env, plain=False, **declared)
+    env = MaskedActions(env) if masks else env
     env = env if monitored else Monitor(env)
     env.action_space.seed(seed)
     return env

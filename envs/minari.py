@@ -126,7 +126,7 @@ def _env_spec(recording: Recording) -> EnvSpec | None:
     The registered spec under the id with its module; of an id that is not registered here, the bare id.
     """
     env_id, options = recording.env_id, recording.env_options
-    if env_id is None or options is None or options.keys() & {"wrappers", "ignore", "categories", "pixels", "action_repeat"}:
+    if env_id is None or options is None or options.keys() - {"kwargs", "max_episode_steps"}:
         return None
     known = gym.registry.get(env_id.rpartition(":")[2])
     if known is None or not isinstance(known.entry_point, str):

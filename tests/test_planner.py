@@ -167,7 +167,8 @@ def test_all_draws_of_a_proposal_take_the_actions_of_its_first():
     made = controller(world, proposals=5, draws=3)
     rows = world.state(WANTED["Box"]).map(lambda x: x.repeat_interleave(3 * WIDE["samples"], 0))
     plans = torch.zeros(2, WIDE["samples"], WIDE["horizon"], 2)
-    taken = made._imagine(world, rows, plans, 5, generator()).action.unflatten(0, (2, WIDE["samples"], 3))
+    broad = PlanDistribution.centered(world.action, plans[:, 0], 1.0)
+    taken = made._imagine(world, rows, plans, 5, generator(), broad).action.unflatten(0, (2, WIDE["samples"], 3))
     assert torch.equal(taken, taken[:, :, :1].expand_as(taken)) and taken[:, :5].abs().min() > 0 and not taken[:, 5:].any()
 
 

@@ -228,6 +228,7 @@ class Dream:
     uncertainty  [B H]      on arriving at step h+1, zeros where the model has no ensemble
     feature      [B H+1 F]  feature[:, 0] is the start
     last         State after the last step
+    legal        [B H A]    which actions its policy chose from at feature[:, h]; None without masks
     """
 
     action: Float[Tensor, "B H A"]
@@ -236,3 +237,4 @@ class Dream:
     uncertainty: Float[Tensor, "B H"]
     feature: Float[Tensor, "B H+1 F"]
     last: State
+    legal: Bool[Tensor, "B H A"] | None = None

@@ -1,4 +1,4 @@
-"""Heads that predict the reward and the end of an episode from a feature."""
+"""Heads that predict the reward, the end of an episode and which actions are legal, from a feature."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from worldmodel.registry import register
 
 
 class HeadsConfig(Frozen):
-    """Reward as a two-hot distribution in symlog space, in units of the rewards' own size; continue as a Bernoulli."""
+    """Reward as a two-hot distribution in symlog space, in units of the rewards' own size; continue and legal as Bernoullis."""
 
     kind: Literal["standard"] = "standard"
     units: int = Field(128, ge=1, description="width")
@@ -54,18 +54,20 @@ class RewardScale(nn.Module):
 
 @register("heads", "standard", HeadsConfig)
 class Heads(nn.Module):
-    """feature [*N, F] -> expected reward [*N] and P(continue) [*N], both on arrival at that feature.
+    """feature [*N, F] -> expected reward [*N] and P(continue) [*N], both on arrival at that feature, and P(legal) of actions.
 
     scale   the unit that rewards are learned in; arguments and results are rewards of the environment
+    masked  A, the number of actions of which the environment says whether they are legal; 0: it does not say
     """
 
-    def __init__(self, config: HeadsConfig, feature_dim: int):
+    def __init__(self, config: HeadsConfig, feature_dim: int, masked: int = 0):
         super().__init__()
         self.stop = config.gradient == "stop"
         self.scale = RewardScale()
         self.two_hot = TwoHot(config.bins, config.limit)
         self.reward_net = MLP(feature_dim, config.units, config.layers, config.bins, scale=0)
         self.cont_net = MLP(feature_dim, config.units, config.layers, 1)
+        self.legal_net = MLP(feature_dim, config.units, config.layers, masked) if masked else None
 
     def reward(self, feature: Float[Tensor, "*N F"]) -> Float[Tensor, "*N"]:
         return self.two_hot.mean(self.reward_net(feature)) * self.scale.value
@@ -73,11 +75,20 @@ class Heads(nn.Module):
     def cont(self, feature: Float[Tensor, "*N F"]) -> Float[Tensor, "*N"]:
         return torch.sigmoid(self.cont_net(feature)).squeeze(-1)
 
+    def legal(self, feature: Float[Tensor, "*N F"]) -> Float[Tensor, "*N A"]:
+        """The probability that each action may be taken there; only where masks are known."""
+        return torch.sigmoid(self.legal_net(feature).float())
+
     def reward_loss(self, feature: Float[Tensor, "*N F"], target: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
         return self.two_hot.loss(self.reward_net(self._read(feature)), target / self.scale.value)
 
     def cont_loss(self, feature: Float[Tensor, "*N F"], target: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
         return F.binary_cross_entropy_with_logits(self.cont_net(self._read(feature)).float().squeeze(-1), target, reduction="none")
+
+    def legal_loss(self, feature: Float[Tensor, "*N F"], mask: Float[Tensor, "*N A"]) -> Float[Tensor, "*N"]:
+        """-ln p(mask) in nats, summed over actions."""
+        logits = self.legal_net(self._read(feature)).float()
+        return F.binary_cross_entropy_with_logits(logits, mask, reduction="none").sum(-1)
 
     def _read(self, feature: Tensor) -> Tensor:
         return feature.detach() if self.stop else feature

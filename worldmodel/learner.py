@@ -25,6 +25,7 @@ class ScaleConfig(Frozen):
     observation: float = Field(1.0, ge=0, description="weight of the reconstruction's loss")
     reward: float = Field(1.0, ge=0, description="weight of the reward head's loss")
     cont: float = Field(1.0, ge=0, description="weight of the loss of the head that predicts whether an episode goes on")
+    legal: float = Field(1.0, ge=0, description="weight of the loss of the head that predicts which actions are legal")
     dyn: float = Field(1.0, ge=0, description="weight of the KL (rate) that trains the transition and the initial distribution")
     rep: float = Field(0.1, ge=0, description="weight of the KL (rate) that trains the posterior")
     marginal: float = Field(1.0, ge=0, description="beta of a VAE: the KL to the marginal")

@@ -34,6 +34,7 @@ from worldmodel.nn.networks import flatten
 from worldmodel.objectives import ReconstructionConfig
 from worldmodel.registry import build, part, register
 from worldmodel.spaces import ActionSpec, ObsSpec
+from worldmodel.spaces.specs import ACTION_MASK
 from worldmodel.storage.weights import cpu_randomness, load_arrays
 
 UNKNOWN = -1e30
@@ -125,7 +126,11 @@ class WorldModel(nn.Module):
     observe          one step of filtering from a raw observation
     imagine          a rollout of the prior under a policy
     encode, decode   observation -> posterior, feature -> observation
+    legal            which actions may be taken, as an observation says it or as features predict it
     """
+
+    is_masked: bool = False
+    """Whether observations say which actions are legal."""
 
     def __init__(self, config: ModelConfig, obs: ObsSpec, action: ActionSpec):
         super().__init__()
@@ -162,7 +167,8 @@ class WorldModel(nn.Module):
                 f"'{self.decoder.pixelwise_noise[0]}' on its own: noise that no picture has. Use model.decoder.kind=diffusion "
                 "(or latent_diffusion), which draws pictures, or model.rollouts=latent."
             )
-        self.heads = build("heads", config.heads, self.feature_dim)
+        self.is_masked = action.is_masked_by(obs)
+        self.heads = build("heads", config.heads, self.feature_dim, action.dim if self.is_masked else 0)
         sizes = self.feature_dim, action.dim, self.encoder.out_features
         self.ensemble = build("ensemble", config.ensemble, *sizes) if config.ensemble.members else None
 
@@ -278,7 +284,7 @@ class WorldModel(nn.Module):
 
         dyn, rep             KL of posterior and prior, for the prior and for the posterior: `dynamics.losses`
         observation          -ln p(x | feature): `objective`, by the decoder's `loss`; jepa and hybrid add terms of their own
-        reward, continue     `heads`
+        reward, continue     `heads`; legal, where the environment says which actions are
         marginal             KL of the posterior and the marginal p(z), where there is one: `_marginal_losses`
         ensemble             its prediction error, where there is one: `ensemble`
         prior/<slot>/<term>  own losses of priors that no KL trains: `loss` of the distribution
@@ -290,6 +296,9 @@ class WorldModel(nn.Module):
         rows = {"mask": not_first, "weight": batch.weight}  # unbiased: dreams read these heads
         terms["reward"] = Loss(self.heads.reward_loss(trace.feature, batch.reward), **rows)
         terms["continue"] = Loss(self.heads.cont_loss(trace.feature, 1 - batch.is_terminal.to(trace.feature)), **rows)
+        if self.is_masked:  # at a terminal row nothing may be done, and nothing is learned of it
+            rows["mask"] = ~batch.is_terminal
+            terms["legal"] = Loss(self.heads.legal_loss(trace.feature, batch.obs[ACTION_MASK]), **rows)
         if self.ensemble is not None:
             after = trace.embed[:, 1:]
             terms["ensemble"] = self.ensemble.loss(trace.feature[:, :-1], batch.prev_action[:, 1:], after, not_first[:, 1:])
@@ -323,6 +332,16 @@ class WorldModel(nn.Module):
         prev_action = torch.where(is_first.unsqueeze(-1), torch.zeros_like(prev_action), prev_action)
         sampling = sampling or Sampling()
         return self.dynamics.observe(state, embed, prev_action.unsqueeze(1), is_first.unsqueeze(1), sampling)[0]
+
+    @torch.no_grad()
+    def legal(
+        self, feature: Float[Tensor, "*N F"] | None, rows: Mapping[str, np.ndarray] | None = None
+    ) -> Bool[Tensor, "*N A"] | None:
+        """Which actions may be taken: as raw observations say, or else as predicted from features; None where neither knows."""
+        seen = None if rows is None else rows.get(ACTION_MASK)
+        if seen is not None and seen.dtype.kind == "b":
+            return self.action.likely_legal(torch.as_tensor(seen, device=self.device).float())
+        return self.action.likely_legal(self.heads.legal(feature)) if self.is_masked else None
 
     def imagine(
         self, state: State, policy: Callable[[Tensor, int], Tensor], horizon: int, sampling: Sampling | None = None

@@ -112,6 +112,10 @@ def checked_forms(asked: Sequence[str] | None) -> list[str]:
 def spaces_of(env: str, overrides: tuple[str, ...]) -> tuple[ObsSpec, ActionSpec]:
     """Of the plan's environment, as its model sees them. Raises EnvError, MissingExtraError, UnsupportedSpaceError."""
     config = Config.from_recipe(env, list(overrides))
+    if config.env.action_masks:
+        raise ConfigError(
+            "The forms learn from what SB3's DQN or PPO met, which know no masks: compare without env.action_masks=true."
+        )
     one = make_env(config.env)
     one.close()
     return ObsSpec.from_space(one.observation_space, config.env.layout), ActionSpec.from_space(one.action_space)

@@ -20,6 +20,7 @@ from worldmodel.config import Config
 from worldmodel.envs.sources import recording
 from worldmodel.errors import ConfigError
 from worldmodel.spaces import ActionSpec, ObsSpec
+from worldmodel.spaces.specs import ACTION_MASK
 from worldmodel.storage.recording import Recording
 from worldmodel.storage.run import Run
 
@@ -118,7 +119,7 @@ def _require_same_environment(found: Recording, config: Config) -> None:
             f"'{theirs}', choose other data, or say env.id={theirs} if the recipe's other options are meant for it."
         )
     size = config.env.pixels
-    shapes = [key.raw_shape for key in found.obs_spec.keys.values()]
+    shapes = [key.raw_shape for name, key in found.obs_spec.keys.items() if name != ACTION_MASK]
     if size is not None and shapes != [(size, size, 3)]:
         raise ConfigError(
             f"{found.origin} has the observations {found.obs_spec.space}, but the recipe sees pictures (env.pixels={size}). "

@@ -18,7 +18,7 @@ from stable_baselines3.common.logger import Logger
 
 from worldmodel import config as configs
 from worldmodel import registry
-from worldmodel.agents.arguments import policy_name, read_config
+from worldmodel.agents.arguments import policy_name, read_config, with_masks
 from worldmodel.agents.evaluation import FINAL_SEED, EvaluationAborted
 from worldmodel.agents.loop import WorldModelAlgorithm
 from worldmodel.agents.training import offline, warm_start
@@ -97,7 +97,7 @@ class Session:
 def new(session: Session, recipe: Any, run_dir: str | Path | None, given: dict[str, Any], seed: int) -> TrainResult:
     """Trains a new run; `given` are dotted overrides of the recipe."""
     source, given = warm_start.source_of(recipe, given, session.trust)
-    config = read_config(recipe, given)
+    config = with_masks(read_config(recipe, given))
     if run_dir is not None:
         refuse_existing(Path(run_dir))
     agent = make_agent(config, seed, session.device, session.trust)  # before the folder: no folder of what cannot start
@@ -162,8 +162,9 @@ def _is_finished(config: Config, result: Mapping[str, Any], manifest: Mapping[st
 def _resume_config(run: Run, manifest: Mapping[str, Any], recipe: Any, given: dict[str, Any], seed: int | None) -> Config:
     """The run's config, perhaps with more steps. ConfigError that lists every other difference from the config asked for."""
     before = run.config.in_new_names(manifest.get("progress", {}).get("overrides", {}))
+    found = {"env.action_masks": run.config.env.action_masks}  # as the run began, whatever a look would find now
     before = {key: value for key, value in before.items() if key.removesuffix(".kind") not in given or key in given}
-    asked = read_config(recipe, {**before, **given}) if recipe is not None else run.config.override(given)
+    asked = read_config(recipe, {**found, **before, **given}) if recipe is not None else run.config.override(given)
     free = ("eval.", "env.names")
     differs = [
         entry for entry in configs.differences(run.config, asked) if entry[0] != "train.steps" and not entry[0].startswith(free)

@@ -19,7 +19,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from gymnasium import spaces as gym_spaces
-from torch import Tensor
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
 
 from worldmodel.errors import EnvError, NumericsError, UnsupportedSpaceError
 from worldmodel.spaces.casts import cast, flatten, numbers, warn_once, warning_due
@@ -36,6 +37,8 @@ from worldmodel.spaces.keys import (
 from worldmodel.spaces.layouts import Layout
 
 Where = str | Callable[[int], str]
+ACTION_MASK = "action_mask"
+"""The observation's key that says which actions are legal, where it is a Box of bool as long as a categorical action."""
 
 
 @dataclass(frozen=True)
@@ -229,6 +232,57 @@ class ActionSpec:
             low, high = (b.astype(self.key.raw_dtype) for b in (self.key.low, self.key.high))
             return self.encode(rng.integers(low, high, (n, *self.key.raw_shape), dtype=self.key.raw_dtype, endpoint=True))
         return rng.uniform(-1, 1, (n, self.dim)).astype(np.float32)
+
+    # Masks ----------------------------------------------------------------------------------------------------------
+
+    def is_masked_by(self, obs: ObsSpec) -> bool:
+        """Whether the observation says which actions are legal, under ACTION_MASK."""
+        key = obs.keys.get(ACTION_MASK)
+        return self.kind == "categorical" and key is not None and key.raw_dtype.kind == "b" and key.raw_shape == (self.dim,)
+
+    def likely_legal(self, probability: Float[Tensor, "*N A"]) -> Bool[Tensor, "*N A"]:
+        """What is legal with a probability of a half at least; in a group where nothing is, the most probable category."""
+        parts = []
+        for part in probability.split(self.sizes, -1):
+            likely = part >= 0.5
+            best = nn.functional.one_hot(part.argmax(-1), part.shape[-1]).bool()
+            parts.append(torch.where(likely.any(-1, keepdim=True), likely, best))
+        return torch.cat(parts, -1)
+
+    def restrict(self, share: Float[Tensor, "*N A"], legal: Bool[Tensor, "*N A"]) -> Float[Tensor, "*N A"]:
+        """Probabilities of each group given that its category is legal; uniform over the legal ones where these had no share."""
+        parts = []
+        for part, allowed in zip(share.split(self.sizes, -1), legal.split(self.sizes, -1), strict=True):
+            part = part * allowed
+            part = torch.where(part.sum(-1, keepdim=True) > 0, part, allowed.to(part))
+            parts.append(part / part.sum(-1, keepdim=True))
+        return torch.cat(parts, -1)
+
+    def redraw_illegal(
+        self,
+        action: Float[Tensor, "*N A"] | np.ndarray,
+        legal: Bool[Tensor, "*N A"],
+        random: np.random.Generator | torch.Generator | None,
+        share: Float[Tensor, "*N A"] | None = None,
+    ) -> Float[Tensor, "*N A"]:
+        """The actions, those of their groups that are not legal drawn anew from `share` (None: uniform) among the legal ones.
+
+        Of actions drawn from `share` this makes draws of `restrict(share, legal)`. Each group needs a legal category.
+        """
+        action, parts = torch.as_tensor(action, device=legal.device), []
+        shape = *action.shape[:-1], len(self.sizes)
+        if isinstance(random, np.random.Generator):
+            draws = torch.from_numpy(random.random(shape, np.float32)).to(legal.device)
+        else:
+            draws = torch.rand(shape, generator=random, device=legal.device)
+        share = self.restrict(torch.ones_like(action) if share is None else share, legal)
+        groups = (x.split(self.sizes, -1) for x in (action, legal, share))
+        for (old, allowed, part), draw in zip(zip(*groups, strict=True), draws.split(1, -1), strict=True):
+            index = (part.cumsum(-1) <= draw).sum(-1, keepdim=True).clamp_max(part.shape[-1] - 1)
+            index = torch.where(allowed.gather(-1, index), index, part.argmax(-1, keepdim=True))  # behind the last by rounding
+            fresh = torch.zeros_like(old).scatter_(-1, index, 1.0)
+            parts.append(torch.where((old * allowed).sum(-1, keepdim=True) > 0, old, fresh))
+        return torch.cat(parts, -1)
 
     def to_json(self) -> dict[str, Any]:
         return {"dim": self.dim, "kind": self.kind, "sizes": list(self.sizes), "key": self.key.to_json()}

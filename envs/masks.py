@@ -180,8 +180,8 @@ def warn_of_unread_masks(venv: VecEnv) -> None:
     """Warns where environments that were just reset give masks, and observations hold none: any action may be taken."""
     if gives_masks(venv) and not observes_mask(venv.observation_space):
         warnings.warn(
-            f"The environments say which actions are legal (info['{ACTION_MASK}']), and the agent was made before they did: it tries "
-            "all of them. Make it with config={'env.action_masks': True} to keep to these, or with False to be rid of this warning.",
+            f"The environments say which actions are legal (info['{ACTION_MASK}']), and the agent was made before they did: "
+            "it tries all. Make it with config={'env.action_masks': True} to keep to these, or with False to silence this.",
             stacklevel=3,
         )
 

@@ -59,7 +59,7 @@ class Exploration:
 
     def __init__(self, spec: ActionSpec) -> None:
         self.spec, self.found = spec, 0
-        self._rows: list[tuple[np.ndarray, ...]] = []  # before rewards are explained
+        self._rows: list[tuple[np.ndarray, ...]] = []  # not explained yet: action, reward, first, terminal, streams
         self._weights: np.ndarray | None = None  # [K]: reward from the action's features
         self._tolerance = 0.0
 
@@ -150,11 +150,14 @@ class Exploration:
         return self._random, self._actions.draw(self._random, starts, rng)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as JSON; rows that are not explained yet are not among it."""
+        """What a checkpoint keeps, as JSON."""
         weights = None if self._weights is None else self._weights.tolist()
-        return {"found": self.found, "weights": weights, "tolerance": self._tolerance}
+        rows = [[x.tolist() for x in row] for row in self._rows]
+        return {"found": self.found, "weights": weights, "tolerance": self._tolerance, "rows": rows}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """What `state` gave."""
         self.found, self._tolerance = state["found"], state["tolerance"]
         self._weights = None if state["weights"] is None else np.asarray(state["weights"])
+        kinds = np.float32, float, bool, bool, int
+        self._rows = [tuple(map(np.asarray, row, kinds)) for row in state["rows"]]

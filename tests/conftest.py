@@ -328,8 +328,8 @@ def _disk_is_waited_for(request):
         yield
 
 
-LONGEST = """kills storage_faults sb3 memory watch contracts reproducible space_catalogue model cli dynamics hostile_files
-bad_environments dead_workers signals actor_critic options house docs offline interrupted loop prior_section
+LONGEST = """kills storage_faults warm_start brought sb3 memory watch contracts reproducible space_catalogue model cli dynamics
+hostile_files bad_environments dead_workers signals actor_critic options house docs offline interrupted loop prior_section
 two_sample diagnose exploitation holes compare sweep figures figures_of_versions""".split()
 """Test modules that take longest. They come first: pytest-xdist hands whole files to its workers, and where one of these is the
 last, the other workers have nothing to do."""

@@ -127,3 +127,20 @@ def test_what_was_found_is_saved(tmp_path):
     agent.save(tmp_path / "agent.zip")
     again = Dreamer.load(tmp_path / "agent.zip")
     assert again.exploration.state() == agent.exploration.state() and again.exploration.is_on
+
+
+def test_rows_that_say_too_little_yet_are_saved_and_count_later(tmp_path):
+    agent = trained(40)
+    assert not agent.exploration.is_on and not agent.exploration.is_over
+    agent.save(tmp_path / "agent.zip")
+    again = Dreamer.load(tmp_path / "agent.zip").exploration
+    for exploration in (agent.exploration, again):
+        exploration.begin(1)
+        exploration.act(np.ones(1, bool), np.random.default_rng(0))
+        assert not exploration.is_on  # still too few
+        for _ in range(20):
+            one = np.ones((1, exploration.spec.dim), np.float32)
+            exploration.add(one, np.zeros(1), np.zeros(1, bool), np.zeros(1, bool), np.zeros(1, int))
+        exploration.act(np.ones(1, bool), np.random.default_rng(0))
+        assert exploration.found_nothing
+    assert again.state() == agent.exploration.state()

@@ -63,7 +63,7 @@ def _kept(found: Comparison, fresh: Comparison) -> list[str]:
     form, texts = found.recommended or "", []
     for figure, other in (("return", "model-free"), ("error at 5", "mlp ensemble")):
         before, seeds, values = found.cell(form, figure), *_by_seed(fresh, form, figure)
-        interval = None if before is None else promised(before.values, figure)
+        interval = None if before is None else promised(before.values, in_logs=figure.startswith("error"))
         if interval is None or not values:
             continue
         inside, low, high = sum(interval[0] <= x <= interval[1] for x in values), *map(number, interval)

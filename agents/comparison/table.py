@@ -27,8 +27,6 @@ DESCRIBE = (
     *(f"over persistence at {h}" for h in HORIZONS),
 )
 """Figures of which neither more nor less is better, or which another one says already."""
-SKEWED = ("error", "over persistence")
-"""How figures begin that are positive, and of which a bad seed has a multiple."""
 GROUPS: dict[str, tuple[str, ...]] = {
     "what it earns": ("return", "planned return"),
     "fidelity": (*(f"error at {h}" for h in HORIZONS), *(f"over persistence at {h}" for h in HORIZONS)),
@@ -75,19 +73,19 @@ def bootstrapped(values: Sequence[float], seed: int = 0) -> tuple[float, float] 
     return low, high
 
 
-def promised(values: Sequence[float], figure: str) -> tuple[float, float] | None:
+def promised(values: Sequence[float], in_logs: bool = False) -> tuple[float, float] | None:
     """Where a fresh seed's figure is expected with LEVEL: Student's prediction interval, as wide as few seeds make it.
 
-    The figures of seeds are taken to be normal, those of SKEWED ones in the logarithm. Source: Geisser 1993, Predictive inference,
-    section 1.
+    in_logs  logarithms are taken to be normal, and not the figures: for positive ones of which a bad seed has a multiple
+
+    Source: Geisser 1993, Predictive inference, section 1.
     """
     if len(values) < 2:
         return None
-    if figure.startswith(SKEWED):
-        low, high = promised([math.log(x) for x in values], "")
-        return math.exp(low), math.exp(high)
-    reach = STUDENT[min(len(values) - 2, len(STUDENT) - 1)] * statistics.stdev(values) * (1 + 1 / len(values)) ** 0.5
-    return statistics.fmean(values) - reach, statistics.fmean(values) + reach
+    known = [math.log(x) for x in values] if in_logs else values
+    reach = STUDENT[min(len(known) - 2, len(STUDENT) - 1)] * statistics.stdev(known) * (1 + 1 / len(known)) ** 0.5
+    low, high = statistics.fmean(known) - reach, statistics.fmean(known) + reach
+    return (math.exp(low), math.exp(high)) if in_logs else (low, high)
 
 
 @dataclass(frozen=True)
@@ -206,7 +204,7 @@ class Comparison:
         cell = self.cell(form, "return")
         text = f"Take `model={form}`"
         if cell is not None:
-            fresh = promised(cell.values, "return")
+            fresh = promised(cell.values)
             text += f": its agent returns {cell}" + ("" if fresh is None else f", a fresh seed {fresh[0]:.4g} to {fresh[1]:.4g}")
         given = list(self._given_up(form))
         return f"{text}. Given up: {'; '.join(given)}." if given else f"{text}. Nothing measured here is given up."

@@ -93,8 +93,9 @@ class Exploration:
         """One row of each of `streams`: canonical action that led there, reward, flags."""
         if self.is_over:
             return
+        reward = np.float32(reward).astype(float)  # some vector environments give float32, others float64
         if self._weights is None:
-            self._rows.append((action.copy(), np.asarray(reward, float), first.copy(), terminal.copy(), streams.copy()))
+            self._rows.append((action.copy(), reward, first.copy(), terminal.copy(), streams.copy()))
         else:
             self._count(action, reward, first, terminal, streams)
 

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import generator, known_batch, small, small_world
+from conftest import VECTOR, generator, known_batch, small, small_world
 from gymnasium import spaces
 
 from worldmodel import registry
@@ -15,6 +15,7 @@ from worldmodel.data import Batch
 from worldmodel.errors import NumericsError
 from worldmodel.learner import Learner, ScaleConfig, TrainConfig
 from worldmodel.model import WorldModel
+from worldmodel.spaces.specs import ACTION_MASK
 from worldmodel.storage.weights import optimizer_arrays, restore_optimizer
 
 
@@ -45,9 +46,11 @@ def test_every_loss_has_a_scale_and_every_scale_a_loss():
     parts = {"marginal": small("distribution", "gaussian"), "ensemble": small("ensemble", "standard", members=2)}
     parts["decoder"] = small("decoder", "diffusion")
     predictive = {"latent": "point", "dynamics": {"posterior": "observation"}, "objective": small("objective", "jepa")}
+    masked = spaces.Dict({"vector": VECTOR, ACTION_MASK: spaces.Box(0, 1, (2,), bool)})
     scaled = set()
-    for world in (small_world(latent="gaussian", **parts), small_world(**predictive)):
-        batch = make_learner(world).prepare(known_batch())
+    for observation, parts in ((VECTOR, {"latent": "gaussian", **parts}), (VECTOR, predictive), (masked, {})):
+        world = small_world(observation, **parts)
+        batch = make_learner(world).prepare(known_batch(observation))
         losses = world.loss(world.trace(batch), batch)
         scaled |= {"cont" if name == "continue" else name.partition("/")[0] for name in losses}
     assert scaled == set(ScaleConfig.model_fields)

@@ -17,7 +17,7 @@ from worldmodel.agents.training.report import LineReport
 class FakeAgent(WorldModelAlgorithm):
     """The attributes of an agent that the report reads."""
 
-    has_pending_updates = True
+    has_pending_updates, exploration = True, SimpleNamespace(is_on=False)
 
     def __init__(self, step: int, updates: int, pretrain: int = 0, ratio: float = 1.0):
         self.num_timesteps, self.learner = step, SimpleNamespace(updates=updates)

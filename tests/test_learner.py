@@ -48,8 +48,8 @@ def test_every_loss_has_a_scale_and_every_scale_a_loss():
     predictive = {"latent": "point", "dynamics": {"posterior": "observation"}, "objective": small("objective", "jepa")}
     masked = spaces.Dict({"vector": VECTOR, ACTION_MASK: spaces.Box(0, 1, (2,), bool)})
     scaled = set()
-    for observation, parts in ((VECTOR, {"latent": "gaussian", **parts}), (VECTOR, predictive), (masked, {})):
-        world = small_world(observation, **parts)
+    for observation, options in ((VECTOR, {"latent": "gaussian", **parts}), (VECTOR, predictive), (masked, {})):
+        world = small_world(observation, **options)
         batch = make_learner(world).prepare(known_batch(observation))
         losses = world.loss(world.trace(batch), batch)
         scaled |= {"cont" if name == "continue" else name.partition("/")[0] for name in losses}

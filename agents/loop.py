@@ -77,6 +77,8 @@ class WorldModelAlgorithm(SavedAlgorithm):
     """Asked between updates: where it says no they end, and the others stay pending. A run asks for signals there."""
     behaviour: ActorCriticLearner | None = None
     """The actor-critic's learner, which trains the controller on each batch (Dreamer, Planner); None: nothing of it is trained."""
+    ratio: float
+    """Updates per real step: `train.ratio`, but where a run follows the clock (`train.minutes`)."""
     kept_rows: int = 0
     """Rows that the replay began with, of another run: `train.prefill` counts those after them."""
     improves: bool = True
@@ -172,6 +174,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
         self.generator = torch.Generator(device=self.device).manual_seed(self.seed + 1)
         self.rng = np.random.default_rng(self.seed)
         self.replay: Replay | None = None
+        self.ratio = self.config.train.ratio
         self._updates_due, self._restarts, self._warned_no_last_obs = 0.0, 0, False
         self._belief: State | None = None
         self.exploration = Exploration(self.action_spec)
@@ -426,8 +429,8 @@ class WorldModelAlgorithm(SavedAlgorithm):
         return self._is_ready and (self._is_pretraining or self._updates_due >= 1)
 
     def update_for_steps(self, steps: int) -> None:
-        """Makes `train.ratio` updates a step; a fraction of one stays due."""
-        self._updates_due += self.config.train.ratio * steps
+        """Makes `ratio` updates a step; a fraction of one stays due."""
+        self._updates_due += self.ratio * steps
         self.run_updates()
 
     def run_updates(self) -> bool:

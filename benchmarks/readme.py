@@ -19,6 +19,7 @@ import control
 import digits
 import exploration
 import forms
+import minutes
 import plug_in
 import throughput
 import truth
@@ -209,6 +210,18 @@ def _exploration(figures: Figures) -> str:
 
     groups = grouped(figures.rows("exploration"), lambda row: row["key"]["env"])
     return figures.lines(["reaches the goal", *(f"{actions} steps" for actions in exploration.ACTIONS)], groups.items(), cells)
+
+
+@block("minutes")
+def _minutes(figures: Figures) -> str:
+    """What three minutes lead to, by updates a step."""
+
+    def cells(rows: Sequence[Row]) -> list[str]:
+        return [spread((row[name] for row in rows), 0) for name in ("return", "steps", "updates", "seconds")]
+
+    rows = sorted(figures.rows("minutes"), key=lambda row: (row["key"]["env"], minutes.RATIOS.index(row["key"]["ratio"])))
+    groups = grouped(rows, lambda row: f"{row['key']['env']}, {row['key']['ratio']}")
+    return figures.lines(["three minutes, updates a step", "return", "real steps", "updates", "seconds"], groups.items(), cells)
 
 
 # Dreams and speed -----------------------------------------------------------------------------------------------------

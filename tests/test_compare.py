@@ -212,6 +212,8 @@ def test_minutes_decide_once_how_many_steps_are_learned_from(tmp_path, monkeypat
     assert measure.steps_within(10.0, 30.0, 40.0) == 2 * measure.PROBE
     plan = Plan(CHAIN, 150, 0.001, tuple(SMALL))
     job = {"plan": plan.to_json(), "folder": str(tmp_path), "seed": 0}
+    monkeypatch.setattr(measure, "_measured", lambda evidence, context: {})  # half a minute each time, and of no matter here
+    monkeypatch.setattr(measure, "planned_returns", lambda *args: [0.0])
     measure.work({**job, "form": "model-free"})
     for _ in range(2):  # the second goes on from nothing: the first had decided nothing but to be timed
         assert measure.work({**job, "form": "gaussian"})["figures"]["updates"] == 2 + 2 * measure.PROBE * 0.05

@@ -21,7 +21,7 @@ class FakeAgent(WorldModelAlgorithm):
 
     def __init__(self, step: int, updates: int, pretrain: int = 0, ratio: float = 1.0):
         self.num_timesteps, self.learner = step, SimpleNamespace(updates=updates)
-        self.config = SimpleNamespace(train=SimpleNamespace(pretrain=pretrain, ratio=ratio))
+        self.config, self.ratio = SimpleNamespace(train=SimpleNamespace(pretrain=pretrain)), ratio
 
 
 @pytest.fixture

@@ -42,6 +42,12 @@ class TrainConfig(Frozen):
     """How experience becomes gradient steps."""
 
     steps: int = Field(10_000, ge=1, description="real environment steps of a whole run, random ones included")
+    minutes: float | None = Field(
+        None,
+        gt=0,
+        description="time that a whole run may take, evaluations included; steps, ratio, batch_size and eval.every are chosen to "
+        "fill it, where they are not given; null: no limit",
+    )
     data: tuple[str, ...] = Field(
         (), description="recorded experience to learn from instead of an environment: .npz files, folders of them, minari:ID, runs"
     )

@@ -17,6 +17,7 @@ from worldmodel.agents.evaluation import CONFIRMATION_SEED, EVALUATION_SEED, Eva
 from worldmodel.agents.exploration import ENOUGH
 from worldmodel.agents.loop import WorldModelAlgorithm
 from worldmodel.agents.training import resources
+from worldmodel.agents.training.budget import Pace
 from worldmodel.agents.training.report import LineReport
 from worldmodel.agents.training.signals import Signals
 from worldmodel.errors import StorageError
@@ -34,6 +35,7 @@ class Progress:
 
     overrides   the options that a resume need not repeat
     best        the best evaluation so far
+    paced       whether updates a step follow the clock (train.minutes without a train.ratio that was asked for)
     warm_start  what was taken of another run (`warm_start.Transfer.to_json`); None: nothing was to be
     """
 
@@ -45,6 +47,7 @@ class Progress:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     best: Best | None = None
     warm_start: dict[str, Any] | None = None
+    paced: bool = False
 
     def __post_init__(self) -> None:
         self.overrides = {key: value for key, value in self.overrides.items() if key != "train.steps"}
@@ -61,19 +64,30 @@ class RunCallback(BaseCallback):
         report: LineReport,
         seed: int,
         warn: Callable[[str], object] = _log.warning,
+        started: float | None = None,
     ):
         super().__init__()
         self.run, self.config, self.seed = run, run.config, seed
         self.progress, self.signals, self.report, self.warn = progress, signals, report, warn
         self.is_offline = bool(self.config.train.data)  # then there is no environment
         self.threshold = self.config.eval.threshold if self.is_offline else threshold(self.config.eval, self.config.env.id)
+        self._started = time.perf_counter() if started is None else started  # of this process's part of the run
+        self._pace: Pace | None = None
         self._clock: float | None = None
         self._failed = self._failed_in_a_row = 0
         self._explored: int | None = None  # episodes that had found something when it was last said
         self._saved_best = progress.best
 
     def _init_callback(self) -> None:
-        self.model.should_continue = lambda: not self.asked()
+        if self.config.train.minutes is not None:
+            before = self.progress.wall_seconds + self.progress.eval_seconds
+            self._pace = Pace(self.model, self._started - before, self.progress.paced)
+        self.model.should_continue = lambda: not self.asked() and not self.is_late
+
+    @property
+    def is_late(self) -> bool:
+        """Whether `train.minutes` leave no time but for the evaluation at the end."""
+        return self._pace is not None and self._pace.is_over
 
     def asked(self, doing: str | None = None) -> bool:
         """Whether a signal asks the process to end. Also reports progress; `doing` names what is not training."""
@@ -94,7 +108,7 @@ class RunCallback(BaseCallback):
         self.report.alive(self.model)
         self._report_exploration()
         options, step = self.config.checkpoint, self.model.num_timesteps
-        goes_on = self.evaluate_if_due() and not self.signals
+        goes_on = self._goes_on()
         due = self._passed(options.every)
         if due or self.progress.evaluated == step:
             fence = options.fence and due  # not at an evaluation's checkpoint: episodes would be cut at every one
@@ -107,6 +121,12 @@ class RunCallback(BaseCallback):
             except StorageError as error:  # the next checkpoint raises it if it lasts
                 self.warn(f"The experience at {standing(self.model)} could not be written: {error}")
         return goes_on
+
+    def _goes_on(self) -> bool:
+        """Evaluates if that is due. False where the run ends: by a signal, solved, or out of time."""
+        if self._pace is not None:
+            self._pace.adjust(self.config.eval.every)
+        return not self.is_late and self.evaluate_if_due() and not self.signals
 
     def _report_exploration(self) -> None:
         """A line where exploration begins, finds something, or has found nothing for another EXPLORED steps."""
@@ -181,6 +201,8 @@ class RunCallback(BaseCallback):
             return evaluate(agent or self.model, self.config.env, episodes, seed, max_steps=max_steps, should_abort=asked)[0]
         finally:
             self.progress.eval_seconds += time.perf_counter() - started
+            if self._pace is not None:
+                self._pace.evaluated(time.perf_counter() - started)
             if self._clock is not None:
                 self._clock = time.perf_counter()
 

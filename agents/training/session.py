@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from worldmodel import registry
 from worldmodel.agents.arguments import policy_name, read_config, with_masks
 from worldmodel.agents.evaluation import FINAL_SEED, EvaluationAborted
 from worldmodel.agents.loop import WorldModelAlgorithm
-from worldmodel.agents.training import offline, warm_start
+from worldmodel.agents.training import budget, offline, warm_start
 from worldmodel.agents.training.callback import Progress, RunCallback, env_seed, standing
 from worldmodel.agents.training.held_out_callback import HeldOutCallback
 from worldmodel.agents.training.report import LineReport, ProgressBar, Scalars
@@ -83,6 +84,7 @@ class Session:
     """What belongs to this process and not to the run.
 
     progress  whether there is a progress bar; log, warn: where lines go
+    started   time.perf_counter when it was asked for
     """
 
     signals: Signals
@@ -92,17 +94,26 @@ class Session:
     progress: bool
     log: Callable[[str], object]
     warn: Callable[[str], object]
+    started: float = field(default_factory=lambda: time.perf_counter())
 
 
 def new(session: Session, recipe: Any, run_dir: str | Path | None, given: dict[str, Any], seed: int) -> TrainResult:
     """Trains a new run; `given` are dotted overrides of the recipe."""
     source, given = warm_start.source_of(recipe, given, session.trust)
-    config = with_masks(read_config(recipe, given))
+    config = _configure(recipe, given, {})
     if run_dir is not None:
         refuse_existing(Path(run_dir))
+    paced = config.train.minutes is not None and "train.ratio" not in given
+    if config.train.minutes is not None:
+        configure, make = (
+            partial(_configure, recipe, given),
+            partial(make_agent, seed=seed, device=session.device, trust=session.trust),
+        )
+        given = {**given, **budget.choose(configure, given, make, session.log)}
+        config = _configure(recipe, given, {})
     agent = make_agent(config, seed, session.device, session.trust)  # before the folder: no folder of what cannot start
     with _closing_env(agent):
-        progress = Progress(overrides=given)
+        progress = Progress(overrides=given, paced=paced)
         if source is not None:
             found = source.begin(agent, session.log)
             progress.overrides |= warm_start.act_at_once(agent, found, given, session.log)
@@ -111,6 +122,10 @@ def new(session: Session, recipe: Any, run_dir: str | Path | None, given: dict[s
                 progress.warm_start = source.keep_rows(agent, run, found, session.log)
             source = None  # its agent and rows need not stay in memory
             return _train_run(session, run, agent, progress, seed)
+
+
+def _configure(recipe: Any, given: Mapping[str, Any], chosen: Mapping[str, Any]) -> Config:
+    return with_masks(read_config(recipe, {**given, **chosen}))
 
 
 def resumed(session: Session, recipe: Any, run_dir: str | Path | None, given: dict[str, Any], seed: int | None) -> TrainResult:
@@ -166,25 +181,41 @@ def _resume_config(run: Run, manifest: Mapping[str, Any], recipe: Any, given: di
     before = {key: value for key, value in before.items() if key.removesuffix(".kind") not in given or key in given}
     asked = read_config(recipe, {**found, **before, **given}) if recipe is not None else run.config.override(given)
     free = ("eval.", "env.names")
+    length = "train.steps", "train.minutes"
     differs = [
-        entry for entry in configs.differences(run.config, asked) if entry[0] != "train.steps" and not entry[0].startswith(free)
+        entry for entry in configs.differences(run.config, asked) if entry[0] not in length and not entry[0].startswith(free)
     ]
     if seed is not None and seed != manifest.get("seed", seed):
         differs.append(("seed", manifest["seed"], seed))
-    steps = given.get("train.steps", run.config.train.steps)
+    steps, minutes = _length_for_resume(run.config, manifest.get("progress", {}), manifest.get("step", 0), given)
     if steps < run.config.train.steps:
         differs.append(("train.steps", run.config.train.steps, steps))
     if differs:
         lines = "\n".join(f"  {key}: {old} -> {new}" for key, old, new in differs)
         raise ConfigError(
-            f"{run.path} was made with other options; on resume only eval.*, env.names and --steps may change, and steps only "
-            f"grow:\n{lines}\n"
+            f"{run.path} was made with other options; on resume only eval.*, env.names, --steps and --minutes may change, and "
+            f"steps only grow:\n{lines}\n"
             "Leave them out, or start a new run with another --run."
         )
     changed = {key: value for key, value in given.items() if key.partition(".")[0] == "eval"}
     if any(key.partition(".")[0] == "env" for key in given):
         changed["env.names"] = asked.env.model_dump(mode="json")["names"]
-    return run.config.override({**changed, "train.steps": steps})
+    return run.config.override({**changed, "train.steps": steps, "train.minutes": minutes})
+
+
+def _length_for_resume(
+    config: Config, progress: Mapping[str, Any], step: int, given: Mapping[str, Any]
+) -> tuple[int, float | None]:
+    """(train.steps, train.minutes) of a run that goes on: more steps have no limit of time, and more time has more steps."""
+    steps, minutes = config.train.steps, config.train.minutes
+    if "train.minutes" in given:
+        minutes = given["train.minutes"]
+        spent = progress.get("wall_seconds", 0.0) + progress.get("eval_seconds", 0.0)
+        if minutes is not None and spent and "train.steps" not in given:
+            steps = max(steps, round(step * 60 * minutes / spent))
+    elif given.get("train.steps", steps) > steps:
+        minutes = None
+    return given.get("train.steps", steps), minutes
 
 
 def make_agent(config: Config, seed: int, device: str = "auto", trust: bool = False) -> WorldModelAlgorithm:
@@ -219,7 +250,7 @@ def _train_run(session: Session, run: Run, agent: WorldModelAlgorithm, progress:
             f"Nothing will be learned: the run ends after {config.train.steps} steps, and the first {config.train.prefill} are "
             f"random ones, only collected. Take more than {config.train.prefill} --steps, or lower train.prefill."
         )
-    run_callback = RunCallback(run, progress, session.signals, report, seed, session.warn)
+    run_callback = RunCallback(run, progress, session.signals, report, seed, session.warn, session.started)
     outputs = [Scalars(run.path, agent.num_timesteps, session.warn)] if config.log.tensorboard else []
     agent.set_logger(Logger(str(run.path), outputs))
     run_callback.init_callback(agent)
@@ -239,6 +270,9 @@ def _train_run(session: Session, run: Run, agent: WorldModelAlgorithm, progress:
             else:
                 agent.restart_episodes(env_seed(seed, agent.num_timesteps))
                 agent.learn(config.train.steps - agent.num_timesteps, callback, config.log.every, reset_num_timesteps=False)
+        if run_callback.is_late and agent.num_timesteps < config.train.steps:
+            session.log(f"step {agent.num_timesteps}: the time of train.minutes is over.")
+            run.write_config(config.override({"train.steps": max(1, agent.num_timesteps)}))
         run_callback.save()
         if not session.signals:
             return _final_result(session, run, agent, run_callback, seed)

@@ -38,6 +38,7 @@ def train(
     from_run: str | Path | Run | None = None,
     step: Step = None,
     keep_data: bool = False,
+    minutes: float | None = None,
 ) -> TrainResult:
     """Train what a recipe (name, path, gym id or content) describes; everything is kept in a run folder.
 
@@ -58,6 +59,9 @@ def train(
     step        which checkpoint of it: "best", "newest", real steps (default: the best evaluated, the newest where none was)
     keep_data   the replay begins with its rows, so that learning does not forget them; its spaces must be the same
 
+    minutes     time that the whole run may take, evaluations included: steps, updates a step, batch size and eval.every are chosen
+                to fill it, where they are not given, and updates a step follow the clock; so no two runs are the same
+
     What was taken is reported, and kept as `warm_start` in each checkpoint's progress. Where all that acts was taken, the agent is
     evaluated before its first step, and train.prefill and train.pretrain are 0 unless overrides say otherwise.
 
@@ -75,7 +79,7 @@ def train(
         )
     if seed is not None and seed < 0:
         raise ConfigError(f"seed is {seed}; expected at least 0.")
-    train_options = {"steps": steps, "data": None if data is None else _as_sources(data)}
+    train_options = {"steps": steps, "minutes": minutes, "data": None if data is None else _as_sources(data)}
     given = _overrides(overrides, **train_options, **_warm_start(from_run, step, keep_data, resume))
     import torch
 
@@ -144,6 +148,17 @@ def _as_sources(data: Any) -> list[str]:
     return list(map(str, names))
 
 
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="SOURCE",
+        help="Learn from recorded experience instead of an environment: FILE.npz, a folder of them, minari:ID or a run folder. "
+        "Repeat it for several.",
+        show_default=False,
+    ),
+]
+
+
 def command(
     recipe: Annotated[
         str, typer.Argument(metavar="RECIPE_OR_GYM_ID", help="Recipe, YAML file, gym id; a run (--resume).", show_default=False)
@@ -160,16 +175,12 @@ def command(
         int | None,
         typer.Option(min=1, help="Real steps of the whole run; may grow on resume.", show_default="the recipe's train.steps"),
     ] = None,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the networks live.")] = "auto",
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="SOURCE",
-            help="Learn from recorded experience instead of an environment: FILE.npz, a folder of them, minari:ID or a run folder. "
-            "Repeat it for several.",
-            show_default=False,
-        ),
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Time of the whole run; steps, ratio, batch_size are chosen to fill it.", show_default="no limit"),
     ] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the networks live.")] = "auto",
+    data: Data = None,
     from_run: Annotated[
         Path | None,
         typer.Option(
@@ -216,6 +227,7 @@ def command(
             from_run=from_run,
             step=checkpoint_step(step),
             keep_data=keep_data,
+            minutes=minutes,
         ).to_json()
 
     answer(work, as_json, debug, show_training)

@@ -171,7 +171,7 @@ def test_a_model_that_is_too_sure_is_seen_at_every_horizon():
     assert (found.coverage90 < 0.45).all() and (found.spread_skill < 0.3).all()
 
 
-def test_a_horizon_that_fits_nowhere_is_notdraw_scores():
+def test_a_horizon_that_fits_nowhere_is_not_measured():
     found = calibrate(line_world(0.1, 0.1), line_episodes(8, 8, 7), 5, 5)
     assert found.count.tolist() == [3, 3, 2, 0, 0]
     assert all(column[3:].isnan().all() and column[:2].isfinite().all() for column in found.columns().values())
@@ -189,7 +189,7 @@ def test_models_without_a_decoder_and_pictures_alone_have_no_calibration():
     assert list(Calibration.unknown(2).columns()) == ["crps", "coverage50", "coverage90", "spread_skill", "spread_knows"]
 
 
-def test_a_fresh_model_isdraw_scores_through_its_own_decoder_and_repeats_itself():
+def test_a_fresh_model_is_measured_through_its_own_decoder_and_repeats_itself():
     world = small_world(LINE)
     one, two = (calibrate(world, line_episodes(12, 25, 30), 5, 4, every=5, generator=generator(5)) for _ in range(2))
     for name, column in one.columns().items():

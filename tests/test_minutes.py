@@ -77,6 +77,11 @@ def test_slow_evaluations_are_fewer():
     assert plan["train.steps"] // plan["eval.every"] == 4
 
 
+def test_recorded_experience_has_a_schedule_and_no_evaluations():
+    plan = budget._plan(config().override({"train.data": ["some.npz"]}), {}, Costs(0.0, 0.1, 0.05, 0.0), 600.0)
+    assert "eval.every" not in plan and 540 <= plan["train.steps"] * plan["train.ratio"] * 0.1 <= 620
+
+
 def chosen(minutes: float, update: float, depends: bool = True, **given: object) -> tuple[dict, str]:
     """What is chosen where an update of 16 sequences takes so long, and one of n sequences or of narrow nets less."""
     said: list[str] = []
@@ -195,8 +200,9 @@ def test_a_run_that_is_too_slow_ends_at_its_time_and_is_finished(tmp_path, clock
     run = Run.open(tmp_path / "run")
     assert any("the time of train.minutes is over" in line for line in said)
     assert result.real_steps == run.config.train.steps < 500
-    again = train(tmp_path / "run", resume=True, device="cpu")
-    assert again.to_json() == result.to_json()
+    for minutes in (None, 0.2):
+        again = train(tmp_path / "run", resume=True, minutes=minutes, device="cpu")
+        assert again.to_json() == result.to_json()
 
 
 def test_a_resume_with_more_time_or_more_steps_goes_on(tmp_path, clock):

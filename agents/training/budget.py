@@ -17,6 +17,7 @@ from typing import Any
 from worldmodel.agents.evaluation import DEFAULT_MAX_STEPS, episode_limit, evaluate
 from worldmodel.agents.loop import WorldModelAlgorithm
 from worldmodel.config import Config
+from worldmodel.envs.make import find_spec
 from worldmodel.errors import ConfigError
 
 ENOUGH_UPDATES = 1000
@@ -143,7 +144,7 @@ def _timed(config: Config, make_agent: Callable[[Config], WorldModelAlgorithm]) 
     with closing(agent.env) as env:
         limit = episode_limit(env, config.eval.max_steps)
         if math.isinf(limit):
-            limit = getattr(env.get_attr("spec")[0], "max_episode_steps", None) or DEFAULT_MAX_STEPS
+            limit = find_spec(config.env.id).max_episode_steps or DEFAULT_MAX_STEPS
         agent.learn(count)
         updates = _seconds_of_updates(agent)
         count = env.num_envs * TIMED_STEPS
@@ -192,7 +193,8 @@ def _plan(config: Config, given: Mapping[str, Any], costs: Costs, seconds: float
             ratio = max(ratio, min(WITHIN * ratio, costs.step / costs.update))
         each = costs.step + ratio * costs.update
         steps = int((learning + config.train.prefill * ratio * costs.update) / max(each, 1e-6))
-    return {"train.steps": steps, "train.ratio": float(f"{ratio:.2g}"), "eval.every": max(1, int(steps / (count + EARLIER)))}
+    chosen = {"train.steps": steps, "train.ratio": float(f"{ratio:.2g}")}
+    return chosen if config.train.data else {**chosen, "eval.every": max(1, int(steps / (count + EARLIER)))}
 
 
 def _require(config: Config, given: Mapping[str, Any], costs: Costs, seconds: float) -> None:

@@ -105,11 +105,8 @@ def new(session: Session, recipe: Any, run_dir: str | Path | None, given: dict[s
         refuse_existing(Path(run_dir))
     paced = config.train.minutes is not None and "train.ratio" not in given
     if config.train.minutes is not None:
-        configure, make = (
-            partial(_configure, recipe, given),
-            partial(make_agent, seed=seed, device=session.device, trust=session.trust),
-        )
-        given = {**given, **budget.choose(configure, given, make, session.log)}
+        make = partial(make_agent, seed=seed, device=session.device, trust=session.trust)
+        given = {**given, **budget.choose(partial(_configure, recipe, given), given, make, session.log)}
         config = _configure(recipe, given, {})
     agent = make_agent(config, seed, session.device, session.trust)  # before the folder: no folder of what cannot start
     with _closing_env(agent):
@@ -211,7 +208,7 @@ def _length_for_resume(
     if "train.minutes" in given:
         minutes = given["train.minutes"]
         spent = progress.get("wall_seconds", 0.0) + progress.get("eval_seconds", 0.0)
-        if minutes is not None and spent and "train.steps" not in given:
+        if minutes is not None and spent and minutes != config.train.minutes:
             steps = max(steps, round(step * 60 * minutes / spent))
     elif given.get("train.steps", steps) > steps:
         minutes = None

@@ -200,13 +200,13 @@ def _plan(config: Config, given: Mapping[str, Any], costs: Costs, seconds: float
 def _require(config: Config, given: Mapping[str, Any], costs: Costs, seconds: float) -> None:
     """ConfigError where so many seconds are too few for the steps that are wanted, or to learn anything at all."""
     train = config.train
-    least, what = train.prefill * costs.step + LEAST_UPDATES * costs.update, f"the {train.prefill} random steps, some updates"
+    minimum, what = train.prefill * costs.step + LEAST_UPDATES * costs.update, f"the {train.prefill} random steps, some updates"
     if "train.steps" in given:
         ratio = train.ratio if "train.ratio" in given else train.ratio / WITHIN**2
-        least = train.steps * costs.step + max(0, train.steps - train.prefill) * ratio * costs.update
+        minimum = train.steps * costs.step + max(0, train.steps - train.prefill) * ratio * costs.update
         what = f"{train.steps:,} steps with {ratio:.2g} updates each"
-    least += _before(config, costs)
-    needed = max(least / (1 - EVALUATION_SHARE), least + CONFIRMED * costs.evaluation) / (1 - _pictures(config))
+    minimum += _before(config, costs)
+    needed = max(minimum / (1 - EVALUATION_SHARE), minimum + CONFIRMED * costs.evaluation) / (1 - _pictures(config))
     if seconds < needed:
         raise ConfigError(
             f"train.minutes is {train.minutes:g}, but {what} and the evaluations take {needed / 60:.2f} min here. Expected at "

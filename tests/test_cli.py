@@ -14,6 +14,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from small_runs import CHAIN, Nervous, small_train, words
 
@@ -69,6 +70,28 @@ def test_help_and_import_load_no_torch():
     assert done.returncode == 0, done.stderr
     for flag in "--run --seed --steps --device --data --resume --keep-newer --json".split():
         assert flag in done.stdout
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["eval", "--episodes", 1],
+        ["dream", "--horizon", 2],
+        ["what-if", "--plan", "0x2"],
+        ["diagnose", "--slot", "marginal"],  # has none: an error behind the opening, which is as good here and quick
+        ["fit-prior", "--kind", "none"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_run_is_opened_with_as_many_threads_as_it_was_trained_with(trained, command, words):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        name, *options = words
+        code, _, err = command(name, trained[0], *options)
+        assert torch.get_num_threads() == trained[1].threads == 1 and code == (2 if name in ("diagnose", "fit-prior") else 0), err
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_public_names_resolve():

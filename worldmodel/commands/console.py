@@ -17,7 +17,7 @@ import typer
 from worldmodel.errors import ConfigError, EnvError, MissingExtraError, NumericsError, StorageError, UnsupportedSpaceError
 
 if TYPE_CHECKING:
-    from worldmodel.storage.run import Step
+    from worldmodel.storage.run import Run, Step
 
 ERRORS = (ConfigError, EnvError, MissingExtraError, NumericsError, UnsupportedSpaceError, OSError)
 """What is reported as one line. OSError: StorageError and TrustError, and a disk or a stream that a library writes to."""
@@ -37,6 +37,21 @@ MAX_SIGNALS = 24
 
 
 # Where things go -------------------------------------------------------------------------------------------------------
+
+
+def opened(path: Path) -> Run:
+    """The run in a folder. From here on this process computes with as many threads as the run was trained with.
+
+    Figures then are those of its training, and a machine that is busy does not make torch many times slower, as it does where
+    threads wait for one another.
+    """
+    import torch
+
+    from worldmodel.storage.run import Run
+
+    run = Run.open(path)
+    torch.set_num_threads(run.config.train.threads)
+    return run
 
 
 def answer(work: Callable[[], Mapping[str, Any]], as_json: bool, debug: bool, show: Callable[[Any], object] | None = None) -> None:

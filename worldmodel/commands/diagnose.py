@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from worldmodel.commands.console import Debug, Json, RunFolder, Trust, answer, say, table
+from worldmodel.commands.console import Debug, Json, RunFolder, Trust, answer, opened, say, table
 
 if TYPE_CHECKING:
     from worldmodel.agents.diagnosis import Diagnosis
@@ -124,6 +124,6 @@ def command(
 
     def work() -> dict[str, Any]:
         folder = run / FOLDER if out is None else out
-        return diagnose(run, slot, folder, episodes=episodes, data=data or None, trust=trust, log=say).to_json()
+        return diagnose(opened(run), slot, folder, episodes=episodes, data=data or None, trust=trust, log=say).to_json()
 
     answer(work, as_json, debug, show)

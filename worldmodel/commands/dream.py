@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from worldmodel.commands.console import Debug, Json, RunFolder, Start, Trust, answer, say, show_dream, show_pairs
+from worldmodel.commands.console import Debug, Json, RunFolder, Start, Trust, answer, opened, say, show_dream, show_pairs
 from worldmodel.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def command(
         if between is not None:
             return _between(run, between, out, trust, {**options, "toward": toward, "guidance": guidance, "goal": goal})
         options = {name: value for name, value in options.items() if value is not None}
-        return dream(run, **options, out=out, guide=_guide(toward, guidance, goal), trust=trust, log=say)
+        return dream(opened(run), **options, out=out, guide=_guide(toward, guidance, goal), trust=trust, log=say)
 
     answer(work, as_json, debug, show_dream if between is None else show_pairs)
 
@@ -186,4 +186,4 @@ def _between(run: Path, moments: str, out: Path | None, trust: bool, of_dreams: 
         raise ConfigError("--between wants two moments, EPISODE:STEP,EPISODE:STEP, and --out FILE.gif.")
     if extra := [f"--{name}" for name, value in of_dreams.items() if value is not None]:
         raise ConfigError(f"--between shows no dream, which {', '.join(extra)} would be of: leave out one or the other.")
-    return guidance.interpolation_video(run, one, other, out, trust=trust)
+    return guidance.interpolation_video(opened(run), one, other, out, trust=trust)

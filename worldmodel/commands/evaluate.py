@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from worldmodel.commands.console import Debug, Json, RunFolder, Trust, answer, checkpoint_step, say, show_evaluation
+from worldmodel.commands.console import Debug, Json, RunFolder, Trust, answer, checkpoint_step, opened, say, show_evaluation
 from worldmodel.errors import CorruptError
 
 if TYPE_CHECKING:
@@ -25,18 +25,15 @@ def evaluate(
 ) -> dict[str, Any]:
     """Greedy episodes of a run's agent (as `Run.agent` chooses it), the first of them as an animation in the file `video`."""
     import numpy as np
-    import torch
 
     from worldmodel.agents.evaluation import evaluate as evaluate_agent
     from worldmodel.agents.evaluation import warn_untrained
     from worldmodel.envs.make import frames_per_second, renders
-    from worldmodel.storage.run import Run
     from worldmodel.view import pictures
 
     if video is not None:
         pictures.checked(video)
-    run = Run.open(path)
-    torch.set_num_threads(run.config.train.threads)
+    run = opened(path)
     agent = run.agent(step, trust=trust)
     say(_which(run, step, agent.num_timesteps))
     warn_untrained(agent, say)

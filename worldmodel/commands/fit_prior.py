@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from worldmodel.commands.console import Debug, Json, RunFolder, Trust, answer, say
+from worldmodel.commands.console import Debug, Json, RunFolder, Trust, answer, opened, say
 
 if TYPE_CHECKING:
     from worldmodel.storage.run import Run
@@ -78,12 +78,6 @@ def command(
     """
 
     def work() -> dict[str, Any]:
-        import torch
-
-        from worldmodel.storage.run import Run
-
-        old = Run.open(run)
-        torch.set_num_threads(old.config.train.threads)
-        return fit_prior(old, kind, slot, options=options or [], steps=steps, where=where, out=out, trust=trust, log=say)
+        return fit_prior(opened(run), kind, slot, options=options or [], steps=steps, where=where, out=out, trust=trust, log=say)
 
     answer(work, as_json, debug)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from worldmodel.commands.console import Debug, Json, RunFolder, answer, say, show_what_if
+from worldmodel.commands.console import Debug, Json, RunFolder, answer, opened, say, show_what_if
 from worldmodel.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -207,4 +207,6 @@ def command(
     debug: Debug = False,
 ) -> None:
     """Ask a run's world model what plans would lead to: observations, reward, survival, and how sure it is of them."""
-    answer(lambda: what_if(run, plan, history, episode, step, samples, seed, discount, log=say), as_json, debug, show_what_if)
+    answer(
+        lambda: what_if(opened(run), plan, history, episode, step, samples, seed, discount, log=say), as_json, debug, show_what_if
+    )

@@ -132,6 +132,8 @@ class Exploration:
         for row in rows:
             if not self.is_over:
                 self._count(*row)
+        if self.found and 2 * self.found >= first.sum():  # half of the episodes found something without any search
+            self.found = ENOUGH
 
     def act(
         self, starts: Bool[np.ndarray, " N"], rng: np.random.Generator

@@ -212,6 +212,20 @@ def _exploration(figures: Figures) -> str:
     return figures.lines(["reaches the goal", *(f"{actions} steps" for actions in exploration.ACTIONS)], groups.items(), cells)
 
 
+@block("dreams-by-seed")
+def _dreams_by_seed(figures: Figures) -> str:
+    """How far the dreams of each run of recipe `cartpole` are off, beside what has been seen last."""
+
+    def cells(rows: Sequence[Row]) -> list[str]:
+        (row,) = rows
+        errors, ratios = row["observation"], row["ratio"]
+        return [str(row["real_steps"]), *(f"{x:.3g}" for x in (errors[0], errors[14], ratios[0], ratios[14]))]
+
+    rows = sorted(figures.rows("open_loop", task="cartpole", overrides=[]), key=lambda row: row["key"]["seed"])
+    head = ["seed", "real steps", "error at 1", "at 15", "error over persistence at 1", "at 15"]
+    return figures.lines(head, grouped(rows, lambda row: row["key"]["seed"]).items(), cells)
+
+
 @block("minutes")
 def _minutes(figures: Figures) -> str:
     """What three minutes lead to, by updates a step."""

@@ -57,8 +57,14 @@ def test_an_end_is_a_find_where_rewards_add_up_and_none_where_they_are_zero():
     assert fed(TWO, lambda a, step, episode: 0.0, ends=(3, 9)).found_nothing
 
 
+def test_where_half_of_the_episodes_find_something_by_chance_nothing_is_searched_for():
+    """As in CartPole, which ends every few steps, whatever is done: four ends of five episodes are no five finds, but enough."""
+    assert fed(TWO, lambda a, step, episode: 1.0, ends=range(4), episodes=5).is_over
+    assert fed(TWO, lambda a, step, episode: 1.0, ends=range(2), episodes=5).found == 2
+
+
 def test_a_long_episode_counts_once_per_piece():
-    found = fed(TWO, lambda a, step, episode: float(step % 100 == 0), length=3 * PIECE, episodes=1)
+    found = fed(TWO, lambda a, step, episode: float(episode == 0 and step % 100 == 0), length=3 * PIECE, episodes=10)
     assert 3 <= found.found <= 4
 
 

@@ -75,6 +75,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
     """Where a run keeps experience; None outside of a run."""
     should_continue: Callable[[], bool] = staticmethod(lambda: True)
     """Asked between updates: where it says no they end, and the others stay pending. A run asks for signals there."""
+    policy: BeliefPolicy
     behaviour: ActorCriticLearner | None = None
     """The actor-critic's learner, which trains the controller on each batch (Dreamer, Planner); None: nothing of it is trained."""
     ratio: float
@@ -175,10 +176,9 @@ class WorldModelAlgorithm(SavedAlgorithm):
         self.rng = np.random.default_rng(self.seed)
         self.replay: Replay | None = None
         self.ratio = self.config.train.ratio
-        self._updates_due, self._restarts, self._warned_no_last_obs = 0.0, 0, False
+        self._updates_due, self._restarts, self._logged_at, self._warned_no_last_obs = 0.0, 0, 0, False
         self._belief: State | None = None
         self.exploration = Exploration(self.action_spec)
-        self._logged_at = 0
 
     def predict(
         self,

@@ -17,9 +17,8 @@ from pathlib import Path
 import compared  # noqa: F401
 import control
 import digits
-import exploration
 import forms
-import minutes
+import learned  # noqa: F401
 import plug_in
 import throughput
 import truth
@@ -199,43 +198,6 @@ def _rewards(figures: Figures) -> str:
     found = sorted((row for row in figures.rows("reward_scale") if plain(row["key"])), key=lambda row: row["key"]["size"])
     groups = grouped(found, lambda row: f"{row['key']['size']:g}")
     return figures.lines(["reward of a step of CartPole", "solved", "real steps"], groups.items(), cells)
-
-
-@block("exploration")
-def _exploration(figures: Figures) -> str:
-    """The share of random episodes that reach the goal, by how long an action lasts."""
-
-    def cells(rows: Sequence[Row]) -> list[str]:
-        return [spread((row["share"] for row in rows if row["key"]["actions"] == actions), 2) for actions in exploration.ACTIONS]
-
-    groups = grouped(figures.rows("exploration"), lambda row: row["key"]["env"])
-    return figures.lines(["reaches the goal", *(f"{actions} steps" for actions in exploration.ACTIONS)], groups.items(), cells)
-
-
-@block("dreams-by-seed")
-def _dreams_by_seed(figures: Figures) -> str:
-    """How far the dreams of each run of recipe `cartpole` are off, beside what has been seen last."""
-
-    def cells(rows: Sequence[Row]) -> list[str]:
-        (row,) = rows
-        errors, ratios = row["observation"], row["ratio"]
-        return [str(row["real_steps"]), *(f"{x:.3g}" for x in (errors[0], errors[14], ratios[0], ratios[14]))]
-
-    rows = sorted(figures.rows("open_loop", task="cartpole", overrides=[]), key=lambda row: row["key"]["seed"])
-    head = ["seed", "real steps", "error at 1", "at 15", "error over persistence at 1", "at 15"]
-    return figures.lines(head, grouped(rows, lambda row: row["key"]["seed"]).items(), cells)
-
-
-@block("minutes")
-def _minutes(figures: Figures) -> str:
-    """What three minutes lead to, by updates a step."""
-
-    def cells(rows: Sequence[Row]) -> list[str]:
-        return [spread((row[name] for row in rows), 0) for name in ("return", "steps", "updates", "seconds")]
-
-    rows = sorted(figures.rows("minutes"), key=lambda row: (row["key"]["env"], minutes.RATIOS.index(row["key"]["ratio"])))
-    groups = grouped(rows, lambda row: f"{row['key']['env']}, {row['key']['ratio']}")
-    return figures.lines(["three minutes, updates a step", "return", "real steps", "updates", "seconds"], groups.items(), cells)
 
 
 # Dreams and speed -----------------------------------------------------------------------------------------------------

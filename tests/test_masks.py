@@ -127,7 +127,9 @@ def test_training_and_evaluation_take_no_illegal_action_however_masks_are_given(
 def test_planning_takes_no_illegal_action(method, doors):
     options = {**PLANNER, "agent.plan.method": method, "agent.plan.keep": 2, "agent.plan.proposals": 2 * (doors - 1)}
     model = agent(kind=Planner, steps=32, **options, **{"env.kwargs": {"doors": doors}})
-    evaluate(model, model.config.env, 1)
+    planned = Turnstiles.taken
+    returns, lengths = evaluate(model, model.config.env, 1)
+    assert Turnstiles.taken - planned == lengths[0] == 7 and np.isfinite(returns[0]) and not Turnstiles.illegal
 
 
 def test_a_random_agent_takes_no_illegal_action_and_all_legal_ones():
@@ -373,7 +375,12 @@ def test_a_run_finds_masks_keeps_them_and_resumes_with_them(tmp_path):
 def test_an_agent_of_a_file_finds_the_masks_of_the_environment_that_it_is_given(tmp_path):
     agent().save(tmp_path / "agent")
     for env in ("Turnstiles-v0", Turnstiles("method"), make_vec("Turnstiles-v0", 2)):
-        Dreamer.load(tmp_path / "agent", env=env).learn(20)
+        before = Turnstiles.taken
+        again = Dreamer.load(tmp_path / "agent", env=env)
+        again.learn(20)
+        masks, taken = again.replay.stream(0).obs[ACTION_MASK][0], again.replay.stream(0).action[0]
+        assert Turnstiles.taken - before >= 20 and not masks.bool().all()
+        assert bool((taken.sum(-1) <= (taken * masks).sum(-1)).all()) and not Turnstiles.illegal
 
 
 def test_environments_without_masks_are_observed_as_before():

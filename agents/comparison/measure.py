@@ -6,7 +6,6 @@ hash of this version: what another one has recorded or trained is never gone on 
 
 from __future__ import annotations
 
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -48,8 +47,6 @@ PLAN_EPISODES, PLAN_STEPS = 6, 60
 SHORT = 20
 """Steps of a held-out episode, in the middle, below which the model sees CONTEXTS[0] rows rather than CONTEXTS[1]."""
 CONTEXTS, HORIZON = (2, 5), 15
-PROBE = 20
-"""Steps of the schedule that are timed to know how many fit into the minutes."""
 
 Figures = dict[str, float | None]
 
@@ -163,31 +160,16 @@ def _form(plan: Plan, job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def _trained(plan: Plan, form: str, sizes: list[str], seed: int, path: Path, data: Path) -> float:
     """Trains the run in a folder, or goes on with it; gives the seconds of training over all of its stops."""
     quiet = {"eval.every": 0, "eval.episodes": 1, "log.tensorboard": False, "log.pictures": 0}
-    given = {**flat_overrides(plan.overrides), "model": form, **flat_overrides(sizes), **quiet}
-
-    def until(steps: int) -> float:
-        with Signals() as signals:
-            how = session.Session(signals, "cpu", False, False, False, print, print)
-            if path.exists():
-                return session.resumed(how, plan.env, path, {"train.steps": steps}, seed).wall_seconds
-            overrides = {**given, "train.steps": steps, "train.data": [str(data)]}
-            return session.new(how, plan.env, path, overrides, seed).wall_seconds
-
-    if plan.minutes is None:
-        return until(plan.steps)
-    if path.exists():
-        if (decided := Run.open(path).config.train.steps) > 2 * PROBE:
-            return until(decided)
-        shutil.rmtree(path)  # it was stopped while it was timed
-    first = until(PROBE)
-    return until(steps_within(60 * plan.minutes, first, until(2 * PROBE)))
-
-
-def steps_within(seconds: float, first: float, second: float) -> int:
-    """Steps of the schedule that fit, where PROBE of them took `first` and twice as many `second` seconds. The first ones hold the
-    updates that come before all others, so the difference is what a step costs; those that are made are made."""
-    each = max((second - first) / PROBE, 1e-6)
-    return 2 * PROBE + max(0, int((seconds - second) / each))
+    train = plan.config(form, sizes).train
+    length: dict[str, Any] = {"train.steps": plan.steps}
+    if plan.minutes is not None:  # all else is the same for every form, and so nothing else is chosen to fill the time
+        length = {"train.minutes": plan.minutes, "train.ratio": train.ratio, "train.batch_size": train.batch_size}
+    given = {**flat_overrides(plan.overrides), "model": form, **flat_overrides(sizes), **quiet, **length, "train.data": [str(data)]}
+    with Signals() as signals:
+        how = session.Session(signals, "cpu", False, False, False, print, print)
+        if path.exists():
+            return session.resumed(how, plan.env, path, {}, seed).wall_seconds
+        return session.new(how, plan.env, path, given, seed).wall_seconds
 
 
 def _measured(evidence: Evidence, context: int) -> Figures:

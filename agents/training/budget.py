@@ -63,7 +63,8 @@ class Pace:
     def __init__(self, agent: WorldModelAlgorithm, began: float, sets: bool):
         self.agent, self.seconds, self.steps = agent, 60 * agent.config.train.minutes, agent.config.train.steps
         self._sets = sets
-        self._evaluation, self._end = UNKNOWN * self.seconds, began + self.seconds * (1 - _pictures(agent.config))
+        self._evaluation = 0.0 if agent.config.train.data else UNKNOWN * self.seconds
+        self._end = began + self.seconds * (1 - _pictures(agent.config))
         self._mark: tuple[float, int] | None = None  # time and step where the pace is measured from; None: at the next step
 
     @property
@@ -104,20 +105,19 @@ def choose(
     configure   overrides -> the config with them
     make_agent  a new agent of a config, of which nothing is kept
     """
-    started, chosen, config = time.perf_counter(), {}, configure({})
-    costs, minutes = _timed(config, make_agent), config.train.minutes
-
-    def plan() -> dict[str, Any]:
-        return _plan(config, given, costs, 60 * minutes - (time.perf_counter() - started))
-
+    chosen, config = {}, configure({})
+    minutes, end = config.train.minutes, time.perf_counter() + 60 * config.train.minutes
+    costs = _timed(config, make_agent)
+    plan = _plan(config, given, costs, end - time.perf_counter())
     for change in _smaller(config, given):
-        if plan()["train.ratio"] * plan()["train.steps"] >= ENOUGH_UPDATES:
+        if plan["train.ratio"] * plan["train.steps"] >= ENOUGH_UPDATES:
             break
         tried = configure({**chosen, **change})
         if (other := _timed(tried, make_agent)).update < WORTH_IT * costs.update:
             chosen, config, costs = {**chosen, **change}, tried, other
-    _require(config, given, costs, 60 * minutes - (time.perf_counter() - started))
-    chosen |= {key: value for key, value in plan().items() if key not in given}
+        plan = _plan(config, given, costs, end - time.perf_counter())
+    _require(config, given, costs, end - time.perf_counter())
+    chosen |= {key: value for key, value in plan.items() if key not in given}
     log(
         f"{minutes:g} min here: a step takes {1000 * costs.step:.1f} ms, an update {1000 * costs.update:.0f} ms, an evaluation at "
         f"most {costs.evaluation:.1f} s. So {', '.join(f'{key}={value}' for key, value in chosen.items())}; what you give is kept."
@@ -174,6 +174,11 @@ def _pictures(config: Config) -> float:
     return PICTURES if config.log.tensorboard and config.log.pictures else 0.0
 
 
+def _random_steps(config: Config) -> int:
+    """Steps for which no updates are made."""
+    return 0 if config.train.data else config.train.prefill
+
+
 def _before(config: Config, costs: Costs) -> float:
     """Seconds that go into the evaluations at the end and the first updates, whatever the number of steps."""
     return 2 * costs.evaluation + config.train.pretrain * costs.pretraining
@@ -186,13 +191,13 @@ def _plan(config: Config, given: Mapping[str, Any], costs: Costs, seconds: float
     learning = seconds * (1 - _pictures(config)) - _before(config, costs) - count * evaluation
     if "train.steps" in given:
         if "train.ratio" not in given:
-            learned = max(1, steps - config.train.prefill)
+            learned = max(1, steps - _random_steps(config))
             ratio = min(WITHIN * ratio, (learning - steps * costs.step) / (learned * costs.update))
     else:
         if "train.ratio" not in given:  # where steps are slow, half the time is for learning
             ratio = max(ratio, min(WITHIN * ratio, costs.step / costs.update))
         each = costs.step + ratio * costs.update
-        steps = int((learning + config.train.prefill * ratio * costs.update) / max(each, 1e-6))
+        steps = int((learning + _random_steps(config) * ratio * costs.update) / max(each, 1e-6))
     chosen = {"train.steps": steps, "train.ratio": float(f"{ratio:.2g}")}
     return chosen if config.train.data else {**chosen, "eval.every": max(1, int(steps / (count + EARLIER)))}
 
@@ -200,10 +205,11 @@ def _plan(config: Config, given: Mapping[str, Any], costs: Costs, seconds: float
 def _require(config: Config, given: Mapping[str, Any], costs: Costs, seconds: float) -> None:
     """ConfigError where so many seconds are too few for the steps that are wanted, or to learn anything at all."""
     train = config.train
-    minimum, what = train.prefill * costs.step + LEAST_UPDATES * costs.update, f"the {train.prefill} random steps, some updates"
+    random = _random_steps(config)
+    minimum, what = random * costs.step + LEAST_UPDATES * costs.update, f"the {random} random steps, some updates"
     if "train.steps" in given:
         ratio = train.ratio if "train.ratio" in given else train.ratio / WITHIN**2
-        minimum = train.steps * costs.step + max(0, train.steps - train.prefill) * ratio * costs.update
+        minimum = train.steps * costs.step + max(0, train.steps - random) * ratio * costs.update
         what = f"{train.steps:,} steps with {ratio:.2g} updates each"
     minimum += _before(config, costs)
     needed = max(minimum / (1 - EVALUATION_SHARE), minimum + CONFIRMED * costs.evaluation) / (1 - _pictures(config))

@@ -64,14 +64,15 @@ class RunCallback(BaseCallback):
         report: LineReport,
         seed: int,
         warn: Callable[[str], object] = _log.warning,
-        started: float | None = None,
+        *,
+        started: float,
     ):
         super().__init__()
         self.run, self.config, self.seed = run, run.config, seed
         self.progress, self.signals, self.report, self.warn = progress, signals, report, warn
         self.is_offline = bool(self.config.train.data)  # then there is no environment
         self.threshold = self.config.eval.threshold if self.is_offline else threshold(self.config.eval, self.config.env.id)
-        self._started = time.perf_counter() if started is None else started  # of this process's part of the run
+        self._started = started  # when this process began its part of the run, in seconds of time.perf_counter
         self._pace: Pace | None = None
         self._clock: float | None = None
         self._failed = self._failed_in_a_row = 0

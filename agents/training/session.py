@@ -247,7 +247,7 @@ def _train_run(session: Session, run: Run, agent: WorldModelAlgorithm, progress:
             f"Nothing will be learned: the run ends after {config.train.steps} steps, and the first {config.train.prefill} are "
             f"random ones, only collected. Take more than {config.train.prefill} --steps, or lower train.prefill."
         )
-    run_callback = RunCallback(run, progress, session.signals, report, seed, session.warn, session.started)
+    run_callback = RunCallback(run, progress, session.signals, report, seed, session.warn, started=session.started)
     outputs = [Scalars(run.path, agent.num_timesteps, session.warn)] if config.log.tensorboard else []
     agent.set_logger(Logger(str(run.path), outputs))
     run_callback.init_callback(agent)

@@ -29,6 +29,19 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Options by dotted key, e.g. train.ratio=2.", show_default=False),
 ]
+
+
+def which_checkpoint(what: str) -> Any:
+    """The option that names a run's checkpoint, for `checkpoint_step`; `what` says which run's."""
+    return typer.Option(metavar="best|newest|N", help=what, show_default="the best evaluated; the newest where none was")
+
+
+def sources(what: str) -> Any:
+    """The option of a command that takes recorded episodes; `what` says for what."""
+    text = f"{what}: FILE.npz, a folder of them, minari:ID or a run folder. Repeat it for several."
+    return typer.Option(metavar="SOURCE", help=text, show_default=False)
+
+
 Trust = Annotated[bool, typer.Option("--trust", help="Open agent.path, a zip of Stable-Baselines3, although that can run code.")]
 Start = Literal["replay", "prior"]
 """Where dreams begin."""

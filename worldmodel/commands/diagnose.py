@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from worldmodel.commands.console import Debug, Json, RunFolder, Trust, answer, opened, say, table
+from worldmodel.commands.console import Debug, Json, RunFolder, Trust, answer, opened, say, sources, table
 
 if TYPE_CHECKING:
     from worldmodel.agents.diagnosis import Diagnosis
@@ -107,15 +107,7 @@ def command(
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the report.", show_default="RUN/diagnosis")] = None,
     episodes: Annotated[int | None, typer.Option(min=4, help="Held-out episodes.", show_default="40")] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="SOURCE",
-            help="Recorded episodes that the model has not seen, instead of played ones: FILE.npz, a folder of them, minari:ID or "
-            "a run folder. Repeat it for several.",
-            show_default=False,
-        ),
-    ] = None,
+    data: Annotated[list[str] | None, sources("Recorded episodes that the model has not seen, instead of played ones")] = None,
     trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,

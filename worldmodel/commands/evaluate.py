@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from worldmodel.commands.console import Debug, Json, RunFolder, Trust, answer, checkpoint_step, opened, say, show_evaluation
+from worldmodel.commands.console import (
+    Debug,
+    Json,
+    RunFolder,
+    Trust,
+    answer,
+    checkpoint_step,
+    opened,
+    say,
+    show_evaluation,
+    which_checkpoint,
+)
 from worldmodel.errors import CorruptError
 
 if TYPE_CHECKING:
@@ -99,12 +110,7 @@ def command(
     seed: Annotated[
         int, typer.Option(min=0, help="Environment seed of the first episode. The default repeats the training's final return.")
     ] = 30_000,
-    step: Annotated[
-        str | None,
-        typer.Option(
-            metavar="best|newest|N", help="Which checkpoint.", show_default="the best evaluated; the newest where none was"
-        ),
-    ] = None,
+    step: Annotated[str | None, which_checkpoint("Which checkpoint.")] = None,
     video: Annotated[Path | None, typer.Option(metavar="FILE.gif|mp4", help="An animation of the first episode.")] = None,
     trust: Trust = False,
     as_json: Json = False,

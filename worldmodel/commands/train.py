@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from worldmodel.commands.console import Debug, Json, Overrides, Trust, answer, checkpoint_step, say, show_training
+from worldmodel.commands.console import (
+    Debug,
+    Json,
+    Overrides,
+    Trust,
+    answer,
+    checkpoint_step,
+    say,
+    show_training,
+    sources,
+    which_checkpoint,
+)
 from worldmodel.config import flat_overrides
 from worldmodel.errors import ConfigError
 
@@ -58,7 +69,6 @@ def train(
                 where forms, sizes and spaces are the same. Its model's options are taken too, unless overrides say otherwise
     step        which checkpoint of it: "best", "newest", real steps (default: the best evaluated, the newest where none was)
     keep_data   the replay begins with its rows, so that learning does not forget them; its spaces must be the same
-
     minutes     time that the whole run may take, evaluations included: steps, updates a step, batch size and eval.every are chosen
                 to fill it, where they are not given, and updates a step follow the clock; so no two runs are the same
 
@@ -148,12 +158,12 @@ def _as_sources(data: Any) -> list[str]:
     return list(map(str, names))
 
 
-Data = Annotated[
-    list[str] | None,
+FromRun = Annotated[
+    Path | None,
     typer.Option(
-        metavar="SOURCE",
-        help="Learn from recorded experience instead of an environment: FILE.npz, a folder of them, minari:ID or a run folder. "
-        "Repeat it for several.",
+        "--from",
+        metavar="RUN",
+        help="Begin with that run's weights, part by part as they fit, and with its model's options.",
         show_default=False,
     ),
 ]
@@ -180,24 +190,9 @@ def command(
         typer.Option(help="Time of the whole run; steps, ratio, batch_size are chosen to fill it.", show_default="no limit"),
     ] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the networks live.")] = "auto",
-    data: Data = None,
-    from_run: Annotated[
-        Path | None,
-        typer.Option(
-            "--from",
-            metavar="RUN",
-            help="Begin with that run's weights, part by part as they fit, and with its model's options.",
-            show_default=False,
-        ),
-    ] = None,
-    step: Annotated[
-        str | None,
-        typer.Option(
-            metavar="best|newest|N",
-            help="Which checkpoint of --from.",
-            show_default="the best evaluated; the newest where none was",
-        ),
-    ] = None,
+    data: Annotated[list[str] | None, sources("Learn from recorded experience instead of an environment")] = None,
+    from_run: FromRun = None,
+    step: Annotated[str | None, which_checkpoint("Which checkpoint of --from.")] = None,
     keep_data: Annotated[bool, typer.Option("--keep-data", help="Begin with the rows of --from in the replay too.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest good checkpoint.")] = False,
     keep_newer: Annotated[bool, typer.Option("--keep-newer", help="On resume, keep experience newer than the checkpoint.")] = False,

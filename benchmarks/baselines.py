@@ -18,9 +18,10 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from sb3_contrib import TQC, CrossQ
 from stable_baselines3 import DQN, PPO, SAC
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.vec_env import StackedObservations, VecFrameStack
+from stable_baselines3.common.vec_env import StackedObservations, VecFrameStack, VecNormalize
 
 from worldmodel.agents.evaluation import CONFIRMATION_SEED, EVALUATION_SEED, FINAL_SEED, evaluate, threshold
 from worldmodel.config import Config
@@ -31,8 +32,9 @@ from worldmodel.envs.make import make_env, make_vec
 class Baseline:
     """An SB3 algorithm with its hyperparameters.
 
-    steps    the length that its schedules assume
-    frames   how many it sees at once
+    steps       the length that its schedules assume
+    frames      how many it sees at once
+    normalizes  whether VecNormalize scales what it sees and earns
     """
 
     algorithm: type
@@ -41,6 +43,7 @@ class Baseline:
     num_envs: int = 1
     policy: str = "MlpPolicy"
     frames: int = 1
+    normalizes: bool = False
 
     @property
     def updates_per_step(self) -> float | None:
@@ -56,6 +59,19 @@ def _falling(value: float) -> Callable[[float], float]:
     return lambda remaining: remaining * value
 
 
+_SWINGS = {
+    **{"learning_rate": 3e-4, "buffer_size": 50_000, "batch_size": 512, "ent_coef": 0.1, "train_freq": 32, "gradient_steps": 32},
+    **{"gamma": 0.9999, "tau": 0.01, "learning_starts": 0, "use_sde": True},
+    "policy_kwargs": {"log_std_init": -3.67, "net_arch": [64, 64]},
+}
+DEFAULTS = {
+    "ppo": Baseline(PPO, 100_000),
+    "dqn": Baseline(DQN, 100_000),
+    "sac": Baseline(SAC, 50_000),
+    "tqc": Baseline(TQC, 50_000),
+    "crossq": Baseline(CrossQ, 50_000),
+}
+"""SB3's own hyperparameters."""
 BASELINES = {
     ("CartPole-v1", "ppo"): Baseline(
         PPO,
@@ -85,6 +101,40 @@ BASELINES = {
             **{"exploration_fraction": 0.12, "exploration_final_eps": 0.1, "policy_kwargs": {"net_arch": [256, 256]}},
         },
     ),
+    ("Acrobot-v1", "ppo"): Baseline(
+        PPO,
+        1_000_000,
+        {"n_steps": 256, "gae_lambda": 0.94, "gamma": 0.99, "n_epochs": 4, "ent_coef": 0.0},
+        num_envs=16,
+        normalizes=True,
+    ),
+    ("MountainCarContinuous-v0", "sac"): Baseline(SAC, 50_000, _SWINGS),
+    ("MountainCarContinuous-v0", "tqc"): Baseline(TQC, 50_000, _SWINGS),
+    ("LunarLander-v3", "dqn"): Baseline(
+        DQN,
+        100_000,
+        {
+            **{"learning_rate": 6.3e-4, "batch_size": 128, "buffer_size": 50_000, "learning_starts": 0, "gamma": 0.99},
+            **{"target_update_interval": 250, "train_freq": 4, "gradient_steps": -1},
+            **{"exploration_fraction": 0.12, "exploration_final_eps": 0.1, "policy_kwargs": {"net_arch": [256, 256]}},
+        },
+    ),
+    ("LunarLander-v3", "ppo"): Baseline(
+        PPO,
+        1_000_000,
+        {"n_steps": 1024, "batch_size": 64, "gae_lambda": 0.98, "gamma": 0.999, "n_epochs": 4, "ent_coef": 0.01},
+        num_envs=16,
+    ),
+    ("MiniGrid-DoorKey-5x5-v0", "ppo"): Baseline(
+        PPO,
+        100_000,
+        {
+            **{"n_steps": 128, "batch_size": 64, "gae_lambda": 0.95, "gamma": 0.99, "n_epochs": 10, "ent_coef": 0.0},
+            **{"learning_rate": 2.5e-4, "clip_range": 0.2},
+        },
+        num_envs=8,
+        normalizes=True,
+    ),
     ("worldmodel.envs:Catch-v0", "dqn on 2 frames"): Baseline(  # one does not show where the ball drifts
         DQN,
         16_000,
@@ -97,6 +147,11 @@ BASELINES = {
         frames=2,
     ),
 }
+
+
+def baseline_of(env_id: str, name: str) -> Baseline:
+    """That of an environment, or the algorithm's defaults; KeyError where there is neither."""
+    return BASELINES[env_id, name] if (env_id, name) in BASELINES else DEFAULTS[name]
 
 
 class Random:
@@ -191,6 +246,17 @@ class Stacked:
         return self.model.predict(stack, deterministic=deterministic)[0], state
 
 
+class Normalised:
+    """A policy that sees single observations as VecNormalize shows them."""
+
+    def __init__(self, model: Any, venv: VecNormalize):
+        self.model, self.venv = model, venv
+
+    def predict(self, obs: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False) -> tuple:
+        """SB3's."""
+        return self.model.predict(self.venv.normalize_obs(obs), state, episode_start, deterministic)
+
+
 def run_random(config: Config, seed: int) -> dict[str, Any]:
     """Uniform actions: only the final return is measured."""
     env = make_env(config.env)
@@ -221,7 +287,7 @@ def run(
     """
     if name == "random":
         return run_random(config, seed)
-    baseline = BASELINES[config.env.id, name]
+    baseline = baseline_of(config.env.id, name)
     matched: dict[str, Any] = {}
     if updates_per_step is not None:
         ratio = Fraction(updates_per_step).limit_denominator(64)
@@ -231,6 +297,9 @@ def run(
     if baseline.frames > 1:
         acting = partial(Stacked, space=venv.observation_space, frames=baseline.frames)
         venv = VecFrameStack(venv, baseline.frames)
+    if baseline.normalizes:
+        venv = VecNormalize(venv)
+        acting = partial(Normalised, venv=venv)
     protocol = Protocol(config, min(baseline.steps, max_steps or baseline.steps), max_seconds, acting)
     given = {**baseline.options, **matched, **(options or {})}
     try:

@@ -176,9 +176,9 @@ def keys(args: argparse.Namespace) -> Iterator[Key]:
 
 def variants(config: Config, baseline: str, ratio: float) -> list[str]:
     """A baseline as published, and with as many updates per real step as ours where that is another number."""
-    from baselines import BASELINES
+    from baselines import baseline_of
 
-    own = None if baseline == "random" else BASELINES[config.env.id, baseline].updates_per_step
+    own = None if baseline == "random" else baseline_of(config.env.id, baseline).updates_per_step
     matched = [f"{baseline}, {ratio:g} updates/step"]
     return [baseline, *(matched if own is not None and own != ratio and ratio > 0 else [])]
 

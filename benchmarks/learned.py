@@ -1,4 +1,4 @@
-"""The blocks of docs/learning.md, from the rows in results."""
+"""The blocks of docs/learning.md and docs/scoreboard.md, from the rows in results."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import exploration
 import minutes
+import scoreboard
 from figures import Figures, block
 from rows import Row, grouped
 from tables import spread
@@ -46,3 +47,13 @@ def _minutes(figures: Figures) -> str:
     rows = sorted(figures.rows("minutes"), key=lambda row: (row["key"]["env"], minutes.RATIOS.index(row["key"]["ratio"])))
     groups = grouped(rows, lambda row: f"{row['key']['env']}, {row['key']['ratio']}")
     return figures.lines(["three minutes, updates a step", "return", "real steps", "updates", "seconds"], groups.items(), cells)
+
+
+@block("scoreboard")
+def _scoreboard(figures: Figures) -> str:
+    """The default beside its rivals, and who needs fewer real steps."""
+    groups = scoreboard.by_run(figures.rows("scoreboard", max_steps=None))
+    named = [(f"{env}, {'**ours**' if name == scoreboard.OURS else name}", rows) for (env, name), rows in groups.items()]
+    head = ["environment, algorithm", *scoreboard.HEAD]
+    drawn = figures.lines(head, named, lambda rows: scoreboard.cells(rows[0]["key"]["env"], rows))
+    return "\n".join([drawn, *(f"- {line}" for line in scoreboard.verdict(groups)), ""]) if groups else drawn

@@ -38,6 +38,7 @@ FILES = (
     "docs/one-role.md",
     "docs/choose.md",
     "docs/learning.md",
+    "docs/scoreboard.md",
 )
 BLOCK = blocks("figures")
 MADE = re.compile(r"without † are of code `([0-9a-f]{16})`")

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import baselines
 import control
+import numpy as np
 import plug_in
+import pytest
 import readme
 import rows
+import scoreboard
 from compared import _kept
 from stable_baselines3.common.callbacks import BaseCallback
 
@@ -139,6 +142,61 @@ def test_baselines_of_a_task_that_one_frame_does_not_tell_see_stacked_frames_and
         result = baselines.run(config, name, 0, config.train.ratio, 16, 60, [seen], {"learning_starts": 4, "buffer_size": 50})
         assert sorted(seen.shape) == [6, 64, 64]
         assert [row["real_steps"] for row in result["evaluations"]] == [8, 16] and result["updates"] == 5
+
+
+def test_the_scoreboard_compares_with_the_best_rival_and_counts_who_never_arrives():
+    def row(env, algorithm, seed, solved, *returns):
+        evaluations = [{"real_steps": step, "mean_return": x} for step, x in returns]
+        made = {"solved_at": solved, "evaluations": evaluations, "final_return": returns[-1][1], "threshold": 100.0}
+        return {
+            **made,
+            "key": {"env": env, "algorithm": algorithm, "seed": seed, "max_steps": None},
+            "where": {"code": rows.code()},
+        }
+
+    made = [row("CartPole-v1", "random", 0, None, (0, 0.0))]
+    made += [row("CartPole-v1", scoreboard.OURS, seed, 400 + 100 * seed, (400 + 100 * seed, 100.0)) for seed in range(3)]
+    made += [row("CartPole-v1", "ppo", seed, 5000, (2000, 50.0), (2500, 90.0)) for seed in range(3)]
+    made += [row("CartPole-v1", "dqn", seed, None, (2000, 80.0), (2500, 20.0)) for seed in range(3)]
+    made += [row("Acrobot-v1", "random", 0, None, (0, 0.0)), row("Acrobot-v1", scoreboard.OURS, 0, None, (5000, 50.0))]
+    made += [row("Acrobot-v1", "ppo", 0, 9000, (9000, 100.0)), row("Acrobot-v1", "dqn", 0, 8000, (8000, 100.0))]
+    groups = scoreboard.by_run(made)
+    assert scoreboard.beside_rivals(groups) == {"CartPole-v1": ("ppo", 0.1), "Acrobot-v1": ("dqn", float("inf"))}
+    assert scoreboard.return_at(made[4], 2499) == 50.0 and scoreboard.return_at(made[4], 2500) == 90.0
+    assert scoreboard.return_at(made[1], 2000) == 100.0  # where it ended
+    ours, theirs = scoreboard.scores(groups, scoreboard.OURS), scoreboard.scores(groups, "rival")
+    assert [x.tolist() for x in ours] == [[1.0, 1.0, 1.0], [0.5]] and [x.tolist() for x in theirs] == [[0.5, 0.5, 0.5], [1.0]]
+    assert scoreboard.verdict(groups)[:3] == [
+        "CartPole-v1: 0.10 x the real steps of ppo",
+        "Acrobot-v1: dqn wins, we never reach the threshold",
+        "Fewer real steps in 1 of 2 environments; median ratio -.",
+    ]
+    only = scoreboard.by_run([*made[:4], *made[7:10]])
+    assert scoreboard.verdict(only)[0] == "CartPole-v1: only we reach the threshold, dqn never does"
+
+
+def test_the_interval_of_an_interquartile_mean_is_a_point_where_seeds_agree_and_holds_it_where_they_do_not():
+    assert scoreboard.interquartile([np.ones(3), np.ones(2)]) == (1.0, 1.0, 1.0)
+    mean, low, high = scoreboard.interquartile([np.array([0.0, 0.2, 0.4, 1.0]), np.array([0.5, 0.7])])
+    assert mean == pytest.approx((0.2 + 0.4 + 0.5 + 0.7) / 4) and low < mean < high
+
+
+def test_the_scoreboard_trains_without_the_recipe_that_an_id_has():
+    job = {"env": "CartPole-v1", "algorithm": scoreboard.OURS, "seed": 0, "max_steps": 40, "max_minutes": 1, "verbose": False}
+    result = scoreboard.work(job)
+    assert result["real_steps"] == 40 and result["updates"] == 0  # recipe `cartpole` begins after 100 steps, the default after 500
+    assert set(scoreboard.algorithms("Pendulum-v1")) >= {scoreboard.OURS, "random", "sac", "crossq", "tqc"}
+
+
+def test_a_baseline_that_normalises_acts_on_normalised_observations(monkeypatch):
+    config = Config.from_recipe({"env": {"id": "CartPole-v1"}}, ["eval.episodes=1", "eval.every=64"])
+    shown = []
+    made = baselines.Baseline(baselines.PPO, 64, {"n_steps": 32, "batch_size": 32, "n_epochs": 1}, num_envs=2, normalizes=True)
+    monkeypatch.setitem(baselines.BASELINES, ("CartPole-v1", "ppo"), made)
+    predict = baselines.PPO.predict
+    monkeypatch.setattr(baselines.PPO, "predict", lambda self, obs, *rest: shown.append(obs) or predict(self, obs, *rest))
+    baselines.run(config, "ppo", 0, None, None, 60)
+    assert np.abs(np.concatenate(shown)).max() > 1  # CartPole's first observations are within 0.05
 
 
 def test_an_algorithm_beats_random_where_it_does_by_the_stated_margin_in_every_seed_it_was_tried():

@@ -79,16 +79,17 @@ def resolve_config(kind: str, recipe: Any, overrides: Any, env: Any) -> Config:
 
 
 def read_config(recipe: Any, overrides: Any, env_id: str | None = None, env: Any = None) -> Config:
-    """`Config.from_recipe`; where no recipe was made for the environment and the model is left open, observations choose it.
+    """`Config.from_recipe`; where no recipe was made for the environment, its observations choose the default.
 
-    Vectors, categories and bits are their own latents (model=anchored); pictures have those of the class defaults.
+    Vectors, categories and bits have configs/default/vectors.yaml, in which they are their own latents; pictures have the options'
+    own defaults.
     env   what the observations are of; None: the environment of the config is made for a moment
     """
     config = Config.from_recipe(recipe, overrides, env_id=env_id)
     if config.recipe is not None or config.train.data or (config.env.id == "custom" and env is None):
         return config
-    chosen = Config.from_recipe(recipe, overrides, env_id=env_id, model="anchored")
-    if chosen.model == config.model:
+    chosen = Config.from_recipe(recipe, overrides, env_id=env_id, default="vectors")
+    if chosen == config:
         return config
     space = getattr(env, "single_observation_space", getattr(env, "observation_space", None))
     if space is None:

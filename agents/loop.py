@@ -429,8 +429,9 @@ class WorldModelAlgorithm(SavedAlgorithm):
         return self._is_ready and (self._is_pretraining or self._updates_due >= 1)
 
     def update_for_steps(self, steps: int) -> None:
-        """Makes `ratio` updates a step; a fraction of one stays due."""
-        self._updates_due += self.ratio * steps
+        """Makes the updates of the newest `steps` real steps; a fraction of one stays due."""
+        early = self.config.train.early_updates(self.num_timesteps - steps, self.num_timesteps)
+        self._updates_due += self.ratio * steps + early
         self.run_updates()
 
     def run_updates(self) -> bool:

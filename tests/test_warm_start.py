@@ -20,7 +20,6 @@ from worldmodel.agents.training.session import TrainResult
 from worldmodel.cli import app
 from worldmodel.commands.train import train
 from worldmodel.errors import ConfigError, CorruptError
-from worldmodel.learner import TrainConfig
 from worldmodel.storage import checkpoint
 from worldmodel.storage.replay import Replay
 from worldmodel.storage.run import Run
@@ -115,7 +114,7 @@ def test_all_weights_come_along_and_no_optimiser_does(old, tmp_path):
 def test_the_new_run_has_the_old_ones_model_and_the_sizes_of_its_agent(old, tmp_path):
     run = begin(tmp_path / "new", old)
     assert run.config.model == old.config.model
-    assert (run.config.agent.units, run.config.agent.bins, run.config.agent.lr) == (8, 15, 3e-4)  # the rate is the recipe's own
+    assert (run.config.agent.units, run.config.agent.bins, run.config.agent.lr) == (8, 15, 1e-3)  # the rate is the recipe's own
     train(NERVOUS, steps=14, run_dir=run.path, resume=True, device="cpu", overrides={"train.batch_size": 3})
     assert Run.open(run.path).result["real_steps"] == 14
 
@@ -164,7 +163,7 @@ def test_with_other_actions_the_actor_is_new_and_the_world_stays_bit_for_bit(old
     assert same(run, old, "critic", "agent") and not same(run, old, "heads.scale")
     assert any(line.startswith(f"Begins with {old.path}, step {old.best.step}: ") for line in said)
     assert "  actor new: actions are Discrete(3) here, Discrete(2) there" in said
-    assert run.config.train.prefill == TrainConfig().prefill and not run.result["evaluations"]
+    assert run.config.train.prefill == 200 and not run.result["evaluations"]
 
 
 def test_with_other_observations_what_reads_and_shows_them_is_new(old, tmp_path):
@@ -181,7 +180,7 @@ def test_statistics_of_a_key_are_those_of_its_space(old, tmp_path):
     run = begin(tmp_path / "new", old, "Wide-v0")
     assert set(report(run)["new"]) == {"scaling.obs", "heads.scale"}
     assert float(run.read(0)[0]["world"]["scaling.moments.0.count"]) == 0 and same(run, old, "encoder")
-    assert not report(run)["acts"] and run.config.train.prefill == TrainConfig().prefill
+    assert not report(run)["acts"] and run.config.train.prefill == 200
 
 
 def test_an_option_by_which_a_part_does_not_fit_is_named(old, tmp_path):

@@ -67,6 +67,12 @@ class TrainConfig(Frozen):
     )
     pretrain: int = Field(100, ge=0, description="updates of the world model right after the prefill")
     ratio: float = Field(0.5, ge=0, description="updates per real step")
+    early_ratio: float | None = Field(
+        None,
+        gt=0,
+        description="updates per real step right after the prefill; they fall as one over the steps to train.ratio; null: "
+        "train.ratio at once",
+    )
     batch_size: int = Field(16, ge=1, description="sequences in a batch")
     batch_length: int = Field(32, ge=2, description="steps in a sequence")
     burn_in: int = Field(0, ge=0, description="steps before each sequence that only warm up its state, without gradient")
@@ -94,6 +100,17 @@ class TrainConfig(Frozen):
     reuse_memory: bool = Field(True, description="keep freed memory in the process (glibc): fewer page faults")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; slower than fp32 on CPUs without AMX")
     compile: bool = Field(False, description="torch.compile the recurrent step; pays on long runs only")
+
+    def early_updates(self, start: int, stop: int) -> float:
+        """Updates that early_ratio adds from real step `start` to `stop`: a step is worth more where few are known.
+
+        Their rate at step t is early_ratio * prefill / t - ratio, while that is above 0.
+        """
+        if not self.early_ratio or not self.prefill or self.data:
+            return 0.0
+        first = self.early_ratio * self.prefill
+        start, end = max(start, self.prefill), min(stop, first / self.ratio if self.ratio else stop)
+        return first * math.log(end / start) - self.ratio * (end - start) if end > start else 0.0
 
     @model_validator(mode="after")
     def _a_warm_start_has_a_run(self) -> TrainConfig:

@@ -138,7 +138,8 @@ def _smaller(config: Config, given: Mapping[str, Any]) -> Iterator[dict[str, Any
 def _timed(config: Config, make_agent: Callable[[Config], WorldModelAlgorithm]) -> Costs:
     """What steps and updates take, by an agent that plays a few and is thrown away."""
     count = config.env.num_envs * (config.train.burn_in + config.train.batch_length)
-    agent = make_agent(config.override({"train.prefill": count, "train.pretrain": 0, "train.ratio": 0.0}))
+    quiet = {"train.prefill": count, "train.pretrain": 0, "train.ratio": 0.0, "train.early_ratio": None}
+    agent = make_agent(config.override(quiet))
     if agent.env is None:
         return Costs(0.0, *_seconds_of_updates(agent), 0.0)
     with closing(agent.env) as env:
@@ -199,6 +200,8 @@ def _plan(config: Config, given: Mapping[str, Any], costs: Costs, seconds: float
         each = costs.step + ratio * costs.update
         steps = int((learning + _random_steps(config) * ratio * costs.update) / max(each, 1e-6))
     chosen = {"train.steps": steps, "train.ratio": float(f"{ratio:.2g}")}
+    if config.train.early_ratio is not None:
+        chosen["train.early_ratio"] = None  # a plan knows one number of updates a step
     return chosen if config.train.data else {**chosen, "eval.every": max(1, int(steps / (count + EARLIER)))}
 
 

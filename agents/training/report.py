@@ -116,7 +116,8 @@ def seconds_left(model: WorldModelAlgorithm, pace: Throughput, total: int) -> fl
     """Until the last step, at the recent pace and without evaluations; None where it is unknown, as before the first updates."""
     train, steps, made = model.config.train, max(0, total - model.num_timesteps), model.learner.updates
     if made < train.pretrain:  # steps take the time of their updates
-        return (train.pretrain - made + model.ratio * steps) / pace.updates if pace.updates else None
+        updates = train.pretrain - made + model.ratio * steps + train.early_updates(total - steps, total)
+        return updates / pace.updates if pace.updates else None
     return steps / pace.steps if pace.steps and made else None
 
 

@@ -245,10 +245,10 @@ class Config(Frozen):
         overrides: Mapping | Sequence[str] | None = None,
         env_id: str | None = None,
         folder: str | Path | None = None,
-        model: str | None = None,
+        default: str | None = None,
     ) -> Config:
         """`resolve` and `parse` in one."""
-        return cls.parse(resolve(recipe, overrides, env_id=env_id, folder=folder, model=model))
+        return cls.parse(resolve(recipe, overrides, env_id=env_id, folder=folder, default=default))
 
     @classmethod
     def from_yaml(cls, text: str, where: str = "config") -> Config:
@@ -299,22 +299,22 @@ def resolve(
     *,
     env_id: str | None = None,
     folder: str | Path | None = None,
-    model: str | None = None,
+    default: str | None = None,
 ) -> dict[str, Any]:
-    """The plain data of a run's config: size, then model, then recipe, then overrides, each merged over the ones before.
+    """The plain data of a run's config: size, model, default, recipe, overrides, each merged over the ones before.
 
     recipe     a name in configs/env, a path of a YAML file, a gym id (the recipe made for it, else its bare default),
                or the content of a recipe
     overrides  `["train.ratio=2", "agent=random", "size=small"]`, or a mapping of dotted keys
     env_id     the environment where the caller brings it along; without `recipe` it also finds one
     folder     recipes of the user, laid out like configs/ and searched first
-    model      file of configs/model for an environment without a recipe, where overrides leave the model open
+    default    file of configs/default for an environment without a recipe
 
     Class defaults decide the `kind` of a part that no layer names, so that a later layer which changes the kind starts that
     part from its defaults. ConfigError with the nearest name for what is not found.
     """
     out: dict[str, Any] = {}
-    for layer in layers(recipe, overrides, env_id=env_id, folder=folder, model=model):
+    for layer in layers(recipe, overrides, env_id=env_id, folder=folder, default=default):
         out = merge(_with_kinds(Config, out), layer)
     return out
 

@@ -10,6 +10,7 @@ A recipe file, configs/env/NAME.yaml, is the content of a config plus two keys o
     train: {ratio: 2.0}
 
 Files of configs/model and configs/size hold the same groups (`model: {dynamics: {kind: rssm, deter: 128}}`), no defaults.
+Those of configs/default are what environments without a recipe start from; they may have defaults.
 What a recipe says about parts overrides them, whatever model is asked for, so it should say little.
 """
 
@@ -254,11 +255,11 @@ def layers(
     *,
     env_id: str | None,
     folder: str | Path | None,
-    model: str | None = None,
+    default: str | None = None,
 ) -> list[dict[str, Any]]:
-    """What `config.resolve` lays over one another, lowest first: size, model, recipe, environment, overrides.
+    """What `config.resolve` lays over one another, lowest first: size, model, default, recipe, environment, overrides.
 
-    model   the file of configs/model for environments without a recipe, where nothing else says anything of the model
+    default   the file of configs/default for environments without a recipe; it names a model where nothing else does
     """
     chosen, given = combine(overrides)
     body = _find(recipe if recipe is not None else env_id, folder, known_env=recipe is None)
@@ -268,15 +269,16 @@ def layers(
     for part in FILES:
         if part in body and not isinstance(body[part], Mapping):
             raise ConfigError(f"recipe: name the {part} under `defaults: {{{part}: {body[part]}}}`.")
-    names = {**names, **chosen}
+    usual = {} if default is None or "recipe" in body else _content("default", default, folder)
+    usual_names, names = usual.pop("defaults", {}), {**names, **chosen}
     said = [*names, *body, *(given.get("model") or {})]
-    if model is not None and "recipe" not in body and not {"model", "dynamics", "objective", *SLOTS} & set(said):
-        names["model"] = model
+    if not {"model", "dynamics", "objective", *SLOTS} & set(said):
+        names = {**usual_names, **names}
     below = {part: _fragment(part, names[part], folder) for part in FILES if names.get(part) is not None}
     for part in chosen:
         _refuse_to_undo(f"{part}={chosen[part]}", below.get(part, {}), body, given)
     environment = [] if env_id is None or _same_env(env_id, _env_id(body)) else [{"env": {"id": env_id}}]
-    return [*below.values(), body, *environment, given]
+    return [*below.values(), usual, body, *environment, given]
 
 
 def _refuse_to_undo(asked: str, fragment: Mapping, body: Mapping, given: Mapping) -> None:
@@ -324,7 +326,7 @@ def list_models(folder: str | Path | None = None) -> list[str]:
 
 
 def _files(part: str, folder: str | Path | None) -> dict[str, Any]:
-    """name -> file of one of env, model, size."""
+    """name -> file of one of default, env, model, size."""
     found: dict[str, Any] = {}
     for root in (importlib.resources.files("worldmodel.configs"), Path(folder) if folder is not None else None):
         inner = root.joinpath(part) if root is not None else None
@@ -341,14 +343,20 @@ def _read(file: Any) -> dict[str, Any]:
     return load_yaml(text, str(file))
 
 
-def _fragment(part: str, name: Any, folder: str | Path | None) -> dict[str, Any]:
+def _content(part: str, name: Any, folder: str | Path | None) -> dict[str, Any]:
+    """Of a file of one of default, model, size, but for its description."""
     files = _files(part, folder)
     if name not in files:
         raise ConfigError(f"no {part} is called '{name}'.{did_you_mean(str(name), files)}")
     body = _read(files[name])
-    if "defaults" in body:
-        raise ConfigError(f"{files[name]}: only recipes may have `defaults`.")
     body.pop("description", None)
+    return body
+
+
+def _fragment(part: str, name: Any, folder: str | Path | None) -> dict[str, Any]:
+    body = _content(part, name, folder)
+    if "defaults" in body:
+        raise ConfigError(f"{_files(part, folder)[name]}: only recipes may have `defaults`.")
     return body
 
 

@@ -18,7 +18,6 @@ OPTIONS: dict[str, Any] = {
     "train.prefill": 16,
     "train.pretrain": 1,
     "train.ratio": 0.25,
-    "train.early_ratio": None,
     "train.batch_size": 3,
     "train.batch_length": 6,
     "train.capacity": 1000,

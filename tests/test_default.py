@@ -47,5 +47,9 @@ def test_an_environment_of_numbers_without_a_recipe_has_the_default_and_what_is_
     assert default.model.dynamics.kind == "anchored" and read_config("cartpole", []).train.early_ratio is None
     given = read_config(recipe, ["model=gaussian", "train.prefill=300", "agent=planner"])
     assert (given.train.prefill, given.train.early_ratio, given.agent.kind) == (300, 4.0, "planner")
+    assert read_config(recipe, ["train.ratio=1"]).train.early_ratio is None  # a number that is given holds for all steps
+    assert read_config({**recipe, "train": {"ratio": 1.0}}, []).train.early_ratio is None
+    assert read_config(recipe, ["train.ratio=1", "train.early_ratio=2"]).train.early_ratio == 2.0
+    assert read_config(recipe, []) == default  # nothing was changed for others
     assert given.model == read_config(recipe, ["model=gaussian"]).model != default.model
     assert read_config({"env": {"id": "worldmodel.envs:Catch-v0"}}, []).train.early_ratio is None

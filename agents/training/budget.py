@@ -200,8 +200,6 @@ def _plan(config: Config, given: Mapping[str, Any], costs: Costs, seconds: float
         each = costs.step + ratio * costs.update
         steps = int((learning + _random_steps(config) * ratio * costs.update) / max(each, 1e-6))
     chosen = {"train.steps": steps, "train.ratio": float(f"{ratio:.2g}")}
-    if config.train.early_ratio is not None:
-        chosen["train.early_ratio"] = None  # a plan knows one number of updates a step
     return chosen if config.train.data else {**chosen, "eval.every": max(1, int(steps / (count + EARLIER)))}
 
 

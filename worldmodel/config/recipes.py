@@ -270,6 +270,8 @@ def layers(
         if part in body and not isinstance(body[part], Mapping):
             raise ConfigError(f"recipe: name the {part} under `defaults: {{{part}: {body[part]}}}`.")
     usual = {} if default is None or "recipe" in body else _content("default", default, folder)
+    if "ratio" in merge(body, given).get("train", {}):  # one number of updates a step, from the first one on
+        usual["train"] = {name: value for name, value in usual.get("train", {}).items() if name != "early_ratio"}
     usual_names, names = usual.pop("defaults", {}), {**names, **chosen}
     said = [*names, *body, *(given.get("model") or {})]
     if not {"model", "dynamics", "objective", *SLOTS} & set(said):

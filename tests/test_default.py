@@ -7,6 +7,7 @@ import pytest
 
 import worldmodel as wm
 from worldmodel.agents.arguments import read_config
+from worldmodel.errors import ConfigError
 from worldmodel.learner import TrainConfig
 
 
@@ -50,6 +51,8 @@ def test_an_environment_of_numbers_without_a_recipe_has_the_default_and_what_is_
     assert read_config(recipe, ["train.ratio=1"]).train.early_ratio is None  # a number that is given holds for all steps
     assert read_config({**recipe, "train": {"ratio": 1.0}}, []).train.early_ratio is None
     assert read_config(recipe, ["train.ratio=1", "train.early_ratio=2"]).train.early_ratio == 2.0
+    with pytest.raises(ConfigError, match="train"):
+        read_config(recipe, ["train=5"])
     assert read_config(recipe, []) == default  # nothing was changed for others
     assert given.model == read_config(recipe, ["model=gaussian"]).model != default.model
     assert read_config({"env": {"id": "worldmodel.envs:Catch-v0"}}, []).train.early_ratio is None

@@ -269,9 +269,7 @@ def layers(
     for part in FILES:
         if part in body and not isinstance(body[part], Mapping):
             raise ConfigError(f"recipe: name the {part} under `defaults: {{{part}: {body[part]}}}`.")
-    usual = {} if default is None or "recipe" in body else _content("default", default, folder)
-    if "ratio" in merge(body, given).get("train", {}):  # one number of updates a step, from the first one on
-        usual["train"] = {name: value for name, value in usual.get("train", {}).items() if name != "early_ratio"}
+    usual = {} if default is None or "recipe" in body else _default(default, folder, merge(body, given))
     usual_names, names = usual.pop("defaults", {}), {**names, **chosen}
     said = [*names, *body, *(given.get("model") or {})]
     if not {"model", "dynamics", "objective", *SLOTS} & set(said):
@@ -281,6 +279,15 @@ def layers(
         _refuse_to_undo(f"{part}={chosen[part]}", below.get(part, {}), body, given)
     environment = [] if env_id is None or _same_env(env_id, _env_id(body)) else [{"env": {"id": env_id}}]
     return [*below.values(), usual, body, *environment, given]
+
+
+def _default(name: str, folder: str | Path | None, said: Mapping) -> dict[str, Any]:
+    """A file of configs/default below what is said: updates a step that are said hold for all steps."""
+    body = _content("default", name, folder)
+    if isinstance(train := said.get("train"), Mapping) and "ratio" in train:
+        body = merge(body, {})
+        body.get("train", {}).pop("early_ratio", None)
+    return body
 
 
 def _refuse_to_undo(asked: str, fragment: Mapping, body: Mapping, given: Mapping) -> None:

@@ -15,6 +15,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from worldmodel.agents.arguments import read_config
 from worldmodel.agents.training import resources
 from worldmodel.cli import app
 from worldmodel.config import Config, describe
@@ -65,7 +66,7 @@ def test_the_hparams_page_shows_what_differs_from_the_defaults(run):
     content = EventAccumulator(str(run[0])).Reload().PluginTagToContent("hparams")
     shown = HParamsPluginData.FromString(content["_hparams_/session_start_info"]).session_start_info.hparams
     assert {"env.id", "train.prefill", "model.dynamics.deter"} <= set(shown)
-    config = Config.from_recipe(CHAIN, {**OPTIONS, "log.tensorboard": True, "eval.every": 5, "train.steps": 10})
+    config = read_config(CHAIN, {**OPTIONS, "log.tensorboard": True, "eval.every": 5, "train.steps": 10})
     same = {row.key for row in describe(Config) if row.default == {r.key: r.default for r in describe(config)}.get(row.key)}
     assert {"checkpoint.keep", "train.lr"} <= same and not set(shown) & same
 

@@ -12,6 +12,7 @@ from small_runs import small_train
 from worldmodel.agents.loop import WorldModelAlgorithm
 from worldmodel.agents.training import report
 from worldmodel.agents.training.report import LineReport
+from worldmodel.learner import TrainConfig
 
 
 class FakeAgent(WorldModelAlgorithm):
@@ -21,7 +22,7 @@ class FakeAgent(WorldModelAlgorithm):
 
     def __init__(self, step: int, updates: int, pretrain: int = 0, ratio: float = 1.0):
         self.num_timesteps, self.learner = step, SimpleNamespace(updates=updates)
-        self.config, self.ratio = SimpleNamespace(train=SimpleNamespace(pretrain=pretrain)), ratio
+        self.config, self.ratio = SimpleNamespace(train=TrainConfig(pretrain=pretrain)), ratio
 
 
 @pytest.fixture

@@ -185,7 +185,8 @@ def verdict(groups: Mapping[tuple[str, str], Sequence[Row]]) -> list[str]:
     for title, name in (("Ours", OURS), ("The best rival of each", "rival")):
         if by_env := scores(groups, name):
             mean, low, high = interquartile(by_env)
-            lines.append(f"{title}: interquartile mean of the scores {mean:.2f}, {low:.2f} to {high:.2f} with 90 %.")
+            seeds = ", of one seed" if all(len(x) < 2 for x in by_env) else f", {low:.2f} to {high:.2f} with 90 %"
+            lines.append(f"{title}: interquartile mean of the scores {mean:.2f}{seeds}.")
     return lines
 
 

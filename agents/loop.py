@@ -430,8 +430,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
 
     def update_for_steps(self, steps: int) -> None:
         """Makes the updates of the newest `steps` real steps; a fraction of one stays due."""
-        early = self.config.train.early_updates(self.num_timesteps - steps, self.num_timesteps)
-        self._updates_due += self.ratio * steps + early
+        self._updates_due += self.ratio * steps + self.config.train.early_updates(self.num_timesteps - steps, self.num_timesteps)
         self.run_updates()
 
     def run_updates(self) -> bool:

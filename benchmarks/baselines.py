@@ -34,7 +34,7 @@ class Baseline:
 
     steps       the length that its schedules assume
     frames      how many it sees at once
-    normalizes  whether VecNormalize scales what it sees and earns
+    normalises  whether VecNormalize scales what it sees and earns
     """
 
     algorithm: type
@@ -43,7 +43,7 @@ class Baseline:
     num_envs: int = 1
     policy: str = "MlpPolicy"
     frames: int = 1
-    normalizes: bool = False
+    normalises: bool = False
 
     @property
     def updates_per_step(self) -> float | None:
@@ -64,6 +64,15 @@ _SWINGS = {
     **{"gamma": 0.9999, "tau": 0.01, "learning_starts": 0, "use_sde": True},
     "policy_kwargs": {"log_std_init": -3.67, "net_arch": [64, 64]},
 }
+_STEADY_DQN = Baseline(
+    DQN,
+    100_000,
+    {
+        **{"learning_rate": 6.3e-4, "batch_size": 128, "buffer_size": 50_000, "learning_starts": 0, "gamma": 0.99},
+        **{"target_update_interval": 250, "train_freq": 4, "gradient_steps": -1},
+        **{"exploration_fraction": 0.12, "exploration_final_eps": 0.1, "policy_kwargs": {"net_arch": [256, 256]}},
+    },
+)
 DEFAULTS = {
     "ppo": Baseline(PPO, 100_000),
     "dqn": Baseline(DQN, 100_000),
@@ -92,33 +101,17 @@ BASELINES = {
         },
     ),
     ("Pendulum-v1", "sac"): Baseline(SAC, 20_000, {"learning_rate": 1e-3}),
-    ("Acrobot-v1", "dqn"): Baseline(
-        DQN,
-        100_000,
-        {
-            **{"learning_rate": 6.3e-4, "batch_size": 128, "buffer_size": 50_000, "learning_starts": 0, "gamma": 0.99},
-            **{"target_update_interval": 250, "train_freq": 4, "gradient_steps": -1},
-            **{"exploration_fraction": 0.12, "exploration_final_eps": 0.1, "policy_kwargs": {"net_arch": [256, 256]}},
-        },
-    ),
+    ("Acrobot-v1", "dqn"): _STEADY_DQN,
     ("Acrobot-v1", "ppo"): Baseline(
         PPO,
         1_000_000,
         {"n_steps": 256, "gae_lambda": 0.94, "gamma": 0.99, "n_epochs": 4, "ent_coef": 0.0},
         num_envs=16,
-        normalizes=True,
+        normalises=True,
     ),
     ("MountainCarContinuous-v0", "sac"): Baseline(SAC, 50_000, _SWINGS),
     ("MountainCarContinuous-v0", "tqc"): Baseline(TQC, 50_000, _SWINGS),
-    ("LunarLander-v3", "dqn"): Baseline(
-        DQN,
-        100_000,
-        {
-            **{"learning_rate": 6.3e-4, "batch_size": 128, "buffer_size": 50_000, "learning_starts": 0, "gamma": 0.99},
-            **{"target_update_interval": 250, "train_freq": 4, "gradient_steps": -1},
-            **{"exploration_fraction": 0.12, "exploration_final_eps": 0.1, "policy_kwargs": {"net_arch": [256, 256]}},
-        },
-    ),
+    ("LunarLander-v3", "dqn"): _STEADY_DQN,
     ("LunarLander-v3", "ppo"): Baseline(
         PPO,
         1_000_000,
@@ -133,7 +126,7 @@ BASELINES = {
             **{"learning_rate": 2.5e-4, "clip_range": 0.2},
         },
         num_envs=8,
-        normalizes=True,
+        normalises=True,
     ),
     ("worldmodel.envs:Catch-v0", "dqn on 2 frames"): Baseline(  # one does not show where the ball drifts
         DQN,
@@ -297,7 +290,7 @@ def run(
     if baseline.frames > 1:
         acting = partial(Stacked, space=venv.observation_space, frames=baseline.frames)
         venv = VecFrameStack(venv, baseline.frames)
-    if baseline.normalizes:
+    if baseline.normalises:
         venv = VecNormalize(venv)
         acting = partial(Normalised, venv=venv)
     protocol = Protocol(config, min(baseline.steps, max_steps or baseline.steps), max_seconds, acting)

@@ -34,7 +34,7 @@ class Figures:
             return "Not measured yet.\n"
         drawn = markdown(head, lines)
         when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-        legend = f"; {STALE} by earlier code" if STALE in drawn else ""
+        legend = f"; {STALE} by other code" if STALE in drawn else ""
         return f"{drawn}\n\nRows of {when}{legend}.\n"
 
     def lines(

@@ -432,9 +432,9 @@ def written(of: str, results: Path = HERE / "results", root: Path = ROOT) -> dic
     figures = Figures(results, of)
     made = {name: write(figures) for name, write in BLOCKS.items()}
     made["made"] = (
-        f"Figures without {STALE} are of code `{of}`; {STALE} marks those of earlier code, which may differ.\n"
+        f"Figures without {STALE} are of code `{of}`; {STALE} marks those of other code, which may differ.\n"
         if figures.fresh
-        else f"All figures are of earlier code than this ({STALE}), and may differ.\n"
+        else f"All figures are of other code than this ({STALE}), and may differ.\n"
     )
     texts = {root / name: (root / name).read_text(encoding="utf-8") for name in FILES}
     return {file: (text, filled(text, "figures", made)) for file, text in texts.items()}

@@ -27,7 +27,7 @@ from control import OURS
 from rows import Key, Row, Rows, call, grouped, marked, options, say, script, table
 from tables import median, number, solved, spread
 
-from worldmodel.agents.comparison.table import interquartile_mean
+from worldmodel.agents.comparison.table import LEVEL, RESAMPLES, interquartile_mean
 from worldmodel.config import Config
 
 
@@ -134,14 +134,14 @@ def scores(groups: Mapping[tuple[str, str], Sequence[Row]], name: str) -> list[n
     return found
 
 
-def interquartile(by_env: Sequence[np.ndarray], resamples: int = 2000, level: float = 0.9) -> tuple[float, float, float]:
-    """(interquartile mean of all scores, the interval of `level` by resampling seeds within each environment).
+def interquartile(by_env: Sequence[np.ndarray]) -> tuple[float, float, float]:
+    """(interquartile mean of all scores, the interval of LEVEL by resampling seeds within each environment).
 
     Source: Agarwal et al. 2021, Deep RL at the edge of the statistical precipice, sections 4.1 and 4.3.
     """
     rng = np.random.default_rng(0)
-    drawn = np.concatenate([rng.choice(x, (resamples, len(x))) for x in by_env], 1)
-    low, high = np.quantile(interquartile_mean(drawn), [(1 - level) / 2, (1 + level) / 2])
+    drawn = np.concatenate([rng.choice(x, (RESAMPLES, len(x))) for x in by_env], 1)
+    low, high = np.quantile(interquartile_mean(drawn), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(interquartile_mean(np.concatenate(by_env))), float(low), float(high)
 
 
@@ -185,7 +185,7 @@ def verdict(groups: Mapping[tuple[str, str], Sequence[Row]]) -> list[str]:
     for title, name in (("Ours", OURS), ("The best rival of each", "rival")):
         if by_env := scores(groups, name):
             mean, low, high = interquartile(by_env)
-            seeds = ", of one seed" if all(len(x) < 2 for x in by_env) else f", {low:.2f} to {high:.2f} with 90 %"
+            seeds = ", of one seed" if all(len(x) < 2 for x in by_env) else f", {low:.2f} to {high:.2f} with {LEVEL:.0%}"
             lines.append(f"{title}: interquartile mean of the scores {mean:.2f}{seeds}.")
     return lines
 

@@ -191,7 +191,7 @@ def test_the_scoreboard_trains_without_the_recipe_that_an_id_has():
 def test_a_baseline_that_normalises_acts_on_normalised_observations(monkeypatch):
     config = Config.from_recipe({"env": {"id": "CartPole-v1"}}, ["eval.episodes=1", "eval.every=64"])
     shown = []
-    made = baselines.Baseline(baselines.PPO, 64, {"n_steps": 32, "batch_size": 32, "n_epochs": 1}, num_envs=2, normalizes=True)
+    made = baselines.Baseline(baselines.PPO, 64, {"n_steps": 32, "batch_size": 32, "n_epochs": 1}, num_envs=2, normalises=True)
     monkeypatch.setitem(baselines.BASELINES, ("CartPole-v1", "ppo"), made)
     predict = baselines.PPO.predict
     monkeypatch.setattr(baselines.PPO, "predict", lambda self, obs, *rest: shown.append(obs) or predict(self, obs, *rest))
@@ -250,7 +250,7 @@ def test_the_check_fails_where_readme_differs_from_rows_or_quotes_a_stale_one_un
     (tmp_path / "README.md").write_text(text)
     assert look(later) == ["README.md, made", "README.md, control"]  # stale, and not marked
     marked = write(later)
-    assert "| `pendulum` † |" in marked and "earlier code" in marked and look(later) == []
+    assert "| `pendulum` † |" in marked and "other code" in marked and look(later) == []
     assert readme.declared(tmp_path) == readme.NONE and look(readme.NONE) == []  # whatever the tree's code is
     with made.open("a") as file:
         file.write(json.dumps(row(later, 2000)) + "\n")

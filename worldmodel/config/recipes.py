@@ -285,7 +285,6 @@ def _default(name: str, folder: str | Path | None, said: Mapping) -> dict[str, A
     """A file of configs/default below what is said: updates a step that are said hold for all steps."""
     body = _content("default", name, folder)
     if isinstance(train := said.get("train"), Mapping) and "ratio" in train:
-        body = merge(body, {})
         body.get("train", {}).pop("early_ratio", None)
     return body
 
@@ -353,7 +352,7 @@ def _read(file: Any) -> dict[str, Any]:
 
 
 def _content(part: str, name: Any, folder: str | Path | None) -> dict[str, Any]:
-    """Of a file of one of default, model, size, but for its description."""
+    """What a file of configs/default, model or size holds, without its description."""
     files = _files(part, folder)
     if name not in files:
         raise ConfigError(f"no {part} is called '{name}'.{did_you_mean(str(name), files)}")

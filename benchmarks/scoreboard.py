@@ -37,10 +37,11 @@ class Entry:
 
     steps      real steps of our run at most, at which returns are compared
     every      real steps between evaluations
-    rivals     names of `baselines.BASELINES`
+    rivals     what `baselines.baseline_of` knows by these names
     threshold  where the environment registers none that is meant
     needs      module that it comes with
-    options    of the environment, for all sides
+    options    of environment and evaluation
+    wrappers   of the rivals' environment in place of these options, where SB3's networks cannot read what ours do
     """
 
     steps: int
@@ -49,14 +50,17 @@ class Entry:
     threshold: float | None = None
     needs: str | None = None
     options: tuple[str, ...] = ()
+    wrappers: str | None = None
 
-    @property
-    def overrides(self) -> list[str]:
-        """Options of length and evaluation."""
+    def overrides(self, algorithm: str) -> list[str]:
+        """The options of a side's runs."""
         chosen = [f"train.steps={self.steps}", f"eval.every={self.every}", "eval.stop_when_solved=true", "log.tensorboard=false"]
-        return [*chosen, *self.options, *([] if self.threshold is None else [f"eval.threshold={self.threshold}"])]
+        own = self.options if algorithm == OURS or self.wrappers is None else [f"env.wrappers=[{self.wrappers}]"]
+        return [*chosen, *own, *([] if self.threshold is None else [f"eval.threshold={self.threshold}"])]
 
 
+FLAT = "minigrid.wrappers:FlatObsWrapper"
+"""What rl-baselines3-zoo puts around MiniGrid: the picture and the mission as one vector."""
 BOARD = {
     "CartPole-v1": Entry(2_000, 50, ("ppo", "dqn"), 475),
     "Pendulum-v1": Entry(2_000, 50, ("sac", "crossq", "tqc"), -200),
@@ -66,7 +70,7 @@ BOARD = {
     "InvertedPendulum-v5": Entry(5_000, 250, ("sac", "crossq", "tqc"), 950, "mujoco"),
     "HalfCheetah-v5": Entry(20_000, 1_000, ("sac", "crossq", "tqc"), 4_800, "mujoco"),
     "FrozenLake-v1": Entry(10_000, 500, ("dqn", "ppo"), 0.7, options=("eval.episodes=200",)),
-    "MiniGrid-DoorKey-5x5-v0": Entry(30_000, 1_000, ("ppo",), 0.9, "minigrid", ("env.ignore=[mission,direction]",)),
+    "MiniGrid-DoorKey-5x5-v0": Entry(30_000, 1_000, ("ppo",), 0.9, "minigrid", ("env.ignore=[mission,direction]",), FLAT),
     "worldmodel.envs:Catch-v0": Entry(16_000, 500, ("dqn on 2 frames",), 0.9),
 }
 
@@ -80,12 +84,13 @@ def without_recipe(env: str) -> dict[str, Any]:
 
 
 def work(job: Row) -> Row:
-    return control.work({**job, "recipe": without_recipe(job["env"]), "overrides": BOARD[job["env"]].overrides})
+    overrides = BOARD[job["env"]].overrides(job["algorithm"])
+    return control.work({**job, "recipe": without_recipe(job["env"]), "overrides": overrides})
 
 
 def algorithms(env: str) -> list[str]:
     """Ours, random play, and the rivals, off-policy ones once more with our updates per step."""
-    config = Config.from_recipe(without_recipe(env), BOARD[env].overrides)
+    config = Config.from_recipe(without_recipe(env), BOARD[env].overrides(OURS))
     variants = {name: control.variants(config, name, config.train.ratio) for name in BOARD[env].rivals}
     return [OURS, "random", *(x for name, found in variants.items() for x in (found if name in ("dqn", "sac") else [name]))]
 

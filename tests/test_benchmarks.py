@@ -256,3 +256,12 @@ def test_the_check_fails_where_readme_differs_from_rows_or_quotes_a_stale_one_un
         file.write(json.dumps(row(later, 2000)) + "\n")
     assert look(later) == ["README.md, made", "README.md, control"]  # the newest counts, better or not
     assert "| `pendulum` | 1/1 | 2,000 |" in write(later)
+
+
+def test_rivals_see_an_environment_by_their_own_wrapper_where_one_is_named():
+    entry = scoreboard.BOARD["MiniGrid-DoorKey-5x5-v0"]
+    ours, theirs = entry.overrides(scoreboard.OURS), entry.overrides("ppo")
+    assert "env.ignore=[mission,direction]" in ours and f"env.wrappers=[{scoreboard.FLAT}]" not in ours
+    assert f"env.wrappers=[{scoreboard.FLAT}]" in theirs and set(ours) - {"env.ignore=[mission,direction]"} < set(theirs)
+    lake = scoreboard.BOARD["FrozenLake-v1"]
+    assert lake.overrides("dqn") == lake.overrides(scoreboard.OURS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -19,6 +20,7 @@ from worldmodel.learner import SkippedUpdates, clip_gradients, nonfinite_paramet
 from worldmodel.model import WorldModel, needs_ensemble, needs_marginal, reward_penalty
 from worldmodel.nn.networks import MLP, TwoHot
 from worldmodel.spaces import ActionSpec
+from worldmodel.storage.weights import cpu_randomness
 
 
 class ActorCriticConfig(Frozen):
@@ -247,18 +249,41 @@ class ActorCriticLearner:
             needs_ensemble(world, f"agent.{name}", getattr(self.config, name))
         needs_marginal(world, "agent.typicality_penalty", self.config.typicality_penalty)
         self.pathwise = self.config.gradient == "dynamics"
-        self.actor_optimizer = torch.optim.Adam(behaviour.actor.parameters(), lr=self.config.lr, eps=self.config.eps)
-        self.critic_optimizer = torch.optim.Adam(behaviour.critic.parameters(), lr=self.config.lr, eps=self.config.eps)
-        self.scale = ReturnScale()
-        self.updates = 0
+        self.updates, self.is_intrinsic = 0, False
+        self._begin()
         self.skips = SkippedUpdates(" of actor and critic", "Look at the sizes of rewards, or lower agent.lr.")
 
-    def update(self, trace: Trace, batch: Batch, generator: torch.Generator | None = None) -> dict[str, float]:
-        """Imagine from the batch's states, then one step of the actor and one of the critic; metrics."""
+    def _begin(self) -> None:
+        options = {"lr": self.config.lr, "eps": self.config.eps}
+        self.actor_optimizer = torch.optim.Adam(self.behaviour.actor.parameters(), **options)
+        self.critic_optimizer = torch.optim.Adam(self.behaviour.critic.parameters(), **options)
+        self.scale = ReturnScale()
+
+    def _restart(self, generator: torch.Generator | None) -> None:
+        """New weights: values of other rewards, and an actor that is sure of them, hold up what is learned next for long."""
+        with cpu_randomness(int(torch.randint(2**31, (1,), generator=generator, device=self.world.device))):
+            new = ActorCritic(self.config, self.world.feature_dim, self.behaviour.action)
+        self.behaviour.load_state_dict(new.state_dict())
+        self._begin()
+
+    def update(
+        self,
+        trace: Trace,
+        batch: Batch,
+        generator: torch.Generator | None = None,
+        intrinsic: Callable[[Dream], Float[Tensor, "N H"]] | None = None,
+    ) -> dict[str, float]:
+        """Imagine from the batch's states, then one step of the actor and one of the critic; metrics.
+
+        intrinsic  the rewards of a dream, in units, instead of those that the model predicts
+        """
         config, unit = self.config, self.world.heads.scale.value
+        if self.is_intrinsic and intrinsic is None:
+            self._restart(generator)
+        self.is_intrinsic = intrinsic is not None
         self.behaviour.unit.copy_(unit)
         state, alive = self.starts(trace, batch, generator)
-        dream = self.imagine(state, generator)
+        dream = self.imagine(state, generator, uncertainty=intrinsic is not None)
         with torch.set_grad_enabled(self.pathwise):
             discount = config.gamma * dream.cont
         lam, trust = self._trust(dream)
@@ -267,7 +292,11 @@ class ActorCriticLearner:
         logits = self.behaviour.critic(feature[:-1])  # read three times: for the returns, as the baseline, in the critic's loss
         with torch.no_grad():
             value = torch.cat([self.behaviour.two_hot.mean(logits), self._value(feature[-1:])]).transpose(0, 1)  # [N, H+1]
-        reward = dream.reward / unit - reward_penalty(self.world, dream, config.uncertainty_penalty, config.typicality_penalty)
+        if intrinsic is None:
+            penalty = reward_penalty(self.world, dream, config.uncertainty_penalty, config.typicality_penalty)
+            reward = dream.reward / unit - penalty
+        else:
+            reward = intrinsic(dream)
         returns = lambda_return(reward, discount, self._value(dream.feature) if self.pathwise else value, lam)
         scale = self.scale.update(returns, float(unit))
         legal = None if dream.legal is None else dream.legal.transpose(0, 1)
@@ -290,10 +319,10 @@ class ActorCriticLearner:
         state, alive = trace.states.detach().index((rows // length, rows % length)), alive[rows]
         return state, alive
 
-    def imagine(self, state: State, generator: torch.Generator | None) -> Dream:
+    def imagine(self, state: State, generator: torch.Generator | None, uncertainty: bool = False) -> Dream:
         """Rollouts under the actor, which reads detached features; with a graph where the gradient is pathwise."""
         config = self.config
-        wanted = bool(config.uncertainty_penalty or config.confidence or config.max_uncertainty)
+        wanted = bool(uncertainty or config.uncertainty_penalty or config.confidence or config.max_uncertainty)
         sampling = Sampling(generator=generator, temperature=config.temperature, uncertainty=wanted)
         masks: list[Tensor] = []
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from worldmodel.agents.actor_critic import ActorCritic, ActorCriticConfig, ActorCriticLearner
 from worldmodel.agents.belief import Controller
 from worldmodel.agents.loop import WorldModelAlgorithm
+from worldmodel.agents.novelty import Novelty
 from worldmodel.data import State
 from worldmodel.model import WorldModel
 from worldmodel.registry import register
@@ -59,6 +60,7 @@ class Dreamer(WorldModelAlgorithm):
     def _setup_model(self) -> None:
         super()._setup_model()
         self.behaviour = ActorCriticLearner(self.learner.ema, self.controller)
+        self.exploration.novelty = Novelty(self.learner.ema, self.obs_spec)
 
     @property
     def optimizers_by_name(self) -> dict[str, torch.optim.Optimizer]:
@@ -66,8 +68,14 @@ class Dreamer(WorldModelAlgorithm):
 
     def _behaviour_state(self) -> dict[str, Any]:
         scale = self.behaviour.scale
-        return {"return_low": scale.low, "return_high": scale.high, "updates": self.behaviour.updates}
+        return {
+            "return_low": scale.low,
+            "return_high": scale.high,
+            "updates": self.behaviour.updates,
+            "is_intrinsic": self.behaviour.is_intrinsic,
+        }
 
     def _restore_behaviour(self, state: Mapping[str, Any]) -> None:
         self.behaviour.scale.low, self.behaviour.scale.high = state["return_low"], state["return_high"]
-        self.behaviour.updates = state.get("updates", 0)  # checkpoints of 0.1.0 do not count them
+        self.behaviour.updates = state.get("updates", 0)  # checkpoints of 0.1.0 have neither
+        self.behaviour.is_intrinsic = state.get("is_intrinsic", False)

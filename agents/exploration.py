@@ -1,7 +1,8 @@
 """Random actions that last, as long as rewards tell nothing about states.
 
-Where each reward follows from the action alone (always 0, always -1, or what the action costs) an actor has nothing to learn, and
-its own actions lead nowhere new. Then whole episodes are played at random: first all, and fewer with each episode that found more.
+Where each reward follows from the action alone (always 0, always -1, or what the action costs) an actor has nothing to learn from
+it, and its own actions lead nowhere new. Then whole episodes are played at random: first all, or half of them where novelty rewards
+the actor meanwhile (`agents/novelty.py`), and fewer with each episode that found more.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
+from worldmodel.agents.novelty import Novelty
+from worldmodel.data import Obs
 from worldmodel.spaces import ActionSpec
+from worldmodel.storage.replay import Replay
 
 ENOUGH = 5
 """Episodes that found something, after which none is played at random."""
@@ -54,8 +58,11 @@ class LastingActions:
 class Exploration:
     """Whether episodes are played by LastingActions, as the rewards and ends of real steps say.
 
-    found  episodes in which a reward did not follow from the action, or that terminated where rewards are other than 0
+    found    episodes in which a reward did not follow from the action, or that terminated where rewards are other than 0
+    novelty  what an agent that learns in dreams is rewarded by until one was found; None: of an agent without
     """
+
+    novelty: Novelty | None = None
 
     def __init__(self, spec: ActionSpec) -> None:
         self.spec, self.found = spec, 0
@@ -63,10 +70,12 @@ class Exploration:
         self._weights: np.ndarray | None = None  # [K]: reward from the action's features
         self._tolerance = 0.0
 
-    def begin(self, streams: int) -> None:
-        """New episodes in all of `streams` environments."""
+    def begin(self, streams: int, replay: Replay | None = None) -> None:
+        """New episodes in all of `streams` environments; `replay` has what was seen before."""
         self._finds, self._steps = np.zeros(streams, bool), np.zeros(streams, int)  # in this piece of an episode
         self._random, self._actions = np.zeros(streams, bool), LastingActions(self.spec, streams)
+        if self.novelty is not None and replay is not None:
+            self.novelty.recount(replay)
 
     @property
     def is_over(self) -> bool:
@@ -82,6 +91,16 @@ class Exploration:
         """Whether rewards are known to tell nothing so far."""
         return self.is_on and not self.found
 
+    @property
+    def intrinsic(self) -> Novelty | None:
+        """The reward that dreams have as long as real ones tell nothing; None: real ones count, or nothing says what is new."""
+        return self.novelty if self.found_nothing and self.novelty is not None and self.novelty.is_known else None
+
+    @property
+    def is_blind(self) -> bool:
+        """Whether an actor has nothing to learn from."""
+        return self.found_nothing and self.intrinsic is None
+
     def add(
         self,
         action: Float[np.ndarray, "N A"],
@@ -89,10 +108,13 @@ class Exploration:
         first: Bool[np.ndarray, " N"],
         terminal: Bool[np.ndarray, " N"],
         streams: np.ndarray,
+        obs: Obs | None = None,
     ) -> None:
-        """One row of each of `streams`: canonical action that led there, reward, flags."""
+        """One row of each of `streams`: canonical action that led there, reward, flags; canonical observation, which is counted."""
         if self.is_over:
             return
+        if self.novelty is not None and obs is not None:
+            self.novelty.count(obs)
         reward = np.float32(reward).astype(float)  # some vector environments give float32, others float64
         if self._weights is None:
             self._rows.append((action.copy(), reward, first.copy(), terminal.copy(), streams.copy()))
@@ -140,7 +162,7 @@ class Exploration:
     ) -> tuple[Bool[np.ndarray, " N"], Float[np.ndarray, "N A"]]:
         """(which environments are played at random at this step, their canonical actions); `starts` where an episode begins.
 
-        Draws nothing from rng where nothing is played at random.
+        An actor that learns from novelty plays half of the episodes. Draws nothing from rng where nothing is played at random.
         """
         if self._weights is None and not self.is_over:
             self._explain()
@@ -149,7 +171,7 @@ class Exploration:
             self._random[:] = False
         else:
             starts = starts | (self._steps >= PIECE)
-            self._random[starts] = rng.random(starts.sum()) * (1 + self.found) < 1
+            self._random[starts] = rng.random(starts.sum()) * (1 + self.found + (self.intrinsic is not None)) < 1
         return self._random, self._actions.draw(self._random, starts, rng)
 
     def state(self) -> dict[str, Any]:

@@ -290,7 +290,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
             )
         else:
             self.replay.truncate_open_episodes()
-        self.exploration.begin(self.n_envs)
+        self.exploration.begin(self.n_envs, self.replay)
         self._store_first(self._rows(obs), np.arange(self.n_envs))
         self._belief = self.policy.initial_belief(self.n_envs)
         self._episode_statistics = None if self.env is None else EpisodeStatistics(self.env)  # None: others call `record`
@@ -337,9 +337,10 @@ class WorldModelAlgorithm(SavedAlgorithm):
     ) -> None:
         """One row [n, ...] of each of `envs` into the replay and the running statistics."""
         self.replay.add(rows, prev_action, reward, first, last, terminal, streams=envs)
-        self.world.scaling.update(self.obs_spec.canonical(tensors(rows, self.device)))
+        canonical = self.obs_spec.canonical(tensors(rows, self.device))
+        self.world.scaling.update(canonical)
         self.world.heads.scale.update(torch.as_tensor(reward))
-        self.exploration.add(prev_action, reward, first, terminal, envs)
+        self.exploration.add(prev_action, reward, first, terminal, envs, canonical)
 
     def _collect(self) -> tuple[np.ndarray, Any, np.ndarray, np.ndarray, Sequence[dict]]:
         """One step of every environment into the replay: (actions, new observations, rewards, dones, infos)."""
@@ -439,7 +440,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
             if not self.should_continue():
                 return False
             self._updates_due -= 0 if pretraining else 1
-            self.update(improve=not (pretraining or self.exploration.found_nothing))
+            self.update(improve=not (pretraining or self.exploration.is_blind))
         return True
 
     def update(self, improve: bool = True) -> dict[str, float]:
@@ -459,7 +460,7 @@ class WorldModelAlgorithm(SavedAlgorithm):
             if self.learner.ema is not self.world:
                 trace = self.learner.ema_trace(windows, self.generator)
             if self.behaviour is not None:
-                metrics |= self.behaviour.update(trace, batch, self.generator)
+                metrics |= self.behaviour.update(trace, batch, self.generator, self.exploration.intrinsic)
         self._n_updates += 1
         if self._logger is not None:
             for name, value in metrics.items():

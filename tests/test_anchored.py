@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -304,6 +306,36 @@ def test_what_an_observation_hides_is_remembered():
         means = world.dynamics.transition.draw(trace.h[:, 4:].flatten(0, 1), 1, MODE)[0][0]
     error = world.scaling.deviation("obs") * (means - trace.z[:, 4:].flatten(0, 1))
     assert error.square().mean().sqrt() < 0.4, "a model without memory has 1.2, and one that predicts no change 1.4"
+
+
+def by_rows(categories: Tensor) -> Batch:
+    """Windows [B, T] of a store, whose rows have numbers."""
+    batch = batch_of({"obs": categories})
+    return replace(batch, row=torch.arange(categories.numel()).view_as(categories))
+
+
+@torch.no_grad()
+def surprise(world: WorldModel, batch: Batch) -> float:
+    """-ln p(z_t | h_t) on average, of the rows from the fifth on."""
+    trace, _ = traced(world, batch)
+    return float(-world.dynamics.transition.log_prob(trace.z[:, 4:], trace.h[:, 4:]).mean())
+
+
+def test_a_memory_that_learns_chance_by_heart_is_not_used():
+    known, new = (by_rows(torch.randint(4, (16, 24), generator=generator(seed))) for seed in (0, 1))
+    world = train(anchored(spaces.Discrete(4)), lambda seed: known, 200, lr=1e-2).ema
+    assert surprise(world, new) < math.log(4) + 0.2, "chance among four"
+    world.dynamics.transition.evidence.mean += 100
+    assert surprise(world, known) < math.log(4) - 0.3 and surprise(world, new) > math.log(4) + 0.5, "with the memory"
+
+
+def test_a_memory_that_tells_what_comes_is_used():
+    """0, 0, 1, 0, 0, 1, ... from anywhere: what follows a 0 is known to who remembers what was before it."""
+    draw = lambda seed: by_rows((torch.randint(3, (16, 1), generator=generator(seed)) + torch.arange(24)) % 3 // 2)  # noqa: E731
+    world = train(anchored(spaces.Discrete(2)), draw, 150, lr=1e-2).ema
+    assert surprise(world, draw(999)) < 0.1
+    world.dynamics.transition.evidence.mean -= 100
+    assert surprise(world, draw(999)) > 0.3, "without the memory"
 
 
 def test_draws_cover_a_random_walk_as_often_as_they_say(walker):

@@ -63,7 +63,8 @@ class TrainConfig(Frozen):
     explore: bool = Field(
         True,
         description="plays whole episodes by random actions that last, as long as each reward follows from the action alone and "
-        "nothing was found; fewer of them with each episode that found more, and none after five",
+        "nothing was found; fewer of them with each episode that found more, and none after five. Until then actors that learn in "
+        "dreams are rewarded for novelty",
     )
     pretrain: int = Field(100, ge=0, description="updates of the world model right after the prefill")
     ratio: float = Field(0.5, ge=0, description="updates per real step")

@@ -175,10 +175,18 @@ class Change(ConditionalDistribution):
     The memory and the last change pass gates that are 0 at first (Bachlechner et al. 2021, ReZero): where an observation says all,
     other numbers that change from step to step double the error.
 
+    Categories and bits have logits of two networks, of which only the second one reads the memory. It is used where it predicts
+    rows better that it never learned from: where chance decides, a memory learns the sequences of the replay by heart.
+
     form     the distribution of changes that a config names
     reads    what it reads of h; None without a context
     linear   the size up to which a number of the latent is one of the observation, and not its logarithm
     """
+
+    JUDGES, BLOCK = 8, 16
+    """One block of rows in so many judges whether the memory helps, and so many rows are in each."""
+    EVIDENCE_DECAY = 0.99
+    """Of the running mean of what the memory adds to ln p at these rows."""
 
     def __init__(
         self,
@@ -201,9 +209,11 @@ class Change(ConditionalDistribution):
         self.register_buffer("largest", torch.zeros(latent.numbers))
         if reads:
             self.gates = nn.ParameterList(torch.zeros(n) for n in (reads.before - reads.first, latent.numbers))
-        discrete = self.anchor.discrete
+        discrete, units = self.anchor.discrete, getattr(config, "units", 128)
         if discrete and inputs:
-            self.logits = SkipMLP(inputs, config.units if hasattr(config, "units") else 128, 2, discrete)
+            self.logits = SkipMLP(context_dim - reads.before, units, 2, discrete)
+            self.remembered = SkipMLP(inputs, units, 2, discrete)
+            self.evidence = RunningMoments((), self.EVIDENCE_DECAY)
         elif discrete:
             self.free = nn.Parameter(torch.zeros(1, discrete))
 
@@ -252,7 +262,14 @@ class Change(ConditionalDistribution):
         return 0.0 if context is None else self.deviation.log().sum()
 
     def _logits(self, context: Tensor | None) -> Float[Tensor, "*N V"]:
-        return (self.free if context is None else self.logits(self._read(context))).float()
+        if context is None:
+            return self.free.float()
+        without, added = self._logits_and_memory(context)
+        return without + added * (self.evidence.mean > 0)
+
+    def _logits_and_memory(self, context: Tensor) -> tuple[Float[Tensor, "*N V"], Float[Tensor, "*N V"]]:
+        """(logits without the memory, what it adds to them)."""
+        return self.logits(context[..., self.reads.before :]).float(), self.remembered(self._read(context)).float()
 
     # Draws and density -------------------------------------------------------------------------------------------------------
 
@@ -338,7 +355,10 @@ class Change(ConditionalDistribution):
     def _discrete_log_prob(self, x: Tensor, context: Tensor | None, known: Tensor) -> Float[Tensor, "*N"]:
         if not self.anchor.discrete:
             return x.new_zeros(x.shape[:-1])
-        logits = self._logits(context) * known.unsqueeze(-1)  # zeros: uniform
+        return self._log_prob_of(self._logits(context) * known.unsqueeze(-1), x)  # zeros: uniform
+
+    def _log_prob_of(self, logits: Float[Tensor, "*#N V"], x: Float[Tensor, "*N Z"]) -> Float[Tensor, "*N"]:
+        """ln p of a latent's categories and bits."""
         sizes, widths = self.anchor.categories, [sum(self.anchor.categories), self.anchor.bits]
         groups, bits = logits.expand(*x.shape[:-1], -1).split(widths, -1)
         chosen, ones = x[..., : self.anchor.discrete].split(widths, -1)
@@ -363,7 +383,7 @@ class Change(ConditionalDistribution):
     ) -> dict[str, Loss]:
         """The form's own losses at the changes, and the negative log-likelihood of categories and bits."""
         known = self._known(x, context)
-        terms = {"nll": Loss(-self._discrete_log_prob(x, context, known))} if self.anchor.discrete else {}
+        terms = {"nll": Loss(self._discrete_loss(x, context, known, rows))} if self.anchor.discrete else {}
         if self.form is None or not known.any():
             return terms or {"nll": Loss(x.new_zeros(x.shape[:-1]))}
         given = None if context is None else context[known]
@@ -377,6 +397,20 @@ class Change(ConditionalDistribution):
             wide = x.new_zeros(known.shape).masked_scatter(known, value) if value.ndim else value
             terms[name] = Loss(wide + terms[name].value if name in terms else wide, term.unit)
         return terms
+
+    def _discrete_loss(self, x: Tensor, context: Tensor | None, known: Tensor, rows: Tensor | None) -> Float[Tensor, "*N"]:
+        """-ln p(categories and bits), whose gradient trains the logits with and without the memory; those with it not at the rows
+        that judge them. Where no row has a number, all train and all judge."""
+        nats = -self._discrete_log_prob(x, context, known)
+        if context is None:
+            return nats
+        without, added = self._logits_and_memory(context)
+        alone, both = (-self._log_prob_of(logits, x) for logits in (without, without.detach() + added))
+        judges = known if rows is None else known & (rows // self.BLOCK % self.JUDGES == 0)
+        if self.training and judges.any():
+            self.evidence.update((alone - both)[judges].detach())
+        trained = alone + both * (known if rows is None else ~judges)
+        return nats.detach() + (trained - trained.detach()) * known
 
     @torch.no_grad()
     def calibrate(self, used: Change, z: Float[Tensor, "N Z"], context: Float[Tensor, "N C"]) -> None:

@@ -275,9 +275,9 @@ class AnchoredDynamics(Dynamics):
         ):
             if not where.any():
                 continue
-            context = None if context is None else context[where]
+            context, rows = (None if x is None else x[where] for x in (context, batch.row))
             posterior, z = trace.posterior.index(where), trace.z[where]
-            for term in prior.loss(z.detach(), context, sampling=sampling.substream(slot)).values():
+            for term in prior.loss(z.detach(), context, sampling=sampling.substream(slot), rows=rows).values():
                 unit = unit if term.unit == "nats" else term.unit
                 dyn = dyn + (dyn.new_zeros(dyn.shape).masked_scatter(where, term.value) if term.value.ndim else term.value)
             if self.latent.code.size:

@@ -153,8 +153,20 @@ def test_figures_are_pngs_that_show_their_numbers():
     drawn = [pictures.error_figure([1, 2, 3], {"all": curve, "x": [0.1, np.nan, 0.2]}, kept) for curve in (one, other)]
     bars = [pictures.bar_figure(curve, ["a", "b", "c"], "title", "nats") for curve in (one, other)]
     lines = [pictures.lines_figure([1, 2, 3], [("z0", {"x": curve}), ("z1", {"x": one})], "t", "x") for curve in (one, other)]
-    for first, second in (drawn, bars, lines):
+    points = [{"return": {"": list(enumerate(curve))}, "loss": {"a": [(1, 2.0)]}} for curve in (one, other)]
+    curves = [pictures.curves_figure(panels, "real steps", {"return": 0.5}) for panels in points]
+    for first, second in (drawn, bars, lines, curves):
         assert opened(first).format == "PNG" and min(opened(first).size) > 150 and first != second
+
+
+def test_places_of_a_grid_that_no_panel_fills_stay_empty():
+    panels = {str(i): {"": [(0, 0.0), (1, 1.0)]} for i in range(4)}
+    shown = np.asarray(opened(pictures.curves_figure(panels, "real steps", {})).convert("L"))
+    assert (shown[shown.shape[0] // 2 + 5 :, shown.shape[1] // 3 + 5 :] == 255).all(), "two of six places"
+    series = [(str(i), {"x": [0.0, 1.0]}) for i in range(5)]
+    shown = np.asarray(opened(pictures.lines_figure([0, 1], series, "t", "x")).convert("L"))
+    middle, floor = shown.shape[1] * 3 // 10, shown.shape[0] - 40
+    assert (shown[shown.shape[0] // 2 + 20 : floor, middle:] == 255).all(), "three of eight places"
 
 
 def test_a_grid_has_each_picture_in_its_place():

@@ -117,7 +117,7 @@ def test_charts_that_belong_together_are_laid_out(tmp_path):
     (event,) = accumulated(tmp_path).Tensors("custom_scalars__config__")
     found = Layout.FromString(event.tensor_proto.string_val[0])
     charts = {c.title: {h.title: list(h.multiline.tag) for h in c.chart} for c in found.category}
-    assert charts["World model"]["error by horizon"] == ["world/open_loop/.*", "world/persistence/.*"]
+    assert charts["World model"]["error over persistence, by horizon"] == ["world/ratio/.*"]
     assert charts["World model"]["losses"] == ["world/loss/.*"]
     assert any(re.match(tag, "dream/imagined_return") for tag in charts["Agent"]["real and imagined return"])
 

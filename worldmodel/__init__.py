@@ -20,6 +20,7 @@ _NAMES = {
     "commands.diagnose": "diagnose",
     "commands.dream": "dream",
     "commands.fit_prior": "fit_prior",
+    "commands.report": "report",
     "commands.sweep": "sweep",
     "commands.train": "train",
     "config": "Config",

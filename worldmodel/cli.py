@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from worldmodel.commands import compare, data, diagnose, dream, evaluate, fit_prior, info, options, sweep, train, what_if
+from worldmodel.commands import compare, data, diagnose, dream, evaluate, fit_prior, info, options, report, sweep, train, what_if
 
 app = typer.Typer(
     name="worldmodel",
@@ -25,6 +25,7 @@ for name, module in {
     "dream": dream,
     "what-if": what_if,
     "diagnose": diagnose,
+    "report": report,
     "compare": compare,
     "sweep": sweep,
     "fit-prior": fit_prior,

@@ -16,7 +16,7 @@ from torch import Tensor
 from worldmodel.agents.evaluation import EvaluationAborted
 from worldmodel.agents.held_out import HELD_OUT_SEED, collect
 from worldmodel.agents.rollouts import Figures, error_figure, figures, returns, rollout_video
-from worldmodel.config import Config, differences
+from worldmodel.config import changed
 from worldmodel.diagnostics.geometry import FilteredStates, filter_episodes, interpolation, traversal, usage
 from worldmodel.envs.draw import Viewer
 from worldmodel.envs.make import EnvConfig
@@ -150,9 +150,7 @@ class HeldOutCallback(BaseCallback):
         """The config as text, its differences from the defaults as hyper-parameters, and the layout of the charts."""
         config = self.model.config
         tensorboard.text(self.writer, "config", config.to_yaml(), self.model.num_timesteps)
-        defaults = Config.parse({"env": {"id": "custom"}, "agent": {"kind": config.agent.kind}})
-        options = {"env.id": config.env.id, **{key: value for key, _, value in differences(defaults, config)}}
-        options.pop("description", None)
+        options = {"env.id": config.env.id, **{key: value for key, _, value in changed(config)}}
         tensorboard.hparams(self.writer, options, {"eval/mean_reward": 0.0, f"world/open_loop/{self.horizon}": 0.0})
         tensorboard.layout(self.writer)
 

@@ -385,6 +385,12 @@ def differences(old: Frozen, new: Frozen) -> list[tuple[str, Any, Any]]:
     return [(key, before.get(key), after.get(key)) for key in {**before, **after} if before.get(key) != after.get(key)]
 
 
+def changed(config: Config) -> list[tuple[str, Any, Any]]:
+    """`differences` from the options' own defaults: what the default of the spaces, a recipe and the user chose."""
+    defaults = Config.parse({"env": {"id": "custom"}, "agent": {"kind": config.agent.kind}})
+    return [entry for entry in differences(defaults, config) if entry[0] not in ("description", "recipe")]
+
+
 def _type_name(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     """A field's type in the words of a YAML file: `int >= 1`, `hwc | chw | null`, `list of int`."""
     origin, args = get_origin(annotation), get_args(annotation)

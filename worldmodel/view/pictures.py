@@ -296,17 +296,40 @@ def lines_figure(x: Sequence[float], series: Sequence[tuple[str, Mapping[str, Se
     columns = min(4, len(series))
     rows = -(-len(series) // columns)
     figure = _figure(2.4 * columns + 0.6, 1.9 * rows + 0.8, left=0.4, bottom=0.6, top=0.55)
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, gridspec_kw={"wspace": 0.2, "hspace": 0.25}).flat
+    grid = list(figure.subplots(rows, columns, squeeze=False, sharex=True, gridspec_kw={"wspace": 0.2, "hspace": 0.25}).flat)
     for axes, (name, lines) in zip(grid, series):
         for label, values in lines.items():
             axes.plot(x, values, label=label, linewidth=1.2)
         axes.set_title(name, fontsize=8)
         axes.tick_params(labelsize=6)
-    for axes in list(grid)[len(series) :]:
+    for axes in grid[len(series) :]:
         axes.set_visible(False)
     handles, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=7)
     figure.suptitle(f"{title} ({xlabel})", fontsize=10)
+    return _encoded(figure)
+
+
+def curves_figure(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], xlabel: str, levels: Mapping[str, float | None]
+) -> bytes:
+    """PNG of panels {title: {label: points (x, y)}}, each with axes of its own; a dashed line at the level of its title."""
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = _figure(4.2 * columns, 2.9 * rows, left=0.75, bottom=0.6, top=0.4)
+    grid = list(figure.subplots(rows, columns, squeeze=False, gridspec_kw={"wspace": 0.3, "hspace": 0.45}).flat)
+    for axes, (title, lines) in zip(grid, panels.items()):
+        for label, points in lines.items():
+            axes.plot(*zip(*points), label=label, linewidth=1.4, marker="o" if len(points) < 30 else None, markersize=3)
+        if (level := levels.get(title)) is not None:
+            axes.axhline(level, color="grey", linestyle="--", linewidth=1)
+        axes.set_title(title, fontsize=11)
+        axes.set_xlabel(xlabel)
+        axes.grid(alpha=0.3)
+        if any(lines):
+            axes.legend(fontsize=8)
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
     return _encoded(figure)
 
 

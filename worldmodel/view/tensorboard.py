@@ -39,7 +39,7 @@ POINTS, THUMBNAIL = 1000, 48
 
 LAYOUT = {
     "World model": {
-        "error by horizon": ["Multiline", ["world/open_loop/.*", "world/persistence/.*"]],
+        "error over persistence, by horizon": ["Multiline", ["world/ratio/.*"]],
         "losses": ["Multiline", ["world/loss/.*"]],
     },
     "Agent": {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -73,6 +73,32 @@ class ActorCriticConfig(Frozen):
     )
 
 
+class MixedLogProbs(torch.autograd.Function):
+    """ln p of categories, p = (1 - mix) * softmax(logits) + mix * even, with a gradient by which each can come back.
+
+    The gradient is that of logits whose softmax p is, 1[a] - p(a). That of the mixture itself is in proportion to the softmax's
+    share of p: an action of which the policy is sure that it is bad would still be tried, and never gain by what it is found to be
+    worth. A logit whose softmax is below the even share falls no further, so that it is near when it is to rise.
+
+    even  [*N, K], sums to 1: what is added; 0 where an action is illegal, whose ln p is that of the smallest number
+    Source: Hausknecht and Stone 2016 (inverted gradients at a bound), for the second.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, even: Tensor, mix: float) -> Tensor:
+        softmax = logits.softmax(-1)
+        p = (1 - mix) * softmax + mix * even
+        ctx.save_for_backward(p, (softmax < mix * even) | (even == 0))
+        return p.clamp_min(torch.finfo(p.dtype).tiny).log()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        p, is_low = ctx.saved_tensors
+        (gradient,) = gradients
+        gradient = gradient - p * gradient.sum(-1, keepdim=True)
+        return torch.where(is_low, gradient.clamp_max(0), gradient), None, None
+
+
 @dataclass(frozen=True)
 class Policy:
     """A distribution over canonical actions [*N, A]: one-hot groups, independent bits, or numbers in [-1, 1].
@@ -94,17 +120,18 @@ class Policy:
 
     @property
     def _groups(self) -> list[Tensor]:
-        """Probabilities of each categorical group."""
-        mix = self.config.unimix
+        """ln of the probabilities of each categorical group."""
+        logits, even = self.parameters, torch.ones_like(self.parameters)
         if self.legal is not None:
-            logits, uniform = self.parameters.masked_fill(~self.legal, -torch.inf), torch.ones_like(self.parameters)
-            pairs = (x.split(self.spec.sizes, -1) for x in (logits, self.spec.restrict(uniform, self.legal)))
-            return [(1 - mix) * part.softmax(-1) + mix * even for part, even in zip(*pairs, strict=True)]
-        return [(1 - mix) * part.softmax(-1) + mix / part.shape[-1] for part in self.parameters.split(self.spec.sizes, -1)]
+            logits, even = logits.masked_fill(~self.legal, -torch.inf), self.spec.restrict(even, self.legal)
+        pairs = zip(logits.split(self.spec.sizes, -1), even.split(self.spec.sizes, -1), strict=True)
+        return [MixedLogProbs.apply(part, share / share.sum(-1, keepdim=True), self.config.unimix) for part, share in pairs]
 
     @property
-    def _bits(self) -> Tensor:
-        return torch.sigmoid(self.parameters) * (1 - self.config.unimix) + 0.5 * self.config.unimix
+    def _bits(self) -> tuple[Tensor, Tensor]:
+        """ln of the probabilities of 1 and of 0, of each bit."""
+        pair = torch.stack([self.parameters, torch.zeros_like(self.parameters)], -1)
+        return MixedLogProbs.apply(pair, torch.full_like(pair, 0.5), self.config.unimix).unbind(-1)
 
     def sample(self, generator: torch.Generator | None) -> Tensor:
         kind, shape, device = self.spec.kind, self.parameters.shape[:-1], self.parameters.device
@@ -112,12 +139,12 @@ class Policy:
             normal = self._normal
             return normal.mean + normal.std * torch.randn(normal.std.shape, generator=generator, device=device)
         if kind == "binary":
-            return (torch.rand(self.parameters.shape, generator=generator, device=device) < self._bits).float()
+            return (torch.rand(self.parameters.shape, generator=generator, device=device) < self._bits[0].exp()).float()
         parts = []
-        for probs in self._groups:
+        for log_probs in self._groups:
             draw = torch.rand(*shape, 1, generator=generator, device=device)
-            index = (probs.cumsum(-1)[..., :-1] <= draw).sum(-1)
-            parts.append(nn.functional.one_hot(index, probs.shape[-1]).float())
+            index = (log_probs.exp().cumsum(-1)[..., :-1] <= draw).sum(-1)
+            parts.append(nn.functional.one_hot(index, log_probs.shape[-1]).float())
         action = torch.cat(parts, -1)
         return action if self.legal is None else self.spec.redraw_illegal(action, self.legal, generator)  # by rounding alone
 
@@ -133,22 +160,17 @@ class Policy:
         if self.spec.kind == "continuous":
             return self._normal.log_prob(action)
         if self.spec.kind == "binary":
-            return torch.where(action > 0.5, self._bits.log(), (1 - self._bits).log()).sum(-1)
-        return (action * self._log(torch.cat(self._groups, -1))).sum(-1)
+            return torch.where(action > 0.5, *self._bits).sum(-1)
+        return (action * torch.cat(self._groups, -1)).sum(-1)
 
     def entropy(self) -> Tensor:
         """In nats [*N], summed over the action's parts."""
         if self.spec.kind == "continuous":
             return self._normal.entropy()
         if self.spec.kind == "binary":
-            p = self._bits
-            return -(p * p.log() + (1 - p) * (1 - p).log()).sum(-1)
-        p = torch.cat(self._groups, -1)
-        return -(p * self._log(p)).sum(-1)
-
-    def _log(self, p: Tensor) -> Tensor:
-        """ln p of categories; finite where one is illegal, so that 0 ln 0 is 0 and has a gradient."""
-        return p.log() if self.legal is None else p.clamp_min(torch.finfo(p.dtype).tiny).log()
+            return -sum((each.exp() * each).sum(-1) for each in self._bits)
+        log_probs = torch.cat(self._groups, -1)
+        return -(log_probs.exp() * log_probs).sum(-1)
 
 
 class ActorCritic(nn.Module):

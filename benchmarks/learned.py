@@ -1,9 +1,10 @@
-"""The blocks of docs/learning.md and docs/scoreboard.md, from the rows in results."""
+"""The blocks of docs/learning.md, docs/scoreboard.md and docs/environments.md, from the rows in results."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import environments
 import exploration
 import minutes
 import scoreboard
@@ -57,3 +58,11 @@ def _scoreboard(figures: Figures) -> str:
     head = ["environment, algorithm", *scoreboard.HEAD]
     drawn = figures.lines(head, named, lambda rows: scoreboard.cells(rows[0]["key"]["env"], rows))
     return "\n".join([drawn, *(f"- {line}" for line in scoreboard.verdict(groups)), ""]) if groups else drawn
+
+
+@block("environments")
+def _environments(figures: Figures) -> str:
+    """What a few hundred steps by one line of command each lead to."""
+    rows = environments.in_order(figures.rows("environments"))
+    lines = [[figures.mark(first, [row]), *rest] for row in rows for first, *rest in [environments.cells(row)]]
+    return figures.table(environments.HEAD, lines, rows)

@@ -39,6 +39,7 @@ FILES = (
     "docs/choose.md",
     "docs/learning.md",
     "docs/scoreboard.md",
+    "docs/environments.md",
 )
 BLOCK = blocks("figures")
 MADE = re.compile(r"without † are of code `([0-9a-f]{16})`")

@@ -12,7 +12,7 @@ from gymnasium import spaces
 from torch import Tensor
 from torch.distributions import Normal
 
-from worldmodel.agents.actor_critic import ActorCritic, ActorCriticConfig, ActorCriticLearner, Policy, lambda_return
+from worldmodel.agents.actor_critic import ActorCritic, ActorCriticConfig, ActorCriticLearner, MixedLogProbs, Policy, lambda_return
 from worldmodel.data import Batch, Dream, Sampling, State, Trace
 from worldmodel.errors import ConfigError
 from worldmodel.model import WorldModel
@@ -72,6 +72,47 @@ def test_no_action_is_ever_impossible(space):
     smallest = Policy(spec, sure.parameters.expand(len(actions), -1), sure.config).log_prob(actions).exp().min()
     assert float(smallest) == pytest.approx(float(np.prod([0.06 / n for n in parts])), rel=1e-3)
     assert sure.entropy().isfinite().all()
+
+
+def certain(space, wrong, right, share):
+    """(spec, logits [1, A]) of a policy that was sure of `wrong`, after 300 updates in which `right` alone pays."""
+    spec = ActionSpec.from_space(space)
+    logits = torch.nn.Parameter((40 * (2 * wrong - 1)).unsqueeze(0))
+    optimizer, g = torch.optim.Adam([logits], lr=0.3), generator()
+    for _ in range(300):
+        policy = Policy(spec, logits.expand(300, -1), config(unimix=share))
+        action = policy.sample(g)
+        reward = (action == right).all(-1).float()
+        optimizer.zero_grad()
+        (-policy.log_prob(action) * (reward - reward.mean())).mean().backward()
+        optimizer.step()
+    return spec, logits.detach()
+
+
+@pytest.mark.parametrize("space", [spaces.Discrete(3), spaces.MultiBinary(1)])
+def test_who_is_sure_of_the_wrong_action_learns_better(space):
+    ends = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 1.0])
+    wrong, right = ends if isinstance(space, spaces.Discrete) else (ends[0][1:2], ends[0][:1])
+    spec, logits = certain(space, wrong, right, share=0.05)
+    assert torch.equal(Policy(spec, logits, config(unimix=0.05)).mode(), right.unsqueeze(0))
+    spec, logits = certain(space, wrong, right, share=0.0)  # never tried, so never found to be better
+    assert torch.equal(Policy(spec, logits, config(unimix=0.0)).mode(), wrong.unsqueeze(0))
+
+
+def test_the_gradient_of_a_mixture_is_that_of_logits_whose_softmax_it_is():
+    logits, even, mix = torch.tensor([0.3, -0.2, 1.0], requires_grad=True), torch.full((3,), 1 / 3), 0.03
+    found = MixedLogProbs.apply(logits, even, mix)
+    p = (1 - mix) * logits.softmax(-1) + mix / 3
+    torch.testing.assert_close(found.exp(), p)
+    (gradient,) = torch.autograd.grad(found[1], logits)
+    torch.testing.assert_close(gradient, torch.tensor([0.0, 1.0, 0.0]) - p)
+
+
+def test_a_logit_below_the_even_share_falls_no_further_and_rises():
+    logits, even = torch.tensor([0.0, -20.0], requires_grad=True), torch.full((2,), 0.5)
+    for sign, expected in ((1, 0.0), (-1, -0.99)):  # what descent would lower, and what it raises
+        (gradient,) = torch.autograd.grad(sign * MixedLogProbs.apply(logits, even, 0.02)[1], logits)
+        assert float(gradient[1]) == pytest.approx(expected)
 
 
 def test_a_policy_over_numbers_is_a_normal_around_a_mean_within_the_range():

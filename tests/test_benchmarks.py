@@ -7,6 +7,7 @@ from pathlib import Path
 
 import baselines
 import control
+import environments
 import numpy as np
 import plug_in
 import pytest
@@ -265,3 +266,18 @@ def test_rivals_see_an_environment_by_their_own_wrapper_where_one_is_named():
     assert f"env.wrappers=[{scoreboard.FLAT}]" in theirs and set(ours) - {"env.ignore=[mission,direction]"} < set(theirs)
     lake = scoreboard.BOARD["FrozenLake-v1"]
     assert lake.overrides("dqn") == lake.overrides(scoreboard.OURS)
+
+
+def test_the_command_of_every_environment_by_name_is_understood_and_its_row_says_what_was_typed(tmp_path):
+    assert len(environments.OPTIONS) >= 30
+    for name, given in environments.OPTIONS.items():
+        config = Config.from_recipe({"env": {"id": name}}, given)
+        assert config.env.id == name
+        words = environments.line(name)
+        assert words[:2] == ["train", name] and words[-4:] == ["--steps", "500", "--minutes", "2"]
+    row = {"key": {"env": "MiniGrid-MemoryS7-v0", "seed": 0}, "return": -0.25, "steps": 500, "updates": 75, "seconds": 61.4}
+    options = "`'env.ignore=[mission,direction]' model=dreamer`"
+    assert environments.cells(row) == ["MiniGrid, BabyAI", "MiniGrid-MemoryS7-v0", options, "-0.25", "500", "75", "61"]
+    gone = {**row, "key": {"env": "Gone-v0", "seed": 0}}
+    first = {**row, "key": {"env": "CartPole-v1", "seed": 0}}
+    assert environments.in_order([row, gone, first]) == [first, row]

@@ -274,7 +274,7 @@ def test_the_command_of_every_environment_by_name_is_understood_and_its_row_says
         config = Config.from_recipe({"env": {"id": name}}, given)
         assert config.env.id == name
         words = environments.line(name)
-        assert words[:2] == ["train", name] and words[-4:] == ["--steps", "500", "--minutes", "2"]
+        assert words[:2] == ["train", name] and words[-2:] == ["--steps", "500"]
     row = {"key": {"env": "MiniGrid-MemoryS7-v0", "seed": 0}, "return": -0.25, "steps": 500, "updates": 75, "seconds": 61.4}
     options = "`'env.ignore=[mission,direction]' model=dreamer`"
     assert environments.cells(row) == ["MiniGrid, BabyAI", "MiniGrid-MemoryS7-v0", options, "-0.25", "500", "75", "61"]

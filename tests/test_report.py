@@ -74,7 +74,16 @@ def test_a_run_that_wrote_nothing_for_tensorboard_still_has_its_returns(tmp_path
 def test_a_run_that_is_not_finished_says_so(run, tmp_path):
     folder = shutil.copytree(run.path, tmp_path / "run")
     (folder / "result.json").unlink()
-    assert wm.report(folder)["sentences"][0] == "The run is not finished: this is its checkpoint of real step 120."
+    sentences = wm.report(folder)["sentences"]
+    assert sentences[0] == "The run is not finished: this is its checkpoint of real step 120."
+    assert sentences[1].startswith("Solved at real step 60: the mean return reached -1000,")
+
+
+def test_the_threshold_of_the_environment_counts_where_the_run_has_none(tmp_path):
+    folder = tmp_path / "run"
+    small_train(folder, 40, "CartPole-v1", options={"eval.every": 20, "env.max_episode_steps": 10})
+    (folder / "result.json").unlink()
+    assert "no mean return reached 475 " in " ".join(wm.report(folder)["sentences"])
 
 
 def test_a_run_without_a_checkpoint_has_nothing_to_report(run, tmp_path):

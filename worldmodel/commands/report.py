@@ -61,15 +61,18 @@ def report(
 
 def _known(run: Run) -> dict[str, Any]:
     """What result.json says; where a run is not finished, its newest checkpoint."""
+    from worldmodel.agents.evaluation import threshold
     from worldmodel.errors import ConfigError
 
     manifest = run.manifest()
     if manifest is None:
         raise ConfigError(f"{run.path} has no checkpoint yet, so there is nothing to report. Let it train for longer.")
-    progress = manifest["progress"]
-    known = {"real_steps": manifest["step"], "finished": False, "threshold": run.config.eval.threshold, **manifest, **progress}
+    config, known = run.config, {**manifest, **manifest["progress"], "real_steps": manifest["step"]}
     if (result := run.result) is not None:
         known |= {**result, "finished": True}
+    else:
+        level = config.eval.threshold if config.train.data else threshold(config.eval, config.env.id)
+        known |= {"finished": False, "threshold": level}
     return known | {"best": run.best, "versions": manifest["versions"]}
 
 

@@ -132,7 +132,7 @@ def test_every_help_has_an_example():
             yield from walk(inner, f"{name} {word}")
 
     found = dict(walk(get_command(app), "worldmodel"))
-    assert len(found) == 16
+    assert len(found) == 17
     for name, inner in found.items():
         assert (inner.epilog or "").startswith(f"Example: {name} "), name
 

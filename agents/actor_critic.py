@@ -80,15 +80,15 @@ class MixedLogProbs(torch.autograd.Function):
     share of p: an action of which the policy is sure that it is bad would still be tried, and never gain by what it is found to be
     worth. A logit whose softmax is below the even share falls no further, so that it is near when it is to rise.
 
-    even  [*N, K], sums to 1: what is added; 0 where an action is illegal, whose ln p is that of the smallest number
+    even  what is added: 1 / K, or [*N, K], sums to 1, and 0 where an action is illegal, whose ln p is that of the smallest number
     Source: Hausknecht and Stone 2016 (inverted gradients at a bound), for the second.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, even: Tensor, mix: float) -> Tensor:
-        softmax = logits.softmax(-1)
-        p = (1 - mix) * softmax + mix * even
-        ctx.save_for_backward(p, (softmax < mix * even) | (even == 0))
+    def forward(ctx: Any, logits: Tensor, even: Tensor | float, mix: float) -> Tensor:
+        softmax, added = logits.softmax(-1), mix * even
+        p = (1 - mix) * softmax + added
+        ctx.save_for_backward(p, softmax < added)
         return p.clamp_min(torch.finfo(p.dtype).tiny).log()
 
     @staticmethod
@@ -121,17 +121,18 @@ class Policy:
     @property
     def _groups(self) -> list[Tensor]:
         """ln of the probabilities of each categorical group."""
-        logits, even = self.parameters, torch.ones_like(self.parameters)
-        if self.legal is not None:
-            logits, even = logits.masked_fill(~self.legal, -torch.inf), self.spec.restrict(even, self.legal)
-        pairs = zip(logits.split(self.spec.sizes, -1), even.split(self.spec.sizes, -1), strict=True)
-        return [MixedLogProbs.apply(part, share / share.sum(-1, keepdim=True), self.config.unimix) for part, share in pairs]
+        mix, sizes = self.config.unimix, self.spec.sizes
+        if self.legal is None:
+            return [MixedLogProbs.apply(part, 1 / part.shape[-1], mix) for part in self.parameters.split(sizes, -1)]
+        logits, even = self.parameters.masked_fill(~self.legal, -torch.inf), torch.ones_like(self.parameters)
+        pairs = zip(logits.split(sizes, -1), self.spec.restrict(even, self.legal).split(sizes, -1), strict=True)
+        return [MixedLogProbs.apply(part, share, mix) for part, share in pairs]
 
     @property
     def _bits(self) -> tuple[Tensor, Tensor]:
         """ln of the probabilities of 1 and of 0, of each bit."""
         pair = torch.stack([self.parameters, torch.zeros_like(self.parameters)], -1)
-        return MixedLogProbs.apply(pair, torch.full_like(pair, 0.5), self.config.unimix).unbind(-1)
+        return MixedLogProbs.apply(pair, 0.5, self.config.unimix).unbind(-1)
 
     def sample(self, generator: torch.Generator | None) -> Tensor:
         kind, shape, device = self.spec.kind, self.parameters.shape[:-1], self.parameters.device

@@ -74,7 +74,7 @@ class Exploration:
         """New episodes in all of `streams` environments; `replay` has what was seen before."""
         self._finds, self._steps = np.zeros(streams, bool), np.zeros(streams, int)  # in this piece of an episode
         self._random, self._actions = np.zeros(streams, bool), LastingActions(self.spec, streams)
-        if self.novelty is not None and replay is not None:
+        if self.novelty is not None and replay is not None and not self.found:
             self.novelty.recount(replay)
 
     @property
@@ -113,7 +113,7 @@ class Exploration:
         """One row of each of `streams`: canonical action that led there, reward, flags; canonical observation, which is counted."""
         if self.is_over:
             return
-        if self.novelty is not None and obs is not None:
+        if self.novelty is not None and obs is not None and not self.found:
             self.novelty.count(obs)
         reward = np.float32(reward).astype(float)  # some vector environments give float32, others float64
         if self._weights is None:

@@ -456,11 +456,10 @@ class WorldModelAlgorithm(SavedAlgorithm):
         windows = self.learner.prepare(windows)
         metrics, trace, batch = self.learner.update(windows, self.generator)  # without the burn-in rows
         metrics = {f"world/{name}": value for name, value in metrics.items()}
-        if improve and self.improves:
+        if improve and self.improves and self.behaviour is not None:
             if self.learner.ema is not self.world:
                 trace = self.learner.ema_trace(windows, self.generator)
-            if self.behaviour is not None:
-                metrics |= self.behaviour.update(trace, batch, self.generator, self.exploration.intrinsic)
+            metrics |= self.behaviour.update(trace, batch, self.generator, self.exploration.intrinsic)
         self._n_updates += 1
         if self._logger is not None:
             for name, value in metrics.items():

@@ -92,12 +92,11 @@ def work(job: Row) -> Row:
 HEAD = ["family", "environment", "options", "return", "real steps", "updates", "seconds"]
 
 
-def cells(row: Row, quote: str = "`") -> list[str]:
+def cells(row: Row) -> list[str]:
     """Family, id, options and what came of it."""
     name = row["key"]["env"]
     family = next(family for family, (_, ids) in FAMILIES.items() if name in ids)
-    words = [shlex.quote(word) for word in OPTIONS[name]]
-    options = f"{quote}{' '.join(words)}{quote}" if words else ""
+    options = f"`{shlex.join(OPTIONS[name])}`" if OPTIONS[name] else ""
     return [family, name, options, f"{row['return']:.4g}", str(row["steps"]), str(row["updates"]), f"{row['seconds']:.0f}"]
 
 
@@ -109,7 +108,7 @@ def in_order(rows: Iterable[Row]) -> list[Row]:
 
 def report(rows: Rows) -> str:
     """A line for each environment."""
-    lines = [[marked(first, [row]), *rest] for row in in_order(rows) for first, *rest in [cells(row, quote="")]]
+    lines = [[marked(first, [row]), *rest] for row in in_order(rows) for first, *rest in [cells(row)]]
     return table(HEAD, lines)
 
 

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+import worldmodel as wm
+from worldmodel import Run
 from worldmodel.agents import Dreamer
 from worldmodel.agents.novelty import Novelty
 from worldmodel.data import Sampling
@@ -143,3 +145,15 @@ def test_curiosity_opens_a_lock_that_random_moves_do_not(monkeypatch):
     assert agent_in(Lock(), 700, **{"train.ratio": 0.5}).exploration.found > 0
     monkeypatch.setattr(Novelty, "is_known", False)
     assert agent_in(Lock(), 700, **{"train.ratio": 0.5}).exploration.found == 0
+
+
+def test_a_run_that_begins_with_an_actor_of_novelty_knows_that_it_is_one(tmp_path):
+    """Without exploration of its own it learns from rewards, and so begins with new weights at its first update."""
+    options = {**SMALL, "eval.every": 0, "eval.episodes": 1, "eval.max_steps": 5, "log.tensorboard": False}
+    quiet = {"device": "cpu", "log": [].append}
+    wm.train("FrozenLake-v1", 80, run_dir=tmp_path / "first", overrides=options, **quiet)
+    assert Run.open(tmp_path / "first").agent("newest").behaviour.is_intrinsic
+    still = {**options, "train.explore": False, "train.ratio": 0.0}
+    wm.train("FrozenLake-v1", 12, run_dir=tmp_path / "next", from_run=tmp_path / "first", overrides=still, **quiet)
+    agent = Run.open(tmp_path / "next").agent("newest")
+    assert agent.behaviour.is_intrinsic and agent.exploration.intrinsic is None and not agent.exploration.is_on

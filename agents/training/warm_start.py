@@ -232,7 +232,7 @@ class Source:
         controller = {name.removeprefix("agent/"): given.pop(name) for name in list(given) if name.startswith("agent/")}
         for module, arrays in ((agent.world, given), (agent.learner.ema, given), (agent.controller, controller)):
             module.load_state_dict({**module.state_dict(), **arrays})
-        if found.acts:  # else an agent that knows the goal would be taken for one that searches
+        if found.acts and agent.config.train.explore:  # else an agent that knows the goal would be taken for one that searches
             agent.exploration.restore(self.agent.exploration.state())
         if "objective.slow" not in found.taken:  # a target encoder that is new is that of the encoder taken
             for world in (agent.world, agent.learner.ema):
@@ -240,6 +240,7 @@ class Source:
         if agent.behaviour is not None and self.agent.behaviour is not None and {"heads.scale", "critic"} <= set(found.taken):
             scale, old = agent.behaviour.scale, self.agent.behaviour.scale
             scale.low, scale.high = old.low, old.high
+            agent.behaviour.is_intrinsic = self.agent.behaviour.is_intrinsic
 
 
 def source_of(recipe: Any, given: Mapping[str, Any], trust: bool = False) -> tuple[Source | None, dict[str, Any]]:

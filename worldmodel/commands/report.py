@@ -44,7 +44,8 @@ def report(
     run = run if isinstance(run, Run) else Run.open(run)
     known = _known(run)
     events, why = _events(run)
-    parts = [_curves(known, events, why), *_films(events, why), _options(run), _diagnosis(run)]
+    options = changed(run.config)
+    parts = [_curves(known, events, why), _films(events, why), _options(options), _diagnosis(run)]
     about = {
         "environment": run.config.env.id,
         "recipe": run.config.recipe or "none: defaults",
@@ -54,7 +55,7 @@ def report(
     }
     sentences = _sentences(known)
     content = {"run": str(run.path), "about": about, "sentences": sentences, "evaluations": known["evaluations"]}
-    content["options"] = {name: value for name, _, value in changed(run.config)}
+    content["options"] = {name: value for name, _, value in options}
     pages.write(run.path if out is None else Path(out), NAME, content, (f"Run {run.path.name}", about, sentences, parts), log)
     return content
 
@@ -138,21 +139,20 @@ def _finite(lines: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str, list[
     return {name: points for name, points in kept.items() if points}
 
 
-def _films(events: Events | None, why: str | None) -> list[Part]:
+def _films(events: Events | None, why: str | None) -> Part:
     """The newest picture of each tag."""
     from worldmodel.view.report import Part
 
     if events is None or not events.images:
-        return [Part("Pictures", note=why or "the run has written no pictures (`log.pictures`)")]
+        return Part("Pictures", note=why or "the run has written no pictures (`log.pictures`)")
     newest = {tag: points[-1] for tag, points in events.images.items()}
-    return [Part("Pictures", pictures={f"{tag}, real step {step:,}": picture for tag, (step, picture) in newest.items()})]
+    return Part("Pictures", pictures={f"{tag}, real step {step:,}": picture for tag, (step, picture) in newest.items()})
 
 
-def _options(run: Run) -> Part:
-    from worldmodel.config import changed
+def _options(options: Sequence[tuple[str, Any, Any]]) -> Part:
     from worldmodel.view.report import Part
 
-    lines = [(name, _short(value), _short(old)) for name, old, value in changed(run.config)]
+    lines = [(name, _short(value), _short(old)) for name, old, value in options]
     about = (
         "What differs from the options' own defaults; `config.yaml` has all of them, and `worldmodel options` says what each means."
     )

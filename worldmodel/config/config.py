@@ -388,7 +388,7 @@ def differences(old: Frozen, new: Frozen) -> list[tuple[str, Any, Any]]:
 def changed(config: Config) -> list[tuple[str, Any, Any]]:
     """`differences` from the options' own defaults: what the default of the spaces, a recipe and the user chose."""
     defaults = Config.parse({"env": {"id": "custom"}, "agent": {"kind": config.agent.kind}})
-    return [entry for entry in differences(defaults, config) if entry[0] not in ("description", "recipe")]
+    return [entry for entry in differences(defaults, config) if entry[0] != "description"]
 
 
 def _type_name(annotation: Any, metadata: Sequence[Any] = ()) -> str:

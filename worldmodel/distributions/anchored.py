@@ -401,16 +401,16 @@ class Change(ConditionalDistribution):
     def _discrete_loss(self, x: Tensor, context: Tensor | None, known: Tensor, rows: Tensor | None) -> Float[Tensor, "*N"]:
         """-ln p(categories and bits), whose gradient trains the logits with and without the memory; those with it not at the rows
         that judge them. Where no row has a number, all train and all judge."""
-        nats = -self._discrete_log_prob(x, context, known)
         if context is None:
-            return nats
-        without, added = self._logits_and_memory(context)
+            return -self._discrete_log_prob(x, context, known)
+        without, added = (y * known.unsqueeze(-1) for y in self._logits_and_memory(context))
         alone, both = (-self._log_prob_of(logits, x) for logits in (without, without.detach() + added))
         judges = known if rows is None else known & (rows // self.BLOCK % self.JUDGES == 0)
-        if self.training and judges.any():
-            self.evidence.update((alone - both)[judges].detach())
-        trained = alone + both * (known if rows is None else ~judges)
-        return nats.detach() + (trained - trained.detach()) * known
+        used = torch.where(self.evidence.mean > 0, both, alone).detach()
+        if self.training:
+            self.evidence.update((alone - both)[judges])
+        trained = alone + (both if rows is None else both * ~judges)
+        return used + trained - trained.detach()
 
     @torch.no_grad()
     def calibrate(self, used: Change, z: Float[Tensor, "N Z"], context: Float[Tensor, "N C"]) -> None:
